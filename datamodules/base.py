@@ -1,0 +1,310 @@
+"""What all datamodules share: from sources to loaders, with what was left out counted and said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from weakref import ReferenceType, ref
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..sequences.example import Example
+from .files import RowSource
+from .loader import BatchLoader, Couple, ExampleLoader, StreamLoader
+from .reading import OnBadRow, RowReader
+from .sources import open_source
+from .store import ExampleStore
+from .tokenization import OnTooLong, RowTokenizer
+
+if TYPE_CHECKING:
+    import datasets
+
+Split = Literal["train", "val", "test", "predict"]
+
+_STAGES: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+# What a split is called in a folder or a hub dataset that has several.
+_SPLIT_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+
+
+class ExampleDataModule(pl.LightningDataModule):
+    """Rows from anywhere, as batches of token trees; a subclass says what a row of its contract becomes.
+
+    A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
+    id on the hub, an embedded task (``"sums:preference?rows=1000"``), a list of such strings, and in Python a list of
+    dictionaries or a ``datasets.Dataset``. :attr:`report` counts, per split: ``rows`` read, ``examples`` made of them,
+    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (left out), ``tokens`` and ``longest``.
+
+    Args:
+        train: source of the training rows.
+        val: source of the validation rows.
+        test: source of the test rows.
+        predict: source of the rows to predict.
+        tokenizer: folder or hub id, or a tokenizer; the one of the module (``module.tokenizer``) if left out.
+        global_batch_size: examples of one optimizer step, over all ranks; at least 1.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
+        max_length: tokens that a sequence may have (a pair: its longer one); any number if left out.
+        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt), ``truncate_end`` (of the completion, with
+            its end-of-sequence token), or ``error``.
+        on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it; those skipped are counted and shown.
+        columns: our name of a column -> its name in the rows.
+        seed: what the order of training rows depends on, with the epoch; at least 0.
+        shuffle: whether training rows come in another order each epoch.
+        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        streaming: read training rows as they are needed instead of tokenising all of them first. A row that is too long
+            or bad then leaves its place in the batch empty.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    allowed_on_too_long: ClassVar[tuple[str, ...]] = get_args(OnTooLong)
+
+    def __init__(
+        self,
+        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        global_batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int | None = None,
+        on_too_long: OnTooLong = "drop",
+        on_bad_row: OnBadRow = "error",
+        columns: dict[str, str] | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__()
+        _check_least("global_batch_size", global_batch_size, 1)
+        _check_least("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1)
+        _check_least("max_length", 2 if max_length is None else max_length, 2)
+        _check_least("seed", seed, 0)
+        _check_least("shuffle_buffer", shuffle_buffer, 1)
+        _check_choice("on_too_long", on_too_long, self.allowed_on_too_long)
+        _check_choice("on_bad_row", on_bad_row, get_args(OnBadRow))
+        self.sources: dict[Split, Any] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.global_batch_size = global_batch_size
+        self.eval_batch_size = global_batch_size if eval_batch_size is None else eval_batch_size
+        self.max_length = max_length
+        self.on_too_long = on_too_long
+        self.on_bad_row = on_bad_row
+        self.columns = columns
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        self.report: dict[str, dict[str, int]] = {}
+        self._tokenizer = tokenizer
+        self._rows: RowTokenizer | None = None
+        self._stores: dict[Split, ExampleStore] = {}
+        self._train_loader: BatchLoader | None = None
+        self._train_loader_of: ReferenceType[pl.Trainer] | None = None
+        self._train_state: dict[str, Any] | None = None
+
+    def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
+        """Makes the examples of one row, of any length.
+
+        Raises:
+            ValueError: saying what is wrong with the row (not where it is).
+        """
+        raise TypeError(f"{type(self).__name__} does not say what its rows become: override make_examples")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for.
+
+        Raises:
+            ValueError: if neither the datamodule nor the module has one.
+        """
+        if self._tokenizer is None:
+            module = None if self.trainer is None else self.trainer.lightning_module
+            self._tokenizer = getattr(module, "tokenizer", None)
+        if self._tokenizer is None:
+            raise ValueError(
+                f"tokenizer=None and the module has none: write {type(self).__name__}(tokenizer='folder or hub id')"
+            )
+        if isinstance(self._tokenizer, str):
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"cannot load tokenizer={self._tokenizer!r} ({' '.join(str(error).split())[:160]}): "
+                    "give a folder that has tokenizer.json, or a hub id"
+                ) from error
+        return self._tokenizer
+
+    @property
+    def rows(self) -> RowTokenizer:
+        """What makes token trees of rows."""
+        if self._rows is None:
+            self._rows = RowTokenizer(self.tokenizer)
+        return self._rows
+
+    def prepare_data(self) -> None:
+        """Downloads hub datasets, once per node; sources that are here are not read."""
+        for split, source in self.sources.items():
+            if source is not None and not (split == "train" and self.streaming):
+                self._open(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and tokenises what a stage needs and is not there yet."""
+        splits = list(self.sources) if stage is None else _STAGES[stage]
+        for split in splits:
+            if self.sources[split] is not None and not (split == "train" and self.streaming):
+                self._store(split)
+
+    def train_dataloader(self) -> BatchLoader:
+        """The training batches; the same trainer gets the same loader again, which goes on where it was."""
+        if self.sources["train"] is None:
+            raise ValueError(f"there are no training rows: write {type(self).__name__}(train='rows.jsonl')")
+        trainer = self.trainer
+        mine = self._train_loader_of is not None and self._train_loader_of() is trainer and trainer is not None
+        if self._train_loader is None or not mine:
+            self._train_loader = self._make_train_loader()
+            self._train_loader_of = None if trainer is None else ref(trainer)
+        if self._train_state is not None:
+            state, self._train_state = self._train_state, None
+            self._train_loader.load_state_dict(state)
+        return self._train_loader
+
+    def val_dataloader(self) -> list[Any] | ExampleLoader:
+        """The validation batches, in the source's order."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> list[Any] | ExampleLoader:
+        """The test batches, in the source's order."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> list[Any] | ExampleLoader:
+        """The batches to predict, in the source's order."""
+        return self._eval_loader("predict")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's position.
+
+        Lightning keeps that of any stateful loader too, but restores it only in the middle of an epoch and only if
+        nobody asked for the loader before; a datamodule's state it always restores.
+        """
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the training loader's position from a checkpoint that is being resumed."""
+        fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        self._train_state = state_dict.get("train") if fitting else None
+        mine = self._train_loader_of is not None and self._train_loader_of() is self.trainer
+        if self._train_state is not None and self._train_loader is not None and mine:
+            self._train_loader.load_state_dict(self._train_state)
+
+    def all_examples(self) -> Iterator[list[Example]]:
+        """Yields the training and the validation examples in the sources' order, a global batch at a time.
+
+        Raises:
+            ValueError: with ``streaming``, where they are not all there.
+        """
+        if self.streaming and self.sources["train"] is not None:
+            raise ValueError("streaming=True never has all examples at once: set streaming=False")
+        sizes: tuple[tuple[Split, int], ...] = (("train", self.global_batch_size), ("val", self.eval_batch_size))
+        for split, size in sizes:
+            if self.sources[split] is not None:
+                store = self._store(split)
+                yield from (store[start : start + size] for start in range(0, len(store), size))
+
+    def couple(self) -> Couple | None:
+        """What a contract does to the examples of a global batch together; nothing unless overridden."""
+        return None
+
+    def _open(self, split: Split) -> RowSource:
+        stream = self.streaming and split == "train"
+        return open_source(self.sources[split], split=_SPLIT_NAMES[split], streaming=stream, columns=self.columns)
+
+    def _placed(self) -> dict[str, int]:
+        trainer = self.trainer
+        if trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+    def _reader(self, split: Split) -> RowReader:
+        reader = RowReader(
+            self._open(split),
+            self.make_examples,
+            max_length=self.max_length,
+            on_too_long=self.on_too_long,
+            on_bad_row=self.on_bad_row,
+        )
+        self.report[split] = reader.report
+        return reader
+
+    def _make_train_loader(self) -> BatchLoader:
+        placed = self._placed()
+        if self.global_batch_size < placed["world_size"]:
+            few = f"global_batch_size={self.global_batch_size} over {placed['world_size']} ranks"
+            rank_zero_warn(f"{few} leaves some of them without an example in every step")
+        settings: dict[str, Any] = {"seed": self.seed, "drop_last": self.drop_last, "couple": self.couple(), **placed}
+        # Lightning's `overfit_batches` means the same few batches again and again.
+        shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
+        loader: BatchLoader
+        if self.streaming:
+            reader = self._reader("train")
+            buffer = self.shuffle_buffer if shuffle else 0
+            loader = StreamLoader(reader.source, reader.read, self.global_batch_size, shuffle_buffer=buffer, **settings)
+        else:
+            store = self._store("train")
+            loader = ExampleLoader(
+                store, self.global_batch_size, shuffle=shuffle, fingerprint=store.fingerprint(), **settings
+            )
+        loader.limit = self._limit(loader)
+        return loader
+
+    def _limit(self, loader: BatchLoader) -> int | None:
+        """The trainer's limit, so that an epoch that it cuts short is an epoch for the loader too."""
+        limit = None if self.trainer is None else self.trainer.limit_train_batches
+        if limit is None or limit == 0 or (isinstance(limit, float) and limit == 1.0):
+            return None
+        if isinstance(limit, int):
+            return limit
+        return None if loader.num_rows is None else max(1, int(len(loader) * limit))
+
+    def _eval_loader(self, split: Split) -> list[Any] | ExampleLoader:
+        if self.sources[split] is None:
+            if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+                return []
+            raise ValueError(f"there are no {split} rows: write {type(self).__name__}({split}='rows.jsonl')")
+        placed = self._placed()
+        return ExampleLoader(
+            self._store(split),
+            self.eval_batch_size,
+            shuffle=False,
+            seed=self.seed,
+            couple=self.couple(),
+            rank=placed["rank"],
+            world_size=placed["world_size"],
+        )
+
+    def _store(self, split: Split) -> ExampleStore:
+        if split not in self._stores:
+            self._stores[split] = self._reader(split).read_all()
+        return self._stores[split]
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}, expected a whole number of at least {least}")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}, expected one of {', '.join(allowed)}")

@@ -1,0 +1,282 @@
+"""Readers of row files: JSON lines, JSON lists, CSV, Parquet and Arrow, each able to say where a row stands."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+COMPRESSED = (".jsonl.gz", ".json.gz", ".csv.gz")
+ACCEPTED = ", ".join(SUFFIXES) + " (.gz for text)"
+
+
+class RowSource:
+    """Rows that can be read again and again in one fixed order.
+
+    Reading is in two steps, so that a shuffle buffer holds rows as they are stored and a resumed run passes over rows
+    without parsing them: :meth:`raw` yields ``(row_id, stored row)``, :meth:`parse` makes a dictionary of one.
+
+    Args:
+        name: what the user called the source; row ids are ``"<name>:<number>"``, where the number is the line in a
+            text file and otherwise the row, both counted from 1.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def raw(self) -> Iterator[tuple[str, Any]]:
+        """Yields the rows as they are stored.
+
+        Raises:
+            ValueError: if there is not one.
+        """
+        empty = True
+        for number, stored in self._stored():
+            empty = False
+            yield f"{self.name}:{number}", stored
+        if empty:
+            raise ValueError(f"{self.name!r} has no rows: write at least one")
+
+    def parse(self, stored: Any) -> dict[str, Any]:
+        """Makes a dictionary of a stored row.
+
+        Raises:
+            ValueError: saying what is wrong with the row, but not where it is.
+        """
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"a row is {type(stored).__name__} ({_short(stored)}), expected columns with their values")
+        return dict(stored)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for row_id, stored in self.raw():
+            try:
+                row = self.parse(stored)
+            except ValueError as error:
+                raise ValueError(f"{row_id}: {error}") from error
+            yield row_id, row
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows there are, where that can be known without the network; ``None`` elsewhere."""
+        raise TypeError(f"{type(self).__name__} does not say how many rows it has")
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that changes with the rows."""
+        raise TypeError(f"{type(self).__name__} has no fingerprint")
+
+    def _stored(self) -> Iterator[tuple[int, Any]]:
+        raise TypeError(f"{type(self).__name__} has no rows")
+
+
+class RowFile(RowSource):
+    """A file of rows; the scan that counts them also fingerprints them, so that an edited file is noticed.
+
+    Args:
+        name: what the user called the file.
+        path: where it is.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name)
+        self.path = path
+
+    @cached_property
+    def num_rows(self) -> int | None:
+        """How many rows the file has."""
+        return sum(1 for _ in self._stored())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the file's bytes."""
+        digest = blake2b(digest_size=16)
+        with self.path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _open(self) -> IO[bytes]:
+        # A gzip file opened in "rb" is an IO[bytes] in all but its declared type.
+        return cast(IO[bytes], gzip.open(self.path, "rb")) if self.path.suffix == ".gz" else self.path.open("rb")
+
+
+class JsonLines(RowFile):
+    """One JSON object per line; empty lines are passed over but counted, so that numbers are the editor's."""
+
+    def _stored(self) -> Iterator[tuple[int, bytes]]:
+        with self._open() as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+
+    def parse(self, stored: bytes) -> dict[str, Any]:
+        """Reads one line."""
+        try:
+            row = json.loads(stored.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"not UTF-8 (byte {error.start} of the line), expected one JSON object per line"
+            ) from error
+        except json.JSONDecodeError as error:
+            found = _short(stored.decode("utf-8-sig").strip())
+            raise ValueError(
+                f"not JSON ({error.msg} at character {error.pos + 1}): {found}, expected one JSON object per line"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"a JSON {type(row).__name__} ({_short(row)}), expected one JSON object per line")
+        return row
+
+
+class JsonList(RowFile):
+    """One JSON list of objects; it is read whole."""
+
+    def _stored(self) -> Iterator[tuple[int, Any]]:
+        try:
+            with self._open() as file:
+                rows = json.load(file)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{self.name!r} is not a JSON list of objects: {error}") from error
+        yield from enumerate(rows, start=1)
+
+
+class CsvTable(RowFile):
+    """Comma-separated values whose first row names the columns; the number of a row is the line on which it starts."""
+
+    def _stored(self) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
+        # The module's limit of 131,072 characters a cell is below what a conversation can take.
+        csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
+        with self._open() as file:
+            lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
+            reader = csv.reader(lines, strict=True)
+            start, header = 1, None
+            try:
+                for cells in reader:
+                    if cells and header is None:
+                        header = cells
+                    elif cells and header is not None:
+                        yield start, (header, cells)
+                    start = reader.line_num + 1
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{self.name}:{start}: not comma-separated values: {error}") from error
+
+    def parse(self, stored: tuple[list[str], list[str]]) -> dict[str, Any]:
+        """Puts the header's names to the cells of one row."""
+        header, cells = stored
+        if len(header) != len(cells):
+            raise ValueError(f"{len(cells)} cells, expected {len(header)} as in the header ({', '.join(header)})")
+        return dict(zip(header, cells, strict=True))
+
+
+class ParquetTable(RowFile):
+    """A Parquet file, read a few hundred rows at a time."""
+
+    @cached_property
+    def num_rows(self) -> int | None:
+        """How many rows the file says it has."""
+        with self._file() as file:
+            return int(file.metadata.num_rows)
+
+    def _file(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.name!r} is not a Parquet file: {_one_line(error)}") from error
+
+    def _stored(self) -> Iterator[tuple[int, Any]]:
+        number = 0
+        with self._file() as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+
+
+class ArrowTable(RowFile):
+    """An Arrow file in either layout: the stream that ``datasets`` writes, or the file with a footer."""
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(self.path)) as mapped:
+            try:
+                try:
+                    yield from pa.ipc.open_stream(mapped)
+                except pa.ArrowInvalid:
+                    mapped.seek(0)
+                    file = pa.ipc.open_file(mapped)
+                    for index in range(file.num_record_batches):
+                        yield file.get_batch(index)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{self.name!r} is not an Arrow file: {_one_line(error)}") from error
+
+    @cached_property
+    def num_rows(self) -> int | None:
+        """How many rows its record batches hold."""
+        return sum(int(batch.num_rows) for batch in self._batches())
+
+    def _stored(self) -> Iterator[tuple[int, Any]]:
+        number = 0
+        for batch in self._batches():
+            for offset in range(0, batch.num_rows, 256):
+                for row in batch.slice(offset, 256).to_pylist():
+                    number += 1
+                    yield number, row
+
+
+def is_row_file(path: str | Path) -> bool:
+    """Tells whether a name ends as the files do that :func:`open_file` reads.
+
+    Example:
+        >>> is_row_file("pairs.jsonl.gz"), is_row_file("notes.txt")
+        (True, False)
+    """
+    return str(path).lower().endswith(SUFFIXES + COMPRESSED)
+
+
+def open_file(name: str, path: Path) -> RowSource:
+    """Opens one file of rows by its suffix.
+
+    Args:
+        name: what the user called it, for row ids and messages.
+        path: where it is.
+
+    Returns:
+        The source of its rows.
+
+    Raises:
+        ValueError: for a suffix that is not read, and for an empty file.
+    """
+    if not is_row_file(path):
+        raise ValueError(f"cannot tell how to read {name!r} by its suffix: rename or convert it to one of {ACCEPTED}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name!r} is empty: write at least one row")
+    suffix = [part.lower() for part in path.suffixes if part.lower() in SUFFIXES][-1]
+    if suffix == ".json":
+        return (JsonList if _starts_with_bracket(JsonLines(name, path)) else JsonLines)(name, path)
+    readers: dict[str, type[RowFile]] = {
+        ".jsonl": JsonLines,
+        ".csv": CsvTable,
+        ".parquet": ParquetTable,
+        ".arrow": ArrowTable,
+    }
+    return readers[suffix](name, path)
+
+
+def _starts_with_bracket(file: JsonLines) -> bool:
+    return next((line.decode("utf-8-sig", "replace").lstrip()[:1] for _, line in file._stored()), "") == "["
+
+
+def _short(value: object, limit: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

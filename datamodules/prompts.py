@@ -1,0 +1,31 @@
+"""Prompts to be answered, for GRPO, PPO and generation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..sequences.example import Example, Segment
+from .base import ExampleDataModule
+from .formats import prompt_only
+
+
+class PromptDataModule(ExampleDataModule):
+    """A prompt, and whatever the reward functions want to know about it.
+
+    Rows are as in :func:`~rlhf_lightning.datamodules.formats.prompt_only`. The prompt becomes a root without children;
+    the fields are all other columns and ``prompt`` as it was written. ``max_length`` is the prompt's own length, and
+    ``truncate_end``, which would cut the question off, is not allowed. The other arguments are those of
+    :class:`~rlhf_lightning.datamodules.base.ExampleDataModule`.
+
+    Example:
+        ``PromptDataModule(train="sums:prompts?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
+    """
+
+    allowed_on_too_long: ClassVar[tuple[str, ...]] = ("drop", "truncate_start", "error")
+
+    def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
+        """Makes the example of one row."""
+        row = prompt_only(columns)
+        return [Example(row_id, Segment(np.asarray(self.rows.prompt(row))), row.fields)]

@@ -1,0 +1,104 @@
+"""Demonstrations for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..sequences.example import Example
+from .base import ExampleDataModule
+from .formats import demonstration
+from .reading import OnBadRow
+from .tokenization import OnTooLong
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class SFTDataModule(ExampleDataModule):
+    """What is to be imitated: prompts with completions, conversations, or text.
+
+    Rows are as in :func:`~rlhf_lightning.datamodules.formats.demonstration`. A prompt with its completion becomes a
+    root with one child, a conversation or a text one segment; weight 1 says which tokens are learnt.
+
+    Args:
+        train: source of the training rows.
+        val: source of the validation rows.
+        test: source of the test rows.
+        predict: source of the rows to predict.
+        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        global_batch_size: examples of one optimizer step, over all ranks; at least 1.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
+        max_length: tokens that a sequence may have; any number if left out.
+        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, or of the one segment), ``truncate_end``
+            (of the completion, with its end-of-sequence token), or ``error``.
+        on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
+        columns: our name of a column -> its name in the rows.
+        completion_only_loss: learn completions only; otherwise their prompts too, from the second token.
+        assistant_only_loss: learn of a conversation only what the assistant says; otherwise all but the first token.
+        seed: what the order of training rows depends on, with the epoch; at least 0.
+        shuffle: whether training rows come in another order each epoch.
+        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        streaming: read training rows as they are needed instead of tokenising all of them first.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    Example:
+        ``SFTDataModule(train="sums:demonstrations?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        global_batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int | None = None,
+        on_too_long: OnTooLong = "drop",
+        on_bad_row: OnBadRow = "error",
+        columns: dict[str, str] | None = None,
+        completion_only_loss: bool = True,
+        assistant_only_loss: bool = True,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__(
+            train=train,
+            val=val,
+            test=test,
+            predict=predict,
+            tokenizer=tokenizer,
+            global_batch_size=global_batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            on_too_long=on_too_long,
+            on_bad_row=on_bad_row,
+            columns=columns,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
+        )
+        self.completion_only_loss = completion_only_loss
+        self.assistant_only_loss = assistant_only_loss
+
+    def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
+        """Makes the example of one row."""
+        row = demonstration(columns)
+        if row.completions:
+            root = self.rows.answers(
+                row, assistant_only=self.assistant_only_loss, prompt_loss=not self.completion_only_loss
+            )
+        else:
+            root = self.rows.whole(row, assistant_only=self.assistant_only_loss)
+        return [Example(row_id, root, row.fields)]

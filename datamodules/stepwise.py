@@ -1,0 +1,100 @@
+"""Solutions in labelled steps, for process reward models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from ..sequences.example import Example
+from .base import ExampleDataModule
+from .formats import stepwise
+from .reading import OnBadRow
+from .tokenization import OnTooLong
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class StepwiseDataModule(ExampleDataModule):
+    """A prompt with a solution in steps, each labelled.
+
+    Rows are as in :func:`~rlhf_lightning.datamodules.formats.stepwise`. The prompt becomes a root with one child, all
+    steps one after the other, each tokenised apart and ended by the separator. The last token of each step has weight 1
+    and all others 0; the field ``labels`` has one number for each of them, in their order.
+
+    Args:
+        train: source of the training rows.
+        val: source of the validation rows.
+        test: source of the test rows.
+        predict: source of the rows to predict.
+        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        global_batch_size: examples of one optimizer step, over all ranks; at least 1.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
+        max_length: tokens that a sequence may have; any number if left out.
+        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt) or ``error``; steps are not cut, since
+            each has its label.
+        on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
+        columns: our name of a column -> its name in the rows.
+        step_separator: what ends each step; its last token is where the step is judged.
+        seed: what the order of training rows depends on, with the epoch; at least 0.
+        shuffle: whether training rows come in another order each epoch.
+        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        streaming: read training rows as they are needed instead of tokenising all of them first.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    Example:
+        ``StepwiseDataModule(train="sums:stepwise?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
+    """
+
+    allowed_on_too_long: ClassVar[tuple[str, ...]] = ("drop", "truncate_start", "error")
+
+    def __init__(
+        self,
+        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        global_batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int | None = None,
+        on_too_long: OnTooLong = "drop",
+        on_bad_row: OnBadRow = "error",
+        columns: dict[str, str] | None = None,
+        step_separator: str = "\n",
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__(
+            train=train,
+            val=val,
+            test=test,
+            predict=predict,
+            tokenizer=tokenizer,
+            global_batch_size=global_batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            on_too_long=on_too_long,
+            on_bad_row=on_bad_row,
+            columns=columns,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
+        )
+        if not step_separator:
+            raise ValueError("step_separator='' ends no step: write at least one character, such as a line's end")
+        self.step_separator = step_separator
+
+    def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
+        """Makes the example of one row."""
+        row = stepwise(columns)
+        return [Example(row_id, self.rows.steps(row, self.step_separator), row.fields)]

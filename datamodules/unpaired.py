@@ -1,0 +1,148 @@
+"""Completions with a verdict each, for KTO."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..sequences.example import Example, Segment
+from .base import ExampleDataModule
+from .formats import unpaired
+from .loader import Couple
+from .reading import OnBadRow
+from .tokenization import OnTooLong
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class UnpairedDataModule(ExampleDataModule):
+    """A prompt with one completion and a verdict on it; pairs are split into two.
+
+    Rows are as in :func:`~rlhf_lightning.datamodules.formats.unpaired`. The prompt becomes a root whose first child is
+    the completion; the verdict is the field ``label``, true or false. With ``partners``, a second child is the
+    completion of another prompt of the same global batch (see :func:`mismatch`) and the field ``partner`` its row id.
+    The halves of a pair have the row ids ``<row id>/chosen`` and ``<row id>/rejected``; with ``streaming`` a pair is
+    one row of a batch.
+
+    Args:
+        train: source of the training rows.
+        val: source of the validation rows.
+        test: source of the test rows.
+        predict: source of the rows to predict.
+        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        global_batch_size: examples of one optimizer step, over all ranks; at least 1.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
+        max_length: tokens that a sequence may have; any number if left out.
+        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, or of the one segment), ``truncate_end``
+            (of the completion, with its end-of-sequence token), or ``error``.
+        on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
+        columns: our name of a column -> its name in the rows.
+        partners: give each example the completion of another prompt of its batch, for the KL estimate.
+        seed: what the order of training rows depends on, with the epoch; at least 0.
+        shuffle: whether training rows come in another order each epoch.
+        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        streaming: read training rows as they are needed instead of tokenising all of them first.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    Example:
+        ``UnpairedDataModule(train="sums:unpaired?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        global_batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int | None = None,
+        on_too_long: OnTooLong = "drop",
+        on_bad_row: OnBadRow = "error",
+        columns: dict[str, str] | None = None,
+        partners: bool = True,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__(
+            train=train,
+            val=val,
+            test=test,
+            predict=predict,
+            tokenizer=tokenizer,
+            global_batch_size=global_batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            on_too_long=on_too_long,
+            on_bad_row=on_bad_row,
+            columns=columns,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
+        )
+        self.partners = partners
+
+    def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
+        """Makes the example of one row, or the two of a pair."""
+        rows = unpaired(columns)
+        row_ids = [row_id] if len(rows) == 1 else [f"{row_id}/chosen", f"{row_id}/rejected"]
+        return [Example(name, self.rows.answers(row), row.fields) for name, row in zip(row_ids, rows, strict=True)]
+
+    def couple(self) -> Couple | None:
+        """Gives examples their partners."""
+        if not self.partners:
+            return None
+        return lambda examples: mismatch(examples, seed=self.seed, max_length=self.max_length)
+
+
+def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None = None) -> list[Example]:
+    r"""Gives each example of a global batch the completion of another prompt, for KTO's estimate of the KL divergence.
+
+    KTO (Ethayarajh et al. 2024, arXiv:2402.01306) estimates :math:`\mathrm{KL}(\pi_\theta \| \pi_{ref})` from prompts
+    with unrelated completions of the same batch. The paper shifts the completions of a microbatch by one; here examples
+    are put in the order of a seeded hash of their row ids and each takes the completion of the next one that has
+    another prompt, so that partners depend neither on the order of the batch nor on how it is sharded.
+
+    Args:
+        examples: the whole batch, each with its completion as first child.
+        seed: what the order depends on.
+        max_length: tokens that prompt and partner together may have; a longer partner is passed over.
+
+    Returns:
+        The examples in the order in which they came. Those that have a partner have it as second child and its row id
+        as field ``partner``; where there is none (all prompts are equal), an example comes back as it was.
+
+    Example:
+        >>> rows = [Example(f"rows:{i}", Segment([i], children=(Segment([10 * i], [1]),))) for i in (1, 2)]
+        >>> [[child.tokens.tolist() for child in e.root.children] for e in mismatch(rows)]
+        [[[10], [20]], [[20], [10]]]
+    """
+    order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
+    coupled = list(examples)
+    for place, index in enumerate(order):
+        example = examples[index]
+        prompt = example.root.tokens
+        for other in (examples[order[(place + step) % len(order)]] for step in range(1, len(order))):
+            completion = other.root.children[0]
+            fits = max_length is None or len(prompt) + len(completion.tokens) <= max_length
+            if fits and other.root.tokens.tobytes() != prompt.tobytes():
+                root = Segment(prompt, example.root.weights, (example.root.children[0], completion))
+                coupled[index] = Example(example.row_id, root, {**example.fields, "partner": other.row_id})
+                break
+    return coupled
+
+
+def _draw(seed: int, row_id: str) -> bytes:
+    return blake2b(f"{seed}/{row_id}".encode(), digest_size=16).digest()

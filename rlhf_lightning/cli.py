@@ -1,0 +1,159 @@
+"""The command line: ``rlhf-lightning fit | validate | test | predict | pipeline``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from .modules import PostTrainingModule
+from .packaged import packaged_config
+from .usage import UsageError, explain, one_line
+
+# A class can be named without its path once it has been imported.
+_WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
+_CLASSES = (PostTrainingModule, lightning.LightningDataModule, lightning.Callback)
+_USAGE = """\
+usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
+       rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [KEY=VALUE ...]
+
+fit, validate, test, predict   one method on one data set: a LightningCLI, whose --help lists every option
+pipeline                       several stages, each starting from what the one before it exported
+
+--config may be given several times: later files and options win. --print_config shows what they amount to.
+--debug (or RLHF_LIGHTNING_TRACEBACK=1) shows where an error was raised; --version shows the version."""
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises what it has to say, in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raises ``UsageError`` instead of printing usage and leaving."""
+        raise UsageError(explain(message, self._all_options(), _known_classes())) from ex
+
+    def _all_options(self) -> Iterator[str]:
+        parsers = [self, *(getattr(self, "_subcommands_action", None) or _NoSubcommands)._name_parser_map.values()]
+        return (action.dest for parser in parsers for action in parser._actions)
+
+
+class _NoSubcommands:
+    _name_parser_map: dict[str, Parser] = {}
+
+
+class PostTrainingCLI(LightningCLI):
+    """LightningCLI for any post-training module with any datamodule.
+
+    Args:
+        args: the command line, without the program's name.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        for name in _WITH_SHORT_NAMES:
+            import_module(f".{name}", __package__)
+        super().__init__(
+            PostTrainingModule,
+            lightning.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # Otherwise the optimizer would be built before the model is.
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=[*_with_packaged_configs(args)],
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses ``args``; ``sys.argv`` plays no part, so there is nothing to warn of."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the configuration as it is, and says where a checkpoint was made with another one.
+
+        LightningCLI would replace it by the checkpoint's hyper-parameters, whatever the command line says.
+        """
+        config = self.config.get(self.config.get("subcommand"))
+        path = config.get("ckpt_path")
+        if not path or not Path(path).is_file():
+            return
+        stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
+        given = config["model"].get("init_args", {})
+        changed = [
+            f"{name}={given[name]!r} (the checkpoint: {stored[name]!r})"
+            for name in given
+            if name in stored and _plain(given[name]) != stored[name]
+        ]
+        if changed:
+            rank_zero_warn(f"the checkpoint was made with other values; those given here are used: {', '.join(changed)}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs a command line.
+
+    Args:
+        args: without the program's name; ``sys.argv`` by default.
+
+    Raises:
+        SystemExit: 2 after a mistake in what was asked for, 1 after one found while running.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments or os.environ.get("RLHF_LIGHTNING_TRACEBACK", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _dispatch(arguments)
+    except (UsageError, ValueError, FileNotFoundError, MisconfigurationException) as error:
+        if debug:
+            raise
+        print(f"rlhf-lightning: {one_line(error, 2000)}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments[:1] == ["--version"]:
+        from . import __version__
+
+        print(__version__)
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+    elif arguments[0] == "pipeline":
+        from .pipeline.command import run_command
+
+        run_command(arguments[1:])
+    else:
+        PostTrainingCLI(arguments)
+
+
+def _with_packaged_configs(args: Sequence[str]) -> Iterator[str]:
+    """Points ``--config configs/...`` to the packaged file where there is none of that name here."""
+    previous = ""
+    for argument in args:
+        flag, _, value = argument.partition("=")
+        if flag in ("--config", "-c") and value:
+            yield f"{flag}={packaged_config(value) or value}"
+        elif previous in ("--config", "-c"):
+            yield str(packaged_config(argument) or argument)
+        else:
+            yield argument
+        previous = argument
+
+
+def _known_classes() -> Iterator[type]:
+    """Every module, datamodule and callback that has been imported."""
+    waiting: list[type] = list(_CLASSES)
+    while waiting:
+        cls = waiting.pop()
+        yield cls
+        waiting.extend(cls.__subclasses__())
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if hasattr(value, "as_dict") else value

@@ -1,0 +1,48 @@
+"""Logistic and exponential functions that neither overflow nor lose their gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Above this exponent, exp is continued by its tangent: its square still fits in fp32 at exponents of 1e4, and the
+# gradient keeps its sign and size where a clamp would have none.
+MAX_EXPONENT: Final = 30.0
+
+
+def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    """-log S(m), S the logistic function, of which ``label_smoothing`` goes to -log S(-m)."""
+    loss = -F.logsigmoid(margin)
+    if label_smoothing == 0.0:
+        return loss
+    return (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
+
+
+def _beyond(exponent: Tensor) -> Tensor:
+    return math.exp(MAX_EXPONENT) * (exponent - MAX_EXPONENT).relu()
+
+
+def exp(exponent: Tensor) -> Tensor:
+    """The exponential function, continued by its tangent above ``MAX_EXPONENT``."""
+    return exponent.clamp(max=MAX_EXPONENT).exp() + _beyond(exponent)
+
+
+def expm1(exponent: Tensor) -> Tensor:
+    """The exponential function less 1, continued by its tangent above ``MAX_EXPONENT``."""
+    return exponent.clamp(max=MAX_EXPONENT).expm1() + _beyond(exponent)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0, accurate at both ends; an x within rounding of 0 counts as that rounding.
+
+    Machler (2012), "Accurately computing log(1 - exp(-|a|))": log(-expm1(x)) near 0, log1p(-exp(x)) below -log 2.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    # Each branch gets an argument at which it is finite: the branch not taken must not put NaN in the gradient.
+    far = torch.log1p(-x.clamp(max=-math.log(2)).exp())
+    near = torch.log(-torch.expm1(x.clamp(min=-math.log(2))))
+    return torch.where(x < -math.log(2), far, near)

@@ -1,0 +1,147 @@
+"""The options of the preference losses: their names, how each is normalised, and the checks of what a config sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, Literal, get_args
+
+from ._checks import check_choice, check_label_smoothing, check_positive
+
+PreferenceLossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+FDivergenceType = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+LOSS_TYPES: Final[tuple[PreferenceLossType, ...]] = get_args(PreferenceLossType)
+F_DIVERGENCE_TYPES: Final[tuple[FDivergenceType, ...]] = get_args(FDivergenceType)
+# What the sum of a loss over the global batch is divided by.
+NORMALIZERS: Final[Mapping[str, Literal["pairs", "chosen_tokens"]]] = MappingProxyType(
+    {name: "chosen_tokens" if name == "sft" else "pairs" for name in LOSS_TYPES}
+)
+# A pair's value depends on the other pairs of the global batch.
+COUPLED: Final = frozenset({"aot", "aot_unpaired", "bco_pair"})
+# The losses that label_smoothing changes, and those that only read the difference of the two implicit rewards (or no
+# reward at all), so that an f-divergence other than the reverse KL has a meaning for them.
+SMOOTHED: Final = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
+F_DIVERGENCE_LOSSES: Final = frozenset(
+    {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+)
+
+
+def _check_names(loss_types: Sequence[str], f_divergence_type: str) -> None:
+    if not loss_types:
+        raise ValueError("loss_type is an empty list: name at least one loss, such as 'sigmoid'")
+    for loss_type in loss_types:
+        check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("f_divergence_type", f_divergence_type, F_DIVERGENCE_TYPES)
+    for loss_type in loss_types:
+        if f_divergence_type != "reverse_kl" and loss_type not in F_DIVERGENCE_LOSSES:
+            allowed = ", ".join(sorted(F_DIVERGENCE_LOSSES))
+            raise ValueError(
+                f"f_divergence_type {f_divergence_type!r} is not defined for loss_type {loss_type!r}: "
+                f"use 'reverse_kl', or one of {allowed}"
+            )
+
+
+def _check_weights(loss_types: Sequence[str], weights: Sequence[float] | None) -> None:
+    if weights is None:
+        return
+    if len(weights) != len(loss_types):
+        raise ValueError(f"{len(weights)} loss_weights for {len(loss_types)} loss types: give one weight for each")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(f"loss_weights={list(weights)}: give finite numbers of at least 0, one of them above 0")
+
+
+def check_arguments(
+    loss_types: Sequence[str],
+    *,
+    beta: float,
+    label_smoothing: float,
+    f_divergence_type: str,
+    f_alpha_divergence_coef: float,
+    discopop_tau: float,
+) -> None:
+    """The checks of ``validate_preference_loss`` that hold for each loss of a list alone."""
+    _check_names(loss_types, f_divergence_type)
+    check_positive("beta", beta, usual=0.1)
+    check_positive("discopop_tau", discopop_tau, usual=0.05)
+    check_label_smoothing(label_smoothing)
+    if "exo_pair" in loss_types and label_smoothing == 0:
+        raise ValueError("loss_type 'exo_pair' needs label_smoothing above 0, got 0: use 0.001, as its paper does")
+    if not 0 <= f_alpha_divergence_coef <= 1:
+        raise ValueError(
+            f"f_alpha_divergence_coef={f_alpha_divergence_coef} is outside [0, 1]: "
+            "0 is the reverse KL, 1 the forward KL; 0.5 is usual"
+        )
+
+
+def validate_preference_loss(
+    loss_type: str | Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+) -> None:
+    """Checks the arguments that a config sets, for one loss or a weighted list of losses.
+
+    Args:
+        loss_type: one of ``LOSS_TYPES``, or several.
+        weights: one per loss, finite, at least 0, not all 0; ``None`` is 1 for each.
+        beta: above 0.
+        label_smoothing: in [0, 0.5); above 0 for ``exo_pair``; 0 where no listed loss reads it.
+        f_divergence_type: one of ``F_DIVERGENCE_TYPES``.
+        f_alpha_divergence_coef: in [0, 1].
+        discopop_tau: above 0.
+        ld_alpha: in [0, 1], or ``None``.
+        use_weighting: whether pairs are weighted as in WPO, which has no meaning for the sorted losses.
+
+    Raises:
+        ValueError: what is wrong, what is allowed, and what to write.
+
+    Example:
+        >>> validate_preference_loss(["sigmoid", "sft"], [1.0, 0.2], beta=0.1)
+    """
+    loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    check_arguments(
+        loss_types,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        discopop_tau=discopop_tau,
+    )
+    _check_weights(loss_types, weights)
+    if label_smoothing > 0 and not SMOOTHED & set(loss_types):
+        raise ValueError(
+            f"label_smoothing={label_smoothing} changes nothing in loss_type {', '.join(loss_types)}: "
+            f"set it to 0, or use one of {', '.join(sorted(SMOOTHED))}"
+        )
+    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha={ld_alpha} is outside [0, 1]: null or 1 keeps every token, 0 drops the longer tail")
+    sorted_losses = [name for name in loss_types if name in ("aot", "aot_unpaired")]
+    if use_weighting and sorted_losses:
+        raise ValueError(
+            f"use_weighting=True weights pairs, which loss_type {sorted_losses[0]!r} takes apart: "
+            "set it to false, or use another loss"
+        )

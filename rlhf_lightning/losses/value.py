@@ -1,0 +1,128 @@
+"""The critic's loss and how well it explains the returns.
+
+Shapes: N sampled tokens of all sequences, flat.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import check_positive, check_same_shape
+
+
+class ValueClipCounts(NamedTuple):
+    """How many values had their error set by the clipped branch, and of how many; scalars, to be summed."""
+
+    clipped: Tensor
+    total: Tensor
+
+
+def _squared_errors(
+    values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None
+) -> tuple[Tensor, Tensor]:
+    check_same_shape("N", values_N=values_N, old_values_N=old_values_N, returns_N=returns_N)
+    if cliprange is not None:
+        check_positive("cliprange", cliprange, usual=0.2)
+    errors_N = (values_N - returns_N).square()
+    if cliprange is None:
+        return errors_N, errors_N
+    clipped_N = old_values_N + (values_N - old_values_N).clamp(-cliprange, cliprange)
+    return errors_N, (clipped_N - returns_N).square()
+
+
+def value_loss(values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None = 0.2) -> Tensor:
+    """Clipped squared error of the critic, one value per token.
+
+    Paper: PPO as implemented by its authors, described in Implementation Matters in Deep Policy Gradients (Engstrom et
+    al., 2020, arXiv:2005.12729): max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2.
+
+    Args:
+        values_N: the critic's values, (N,).
+        old_values_N: its values when the tokens were sampled, (N,).
+        returns_N: targets, advantages plus old values, (N,).
+        cliprange: how far a value may move from its old one and still lower the loss, above 0; ``None`` is plain
+            squared error.
+
+    Returns:
+        Losses (N,).
+
+    Raises:
+        ValueError: for a range of 0 or below.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> value_loss(0.5 * one, old_values_N=0 * one, returns_N=one, cliprange=0.2)
+        tensor([0.3200])
+    """
+    errors_N, clipped_errors_N = _squared_errors(values_N, old_values_N, returns_N, cliprange)
+    return torch.maximum(errors_N, clipped_errors_N) / 2
+
+
+def value_clip_counts(
+    values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None = 0.2
+) -> ValueClipCounts:
+    """Counts the tokens whose value loss is that of the clipped value, which has no gradient.
+
+    Args:
+        values_N: the critic's values, (N,).
+        old_values_N: its values when the tokens were sampled, (N,).
+        returns_N: targets, (N,).
+        cliprange: as for ``value_loss``.
+
+    Returns:
+        The two counts; their quotient, after summing over micro-batches and ranks, is the clipped share.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> value_clip_counts(0.5 * one, old_values_N=0 * one, returns_N=one, cliprange=0.2).clipped
+        tensor(1)
+    """
+    errors_N, clipped_errors_N = _squared_errors(values_N.detach(), old_values_N, returns_N, cliprange)
+    return ValueClipCounts((clipped_errors_N > errors_N).sum(), torch.tensor(errors_N.numel(), device=errors_N.device))
+
+
+def explained_variance_sums(values_N: Tensor, *, returns_N: Tensor) -> Tensor:
+    """Sums from which ``explained_variance`` is computed, once they are added over micro-batches and ranks.
+
+    Args:
+        values_N: the critic's values, (N,).
+        returns_N: targets, (N,).
+
+    Returns:
+        Number of tokens, sum and sum of squares of the returns, and of the errors; (5,) in fp64, because variances
+        from sums cancel.
+
+    Example:
+        >>> explained_variance_sums(torch.tensor([0.0, 1.0]), returns_N=torch.tensor([1.0, 3.0])).tolist()
+        [2.0, 4.0, 10.0, 3.0, 5.0]
+    """
+    returns = returns_N.detach().double()
+    errors = returns - values_N.detach().double()
+    count = torch.full((), returns.numel(), dtype=torch.float64, device=returns.device)
+    return torch.stack([count, returns.sum(), returns.square().sum(), errors.sum(), errors.square().sum()])
+
+
+def explained_variance(sums: Tensor) -> Tensor:
+    """Share of the variance of the returns that the critic explains: 1 - Var(R - V) / Var(R).
+
+    Args:
+        sums: from ``explained_variance_sums``, (5,), added over whatever makes up the global batch.
+
+    Returns:
+        A scalar: 1 is a perfect critic, 0 one that is worth a constant, below 0 one that is worse; NaN where all
+        returns are equal or there are none.
+
+    Example:
+        >>> returns = torch.tensor([1.0, 2.0, 3.0])
+        >>> explained_variance(explained_variance_sums(returns + 0.5, returns_N=returns))
+        tensor(1., dtype=torch.float64)
+    """
+    count, returns, returns_squared, errors, errors_squared = sums.unbind()
+    variance = returns_squared - returns.square() / count
+    error_variance = errors_squared - errors.square() / count
+    # Rounding leaves a little where equal returns should leave nothing.
+    is_constant = variance <= 1e-12 * returns_squared
+    return torch.where(is_constant, torch.full_like(variance, torch.nan), 1 - error_variance / variance)

@@ -1,0 +1,38 @@
+"""Models: loading and export, running a decoder over packed batches, the fused log-prob head, reference policies."""
+
+from .backbone import (
+    HiddenStates,
+    base_model,
+    decoder_of,
+    evaluating,
+    hidden_states,
+    num_positions,
+    resolve_layout,
+    token_stats,
+)
+from .export import save_pretrained
+from .loading import load_causal_lm, load_tokenizer
+from .logprob_head import OutputHead, TokenStats, fused_logprobs, output_head
+from .reference import AdapterReference, FrozenReference, Reference, folder_fingerprint
+
+__all__ = [
+    "AdapterReference",
+    "FrozenReference",
+    "HiddenStates",
+    "OutputHead",
+    "Reference",
+    "TokenStats",
+    "base_model",
+    "decoder_of",
+    "evaluating",
+    "folder_fingerprint",
+    "fused_logprobs",
+    "hidden_states",
+    "load_causal_lm",
+    "load_tokenizer",
+    "num_positions",
+    "output_head",
+    "resolve_layout",
+    "save_pretrained",
+    "token_stats",
+]

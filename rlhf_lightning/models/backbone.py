@@ -1,0 +1,220 @@
+"""Runs a decoder over a SequenceBatch and reads hidden states at chosen positions, whatever the layout.
+
+``layout="packed"`` runs the forest as one row through the registered attention; ``"padded"`` runs the same sequences as
+rows of a padded matrix; ``"auto"`` is packed where the model is seen to agree with its own padded forward on a small
+probe, and padded elsewhere (a model with its own attention, a recurrent layer, an unsupported mask), said once.
+
+Legend: T tokens in the forest, S sequences, L padded length, R positions read, N scored tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..sequences import ATTENTION_NAME, Example, PaddedBatch, Segment, SequenceBatch, pack
+from .logprob_head import TokenStats, fused_logprobs, output_head
+
+log = logging.getLogger(__name__)
+
+Layout = Literal["packed", "padded"]
+
+# Relative disagreement above which the probe rejects the packed layout, per parameter dtype.
+_PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+class HiddenStates(NamedTuple):
+    """Hidden states of a batch in the layout in which they were computed.
+
+    Args:
+        states: ``(T, D)`` packed or ``(S, L, D)`` padded, after the final norm.
+        start: ``(S,)`` column of each sequence's first token; ``None`` if packed.
+    """
+
+    states: Tensor
+    start: Tensor | None
+
+    def read(self, flat_index: Tensor, sequence_index: Tensor, depth: Tensor) -> Tensor:
+        """Reads ``(R, D)`` states.
+
+        Args:
+            flat_index: ``(R,)`` positions in the forest.
+            sequence_index: ``(R,)`` the sequences that the positions belong to.
+            depth: ``(R,)`` the positions along these sequences.
+        """
+        if self.start is None:
+            return self.states.index_select(0, flat_index)
+        columns = depth + self.start[sequence_index]
+        flat = self.states.flatten(0, 1)
+        return flat.index_select(0, sequence_index * self.states.shape[1] + columns)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model (its adapters stay in place), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return,operator]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder that yields hidden states, without its output projection."""
+    base = base_model(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
+    return base.base_model if decoder is None or decoder is base else decoder  # type: ignore[return-value]
+
+
+def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> HiddenStates:
+    """Runs the decoder over a batch.
+
+    Args:
+        model: a causal language model, or one wrapped by PEFT.
+        batch: the sequences.
+        layout: ``packed`` or ``padded``.
+    """
+    decoder = decoder_of(model)
+    if layout == "padded":
+        return padded_hidden_states(decoder, batch.padded())
+    output = decoder(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        # A mask with four dimensions passes through mask creation untouched; the registered attention does not read it.
+        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.input_ids.device),
+        tree=batch.geometry,
+        use_cache=False,
+    )
+    return HiddenStates(output.last_hidden_state[0], None)
+
+
+def padded_hidden_states(decoder: nn.Module, padded: PaddedBatch) -> HiddenStates:
+    """Runs the decoder over padded rows, on either side padded."""
+    kwargs: dict[str, Any] = {}
+    if "position_ids" in decoder.forward.__code__.co_varnames or hasattr(decoder.forward, "__wrapped__"):
+        kwargs["position_ids"] = padded.position_ids
+    output = decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False, **kwargs)
+    return HiddenStates(output.last_hidden_state, padded.start)
+
+
+def token_stats(
+    model: nn.Module,
+    batch: SequenceBatch,
+    layout: Layout,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    mean: bool = False,
+    power: bool = False,
+) -> TokenStats:
+    """Log-probabilities of every scored token of a batch; only positions that a loss reads are projected.
+
+    Args:
+        model: a causal language model, or one wrapped by PEFT.
+        batch: the sequences.
+        layout: how to run them.
+        temperature: see ``fused_logprobs``.
+        entropy: see ``fused_logprobs``.
+        mean: see ``fused_logprobs``.
+        power: see ``fused_logprobs``.
+
+    Returns:
+        TokenStats of ``(N,)`` tensors, in the order of ``batch.target_ids``.
+    """
+    hidden = hidden_states(model, batch, layout)
+    hidden_ND = hidden.read(batch.source_index, batch.sequence_index, batch.source_depth)
+    head = output_head(model)
+    return fused_logprobs(
+        hidden_ND, head, batch.target_ids, temperature=temperature, entropy=entropy, mean=mean, power=power
+    )
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """How many positions a model with a table of learned positions has; ``None`` where positions are computed."""
+    config = base_model(model).config.get_text_config()
+    if getattr(config, "model_type", "") in {"gpt2", "opt", "gpt_neo", "gptj", "codegen", "biogpt", "xglm"}:
+        return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
+def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]) -> Layout:
+    """Decides how a model is run: packed where a small probe shows that it agrees with the padded forward.
+
+    Args:
+        model: the model, on its device.
+        layout: ``auto`` probes and falls back with one warning; ``packed`` probes and refuses to go on.
+
+    Raises:
+        ValueError: ``packed`` was asked for and the model does not compute the same packed.
+    """
+    if layout == "padded":
+        return "padded"
+    reason = _why_not_packed(model)
+    if reason is None:
+        return "packed"
+    name = type(base_model(model)).__name__
+    if layout == "packed":
+        raise ValueError(f"layout is 'packed', but {name} cannot run packed: {reason}; use layout='auto' or 'padded'")
+    log.warning("%s runs in the padded layout: %s", name, reason)
+    return "padded"
+
+
+def _why_not_packed(model: nn.Module) -> str | None:
+    """The reason why a model cannot run packed, or None."""
+    config = base_model(model).config.get_text_config()
+    if getattr(config, "_attn_implementation", None) != ATTENTION_NAME:
+        return f"its attention implementation is {getattr(config, '_attn_implementation', None)!r}, not {ATTENTION_NAME!r}"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {sorted(kinds)}"
+    batch = probe_batch(model)
+    with evaluating(model), torch.no_grad():
+        try:
+            packed, padded = (
+                hidden_states(model, batch, kind).read(batch.path_index, *_path_positions(batch))
+                for kind in ("packed", "padded")
+            )
+        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+            return f"the packed probe failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    tolerance = _PROBE_TOLERANCE.get(next(model.parameters()).dtype, 6e-2)
+    if torch.is_autocast_enabled(packed.device.type):
+        tolerance = max(tolerance, _PROBE_TOLERANCE[torch.bfloat16])
+    error = float((packed - padded).norm() / padded.norm().clamp_min(1e-30))
+    # A nan (an untrained quantised model, say) must not pass for agreement.
+    return None if error <= tolerance else f"packed and padded hidden states differ by {error:.1e} (relative)"
+
+
+def _path_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Sequence index and depth of every entry of ``batch.path_index``."""
+    sequence = torch.repeat_interleave(torch.arange(batch.num_sequences, device=batch.lengths.device), batch.lengths)
+    first = batch.lengths.cumsum(0) - batch.lengths
+    return sequence, torch.arange(len(sequence), device=sequence.device) - first[sequence]
+
+
+def probe_batch(model: nn.Module) -> SequenceBatch:
+    """A small forest with a shared prompt, a deeper branch and a lone sequence, for comparing layouts."""
+    vocab = base_model(model).config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    tokens = [(7 * n * n + 3 * n + 1) % vocab for n in range(24)]
+    deep = Segment(tokens[9:12], children=(Segment(tokens[12:15]), Segment(tokens[15:16])))
+    tree = Segment(tokens[:5], children=(Segment(tokens[5:9]), deep))
+    return pack([Example("probe:0", tree), Example("probe:1", Segment(tokens[16:24]))], device=device)
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Puts a model in evaluation mode for a while and restores every part's own mode."""
+    return _Evaluating(model) if model.training else nullcontext()
+
+
+class _Evaluating(AbstractContextManager[None]):
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modes = [(module, module.training) for module in model.modules()]
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode

@@ -1,0 +1,316 @@
+"""Export: a trained model as a plain Hugging Face folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from .reference import ADAPTER_COPY
+
+log = logging.getLogger(__name__)
+
+# Either of these makes a folder a model's; one of them must be there before a folder is replaced.
+_MODEL_FILES = ("config.json", "adapter_config.json")
+# The one folder that a tokenizer writes.
+_TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+def save_pretrained(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    merge_adapter: bool = False,
+) -> Path:
+    """Writes a model and its tokenizer as a Hugging Face folder: safetensors, config, tokenizer, chat template.
+
+    The folder is written beside its place, flushed to disk, and renamed when it is complete; one that was there stays
+    until then. A process that is killed leaves the old folder or the new one (between two renames, the old one beside
+    its place; the next call puts it back). The model itself is not touched: training goes on as if nothing happened.
+
+    Merging computes ``W + (alpha / r) B A`` in the dtype of ``W``; quantised weights are dequantised first and written
+    in the model's dtype, since quantising the sum again would lose a part of what was learned.
+
+    Where several processes train one model, every rank calls this; sharded weights are gathered and rank 0 writes.
+
+    Args:
+        model: a causal language model, or one with a LoRA adapter.
+        tokenizer: its tokenizer.
+        folder: where to; replaced if it holds a model, refused if it holds anything else.
+        merge_adapter: add the adapter to the weights and write the whole model, instead of the adapter alone.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ValueError: the place is taken by something that is not a model, or the model cannot be written that way.
+
+    Example:
+        >>> save_pretrained(model, tokenizer, "runs/dpo/export", merge_adapter=True)  # doctest: +SKIP
+        PosixPath('/home/me/runs/dpo/export')
+    """
+    target = Path(folder).expanduser().resolve()
+    _check_place(target)
+    adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
+    write = _model_writer(model) if adapted is None else _adapter_writer(adapted)
+    if _is_writer():
+        _replace(target, lambda place: (write(place), tokenizer.save_pretrained(place)))
+    if _is_distributed():
+        dist.barrier()
+    return target
+
+
+# What is written.
+
+
+def _adapter_writer(model: PeftModel) -> Callable[[Path], None]:
+    """Gathers the trained adapter; returns what writes it in peft's own layout."""
+    adapter = _trained_adapter(model)
+    config = copy.copy(model.peft_config[adapter])
+    config.inference_mode = True
+    # No embedding is ever resized here, and the check for it would ask the hub.
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = {name: _whole(tensor) for name, tensor in state.items()}
+
+    def write(place: Path) -> None:
+        config.save_pretrained(str(place))
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def _model_writer(model: PreTrainedModel | PeftModel) -> Callable[[Path], None]:
+    """Gathers all weights, with an adapter added to them; returns what writes them in transformers' own layout."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base is model and getattr(base, "quantization_method", None) is not None:
+        raise ValueError("the model is quantised and has no adapter: there is nothing in it that its source lacks")
+    state = _merged_state(model) if isinstance(model, PeftModel) else base.state_dict()
+    state = {name: _whole(tensor) for name, tensor in state.items()}
+    shell = _shell(base, state)
+    return lambda place: shell.save_pretrained(place, state_dict=dict(state))
+
+
+def _trained_adapter(model: PeftModel) -> str:
+    names = [name for name in model.peft_config if name != ADAPTER_COPY]
+    if len(names) != 1:
+        raise ValueError(
+            f"the model has the adapters {names}: delete all but one, with delete_adapter, before an export"
+        )
+    return names[0]
+
+
+def _shell(base: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A second view of a model for ``save_pretrained``, which writes to the config of what it saves."""
+    shell = copy.copy(base)
+    shell.config = copy.deepcopy(base.config)
+    # What belongs to this run and not to the weights: our attention, quantised layers, placement.
+    shell.config._attn_implementation = None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        shell.config.__dict__.pop(name, None)
+    for name in ("hf_quantizer", "hf_device_map", "quantization_method", "_hf_peft_config_loaded"):
+        shell.__dict__.pop(name, None)
+    _settle_ties(shell, state)
+    if shell.can_generate():
+        try:
+            shell.generation_config.validate(strict=True)
+        except ValueError as error:
+            log.warning(
+                "the generation config is invalid and is left out of the export: %s", str(error).splitlines()[0]
+            )
+            shell.generation_config = GenerationConfig.from_model_config(shell.config)
+    return shell
+
+
+def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Keeps one of two tied weights, or says in the config that an adapter has moved one away from the other."""
+    tied: dict[str, str] = getattr(shell, "all_tied_weights_keys", None) or {}
+    pairs = [(copy_of, kept) for copy_of, kept in tied.items() if copy_of in state and kept in state]
+    if all(torch.equal(state[copy_of], state[kept]) for copy_of, kept in pairs):
+        for copy_of, _ in pairs:
+            del state[copy_of]
+        return
+    shell.config.tie_word_embeddings = False
+    shell.config.get_text_config().tie_word_embeddings = False
+    shell.all_tied_weights_keys = {}
+
+
+# Adding an adapter to weights, layer by layer, without touching the layers.
+
+
+def _merged_state(model: PeftModel) -> dict[str, Tensor]:
+    """The base model's state dict with the trained adapter added, under the names of a model without adapters."""
+    adapter = _trained_adapter(model)
+    base: Any = model.get_base_model()
+    replaced: dict[str, dict[str, Tensor]] = {}
+    for name, module in base.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in replaced):
+            continue
+        state = _replaced_state(name, module, adapter)
+        if state is not None:
+            replaced[name] = state
+    merged: dict[str, Tensor] = {}
+    for key, tensor in base.state_dict().items():
+        outer = next((name for name in replaced if key.startswith(f"{name}.")), None)
+        if outer is None:
+            merged[key] = tensor
+        else:
+            merged.update({f"{outer}.{k}": t for k, t in replaced[outer].items()})
+    return merged
+
+
+def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Tensor] | None:
+    """The plain state of a module that is not plain, and None for any other."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return dict(module.modules_to_save[adapter].state_dict())
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, which cannot be merged: export with merge_adapter=False"
+        )
+    if isinstance(module, BaseTunerLayer):
+        if _is_quantised(module.get_base_layer()):
+            return _merged_quantised(name, module, adapter)
+        return _merged_plain(module, adapter)
+    return _dequantised(module) if _is_quantised(module) else None
+
+
+def _merged_plain(layer: Any, adapter: str) -> dict[str, Tensor]:
+    """Applies peft's own merge of every kind of LoRA, on a copy of one layer."""
+    layer = copy.deepcopy(layer)
+    for module in layer.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                setattr(module, key, nn.Parameter(parameter.full_tensor(), requires_grad=False))
+    plain: Any = layer
+    while isinstance(plain, BaseTunerLayer):  # adapters of single parameters are wrapped around each other
+        plain.merge(safe_merge=True, adapter_names=[adapter])
+        plain = getattr(plain, "base_layer")  # noqa: B009
+    return dict(plain.state_dict())
+
+
+def _merged_quantised(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
+    state = _dequantised(layer.get_base_layer())
+    if adapter not in layer.lora_A:
+        return state
+    if adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "lora_bias", {}).get(adapter):
+        raise ValueError(
+            f"{name} has a DoRA adapter or an adapter bias on quantised weights: export with merge_adapter=False"
+        )
+    delta = layer.get_delta_weight(adapter)
+    transposed = issubclass(getattr(layer.get_base_layer(), "source_cls", nn.Linear), Conv1D)
+    delta = delta.T if transposed else delta
+    # One rounding: the sum is formed in the adapter's precision.
+    state["weight"] = (state["weight"].to(delta.dtype) + delta).to(state["weight"].dtype)
+    return state
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return isinstance(module, Linear4bit | Linear8bitLt)
+
+
+def _dequantised(layer: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias of a bitsandbytes layer, in the layout of the layer that it stands for."""
+    module: Any = layer
+    if isinstance(layer, Linear4bit):
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        dtype = module.compute_dtype or weight.dtype
+    else:
+        scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+        data = module.state.CB if module.state.CB is not None else module.weight.data
+        weight = int8_vectorwise_dequant(data, scales)
+        dtype = weight.dtype
+    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
+        weight = weight.T.contiguous()
+    state = {"weight": weight.to(dtype)}
+    if module.bias is not None:
+        state["bias"] = module.bias.data
+    return state
+
+
+# Where it is written.
+
+
+def _check_place(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{str(target)!r} is a file: pass a folder to export to")
+    content = list(target.iterdir())
+    if content and not any((target / name).is_file() for name in _MODEL_FILES):
+        raise ValueError(f"{str(target)!r} exists and holds no model: pass a new or empty folder to export to")
+    folders = sorted(path.name for path in content if path.is_dir() and path.name != _TEMPLATE_FOLDER)
+    if folders:
+        raise ValueError(f"{str(target)!r} holds the folder {folders[0]!r}, which would be deleted: pass a new folder")
+
+
+def _replace(target: Path, write: Callable[[Path], object]) -> None:
+    """Writes a folder beside its place and renames it there."""
+    fresh, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists():  # an earlier call was killed between its two renames, or while it deleted
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+    if fresh.exists():
+        shutil.rmtree(fresh)
+    fresh.mkdir()
+    try:
+        write(fresh)
+        _flush(fresh)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    _flush_entry(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that is not sharded; on the rank that writes, it is on the CPU."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu() if _is_writer() else tensor.detach()
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _is_writer() -> bool:
+    return not _is_distributed() or dist.get_rank() == 0

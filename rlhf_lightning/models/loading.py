@@ -1,0 +1,362 @@
+"""Loading: tokenizers, and causal language models that are ready to be trained.
+
+What transformers leaves to chance is fixed here: the dtype is the one that was asked for, the model is in training
+mode, a weight that a checkpoint lacks is an error instead of a random number, and quantised layers compute the same in
+training and in evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..sequences import ATTENTION_NAME, register_attention
+from .reference import ADAPTER_COPY
+
+Quantization = Literal["nf4", "fp4", "int8"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What the libraries raise when a folder, a file in it or a hub id is not what it should be.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Where it has no padding token, the end-of-sequence token pads; which positions count is said by masks alone, so the
+    choice cannot change a result.
+
+    Args:
+        source: a folder or hub id with a tokenizer; for an adapter without one, its base model's is taken.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no end-of-sequence token.
+
+    Example:
+        >>> load_tokenizer("runs/sft/export").eos_token  # doctest: +SKIP
+        '<eos>'
+    """
+    place = _locate(source, what="tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except _LOADING_ERRORS as error:
+        adapter = find_adapter_config_file(place)
+        base = _read_json(adapter).get("base_model_name_or_path") if adapter else None
+        if base:
+            return load_tokenizer(base)
+        raise ValueError(
+            f"no tokenizer in {str(source)!r} ({_first_line(error)}): "
+            "pass as tokenizer a folder that holds tokenizer.json and tokenizer_config.json, or a hub id"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {str(source)!r} has no end-of-sequence token, without which no completion can end: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    init: Literal["pretrained", "random"] = "pretrained",
+    quantization: Quantization | None = None,
+    lora: Mapping[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+    trainable: bool = True,
+) -> PreTrainedModel | PeftModel:
+    """Loads a causal language model, in training mode and in the dtype that was asked for.
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685): ``W x + (alpha / r) B A x`` with ``W`` frozen. QLoRA (Dettmers et al. 2023,
+    arXiv 2305.14314): ``W`` in 4 bits with doubly quantised scales, products in ``dtype``. Adapters are kept in fp32
+    where ``dtype`` is a half precision.
+
+    A folder or hub id that holds an adapter loads its base model and goes on training the adapter; a second, frozen
+    adapter ``ref`` keeps the weights as they were loaded, because with the adapter off the reference would be the base.
+
+    LLM.int8() on CUDA splits outlier columns off by the whole batch, so that int8 results depend on the batch in their
+    last digits; ``nf4`` and ``fp4`` do not.
+
+    Args:
+        model: a folder or hub id of a model or an adapter; with ``init="random"``, config.json is enough.
+        dtype: float32, bfloat16, float16 or float64, for every weight that is not quantised.
+        init: ``random`` draws weights from torch's random state instead of reading them.
+        quantization: ``nf4``, ``fp4`` or ``int8`` by bitsandbytes; only adapters can be trained then.
+        lora: arguments of peft's ``LoraConfig``, such as ``{"r": 16, "lora_alpha": 32}``; ``target_modules`` is
+            ``"all-linear"`` unless given.
+        gradient_checkpointing: keep layer inputs only and compute the rest again in the backward pass.
+        attn_implementation: a name that transformers knows; None takes the model's default.
+        trainable: False freezes everything and leaves the model in evaluation mode, as for a reference.
+
+    Raises:
+        ValueError: nothing is found, weights are missing, or the options contradict each other.
+
+    Example:
+        >>> model = load_causal_lm("runs/sft/export", dtype=torch.bfloat16, lora={"r": 16})  # doctest: +SKIP
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # doctest: +SKIP
+        1081344
+    """
+    _check_options(dtype=dtype, init=init, quantization=quantization, lora=lora, trainable=trainable)
+    lora_config = _lora_config(lora) if lora is not None else None
+    place = _locate(model, what="model")
+    adapter = find_adapter_config_file(place)
+    if quantization is not None and trainable and lora is None and adapter is None:
+        raise ValueError(f"quantization={quantization!r} without lora leaves nothing to train: pass lora={{'r': 16}}")
+    if attn_implementation == ATTENTION_NAME:
+        register_attention()
+    load = partial(_load_base, dtype=dtype, quantization=quantization, attn_implementation=attn_implementation)
+
+    loaded: PreTrainedModel | PeftModel
+    if adapter is not None:
+        if lora is not None or init == "random":
+            raise ValueError(
+                f"{str(model)!r} holds an adapter, which is trained further: leave lora and init out, "
+                "or pass the base model's folder to start a new adapter"
+            )
+        loaded = _load_adapter(place, adapter, load, trainable=trainable)
+    elif init == "random":
+        loaded = _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
+    else:
+        base = load(place)
+        if trainable and lora is None and getattr(base, "quantization_method", None) is not None:
+            raise ValueError(f"the weights in {str(model)!r} are quantised and stay frozen: pass lora={{'r': 16}}")
+        loaded = base if lora_config is None else _add_adapter(base, lora_config)
+    if gradient_checkpointing:
+        _enable_checkpointing(loaded)
+    return loaded.train() if trainable else loaded.requires_grad_(False).eval()
+
+
+def _check_options(
+    *,
+    dtype: torch.dtype,
+    init: str,
+    quantization: str | None,
+    lora: Mapping[str, Any] | None,
+    trainable: bool,
+) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: use one of {', '.join(map(str, _DTYPES))}")
+    if init not in ("pretrained", "random"):
+        raise ValueError(f"init is {init!r}: use 'pretrained' or 'random'")
+    if quantization not in (None, "nf4", "fp4", "int8"):
+        raise ValueError(f"quantization is {quantization!r}: use 'nf4', 'fp4' or 'int8', or leave it out")
+    if init == "random" and quantization is not None:
+        raise ValueError(f"quantization={quantization!r} with init='random' would freeze random weights: leave one out")
+    if init == "random" and lora is not None:
+        raise ValueError("lora with init='random' would adapt random weights that stay frozen: leave one out")
+    if lora is not None and not trainable:
+        raise ValueError(f"trainable=False with a new adapter, lora={dict(lora)!r}: leave lora out")
+    if quantization is not None and dtype == torch.float64:
+        raise ValueError(f"quantization={quantization!r} does not compute in float64: use float32, bfloat16 or float16")
+
+
+def _locate(source: str | Path, *, what: str) -> str:
+    """An absolute path for a local folder, the name itself for a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists():
+        raise ValueError(f"the {what} {str(source)!r} is a file: pass the folder that holds it")
+    text = str(source)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise ValueError(f"there is no folder {str(path.absolute())!r} to load the {what} from")
+    return text
+
+
+def _load_base(
+    place: str, *, dtype: torch.dtype, quantization: str | None, attn_implementation: str | None
+) -> PreTrainedModel:
+    """Reads a whole model, and refuses one that is not whole."""
+    config = _read_config(place)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and quantization is not None:
+        raise ValueError(f"the weights of {place!r} are quantised already: leave quantization={quantization!r} out")
+    if quantization is not None:
+        arguments["quantization_config"] = _quantization_config(quantization, dtype)
+    if quantization is not None or stored is not None:
+        # Where the caller builds the model (the trainer's device, say), and not on whatever accelerator there is.
+        arguments["device_map"] = {"": torch.get_default_device()}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"cannot load a causal language model from {place!r}: {_first_line(error)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{len(missing)} weights of {type(model).__name__} are missing in {place!r}, the first {missing[0]!r}: "
+            "the checkpoint is incomplete or belongs to another architecture"
+        )
+    _steady_quantised_layers(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    config = _read_config(place)
+    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)  # type: ignore[no-any-return]
+    except _LOADING_ERRORS as error:
+        raise ValueError(
+            f"cannot build a causal language model from {place}/config.json: {_first_line(error)}"
+        ) from error
+
+
+def _read_config(place: str) -> PreTrainedConfig:
+    folder = Path(place)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{place!r} holds no config.json: pass a folder that save_pretrained wrote, or a hub id")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place)
+        return config
+    except _LOADING_ERRORS as error:
+        if folder.is_dir():
+            raise ValueError(f"cannot read {place}/config.json: {_first_line(error)}") from error
+        raise ValueError(
+            f"{place!r} is no folder (looked for {str(folder.absolute())!r}) and could not be had from the hub "
+            f"({_first_line(error)}): pass an existing folder, or a hub id that is cached or can be reached"
+        ) from error
+
+
+def _lora_config(lora: Mapping[str, Any]) -> LoraConfig:
+    allowed = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    for key in lora:
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"use fields of peft's LoraConfig such as {'r'!r}"
+            raise ValueError(f"lora has no option {key!r}: {hint}")
+    options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora}
+    if options["task_type"] != "CAUSAL_LM":
+        raise ValueError(f"lora's task_type is {options['task_type']!r}: leave it out, or write 'CAUSAL_LM'")
+    if "target_parameters" in lora and "target_modules" not in lora:
+        options["target_modules"] = None
+    try:
+        return LoraConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora={dict(lora)!r} is refused by peft: {_first_line(error)}") from error
+
+
+def _add_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    try:
+        return get_peft_model(base, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot add a LoRA adapter to {type(base).__name__}: {_first_line(error)}") from error
+
+
+def _load_adapter(place: str, config_file: str, load: partial[PreTrainedModel], *, trainable: bool) -> PeftModel:
+    """Loads an adapter on its base model and, where it will be trained, a frozen copy of it."""
+    config = _read_json(config_file)
+    kind, base_source = config.get("peft_type"), config.get("base_model_name_or_path")
+    if kind != "LORA":
+        raise ValueError(f"the adapter in {place!r} is of type {kind!r}: only LORA adapters can be trained further")
+    if not base_source:
+        raise ValueError(f"the adapter in {place!r} names no base model: set base_model_name_or_path in {config_file}")
+    try:
+        base = load(_locate(base_source, what="base model"))
+    except ValueError as error:
+        raise ValueError(f"{error} (it is the base_model_name_or_path in {config_file})") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, place, is_trainable=trainable)
+            if trainable:
+                model.load_adapter(place, adapter_name=ADAPTER_COPY, is_trainable=False)
+    except (*_LOADING_ERRORS, UserWarning) as error:
+        raise ValueError(f"cannot load the adapter in {place!r} on {base_source!r}: {_first_line(error)}") from error
+    return model
+
+
+def _enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
+    """Turns on checkpointing without re-entrance.
+
+    That kind does not ask the first layer's input to require a gradient, so adapters need no hook on the embeddings
+    (which would also send the backward pass through layers below the first adapter).
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(
+            f"{type(base).__name__} cannot checkpoint ({_first_line(error)}): leave gradient_checkpointing off"
+        ) from error
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+class SteadyLinear8bit(Linear8bitLt):
+    """An 8-bit layer that computes the same in training and in evaluation.
+
+    On a CPU bitsandbytes multiplies by dequantised weights in training and quantises activations too in evaluation, so
+    that a policy would differ from its own reference before the first step. The layer has no other use for its mode.
+    """
+
+    @property
+    def training(self) -> bool:
+        """Always on."""
+        return True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Ignored."""
+
+
+def _steady_quantised_layers(model: PreTrainedModel) -> None:
+    """Makes quantised layers compute the same function, and a differentiable one, in every mode."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weight in place for a kernel that
+            # computes in bfloat16 and has no backward: later training steps would silently lose most of their gradient.
+            module.support_avx512bf16_for_cpu = False
+        elif type(module) is Linear8bitLt:
+            module.__class__ = SteadyLinear8bit
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error of a library says first, without its advice."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(".:") if lines else type(error).__name__

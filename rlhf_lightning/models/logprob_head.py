@@ -1,0 +1,311 @@
+"""The fused log-prob head: ``log p(target)`` from hidden states without a (tokens x vocabulary) matrix.
+
+Logits are computed tile by tile (rows x a slice of the vocabulary), reduced by an online log-sum-exp, and computed again
+in the backward pass, where each tile turns into its gradient in place. Memory is one tile; accumulation is in at least
+fp32, whatever the dtype of the model.
+
+Legend: N tokens, D hidden size, V vocabulary, R rank of the low-rank part of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Tile sizes: large enough for efficient matrix products, small enough to stay in a CPU core's cache between passes.
+TILE_ROWS = 512
+TILE_COLUMNS = 2048
+
+
+@dataclass
+class OutputHead:
+    """The output projection of a language model, taken apart.
+
+    Args:
+        weight: ``(V, D)``.
+        bias: ``(V,)``.
+        lora_in: ``(R, D)``, the A matrix of a LoRA adapter on the head.
+        lora_out: ``(V, R)``, its B matrix, scaling not included.
+        lora_scaling: the factor of the adapter.
+        scale: factor of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2), applied after ``scale``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_in: Tensor | None = None
+    lora_out: Tensor | None = None
+    lora_scaling: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """``(N, V)`` logits, materialised: for tests and for few rows."""
+        logits = hidden_ND @ self.weight.T
+        if self.lora_in is not None and self.lora_out is not None:
+            logits = logits + self.lora_scaling * (hidden_ND @ self.lora_in.T) @ self.lora_out.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class TokenStats(NamedTuple):
+    """What the head says of each scored token; zeros where it was not asked for.
+
+    Args:
+        logprobs: ``(N,)`` log-probability of the target.
+        correct: ``(N,)`` whether the target is the most likely token; carries no gradient.
+        entropy: ``(N,)`` entropy of the distribution, in nats.
+        mean_logprobs: ``(N,)`` mean of log p over the vocabulary (label smoothing).
+        log_sum_p2: ``(N,)`` log of the sum of p squared (WPO); carries no gradient.
+    """
+
+    logprobs: Tensor
+    correct: Tensor
+    entropy: Tensor
+    mean_logprobs: Tensor
+    log_sum_p2: Tensor
+
+
+class _Config(NamedTuple):
+    inv_temperature: float
+    softcap: float | None
+    entropy: bool
+    mean: bool
+    power: bool
+
+
+def fused_logprobs(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    target_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    mean: bool = False,
+    power: bool = False,
+) -> TokenStats:
+    r"""Log-probabilities of targets from hidden states.
+
+    .. math:: \log p_i = z_{i,t_i} - \log\sum_v e^{z_{i,v}}, \qquad z_i = \mathrm{softcap}(s\,(W h_i + b)) / \tau
+
+    Args:
+        hidden_ND: ``(N, D)`` hidden states at the positions that predict the targets; N may be 0.
+        head: the output projection.
+        target_ids: ``(N,)`` token ids.
+        temperature: tau, above 0.
+        entropy: also compute the entropy, with gradient.
+        mean: also compute ``mean_logprobs``, with gradient.
+        power: also compute ``log_sum_p2``.
+
+    Returns:
+        TokenStats, in at least fp32.
+
+    Raises:
+        ValueError: the temperature is not above 0.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 4), torch.randn(8, 4)
+        >>> fused_logprobs(hidden, OutputHead(weight), torch.tensor([0, 5])).logprobs.exp()
+        tensor([0.1250, 0.1250])
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    weight, bias, low, low_out = head.weight, head.bias, None, None
+    if head.lora_in is not None and head.lora_out is not None:
+        low = (hidden_ND.to(head.lora_in.dtype) @ head.lora_in.T) * head.lora_scaling
+        low_out = head.lora_out
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, weight = hidden_ND.to(dtype), weight.to(dtype)
+        low, low_out = (None if t is None else t.to(dtype) for t in (low, low_out))
+    # The scale of the logits and the temperature are one factor unless a soft cap stands between them.
+    before = head.scale if head.softcap is not None else head.scale / temperature
+    if before != 1.0:
+        hidden_ND = hidden_ND * before
+        bias = None if bias is None else bias * before
+        low = None if low is None else low * before
+    config = _Config(1.0 / temperature if head.softcap is not None else 1.0, head.softcap, entropy, mean, power)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return TokenStats(*_FusedLogProbs.apply(hidden_ND, weight, bias, low, low_out, target_ids, config))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` accumulated and returned in at least fp32."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b.to(a.dtype).T
+    if a.is_cuda:
+        return torch.mm(a, b.T, out_dtype=torch.float32)
+    return a.float() @ b.float().T
+
+
+class _Tiles:
+    """Computes tiles of logits for given rows and columns; knows soft-capping's derivative."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, low_out: Tensor | None, config: _Config
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.low, self.low_out = hidden, weight, bias, low, low_out
+        self.config = config
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+    def logits(self, rows: slice, columns: slice) -> Tensor:
+        """``(rows, columns)`` logits in at least fp32, after temperature and soft-capping."""
+        tile = _product(self.hidden[rows], self.weight[columns])
+        if self.low is not None and self.low_out is not None:
+            tile += _product(self.low[rows], self.low_out[columns])
+        if self.bias is not None:
+            tile += self.bias[columns].to(self.dtype)
+        if self.config.softcap is not None:
+            tile.div_(self.config.softcap).tanh_().mul_(self.config.softcap * self.config.inv_temperature)
+        return tile
+
+    def through_softcap(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient with respect to the raw product, from that with respect to the final logits."""
+        if self.config.softcap is None:
+            return grad
+        capped = logits / (self.config.softcap * self.config.inv_temperature)
+        return grad.mul_(1 - capped.square_()).mul_(self.config.inv_temperature)
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+class _FusedLogProbs(torch.autograd.Function):
+    """Returns the fields of TokenStats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None,
+        low_out: Tensor | None,
+        target_ids: Tensor,
+        config: _Config,
+    ) -> tuple[Tensor, ...]:
+        tiles = _Tiles(hidden, weight, bias, low, low_out, config)
+        num_tokens, vocab = hidden.shape[0], weight.shape[0]
+        new = {"dtype": tiles.dtype, "device": hidden.device}
+        target_logit, lse, entropy, mean_logit, lse2 = (torch.zeros(num_tokens, **new) for _ in range(5))
+        correct = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device)
+        for rows in _slices(num_tokens, TILE_ROWS):
+            count = rows.stop - rows.start
+            top = torch.full((count,), -torch.inf, **new)
+            mass, mass2, weighted, total = (torch.zeros(count, **new) for _ in range(4))
+            target = target_ids[rows]
+            for columns in _slices(vocab, TILE_COLUMNS):
+                tile = tiles.logits(rows, columns)
+                inside = (target >= columns.start) & (target < columns.stop)
+                picked = tile.gather(1, (target - columns.start).clamp(0, tile.shape[1] - 1)[:, None])[:, 0]
+                target_logit[rows] = torch.where(inside, picked, target_logit[rows])
+                new_top = torch.maximum(top, tile.amax(dim=1))
+                rescale = (top - new_top).exp_()
+                if config.mean:
+                    total += tile.sum(dim=1)
+                kept = tile.clone() if config.entropy else tile
+                tile = tile.sub_(new_top[:, None]).exp_()
+                mass = mass * rescale + tile.sum(dim=1)
+                if config.entropy:
+                    weighted = weighted * rescale + torch.linalg.vecdot(tile, kept)
+                if config.power:
+                    mass2 = mass2 * rescale.square() + torch.linalg.vecdot(tile, tile)
+                top = new_top
+            lse[rows] = top + mass.log()
+            entropy[rows] = lse[rows] - weighted / mass
+            mean_logit[rows] = total / vocab
+            lse2[rows] = 2 * top + mass2.log()
+            correct[rows] = target_logit[rows] >= top
+        ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy)
+        ctx.config = config
+        outputs = target_logit - lse, correct, entropy, mean_logit - lse, lse2 - 2 * lse
+        ctx.mark_non_differentiable(correct, outputs[4])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, low, low_out, target_ids, lse, entropy = ctx.saved_tensors
+        g_logprob, _, g_entropy, g_mean, _ = grads
+        tiles = _Tiles(hidden, weight, bias, low, low_out, ctx.config)
+        needs = ctx.needs_input_grad
+        d_hidden, d_weight, d_bias, d_low, d_low_out = (
+            torch.zeros_like(t, dtype=tiles.dtype) if t is not None and need else None
+            for t, need in zip((hidden, weight, bias, low, low_out), needs, strict=False)
+        )
+        vocab = weight.shape[0]
+        # d logits = g_logprob (onehot - p) + g_mean (1/V - p) - g_entropy p (log p + H)
+        g_logprob = torch.zeros_like(lse) if g_logprob is None else g_logprob
+        pull = g_logprob if g_mean is None else g_logprob + g_mean
+        rows_all = _slices(hidden.shape[0], TILE_ROWS)
+        for columns in _slices(vocab, TILE_COLUMNS):
+            weight_c = weight[columns].to(tiles.dtype)
+            low_out_c = None if low_out is None else low_out[columns].to(tiles.dtype)
+            for rows in rows_all:
+                logits = tiles.logits(rows, columns)
+                kept = logits.clone() if ctx.config.softcap is not None else logits
+                g_rows = None if g_entropy is None else g_entropy[rows]
+                grad = _tile_gradient(logits, lse[rows], pull[rows], g_rows, entropy[rows])
+                if g_mean is not None:
+                    grad += (g_mean[rows] / vocab)[:, None]
+                local = target_ids[rows] - columns.start
+                inside = ((local >= 0) & (local < grad.shape[1])).nonzero()[:, 0]
+                grad[inside, local[inside]] += g_logprob[rows][inside]
+                grad = tiles.through_softcap(grad, kept)
+                if d_hidden is not None:
+                    d_hidden[rows].addmm_(grad, weight_c)
+                if d_weight is not None:
+                    d_weight[columns].addmm_(grad.T, hidden[rows].to(tiles.dtype))
+                if d_bias is not None:
+                    d_bias[columns] += grad.sum(dim=0)
+                if d_low is not None and low_out_c is not None:
+                    d_low[rows].addmm_(grad, low_out_c)
+                if d_low_out is not None and low is not None:
+                    d_low_out[columns].addmm_(grad.T, low[rows].to(tiles.dtype))
+        inputs = (hidden, weight, bias, low, low_out)
+        result = [None if d is None else d.to(t.dtype) for d, t in zip((d_hidden, d_weight, d_bias, d_low, d_low_out), inputs, strict=True)]
+        return (*result, None, None)
+
+
+def _tile_gradient(logits: Tensor, lse: Tensor, pull: Tensor, g_entropy: Tensor | None, entropy: Tensor) -> Tensor:
+    """The part of the gradient that every vocabulary entry gets; overwrites the logits where it can."""
+    log_p = logits.sub_(lse[:, None])
+    if g_entropy is None:
+        return log_p.exp_().mul_(-pull[:, None])
+    p = log_p.exp()
+    return log_p.add_(entropy[:, None]).mul_(g_entropy[:, None]).add_(pull[:, None]).mul_(p).neg_()
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """Takes the output projection of a causal language model apart (tied or separate, bias, LoRA, scale, soft cap).
+
+    Raises:
+        ValueError: the model has no output embeddings.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = base.get_output_embeddings()
+    if layer is None:
+        raise ValueError(f"{type(base).__name__} has no output embeddings; a causal language model is needed")
+    text = base.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    parts: dict[str, Any] = {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+    if hasattr(layer, "base_layer"):  # a PEFT layer around the projection
+        inner = layer.base_layer
+        active = [] if layer.disable_adapters or layer.merged else [a for a in layer.active_adapters if a in layer.lora_A]
+        if len(active) > 1:
+            raise ValueError(f"the output projection has {len(active)} active adapters {active}; one at a time is supported")
+        if active:
+            name = active[0]
+            parts |= {
+                "lora_in": layer.lora_A[name].weight,
+                "lora_out": layer.lora_B[name].weight,
+                "lora_scaling": float(layer.scaling[name]),
+            }
+        layer = inner
+    return OutputHead(weight=layer.weight, bias=getattr(layer, "bias", None), **parts)

@@ -1,0 +1,417 @@
+"""The core that every method stands on: one batch is one optimizer step, whatever it is split into.
+
+A method adds three things: ``constants`` (what is computed once without gradient, such as a reference's log-probs),
+``scores`` (what is computed with gradient) and ``loss`` (a pure function of both, divided by global totals). All three
+speak in *rows*: tensors whose first dimension is the example. That is what makes micro-batches, ranks, gathered losses
+and validation the same few lines for all methods.
+
+Legend: E examples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal
+
+import lightning
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..models import TokenStats, base_model, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
+from ..models import save_pretrained as export_pretrained
+from ..sequences import Example, ExampleBatch, SequenceBatch, pack, plan_micro_batches, register_attention
+from .checks import check_module_options, check_trainer, trainer_dtype
+from .distributed import (
+    Scores,
+    concatenate,
+    gather_scores,
+    rows_before_this_rank,
+    sum_gradients,
+    sum_over_ranks,
+    world_size,
+)
+from .schedules import WarmupSchedule
+
+ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
+
+
+class PostTrainingModule(lightning.LightningModule):
+    """Loads a causal language model, runs packed micro-batches under global normalisers, and steps once per batch.
+
+    Args:
+        model: Hugging Face id or folder: weights, config, or a PEFT adapter.
+        init: ``"pretrained"`` loads weights; ``"random"`` draws them from the config.
+        tokenizer: id or folder, where it is not the model's.
+        micro_batch_tokens: most tokens per forward, above 0; a memory knob that changes no result.
+        layout: ``"packed"``, ``"padded"``, or ``"auto"``: packed where a probe shows that the model supports it.
+        share_prefix: compute a prompt once for all its completions; changes no result.
+        lora: arguments of ``peft.LoraConfig`` (``{"r": 16}``); ``None`` trains all weights.
+        quantization: ``"nf4"``, ``"fp4"`` or ``"int8"`` weights by bitsandbytes; needs ``lora``.
+        gradient_checkpointing: recompute activations in the backward pass.
+        max_grad_norm: clip the global gradient norm to this, above 0; ``None`` leaves it.
+        optimizer: from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without weight decay.
+        lr_scheduler: from an optimizer to a scheduler, stepped once per optimizer step.
+
+    Raises:
+        ValueError: an option out of range, in one line that says what to write instead.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-5
+    progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what the progress bar shows
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        init: Literal["pretrained", "random"] = "pretrained",
+        tokenizer: str | None = None,
+        micro_batch_tokens: int = 8192,
+        layout: Literal["auto", "packed", "padded"] = "auto",
+        share_prefix: bool = True,
+        lora: dict[str, Any] | None = None,
+        quantization: Literal["nf4", "fp4", "int8"] | None = None,
+        gradient_checkpointing: bool = False,
+        max_grad_norm: float | None = 1.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        check_module_options(
+            init=init, micro_batch_tokens=micro_batch_tokens, layout=layout, max_grad_norm=max_grad_norm
+        )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.automatic_optimization = False
+        self.model: Any = None
+        self.model_source = str(model)
+        self.init = init
+        self.micro_batch_tokens = micro_batch_tokens
+        self.share_prefix = share_prefix
+        self.lora = dict(lora) if lora is not None else None
+        self.quantization = quantization
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_grad_norm = max_grad_norm
+        self._tokenizer_source = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._requested_layout = layout
+        self._layout: Literal["packed", "padded"] | None = None
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._rows: list[Scores] = []  # rows of the running validation or test epoch
+        self._row_totals: dict[str, float] = {}
+
+    # What a method defines.
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a row's loss depends on the other rows of the global batch."""
+        return False
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Counts that the loss is divided by, of these examples; they are added up over all ranks."""
+        return {"examples": float(len(examples))}
+
+    def constants(self, batch: SequenceBatch) -> Scores:
+        """Rows that carry no gradient; called without gradient, once per micro-batch."""
+        return {}
+
+    def scores(self, batch: SequenceBatch) -> Scores:
+        """Rows that carry gradient."""
+        raise TypeError(f"{type(self).__name__} must define scores(batch)")
+
+    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+        """The rows' share of the loss: a sum over them, divided by the global totals."""
+        raise TypeError(f"{type(self).__name__} must define loss(rows, totals)")
+
+    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+        """What is logged, from the rows of a whole global batch or validation set."""
+        return {}
+
+    # The model.
+
+    def configure_model(self) -> None:
+        """Builds the model once, with the dtype that the trainer's precision asks for."""
+        if self.model is not None:
+            return
+        self.model = load_causal_lm(
+            self.model_source,
+            init=self.init,
+            dtype=trainer_dtype(self._trainer),
+            quantization=self.quantization,
+            lora=self.lora,
+            gradient_checkpointing=self.gradient_checkpointing,
+            attn_implementation=register_attention(),
+        )
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """Checks the trainer's flags; Lightning calls this before its own checks, which know nothing of ours."""
+        check_trainer(self.trainer)
+        return []
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer: the one that was given, else the model's."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._tokenizer_source or self.model_source)
+        return self._tokenizer
+
+    @property
+    def layout(self) -> Literal["packed", "padded"]:
+        """How batches run; decided once, when the model stands on its device."""
+        if self._layout is None:
+            self._layout = resolve_layout(self.model, self._requested_layout)
+        return self._layout
+
+    def token_stats(self, batch: SequenceBatch, model: nn.Module | None = None, **options: Any) -> TokenStats:
+        """Log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""
+        return token_stats(self.model if model is None else model, batch, self.layout, **options)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Builds the injected optimizer on the trainable parameters, and the scheduler on it."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("nothing is trainable: give lora={'r': 16}, or leave quantization out")
+        if self._optimizer is not None:
+            optimizer = self._optimizer(parameters)
+        else:
+            optimizer = torch.optim.AdamW(parameters, lr=self.default_learning_rate, weight_decay=0.0, fused=True)
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
+            scheduler.set_total_steps(self._num_steps())
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _num_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps in (float("inf"), -1):
+            raise ValueError("the schedule has no end: set trainer.max_steps, or total_steps of the lr_scheduler")
+        return int(steps)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves a batch of examples on the host: micro-batches are packed onto the device one at a time."""
+        if isinstance(batch, ExampleBatch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    # One batch, one step.
+
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
+        """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch."""
+        examples = self._checked(batch)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
+        rows, totals = self.backward_examples(examples)
+        sum_gradients(p for p in self.parameters() if p.requires_grad)
+        grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            scheduler.step()
+        values = self._summary(gather_scores(rows, self.device), totals)
+        values |= {"grad_norm": grad_norm, "learning_rate": rate}
+        self._log("train", values)
+        batch.mark_consumed()
+
+    def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
+        """Accumulates the gradient of the global batch's loss, this rank's part of it.
+
+        Returns:
+            This rank's rows, detached, and the global totals.
+        """
+        totals = sum_over_ranks(self.totals(examples), self.device)
+        plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
+        batches = [[examples[n] for n in micro] for micro in plan]
+        if self.coupled and (len(batches) > 1 or world_size() > 1):
+            return self._backward_coupled(batches, totals), totals
+        rows = []
+        for micro in batches:
+            batch = self._pack(micro)
+            constants = self._constants(batch)
+            scores = self.scores(batch)
+            loss = self.loss(_in_canonical_order(constants | scores), totals)
+            self.manual_backward(loss)
+            rows.append(constants | _detached(scores))
+        return concatenate(rows), totals
+
+    def _backward_coupled(self, batches: list[list[Example]], totals: dict[str, float]) -> Scores:
+        """Scores all rows without gradient, differentiates the loss by them on the global vector, then runs backward."""
+        states, constants, scored = [], [], []
+        for micro in batches:
+            batch = self._pack(micro)
+            constants.append(self._constants(batch))
+            states.append(_random_state(self.device))
+            with torch.no_grad():
+                scored.append(self.scores(batch))
+        own = concatenate(c | s for c, s in zip(constants, scored, strict=True))
+        everyone = gather_scores(own, self.device)
+        names = scored[0].keys() if scored else ()
+        leaves = {name: value.clone().requires_grad_(name in names) for name, value in everyone.items()}
+        with torch.enable_grad():
+            loss = self.loss(_in_canonical_order(leaves), totals)
+            slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if scored else ()
+        place = rows_before_this_rank(len(own.get(ROW_KEY, ())))
+        for micro, constant, state in zip(batches, constants, states, strict=True):
+            _set_random_state(state, self.device)
+            mine = slice(place, place + len(constant[ROW_KEY]))
+            place = mine.stop
+            again = self.scores(self._pack(micro))
+            parts = [
+                (again[name] * slope[mine]).sum()
+                for name, slope in zip(names, slopes, strict=True)
+                if slope is not None and again[name].requires_grad
+            ]
+            self.manual_backward(torch.stack(parts).sum())
+        return own
+
+    def _constants(self, batch: SequenceBatch) -> Scores:
+        with torch.no_grad():
+            constants = self.constants(batch)
+        keys = [int.from_bytes(blake2b(e.row_id.encode(), digest_size=8).digest(), "big", signed=True) for e in batch.examples]
+        return constants | {ROW_KEY: torch.tensor(keys, device=self.device)}
+
+    def _pack(self, examples: list[Example]) -> SequenceBatch:
+        return pack(examples, share_prefix=self.share_prefix, device=self.device)
+
+    def _checked(self, batch: ExampleBatch) -> list[Example]:
+        """The batch's examples, once they are known to fit the model."""
+        if not isinstance(batch, ExampleBatch):
+            raise TypeError(
+                f"{type(self).__name__} was given a {type(batch).__name__}; it needs an ExampleBatch: use one of "
+                "rlhf_lightning.datamodules, or wrap your examples in rlhf_lightning.sequences.ExampleBatch"
+            )
+        positions = num_positions(self.model)
+        vocab_size = base_model(self.model).get_input_embeddings().num_embeddings
+        for example in batch.examples:
+            for path in example.root.paths():
+                length = sum(len(segment.tokens) for segment in path)
+                if positions is not None and length > positions:
+                    raise ValueError(
+                        f"row {example.row_id} has {length} tokens, the model has {positions} positions: set the "
+                        f"datamodule's max_length to {positions} or less"
+                    )
+                largest = max(int(segment.tokens.max()) for segment in path)
+                if largest >= vocab_size:
+                    raise ValueError(
+                        f"row {example.row_id} has token {largest}, the model's vocabulary has {vocab_size}: the "
+                        "tokenizer is not this model's"
+                    )
+        return batch.examples
+
+    def _clip(self) -> Tensor:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
+
+    # Validation: rows are kept, and the loss and metrics are those of the whole set.
+
+    def validation_step(self, batch: ExampleBatch, batch_idx: int) -> None:
+        """Scores a batch and keeps its rows; nothing depends on how the set is batched."""
+        self._collect(batch)
+
+    def test_step(self, batch: ExampleBatch, batch_idx: int) -> None:
+        """See validation_step."""
+        self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs loss and metrics of the validation set."""
+        self._log_collected("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs loss and metrics of the test set."""
+        self._log_collected("test")
+
+    def predict_step(self, batch: ExampleBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Scores rows: one dictionary per row, ``row_id`` and every score."""
+        examples = self._checked(batch)
+        rows = self.score_examples(examples)
+        names = [name for name in rows if name != ROW_KEY]
+        values = {name: rows[name].tolist() for name in names}
+        return [{"row_id": e.row_id} | {name: values[name][n] for name in names} for n, e in enumerate(examples)]
+
+    @torch.no_grad()
+    def score_examples(self, examples: Sequence[Example]) -> Scores:
+        """Scores examples without gradient, in micro-batches: rows in the order of ``examples``."""
+        return self.in_micro_batches(examples, lambda batch: self._constants(batch) | self.scores(batch))
+
+    def in_micro_batches(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Scores]) -> Scores:
+        """Applies a function to packed micro-batches and returns its rows in the order of ``examples``."""
+        plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
+        rows = concatenate(rows_of(self._pack([examples[n] for n in micro])) for micro in plan)
+        order = torch.argsort(torch.tensor([n for micro in plan for n in micro], dtype=torch.long)).to(self.device)
+        return {name: value[order] for name, value in rows.items()}
+
+    def _collect(self, batch: ExampleBatch) -> None:
+        examples = self._checked(batch)
+        if examples:
+            self._rows.append(self.score_examples(examples))
+            for name, count in self.totals(examples).items():
+                self._row_totals[name] = self._row_totals.get(name, 0.0) + count
+        batch.mark_consumed()
+
+    def _log_collected(self, stage: str) -> None:
+        totals = self._row_totals or self.totals([])
+        totals = sum_over_ranks(totals, self.device)
+        rows = gather_scores(concatenate(self._rows), self.device)
+        self._rows, self._row_totals = [], {}
+        if not rows:
+            warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
+            return
+        self._log(stage, self._summary(rows, totals))
+
+    @torch.no_grad()
+    def _summary(self, rows: Scores, totals: dict[str, float]) -> Scores:
+        """Loss and metrics of a global batch."""
+        rows = _in_canonical_order(rows)
+        return {"loss": self.loss(rows, totals)} | self.metrics(rows, totals)
+
+    def _log(self, stage: str, values: Scores) -> None:
+        shown = {f"{stage}/{name}": value.detach().float() for name, value in values.items()}
+        bar = {f"{stage}/{name}" for name in self.progress_metrics}
+        for name, value in shown.items():
+            self.log(name, value, prog_bar=name in bar, on_step=stage == "train", on_epoch=stage != "train", batch_size=1)
+
+    # What leaves.
+
+    def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
+        """Writes a plain Hugging Face folder, tokenizer included; a LoRA adapter alone unless it is merged.
+
+        Args:
+            folder: where to; it appears once it is complete, and replaces one that was there.
+            merge_adapter: add the adapter to the weights and write the whole model.
+        """
+        self.configure_model()
+        export_pretrained(self.model, self._export_tokenizer(), folder, merge_adapter=merge_adapter)
+
+    def _export_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The module's tokenizer, else the datamodule's, else the model folder's."""
+        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        given = getattr(datamodule, "tokenizer", None)
+        if self._tokenizer_source is None and isinstance(given, PreTrainedTokenizerBase):
+            return given
+        return self.tokenizer
+
+
+def _detached(rows: Scores) -> Scores:
+    return {name: value.detach() for name, value in rows.items()}
+
+
+def _in_canonical_order(rows: Scores) -> Scores:
+    """Sorts rows by their id, so that no tie and no rounding depends on how they came together."""
+    order = torch.argsort(rows[ROW_KEY], stable=True)
+    return {name: value[order] for name, value in rows.items()}
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

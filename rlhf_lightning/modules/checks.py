@@ -1,0 +1,63 @@
+"""Checks of what a user configures: one line, the value, what is allowed, what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises unless ``value`` is one of ``allowed``; suggests the nearest."""
+    names = list(allowed)
+    if value in names:
+        return
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(names)}{hint}")
+
+
+def check_positive(name: str, value: float, instead: str) -> None:
+    """Raises unless ``value`` is above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} is {value!r}; it must be above 0 ({instead})")
+
+
+def check_module_options(*, init: str, micro_batch_tokens: int, layout: str, max_grad_norm: float | None) -> None:
+    """Checks the options that all modules share."""
+    check_choice("init", init, ("pretrained", "random"))
+    check_choice("layout", layout, ("auto", "packed", "padded"))
+    check_positive("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
+    if max_grad_norm is not None:
+        check_positive("max_grad_norm", max_grad_norm, "null switches clipping off")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuses trainer flags that a module which steps by itself cannot honour.
+
+    Raises:
+        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set.
+    """
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; it must be 1: one batch is one "
+            "optimizer step here. Set the datamodule's global_batch_size to the number of examples per step, and the "
+            "module's micro_batch_tokens to what fits in memory"
+        )
+    if trainer.gradient_clip_val is not None:
+        raise ValueError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; leave it out and set the module's max_grad_norm "
+            "instead (it clips the norm of the global batch's gradient)"
+        )
+
+
+def trainer_dtype(trainer: Any) -> torch.dtype:
+    """The dtype of the weights that a trainer's precision asks for; fp32 where there is no trainer."""
+    precision = str(trainer.precision) if trainer is not None else "32-true"
+    return {
+        "bf16-true": torch.bfloat16,
+        "16-true": torch.float16,
+        "64-true": torch.float64,
+    }.get(precision, torch.float32)

@@ -1,0 +1,191 @@
+"""Direct preference optimisation and its family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..losses.preference import (
+    COUPLED,
+    NORMALIZERS,
+    FDivergenceType,
+    PreferenceLossType,
+    ld_alpha_logps,
+    preference_loss,
+    validate_preference_loss,
+    wpo_weights,
+)
+from ..sequences import Example, SequenceBatch
+from .distributed import Scores
+from .referenced import ReferencedModule
+
+
+class DPOModule(ReferencedModule):
+    r"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290) and the losses that grew from it.
+
+    .. math:: L = -\frac{1}{P} \sum \log \sigma\big(\beta \log\tfrac{\pi(y_c|x)}{\pi_{ref}(y_c|x)}
+              - \beta \log\tfrac{\pi(y_r|x)}{\pi_{ref}(y_r|x)}\big)
+
+    ``losses.preference.preference_loss`` has the formula, the paper and the departures of every ``loss_type``. Losses
+    that couple the pairs of a batch (``aot``, ``aot_unpaired``, ``bco_pair``) couple those of the *global* batch.
+
+    Args:
+        model: Hugging Face id or folder.
+        beta: strength of the pull towards the reference, above 0.
+        loss_type: one loss, or a list that is added up with ``loss_weights`` (``["sigmoid", "sft"]`` is RPO).
+        loss_weights: one weight per loss; 1 each by default.
+        label_smoothing: probability that a label is flipped, in [0, 0.5).
+        f_divergence_type: divergence from the reference (f-DPO).
+        f_alpha_divergence_coef: alpha of the alpha-divergence, in [0, 1].
+        discopop_tau: temperature of ``discopop``, above 0.
+        ld_alpha: weight of tokens beyond the shorter completion's length (LD-DPO), in [0, 1]; ``None`` is 1.
+        use_weighting: weight pairs by how likely the policy is to write them (WPO); the ``sft`` term is not weighted.
+        reference: see ``ReferencedModule``.
+        kwargs: options of ``PostTrainingModule``.
+
+    Example::
+
+        module = DPOModule("my-sft-model", beta=0.1)
+        lightning.Trainer(max_epochs=1).fit(module, PreferenceDataModule(train="pairs.jsonl", global_batch_size=8))
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-6
+    progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/accuracies", "rewards/margins")
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        beta: float = 0.1,
+        loss_type: PreferenceLossType | list[PreferenceLossType] = "sigmoid",
+        loss_weights: list[float] | None = None,
+        label_smoothing: float = 0.0,
+        f_divergence_type: FDivergenceType = "reverse_kl",
+        f_alpha_divergence_coef: float = 0.5,
+        discopop_tau: float = 0.05,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+        reference: Literal["auto", "frozen", "adapter", "precomputed"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        validate_preference_loss(
+            loss_type,
+            loss_weights,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            f_divergence_type=f_divergence_type,
+            f_alpha_divergence_coef=f_alpha_divergence_coef,
+            discopop_tau=discopop_tau,
+            ld_alpha=ld_alpha,
+            use_weighting=use_weighting,
+        )
+        super().__init__(model, reference=reference, **kwargs)
+        self.beta = beta
+        self.loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+        self.loss_weights = loss_weights or [1.0] * len(self.loss_types)
+        self.ld_alpha = ld_alpha
+        self.use_weighting = use_weighting
+        self._loss_options: dict[str, Any] = {
+            "beta": beta,
+            "label_smoothing": label_smoothing,
+            "f_divergence_type": f_divergence_type,
+            "f_alpha_divergence_coef": f_alpha_divergence_coef,
+            "discopop_tau": discopop_tau,
+        }
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a listed loss sorts or centres over the batch."""
+        return bool(COUPLED & set(self.loss_types))
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Pairs, and tokens of the chosen completions."""
+        tokens = sum(_num_scored(example)[0] for example in examples)
+        return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
+
+    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
+        """The reference's log-probs of both completions."""
+        logps = self._sequence_logps(batch, self.token_stats(batch, model).logprobs)
+        return _pairs("ref_{}_logps", logps)
+
+    def constants(self, batch: SequenceBatch) -> Scores:
+        """Lengths, and what the reference says."""
+        lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
+        return self.reference_constants(batch) | _pairs("{}_lengths", lengths)
+
+    def scores(self, batch: SequenceBatch) -> Scores:
+        """The policy's log-probs of both completions, and what some losses need beside them."""
+        stats = self.token_stats(batch, power=self.use_weighting)
+        rows = _pairs("{}_logps", self._sequence_logps(batch, stats.logprobs))
+        if "sft" in self.loss_types:
+            rows["sft_logps"] = _pairs("{}", batch.sum_per_sequence(stats.logprobs))["chosen"]
+        if self.use_weighting:
+            weights = wpo_weights(
+                stats.logprobs, stats.log_sum_p2, batch.sequence_index, num_sequences=batch.num_sequences
+            )
+            rows["weights"] = weights.view(-1, 2).prod(dim=1)
+        correct = batch.sum_per_sequence(stats.correct.to(stats.logprobs.dtype))
+        rows["correct"] = _pairs("{}", correct)["chosen"]
+        return rows
+
+    def _sequence_logps(self, batch: SequenceBatch, logprobs: Tensor) -> Tensor:
+        """``(S,)`` log-probs of completions, length-desensitised where asked."""
+        if self.ld_alpha is None:
+            return batch.sum_per_sequence(logprobs)
+        lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
+        first = (lengths.cumsum(0) - lengths)[batch.sequence_index]
+        position = torch.arange(len(logprobs), device=logprobs.device) - first
+        public = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
+        return ld_alpha_logps(
+            logprobs, batch.sequence_index, position, public_lengths_S=public, ld_alpha=self.ld_alpha
+        )
+
+    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+        """The weighted sum of the listed losses, each divided by its own global total."""
+        names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+        total = rows["chosen_logps"].new_zeros(())
+        for loss_type, weight in zip(self.loss_types, self.loss_weights, strict=True):
+            values = preference_loss(
+                *(rows[name] for name in names),
+                chosen_lengths=rows["chosen_lengths"],
+                rejected_lengths=rows["rejected_lengths"],
+                loss_type=loss_type,
+                sft_logps=rows.get("sft_logps"),
+                **self._loss_options,
+            )
+            if self.use_weighting and NORMALIZERS[loss_type] == "pairs":
+                values = values * rows["weights"].detach()
+            total = total + weight * values.sum() / totals[NORMALIZERS[loss_type]]
+        return total
+
+    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+        """Implicit rewards beta * log(policy / reference), their margin and accuracy, and log-probs."""
+        chosen = self.beta * (rows["chosen_logps"] - rows["ref_chosen_logps"])
+        rejected = self.beta * (rows["rejected_logps"] - rows["ref_rejected_logps"])
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": rows["chosen_logps"],
+            "logps/rejected": rows["rejected_logps"],
+        }
+        means = {name: value.mean() for name, value in values.items()}
+        return means | {"mean_token_accuracy": rows["correct"].sum() / totals["chosen_tokens"]}
+
+
+def _num_scored(example: Example) -> list[int]:
+    """Scored tokens of each sequence."""
+    return [
+        sum(int((segment.weights > 0).sum()) for segment in path if segment.weights is not None)
+        for path in example.root.paths()
+    ]
+
+
+def _pairs(name: str, values_S: Tensor) -> Scores:
+    """Splits values of sequences, chosen and rejected in turn, into rows."""
+    values = values_S.view(-1, 2)
+    return {name.format("chosen"): values[:, 0], name.format("rejected"): values[:, 1]}

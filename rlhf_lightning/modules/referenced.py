@@ -1,0 +1,143 @@
+"""What the methods that compare the policy with a reference policy have in common."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..models import AdapterReference, FrozenReference, Reference, evaluating, folder_fingerprint
+from ..sequences import ExampleBatch, SequenceBatch
+from .base import PostTrainingModule
+from .checks import check_choice
+from .distributed import Scores
+
+
+class ReferencedModule(PostTrainingModule):
+    """A module with a reference policy: what the policy was when training began.
+
+    Args:
+        model: Hugging Face id or folder.
+        reference: ``"frozen"``: a second model in memory, part of no checkpoint unless it was drawn at random;
+            ``"adapter"``: the LoRA policy with its adapter off (or, where training starts from a loaded adapter, a frozen
+            copy of it); ``"precomputed"``: log-probs of all rows, computed before the first step, then no reference is in
+            memory; ``"auto"``: ``adapter`` with LoRA, else ``frozen``.
+        kwargs: options of ``PostTrainingModule``.
+    """
+
+    def __init__(
+        self, model: str, *, reference: Literal["auto", "frozen", "adapter", "precomputed"] = "auto", **kwargs: Any
+    ) -> None:
+        check_choice("reference", reference, ("auto", "frozen", "adapter", "precomputed"))
+        super().__init__(model, **kwargs)
+        self.reference_kind = reference
+        # Wrapped in a list, so that no module registers it: no optimizer, gradient bucket or checkpoint may see it.
+        self._reference: list[Reference] = []
+        self._reference_table: dict[str, Scores] = {}
+        self._restored: dict[str, Any] = {}
+
+    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
+        """What a method keeps of the reference: rows that depend on a row's own content alone."""
+        raise TypeError(f"{type(self).__name__} must define reference_rows(batch, model)")
+
+    def configure_model(self) -> None:
+        """Builds the policy, then its reference."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        has_adapter = hasattr(self.model, "peft_config")
+        if self.reference_kind == "adapter" and not has_adapter:
+            raise ValueError("reference is 'adapter', but the model has no adapter: give lora={'r': 16}, or use 'frozen'")
+        if self.reference_kind == "precomputed":
+            return
+        if has_adapter and self.reference_kind != "frozen":
+            self._reference = [AdapterReference(self.model)]
+        else:
+            self._reference = [FrozenReference.copy_of(self.model, rebuildable=self.init == "pretrained")]
+
+    def reference_constants(self, batch: SequenceBatch) -> Scores:
+        """The reference's rows of a batch: computed now, or looked up where they were precomputed."""
+        if self._reference:
+            with self._reference[0].scoring() as model:
+                return self.reference_rows(batch, model)
+        if not self._reference_table:  # nothing was trained or precomputed: the policy is its own reference
+            return self.reference_rows(batch, self.model)
+        try:
+            found = [self._reference_table[example.content_hash()] for example in batch.examples]
+        except KeyError:
+            missing = next(e.row_id for e in batch.examples if e.content_hash() not in self._reference_table)
+            raise ValueError(
+                f"row {missing} was not there when the reference's log-probs were precomputed: use reference='frozen', or "
+                "start again with this data"
+            ) from None
+        return {name: torch.stack([row[name] for row in found]).to(self.device) for name in found[0]}
+
+    def on_fit_start(self) -> None:
+        """Places the reference on the module's device; precomputes its rows where that was asked for."""
+        self._place_reference()
+        if self.reference_kind == "precomputed" and not self._reference_table:
+            self._precompute()
+
+    def on_validation_start(self) -> None:
+        """Places the reference on the module's device."""
+        self._place_reference()
+
+    def on_test_start(self) -> None:
+        """Places the reference on the module's device."""
+        self._place_reference()
+
+    def on_predict_start(self) -> None:
+        """Places the reference on the module's device."""
+        self._place_reference()
+
+    def _place_reference(self) -> None:
+        for reference in self._reference:
+            if isinstance(reference, FrozenReference):
+                reference.to(self.device)
+                reference.load_state_dict(self._restored.pop("weights", {}))
+
+    def _precompute(self) -> None:
+        """Scores every training and validation row with the untrained policy, which is the reference."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if datamodule is None or not hasattr(datamodule, "all_examples"):
+            raise ValueError(
+                "reference='precomputed' reads its rows from one of rlhf_lightning.datamodules in memory; "
+                "use reference='frozen' with other loaders or streaming data"
+            )
+        rank, world = self.global_rank, self.trainer.world_size
+        table: dict[str, Scores] = {}
+        for examples in datamodule.all_examples():
+            own = self._checked(ExampleBatch(examples[rank::world]))
+            with evaluating(self.model), torch.no_grad():
+                rows = self.in_micro_batches(own, lambda batch: self.reference_rows(batch, self.model))
+            for n, example in enumerate(own):
+                table[example.content_hash()] = {name: value[n].cpu() for name, value in rows.items()}
+        if world > 1:
+            tables: list[dict[str, Scores]] = [{} for _ in range(world)]
+            torch.distributed.all_gather_object(tables, table)
+            table = {key: row for part in tables for key, row in part.items()}
+        self._reference_table = table
+
+    # Checkpoints: nothing that can be rebuilt.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a restart could not rebuild, and the fingerprint of what it will rebuild from."""
+        state: dict[str, Any] = {"fingerprint": folder_fingerprint(self.model_source)}
+        for reference in self._reference:
+            state["weights"] = reference.state_dict()
+        if self._reference_table:
+            state["table"] = self._reference_table
+        checkpoint["reference"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the reference, and refuses another one than training began with."""
+        state = checkpoint.get("reference", {})
+        now, then = folder_fingerprint(self.model_source), state.get("fingerprint")
+        if self.init == "pretrained" and now is not None and then is not None and now != then:
+            raise ValueError(
+                f"the weights in {self.model_source} are not those that training began with, and they are the reference "
+                "policy: restore them, or start a new run"
+            )
+        self._reference_table = state.get("table", {})
+        self._restored = {"weights": state.get("weights", {})}

@@ -1,0 +1,82 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..losses.sft import SFTLossType, sft_loss, validate_sft_loss
+from ..sequences import Example, SequenceBatch
+from .base import PostTrainingModule
+from .distributed import Scores
+
+
+class SFTModule(PostTrainingModule):
+    r"""Supervised fine-tuning: maximum likelihood of the demonstrated tokens.
+
+    .. math:: L = \frac{1}{\sum_i w_i} \sum_i w_i\, \ell_i, \qquad \ell_i = -\log p(y_i \mid y_{<i}, x)
+
+    The sums run over every scored token of the global batch, so that a token counts the same wherever it lies.
+
+    Args:
+        model: Hugging Face id or folder.
+        loss_type: ``"nll"``; or ``"dft"``, dynamic fine-tuning, which weights a token by its own probability.
+        label_smoothing: share of the target spread over the vocabulary, in [0, 1); ``nll`` alone.
+        kwargs: options of ``PostTrainingModule``.
+
+    Example::
+
+        module = SFTModule("my-model", micro_batch_tokens=4096)
+        lightning.Trainer(max_epochs=1).fit(module, SFTDataModule(train="rows.jsonl", global_batch_size=16))
+    """
+
+    default_learning_rate: ClassVar[float] = 2e-5
+    progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy")
+
+    def __init__(
+        self, model: str, *, loss_type: SFTLossType = "nll", label_smoothing: float = 0.0, **kwargs: Any
+    ) -> None:
+        validate_sft_loss(loss_type, label_smoothing=label_smoothing)
+        super().__init__(model, **kwargs)
+        self.loss_type: SFTLossType = loss_type
+        self.label_smoothing = label_smoothing
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Weighted tokens of all sequences."""
+        weight = sum(
+            float(segment.weights.sum())
+            for example in examples
+            for path in example.root.paths()
+            for segment in path
+            if segment.weights is not None
+        )
+        return {"tokens": weight}
+
+    def scores(self, batch: SequenceBatch) -> Scores:
+        """Per example: weighted loss, and the weighted count of tokens that the model would have chosen itself."""
+        stats = self.token_stats(batch, mean=self.label_smoothing > 0)
+        losses = sft_loss(
+            stats.logprobs,
+            mean_logprobs_N=stats.mean_logprobs if self.label_smoothing > 0 else None,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+        )
+        weights = batch.weights.to(losses.dtype)
+        return {
+            "loss": batch.sum_per_example(losses * weights),
+            "logps": batch.sum_per_example((stats.logprobs * weights).detach()),
+            "correct": batch.sum_per_example(stats.correct * weights),
+        }
+
+    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+        """Sum over tokens, divided by the global batch's tokens."""
+        return rows["loss"].sum() / totals["tokens"]
+
+    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+        """Token accuracy; negative log-likelihood where the loss is another."""
+        values = {"mean_token_accuracy": rows["correct"].sum() / totals["tokens"]}
+        if self.loss_type != "nll" or self.label_smoothing > 0:
+            values["nll"] = -rows["logps"].sum() / totals["tokens"]
+        return values

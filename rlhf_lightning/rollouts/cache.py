@@ -1,0 +1,133 @@
+"""A preallocated key/value cache whose rows end at the same column, so that rows of any length share one batch.
+
+Every row is written at the column ``end`` and starts where its prompt's length puts it: short rows are padded on the
+left, as in a left-padded batch, which is the one layout that every decoder's masks understand (sliding windows and
+position biases included). A row that joins later starts later; columns before the earliest start are not read at all.
+
+Legend: R rows of storage, H key/value heads, C columns, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values; the geometry belongs to the whole cache."""
+
+    is_sliding = False  # windows are the masks' business: a layer keeps all its columns
+
+    def __init__(self, owner: SlotCache, keys_RHCD: Tensor, values_RHCD: Tensor) -> None:
+        super().__init__()
+        self.owner = owner
+        self.keys: Tensor = keys_RHCD
+        self.values: Tensor = values_RHCD
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is left to do: storage is allocated with the cache."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes one new column and returns all that the rows may look at."""
+        rows, end = len(key_states), self.owner.end
+        self.keys[:rows, :, end : end + 1] = key_states
+        self.values[:rows, :, end : end + 1] = value_states
+        columns = slice(self.owner.base, end + 1)
+        return self.keys[:rows, :, columns], self.values[:rows, :, columns]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width of the mask and where it begins."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns in use, the padding of shorter rows included."""
+        return self.owner.end - self.owner.base
+
+    def get_max_length(self) -> int:
+        """Columns of storage."""
+        return int(self.keys.shape[2])
+
+
+class SlotCache(Cache):
+    """Storage for a batch that rows leave and join.
+
+    Rows in use are the first ``num_rows``: one that leaves is replaced by the last.
+
+    Args:
+        like: a cache filled by the model, from which layers, heads, sizes and precision are taken.
+        num_rows: rows of storage.
+        num_columns: columns of storage: at least the longest row.
+    """
+
+    def __init__(self, like: DynamicCache, num_rows: int, num_columns: int) -> None:
+        def storage(states: Tensor) -> Tensor:
+            # Zeros, not whatever was in memory: a masked key may hold anything but NaN.
+            return states.new_zeros((num_rows, states.shape[1], num_columns, states.shape[3]))
+
+        super().__init__(layers=[_SlotLayer(self, storage(layer.keys), storage(layer.values)) for layer in like.layers])
+        self.num_columns = num_columns
+        self.num_rows = 0
+        self.starts = np.zeros(num_rows, dtype=np.int64)
+        self.base = 0
+        self.end = 0
+
+    def admit(self, prompts: DynamicCache, index: int, length: int, copies: int) -> None:
+        """Appends rows that each begin with one prompt of a left-padded batch."""
+        if self.num_rows == 0:
+            self.base = self.end = 0
+        if self.end < length:
+            self.relocate(length)
+        rows = slice(self.num_rows, self.num_rows + copies)
+        columns = slice(self.end - length, self.end)
+        for layer, filled in zip(self.layers, prompts.layers, strict=True):
+            layer.keys[rows, :, columns] = filled.keys[index, :, -length:]
+            layer.values[rows, :, columns] = filled.values[index, :, -length:]
+        self.starts[rows] = self.end - length
+        self.num_rows += copies
+
+    def release(self, row: int) -> None:
+        """Gives a row up; the last row takes its place."""
+        last = self.num_rows - 1
+        if row != last:
+            columns = slice(int(self.starts[last]), self.end)
+            for layer in self.layers:
+                layer.keys[row, :, columns] = layer.keys[last, :, columns]
+                layer.values[row, :, columns] = layer.values[last, :, columns]
+            self.starts[row] = self.starts[last]
+        self.num_rows = last
+
+    def prepare(self) -> None:
+        """Before a step: forgets the columns that no row needs any more and makes room for one more."""
+        self.base = int(self.starts[: self.num_rows].min())
+        if self.end == self.num_columns:
+            self.relocate(self.end - self.base)
+
+    def relocate(self, end: int) -> None:
+        """Shifts all columns in use so that the next one to be written is ``end``."""
+        shift = end - self.end
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                used = states[: self.num_rows, :, self.base : self.end]
+                states[: self.num_rows, :, self.base + shift : end] = used.clone()
+        self.starts += shift
+        self.base += shift
+        self.end = end
+
+    def mask(self) -> Tensor | None:
+        """``(rows, columns in use + 1)``, 1 = the row's own token; ``None`` where no row is padded."""
+        starts = self.starts[: self.num_rows]
+        if (starts == self.base).all():
+            return None
+        columns = np.arange(self.base, self.end + 1)
+        return torch.from_numpy((columns >= starts[:, None]).astype(np.int64))
+
+    def positions(self) -> Tensor:
+        """``(rows, 1)``: how many tokens of its own each row holds, the position of its next one."""
+        return torch.from_numpy(self.end - self.starts[: self.num_rows, None])

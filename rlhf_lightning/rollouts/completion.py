@@ -1,0 +1,166 @@
+"""A completion: as a result, and while it grows token by token.
+
+Legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sampling import SamplingParams, sample, uniforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        token_ids: the sampled tokens; the end-of-sequence token is the last of them where it was sampled.
+        text: the tokens as text without special tokens, cut before a stop string; empty without a tokenizer.
+        logprobs: per token, its log-probability under the distribution that it was drawn from, temperature and filters
+            included: what importance ratios must divide by. A greedy draw is certain: 0.
+        finish_reason: ``"stop"`` after an end-of-sequence token, a stop token or a stop string, ``"length"`` at the limit
+            of new tokens or of the model's positions.
+        model_logprobs: per token, under the unmodified model; ``None`` unless the sampling settings ask for them.
+    """
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[float]
+    finish_reason: FinishReason
+    model_logprobs: list[float] | None = None
+
+
+def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> str:
+    """The text of some tokens, special tokens left out and spaces left as they are."""
+    if tokenizer is None:
+        return ""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class StopFinder:
+    """Looks for stop strings in a completion while it grows.
+
+    A token may be part of a character, and its text may depend on the token before it, so text is taken from the
+    difference of two decodings that start at the same earlier token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.text = ""
+        self._reach = max(len(string) for string in stop) - 1
+        self._start = 0
+        self._read = 0
+
+    def push(self, token_ids: Sequence[int]) -> str | None:
+        """Takes all tokens so far, one more than last time; returns the text before a stop string once there is one."""
+        before = decode(self.tokenizer, token_ids[self._start : self._read])
+        after = decode(self.tokenizer, token_ids[self._start :])
+        if len(after) <= len(before) or after.endswith("�"):
+            return None
+        searched_from = max(0, len(self.text) - self._reach)
+        self.text += after[len(before) :]
+        self._start, self._read = self._read, len(token_ids)
+        found = [at for string in self.stop if (at := self.text.find(string, searched_from)) >= 0]
+        return self.text[: min(found)] if found else None
+
+
+class Track:
+    """One sample in the making.
+
+    Args:
+        prompt: its prompt's tokens.
+        position: the number of its prompt and of the sample.
+        seed: what its uniforms are derived from.
+        limit: new tokens at most.
+        params: the sampling settings.
+        stop_ids: tokens that end it.
+        tokenizer: turns tokens into text; without one there is no text.
+    """
+
+    def __init__(
+        self,
+        prompt: tuple[int, ...],
+        position: tuple[int, int],
+        seed: int,
+        limit: int,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.prompt = prompt
+        self.position = position
+        self.seed = seed
+        self.limit = limit
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.model_logprobs: list[float] = []
+        self.finish_reason: FinishReason | None = None
+        self._params = params
+        self._stop_ids = stop_ids
+        self._tokenizer = tokenizer
+        self._finder = StopFinder(tokenizer, params.stop) if params.stop and tokenizer is not None else None
+        self._text: str | None = None
+
+    def push(self, token: int, logprob: float, model_logprob: float | None) -> None:
+        """Takes a token and notices whether it is the last."""
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if model_logprob is not None:
+            self.model_logprobs.append(model_logprob)
+        early = len(self.token_ids) < self._params.min_new_tokens
+        if self._finder is not None:
+            text = self._finder.push(self.token_ids)
+            if text is not None and not early:
+                self._text = text
+                self.finish_reason = "stop"
+        if token in self._stop_ids and not early:
+            self.finish_reason = "stop"
+        elif self.finish_reason is None and len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+
+    def completion(self) -> Completion:
+        """The finished sample."""
+        text = self._text if self._text is not None else decode(self._tokenizer, self.token_ids)
+        model_logprobs = self.model_logprobs if self._params.model_logprobs else None
+        return Completion(self.token_ids, text, self.logprobs, self.finish_reason or "length", model_logprobs)
+
+
+def draw(logits_NV: Tensor, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> list[int]:
+    """Draws the next token of every track from its row of scores and hands it over; returns the tokens."""
+    steps = np.fromiter((len(track.token_ids) for track in tracks), dtype=np.uint64, count=len(tracks))
+    uniforms_N = None
+    if not params.greedy:
+        uniforms_N = torch.from_numpy(uniforms([track.seed for track in tracks], steps)).to(logits_NV.device)
+    banned_NV = None
+    if params.min_new_tokens and stop_ids and bool((steps < params.min_new_tokens).any()):
+        banned_NV = torch.zeros(logits_NV.shape, dtype=torch.bool, device=logits_NV.device)
+        early_N1 = torch.from_numpy(steps < params.min_new_tokens).to(logits_NV.device)[:, None]
+        banned_NV[:, list(stop_ids)] = early_N1
+    seen_NV = _seen(logits_NV, tracks) if params.repetition_penalty != 1 else None
+    drawn = sample(logits_NV, uniforms_N, params, seen_NV=seen_NV, banned_NV=banned_NV)
+    tokens, logprobs = drawn.tokens_N.tolist(), drawn.logprobs_N.tolist()
+    model_logprobs = [None] * len(tokens) if drawn.model_logprobs_N is None else drawn.model_logprobs_N.tolist()
+    for track, token, logprob, model_logprob in zip(tracks, tokens, logprobs, model_logprobs, strict=True):
+        track.push(token, logprob, model_logprob)
+    return tokens
+
+
+def _seen(logits_NV: Tensor, tracks: Sequence[Track]) -> Tensor:
+    """Which tokens each track's prompt and completion hold."""
+    seen_NV = torch.zeros(logits_NV.shape, dtype=torch.bool, device=logits_NV.device)
+    for row, track in enumerate(tracks):
+        seen_NV[row, torch.tensor([*track.prompt, *track.token_ids], device=logits_NV.device)] = True
+    return seen_NV

@@ -1,0 +1,117 @@
+"""The model as a decoder: prompts in, caches and scores out; and whether the shared batch layout suits the model.
+
+Legend: N rows of the running batch, P prompts, L tokens of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .cache import SlotCache
+
+# What a model without support for the layout may raise when it is tried on it.
+_UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+_PROBED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside adapters."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+class Decoder:
+    """Runs a causal language model on prompts and then token by token, with its rows in one ``SlotCache``.
+
+    Args:
+        model: a causal language model of transformers, bare or with adapters around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        accepted = inspect.signature(unwrap(model).forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache]:
+        """Computes prompts, padded on the left to the longest; returns the scores after each, ``(P, V)``, and the cache."""
+        width = max(map(len, prompts))
+        input_ids_PL = torch.zeros((len(prompts), width), dtype=torch.long)
+        mask_PL = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            input_ids_PL[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask_PL[row, width - len(prompt) :] = 1
+        positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        padded = min(map(len, prompts)) < width
+        return self._forward(input_ids_PL, mask_PL if padded else None, positions_PL, cache), cache
+
+    def step(self, tokens: Sequence[int], cache: SlotCache) -> Tensor:
+        """Computes one more token of every row; returns the scores after it, ``(N, V)``."""
+        cache.prepare()
+        logits_NV = self._forward(torch.tensor(tokens)[:, None], cache.mask(), cache.positions(), cache)
+        cache.end += 1
+        return logits_NV
+
+    def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache | SlotCache) -> Tensor:
+        arguments = dict(self._options)
+        if self._takes_positions:
+            arguments["position_ids"] = positions.to(self.device)
+        output = self.model(
+            input_ids=input_ids.to(self.device),
+            attention_mask=None if mask is None else mask.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            **arguments,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def agrees(self) -> bool:
+        """Whether rows of different length, of which one joins late, get the scores of plain forwards without a cache.
+
+        Tried once per model and attention function, on a few tokens: masks, positions and caches are the model's own
+        code, and some models (recurrent layers, caches of their own) cannot share a batch this way.
+        """
+        model = unwrap(self.model)
+        known = _PROBED.setdefault(model, {})
+        attention = str(getattr(model.config, "_attn_implementation", None))
+        if attention not in known:
+            try:
+                known[attention] = self._probe(model)
+            except _UNSUPPORTED:
+                known[attention] = False
+        return known[attention]
+
+    def _probe(self, model: nn.Module) -> bool:
+        window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+        length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
+        vocabulary = model.get_input_embeddings().num_embeddings
+        first = [(3 + 7 * i) % vocabulary for i in range(length + 3)]
+        second = [(5 + 11 * i) % vocabulary for i in range(4)]
+        expected = torch.cat((self._reference(first)[-4:], self._reference(second)[-3:]))
+        logits_PV, prompts = self.prefill([first[:length], second[:2]])
+        cache = SlotCache(prompts, num_rows=2, num_columns=length + 4)
+        cache.admit(prompts, 0, length, copies=1)
+        first_rows, second_rows = [logits_PV[0], self.step([first[length]], cache)[0]], [logits_PV[1]]
+        cache.admit(prompts, 1, 2, copies=1)
+        for i in range(2):
+            logits_NV = self.step([first[length + 1 + i], second[2 + i]], cache)
+            first_rows.append(logits_NV[0])
+            second_rows.append(logits_NV[1])
+        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+        error = (torch.stack(first_rows + second_rows).double() - expected.double()).square().mean().sqrt()
+        spread = (expected.double() - expected.double().mean(-1, keepdim=True)).square().mean().sqrt()
+        return bool(error <= tolerance * spread)
+
+    def _reference(self, tokens: Sequence[int]) -> Tensor:
+        logits: Tensor = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0]
+        return logits

@@ -1,0 +1,207 @@
+"""Sampling completions from a causal language model that lives in this process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from .completion import Completion, Track
+from .continuous import ContinuousBatch
+from .decoder import Decoder, unwrap
+from .plain import generate_plain
+from .sampling import SamplingParams, derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+
+class Engine(Protocol):
+    """What samples completions: in this process, or elsewhere."""
+
+    def generate(
+        self,
+        prompts: Prompts,
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Completion]]:
+        """Samples completions: one list per prompt, in order, with ``num_samples`` each."""
+        ...
+
+
+class LocalEngine:
+    """Samples from a model of this process, with its weights of this moment.
+
+    Every distinct prompt is computed once, whatever the number of its samples, and its keys and values are copied to
+    them; finished rows leave the batch and waiting prompts take their place, within ``max_batch_tokens``. A sample is a
+    function of the model, its prompt, the settings and its seed: the uniform of each step is hashed from (seed, step),
+    so neither neighbours nor budget nor order change it, up to rounding in the model's own products.
+
+    Rows of different length share a batch padded on the left. Whether the model computes the same scores that way as it
+    does alone is tried once on a few tokens; where it does not (recurrent layers, caches of its own), prompts of one
+    length at a time go through transformers' own loop, with the same samples and one warning.
+
+    Args:
+        model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its precision,
+            on its device, with its attention function. It runs in evaluation mode without gradients, and every
+            submodule's mode is put back.
+        tokenizer: turns string prompts into tokens, with its defaults, and tokens into text; without one, prompts are
+            token ids and texts are empty.
+        max_batch_tokens: tokens of cache held at once, and tokens of one prefill; at least 1. A single row always fits.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1, eos_token_id=2)
+        >>> engine = LocalEngine(LlamaForCausalLM(config), None)
+        >>> samples = engine.generate([[5, 6, 7]], num_samples=4, sampling=SamplingParams(max_new_tokens=3, seed=0))
+        >>> len(samples), len(samples[0]), samples[0][0].finish_reason in ("stop", "length")
+        (1, 4, True)
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, *, max_batch_tokens: int = 65536
+    ) -> None:
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens={max_batch_tokens} is not allowed: it must be at least 1")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        self._warned: set[str] = set()
+
+    def generate(
+        self,
+        prompts: Prompts,
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Completion]]:
+        """Samples completions of prompts.
+
+        Args:
+            prompts: strings, or token ids; an empty string becomes the beginning- or end-of-sequence token.
+            num_samples: samples per prompt, at least 1.
+            sampling: the settings; by default ``SamplingParams()``.
+            seeds: one per prompt and sample, in place of those derived from (seed, prompt number, sample number).
+
+        Returns:
+            One list per prompt, in order, with ``num_samples`` completions.
+
+        Raises:
+            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` has another shape than the samples.
+        """
+        params = sampling or SamplingParams()
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} is not allowed: it must be at least 1")
+        token_prompts = [self._tokens(number, prompt) for number, prompt in enumerate(prompts)]
+        if not token_prompts:
+            return []
+        # Samples that are certain to be equal are made once.
+        distinct = 1 if params.greedy else num_samples
+        numbered = _seeds(seeds, len(token_prompts), num_samples, params)
+        stop_ids = sorted(self._eos_token_ids() | set(params.stop_token_ids))
+        stops = frozenset(stop_ids)
+        tracks = [
+            Track(prompt, (row, column), numbered[row][column], self._limit(prompt, params), params, stops, self.tokenizer)
+            for row, prompt in enumerate(token_prompts)
+            for column in range(distinct)
+        ]
+        with torch.no_grad(), evaluation_mode(self.model):
+            self._run(tracks, params, stop_ids)
+        completions = [track.completion() for track in tracks]
+        grouped = [completions[first : first + distinct] for first in range(0, len(completions), distinct)]
+        return [group * (num_samples // distinct) for group in grouped]
+
+    def _run(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
+        decoder = Decoder(self.model)
+        if decoder.agrees():
+            ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
+            return
+        model = unwrap(self.model)
+        self._warn_once(
+            f"{type(model).__name__} does not compute rows of different length in one batch as it computes them alone:"
+            " generating slowly, one prompt length at a time"
+        )
+        generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens)  # type: ignore[arg-type]
+
+    def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            tokens = tuple(int(token) for token in prompt)
+            if not tokens:
+                raise ValueError(f"prompt {number} has no tokens: give it at least one, for instance the model's first token")
+            return tokens
+        if self.tokenizer is None:
+            raise ValueError(f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, prompts must be token ids")
+        tokens = tuple(self.tokenizer(prompt)["input_ids"])
+        if tokens:
+            return tokens
+        first = self.tokenizer.bos_token_id
+        first = self.tokenizer.eos_token_id if first is None else first
+        if first is None:
+            raise ValueError(f"prompt {number} is empty and the tokenizer has no first or last token to begin with: write one")
+        return (int(first),)
+
+    def _limit(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
+        """New tokens at most: what is asked for, or what the model's positions leave."""
+        config: Any = unwrap(self.model).config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            return params.max_new_tokens
+        if len(prompt) >= positions:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens leaves no room in the model's {positions} positions: shorten it"
+            )
+        return min(params.max_new_tokens, positions - len(prompt))
+
+    def _eos_token_ids(self) -> set[int]:
+        """The model's and the tokenizer's end-of-sequence tokens."""
+        model: Any = unwrap(self.model)
+        found: set[int] = set()
+        for source in (getattr(model, "generation_config", None), model.config.get_text_config(), self.tokenizer):
+            token = getattr(source, "eos_token_id", None)
+            found.update([] if token is None else [token] if isinstance(token, int) else token)
+        if not found:
+            self._warn_once("neither the model nor the tokenizer names an end-of-sequence token: completions end at their limit")
+        return found
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switches all of a model to evaluation and back, each submodule to the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _seeds(
+    seeds: Sequence[Sequence[int]] | None, num_prompts: int, num_samples: int, params: SamplingParams
+) -> list[list[int]]:
+    if seeds is None:
+        seed = int(torch.randint(2**62, ())) if params.seed is None and not params.greedy else params.seed or 0
+        return [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(num_prompts)]
+    shape = sorted({len(row) for row in seeds})
+    if len(seeds) != num_prompts or shape != [num_samples]:
+        raise ValueError(
+            f"seeds has {len(seeds)} rows of lengths {shape}: it must have one row per prompt ({num_prompts}) and one"
+            f" seed per sample ({num_samples})"
+        )
+    return [list(row) for row in seeds]

@@ -1,0 +1,92 @@
+"""The path for models that cannot share a batch of different lengths: transformers' own loop, prompts of one length together.
+
+Nothing is padded, and the cache is whatever the model brings along, so that every model that transformers generates with
+is served; the samples are those of the fast path, as both draw with ``draw``.
+
+Legend: N rows, T tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+
+from .completion import Track, draw
+from .sampling import SamplingParams
+
+
+class _Chooser(LogitsProcessor):
+    """Draws each row's token and leaves the loop no other choice."""
+
+    def __init__(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
+        self.tracks, self.params, self.stop_ids = tracks, params, stop_ids
+
+    def __call__(self, input_ids_NT: Tensor, scores_NV: Tensor) -> Tensor:
+        rows = [row for row, track in enumerate(self.tracks) if track.finish_reason is None]
+        tokens = draw(scores_NV[rows], [self.tracks[row] for row in rows], self.params, self.stop_ids)
+        chosen_NV = torch.full_like(scores_NV, -math.inf)
+        chosen_NV[:, 0] = 0.0  # what ended rows write, unread, until all rows have ended
+        chosen_NV[rows, 0] = -math.inf
+        chosen_NV[rows, tokens] = 0.0
+        return chosen_NV
+
+
+class _AllEnded(StoppingCriteria):
+    """Ends the loop with the last row."""
+
+    def __init__(self, tracks: Sequence[Track]) -> None:
+        self.tracks = tracks
+
+    def __call__(self, input_ids_NT: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended = all(track.finish_reason is not None for track in self.tracks)
+        return torch.full((len(input_ids_NT),), ended, dtype=torch.bool, device=input_ids_NT.device)
+
+
+def generate_plain(
+    model: PreTrainedModel,
+    tracks: Sequence[Track],
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    max_batch_tokens: int,
+) -> None:
+    """Makes all samples; the results are in the tracks.
+
+    Args:
+        model: the bare transformers model.
+        tracks: the samples to make.
+        params: the sampling settings.
+        stop_ids: tokens that end a sample.
+        max_batch_tokens: tokens of cache; one row always fits.
+    """
+    ordered = sorted(tracks, key=lambda track: (len(track.prompt), track.position))
+    saved = model.generation_config
+    # The model's own settings (penalties, lengths, caches) must not touch scores before they are drawn from.
+    model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False, num_beams=1)
+    try:
+        for length, same in groupby(ordered, key=lambda track: len(track.prompt)):
+            group = list(same)
+            longest = max(track.limit for track in group)
+            rows = max(1, max_batch_tokens // (length + longest))
+            for first in range(0, len(group), rows):
+                _loop(model, group[first : first + rows], params, stop_ids, longest)
+    finally:
+        model.generation_config = saved
+
+
+def _loop(
+    model: PreTrainedModel, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int], limit: int
+) -> None:
+    input_ids_NT = torch.tensor([track.prompt for track in tracks], device=next(model.parameters()).device)
+    model.generate(
+        input_ids_NT,
+        attention_mask=torch.ones_like(input_ids_NT),
+        max_new_tokens=limit,
+        logits_processor=[_Chooser(tracks, params, stop_ids)],
+        stopping_criteria=[_AllEnded(tracks)],
+    )

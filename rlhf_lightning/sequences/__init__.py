@@ -1,0 +1,21 @@
+"""Sequences: rows as token trees, packed batches of them, micro-batch planning, and the attention that they need."""
+
+from .attention import ATTENTION_NAME, TreeGeometry, register_attention, tree_attention
+from .batch import PaddedBatch, SequenceBatch, pack
+from .example import Example, ExampleBatch, Segment
+from .planning import example_cost, plan_micro_batches
+
+__all__ = [
+    "ATTENTION_NAME",
+    "Example",
+    "ExampleBatch",
+    "PaddedBatch",
+    "Segment",
+    "SequenceBatch",
+    "TreeGeometry",
+    "example_cost",
+    "pack",
+    "plan_micro_batches",
+    "register_attention",
+    "tree_attention",
+]

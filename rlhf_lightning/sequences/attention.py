@@ -1,0 +1,270 @@
+"""Attention over a packed forest, registered with transformers: no model code is patched.
+
+A model loaded with ``attn_implementation="rlhf_tree"`` runs a packed ``SequenceBatch`` when its forward is given the
+keyword ``tree=batch.geometry``; without it (generation with a cache, padded batches) the same function is plain
+scaled-dot-product attention. The geometry travels through the model's forward as an argument, never in a global.
+
+Legend: T tokens, G segments, H heads, K key/value heads, D head size, B blocks' rows, Q / P padded queries / path keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "rlhf_tree"
+
+# Segments share a padded block while the padded area stays below this multiple of the area that they need.
+_MAX_PADDING = 1.3
+
+
+@dataclass
+class Block:
+    """Segments of similar length whose attention is one padded product.
+
+    Args:
+        query_index: ``(B, Q)`` flat positions of the segments' tokens.
+        key_index: ``(B, P)`` flat positions of the tokens on their paths.
+        query_depth: ``(B, Q)`` position along the path; padding sees every key, and nobody reads it.
+        key_depth: ``(B, P)`` position along the path; padding lies beyond every query.
+        query_slot: ``(number of real tokens,)`` where the real queries stand in the flattened ``(B, Q)``.
+        causal: every segment is a root of full width: the mask is the plain causal one and need not be built.
+    """
+
+    query_index: Tensor
+    key_index: Tensor
+    query_depth: Tensor
+    key_depth: Tensor
+    query_slot: Tensor
+    causal: bool
+
+    def mask(self, window: int | None) -> Tensor:
+        """``(B, 1, Q, P)``, True = visible: keys on the path at or before the query, and within the window."""
+        distance = self.query_depth[:, None, :, None] - self.key_depth[:, None, None, :]
+        visible = distance >= 0
+        if window is not None:
+            # A padding query has no key within reach of a window; it keeps the first key so that softmax stays finite.
+            padding = self.query_depth[:, None, :, None] >= _FAR
+            visible &= (distance < window) | padding
+        return visible
+
+
+_FAR = 1 << 40  # the depth of padding queries (they see all keys); padding keys lie twice as far (nobody sees them)
+
+
+class TreeGeometry:
+    """Who sees whom in a packed forest.
+
+    Args:
+        segments: ``(start, length, parent)`` per segment in depth-first order; parent is -1 for a root.
+        device: where the index tensors go.
+    """
+
+    def __init__(self, segments: list[tuple[int, int, int]], device: torch.device | None = None) -> None:
+        self.segments = segments
+        self.device = device
+        self._blocks: list[Block] | None = None
+        self._order: Tensor | None = None
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._flex: dict[int | None, Any] = {}
+        ends = [start + length for start, length, _ in segments]
+        for number in range(len(segments) - 1, -1, -1):  # children come after their parent
+            parent = segments[number][2]
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[number])
+        lengths = [length for _, length, _ in segments]
+        self.subtree_end = torch.repeat_interleave(torch.tensor(ends), torch.tensor(lengths)).to(device)
+
+    def _paths(self) -> list[np.ndarray]:
+        """Flat positions of each segment's ancestors and of itself."""
+        paths: list[np.ndarray] = []
+        for start, length, parent in self.segments:
+            own = np.arange(start, start + length)
+            paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
+        return paths
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Padded blocks that cover every segment once."""
+        if self._blocks is None:
+            paths = self._paths()
+            sizes = np.array([(length, len(path)) for (_, length, _), path in zip(self.segments, paths, strict=True)])
+            self._blocks = [self._block(group, sizes, paths) for group in _group_by_size(sizes)]
+            order = torch.cat([b.query_index.reshape(-1)[b.query_slot] for b in self._blocks])
+            self._order = torch.argsort(order)
+        return self._blocks
+
+    @property
+    def order(self) -> Tensor:
+        """``(T,)`` where each flat token stands in the concatenation of the blocks' real queries."""
+        _ = self.blocks
+        assert self._order is not None
+        return self._order
+
+    def _block(self, group: list[int], sizes: np.ndarray, paths: list[np.ndarray]) -> Block:
+        num_queries, num_keys = sizes[group].max(axis=0)
+        shape_q, shape_k = (len(group), num_queries), (len(group), num_keys)
+        query_index, query_depth = np.zeros(shape_q, np.int64), np.full(shape_q, _FAR)
+        key_index, key_depth = np.zeros(shape_k, np.int64), np.full(shape_k, 2 * _FAR)
+        for row, number in enumerate(group):
+            length, path = sizes[number][0], paths[number]
+            query_index[row, :length] = path[-length:]
+            query_depth[row, :length] = np.arange(len(path) - length, len(path))
+            key_index[row, : len(path)] = path
+            key_depth[row, : len(path)] = np.arange(len(path))
+        tensors = [torch.from_numpy(a).to(self.device) for a in (query_index, key_index, query_depth, key_depth)]
+        real = torch.from_numpy(np.flatnonzero(query_depth < _FAR)).to(self.device)
+        # Padding comes last, so a causal mask hides padding keys from every real query of a root.
+        causal = all(self.segments[n][2] < 0 for n in group)
+        return Block(*tensors, query_slot=real, causal=causal)
+
+    def block_mask(self, number: int, window: int | None) -> Tensor:
+        """The mask of one block, made once per window and kept for all layers."""
+        key = (number, window)
+        if key not in self._masks:
+            self._masks[key] = self.blocks[number].mask(window)
+        return self._masks[key]
+
+    def dense_mask(self, window: int | None = None, positions: Tensor | None = None) -> Tensor:
+        """``(T, T)``, True where key (column) is visible to query (row): the definition, for tests and small trees."""
+        index = torch.arange(len(self.subtree_end), device=self.subtree_end.device)
+        visible = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
+        if window is not None:
+            assert positions is not None
+            visible &= positions[:, None] - positions[None, :] < window
+        return visible
+
+
+def _group_by_size(sizes: np.ndarray) -> list[list[int]]:
+    """Groups segments so that padding every group to its largest member costs at most ``_MAX_PADDING`` times the area."""
+    order = sorted(range(len(sizes)), key=lambda n: (sizes[n][1] == sizes[n][0], sizes[n][0], sizes[n][1]))
+    groups: list[list[int]] = []
+    needed = 0
+    for n in order:
+        area = int(sizes[n][0] * sizes[n][1])
+        if groups:
+            group = [*groups[-1], n]
+            # Roots stay among themselves: their mask is the plain causal one.
+            same_kind = (sizes[n][0] == sizes[n][1]) == (sizes[groups[-1][0]][0] == sizes[groups[-1][0]][1])
+            padded = len(group) * int(sizes[group].max(axis=0).prod())
+            if same_kind and padded <= _MAX_PADDING * (needed + area):
+                groups[-1] = group
+                needed += area
+                continue
+        groups.append([n])
+        needed = area
+    return groups
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    tree: TreeGeometry | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed forest, or plain scaled-dot-product attention where no ``tree`` is given.
+
+    Args:
+        module: the attention layer.
+        query: ``(1, H, T, D)`` packed, or ``(batch, H, queries, D)``.
+        key: ``(1, K, T, D)`` packed.
+        value: ``(1, K, T, D)`` packed.
+        attention_mask: not read where ``tree`` is given.
+        dropout: probability of dropping an attention weight.
+        scaling: factor of the scores; the head size to the power -1/2 by default.
+        tree: the geometry of the packed batch.
+        sliding_window: a query sees keys less than this many positions before it, along its own path.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        s_aux: ``(H,)`` attention sinks: one more logit per head that takes weight and gives no value.
+        is_causal: for calls without ``tree`` and without mask.
+        kwargs: what other layers pass and this function has no use for.
+
+    Returns:
+        ``(1, T, H, D)`` and no weights.
+    """
+    if tree is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        out = _plain(query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal)
+        return out.transpose(1, 2).contiguous(), None
+    # (T, heads, size): a token's heads lie together in memory, so that gathering tokens copies whole rows.
+    query_THD, key_TKD, value_TKD = (t[0].transpose(0, 1) for t in (query, key, value))
+    outputs = []
+    for number, block in enumerate(tree.blocks):
+        q, k, v = (
+            _rows(t, i) for t, i in ((query_THD, block.query_index), (key_TKD, block.key_index), (value_TKD, block.key_index))
+        )
+        plain_causal = block.causal and (sliding_window is None or sliding_window >= k.shape[2])
+        mask = None if plain_causal else tree.block_mask(number, sliding_window)
+        out = _plain(q, k, v, mask, dropout, scaling, softcap, s_aux, plain_causal)
+        outputs.append(out.transpose(1, 2).reshape(-1, *query_THD.shape[1:]).index_select(0, block.query_slot))
+    return torch.cat(outputs).index_select(0, tree.order)[None], None
+
+
+def _rows(states_THD: Tensor, index_BQ: Tensor) -> Tensor:
+    """Gathers tokens into blocks: ``(T, H, D) -> (B, H, Q, D)``."""
+    gathered = states_THD.index_select(0, index_BQ.reshape(-1))
+    return gathered.view(*index_BQ.shape, *states_THD.shape[1:]).transpose(1, 2)
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Scaled-dot-product attention; spelled out where soft-capping or sinks rule the fused kernels out."""
+    if mask is not None and mask.shape[-1] > key.shape[-2]:
+        mask = mask[..., : key.shape[-2]]
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+    if softcap is None and sinks is None:
+        causal = causal and mask is None and query.shape[2] > 1
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=causal
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and causal and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        hidden = ~mask if mask.dtype == torch.bool else None
+        scores = scores + mask if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return torch.matmul(F.dropout(weights, p=dropout, training=dropout > 0), value)
+
+
+@cache
+def register_attention() -> str:
+    """Registers the attention with transformers and returns its name, to be given as ``attn_implementation``."""
+    AttentionInterface.register(ATTENTION_NAME, tree_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    return ATTENTION_NAME

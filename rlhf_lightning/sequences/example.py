@@ -1,0 +1,117 @@
+"""What a row becomes once it is tokenised: a tree of token segments, and the batch of such trees that a loader yields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of tokens that continues its parent and is continued by its children.
+
+    Args:
+        tokens: token ids, at least one.
+        weights: one loss weight per token (0 = the token is context, 1 = it counts); ``None`` means that none counts.
+            The first token of a root has no token before it to be predicted from: its weight must be 0.
+        children: the segments that continue this one. A segment without children ends a *sequence*; the sequences of a
+            tree are its root-to-leaf paths in depth-first order.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32] | None = None
+    children: tuple[Segment, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", np.asarray(self.tokens, dtype=np.int64))
+        if self.tokens.ndim != 1 or len(self.tokens) == 0:
+            raise ValueError(f"a segment needs a flat, non-empty list of tokens, got shape {self.tokens.shape}")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", np.asarray(self.weights, dtype=np.float32))
+            if self.weights.shape != self.tokens.shape:
+                raise ValueError(f"{len(self.tokens)} tokens but {len(self.weights)} weights")
+
+    def paths(self) -> Iterator[tuple[Segment, ...]]:
+        """Yields each root-to-leaf path, depth first."""
+        if not self.children:
+            yield (self,)
+        for child in self.children:
+            for rest in child.paths():
+                yield (self, *rest)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in this segment and all below it, each counted once."""
+        return len(self.tokens) + sum(child.num_tokens for child in self.children)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row, tokenised.
+
+    Args:
+        row_id: ``"<source>:<ordinal>"``, stable over epochs, order, sharding and restarts.
+        root: the tree; for the usual contracts the prompt, its children the completions in the contract's order
+            (preference: chosen, rejected).
+        fields: the row's other columns (``margin``, ``label``, ...), untouched.
+    """
+
+    row_id: str
+    root: Segment
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> list[tuple[Segment, ...]]:
+        """The root-to-leaf paths, depth first."""
+        return list(self.root.paths())
+
+    def content_hash(self) -> str:
+        """A digest of tokens, weights and tree shape: equal for equal content, whatever the row is called."""
+        digest = blake2b(digest_size=16)
+
+        def feed(segment: Segment) -> None:
+            digest.update(b"(")
+            digest.update(segment.tokens.tobytes())
+            if segment.weights is not None:
+                digest.update(b"w" + segment.weights.tobytes())
+            for child in segment.children:
+                feed(child)
+            digest.update(b")")
+
+        feed(self.root)
+        return digest.hexdigest()
+
+
+class ExampleBatch:
+    """One rank's share of a global batch: the examples of one optimizer step.
+
+    It is deliberately no ``collections.abc.Sequence``: Lightning would take it apart, row by row, looking for tensors to
+    convert. A share may be empty (the last batch of an epoch over several ranks); it is yielded all the same, so that every rank
+    sees the same number of batches.
+
+    Args:
+        examples: this rank's examples.
+        on_consumed: called once by whoever has finished with the batch; a loader counts its rows as consumed then, and
+            not when the batch was fetched.
+    """
+
+    def __init__(self, examples: Sequence[Example], on_consumed: Callable[[], None] | None = None) -> None:
+        self.examples = list(examples)
+        self._on_consumed = on_consumed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    def mark_consumed(self) -> None:
+        """Tells the loader that the step of this batch is done; further calls do nothing."""
+        if self._on_consumed is not None:
+            callback, self._on_consumed = self._on_consumed, None
+            callback()

@@ -1,0 +1,87 @@
+"""What a parser has to say about a mistake, in one line: the key, its value, what is allowed, the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+
+_LIMIT = 400
+
+
+class UsageError(Exception):
+    """A mistake on the command line or in a YAML file."""
+
+
+def one_line(text: object, limit: int = _LIMIT) -> str:
+    """A text without line breaks, cut where it stops being read."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'beta'?"``, or nothing.
+
+    Example:
+        >>> did_you_mean("betta", ["beta", "gamma"])
+        "; did you mean 'beta'?"
+    """
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
+    """Says in one line what jsonargparse says in a page.
+
+    Args:
+        message: its message.
+        options: every option there is, to name the nearest to an unknown one.
+        classes: every class there is, for the same purpose; their parameters count as options.
+
+    Example:
+        >>> explain("Option 'betta' is not accepted", ["beta"])
+        "no option 'betta'; did you mean 'beta'?"
+    """
+    classes = list(classes)
+    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
+        names = {*options, *(name for cls in classes for name in _parameters(cls))}
+        return f"no option {found[1]!r}{did_you_mean(found[1], names)}"
+    if found := re.search(r"Unrecognized arguments?: (?:--)?([\w.+-]+)", message):
+        return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
+    if found := re.search(r"Expected a dot import path string: (\S+)", message):
+        return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
+    if found := re.search(r"arguments are required: (.*)", message):
+        missing = [name.split(".")[-1] for name in found[1].split(", ")]
+        return f"nothing says what {' and '.join(missing)} should be: give --config with a file, or --{missing[0]}=..."
+    return _wrong_value(message) or one_line(message)
+
+
+def _wrong_value(message: str) -> str | None:
+    """What is said of a value of the wrong type: the key, the value, the types that were tried."""
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    expected = re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", message, flags=re.MULTILINE)
+    if value is None or not expected:
+        return None
+    allowed: list[str] = []
+    for kind in expected:
+        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+        names = re.findall(r"'([^']*)'", choices[1]) if choices else []
+        name = f"one of {', '.join(names)}{did_you_mean(value[1], names)}" if names else _type_name(kind)
+        if name not in allowed:
+            allowed.append(name)
+    return one_line(f"{_key(message)}{value[1]!r} is not allowed: expected {' or '.join(allowed)}", 2 * _LIMIT)
+
+
+def _type_name(kind: str) -> str:
+    kind = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", kind)
+    return "null" if kind == "NoneType" else kind.replace("typing.", "")
+
+
+def _key(message: str) -> str:
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    return f"{keys[-1]}: " if keys else ""
+
+
+def _parameters(cls: type) -> set[str]:
+    return {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters if base is not object}

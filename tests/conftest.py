@@ -1,0 +1,38 @@
+"""Settings and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before the first import of torch, transformers or wandb: all three read these once. One thread, because products this
+# small are slower on two, and because sums keep one order.
+os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "MPLBACKEND": "agg"})
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from .helpers import char_tokenizer, save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The character tokenizer; shared, so a test that changes it makes its own with ``helpers.char_tokenizer()``."""
+    return char_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_model_folder("qwen3")``: a folder with a tiny random model and its tokenizer, written once; read only."""
+    folders: dict[str, Path] = {}
+
+    def folder(arch: str = "llama") -> Path:
+        if arch not in folders:
+            folders[arch] = save_tiny_model(tmp_path_factory.mktemp("models") / arch, arch)
+        return folders[arch]
+
+    return folder

@@ -1,0 +1,122 @@
+"""What is trained does not depend on how it was batched, padded, packed or ordered: every method, every row."""
+
+from __future__ import annotations
+
+from functools import partialmethod
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models import OutputHead, TokenStats
+from rlhf_lightning.sequences import SequenceBatch
+
+from ..helpers import save_tiny_model
+from .harness import TOLERANCE, Outcome, assert_same, assert_same_metrics, step, validate
+from .methods import METHODS
+
+NUM_ROWS = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    # LayerNorm in the model's own precision: RMSNorm computes in fp32 whatever the dtype, and would hide what fp64 shows.
+    return str(save_tiny_model(tmp_path_factory.mktemp("model"), "gpt2"))
+
+
+@pytest.fixture(scope="module")
+def baselines() -> dict[tuple[str, str], Outcome]:
+    return {}
+
+
+@pytest.fixture
+def baseline(baselines: dict[tuple[str, str], Outcome], folder: str, method: str) -> Outcome:
+    """The whole batch as one packed micro-batch with shared prompts."""
+    key = (method, "64-true")
+    if key not in baselines:
+        baselines[key] = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS))
+    return baselines[key]
+
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "budget-1-row": {"micro_batch_tokens": 1},
+    "budget-uneven": {"micro_batch_tokens": 41},
+    "padded": {"layout": "padded"},
+    "padded-budget": {"layout": "padded", "micro_batch_tokens": 60},
+    "repeated-prompts": {"share_prefix": False},
+    "repeated-prompts-budget": {"share_prefix": False, "micro_batch_tokens": 41},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("variation", VARIATIONS)
+@pytest.mark.filterwarnings("ignore:.*above micro_batch_tokens")
+def test_layout_and_budget(method: str, variation: str, folder: str, baseline: Outcome) -> None:
+    outcome = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS), **VARIATIONS[variation])
+    assert_same(outcome, baseline, TOLERANCE["64-true"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("side", "extra"), [("left", 0), ("right", 5), ("left", 7)])
+def test_padding(
+    method: str, side: str, extra: int, folder: str, baseline: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SequenceBatch, "padded", partialmethod(SequenceBatch.padded, side=side, extra=extra))
+    outcome = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS), layout="padded")
+    assert_same(outcome, baseline, TOLERANCE["64-true"])
+
+
+def full_logits(
+    hidden_ND: Tensor, head: OutputHead, target_ids: Tensor, *, temperature: float = 1.0, **asked: bool
+) -> TokenStats:
+    """The definition of the fused head, on the whole (tokens x vocabulary) matrix."""
+    log_p = (head.logits(hidden_ND) / temperature).log_softmax(dim=-1)
+    return TokenStats(
+        logprobs=log_p.gather(1, target_ids[:, None])[:, 0],
+        correct=log_p.argmax(dim=1) == target_ids,
+        entropy=-(log_p.exp() * log_p).sum(dim=1),
+        mean_logprobs=log_p.mean(dim=1),
+        log_sum_p2=(2 * log_p).logsumexp(dim=1).detach(),
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_full_logits(method: str, folder: str, baseline: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_lightning.models.backbone.fused_logprobs", full_logits)
+    outcome = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS))
+    assert_same(outcome, baseline, TOLERANCE["64-true"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_order_of_examples(method: str, folder: str, baseline: Outcome) -> None:
+    rows = METHODS[method].rows(NUM_ROWS)
+    shuffled = [rows[n] for n in torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(3)).tolist()]
+    assert_same(step(METHODS[method], folder, shuffled), baseline, TOLERANCE["64-true"])
+
+
+@pytest.fixture(scope="module")
+def usual_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights as wide as real models have them, for fp32; wide weights would measure the model's own conditioning."""
+    return str(save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", initializer_range=0.05))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_single_precision(method: str, usual_folder: str) -> None:
+    rows = METHODS[method].rows(NUM_ROWS)
+    whole = step(METHODS[method], usual_folder, rows, "32-true")
+    options = {"micro_batch_tokens": 41, "share_prefix": False, "layout": "padded"}
+    split = step(METHODS[method], usual_folder, rows, "32-true", **options)
+    assert_same(split, whole, TOLERANCE["32-true"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_batch_size(method: str, folder: str) -> None:
+    rows = METHODS[method].rows(NUM_ROWS)
+    whole = validate(METHODS[method], folder, rows, NUM_ROWS)
+    for batch_size in (1, 3):
+        parts = validate(METHODS[method], folder, rows, batch_size, micro_batch_tokens=50)
+        assert_same_metrics(parts, whole, TOLERANCE["64-true"])
+
+
