@@ -196,7 +196,7 @@ class RowTokenizer:
         if not assistant_only:
             tokens = self._encode(self._render(messages, template))
             return tokens, [1] * len(tokens)
-        if _GENERATION_MARK.search(self.tokenizer.get_chat_template(tools=template.get("tools"))):
+        if _GENERATION_MARK.search(self._chat_template(template)):
             rendered = self._apply(
                 messages, template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
@@ -249,15 +249,19 @@ class RowTokenizer:
         return str(self._apply(messages, template, tokenize=False, **options))
 
     def _apply(self, messages: Messages, template: dict[str, Any], **options: Any) -> Any:
+        self._chat_template(template)
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options, **template)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the row: {' '.join(str(error).split())}") from error
+
+    def _chat_template(self, template: dict[str, Any]) -> str:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "the row holds chat messages but the tokenizer has no chat template: give it one "
                 "(tokenizer.chat_template, or chat_template.jinja in its folder) or write strings"
             )
-        try:
-            return self.tokenizer.apply_chat_template(messages, **options, **template)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses the row: {' '.join(str(error).split())}") from error
+        return str(self.tokenizer.get_chat_template(tools=template.get("tools")))
 
 
 def fit(example: Example, max_length: int | None, on_too_long: OnTooLong) -> tuple[Example | None, bool]:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from .modules import PostTrainingModule
 from .packaged import packaged_config
-from .usage import UsageError, explain, one_line
+from .usage import UsageError, explain
 
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
@@ -54,9 +54,13 @@ class PostTrainingCLI(LightningCLI):
 
     Args:
         args: the command line, without the program's name.
+        run: run the subcommand that ``args`` begin with; otherwise there is none, and everything is built and left.
+        trainer_defaults: defaults of the trainer's options, and callbacks to add to those configured.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(
+        self, args: Sequence[str], *, run: bool = True, trainer_defaults: dict[str, Any] | None = None
+    ) -> None:
         for name in _WITH_SHORT_NAMES:
             import_module(f".{name}", __package__)
         super().__init__(
@@ -68,8 +72,10 @@ class PostTrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            trainer_defaults=trainer_defaults,
             parser_class=Parser,
             args=[*_with_packaged_configs(args)],
+            run=run,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -81,7 +87,7 @@ class PostTrainingCLI(LightningCLI):
 
         LightningCLI would replace it by the checkpoint's hyper-parameters, whatever the command line says.
         """
-        config = self.config.get(self.config.get("subcommand"))
+        config = self.config.get(self.config.get("subcommand"), {})
         path = config.get("ckpt_path")
         if not path or not Path(path).is_file():
             return
@@ -113,7 +119,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (UsageError, ValueError, FileNotFoundError, MisconfigurationException) as error:
         if debug:
             raise
-        print(f"rlhf-lightning: {one_line(error, 2000)}", file=sys.stderr)
+        print(f"rlhf-lightning: {explain(str(error))}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
 
 

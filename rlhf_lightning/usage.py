@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from collections.abc import Iterable
 
-_LIMIT = 400
+_LIMIT = 1000
 
 
 class UsageError(Exception):
@@ -32,25 +31,27 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
-    """Says in one line what jsonargparse says in a page.
+    """Says in one line what jsonargparse says in a page; anything else stays as it is, in one line.
 
     Args:
         message: its message.
-        options: every option there is, to name the nearest to an unknown one.
-        classes: every class there is, for the same purpose; their parameters count as options.
+        options: those that the parser knows, to name the nearest to an unknown one.
+        classes: those that can be named without their path, for the same purpose.
 
     Example:
         >>> explain("Option 'betta' is not accepted", ["beta"])
         "no option 'betta'; did you mean 'beta'?"
     """
-    classes = list(classes)
-    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
-        names = {*options, *(name for cls in classes for name in _parameters(cls))}
-        return f"no option {found[1]!r}{did_you_mean(found[1], names)}"
-    if found := re.search(r"Unrecognized arguments?: (?:--)?([\w.+-]+)", message):
-        return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
+    if causes := re.findall(r"^ *- (?!Expected an? |Not a valid subclass|a class path|a dict)(.*)", message, flags=re.MULTILINE):
+        return one_line(causes[0])  # of the types that a value may have, one came close
+    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
+        return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
+    if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):
+        return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
+    if found := re.search(r"File does not exist: (.*)", message):
+        return f"there is no file {found[1]}"
     if found := re.search(r"arguments are required: (.*)", message):
         missing = [name.split(".")[-1] for name in found[1].split(", ")]
         return f"nothing says what {' and '.join(missing)} should be: give --config with a file, or --{missing[0]}=..."
@@ -64,13 +65,15 @@ def _wrong_value(message: str) -> str | None:
     if value is None or not expected:
         return None
     allowed: list[str] = []
+    hint = ""
     for kind in expected:
         choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
         names = re.findall(r"'([^']*)'", choices[1]) if choices else []
-        name = f"one of {', '.join(names)}{did_you_mean(value[1], names)}" if names else _type_name(kind)
+        hint = hint or did_you_mean(value[1], names)
+        name = f"one of {', '.join(names)}" if names else _type_name(kind)
         if name not in allowed:
             allowed.append(name)
-    return one_line(f"{_key(message)}{value[1]!r} is not allowed: expected {' or '.join(allowed)}", 2 * _LIMIT)
+    return one_line(f"{_key(message)}{value[1]!r} is not allowed: expected {' or '.join(allowed)}{hint}")
 
 
 def _type_name(kind: str) -> str:
@@ -81,7 +84,3 @@ def _type_name(kind: str) -> str:
 def _key(message: str) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', message)
     return f"{keys[-1]}: " if keys else ""
-
-
-def _parameters(cls: type) -> set[str]:
-    return {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters if base is not object}

@@ -49,8 +49,9 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
     careful solutions with one wrong number, from which the later steps go on consistently.
 
     * ``demonstrations``: ``prompt, completion, author``; ``careless=0.5``, ``slips=0``.
-    * ``preference``: ``prompt, chosen, rejected``: a careful right solution against a wrong guess
-      (``careless=1`` of the rows) or against a careful solution with a slip (the others).
+    * ``preference``: ``prompt, chosen, rejected``: a careful right solution against a wrong guess (``careless=0.5`` of
+      the rows) or against a careful solution with a slip (the others). A guess differs from a solution at the
+      first token; to tell a slip takes the arithmetic.
     * ``unpaired``: ``prompt, completion, label``: the label says whether the answer is right; ``careless=0.5``,
       ``slips=0``.
     * ``stepwise``: ``prompt, completions, labels``: the steps of a careful solution, to be joined by
@@ -186,7 +187,7 @@ def _near(value: int, random: Random, *, wrong: bool = False) -> int:
 # What writes a contract's columns, and the defaults of `careless` and `slips` (None: the contract has no such key).
 _CONTRACTS: dict[str, tuple[Callable[[list[int], _Authors, Random], dict[str, Any]], float | None, float | None]] = {
     "demonstrations": (_demonstration, 0.5, 0.0),
-    "preference": (_preference, 1.0, None),
+    "preference": (_preference, 0.5, None),
     "unpaired": (_unpaired, 0.5, 0.0),
     "stepwise": (_stepwise, None, 0.5),
     "prompts": (_prompt, None, None),

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -120,7 +121,9 @@ def _trained_adapter(model: PeftModel) -> str:
 
 def _shell(base: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     """A second view of a model for ``save_pretrained``, which writes to the config of what it saves."""
-    shell = copy.copy(base)
+    plain = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+    shell: Any = plain.__new__(plain)
+    shell.__dict__.update(base.__dict__)
     shell.config = copy.deepcopy(base.config)
     # What belongs to this run and not to the weights: our attention, quantised layers, placement.
     shell.config._attn_implementation = None
@@ -137,7 +140,7 @@ def _shell(base: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
                 "the generation config is invalid and is left out of the export: %s", str(error).splitlines()[0]
             )
             shell.generation_config = GenerationConfig.from_model_config(shell.config)
-    return shell
+    return cast(PreTrainedModel, shell)
 
 
 def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
@@ -188,7 +191,11 @@ def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Ten
     if isinstance(module, BaseTunerLayer):
         if _is_quantised(module.get_base_layer()):
             return _merged_quantised(name, module, adapter)
-        return _merged_plain(module, adapter)
+        try:
+            return _merged_plain(module, adapter)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"{name} cannot be merged ({reason}): export with merge_adapter=False") from error
     return _dequantised(module) if _is_quantised(module) else None
 
 

@@ -11,7 +11,8 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..packaged import packaged_config
 from ..sequences import ATTENTION_NAME, register_attention
 from .reference import ADAPTER_COPY
 
@@ -175,8 +177,8 @@ def _check_options(
 
 
 def _locate(source: str | Path, *, what: str) -> str:
-    """An absolute path for a local folder, the name itself for a hub id."""
-    path = Path(source).expanduser()
+    """An absolute path for a folder here or in the package's configs, the name itself for a hub id."""
+    path = packaged_config(source) or Path(source).expanduser()
     if path.is_dir():
         return str(path.resolve())
     if path.exists():
@@ -193,8 +195,6 @@ def _load_base(
     """Reads a whole model, and refuses one that is not whole."""
     config = _read_config(place)
     arguments: dict[str, Any] = {"dtype": dtype}
-    if attn_implementation is not None:
-        arguments["attn_implementation"] = attn_implementation
     stored = getattr(config, "quantization_config", None)
     if stored is not None and quantization is not None:
         raise ValueError(f"the weights of {place!r} are quantised already: leave quantization={quantization!r} out")
@@ -204,7 +204,10 @@ def _load_base(
         # Where the caller builds the model (the trainer's device, say), and not on whatever accelerator there is.
         arguments["device_map"] = {"": torch.get_default_device()}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
+        loaded: Any = _with_attention(
+            partial(AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **arguments),
+            attn_implementation,
+        )
     except _LOADING_ERRORS as error:
         raise ValueError(f"cannot load a causal language model from {place!r}: {_first_line(error)}") from error
     model, report = loaded
@@ -217,11 +220,27 @@ def _load_base(
     return model  # type: ignore[no-any-return]
 
 
-def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
-    config = _read_config(place)
-    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+def _with_attention(build: Callable[..., Any], attn_implementation: str | None) -> Any:
+    """Builds a model with an attention of ours, or with its own where it looks no others up."""
+    if attn_implementation is None:
+        return build()
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)  # type: ignore[no-any-return]
+        return build(attn_implementation=attn_implementation)
+    except KeyError as error:
+        # Older architectures (falcon, gptj) pick a class from a table of their own; they run in the padded layout.
+        if error.args != (attn_implementation,):
+            raise
+        return build()
+
+
+def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    _read_config(place)
+    try:
+        model: PreTrainedModel = _with_attention(
+            lambda **arguments: AutoModelForCausalLM.from_config(_read_config(place), dtype=dtype, **arguments),
+            attn_implementation,
+        )
+        return model
     except _LOADING_ERRORS as error:
         raise ValueError(
             f"cannot build a causal language model from {place}/config.json: {_first_line(error)}"
@@ -262,9 +281,20 @@ def _lora_config(lora: Mapping[str, Any]) -> LoraConfig:
         raise ValueError(f"lora={dict(lora)!r} is refused by peft: {_first_line(error)}") from error
 
 
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Keeps back what peft 0.21 says about its own doings, which nobody can mend from outside."""
+    with warnings.catch_warnings():
+        # It asks transformers 5.23 by a name that has been replaced, and adds patterns of its own for fused experts.
+        warnings.filterwarnings("ignore", message=r".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys .*: \['\.\*[\\]+\.gate_up_proj'\]")
+        yield
+
+
 def _add_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
-        return get_peft_model(base, config)
+        with _quiet_peft():
+            return get_peft_model(base, config)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"cannot add a LoRA adapter to {type(base).__name__}: {_first_line(error)}") from error
 
@@ -282,7 +312,7 @@ def _load_adapter(place: str, config_file: str, load: partial[PreTrainedModel], 
     except ValueError as error:
         raise ValueError(f"{error} (it is the base_model_name_or_path in {config_file})") from error
     try:
-        with warnings.catch_warnings():
+        with _quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, place, is_trainable=trainable)
             if trainable:

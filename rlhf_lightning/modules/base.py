@@ -119,6 +119,21 @@ class PostTrainingModule(lightning.LightningModule):
         """Rows that carry no gradient; called without gradient, once per micro-batch."""
         return {}
 
+    @property
+    def shares_constants(self) -> bool:
+        """Whether a row's loss reads ``statistics`` of the whole global batch's constants."""
+        return False
+
+    def statistics(self, constants: Scores, totals: dict[str, float]) -> dict[str, float]:
+        """Numbers that the loss needs of the constants of *all* rows; they are added to the totals.
+
+        With them a loss that couples rows by a constant alone (KTO's KL estimate) needs no second pass.
+        """
+        return {}
+
+    def remember(self, rows: Scores, totals: dict[str, float]) -> None:
+        """Takes note of a global batch after its step (a running estimate, say); the same on every rank."""
+
     def scores(self, batch: SequenceBatch) -> Scores:
         """Rows that carry gradient."""
         raise TypeError(f"{type(self).__name__} must define scores(batch)")
@@ -192,12 +207,6 @@ class PostTrainingModule(lightning.LightningModule):
             raise ValueError("the schedule has no end: set trainer.max_steps, or total_steps of the lr_scheduler")
         return int(steps)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves a batch of examples on the host: micro-batches are packed onto the device one at a time."""
-        if isinstance(batch, ExampleBatch):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     # One batch, one step.
 
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
@@ -213,8 +222,9 @@ class PostTrainingModule(lightning.LightningModule):
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
             scheduler.step()
-        values = self._summary(gather_scores(rows, self.device), totals)
-        values |= {"grad_norm": grad_norm, "learning_rate": rate}
+        everyone = gather_scores(rows, self.device)
+        values = self._summary(everyone, totals) | {"grad_norm": grad_norm, "learning_rate": rate}
+        self.remember(everyone, totals)
         self._log("train", values)
         batch.mark_consumed()
 
@@ -229,10 +239,14 @@ class PostTrainingModule(lightning.LightningModule):
         batches = [[examples[n] for n in micro] for micro in plan]
         if self.coupled and (len(batches) > 1 or world_size() > 1):
             return self._backward_coupled(batches, totals), totals
+        known: list[Scores] = []
+        if self.shares_constants:
+            known = [self._constants(self._pack(micro)) for micro in batches]
+            totals |= self._statistics(gather_scores(concatenate(known), self.device), totals)
         rows = []
-        for micro in batches:
+        for n, micro in enumerate(batches):
             batch = self._pack(micro)
-            constants = self._constants(batch)
+            constants = known[n] if known else self._constants(batch)
             scores = self.scores(batch)
             loss = self.loss(_in_canonical_order(constants | scores), totals)
             self.manual_backward(loss)
@@ -268,6 +282,10 @@ class PostTrainingModule(lightning.LightningModule):
             ]
             self.manual_backward(torch.stack(parts).sum())
         return own
+
+    @torch.no_grad()
+    def _statistics(self, rows: Scores, totals: dict[str, float]) -> dict[str, float]:
+        return self.statistics(_in_canonical_order(rows), totals) if self.shares_constants else {}
 
     def _constants(self, batch: SequenceBatch) -> Scores:
         with torch.no_grad():
@@ -362,7 +380,7 @@ class PostTrainingModule(lightning.LightningModule):
         if not rows:
             warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
             return
-        self._log(stage, self._summary(rows, totals))
+        self._log(stage, self._summary(rows, totals | self._statistics(rows, totals)))
 
     @torch.no_grad()
     def _summary(self, rows: Scores, totals: dict[str, float]) -> Scores:

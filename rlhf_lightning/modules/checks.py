@@ -25,6 +25,24 @@ def check_positive(name: str, value: float, instead: str) -> None:
         raise ValueError(f"{name} is {value!r}; it must be above 0 ({instead})")
 
 
+def check_fraction(name: str, value: float, instead: str) -> None:
+    """Raises unless ``value`` is in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be in [0, 1) ({instead})")
+
+
+def check_not_negative(name: str, value: float, instead: str) -> None:
+    """Raises unless ``value`` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} is {value!r}; it must be at least 0 ({instead})")
+
+
+def check_count(name: str, value: int, instead: str) -> None:
+    """Raises unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1 ({instead})")
+
+
 def check_module_options(*, init: str, micro_batch_tokens: int, layout: str, max_grad_norm: float | None) -> None:
     """Checks the options that all modules share."""
     check_choice("init", init, ("pretrained", "random"))

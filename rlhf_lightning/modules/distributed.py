@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,15 @@ def gather_scores(scores: Scores, device: torch.device) -> Scores:
     dist.all_gather_object(parts, {name: value.cpu() for name, value in scores.items()})
     filled = [part for part in parts if part]
     return {name: torch.cat([part[name] for part in filled]).to(device) for name in (filled[0] if filled else ())}
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Collects one small picklable object per rank, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 def rows_before_this_rank(count: int) -> int:

@@ -21,6 +21,7 @@ from ..losses.preference import (
 from ..sequences import Example, SequenceBatch
 from .distributed import Scores
 from .referenced import ReferencedModule
+from .rows import num_scored, pair_rows
 
 
 class DPOModule(ReferencedModule):
@@ -103,32 +104,32 @@ class DPOModule(ReferencedModule):
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
         """Pairs, and tokens of the chosen completions."""
-        tokens = sum(_num_scored(example)[0] for example in examples)
+        tokens = sum(num_scored(example)[0] for example in examples)
         return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
 
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
         """The reference's log-probs of both completions."""
         logps = self._sequence_logps(batch, self.token_stats(batch, model).logprobs)
-        return _pairs("ref_{}_logps", logps)
+        return pair_rows("ref_{}_logps", logps)
 
     def constants(self, batch: SequenceBatch) -> Scores:
         """Lengths, and what the reference says."""
         lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
-        return self.reference_constants(batch) | _pairs("{}_lengths", lengths)
+        return self.reference_constants(batch) | pair_rows("{}_lengths", lengths)
 
     def scores(self, batch: SequenceBatch) -> Scores:
         """The policy's log-probs of both completions, and what some losses need beside them."""
         stats = self.token_stats(batch, power=self.use_weighting)
-        rows = _pairs("{}_logps", self._sequence_logps(batch, stats.logprobs))
+        rows = pair_rows("{}_logps", self._sequence_logps(batch, stats.logprobs))
         if "sft" in self.loss_types:
-            rows["sft_logps"] = _pairs("{}", batch.sum_per_sequence(stats.logprobs))["chosen"]
+            rows["sft_logps"] = pair_rows("{}", batch.sum_per_sequence(stats.logprobs))["chosen"]
         if self.use_weighting:
             weights = wpo_weights(
                 stats.logprobs, stats.log_sum_p2, batch.sequence_index, num_sequences=batch.num_sequences
             )
             rows["weights"] = weights.view(-1, 2).prod(dim=1)
         correct = batch.sum_per_sequence(stats.correct.to(stats.logprobs.dtype))
-        rows["correct"] = _pairs("{}", correct)["chosen"]
+        rows["correct"] = pair_rows("{}", correct)["chosen"]
         return rows
 
     def _sequence_logps(self, batch: SequenceBatch, logprobs: Tensor) -> Tensor:
@@ -175,17 +176,3 @@ class DPOModule(ReferencedModule):
         }
         means = {name: value.mean() for name, value in values.items()}
         return means | {"mean_token_accuracy": rows["correct"].sum() / totals["chosen_tokens"]}
-
-
-def _num_scored(example: Example) -> list[int]:
-    """Scored tokens of each sequence."""
-    return [
-        sum(int((segment.weights > 0).sum()) for segment in path if segment.weights is not None)
-        for path in example.root.paths()
-    ]
-
-
-def _pairs(name: str, values_S: Tensor) -> Scores:
-    """Splits values of sequences, chosen and rejected in turn, into rows."""
-    values = values_S.view(-1, 2)
-    return {name.format("chosen"): values[:, 0], name.format("rejected"): values[:, 1]}

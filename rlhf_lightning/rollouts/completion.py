@@ -144,13 +144,12 @@ def draw(logits_NV: Tensor, tracks: Sequence[Track], params: SamplingParams, sto
     uniforms_N = None
     if not params.greedy:
         uniforms_N = torch.from_numpy(uniforms([track.seed for track in tracks], steps)).to(logits_NV.device)
-    banned_NV = None
-    if params.min_new_tokens and stop_ids and bool((steps < params.min_new_tokens).any()):
-        banned_NV = torch.zeros(logits_NV.shape, dtype=torch.bool, device=logits_NV.device)
-        early_N1 = torch.from_numpy(steps < params.min_new_tokens).to(logits_NV.device)[:, None]
-        banned_NV[:, list(stop_ids)] = early_N1
+    banned = None
+    early = np.flatnonzero(steps < params.min_new_tokens)
+    if stop_ids and len(early):
+        banned = torch.from_numpy(early).to(logits_NV.device), torch.tensor(stop_ids, device=logits_NV.device)
     seen_NV = _seen(logits_NV, tracks) if params.repetition_penalty != 1 else None
-    drawn = sample(logits_NV, uniforms_N, params, seen_NV=seen_NV, banned_NV=banned_NV)
+    drawn = sample(logits_NV, uniforms_N, params, seen_NV=seen_NV, banned=banned)
     tokens, logprobs = drawn.tokens_N.tolist(), drawn.logprobs_N.tolist()
     model_logprobs = [None] * len(tokens) if drawn.model_logprobs_N is None else drawn.model_logprobs_N.tolist()
     for track, token, logprob, model_logprob in zip(tracks, tokens, logprobs, model_logprobs, strict=True):

@@ -13,6 +13,7 @@ from torch import nn
 from .completion import Completion, Track
 from .continuous import ContinuousBatch
 from .decoder import Decoder, unwrap
+from .packed import packed_linears
 from .plain import generate_plain
 from .sampling import SamplingParams, derive_seed
 
@@ -125,7 +126,8 @@ class LocalEngine:
     def _run(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
         decoder = Decoder(self.model)
         if decoder.agrees():
-            ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
+            with packed_linears(self.model):
+                ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
             return
         model = unwrap(self.model)
         self._warn_once(

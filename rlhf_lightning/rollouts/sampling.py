@@ -152,7 +152,7 @@ def sample(
     params: SamplingParams,
     *,
     seen_NV: Tensor | None = None,
-    banned_NV: Tensor | None = None,
+    banned: tuple[Tensor, Tensor] | None = None,
 ) -> Draw:
     """Draws one token per row by inverting the cumulative distribution at one uniform per row.
 
@@ -161,7 +161,7 @@ def sample(
         uniforms_N: numbers in (0, 1) in double precision; not read when greedy.
         params: temperature, filters and penalty.
         seen_NV: true where a token is in the row's prompt or completion; needed with a repetition penalty.
-        banned_NV: true where a token must not be drawn yet.
+        banned: rows, and tokens that must not be drawn in them yet.
 
     Raises:
         ValueError: a row has no finite score to draw from.
@@ -177,8 +177,9 @@ def sample(
         penalty = params.repetition_penalty
         punished_NV = torch.where(scores_NV < 0, scores_NV * penalty, scores_NV / penalty)
         scores_NV = torch.where(seen_NV, punished_NV, scores_NV)
-    if banned_NV is not None:
-        scores_NV = scores_NV.masked_fill(banned_NV, -math.inf)
+    if banned is not None:
+        scores_NV = scores_NV.clone() if scores_NV is logits_NV or params.model_logprobs else scores_NV
+        scores_NV[banned[0][:, None], banned[1]] = -math.inf
     if params.greedy:
         tokens_N = scores_NV.argmax(-1)
         logprobs_N = torch.zeros(len(tokens_N), dtype=torch.float32, device=tokens_N.device)

@@ -93,7 +93,8 @@ def fit(
     try:
         run.fit(module, datamodule=SFTDataModule(**(settings | (data or {}))), ckpt_path=resume)
     except RuntimeError as error:
-        assert fails_at is not None and "gone" in str(error)  # noqa: PT017
+        if str(error) != "the machine is gone":
+            raise
     return module.seen
 
 
@@ -167,9 +168,13 @@ def test_a_module_that_marks_nothing_repeats_at_most_one_batch_and_loses_none(tm
 def test_changed_rows_are_an_error_on_resume(tmp_path: Path) -> None:
     fit(tmp_path)
     changed = [*ROWS[:-1], {"prompt": "10+1=", "completion": "12"}]
-    with pytest.raises(ValueError, match=r"^cannot resume on other data: the rows' fingerprint was '\w+' in the checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"^cannot resume on other data: the rows' fingerprint was '\w+' in the checkpoint"
+    ):
         fit(tmp_path, resume=tmp_path / "step=3.ckpt", data={"train": changed})
-    with pytest.raises(ValueError, match="global_batch_size was 2 in the checkpoint and is 3 now; put back what it was"):
+    with pytest.raises(
+        ValueError, match="global_batch_size was 2 in the checkpoint and is 3 now; put back what it was"
+    ):
         fit(tmp_path, resume=tmp_path / "step=3.ckpt", data={"global_batch_size": 3})
 
 

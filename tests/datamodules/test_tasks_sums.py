@@ -158,8 +158,10 @@ def test_preference_is_right_steps_against_a_wrong_answer(careless):
     assert within(guesses, 600, careless)
 
 
-def test_preference_rejects_guesses_unless_told_otherwise():
-    assert open_task("sums:preference?rows=30") == open_task("sums:preference?rows=30&careless=1")
+def test_defaults_of_the_authors():
+    for source in ("demonstrations?careless=0.5&slips=0", "preference?careless=0.5", "stepwise?slips=0.5"):
+        assert open_task(f"sums:{source.partition('?')[0]}?rows=50") == open_task(f"sums:{source}&rows=50")
+    assert open_task("sums:unpaired?rows=50") == open_task("sums:unpaired?rows=50&careless=0.5&slips=0")
 
 
 def test_unpaired_label_says_whether_the_answer_is_right():

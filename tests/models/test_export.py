@@ -12,6 +12,9 @@ from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_lightning.models import load_causal_lm, load_tokenizer, save_pretrained
@@ -130,7 +133,7 @@ def test_invalid_generation_config_does_not_cost_the_weights(
 # Adapters.
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # peft's own, for fused experts
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft's own, see loading
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_moe"])
 def test_adapter_alone_reloads_in_plain_peft(
     arch: str, tiny_model_folder: Folder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -257,6 +260,7 @@ def test_adapter_on_quantised_weights_alone(tokenizer: PreTrainedTokenizerFast, 
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_cannot_be_merged_into_quantised_weights(
     extra: dict, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -270,6 +274,17 @@ def test_what_cannot_be_merged_into_quantised_weights(
     assert names(tmp_path) == {"source"}
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_what_peft_cannot_merge_is_one_line(
+    tiny_model_folder: Folder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = load_causal_lm(tiny_model_folder("llama"), dtype=torch.float32, lora={**LORA, "lora_bias": True})
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj cannot be merged \(.*\): export with .*$"
+    ):
+        save_pretrained(model, tokenizer, tmp_path / "out", merge_adapter=True)
+
+
 def test_quantised_model_without_adapter_has_nothing_to_export(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -277,6 +292,44 @@ def test_quantised_model_without_adapter_has_nothing_to_export(
     model = load_causal_lm(source, dtype=torch.float32, quantization="nf4", trainable=False)
     with pytest.raises(ValueError, match="quantised and has no adapter"):
         save_pretrained(model, tokenizer, tmp_path / "out")
+
+
+# Several processes.
+
+
+def _export_sharded(rank: int, store: str, source: str, out: str) -> None:
+    """One of two processes that hold halves of every weight."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for name, lora in (("full", None), ("lora", LORA)):
+        torch.manual_seed(0)  # adapters are drawn: alike on both ranks
+        model = load_causal_lm(source, dtype=torch.float32, lora=lora)
+        shake(model)
+        base = model.get_base_model() if lora else model
+        for layer in base.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        save_pretrained(model, char_tokenizer(), f"{out}/{name}")
+        if lora:
+            save_pretrained(model, char_tokenizer(), f"{out}/merged", merge_adapter=True)
+        assert Path(out, name, "tokenizer.json").exists(), "no rank goes on before the export is there"
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_sharded_weights_are_gathered_and_written_once(tmp_path: Path) -> None:
+    source, out = save_tiny_model(tmp_path / "source", "llama"), tmp_path / "out"
+    torch.multiprocessing.spawn(_export_sharded, (str(tmp_path / "store"), str(source), str(out)), nprocs=2)
+    full = load_causal_lm(source, dtype=torch.float32)
+    shake(full)
+    assert torch.equal(logits(reload(out / "full")), logits(full))
+    torch.manual_seed(0)
+    adapted = load_causal_lm(source, dtype=torch.float32, lora=LORA)
+    shake(adapted)
+    assert torch.equal(logits(PeftModel.from_pretrained(reload(source), out / "lora")), logits(adapted))
+    assert torch.allclose(logits(reload(out / "merged")), logits(adapted), atol=1e-4)
+    assert names(out) == {"full", "lora", "merged"}
 
 
 # All or nothing.

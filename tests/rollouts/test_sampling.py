@@ -136,12 +136,16 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 
 
 def test_banned_tokens_are_not_drawn() -> None:
-    banned_NV = torch.tensor([[False, True, False]])
-    logits_NV = torch.tensor([[0.0, 100.0, 1.0]])
-    assert sample(logits_NV, None, SamplingParams(temperature=0), banned_NV=banned_NV).tokens_N.tolist() == [2]
-    drawn = sample(logits_NV, torch.tensor([0.5], dtype=torch.float64), SamplingParams(), banned_NV=banned_NV)
-    assert drawn.tokens_N.tolist() == [2]
-    assert drawn.logprobs_N.item() == pytest.approx(1 - math.log(math.e + 1), abs=1e-6)
+    banned = torch.tensor([1]), torch.tensor([1, 3])
+    logits_NV = torch.tensor([[0.0, 100.0, 1.0, 100.0]] * 2)
+    before_NV = logits_NV.clone()
+    assert sample(logits_NV, None, SamplingParams(temperature=0), banned=banned).tokens_N.tolist() == [1, 2]
+    halves_N = torch.tensor([0.4, 0.5], dtype=torch.float64)
+    drawn = sample(logits_NV, halves_N, SamplingParams(model_logprobs=True), banned=banned)
+    assert drawn.tokens_N.tolist() == [1, 2]
+    np.testing.assert_allclose(drawn.logprobs_N, [-math.log(2), 1 - math.log(math.e + 1)], atol=1e-6)
+    np.testing.assert_allclose(drawn.model_logprobs_N, [-math.log(2), -99 - math.log(2)], rtol=1e-6)
+    assert torch.equal(logits_NV, before_NV)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -1,0 +1,229 @@
+"""Training speed and memory beside TRL: one process after another on the same rows, model, batch and threads.
+
+Each side runs in a process of its own; pairs of processes alternate, and the median of the pairwise ratios is printed.
+Peak memory is the process's largest resident set, libraries included.
+
+    python benchmarks/training.py dpo            # needs: pip install trl==1.16.0
+    python benchmarks/training.py sft --pairs 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB, HIDDEN, LAYERS, BATCH = 32768, 384, 8, 8
+SIDES = {"dpo": ("ours", "trl"), "sft": ("ours", "trl", "trl-packed")}
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    """Rows with the lengths of GSM8K: prompts of about 60 tokens, solutions of about 110, both with a long tail."""
+    rng = np.random.default_rng(0)
+
+    def text(median: float, spread: float, least: int, most: int) -> str:
+        length = int(np.clip(rng.lognormal(np.log(median), spread), least, most))
+        return " ".join(f"w{n}" for n in rng.integers(10, VOCAB - 10, size=length))
+
+    return [
+        {
+            "prompt": text(58, 0.35, 20, 180),
+            "chosen": text(105, 0.40, 30, 320),
+            "rejected": text(105, 0.40, 30, 320),
+        }
+        for _ in range(count)
+    ]
+
+
+def write_model(folder: Path) -> None:
+    """A Qwen3-shaped random model and a tokenizer of whole words, one token each."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{n}": n for n in range(2, VOCAB)}}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+
+
+def ours(method: str, folder: str, data: list[dict[str, str]], steps: int) -> list[float]:
+    """Seconds of each step."""
+    import lightning
+
+    from rlhf_lightning import DPOModule, SFTModule
+    from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule
+
+    times: list[float] = []
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            times.append(time.perf_counter() - self.start)
+
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Clock()],
+    )
+    if method == "dpo":
+        trainer.fit(DPOModule(folder), PreferenceDataModule(train=data, global_batch_size=BATCH, shuffle=False))
+    else:
+        sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
+        trainer.fit(SFTModule(folder), SFTDataModule(train=sft, global_batch_size=BATCH, shuffle=False))
+    return times
+
+
+def trl(method: str, folder: str, data: list[dict[str, str]], steps: int, packed: bool) -> list[float]:
+    """Seconds of each step of TRL's trainer; with ``packed``, rows are packed into blocks as its users do."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times.append(time.perf_counter() - self.start)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if method == "dpo":
+        config = DPOConfig(max_length=None, **options)
+        DPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        ).train()
+    else:
+        sft = Dataset.from_list([{"prompt": row["prompt"], "completion": " " + row["chosen"]} for row in data])
+        if packed:  # blocks of 1024 tokens: a batch then holds about as many tokens as ours, without padding
+            options |= {"per_device_train_batch_size": 2, "packing": True, "max_length": 1024}
+        else:
+            options["max_length"] = None
+        config = SFTConfig(**options)
+        SFTTrainer(
+            model=model, args=config, train_dataset=sft, processing_class=tokenizer, callbacks=[Clock()]
+        ).train()
+    return times
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Runs one side and prints a line of JSON."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    data = rows(BATCH * arguments.steps * (4 if arguments.side == "trl-packed" else 1))
+    if arguments.side == "ours":
+        times = ours(arguments.method, arguments.folder, data, arguments.steps)
+    else:
+        times = trl(arguments.method, arguments.folder, data, arguments.steps, arguments.side == "trl-packed")
+    words = [len(r["prompt"].split()) + len(r["chosen"].split()) + 1 for r in data]
+    tokens = 2 * 1024 if arguments.side == "trl-packed" else statistics.mean(words) * BATCH
+    seconds = statistics.median(times[2:])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("RESULT " + json.dumps({"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_mib": peak}))
+
+
+def measure(arguments: argparse.Namespace, side: str) -> dict[str, float]:
+    """Runs one side in a process of its own."""
+    command = [sys.executable, __file__, arguments.method, "--side", side, "--folder", arguments.folder]
+    command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
+    root = str(Path(__file__).resolve().parents[1])
+    env = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))  # type: ignore[no-any-return]
+    raise RuntimeError(f"{side} failed:\n{done.stderr[-2000:]}")
+
+
+def main() -> None:
+    """Alternates the sides and prints medians and pairwise ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=SIDES)
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per run, the first two not counted")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        child(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        arguments.folder = folder
+        sides = SIDES[arguments.method]
+        results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        for _ in range(arguments.pairs):
+            for side in sides:
+                results[side].append(measure(arguments, side))
+                print(f"  {side:12s} {results[side][-1]}", flush=True)
+    print(f"\n{arguments.method}, medians of {arguments.pairs}:")
+    for side in sides:
+        median = {key: statistics.median(r[key] for r in results[side]) for key in results[side][0]}
+        line = f"{side:12s} {median['seconds']:.2f} s/step {median['tokens_per_s']:.0f} tokens/s {median['peak_mib']:.0f} MiB"
+        if side != "ours":
+            pairs = list(zip(results["ours"], results[side], strict=True))
+            speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
+            memory = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in pairs)
+            line += f"   ours: {speed:.2f}x as fast, {memory:.2f}x the memory"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

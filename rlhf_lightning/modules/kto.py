@@ -1,0 +1,289 @@
+"""Kahneman-Tversky optimisation: preferences from completions that are labelled good or bad on their own.
+
+Legend: S sequences, E examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..losses.kto import COUPLED, KTOLossType, kto_kl, kto_loss, validate_kto_loss
+from ..models import evaluating, num_positions
+from ..sequences import Example, ExampleBatch, Segment, SequenceBatch
+from .checks import check_fraction
+from .distributed import Scores, gather_objects, sum_over_ranks
+from .referenced import ReferencedModule
+from .rows import num_scored
+
+_BORROWED = "_borrowed"  # the field of an example whose partner comes from an earlier batch
+
+
+class KTOModule(ReferencedModule):
+    r"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306) and unpaired APO-zero.
+
+    .. math:: L = \frac{1}{B} \sum w_y\, \sigma\big(\mp\beta(h - z)\big), \qquad h = \log\tfrac{\pi(y|x)}{\pi_{ref}(y|x)},
+              \quad z = \max\big(0, \tfrac{1}{M} \sum \log\tfrac{\pi(y'|x)}{\pi_{ref}(y'|x)}\big)
+
+    The sign is minus for desirable and plus for undesirable completions. The estimate z of the KL divergence is a mean over the
+    *global* batch's prompts with a completion y' of another prompt, which ``UnpairedDataModule`` fixes before the batch
+    is split over ranks and micro-batches; it carries no gradient.
+
+    Where no row of a global batch has such a partner (batches of one row, or of one prompt), every row borrows a completion of
+    the last batch that had none either, and z is the running estimate of all estimates so far, at least 0: with the
+    estimate m_t of step t and d = ``kl_ema_decay``, sum_i d^(t-i) m_i / sum_i d^(t-i). Before the first estimate the
+    policy is the reference, and z is 0.
+
+    Args:
+        model: Hugging Face id or folder.
+        beta: strength of the pull towards the reference, above 0.
+        desirable_weight: weight of completions labelled true, at least 0.
+        undesirable_weight: weight of those labelled false, at least 0.
+        loss_type: ``kto``; or ``apo_zero_unpaired``, which compares with 0 in place of z and needs no partners.
+        kl_ema_decay: decay of the running estimate per step, in [0, 1); 0 uses the newest estimate alone.
+        reference: see ``ReferencedModule``; ``precomputed`` is for ``apo_zero_unpaired``, since partners change.
+        kwargs: options of ``PostTrainingModule``.
+
+    Example::
+
+        module = KTOModule("my-sft-model", beta=0.1, undesirable_weight=1.5)
+        lightning.Trainer(max_epochs=1).fit(module, UnpairedDataModule(train="rows.jsonl", global_batch_size=16))
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-6
+    progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "kl", "rewards/margins")
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        loss_type: KTOLossType = "kto",
+        kl_ema_decay: float = 0.95,
+        reference: Literal["auto", "frozen", "adapter", "precomputed"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        validate_kto_loss(
+            loss_type, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+        )
+        check_fraction("kl_ema_decay", kl_ema_decay, "0.95 is usual; 0 keeps the newest estimate alone")
+        if reference == "precomputed" and loss_type in COUPLED:
+            raise ValueError(
+                f"reference is 'precomputed', but the partners of loss_type {loss_type!r} change with every batch: use "
+                "'frozen', or 'adapter' with lora, or loss_type='apo_zero_unpaired'"
+            )
+        super().__init__(model, reference=reference, **kwargs)
+        self.beta = beta
+        self.loss_type: KTOLossType = loss_type
+        self.kl_ema_decay = kl_ema_decay
+        self._weights = {True: desirable_weight, False: undesirable_weight}
+        # The running estimate, not divided by its weight (what corrects the bias of its start).
+        self._kl_sum = 0.0
+        self._kl_weight = 0.0
+        self._lender: tuple[str, list[int], list[int]] | None = None  # row id, prompt, completion
+        self._own: list[Example] = []
+
+    @property
+    def shares_constants(self) -> bool:
+        """Whether rows share the estimate of the KL divergence."""
+        return self.loss_type in COUPLED
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Examples, and how many of them have a partner of their own batch."""
+        partners = sum(_has_partner(e) and _BORROWED not in e.fields for e in examples)
+        return {"examples": float(len(examples)), "partners": float(partners)}
+
+    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
+        """The reference's log-probs of completions and partners."""
+        logps_S = batch.sum_per_sequence(self.token_stats(batch, model).logprobs)
+        first_E, paired_E = _first_sequences(batch)
+        rows = {"ref_logps": logps_S[first_E]}
+        if self.shares_constants:
+            rows["ref_kl_logps"] = torch.where(paired_E, logps_S[first_E + paired_E.long()], 0.0)
+        return rows
+
+    def constants(self, batch: SequenceBatch) -> Scores:
+        """Labels, what the reference says, and what the policy says of the partners."""
+        labels = [bool(example.fields["label"]) for example in batch.examples]
+        rows = {"label": torch.tensor(labels, device=self.device)} | self.reference_constants(batch)
+        if not self.shares_constants:
+            return rows
+        _, paired_E = _first_sequences(batch)
+        kl_logps = torch.zeros_like(rows["ref_kl_logps"])
+        if paired_E.any():
+            partners = [_only(example, 1) for example in batch.examples if _has_partner(example)]
+            with evaluating(self.model):
+                packed = self._pack(partners)
+                kl_logps[paired_E] = packed.sum_per_sequence(self.token_stats(packed).logprobs).to(kl_logps.dtype)
+        return rows | {"kl_logps": kl_logps, "has_partner": paired_E}
+
+    def statistics(self, constants: Scores, totals: dict[str, float]) -> dict[str, float]:
+        """The estimate of the KL divergence, what it adds to the running one, and from how many partners."""
+        paired = constants["has_partner"]
+        count = float(paired.sum())
+        if count == 0:
+            return {"kl": max(0.0, self._running_kl()), "kl_samples": 0.0}
+        policy, reference = (constants[name][paired].double() for name in ("kl_logps", "ref_kl_logps"))
+        newest = float((policy - reference).mean())
+        if totals["partners"] > 0:
+            return {"kl": float(kto_kl(policy, reference)), "kl_samples": count, "kl_newest": newest}
+        return {"kl": max(0.0, self._running_kl(newest)), "kl_samples": count, "kl_newest": newest}
+
+    def _running_kl(self, newest: float | None = None) -> float:
+        """The running estimate, as it is or as it would be with a new one."""
+        total, weight = self._kl_sum, self._kl_weight
+        if newest is not None:
+            total, weight = self.kl_ema_decay * total + newest, self.kl_ema_decay * weight + 1
+        return total / weight if weight else 0.0
+
+    def scores(self, batch: SequenceBatch) -> Scores:
+        """The policy's log-probs of the completions."""
+        own = self._pack([_only(example, 0) for example in batch.examples]) if self.shares_constants else batch
+        return {"logps": own.sum_per_sequence(self.token_stats(own).logprobs)}
+
+    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+        """Mean over the examples of the global batch."""
+        losses = kto_loss(
+            rows["logps"],
+            rows["ref_logps"],
+            label_B=rows["label"],
+            kl=totals.get("kl"),
+            beta=self.beta,
+            desirable_weight=self._weights[True],
+            undesirable_weight=self._weights[False],
+            loss_type=self.loss_type,
+        )
+        return losses.sum() / totals["examples"]
+
+    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+        """Implicit rewards and log-probs of desirable and undesirable completions, where there are any; the KL estimate."""
+        label, rewards = rows["label"], self.beta * (rows["logps"] - rows["ref_logps"])
+        right = (rewards > self.beta * totals.get("kl", 0.0)) == label
+        values = {"rewards/accuracies": right.double().mean(), "desirable": label.double().mean()}
+        for name, mask in (("chosen", label), ("rejected", ~label)):
+            if mask.any():
+                values |= {f"rewards/{name}": rewards[mask].mean(), f"logps/{name}": rows["logps"][mask].mean()}
+        if label.any() and not label.all():
+            values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+        if "kl" in totals:
+            values |= {name: torch.tensor(totals[name], dtype=torch.float64) for name in ("kl", "kl_samples")}
+        return values
+
+    # Batches without partners.
+
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
+        """One step; rows of a batch without partners borrow one."""
+        if isinstance(batch, ExampleBatch) and self.shares_constants:
+            self._own = batch.examples
+            batch = self._lend(batch)
+        super().training_step(batch, batch_idx)
+
+    def _lend(self, batch: ExampleBatch) -> ExampleBatch:
+        """Gives rows the completion of an earlier batch, where no row of any rank has a partner."""
+        paired = {"partners": float(sum(map(_has_partner, batch.examples)))}
+        if sum_over_ranks(paired, self.device)["partners"] or self._lender is None:
+            return batch
+        row_id, prompt, completion = self._lender
+        positions = num_positions(self.model)
+        lent = []
+        for example in batch.examples:
+            tokens, children = example.root.tokens, example.root.children
+            fits = positions is None or len(tokens) + len(completion) <= positions
+            if fits and len(children) == 1 and tokens.tolist() != prompt:
+                partner = Segment(completion, [1.0] * len(completion))  # type: ignore[arg-type]
+                root = Segment(tokens, example.root.weights, (*children, partner))
+                example = Example(example.row_id, root, {**example.fields, "partner": row_id, _BORROWED: True})
+            lent.append(example)
+        return ExampleBatch(lent, on_consumed=batch.mark_consumed)
+
+    def remember(self, rows: Scores, totals: dict[str, float]) -> None:
+        """Updates the running estimate, and chooses what the next batch without partners may borrow."""
+        if not self.shares_constants:
+            return
+        if totals["kl_samples"]:
+            self._kl_sum = self.kl_ema_decay * self._kl_sum + totals["kl_newest"]
+            self._kl_weight = self.kl_ema_decay * self._kl_weight + 1
+        if totals["partners"]:
+            return
+        offers = [offer for part in gather_objects([_offer(e) for e in self._own]) for offer in part]
+        self._lender = min(offers, key=lambda offer: blake2b(offer[0].encode(), digest_size=8).digest())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the running estimate and what may be borrowed."""
+        super().on_save_checkpoint(checkpoint)
+        lender = None if self._lender is None else list(self._lender)
+        checkpoint["kto"] = {"kl_sum": self._kl_sum, "kl_weight": self._kl_weight, "lender": lender}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what ``on_save_checkpoint`` added."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("kto", {"kl_sum": 0.0, "kl_weight": 0.0, "lender": None})
+        self._kl_sum, self._kl_weight = state["kl_sum"], state["kl_weight"]
+        self._lender = None if state["lender"] is None else tuple(state["lender"])
+
+    # What is wrong with rows.
+
+    def _checked(self, batch: ExampleBatch) -> list[Example]:
+        examples = super()._checked(batch)
+        for example in examples:
+            label, scored = example.fields.get("label"), num_scored(example)
+            if not isinstance(label, bool):
+                raise ValueError(
+                    f"row {example.row_id} has the label {label!r}; it must be true or false: use UnpairedDataModule, which "
+                    "reads prompt, completion and label, or splits pairs"
+                )
+            if len(example.root.children) not in (1, 2) or len(scored) > 2 or 0 in scored:
+                raise ValueError(
+                    f"row {example.row_id} has {len(scored)} sequences with {scored} scored tokens; it needs a completion "
+                    "and at most one partner, with at least one each: use UnpairedDataModule"
+                )
+        return examples if self.shares_constants else [_only(example, 0) for example in examples]
+
+    def on_train_start(self) -> None:
+        """Refuses data of one label alone, where all of it can be looked at."""
+        examples = getattr(self.trainer.train_dataloader, "examples", None)
+        if examples is None:
+            return
+        seen: set[bool] = set()
+        for example in examples:
+            seen.add(bool(example.fields.get("label")))
+            if len(seen) == 2:
+                return
+        for label in seen:
+            other, name = not label, "undesirable_weight" if label else "desirable_weight"
+            if self._weights[other] > 0:
+                raise ValueError(
+                    f"all {len(examples)} training rows are labelled {str(label).lower()}, and nothing holds the policy back: "
+                    f"add rows labelled {str(other).lower()}, or set {name}=0 if that is meant (SFTModule imitates rows)"
+                )
+
+
+def _has_partner(example: Example) -> bool:
+    return len(example.root.children) > 1
+
+
+def _only(example: Example, number: int) -> Example:
+    """An example with one of its completions alone."""
+    if not _has_partner(example):
+        return example
+    root = Segment(example.root.tokens, example.root.weights, (example.root.children[number],))
+    return Example(example.row_id, root, example.fields)
+
+
+def _first_sequences(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """``(E,)`` number of each example's first sequence, and whether it has a second."""
+    counts_E = torch.bincount(batch.example_index, minlength=batch.num_examples)
+    return counts_E.cumsum(0) - counts_E, counts_E > 1
+
+
+def _offer(example: Example) -> tuple[str, list[int], list[int]]:
+    """What another prompt may borrow of an example: row id, prompt, completion."""
+    path = next(example.root.paths())
+    completion = [int(token) for segment in path[1:] for token in segment.tokens]
+    return example.row_id, example.root.tokens.tolist(), completion

@@ -1,0 +1,226 @@
+"""What a pipeline's YAML says, checked: stages in order, and what each is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..packaged import packaged_config
+from ..usage import UsageError, did_you_mean, one_line
+
+_EXACT = "rlhf_lightning.rollouts.verifiers.exact_answer"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Which model of a fit stage is written: the last, or the best by a metric of its validation."""
+
+    monitor: str | None = None
+    mode: Literal["max", "min"] = "max"
+    merge_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Greedy completions of the test prompts, for every model that a stage exports."""
+
+    prompts: str | list[str]
+    verifier: str = _EXACT
+    max_new_tokens: int = 256
+    limit: int | None = None
+    samples: int = 8  # how many the report shows
+
+
+@dataclass(frozen=True)
+class FitStage:
+    """Training: method files as ``rlhf-lightning fit`` takes them, and what differs from them."""
+
+    outputs: ClassVar[dict[str, str]] = {"model": "model"}
+
+    kind: Literal["fit"] = "fit"
+    config: list[str] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    export: Export = field(default_factory=Export)
+    evaluate: bool = True
+
+
+@dataclass(frozen=True)
+class SampleStage:
+    """Completions of prompts, verified; of each prompt with a better and a worse one a preference pair."""
+
+    outputs: ClassVar[dict[str, str]] = {"pairs": "pairs.jsonl"}
+
+    model: str
+    prompts: str | list[str]
+    kind: Literal["sample"] = "sample"
+    verifier: str = _EXACT
+    num_samples: int = 4
+    sampling: dict[str, Any] = field(default_factory=dict)
+    max_pairs: int | None = None
+    seed: int | None = None
+
+
+Stage = FitStage | SampleStage
+_KINDS: dict[str, type[FitStage] | type[SampleStage]] = {"fit": FitStage, "sample": SampleStage}
+_TOP_LEVEL = ("title", "run_dir", "seed", "dtype", "variables", "evaluation", "stages", "compare")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure of one metric over the steps of several stages."""
+
+    metric: str
+    stages: list[str]
+    title: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A checked pipeline.
+
+    Attributes:
+        title: the heading of its report.
+        run_dir: where everything is written.
+        seed: of every stage that has none of its own.
+        dtype: of the weights when stages sample and models are evaluated.
+        stages: by name, in order; interpolations are resolved, so that outputs of earlier stages are paths.
+        evaluation: what every exported model is tested on; ``None``: nothing.
+        compare: figures of the report that show several stages.
+        source: the configuration as it was written, overrides included.
+    """
+
+    title: str
+    run_dir: Path
+    seed: int
+    dtype: str
+    stages: dict[str, Stage]
+    evaluation: Evaluation | None
+    compare: list[Comparison]
+    source: dict[str, Any]
+
+    def folder(self, stage: str) -> Path:
+        """The folder of a stage."""
+        return self.run_dir / stage
+
+    def stage_seed(self, stage: str) -> int:
+        """The seed of a stage: its own, or the pipeline's."""
+        own = self.stages[stage].seed
+        return self.seed if own is None else own
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str | Path | None = None) -> Pipeline:
+    """Reads a pipeline's YAML.
+
+    Args:
+        path: the file; ``configs/...`` may be one that comes with the package.
+        overrides: ``key=value``, such as ``stages.dpo.trainer.max_epochs=2``.
+        run_dir: instead of the file's.
+
+    Raises:
+        UsageError: something is missing, unknown or of the wrong kind.
+    """
+    file = packaged_config(path) or Path(path)
+    if not file.is_file():
+        raise UsageError(f"there is no file {str(path)!r}")
+    try:
+        config = OmegaConf.load(file)
+        if not isinstance(config, DictConfig):
+            raise UsageError(f"{str(path)!r} is not a mapping: a pipeline has stages")
+        for override in overrides:
+            key, equals, _ = override.partition("=")
+            if not equals or not key:
+                raise UsageError(f"{override!r} is not an override: write key=value, such as stages.dpo.seed=1")
+        config.merge_with(OmegaConf.from_dotlist(list(overrides)))
+        if run_dir is not None:
+            config.run_dir = str(run_dir)
+        source = OmegaConf.to_container(config)
+        return _check(config, source)  # type: ignore[arg-type]
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UsageError(f"{str(path)!r}: {one_line(error)}") from error
+
+
+def _check(config: DictConfig, source: dict[str, Any]) -> Pipeline:
+    for key in source:
+        if key not in _TOP_LEVEL:
+            raise UsageError(f"a pipeline has no key {key!r}{did_you_mean(str(key), _TOP_LEVEL)}")
+    if not isinstance(source.get("run_dir"), str):
+        raise UsageError("run_dir is missing: write where the run goes, such as run_dir: runs/mine")
+    if not isinstance(source.get("stages"), dict) or not source["stages"]:
+        raise UsageError("stages is missing: write at least one stage by name, with its kind")
+    config.outputs = {name: _outputs(config.run_dir, name, written) for name, written in source["stages"].items()}
+    resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    stages = {name: _stage(name, written) for name, written in resolved["stages"].items()}
+    evaluation = resolved.get("evaluation")
+    compare = [_build(Comparison, item, "compare") for item in resolved.get("compare") or []]
+    for name in (name for item in compare for name in item.stages):
+        if name not in stages:
+            raise UsageError(f"compare names the stage {name!r}, which there is not{did_you_mean(name, stages)}")
+    return Pipeline(
+        title=str(resolved.get("title") or "Pipeline"),
+        run_dir=Path(resolved["run_dir"]),
+        seed=_whole("seed", resolved.get("seed", 0)),
+        dtype=_dtype(resolved.get("dtype", "float32")),
+        stages=stages,
+        evaluation=_build(Evaluation, evaluation, "evaluation") if evaluation else None,
+        compare=compare,
+        source=source,
+    )
+
+
+def _outputs(run_dir: str, name: str, written: Any) -> dict[str, str]:
+    kind = written.get("kind") if isinstance(written, dict) else None
+    if kind not in _KINDS:
+        raise UsageError(f"stage {name!r} is of kind {kind!r}; write kind: {' or '.join(_KINDS)}")
+    return {key: str(Path(run_dir) / name / place) for key, place in _KINDS[kind].outputs.items()}
+
+
+def _stage(name: str, written: dict[str, Any]) -> Stage:
+    where = f"stage {name!r}"
+    if not name.isidentifier() and not name.replace("-", "_").isidentifier():
+        raise UsageError(f"{where}: a name has letters, digits, - and _, and is that of a folder")
+    if written["kind"] == "sample":
+        return _build(SampleStage, written, where)
+    config = written.get("config") or []
+    export = _build(Export, written.get("export") or {}, f"{where}, export")
+    return _build(FitStage, written | {"config": [config] if isinstance(config, str) else config, "export": export}, where)
+
+
+def _build(cls: type[T], written: Any, where: str) -> T:
+    """Makes a dataclass of a mapping, and says which key is unknown or missing."""
+    if not isinstance(written, Mapping):
+        raise UsageError(f"{where} is {written!r}: write a mapping")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in written:
+        if key not in fields:
+            raise UsageError(f"{where} has no key {key!r}{did_you_mean(str(key), fields)}")
+    for key, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and written.get(key) is None:
+            raise UsageError(f"{where} needs {key!r}")
+        if isinstance(f.default_factory, type) and key in written and not isinstance(written[key], f.default_factory):
+            raise UsageError(f"{where}: {key} is {written[key]!r}; it must be a {f.default_factory.__name__}")
+    return cls(**written)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 0")
+    return value
+
+
+def _dtype(value: Any) -> str:
+    if value not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype is {value!r}; it must be float32, bfloat16 or float16")
+    return str(value)

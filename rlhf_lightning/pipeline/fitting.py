@@ -1,0 +1,134 @@
+"""The ``fit`` stage: the command line's own machinery, with an export and a log of metrics added."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.loggers import Logger
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from ..callbacks import JSONLLogger, ModelExport
+from ..cli import PostTrainingCLI
+from ..modules import PostTrainingModule
+from .config import FitStage
+from .manifest import write_atomically
+
+HISTORY = "history.jsonl"
+
+
+class StageCLI(PostTrainingCLI):
+    """Everything a fit stage needs, built and not yet run.
+
+    Args:
+        stage: the stage.
+        folder: where it writes.
+        seed: its seed.
+    """
+
+    def __init__(self, stage: FitStage, folder: Path, seed: int) -> None:
+        self.folder = folder
+        written = {"seed_everything": seed}
+        written |= {key: getattr(stage, key) for key in ("model", "data", "trainer") if getattr(stage, key)}
+        self.export = ModelExport(str(folder / "model"), **vars(stage.export))
+        args = [argument for file in stage.config for argument in ("--config", file)]
+        super().__init__(
+            [*args, "--config", yaml.safe_dump(written, sort_keys=False)],
+            run=False,
+            trainer_defaults={
+                "callbacks": [self.export],
+                "default_root_dir": str(folder),
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stderr.isatty(),
+                "num_sanity_val_steps": 0,
+            },
+        )
+        self.written = written
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Adds the log of metrics to the loggers that are configured."""
+        configured = self.config_init["trainer"].get("logger")
+        others = [configured] if isinstance(configured, Logger) else configured or []
+        loggers = [JSONLLogger(str(self.folder / HISTORY)), *(others if isinstance(others, list) else [])]
+        return super().instantiate_trainer(logger=loggers, **kwargs)
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """The whole configuration, defaults included."""
+        merged: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        return merged
+
+
+def run_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, float]:
+    """Trains, exports, and measures: validation before and after, and the test set where the data has one.
+
+    Args:
+        stage: the stage.
+        folder: an empty folder, which gets ``model/``, ``history.jsonl``, ``config.yaml`` and ``stage.yaml``.
+        seed: the stage's seed.
+
+    Returns:
+        The metrics: ``val_before/*``, ``val/*`` and ``test/*`` of the exported model.
+
+    Raises:
+        KeyboardInterrupt: training was interrupted.
+    """
+    cli = StageCLI(stage, folder, seed)
+    write_atomically(folder / "stage.yaml", yaml.safe_dump(cli.written, sort_keys=False))
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    assert isinstance(module, PostTrainingModule)
+    sources = getattr(data, "sources", {})
+    metrics: dict[str, float] = {}
+    try:
+        if sources.get("val") is not None:
+            metrics |= _named("val_before", trainer.validate(module, datamodule=data, verbose=False))
+        trainer.fit(module, datamodule=data)
+        if cli.export.monitor is not None:
+            load_exported(module, folder / "model")
+        if sources.get("val") is not None:
+            metrics |= _named("val", _validated(cli, module))
+        if sources.get("test") is not None:
+            metrics |= _named("test", trainer.test(module, datamodule=data, verbose=False))
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from error
+    finally:
+        finish_wandb()
+    return metrics | {"steps": float(trainer.global_step), "exported_step": float(cli.export.step or 0)}
+
+
+def _validated(cli: StageCLI, module: PostTrainingModule) -> Any:
+    return cli.trainer.validate(module, datamodule=cli.datamodule, verbose=False)
+
+
+def load_exported(module: PostTrainingModule, folder: Path) -> None:
+    """Puts the weights of an exported folder back into the module that exported it."""
+    state = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    if isinstance(module.model, PeftModel):
+        if not (folder / "adapter_config.json").is_file():
+            raise ValueError("export.monitor with merge_adapter leaves no adapter to measure again: set merge_adapter: false")
+        set_peft_model_state_dict(module.model, state)
+        return
+    module.model.load_state_dict(state, strict=False)  # tied weights are written once
+
+
+def finish_wandb() -> None:
+    """Closes the run of Weights & Biases, if one is open: the next stage is another one."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish(quiet=True)
+
+
+def _named(prefix: str, results: Any) -> dict[str, float]:
+    values = {f"{prefix}/{name.partition('/')[2]}": float(value) for name, value in results[0].items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def device() -> torch.device:
+    """Where stages sample and evaluate."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,114 @@
+"""What a run directory holds and how it came about: written whole or not at all, after every change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from .. import __version__
+from ..packaged import packaged_config
+
+_PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "numpy")
+_SOURCES = ("model", "tokenizer", "train", "val", "test", "predict", "prompts")
+
+
+class Manifest:
+    """The record of a run: per stage its key, inputs, outputs, metrics and times.
+
+    Args:
+        path: ``manifest.json``; an earlier run's is taken over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"stages": {}}
+        if path.is_file():
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """The records by stage."""
+        stages: dict[str, Any] = self.content["stages"]
+        return stages
+
+    def is_finished(self, stage: str, key: str, folder: Path) -> bool:
+        """Whether a stage was finished with this key, and what it wrote is still what it wrote."""
+        record = self.stages.get(stage, {})
+        if record.get("status") != "finished" or record.get("key") != key:
+            return False
+        return all(content_hash(folder / place) == digest for place, digest in record["outputs"].items())
+
+    def save(self) -> None:
+        """Writes the manifest."""
+        write_atomically(self.path, json.dumps(self.content, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def content_hash(path: Path) -> str | None:
+    """A digest of a file, or of the names and contents of all files of a folder; ``None`` if there is neither."""
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\n".encode())
+        return digest.hexdigest()
+    if not path.is_file():
+        return None
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def input_hashes(config: Any) -> dict[str, str]:
+    """Digests of the files and folders that a configuration reads: models, tokenizers, rows, prompts."""
+    found: dict[str, str] = {}
+    for source in _sources(config):
+        query = source.partition("?")[2]
+        candidates = (source, source.partition("?")[0], *(value for _, value in parse_qsl(query)))
+        for candidate in dict.fromkeys(candidates):
+            digest = content_hash(packaged_config(candidate) or Path(candidate).expanduser())
+            if digest is not None:
+                found[candidate] = digest
+    return found
+
+
+def _sources(config: Any) -> Iterator[str]:
+    items = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        if key in _SOURCES and isinstance(value, str):
+            yield value
+        elif key in _SOURCES and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            yield from value
+        else:
+            yield from _sources(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the package and of what its results depend on."""
+    found = {"rlhf-lightning": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def stage_key(config: Any, inputs: Mapping[str, str], run_dir: Path) -> str:
+    """What a stage's result is a function of; a run directory that was moved keeps its keys."""
+    text = json.dumps([config, dict(inputs), __version__], sort_keys=True, default=str)
+    return hashlib.sha256(text.replace(json.dumps(str(run_dir))[1:-1], "<run_dir>").encode()).hexdigest()

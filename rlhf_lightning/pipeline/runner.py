@@ -1,0 +1,141 @@
+"""Runs the stages of a pipeline, one after the other, and only those that are not done."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..usage import UsageError
+from .config import FitStage, Pipeline, SampleStage
+from .fitting import StageCLI, run_fit
+from .manifest import Manifest, content_hash, input_hashes, stage_key, versions
+from .sampling import ANSWERS, evaluate, run_sample, sampling_params
+
+Say = Callable[[str], None]
+
+
+def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
+    """Runs what is not finished, evaluates what is exported, and records both.
+
+    A stage is finished if its record says so, its configuration, inputs and the package's version are those of the
+    record, and its outputs are unchanged. Otherwise its folder is removed first and it starts from its inputs.
+
+    Args:
+        pipeline: what to run.
+        say: shown one line per stage.
+
+    Returns:
+        The run's record, as it is in ``manifest.json``.
+
+    Raises:
+        ValueError: in a stage, whose name it begins with.
+    """
+    pipeline.run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(pipeline.run_dir):
+        for name, stage in pipeline.stages.items():  # mistakes in the last stage are found before the first runs
+            with _in_stage(name):
+                _describe(pipeline, name, stage)
+        manifest = Manifest(pipeline.run_dir / "manifest.json")
+        manifest.content |= {"title": pipeline.title, "config": pipeline.source, "versions": versions()}
+        manifest.content["stages"] = {n: r for n, r in manifest.stages.items() if n in pipeline.stages}
+        manifest.save()
+        for name, stage in pipeline.stages.items():
+            with _in_stage(name):
+                _run_stage(pipeline, manifest, name, stage, say)
+                if isinstance(stage, FitStage) and stage.evaluate and pipeline.evaluation is not None:
+                    _evaluate_stage(pipeline, manifest, name, say)
+        manifest.content["stages"] = {name: manifest.stages[name] for name in pipeline.stages}
+        manifest.save()
+    return manifest
+
+
+def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStage | SampleStage, say: Say) -> None:
+    folder, seed = pipeline.folder(name), pipeline.stage_seed(name)
+    config = _describe(pipeline, name, stage)
+    inputs = input_hashes(config)
+    key = stage_key(config, inputs, pipeline.run_dir)
+    if manifest.is_finished(name, key, folder):
+        manifest.stages[name]["ran"] = False
+        say(f"{name}: finished before and unchanged")
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.time()
+    record: dict[str, Any] = {"kind": stage.kind, "status": "running", "key": key, "seed": seed, "started": started}
+    manifest.stages[name] = record | {"inputs": inputs, "config": config, "ran": True}
+    manifest.save()
+    say(f"{name}: running")
+    if isinstance(stage, FitStage):
+        metrics = run_fit(stage, folder, seed)
+    else:
+        metrics = run_sample(stage, folder, seed, pipeline.dtype)
+    outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
+    for place, digest in outputs.items():
+        if digest is None:
+            raise ValueError(f"it ended without writing {place}")
+    manifest.stages[name] |= {
+        "status": "finished",
+        "metrics": metrics,
+        "outputs": outputs,
+        "seconds": round(time.time() - started, 2),
+    }
+    manifest.save()
+    say(f"{name}: {_summary(metrics)} ({manifest.stages[name]['seconds']:.0f} s)")
+
+
+def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say) -> None:
+    assert pipeline.evaluation is not None
+    record = manifest.stages[name]
+    config = asdict(pipeline.evaluation)
+    shown = config.pop("samples")  # how many are shown changes nothing
+    key = stage_key([config, pipeline.dtype], input_hashes(config) | record["outputs"], pipeline.run_dir)
+    answers_file = pipeline.folder(name) / ANSWERS
+    if record.get("evaluation", {}).get("key") != key or not answers_file.is_file():
+        started = time.time()
+        found = evaluate(pipeline.evaluation, pipeline.folder(name) / "model", pipeline.dtype, answers_file)
+        record["evaluation"] = {"key": key, **found, "seconds": round(time.time() - started, 2)}
+        say(f"{name}: test accuracy {found['accuracy']:.1%} of {found['rows']} problems")
+    record["evaluation"]["shown"] = shown
+    manifest.save()
+
+
+def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> dict[str, Any]:
+    """The stage's whole configuration; everything that can be checked without running is checked on the way."""
+    seed = pipeline.stage_seed(name)
+    if isinstance(stage, FitStage):
+        return StageCLI(stage, pipeline.folder(name), seed).merged | {"export": vars(stage.export)}
+    sampling_params(stage.sampling)
+    return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    shown = [name for name in ("val/accuracy", "val/loss", "pairs", "mean_reward", "steps") if name in metrics]
+    return ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
+
+
+@contextmanager
+def _in_stage(name: str) -> Iterator[None]:
+    """Says in which stage an error was raised."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"stage {name!r}: {error}") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"stage {name!r}: {error}") from error
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a second process out of a run directory."""
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is running in {str(run_dir)!r}: wait for it, or give --run_dir") from None
+        yield

@@ -1,0 +1,122 @@
+"""The ``sample`` stage and the evaluation of exported models: both have a model answer prompts and verify the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..callbacks.answers import Answer, answer_prompts, load_verifier, read_prompts
+from ..models import load_causal_lm, load_tokenizer
+from ..rollouts import SamplingParams, derive_seed
+from ..usage import did_you_mean
+from .config import Evaluation, SampleStage
+from .manifest import write_atomically
+
+PAIRS, ANSWERS = "pairs.jsonl", "test_answers.jsonl"
+_PROMPTS_AT_ONCE = 256
+
+
+def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[str, float]:
+    """Samples completions and writes ranked pairs.
+
+    Of the samples of a prompt that differ and that ended by themselves, the best by the verifier is chosen and the worst
+    rejected, the first of equals each time; a prompt whose samples are all equally good gives no pair.
+
+    Args:
+        stage: the stage.
+        folder: where ``pairs.jsonl`` goes.
+        seed: a sample is a function of this, its prompt's number and its own.
+        dtype: of the model's weights.
+
+    Returns:
+        Counts, and the mean reward of the samples.
+
+    Raises:
+        ValueError: no prompt gave a pair.
+    """
+    params = sampling_params(stage.sampling)
+    model, tokenizer = _load(stage.model, dtype)
+    verifier = load_verifier(stage.verifier)
+    examples = read_prompts(stage.prompts, tokenizer)
+    rows: list[dict[str, Any]] = []
+    answers: list[Answer] = []
+    for start in range(0, len(examples), _PROMPTS_AT_ONCE):
+        part = examples[start : start + _PROMPTS_AT_ONCE]
+        seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(part))]
+        groups = answer_prompts(
+            model, tokenizer, part, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds
+        )
+        answers += [answer for group in groups for answer in group]
+        rows += [pair for pair in map(ranked_pair, groups) if pair is not None]
+        if stage.max_pairs is not None and len(rows) >= stage.max_pairs:
+            rows = rows[: stage.max_pairs]
+            break
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    mean = sum(rewards) / len(rewards) if rewards else 0.0
+    if not rows:
+        raise ValueError(
+            f"no prompt of {stage.prompts!r} got both a better and a worse completion (mean reward {mean:.2f}): "
+            "raise num_samples or sampling.temperature, or sample from another model"
+        )
+    write_atomically(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    cut_off = sum(answer.completion.finish_reason == "length" for answer in answers)
+    return {"samples": len(answers), "mean_reward": mean, "pairs": len(rows), "cut_off": cut_off}
+
+
+def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
+    """The best and the worst of a prompt's answers as a row, if one is better than the other."""
+    ended = [a for a in group if a.reward is not None and a.completion.finish_reason == "stop" and a.completion.text]
+    if not ended:
+        return None
+    best = max(ended, key=lambda answer: answer.reward or 0.0)
+    worst = min(ended, key=lambda answer: answer.reward or 0.0)
+    if best.reward == worst.reward:
+        return None
+    texts = {"chosen": best.completion.text, "rejected": worst.completion.text}
+    return {"prompt": best.example.fields["prompt"], **texts} | {
+        name: value for name, value in best.example.fields.items() if name not in ("prompt", *texts)
+    }
+
+
+def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_file: Path) -> dict[str, float]:
+    """Answers the test prompts greedily, writes the answers, and returns accuracy and number of rows."""
+    model, tokenizer = _load(str(model_folder), dtype)
+    examples = read_prompts(evaluation.prompts, tokenizer, limit=evaluation.limit)
+    greedy = SamplingParams(max_new_tokens=evaluation.max_new_tokens, temperature=0.0)
+    groups = answer_prompts(model, tokenizer, examples, load_verifier(evaluation.verifier), sampling=greedy)
+    answers = [group[0] for group in groups]
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    if not rewards:
+        raise ValueError(f"no reward for any of the prompts {evaluation.prompts!r}: they lack what the verifier reads")
+    lines = [
+        json.dumps({"prompt": a.example.fields["prompt"], "completion": a.completion.text, "reward": a.reward})
+        for a in answers
+    ]
+    write_atomically(answers_file, "\n".join(lines) + "\n")
+    return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}
+
+
+def sampling_params(written: dict[str, Any]) -> SamplingParams:
+    """Makes sampling settings of a mapping.
+
+    Raises:
+        ValueError: for an unknown key or a value out of range.
+    """
+    allowed = [f.name for f in fields(SamplingParams) if f.name != "seed"]
+    for key in written:
+        if key not in allowed:
+            raise ValueError(f"sampling has no key {key!r}{did_you_mean(str(key), allowed)}")
+    return SamplingParams(**written)
+
+
+def _load(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_causal_lm(folder, dtype=getattr(torch, dtype), trainable=False)
+    return model.to(place), load_tokenizer(folder)

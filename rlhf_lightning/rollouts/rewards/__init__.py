@@ -1,0 +1,24 @@
+"""Reward functions: ``fn(prompts, completions, **columns) -> one number or None per completion``."""
+
+from .code_tests import CodeTestsReward
+from .constitution import ConstitutionReward, Principle
+from .length import LengthReward, SoftOverlongReward
+from .math_answer import MathAnswerReward
+from .repetition import RepetitionReward
+from .reward_set import RewardFunction, RewardScores, RewardSet, resolve_reward
+from .text_format import FormatReward
+
+__all__ = [
+    "CodeTestsReward",
+    "ConstitutionReward",
+    "FormatReward",
+    "LengthReward",
+    "MathAnswerReward",
+    "Principle",
+    "RepetitionReward",
+    "RewardFunction",
+    "RewardScores",
+    "RewardSet",
+    "SoftOverlongReward",
+    "resolve_reward",
+]

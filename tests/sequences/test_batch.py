@@ -1,0 +1,133 @@
+"""Packing: geometry against its definition, scored tokens against a naive walk over every path."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_lightning.sequences import Example, Segment, pack
+
+
+@st.composite
+def trees(draw: st.DrawFn, depth: int = 3) -> Segment:
+    tokens = draw(st.lists(st.integers(0, 50), min_size=1, max_size=4))
+    weights = draw(st.one_of(st.none(), st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=len(tokens), max_size=len(tokens))))
+    children = draw(st.lists(trees(depth - 1), max_size=3)) if depth else []
+    return Segment(tokens, weights, tuple(children))
+
+
+def rooted(tree: Segment) -> Segment:
+    """A tree whose first token is not scored."""
+    if tree.weights is None:
+        return tree
+    return Segment(tree.tokens, np.concatenate([[0.0], tree.weights[1:]]), tree.children)
+
+
+forests = st.lists(trees().map(rooted), min_size=1, max_size=3)
+
+
+def examples_of(forest: list[Segment]) -> list[Example]:
+    return [Example(f"rows:{n}", tree) for n, tree in enumerate(forest)]
+
+
+@given(forests, st.booleans())
+def test_visibility_is_ancestry(forest: list[Segment], share_prefix: bool) -> None:
+    batch = pack(examples_of(forest), share_prefix=share_prefix)
+    # The oracle: a token sees another when some path holds both, the other not behind it.
+    expected = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
+    for path in batch.path_index.split(batch.lengths.tolist()):
+        for place, token in enumerate(path):
+            expected[token, path[: place + 1]] = True
+    assert torch.equal(batch.geometry.dense_mask(), expected)
+    blocks = batch.geometry.blocks
+    for block in blocks:
+        visible = torch.zeros_like(expected)
+        for row in range(len(block.query_index)):
+            mask = block.mask(None)[row, 0]
+            for q, query in enumerate(block.query_index[row]):
+                if block.query_depth[row, q] < 1 << 40:
+                    visible[query, block.key_index[row][mask[q]]] = True
+                    assert torch.equal(visible[query], expected[query])
+    assert torch.equal(torch.cat([b.query_index.reshape(-1)[b.query_slot] for b in blocks])[batch.geometry.order],
+                       torch.arange(batch.num_tokens))
+
+
+@given(forests, st.booleans())
+def test_scored_tokens(forest: list[Segment], share_prefix: bool) -> None:
+    batch = pack(examples_of(forest), share_prefix=share_prefix)
+    expected = []
+    sequence = 0
+    for number, tree in enumerate(forest):
+        for path in tree.paths():
+            tokens = np.concatenate([s.tokens for s in path])
+            weights = np.concatenate([np.zeros(len(s.tokens)) if s.weights is None else s.weights for s in path])
+            for place in range(1, len(tokens)):
+                if weights[place]:
+                    expected.append((sequence, number, place - 1, tokens[place - 1], tokens[place], weights[place]))
+            sequence += 1
+    found = [
+        (s, batch.example_index[s], d, batch.input_ids[i], t, w)
+        for s, d, i, t, w in zip(
+            batch.sequence_index, batch.source_depth, batch.source_index, batch.target_ids, batch.weights, strict=True
+        )
+    ]
+    assert [tuple(float(x) for x in row) for row in found] == [tuple(float(x) for x in row) for row in expected]
+
+
+@given(forests, st.sampled_from(["left", "right"]), st.integers(0, 3))
+def test_padded_rows_are_the_paths(forest: list[Segment], side: str, extra: int) -> None:
+    batch = pack(examples_of(forest))
+    padded = batch.padded(side=side, extra=extra, pad_token_id=99)  # type: ignore[arg-type]
+    paths = [np.concatenate([s.tokens for s in path]).tolist() for tree in forest for path in tree.paths()]
+    width = max(map(len, paths)) + extra
+    assert padded.input_ids.shape == (len(paths), width)
+    for row, path in enumerate(paths):
+        pad = [99] * (width - len(path))
+        assert padded.input_ids[row].tolist() == (path + pad if side == "right" else pad + path)
+        assert padded.attention_mask[row].sum() == len(path)
+        assert padded.position_ids[row][padded.attention_mask[row] == 1].tolist() == list(range(len(path)))
+
+
+def test_sums_per_sequence_and_example() -> None:
+    tree = Segment([1, 2], children=(Segment([3, 4], [1, 1]), Segment([5], [1])))
+    batch = pack([Example("rows:0", tree), Example("rows:1", Segment([6, 7], [0, 1]))])
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert batch.sum_per_sequence(values).tolist() == [3.0, 4.0, 8.0]
+    assert batch.sum_per_example(values).tolist() == [7.0, 8.0]
+    assert batch.last_index.tolist() == [3, 4, 6]
+    assert batch.lengths.tolist() == [4, 3, 2]
+
+
+def test_a_scored_first_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="first token of a tree has weight above 0"):
+        pack([Example("rows:0", Segment([1, 2], [1, 1]))])
+
+
+def test_nothing_to_pack_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty list"):
+        pack([])
+
+
+def test_a_segment_checks_its_shape() -> None:
+    with pytest.raises(ValueError, match="non-empty"):
+        Segment([])
+    with pytest.raises(ValueError, match="2 tokens but 1 weights"):
+        Segment([1, 2], [1])
+
+
+def test_content_hash_sees_tokens_weights_and_shape() -> None:
+    def digest(root: Segment) -> str:
+        return Example("any", root).content_hash()
+
+    one = Segment([1, 2], children=(Segment([3], [1]),))
+    assert digest(one) == digest(Segment([1, 2], children=(Segment([3], [1]),)))
+    others = [
+        Segment([1, 2], children=(Segment([4], [1]),)),
+        Segment([1, 2], children=(Segment([3]),)),
+        Segment([1], children=(Segment([2, 3], [0, 1]),)),
+        Segment([1, 2, 3], [0, 0, 1]),
+    ]
+    assert len({digest(one), *map(digest, others)}) == 5
