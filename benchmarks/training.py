@@ -155,9 +155,7 @@ def trl(method: str, folder: str, data: list[dict[str, str]], steps: int, packed
         else:
             options["max_length"] = None
         config = SFTConfig(**options)
-        SFTTrainer(
-            model=model, args=config, train_dataset=sft, processing_class=tokenizer, callbacks=[Clock()]
-        ).train()
+        SFTTrainer(model=model, args=config, train_dataset=sft, processing_class=tokenizer, callbacks=[Clock()]).train()
     return times
 
 
@@ -216,7 +214,8 @@ def main() -> None:
     print(f"\n{arguments.method}, medians of {arguments.pairs}:")
     for side in sides:
         median = {key: statistics.median(r[key] for r in results[side]) for key in results[side][0]}
-        line = f"{side:12s} {median['seconds']:.2f} s/step {median['tokens_per_s']:.0f} tokens/s {median['peak_mib']:.0f} MiB"
+        line = f"{side:12s} {median['seconds']:.2f} s/step {median['tokens_per_s']:.0f} tokens/s"
+        line += f" {median['peak_mib']:.0f} MiB"
         if side != "ours":
             pairs = list(zip(results["ours"], results[side], strict=True))
             speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._checks import check_choice, check_positive, check_same_shape
 from .kl import bounded_exp
-from .policy_gradient import sequence_sum
+from .policy_gradient import sequence_mean, sequence_sum
 
 EngineCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -127,9 +127,8 @@ def off_policy_mask(
         sequence_index_N=sequence_index_N,
     )
     moved_N = (sampling_logprobs_N - logprobs_N).detach().nan_to_num(nan=0.0)
-    moved_S = sequence_sum(moved_N, sequence_index_N=sequence_index_N, num_sequences=num_sequences)
-    lengths_S = torch.bincount(sequence_index_N, minlength=num_sequences).clamp(min=1)
-    return (advantages_N >= 0) | (moved_S / lengths_S <= threshold)[sequence_index_N]
+    moved_S = sequence_mean(moved_N, sequence_index_N=sequence_index_N, num_sequences=num_sequences)
+    return (advantages_N >= 0) | (moved_S <= threshold)[sequence_index_N]
 
 
 def top_entropy_threshold(entropies_N: Tensor, *, top_fraction: float) -> Tensor:

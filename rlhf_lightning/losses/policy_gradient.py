@@ -51,10 +51,27 @@ def sequence_sum(values_N: Tensor, *, sequence_index_N: Tensor, num_sequences: i
     return values_N.new_zeros(num_sequences).index_add(0, sequence_index_N, values_N)
 
 
-def _sequence_mean(values_N: Tensor, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
+def sequence_mean(values_N: Tensor, *, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
+    """Averages a per-token quantity within each sequence.
+
+    Args:
+        values_N: (N,).
+        sequence_index_N: sequence of each token, 0 to ``num_sequences - 1``, (N,).
+        num_sequences: S.
+
+    Returns:
+        Means (S,), 0 for a sequence without tokens.
+
+    Example:
+        >>> sequence_mean(torch.tensor([1.0, 2.0, 3.0]), sequence_index_N=torch.tensor([0, 0, 2]), num_sequences=3)
+        tensor([1.5000, 0.0000, 3.0000])
+    """
     totals_S = sequence_sum(values_N, sequence_index_N=sequence_index_N, num_sequences=num_sequences)
-    lengths_S = torch.bincount(sequence_index_N, minlength=num_sequences)
-    return totals_S / lengths_S.clamp(min=1)
+    # Not bincount, which waits for the device.
+    lengths_S = sequence_sum(
+        torch.ones_like(values_N), sequence_index_N=sequence_index_N, num_sequences=num_sequences
+    ).clamp(min=1)
+    return totals_S / lengths_S
 
 
 def default_importance_level(loss_type: PolicyLossType) -> ImportanceLevel:
@@ -116,7 +133,7 @@ def importance_ratio(
     log_ratio_N = logprobs_N - (logprobs_N if old_logprobs_N is None else old_logprobs_N).detach()
     if level == "token":
         return bounded_exp(log_ratio_N)
-    mean_S = _sequence_mean(log_ratio_N, sequence_index_N, num_sequences)
+    mean_S = sequence_mean(log_ratio_N, sequence_index_N=sequence_index_N, num_sequences=num_sequences)
     if level == "sequence":
         return bounded_exp(mean_S)[sequence_index_N]
     return bounded_exp(mean_S.detach()[sequence_index_N] + logprobs_N - logprobs_N.detach())

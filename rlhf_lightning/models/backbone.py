@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..sequences import ATTENTION_NAME, Example, PaddedBatch, Segment, SequenceBatch, pack
+from ..sequences import ATTENTION_NAME, FLEX_ATTENTION_NAME, Example, PaddedBatch, Segment, SequenceBatch, pack
 from .logprob_head import TokenStats, fused_logprobs, output_head
 
 log = logging.getLogger(__name__)
@@ -56,14 +56,17 @@ class HiddenStates(NamedTuple):
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model (its adapters stay in place), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return,operator]
+    wrapped: Any = model
+    base: PreTrainedModel = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    return base
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder that yields hidden states, without its output projection."""
-    base = base_model(model)
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
-    return base.base_model if decoder is None or decoder is base else decoder  # type: ignore[return-value]
+    base: Any = base_model(model)
+    decoder: nn.Module | None = base.get_decoder() if hasattr(base, "get_decoder") else None
+    inner: nn.Module = base.base_model
+    return inner if decoder is None or decoder is base else decoder
 
 
 def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> HiddenStates:
@@ -163,8 +166,9 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
 def _why_not_packed(model: nn.Module) -> str | None:
     """The reason why a model cannot run packed, or None."""
     config = base_model(model).config.get_text_config()
-    if getattr(config, "_attn_implementation", None) != ATTENTION_NAME:
-        return f"its attention implementation is {getattr(config, '_attn_implementation', None)!r}, not {ATTENTION_NAME!r}"
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (ATTENTION_NAME, FLEX_ATTENTION_NAME):
+        return f"its attention implementation is {attention!r}, not {ATTENTION_NAME!r}"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of type {sorted(kinds)}"
@@ -180,9 +184,9 @@ def _why_not_packed(model: nn.Module) -> str | None:
     tolerance = _PROBE_TOLERANCE.get(next(model.parameters()).dtype, 6e-2)
     if torch.is_autocast_enabled(packed.device.type):
         tolerance = max(tolerance, _PROBE_TOLERANCE[torch.bfloat16])
-    error = float((packed - padded).norm() / padded.norm().clamp_min(1e-30))
+    difference = float((packed - padded).norm() / padded.norm().clamp_min(1e-30))
     # A nan (an untrained quantised model, say) must not pass for agreement.
-    return None if error <= tolerance else f"packed and padded hidden states differ by {error:.1e} (relative)"
+    return None if difference <= tolerance else f"packed and padded hidden states differ by {difference:.1e}"
 
 
 def _path_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:

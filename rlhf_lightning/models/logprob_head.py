@@ -1,8 +1,8 @@
 """The fused log-prob head: ``log p(target)`` from hidden states without a (tokens x vocabulary) matrix.
 
-Logits are computed tile by tile (rows x a slice of the vocabulary), reduced by an online log-sum-exp, and computed again
-in the backward pass, where each tile turns into its gradient in place. Memory is one tile; accumulation is in at least
-fp32, whatever the dtype of the model.
+Logits are computed tile by tile (rows x a slice of the vocabulary), reduced by an online log-sum-exp, and computed
+again in the backward pass, where each tile turns into its gradient in place. Memory is one tile; accumulation is in at
+least fp32, whatever the dtype of the model.
 
 Legend: N tokens, D hidden size, V vocabulary, R rank of the low-rank part of the head.
 """
@@ -131,7 +131,8 @@ def fused_logprobs(
         low = None if low is None else low * before
     config = _Config(1.0 / temperature if head.softcap is not None else 1.0, head.softcap, entropy, mean, power)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return TokenStats(*_FusedLogProbs.apply(hidden_ND, weight, bias, low, low_out, target_ids, config))
+        fused: Any = _FusedLogProbs.apply
+        return TokenStats(*fused(hidden_ND, weight, bias, low, low_out, target_ids, config))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +148,13 @@ class _Tiles:
     """Computes tiles of logits for given rows and columns; knows soft-capping's derivative."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, low_out: Tensor | None, config: _Config
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None,
+        low_out: Tensor | None,
+        config: _Config,
     ) -> None:
         self.hidden, self.weight, self.bias, self.low, self.low_out = hidden, weight, bias, low, low_out
         self.config = config
@@ -192,7 +199,7 @@ class _FusedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tiles = _Tiles(hidden, weight, bias, low, low_out, config)
         num_tokens, vocab = hidden.shape[0], weight.shape[0]
-        new = {"dtype": tiles.dtype, "device": hidden.device}
+        new: dict[str, Any] = {"dtype": tiles.dtype, "device": hidden.device}
         target_logit, lse, entropy, mean_logit, lse2 = (torch.zeros(num_tokens, **new) for _ in range(5))
         correct = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device)
         for rows in _slices(num_tokens, TILE_ROWS):
@@ -269,7 +276,10 @@ class _FusedLogProbs(torch.autograd.Function):
                 if d_low_out is not None and low is not None:
                     d_low_out[columns].addmm_(grad.T, low[rows].to(tiles.dtype))
         inputs = (hidden, weight, bias, low, low_out)
-        result = [None if d is None else d.to(t.dtype) for d, t in zip((d_hidden, d_weight, d_bias, d_low, d_low_out), inputs, strict=True)]
+        result = [
+            None if d is None else d.to(t.dtype)
+            for d, t in zip((d_hidden, d_weight, d_bias, d_low, d_low_out), inputs, strict=True)
+        ]
         return (*result, None, None)
 
 
@@ -288,7 +298,7 @@ def output_head(model: nn.Module) -> OutputHead:
     Raises:
         ValueError: the model has no output embeddings.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     layer = base.get_output_embeddings()
     if layer is None:
         raise ValueError(f"{type(base).__name__} has no output embeddings; a causal language model is needed")
@@ -297,9 +307,13 @@ def output_head(model: nn.Module) -> OutputHead:
     parts: dict[str, Any] = {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
     if hasattr(layer, "base_layer"):  # a PEFT layer around the projection
         inner = layer.base_layer
-        active = [] if layer.disable_adapters or layer.merged else [a for a in layer.active_adapters if a in layer.lora_A]
+        active = (
+            [] if layer.disable_adapters or layer.merged else [a for a in layer.active_adapters if a in layer.lora_A]
+        )
         if len(active) > 1:
-            raise ValueError(f"the output projection has {len(active)} active adapters {active}; one at a time is supported")
+            raise ValueError(
+                f"the output projection has {len(active)} active adapters {active}; one at a time is supported"
+            )
         if active:
             name = active[0]
             parts |= {

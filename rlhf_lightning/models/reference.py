@@ -76,12 +76,12 @@ class AdapterReference:
 class FrozenReference:
     """A second model whose weights never change.
 
-    It is no submodule of anything: no optimizer sees it, no gradient bucket holds it, no checkpoint saves it unless it
-    cannot be rebuilt.
+    It is no submodule of anything: no optimizer sees it, no gradient bucket holds it, and a checkpoint saves it only
+    where it cannot be rebuilt.
 
     Args:
         model: the reference model.
-        rebuildable: whether the same weights can be loaded again from where they came; otherwise a checkpoint holds them.
+        rebuildable: whether the same weights can be loaded again from where they came; a checkpoint holds others.
     """
 
     def __init__(self, model: nn.Module, *, rebuildable: bool) -> None:
@@ -115,7 +115,11 @@ class FrozenReference:
 
 def folder_fingerprint(folder: str) -> str | None:
     """A digest of a local model folder's weight files: names, sizes and both ends of each; ``None`` for a hub id."""
-    files = sorted(p for p in Path(folder).glob("*") if p.suffix in {".safetensors", ".bin"}) if Path(folder).is_dir() else []
+    files = (
+        sorted(p for p in Path(folder).glob("*") if p.suffix in {".safetensors", ".bin"})
+        if Path(folder).is_dir()
+        else []
+    )
     if not files:
         return None
     digest = blake2b(digest_size=16)

@@ -24,7 +24,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models import TokenStats, base_model, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
 from ..models import save_pretrained as export_pretrained
-from ..sequences import Example, ExampleBatch, SequenceBatch, pack, plan_micro_batches, register_attention
+from ..sequences import (
+    Example,
+    ExampleBatch,
+    SequenceBatch,
+    pack,
+    plan_micro_batches,
+    register_attention,
+    register_flex_attention,
+)
 from .checks import check_module_options, check_trainer, trainer_dtype
 from .distributed import (
     Scores,
@@ -48,6 +56,7 @@ class PostTrainingModule(lightning.LightningModule):
         init: ``"pretrained"`` loads weights; ``"random"`` draws them from the config.
         tokenizer: id or folder, where it is not the model's.
         micro_batch_tokens: most tokens per forward, above 0; a memory knob that changes no result.
+        attention: kernel of the packed layout: ``"sdpa"``, or ``"flex"``: FlexAttention, which trains on CUDA alone.
         layout: ``"packed"``, ``"padded"``, or ``"auto"``: packed where a probe shows that the model supports it.
         share_prefix: compute a prompt once for all its completions; changes no result.
         lora: arguments of ``peft.LoraConfig`` (``{"r": 16}``); ``None`` trains all weights.
@@ -71,6 +80,7 @@ class PostTrainingModule(lightning.LightningModule):
         init: Literal["pretrained", "random"] = "pretrained",
         tokenizer: str | None = None,
         micro_batch_tokens: int = 8192,
+        attention: Literal["sdpa", "flex"] = "sdpa",
         layout: Literal["auto", "packed", "padded"] = "auto",
         share_prefix: bool = True,
         lora: dict[str, Any] | None = None,
@@ -82,7 +92,11 @@ class PostTrainingModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         check_module_options(
-            init=init, micro_batch_tokens=micro_batch_tokens, layout=layout, max_grad_norm=max_grad_norm
+            init=init,
+            micro_batch_tokens=micro_batch_tokens,
+            attention=attention,
+            layout=layout,
+            max_grad_norm=max_grad_norm,
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.automatic_optimization = False
@@ -90,6 +104,7 @@ class PostTrainingModule(lightning.LightningModule):
         self.model_source = str(model)
         self.init = init
         self.micro_batch_tokens = micro_batch_tokens
+        self.attention = attention
         self.share_prefix = share_prefix
         self.lora = dict(lora) if lora is not None else None
         self.quantization = quantization
@@ -159,7 +174,7 @@ class PostTrainingModule(lightning.LightningModule):
             quantization=self.quantization,
             lora=self.lora,
             gradient_checkpointing=self.gradient_checkpointing,
-            attn_implementation=register_attention(),
+            attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
         )
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -211,6 +226,8 @@ class PostTrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
         """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch."""
+        if self.attention == "flex" and self.device.type != "cuda":
+            raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
         examples = self._checked(batch)
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
@@ -254,7 +271,7 @@ class PostTrainingModule(lightning.LightningModule):
         return concatenate(rows), totals
 
     def _backward_coupled(self, batches: list[list[Example]], totals: dict[str, float]) -> Scores:
-        """Scores all rows without gradient, differentiates the loss by them on the global vector, then runs backward."""
+        """Scores all rows without gradient, differentiates the loss by them globally, and runs backward."""
         states, constants, scored = [], [], []
         for micro in batches:
             batch = self._pack(micro)
@@ -290,7 +307,10 @@ class PostTrainingModule(lightning.LightningModule):
     def _constants(self, batch: SequenceBatch) -> Scores:
         with torch.no_grad():
             constants = self.constants(batch)
-        keys = [int.from_bytes(blake2b(e.row_id.encode(), digest_size=8).digest(), "big", signed=True) for e in batch.examples]
+        keys = [
+            int.from_bytes(blake2b(e.row_id.encode(), digest_size=8).digest(), "big", signed=True)
+            for e in batch.examples
+        ]
         return constants | {ROW_KEY: torch.tensor(keys, device=self.device)}
 
     def _pack(self, examples: list[Example]) -> SequenceBatch:
@@ -304,7 +324,8 @@ class PostTrainingModule(lightning.LightningModule):
                 "rlhf_lightning.datamodules, or wrap your examples in rlhf_lightning.sequences.ExampleBatch"
             )
         positions = num_positions(self.model)
-        vocab_size = base_model(self.model).get_input_embeddings().num_embeddings
+        embeddings: Any = base_model(self.model).get_input_embeddings()
+        vocab_size = int(embeddings.num_embeddings)
         for example in batch.examples:
             for path in example.root.paths():
                 length = sum(len(segment.tokens) for segment in path)
@@ -392,7 +413,9 @@ class PostTrainingModule(lightning.LightningModule):
         shown = {f"{stage}/{name}": value.detach().float() for name, value in values.items()}
         bar = {f"{stage}/{name}" for name in self.progress_metrics}
         for name, value in shown.items():
-            self.log(name, value, prog_bar=name in bar, on_step=stage == "train", on_epoch=stage != "train", batch_size=1)
+            self.log(
+                name, value, prog_bar=name in bar, on_step=stage == "train", on_epoch=stage != "train", batch_size=1
+            )
 
     # What leaves.
 

@@ -43,9 +43,12 @@ def check_count(name: str, value: int, instead: str) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1 ({instead})")
 
 
-def check_module_options(*, init: str, micro_batch_tokens: int, layout: str, max_grad_norm: float | None) -> None:
+def check_module_options(
+    *, init: str, micro_batch_tokens: int, attention: str, layout: str, max_grad_norm: float | None
+) -> None:
     """Checks the options that all modules share."""
     check_choice("init", init, ("pretrained", "random"))
+    check_choice("attention", attention, ("sdpa", "flex"))
     check_choice("layout", layout, ("auto", "packed", "padded"))
     check_positive("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
     if max_grad_norm is not None:
@@ -66,8 +69,8 @@ def check_trainer(trainer: Any) -> None:
         )
     if trainer.gradient_clip_val is not None:
         raise ValueError(
-            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; leave it out and set the module's max_grad_norm "
-            "instead (it clips the norm of the global batch's gradient)"
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; leave it out and set the module's "
+            "max_grad_norm instead (it clips the norm of the global batch's gradient)"
         )
 
 

@@ -27,7 +27,7 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
 
 
 def gather_scores(scores: Scores, device: torch.device) -> Scores:
-    """Concatenates the rows of all ranks, a rank without rows included: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
+    """Concatenates the rows of all ranks, also of none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
     if world_size() == 1:
         return scores
     parts: list[Scores] = [{} for _ in range(world_size())]

@@ -140,9 +140,7 @@ class DPOModule(ReferencedModule):
         first = (lengths.cumsum(0) - lengths)[batch.sequence_index]
         position = torch.arange(len(logprobs), device=logprobs.device) - first
         public = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
-        return ld_alpha_logps(
-            logprobs, batch.sequence_index, position, public_lengths_S=public, ld_alpha=self.ld_alpha
-        )
+        return ld_alpha_logps(logprobs, batch.sequence_index, position, public_lengths_S=public, ld_alpha=self.ld_alpha)
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
         """The weighted sum of the listed losses, each divided by its own global total."""

@@ -26,17 +26,17 @@ _BORROWED = "_borrowed"  # the field of an example whose partner comes from an e
 class KTOModule(ReferencedModule):
     r"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306) and unpaired APO-zero.
 
-    .. math:: L = \frac{1}{B} \sum w_y\, \sigma\big(\mp\beta(h - z)\big), \qquad h = \log\tfrac{\pi(y|x)}{\pi_{ref}(y|x)},
-              \quad z = \max\big(0, \tfrac{1}{M} \sum \log\tfrac{\pi(y'|x)}{\pi_{ref}(y'|x)}\big)
+    .. math:: L = \frac{1}{B} \sum w_y\, \sigma\big(\mp\beta(h - z)\big), \qquad
+              h = \log\tfrac{\pi(y|x)}{\pi_{ref}(y|x)}, \quad z = \max\big(0, \tfrac{1}{M} \sum \log\tfrac{\pi(y'|x)}{\pi_{ref}(y'|x)}\big)
 
-    The sign is minus for desirable and plus for undesirable completions. The estimate z of the KL divergence is a mean over the
-    *global* batch's prompts with a completion y' of another prompt, which ``UnpairedDataModule`` fixes before the batch
-    is split over ranks and micro-batches; it carries no gradient.
+    The sign is minus for desirable and plus for undesirable completions. The estimate z of the KL divergence is a mean
+    over the *global* batch's prompts with a completion y' of another prompt, which ``UnpairedDataModule`` fixes before
+    the batch is split over ranks and micro-batches; it carries no gradient.
 
-    Where no row of a global batch has such a partner (batches of one row, or of one prompt), every row borrows a completion of
-    the last batch that had none either, and z is the running estimate of all estimates so far, at least 0: with the
-    estimate m_t of step t and d = ``kl_ema_decay``, sum_i d^(t-i) m_i / sum_i d^(t-i). Before the first estimate the
-    policy is the reference, and z is 0.
+    Where no row of a global batch has such a partner (batches of one row, or of one prompt), every row borrows a
+    completion of the last batch that had none either, and z is the running estimate of all estimates so far, at least
+    0: with the estimate m_t of step t and d = ``kl_ema_decay``, sum_i d^(t-i) m_i / sum_i d^(t-i). Before the first
+    estimate the policy is the reference, and z is 0.
 
     Args:
         model: Hugging Face id or folder.
@@ -162,7 +162,7 @@ class KTOModule(ReferencedModule):
         return losses.sum() / totals["examples"]
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Implicit rewards and log-probs of desirable and undesirable completions, where there are any; the KL estimate."""
+        """Implicit rewards and log-probs of either label's completions, where there are any; the KL estimate."""
         label, rewards = rows["label"], self.beta * (rows["logps"] - rows["ref_logps"])
         right = (rewards > self.beta * totals.get("kl", 0.0)) == label
         values = {"rewards/accuracies": right.double().mean(), "desirable": label.double().mean()}
@@ -235,13 +235,13 @@ class KTOModule(ReferencedModule):
             label, scored = example.fields.get("label"), num_scored(example)
             if not isinstance(label, bool):
                 raise ValueError(
-                    f"row {example.row_id} has the label {label!r}; it must be true or false: use UnpairedDataModule, which "
-                    "reads prompt, completion and label, or splits pairs"
+                    f"row {example.row_id} has the label {label!r}; it must be true or false: use UnpairedDataModule, "
+                    "which reads prompt, completion and label, or splits pairs"
                 )
             if len(example.root.children) not in (1, 2) or len(scored) > 2 or 0 in scored:
                 raise ValueError(
-                    f"row {example.row_id} has {len(scored)} sequences with {scored} scored tokens; it needs a completion "
-                    "and at most one partner, with at least one each: use UnpairedDataModule"
+                    f"row {example.row_id} has {len(scored)} sequences with {scored} scored tokens; it needs a "
+                    "completion and at most one partner, with at least one each: use UnpairedDataModule"
                 )
         return examples if self.shares_constants else [_only(example, 0) for example in examples]
 
@@ -259,8 +259,8 @@ class KTOModule(ReferencedModule):
             other, name = not label, "undesirable_weight" if label else "desirable_weight"
             if self._weights[other] > 0:
                 raise ValueError(
-                    f"all {len(examples)} training rows are labelled {str(label).lower()}, and nothing holds the policy back: "
-                    f"add rows labelled {str(other).lower()}, or set {name}=0 if that is meant (SFTModule imitates rows)"
+                    f"all {len(examples)} training rows are labelled {str(label).lower()}; KTO learns from both labels: "
+                    f"add rows labelled {str(other).lower()}, or set {name}=0 if that is meant"
                 )
 
 

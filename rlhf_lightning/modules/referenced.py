@@ -20,9 +20,9 @@ class ReferencedModule(PostTrainingModule):
     Args:
         model: Hugging Face id or folder.
         reference: ``"frozen"``: a second model in memory, part of no checkpoint unless it was drawn at random;
-            ``"adapter"``: the LoRA policy with its adapter off (or, where training starts from a loaded adapter, a frozen
-            copy of it); ``"precomputed"``: log-probs of all rows, computed before the first step, then no reference is in
-            memory; ``"auto"``: ``adapter`` with LoRA, else ``frozen``.
+            ``"adapter"``: the LoRA policy with its adapter off (or, where training starts from a loaded adapter, a
+            frozen copy of it); ``"precomputed"``: log-probs of all rows, computed before the first step, and then no
+            reference is in memory; ``"auto"``: ``adapter`` with LoRA, else ``frozen``.
         kwargs: options of ``PostTrainingModule``.
     """
 
@@ -46,9 +46,12 @@ class ReferencedModule(PostTrainingModule):
         if self.model is not None:
             return
         super().configure_model()
+        assert self.model is not None
         has_adapter = hasattr(self.model, "peft_config")
         if self.reference_kind == "adapter" and not has_adapter:
-            raise ValueError("reference is 'adapter', but the model has no adapter: give lora={'r': 16}, or use 'frozen'")
+            raise ValueError(
+                "reference is 'adapter', but the model has no adapter: give lora={'r': 16}, or use 'frozen'"
+            )
         if self.reference_kind == "precomputed":
             return
         if has_adapter and self.reference_kind != "frozen":
@@ -68,8 +71,8 @@ class ReferencedModule(PostTrainingModule):
         except KeyError:
             missing = next(e.row_id for e in batch.examples if e.content_hash() not in self._reference_table)
             raise ValueError(
-                f"row {missing} was not there when the reference's log-probs were precomputed: use reference='frozen', or "
-                "start again with this data"
+                f"row {missing} was not there when the reference's log-probs were precomputed: use reference='frozen', "
+                "or start again with this data"
             ) from None
         return {name: torch.stack([row[name] for row in found]).to(self.device) for name in found[0]}
 
@@ -136,8 +139,8 @@ class ReferencedModule(PostTrainingModule):
         now, then = folder_fingerprint(self.model_source), state.get("fingerprint")
         if self.init == "pretrained" and now is not None and then is not None and now != then:
             raise ValueError(
-                f"the weights in {self.model_source} are not those that training began with, and they are the reference "
-                "policy: restore them, or start a new run"
+                f"the weights in {self.model_source} are not those that training began with, and they are the "
+                "reference policy: restore them, or start a new run"
             )
         self._reference_table = state.get("table", {})
         self._restored = {"weights": state.get("weights", {})}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,7 +44,9 @@ class WarmupSchedule(LRScheduler):
     ) -> None:
         check_choice("decay", decay, ("cosine", "linear", "constant"))
         if warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {warmup_steps}; it must be at least 0 (below 1: a fraction of all steps)")
+            raise ValueError(
+                f"warmup_steps is {warmup_steps}; it must be at least 0 (below 1: a fraction of all steps)"
+            )
         if not 0 <= min_ratio <= 1:
             raise ValueError(f"min_ratio is {min_ratio}; it must lie in [0, 1]")
         self.warmup_steps = warmup_steps
@@ -73,6 +76,6 @@ class WarmupSchedule(LRScheduler):
         fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1 - progress
         return self.min_ratio + (1 - self.min_ratio) * fall
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The rates of the current step."""
         return [base * self._factor(self.last_epoch) for base in self.base_lrs]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch.loggers import Logger
 from peft import PeftModel, set_peft_model_state_dict
@@ -92,7 +91,10 @@ def run_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, float]:
         if cli.export.monitor is not None:
             load_exported(module, folder / "model")
         if sources.get("val") is not None:
-            metrics |= _named("val", _validated(cli, module))
+            # The exported model is not the one of the last step: its figures have no place in that step's curves.
+            loggers, trainer.loggers = trainer.loggers, []
+            metrics |= _named("val", trainer.validate(module, datamodule=data, verbose=False))
+            trainer.loggers = loggers
         if sources.get("test") is not None:
             metrics |= _named("test", trainer.test(module, datamodule=data, verbose=False))
     except SystemExit as error:  # what Lightning makes of Ctrl-C
@@ -100,10 +102,6 @@ def run_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, float]:
     finally:
         finish_wandb()
     return metrics | {"steps": float(trainer.global_step), "exported_step": float(cli.export.step or 0)}
-
-
-def _validated(cli: StageCLI, module: PostTrainingModule) -> Any:
-    return cli.trainer.validate(module, datamodule=cli.datamodule, verbose=False)
 
 
 def load_exported(module: PostTrainingModule, folder: Path) -> None:
@@ -127,8 +125,3 @@ def finish_wandb() -> None:
 def _named(prefix: str, results: Any) -> dict[str, float]:
     values = {f"{prefix}/{name.partition('/')[2]}": float(value) for name, value in results[0].items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def device() -> torch.device:
-    """Where stages sample and evaluate."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

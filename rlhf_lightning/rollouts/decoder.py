@@ -12,19 +12,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from ..models import base_model
 from .cache import SlotCache
 
 # What a model without support for the layout may raise when it is tried on it.
 _UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 _PROBED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside adapters."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
 
 
 class Decoder:
@@ -37,7 +32,7 @@ class Decoder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        accepted = inspect.signature(unwrap(model).forward).parameters
+        accepted = inspect.signature(base_model(model).forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -61,7 +56,9 @@ class Decoder:
         cache.end += 1
         return logits_NV
 
-    def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache | SlotCache) -> Tensor:
+    def _forward(
+        self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache | SlotCache
+    ) -> Tensor:
         arguments = dict(self._options)
         if self._takes_positions:
             arguments["position_ids"] = positions.to(self.device)
@@ -81,7 +78,7 @@ class Decoder:
         Tried once per model and attention function, on a few tokens: masks, positions and caches are the model's own
         code, and some models (recurrent layers, caches of their own) cannot share a batch this way.
         """
-        model = unwrap(self.model)
+        model = base_model(self.model)
         known = _PROBED.setdefault(model, {})
         attention = str(getattr(model.config, "_attn_implementation", None))
         if attention not in known:
@@ -91,7 +88,7 @@ class Decoder:
                 known[attention] = False
         return known[attention]
 
-    def _probe(self, model: nn.Module) -> bool:
+    def _probe(self, model: PreTrainedModel) -> bool:
         window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
         length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
         vocabulary = model.get_input_embeddings().num_embeddings

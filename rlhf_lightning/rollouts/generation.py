@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from ..models import base_model, num_positions
 from .completion import Completion, Track
 from .continuous import ContinuousBatch
-from .decoder import Decoder, unwrap
+from .decoder import Decoder
 from .packed import packed_linears
 from .plain import generate_plain
 from .sampling import SamplingParams, derive_seed
+from .sharded import gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +50,8 @@ class LocalEngine:
 
     Rows of different length share a batch padded on the left. Whether the model computes the same scores that way as it
     does alone is tried once on a few tokens; where it does not (recurrent layers, caches of its own), prompts of one
-    length at a time go through transformers' own loop, with the same samples and one warning.
+    length at a time go through transformers' own loop, with the same samples and one warning. Weights sharded by FSDP2
+    are gathered once per call, so that ranks need not generate equally long; every rank must call, if with no prompts.
 
     Args:
         model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its precision,
@@ -105,20 +108,22 @@ class LocalEngine:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} is not allowed: it must be at least 1")
         token_prompts = [self._tokens(number, prompt) for number, prompt in enumerate(prompts)]
-        if not token_prompts:
-            return []
         # Samples that are certain to be equal are made once.
         distinct = 1 if params.greedy else num_samples
         numbered = _seeds(seeds, len(token_prompts), num_samples, params)
         stop_ids = sorted(self._eos_token_ids() | set(params.stop_token_ids))
         stops = frozenset(stop_ids)
         tracks = [
-            Track(prompt, (row, column), numbered[row][column], self._limit(prompt, params), params, stops, self.tokenizer)
+            Track(
+                prompt, (row, column), numbered[row][column], self._limit(prompt, params), params, stops, self.tokenizer
+            )
             for row, prompt in enumerate(token_prompts)
             for column in range(distinct)
         ]
-        with torch.no_grad(), evaluation_mode(self.model):
-            self._run(tracks, params, stop_ids)
+        # A rank without prompts takes part in the gathering, too.
+        with torch.no_grad(), evaluation_mode(self.model), gathered(self.model):
+            if tracks:
+                self._run(tracks, params, stop_ids)
         completions = [track.completion() for track in tracks]
         grouped = [completions[first : first + distinct] for first in range(0, len(completions), distinct)]
         return [group * (num_samples // distinct) for group in grouped]
@@ -129,34 +134,39 @@ class LocalEngine:
             with packed_linears(self.model):
                 ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
             return
-        model = unwrap(self.model)
+        model = base_model(self.model)
         self._warn_once(
             f"{type(model).__name__} does not compute rows of different length in one batch as it computes them alone:"
             " generating slowly, one prompt length at a time"
         )
-        generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens)  # type: ignore[arg-type]
+        generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens)
 
     def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             tokens = tuple(int(token) for token in prompt)
             if not tokens:
-                raise ValueError(f"prompt {number} has no tokens: give it at least one, for instance the model's first token")
+                raise ValueError(
+                    f"prompt {number} has no tokens: give it at least one, for instance the model's first token"
+                )
             return tokens
         if self.tokenizer is None:
-            raise ValueError(f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, prompts must be token ids")
+            raise ValueError(
+                f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, prompts must be token ids"
+            )
         tokens = tuple(self.tokenizer(prompt)["input_ids"])
         if tokens:
             return tokens
         first = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if first is None else first
         if first is None:
-            raise ValueError(f"prompt {number} is empty and the tokenizer has no first or last token to begin with: write one")
+            raise ValueError(
+                f"prompt {number} is empty and the tokenizer has no first or last token to begin with: write one"
+            )
         return (int(first),)
 
     def _limit(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
         """New tokens at most: what is asked for, or what the model's positions leave."""
-        config: Any = unwrap(self.model).config
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        positions = num_positions(self.model)
         if positions is None:
             return params.max_new_tokens
         if len(prompt) >= positions:
@@ -167,13 +177,15 @@ class LocalEngine:
 
     def _eos_token_ids(self) -> set[int]:
         """The model's and the tokenizer's end-of-sequence tokens."""
-        model: Any = unwrap(self.model)
+        model: Any = base_model(self.model)
         found: set[int] = set()
         for source in (getattr(model, "generation_config", None), model.config.get_text_config(), self.tokenizer):
             token = getattr(source, "eos_token_id", None)
             found.update([] if token is None else [token] if isinstance(token, int) else token)
         if not found:
-            self._warn_once("neither the model nor the tokenizer names an end-of-sequence token: completions end at their limit")
+            self._warn_once(
+                "neither the model nor the tokenizer names an end-of-sequence token: completions end at their limit"
+            )
         return found
 
     def _warn_once(self, message: str) -> None:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Smaller weights stay in the nearest cache as they are.
-_SMALLEST = 64 * 64
+# Smaller weights stay in the nearest cache as they are: nothing to win.
+_SMALLEST = 1 << 17
 
 
 @contextmanager

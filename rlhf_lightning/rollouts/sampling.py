@@ -74,7 +74,11 @@ class SamplingParams:
             (0 <= self.min_p <= 1, "min_p", "in [0, 1]; 0 keeps every token"),
             (0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0; 1 changes nothing"),
             (0 <= self.min_new_tokens, "min_new_tokens", "at least 0"),
-            (self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"at most max_new_tokens={self.max_new_tokens}"),
+            (
+                self.min_new_tokens <= self.max_new_tokens,
+                "min_new_tokens",
+                f"at most max_new_tokens={self.max_new_tokens}",
+            ),
             ("" not in stop, "stop", "strings of at least one character"),
         )
         for valid, name, allowed in checks:
@@ -296,4 +300,6 @@ def _first_above(weights_NX: Tensor, fraction_N1: Tensor) -> tuple[Tensor, Tenso
 def _check_finite(values: Tensor) -> None:
     """Not-a-number and infinity anywhere in a row reach its sum or its maximum."""
     if not bool(torch.isfinite(values).all()):
-        raise ValueError("the model's scores hold NaN or infinity: no token can be drawn; check its weights and precision")
+        raise ValueError(
+            "the model's scores hold NaN or infinity: no token can be drawn; check its weights and precision"
+        )

@@ -3,10 +3,12 @@
 from .attention import ATTENTION_NAME, TreeGeometry, register_attention, tree_attention
 from .batch import PaddedBatch, SequenceBatch, pack
 from .example import Example, ExampleBatch, Segment
+from .flex import FLEX_ATTENTION_NAME, register_flex_attention
 from .planning import example_cost, plan_micro_batches
 
 __all__ = [
     "ATTENTION_NAME",
+    "FLEX_ATTENTION_NAME",
     "Example",
     "ExampleBatch",
     "PaddedBatch",
@@ -17,5 +19,6 @@ __all__ = [
     "pack",
     "plan_micro_batches",
     "register_attention",
+    "register_flex_attention",
     "tree_attention",
 ]

@@ -74,14 +74,25 @@ class TreeGeometry:
         self._blocks: list[Block] | None = None
         self._order: Tensor | None = None
         self._masks: dict[tuple[int, int | None], Tensor] = {}
-        self._flex: dict[int | None, Any] = {}
+        self.flex_masks: dict[int | None, Any] = {}  # see flex.py
         ends = [start + length for start, length, _ in segments]
         for number in range(len(segments) - 1, -1, -1):  # children come after their parent
             parent = segments[number][2]
             if parent >= 0:
                 ends[parent] = max(ends[parent], ends[number])
-        lengths = [length for _, length, _ in segments]
-        self.subtree_end = torch.repeat_interleave(torch.tensor(ends), torch.tensor(lengths)).to(device)
+        lengths = torch.tensor([length for _, length, _ in segments])
+        self.subtree_end = torch.repeat_interleave(torch.tensor(ends), lengths).to(device)
+
+    @property
+    def depth(self) -> Tensor:
+        """``(T,)`` position of each token along its own path."""
+        parts: list[Tensor] = []
+        after: list[int] = []
+        for _, length, parent in self.segments:
+            first = after[parent] if parent >= 0 else 0
+            parts.append(torch.arange(first, first + length))
+            after.append(first + length)
+        return torch.cat(parts).to(self.device)
 
     def _paths(self) -> list[np.ndarray]:
         """Flat positions of each segment's ancestors and of itself."""
@@ -120,11 +131,12 @@ class TreeGeometry:
             query_depth[row, :length] = np.arange(len(path) - length, len(path))
             key_index[row, : len(path)] = path
             key_depth[row, : len(path)] = np.arange(len(path))
-        tensors = [torch.from_numpy(a).to(self.device) for a in (query_index, key_index, query_depth, key_depth)]
+        arrays = (query_index, key_index, query_depth, key_depth)
+        query_i, key_i, query_d, key_d = (torch.from_numpy(a).to(self.device) for a in arrays)
         real = torch.from_numpy(np.flatnonzero(query_depth < _FAR)).to(self.device)
         # Padding comes last, so a causal mask hides padding keys from every real query of a root.
         causal = all(self.segments[n][2] < 0 for n in group)
-        return Block(*tensors, query_slot=real, causal=causal)
+        return Block(query_i, key_i, query_d, key_d, real, causal)
 
     def block_mask(self, number: int, window: int | None) -> Tensor:
         """The mask of one block, made once per window and kept for all layers."""
@@ -133,18 +145,18 @@ class TreeGeometry:
             self._masks[key] = self.blocks[number].mask(window)
         return self._masks[key]
 
-    def dense_mask(self, window: int | None = None, positions: Tensor | None = None) -> Tensor:
+    def dense_mask(self, window: int | None = None) -> Tensor:
         """``(T, T)``, True where key (column) is visible to query (row): the definition, for tests and small trees."""
         index = torch.arange(len(self.subtree_end), device=self.subtree_end.device)
         visible = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
         if window is not None:
-            assert positions is not None
-            visible &= positions[:, None] - positions[None, :] < window
+            depth = self.depth
+            visible &= depth[:, None] - depth[None, :] < window
         return visible
 
 
 def _group_by_size(sizes: np.ndarray) -> list[list[int]]:
-    """Groups segments so that padding every group to its largest member costs at most ``_MAX_PADDING`` times the area."""
+    """Groups segments so that padding a group to its largest member costs at most ``_MAX_PADDING`` times the area."""
     order = sorted(range(len(sizes)), key=lambda n: (sizes[n][1] == sizes[n][0], sizes[n][0], sizes[n][1]))
     groups: list[list[int]] = []
     needed = 0
@@ -208,7 +220,8 @@ def tree_attention(
     outputs = []
     for number, block in enumerate(tree.blocks):
         q, k, v = (
-            _rows(t, i) for t, i in ((query_THD, block.query_index), (key_TKD, block.key_index), (value_TKD, block.key_index))
+            _rows(t, i)
+            for t, i in ((query_THD, block.query_index), (key_TKD, block.key_index), (value_TKD, block.key_index))
         )
         plain_causal = block.causal and (sliding_window is None or sliding_window >= k.shape[2])
         mask = None if plain_causal else tree.block_mask(number, sliding_window)

@@ -183,7 +183,9 @@ def _linear(path: tuple[Segment, ...]) -> Segment:
     return Segment(tokens, weights)
 
 
-def pack(examples: Sequence[Example], *, share_prefix: bool = True, device: torch.device | None = None) -> SequenceBatch:
+def pack(
+    examples: Sequence[Example], *, share_prefix: bool = True, device: torch.device | None = None
+) -> SequenceBatch:
     """Lays examples out as one SequenceBatch.
 
     Args:

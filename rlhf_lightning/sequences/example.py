@@ -1,4 +1,4 @@
-"""What a row becomes once it is tokenised: a tree of token segments, and the batch of such trees that a loader yields."""
+"""What a row becomes once it is tokenised: a tree of token segments; and the batch of such trees that loaders yield."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Segment:
     """A run of tokens that continues its parent and is continued by its children.
 
@@ -24,17 +24,21 @@ class Segment:
     """
 
     tokens: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32] | None = None
-    children: tuple[Segment, ...] = ()
+    weights: npt.NDArray[np.float32] | None
+    children: tuple[Segment, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", np.asarray(self.tokens, dtype=np.int64))
-        if self.tokens.ndim != 1 or len(self.tokens) == 0:
-            raise ValueError(f"a segment needs a flat, non-empty list of tokens, got shape {self.tokens.shape}")
-        if self.weights is not None:
-            object.__setattr__(self, "weights", np.asarray(self.weights, dtype=np.float32))
-            if self.weights.shape != self.tokens.shape:
-                raise ValueError(f"{len(self.tokens)} tokens but {len(self.weights)} weights")
+    def __init__(
+        self, tokens: npt.ArrayLike, weights: npt.ArrayLike | None = None, children: Sequence[Segment] = ()
+    ) -> None:
+        flat = np.asarray(tokens, dtype=np.int64)
+        if flat.ndim != 1 or len(flat) == 0:
+            raise ValueError(f"a segment needs a flat, non-empty list of tokens, got shape {flat.shape}")
+        counts = None if weights is None else np.asarray(weights, dtype=np.float32)
+        if counts is not None and counts.shape != flat.shape:
+            raise ValueError(f"{len(flat)} tokens but {len(counts)} weights")
+        object.__setattr__(self, "tokens", flat)
+        object.__setattr__(self, "weights", counts)
+        object.__setattr__(self, "children", tuple(children))
 
     def paths(self) -> Iterator[tuple[Segment, ...]]:
         """Yields each root-to-leaf path, depth first."""
@@ -90,9 +94,9 @@ class Example:
 class ExampleBatch:
     """One rank's share of a global batch: the examples of one optimizer step.
 
-    It is deliberately no ``collections.abc.Sequence``: Lightning would take it apart, row by row, looking for tensors to
-    convert. A share may be empty (the last batch of an epoch over several ranks); it is yielded all the same, so that every rank
-    sees the same number of batches.
+    It is deliberately no ``collections.abc.Sequence``: Lightning would take it apart, row by row, looking for tensors
+    to convert. A share may be empty (the last batch of an epoch over several ranks); it is yielded all the same, so
+    that every rank sees the same number of batches.
 
     Args:
         examples: this rank's examples.

@@ -45,8 +45,8 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
     if order and costs[order[0]] > budget:
         row = examples[order[0]].row_id
         warnings.warn(
-            f"row {row} has {costs[order[0]]} tokens, above micro_batch_tokens={budget}: it runs alone; memory is set by "
-            "the longest row (lower max_length to bound it)",
+            f"row {row} has {costs[order[0]]} tokens, above micro_batch_tokens={budget}: it runs alone; memory is set "
+            "by the longest row (lower max_length to bound it)",
             stacklevel=2,
         )
     bins: list[list[int]] = []

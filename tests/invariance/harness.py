@@ -41,7 +41,12 @@ class Outcome(NamedTuple):
 
 def trainer(precision: str = "64-true", **options: Any) -> lightning.Trainer:
     """A silent trainer on the CPU."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return lightning.Trainer(accelerator="cpu", devices=1, precision=precision, **{**quiet, **options})
 
 

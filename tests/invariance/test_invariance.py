@@ -21,7 +21,7 @@ NUM_ROWS = 7
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    # LayerNorm in the model's own precision: RMSNorm computes in fp32 whatever the dtype, and would hide what fp64 shows.
+    # LayerNorm computes in the model's own precision; RMSNorm in fp32 always, which would hide what fp64 shows.
     return str(save_tiny_model(tmp_path_factory.mktemp("model"), "gpt2"))
 
 
@@ -118,5 +118,3 @@ def test_evaluation_batch_size(method: str, folder: str) -> None:
     for batch_size in (1, 3):
         parts = validate(METHODS[method], folder, rows, batch_size, micro_batch_tokens=50)
         assert_same_metrics(parts, whole, TOLERANCE["64-true"])
-
-

@@ -80,7 +80,12 @@ def test_each_output_has_its_own_gradient(asked: dict[str, bool]) -> None:
 
 def test_half_precision_accumulates_in_single() -> None:
     hidden, head, targets, _ = inputs(torch.bfloat16)
-    exact = naive(hidden.double(), OutputHead(*(None if t is None else t.double() for t in (head.weight, head.bias))), targets, 1.0)  # type: ignore[arg-type]
+    exact = naive(
+        hidden.double(),
+        OutputHead(*(None if t is None else t.double() for t in (head.weight, head.bias))),
+        targets,
+        1.0,
+    )  # type: ignore[arg-type]
     stats = fused_logprobs(hidden, OutputHead(head.weight, head.bias), targets)
     assert stats.logprobs.dtype == torch.float32
     assert error(stats.logprobs.double(), exact[0]) < 1e-6

@@ -22,9 +22,7 @@ from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import pairs
 
-ROWS = [
-    {"prompt": f"{n}+{n}=", "chosen": f"{2 * n}", "rejected": f"{n * n + 1} or so"} for n in range(1, 14)
-]
+ROWS = [{"prompt": f"{n}+{n}=", "chosen": f"{2 * n}", "rejected": f"{n * n + 1} or so"} for n in range(1, 14)]
 
 
 @pytest.fixture(scope="module")

@@ -32,10 +32,14 @@ def transformers_greedy(model: Any, prompt: list[int], **options: Any) -> list[i
     input_ids = torch.tensor([prompt])
     options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, **options}
     with torch.no_grad():
-        return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)[0, len(prompt) :].tolist()
+        return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)[
+            0, len(prompt) :
+        ].tolist()
 
 
-def no_cache_samples(model: nn.Module, prompt: list[int], seed: int, params: SamplingParams) -> tuple[list[int], list[float]]:
+def no_cache_samples(
+    model: nn.Module, prompt: list[int], seed: int, params: SamplingParams
+) -> tuple[list[int], list[float]]:
     """One sample by its definition: full forwards, filtered probabilities, the inverse of their cumulative sum."""
     tokens: list[int] = []
     logprobs: list[float] = []
@@ -152,10 +156,16 @@ def test_finished_rows_leave_and_waiting_prompts_take_their_place(monkeypatch: p
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", counted)
-    lengths = [len(tokens) for tokens in flat(LocalEngine(model, None, max_batch_tokens=256).generate(prompts, 1, params))]
+    lengths = [
+        len(tokens) for tokens in flat(LocalEngine(model, None, max_batch_tokens=256).generate(prompts, 1, params))
+    ]
     assert max(rows) == 4  # 256 tokens hold four rows of 64
-    assert sum(rows) == sum(lengths) - 12  # the first token of each comes from its prompt; no step computes anything else
-    assert len(rows) < sum(sorted(lengths)[2::4]) + 12  # fewer steps than three batches that wait for their longest rows
+    assert (
+        sum(rows) == sum(lengths) - 12
+    )  # the first token of each comes from its prompt; no step computes anything else
+    assert (
+        len(rows) < sum(sorted(lengths)[2::4]) + 12
+    )  # fewer steps than three batches that wait for their longest rows
 
 
 def test_stop_strings_end_text_before_and_tokens_after_them(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -165,7 +175,9 @@ def test_stop_strings_end_text_before_and_tokens_after_them(tokenizer: PreTraine
     assert len(free.token_ids) == 16
     stop = free.text[5:8]
     at = free.text.find(stop)
-    stopped = engine.generate(["12+3="], 1, SamplingParams(max_new_tokens=16, temperature=0, stop=("never seen", stop)))[0][0]
+    stopped = engine.generate(
+        ["12+3="], 1, SamplingParams(max_new_tokens=16, temperature=0, stop=("never seen", stop))
+    )[0][0]
     assert stopped.text == free.text[:at]
     assert stopped.token_ids == free.token_ids[: at + len(stop)]
     assert stopped.finish_reason == "stop"
@@ -258,7 +270,9 @@ def test_no_prompts_give_no_completions() -> None:
     assert LocalEngine(tiny_model("llama"), None).generate([]) == []
 
 
-def test_string_prompts_are_tokenised_and_an_empty_one_becomes_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_string_prompts_are_tokenised_and_an_empty_one_becomes_the_end_token(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     engine = LocalEngine(tiny_model("llama"), tokenizer)
     ids = [tokenizer("3+4=")["input_ids"], [EOS_ID]]
     assert flat(engine.generate(["3+4=", ""], 1, GREEDY)) == flat(engine.generate(ids, 1, GREEDY))
@@ -369,7 +383,9 @@ def test_models_that_cannot_share_a_batch_get_the_same_samples_slowly(
     break_it: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = random_prompts((9, 2, 14, 2, 6))
-    params = SamplingParams(max_new_tokens=12, temperature=1.3, top_p=0.95, seed=4, repetition_penalty=1.1, min_new_tokens=3)
+    params = SamplingParams(
+        max_new_tokens=12, temperature=1.3, top_p=0.95, seed=4, repetition_penalty=1.1, min_new_tokens=3
+    )
     expected = LocalEngine(tiny_model("qwen3"), None).generate(prompts, 3, params)
     model = tiny_model("qwen3")
     forward = model.forward

@@ -78,7 +78,9 @@ def test_a_draw_inverts_the_cumulative_distribution(params: SamplingParams, voca
     drawn = sample(logits_NV, numbers_N, params)
     cumulative_NV = transformers_probabilities(logits_NV, params).cumsum(-1)
     above_N = cumulative_NV.gather(-1, drawn.tokens_N[:, None]).squeeze(-1)
-    below_N = torch.where(drawn.tokens_N > 0, cumulative_NV.gather(-1, (drawn.tokens_N - 1).clamp(min=0)[:, None])[:, 0], 0)
+    below_N = torch.where(
+        drawn.tokens_N > 0, cumulative_NV.gather(-1, (drawn.tokens_N - 1).clamp(min=0)[:, None])[:, 0], 0
+    )
     assert (below_N - 1e-6 <= numbers_N).all()
     assert (numbers_N <= above_N + 1e-6).all()
     np.testing.assert_allclose(drawn.logprobs_N, (above_N - below_N).log(), atol=2e-4)
@@ -127,7 +129,8 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     numbers_N = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     expected_NV = RepetitionPenaltyLogitsProcessor(1.8)(tokens_NT, logits_NV)
     assert torch.equal(
-        sample(logits_NV, numbers_N, params, seen_NV=seen_NV).tokens_N, sample(expected_NV, numbers_N, replace(params)).tokens_N
+        sample(logits_NV, numbers_N, params, seen_NV=seen_NV).tokens_N,
+        sample(expected_NV, numbers_N, replace(params)).tokens_N,
     )
     drawn = sample(logits_NV, numbers_N, params, seen_NV=seen_NV)
     np.testing.assert_allclose(

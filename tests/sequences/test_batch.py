@@ -14,7 +14,9 @@ from rlhf_lightning.sequences import Example, Segment, pack
 @st.composite
 def trees(draw: st.DrawFn, depth: int = 3) -> Segment:
     tokens = draw(st.lists(st.integers(0, 50), min_size=1, max_size=4))
-    weights = draw(st.one_of(st.none(), st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=len(tokens), max_size=len(tokens))))
+    weights = draw(
+        st.one_of(st.none(), st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=len(tokens), max_size=len(tokens)))
+    )
     children = draw(st.lists(trees(depth - 1), max_size=3)) if depth else []
     return Segment(tokens, weights, tuple(children))
 
@@ -51,8 +53,10 @@ def test_visibility_is_ancestry(forest: list[Segment], share_prefix: bool) -> No
                 if block.query_depth[row, q] < 1 << 40:
                     visible[query, block.key_index[row][mask[q]]] = True
                     assert torch.equal(visible[query], expected[query])
-    assert torch.equal(torch.cat([b.query_index.reshape(-1)[b.query_slot] for b in blocks])[batch.geometry.order],
-                       torch.arange(batch.num_tokens))
+    assert torch.equal(
+        torch.cat([b.query_index.reshape(-1)[b.query_slot] for b in blocks])[batch.geometry.order],
+        torch.arange(batch.num_tokens),
+    )
 
 
 @given(forests, st.booleans())

@@ -16,7 +16,11 @@ def row(number: int, prompt: int, *completions: int) -> Example:
     return Example(f"rows:{number}", Segment([1] * prompt, children=children))
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), max_size=20), st.integers(1, 40), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), max_size=20),
+    st.integers(1, 40),
+    st.booleans(),
+)
 def test_plan(sizes: list[tuple[int, int, int]], budget: int, share: bool) -> None:
     examples = [row(n, *size) for n, size in enumerate(sizes)]
     cost = [p + a + b if share else 2 * p + a + b for p, a, b in sizes]

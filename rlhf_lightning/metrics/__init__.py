@@ -1,0 +1,16 @@
+"""Metrics whose states are sums and counts, so that no mean of means is ever taken; ``functional`` has the formulas."""
+
+from .functional import NO_ERROR
+from .preference import ExpectedCalibrationError, PreferenceAccuracy, PreferenceMargin
+from .rewards import AttributeCorrelation, RewardStatistics
+from .steps import FirstErrorF1
+
+__all__ = [
+    "NO_ERROR",
+    "AttributeCorrelation",
+    "ExpectedCalibrationError",
+    "FirstErrorF1",
+    "PreferenceAccuracy",
+    "PreferenceMargin",
+    "RewardStatistics",
+]

@@ -1,0 +1,61 @@
+"""``rlhf-lightning pipeline``: from the command line to the table at the end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rich.console import Console
+
+from ..usage import UsageError
+from .config import load_pipeline
+from .report import results_table, write_report
+from .runner import run_pipeline
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"pipeline: {message}")
+
+
+def run_command(args: Sequence[str]) -> None:
+    """Runs ``rlhf-lightning pipeline``.
+
+    Args:
+        args: ``--config FILE [--run_dir FOLDER] [KEY=VALUE ...]``.
+
+    Raises:
+        SystemExit: 130 after Ctrl-C.
+    """
+    parser = _Parser(prog="rlhf-lightning pipeline", description="Runs the stages of a YAML file that are not done yet.")
+    parser.add_argument("-c", "--config", required=True, help="the pipeline; configs/... may be one of the package")
+    parser.add_argument("--run_dir", help="where everything is written, instead of the file's run_dir")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as stages.dpo.trainer.max_epochs=2")
+    parsed = parser.parse_intermixed_args(args)
+    pipeline = load_pipeline(parsed.config, parsed.overrides, parsed.run_dir)
+    console = Console()
+    started = time.time()
+    _quieten()
+    try:
+        manifest = run_pipeline(pipeline, lambda line: console.print(f"[{time.time() - started:6.1f} s] {line}", markup=False))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command goes on from the last finished stage in {pipeline.run_dir}", file=sys.stderr)
+        raise SystemExit(130) from None
+    report = write_report(pipeline, manifest)
+    console.print(results_table(pipeline, manifest))
+    console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _quieten() -> None:
+    """Leaves the terminal to the stages' own lines; warnings stay, except those about what a pipeline does on purpose."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for message in (".*does not have many workers.*", ".*`max_epochs` was not set.*", ".*number of training batches.*"):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,89 @@
+"""The report's curves, as images that an HTML page can hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+History = Sequence[Mapping[str, Any]]
+_SECOND_PANEL = ("val/accuracy", "val/rewards/accuracies", "val/mean_token_accuracy")
+_COLOURS = ("#1f6f8b", "#d1495b", "#66a182", "#edae49", "#8d6a9f")
+_SMOOTHED = 25
+
+
+def points(history: History, name: str) -> tuple[list[float], list[float]]:
+    """The steps and values at which a metric was logged."""
+    rows = [row for row in history if row.get(name) is not None]
+    return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+
+def stage_figure(history: History, exported_step: float) -> str:
+    """Loss, and the metric that says most about the stage, over its steps; a line marks the exported model."""
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, values = points(history, "train/loss")
+    left.plot(steps, values, color=_COLOURS[0], alpha=0.25, linewidth=0.8)
+    left.plot(steps, _smooth(values), color=_COLOURS[0], label="train")
+    _plot(left, history, "val/loss", _COLOURS[1], "validation")
+    _dress(left, "loss", exported_step)
+    second = next((name for name in _SECOND_PANEL if points(history, name)[0]), "train/grad_norm")
+    _plot(right, history, second, _COLOURS[1], second)
+    _dress(right, second, exported_step)
+    return as_image(figure)
+
+
+def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]]) -> str:
+    """One metric over the steps of several stages; a dot marks what each exported.
+
+    Args:
+        metric: its logged name.
+        runs: by stage, its history and the step of its export.
+    """
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    longest = max((points(history, metric)[0] or [0.0])[-1] for history, _ in runs.values())
+    for colour, (name, (history, exported_step)) in zip(_COLOURS, runs.items(), strict=False):
+        steps, values = points(history, metric)
+        axes.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.6, label=name)
+        at = [value for step, value in zip(steps, values, strict=True) if step == exported_step]
+        if at:
+            axes.plot([exported_step], at[-1:], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2)
+        if steps and steps[-1] < longest:
+            axes.axvline(steps[-1], color=colour, linestyle=":", linewidth=1.2)
+            axes.annotate(f" {name} stopped", (steps[-1], 0.02), xycoords=("data", "axes fraction"), color=colour)
+    _dress(axes, metric, None)
+    return as_image(figure)
+
+
+def as_image(figure: Figure) -> str:
+    """A figure as a ``data:`` address."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _plot(axes: Axes, history: History, name: str, colour: str, label: str) -> None:
+    steps, values = points(history, name)
+    axes.plot(steps, values, color=colour, marker="o", markersize=3, label=label)
+
+
+def _dress(axes: Axes, title: str, exported_step: float | None) -> None:
+    if exported_step:
+        axes.axvline(exported_step, color="#888888", linestyle="--", linewidth=1, label="exported")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running means over the last few values."""
+    width = max(1, min(_SMOOTHED, len(values) // 10))
+    return [sum(values[max(0, n - width + 1) : n + 1]) / len(values[max(0, n - width + 1) : n + 1]) for n in range(len(values))]

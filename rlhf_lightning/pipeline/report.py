@@ -1,0 +1,137 @@
+"""What a run came to: a table on the screen, ``summary.json`` for programs and ``report.html`` for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from rich.table import Table
+
+from ..callbacks.history import read_history
+from .config import FitStage, Pipeline
+from .figures import comparison_figure, points, stage_figure
+from .fitting import HISTORY
+from .manifest import Manifest, write_atomically
+from .sampling import ANSWERS, PAIRS
+
+_NUM_PAIRS = 3
+
+
+def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
+    """The results as plain values, stage by stage."""
+    stages = []
+    for name in pipeline.stages:
+        record = manifest.stages[name]
+        evaluation = record.get("evaluation", {})
+        stages.append(
+            {
+                "stage": name,
+                "kind": record["kind"],
+                "ran": record["ran"],
+                "seconds": record["seconds"] + evaluation.get("seconds", 0.0),
+                "test_accuracy": evaluation.get("accuracy"),
+                "test_rows": evaluation.get("rows"),
+                "metrics": record["metrics"],
+                "outputs": {place: str(pipeline.folder(name) / place) for place in record["outputs"]},
+            }
+        )
+    return {"title": pipeline.title, "seed": pipeline.seed, "versions": manifest.content["versions"], "stages": stages}
+
+
+def results_table(pipeline: Pipeline, manifest: Manifest) -> Table:
+    """The results as a table for the terminal."""
+    table = Table(title=pipeline.title, title_justify="left")
+    for heading in ("stage", "what it did", "validation", "test accuracy", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("stage", "what it did") else "right")
+    for row in summarize(pipeline, manifest)["stages"]:
+        accuracy = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.1%}"
+        seconds = f"{row['seconds']:.0f}" + ("" if row["ran"] else " (before)")
+        table.add_row(row["stage"], _what(row), _validation(row["metrics"]), accuracy, seconds)
+    return table
+
+
+def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
+    """Writes ``summary.json`` and ``report.html`` into the run directory; returns the latter's path."""
+    summary = summarize(pipeline, manifest)
+    write_atomically(pipeline.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    stages = [_stage_view(pipeline, manifest, row) for row in summary["stages"]]
+    comparisons = [
+        {
+            "title": item.title or item.metric,
+            "text": item.text,
+            "figure": comparison_figure(
+                item.metric, {n: (_history(pipeline, n), _exported_step(manifest, n)) for n in item.stages}
+            ),
+            "rows": [_compared(pipeline, manifest, item.metric, name) for name in item.stages],
+        }
+        for item in pipeline.compare
+    ]
+    template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(template).render(
+        title=pipeline.title,
+        summary=summary,
+        stages=stages,
+        comparisons=comparisons,
+        config=yaml.safe_dump(pipeline.source, sort_keys=False, allow_unicode=True),
+    )
+    write_atomically(pipeline.run_dir / "report.html", page)
+    return pipeline.run_dir / "report.html"
+
+
+def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> dict[str, Any]:
+    name = row["stage"]
+    record = manifest.stages[name]
+    folder = pipeline.folder(name)
+    history = _history(pipeline, name)
+    shown = record.get("evaluation", {}).get("shown", 0)
+    return row | {
+        "what": _what(row),
+        "validation": _validation(row["metrics"]),
+        "figure": stage_figure(history, _exported_step(manifest, name)) if history else None,
+        "answers": _lines(folder / ANSWERS, shown),
+        "pairs": _lines(folder / PAIRS, _NUM_PAIRS),
+        "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
+    }
+
+
+def _compared(pipeline: Pipeline, manifest: Manifest, metric: str, name: str) -> dict[str, Any]:
+    """First, best and last value of a metric in a stage, and what its exported model does on the test set."""
+    steps, values = points(_history(pipeline, name), metric)
+    test = manifest.stages[name].get("evaluation", {}).get("accuracy")
+    found = {"stage": name, "test": test, "steps": int(steps[-1]) if steps else 0, "exported": _exported_step(manifest, name)}
+    return found | {"first": values[0] if values else None, "best": max(values, default=None), "last": (values or [None])[-1]}
+
+
+def _history(pipeline: Pipeline, name: str) -> list[dict[str, Any]]:
+    return read_history(pipeline.folder(name) / HISTORY) if isinstance(pipeline.stages[name], FitStage) else []
+
+
+def _exported_step(manifest: Manifest, name: str) -> float:
+    return float(manifest.stages[name]["metrics"].get("exported_step", 0))
+
+
+def _what(row: dict[str, Any]) -> str:
+    metrics = row["metrics"]
+    if row["kind"] == "sample":
+        return f"{metrics['pairs']} pairs from {metrics['samples']} samples, {metrics['mean_reward']:.1%} of them right"
+    steps, exported = int(metrics["steps"]), int(metrics["exported_step"])
+    return f"{steps} steps" if steps == exported else f"{steps} steps, exported step {exported}"
+
+
+def _validation(metrics: dict[str, float]) -> str:
+    for name in ("accuracy", "rewards/accuracies", "loss"):
+        if f"val/{name}" in metrics:
+            before = f"{metrics[f'val_before/{name}']:.3f} → " if f"val_before/{name}" in metrics else ""
+            return f"{name} {before}{metrics[f'val/{name}']:.3f}"
+    return ""
+
+
+def _lines(path: Path, limit: int) -> list[dict[str, Any]]:
+    if not path.is_file() or not limit:
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(limit), strict=False)]

@@ -1,0 +1,54 @@
+"""Pairs: chosen and rejected behind their prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhf_lightning.datamodules import PreferenceDataModule
+from rlhf_lightning.sequences.example import Example
+
+from .toys import UNMARKED, chars, complaint, ids
+
+Q = {"role": "user", "content": "1"}
+
+
+def made(columns: dict[str, Any]) -> Example:
+    [example] = PreferenceDataModule(tokenizer=chars(UNMARKED)).make_examples("rows:1", columns)
+    return example
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "1=", "chosen": "1", "rejected": "23"}, "1=", "1~", "23~"),
+        ({"chosen": "a bc", "rejected": "a bd"}, "a", " bc~", " bd~"),
+        ({"prompt": "1", "chosen": [{"role": "assistant", "content": "2"}], "rejected": "3"}, None, None, None),
+        ({"prompt": [Q], "chosen": "2", "rejected": "3"}, "u:1~\na:", "2~", "3~"),
+        (
+            {
+                "chosen": [Q, {"role": "assistant", "content": "2"}],
+                "rejected": [Q, {"role": "assistant", "content": "3"}],
+            },
+            "u:1~\na:",
+            "2~",
+            "3~",
+        ),
+    ],
+)
+def test_trees(columns: dict[str, Any], prompt: str | None, chosen: str | None, rejected: str | None) -> None:
+    if prompt is None or chosen is None or rejected is None:
+        assert "one is a string and one is messages" in complaint(made, columns)
+        return
+    example = made(columns)
+    assert example.root.tokens.tolist() == ids(prompt)
+    assert example.root.weights is None
+    assert [child.tokens.tolist() for child in example.root.children] == [ids(chosen), ids(rejected)]
+    assert [child.weights.tolist() for child in example.root.children] == [[1.0] * len(chosen), [1.0] * len(rejected)]
+
+
+def test_the_margin_is_a_field() -> None:
+    columns = {"prompt": "1=", "chosen": "1", "rejected": "2", "chosen_score": 4, "rejected_score": 1, "id": "x"}
+    assert made(columns).fields == {"chosen_score": 4, "rejected_score": 1, "margin": 3.0, "id": "x"}
+    assert "margin" not in made({"prompt": "1=", "chosen": "1", "rejected": "2"}).fields
