@@ -30,7 +30,7 @@ install: $(or $(wildcard $(PARITY)),$(wildcard $(DEV)),$(RUNTIME)) ## install th
 dev: $(or $(wildcard $(PARITY)),$(DEV)) ## install the package and the developers' tools into .venv
 
 test: dev ## run all tests (WORKERS=0 for one process, ARGS="-k name" for some)
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 invariance: dev ## run the tests of what must not change a result
 	$(BIN)/python -m pytest -q tests/invariance $(ARGS)
@@ -39,7 +39,8 @@ parity: $(PARITY) ## run the comparisons with TRL
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)
 
 benchmark: $(PARITY) ## measure speed and memory beside TRL
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python benchmarks/training.py dpo $(ARGS)
+	$(BIN)/python benchmarks/training.py sft $(ARGS)
 
 lint: dev ## check style and spelling
 	$(BIN)/ruff check .

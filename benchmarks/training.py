@@ -57,10 +57,10 @@ def write_model(folder: Path) -> None:
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
-        intermediate_size=3 * HIDDEN,
+        intermediate_size=1024,
         num_hidden_layers=LAYERS,
         num_attention_heads=6,
-        num_key_value_heads=6,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=2048,
         tie_word_embeddings=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
-from weakref import ReferenceType, ref
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -15,7 +14,7 @@ from ..sequences.example import Example
 from .files import RowSource
 from .loader import BatchLoader, Couple, ExampleLoader, StreamLoader
 from .reading import OnBadRow, RowReader
-from .sources import open_source
+from .sources import is_remote, open_source
 from .store import ExampleStore
 from .tokenization import OnTooLong, RowTokenizer
 
@@ -40,7 +39,8 @@ class ExampleDataModule(pl.LightningDataModule):
     A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
     id on the hub, an embedded task (``"sums:preference?rows=1000"``), a list of such strings, and in Python a list of
     dictionaries or a ``datasets.Dataset``. :attr:`report` counts, per split: ``rows`` read, ``examples`` made of them,
-    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (left out), ``tokens`` and ``longest``.
+    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (left out), ``tokens`` and ``longest``; with ``streaming``,
+    of the training rows that this rank has made examples of so far, in all epochs.
 
     Args:
         train: source of the training rows.
@@ -112,7 +112,7 @@ class ExampleDataModule(pl.LightningDataModule):
         self._rows: RowTokenizer | None = None
         self._stores: dict[Split, ExampleStore] = {}
         self._train_loader: BatchLoader | None = None
-        self._train_loader_of: ReferenceType[pl.Trainer] | None = None
+        self._train_loader_of: pl.Trainer | None = None
         self._train_state: dict[str, Any] | None = None
 
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
@@ -157,7 +157,7 @@ class ExampleDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Downloads hub datasets, once per node; sources that are here are not read."""
         for split, source in self.sources.items():
-            if source is not None and not (split == "train" and self.streaming):
+            if is_remote(source) and not (split == "train" and self.streaming):
                 self._open(split)
 
     def setup(self, stage: str | None = None) -> None:
@@ -172,10 +172,8 @@ class ExampleDataModule(pl.LightningDataModule):
         if self.sources["train"] is None:
             raise ValueError(f"there are no training rows: write {type(self).__name__}(train='rows.jsonl')")
         trainer = self.trainer
-        mine = self._train_loader_of is not None and self._train_loader_of() is trainer and trainer is not None
-        if self._train_loader is None or not mine:
-            self._train_loader = self._make_train_loader()
-            self._train_loader_of = None if trainer is None else ref(trainer)
+        if self._train_loader is None or trainer is None or self._train_loader_of is not trainer:
+            self._train_loader, self._train_loader_of = self._make_train_loader(), trainer
         if self._train_state is not None:
             state, self._train_state = self._train_state, None
             self._train_loader.load_state_dict(state)
@@ -205,8 +203,7 @@ class ExampleDataModule(pl.LightningDataModule):
         """Takes the training loader's position from a checkpoint that is being resumed."""
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         self._train_state = state_dict.get("train") if fitting else None
-        mine = self._train_loader_of is not None and self._train_loader_of() is self.trainer
-        if self._train_state is not None and self._train_loader is not None and mine:
+        if self._train_state is not None and self._train_loader is not None and self._train_loader_of is self.trainer:
             self._train_loader.load_state_dict(self._train_state)
 
     def all_examples(self) -> Iterator[list[Example]]:

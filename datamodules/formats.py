@@ -7,31 +7,22 @@ the rows adds that. A column that is ``None`` counts as absent, as unions of tab
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, cast
 
-from .sources import describe_columns
-
-Messages = list[dict[str, Any]]
-Text = str | Messages
-
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+from .values import (
+    Messages,
+    Text,
+    check_number,
+    check_text,
+    check_verdict,
+    describe_columns,
+    is_list,
+    short,
+    wrong_type,
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ def demonstration(columns: Mapping[str, Any]) -> Row:
     if "text" in has:
         text = rest.pop("text")
         if not isinstance(text, str):
-            raise _wrong_type(text, "text", "a string")
+            raise wrong_type(text, "text", "a string")
         if not text:
             raise ValueError("'text' is empty: write something to learn")
         return Row(text, (), rest, template)
@@ -102,10 +93,11 @@ def preference(columns: Mapping[str, Any]) -> Row:
             input``). Without a prompt it is what both begin with: for conversations the messages they share; for text
             the part up to the last ``"\n\nAssistant:"`` that they share, else up to the last whole word that they
             share. ``margin``, or the difference of ``chosen_score`` and ``rejected_score`` (or ``score_chosen`` and
-            ``score_rejected``), ends up in the field ``margin`` as a number.
+            ``score_rejected``), ends up in the field ``margin`` as a number. Instead of a pair there may be one rated
+            completion: ``prompt, completion`` (or ``response``) and ``ratings``, numbers by attribute.
 
     Returns:
-        A row with two completions.
+        A row with two completions, or with one and the field ``ratings`` (a missing one is not-a-number).
 
     Raises:
         ValueError: saying what is wrong with the row.
@@ -117,17 +109,16 @@ def preference(columns: Mapping[str, Any]) -> Row:
     """
     rest = dict(columns)
     template = _take_template(rest)
-    for wanted in ("chosen", "rejected"):
-        if columns.get(wanted) is None:
-            raise ValueError(
-                f"no column {wanted!r}{describe_columns(columns, wanted)}, expected prompt, chosen and rejected; "
-                "name a column that is called otherwise with columns="
-            )
+    if columns.get("ratings") is not None and columns.get("chosen") is None and columns.get("rejected") is None:
+        rest["ratings"] = _ratings(rest["ratings"])
+        _check_columns(columns, ("prompt", "completion"), "prompt, completion and ratings")
+        return _answered(rest, template)
+    _check_columns(columns, ("chosen", "rejected"), "prompt, chosen and rejected")
     pair = (_completion(rest.pop("chosen"), "chosen"), _completion(rest.pop("rejected"), "rejected"))
     if isinstance(pair[0], str) != isinstance(pair[1], str):
         raise ValueError("of chosen and rejected one is a string and one is messages: write both alike")
     if pair[0] == pair[1]:
-        raise ValueError(f"chosen and rejected are equal ({_short(pair[0])}): a pair needs two different completions")
+        raise ValueError(f"chosen and rejected are equal ({short(pair[0])}): a pair needs two different completions")
     prompt = _take_prompt(rest)
     prompt, pair = _implicit_prompt(*pair) if prompt is None else cast(Any, _joined(prompt, pair))
     _take_margin(rest)
@@ -159,16 +150,11 @@ def unpaired(columns: Mapping[str, Any]) -> tuple[Row, ...]:
             Row(pair.prompt, (completion,), pair.fields | {"label": label}, pair.template)
             for completion, label in zip(pair.completions, (True, False), strict=True)
         )
-    has = {name for name, value in columns.items() if value is not None}
-    for wanted in ("prompt", "completion", "label"):
-        if wanted not in has and not (wanted == "completion" and "response" in has):
-            raise ValueError(
-                f"no column {wanted!r}{describe_columns(columns, wanted)}, expected prompt, completion and label, or "
-                "prompt, chosen and rejected; name a column that is called otherwise with columns="
-            )
+    expected = "prompt, completion and label, or prompt, chosen and rejected"
+    _check_columns(columns, ("prompt", "completion", "label"), expected)
     rest = dict(columns)
     template = _take_template(rest)
-    rest["label"] = _verdict(rest["label"], "label")
+    rest["label"] = check_verdict(rest["label"], "label")
     return (_answered(rest, template),)
 
 
@@ -176,11 +162,11 @@ def stepwise(columns: Mapping[str, Any]) -> Row:
     """Reads a solution in steps, each with its label.
 
     Args:
-        columns: ``prompt``, ``completions`` (a list of strings, the steps) and ``labels`` (as many: true or false, or
-            numbers from 0 to 1).
+        columns: ``prompt``, ``completions`` (a list of strings, the steps) and ``labels`` (as many: true or false, a
+            number from 0 to 1, a class's number from 0 on, or a list of the classes' probabilities).
 
     Returns:
-        A row whose completions are the steps and whose field ``labels`` is a list of numbers.
+        A row whose completions are the steps and whose field ``labels`` has 1.0 for true and 0.0 for false.
 
     Raises:
         ValueError: saying what is wrong with the row.
@@ -190,27 +176,22 @@ def stepwise(columns: Mapping[str, Any]) -> Row:
         >>> row.completions, row.fields
         (('1+2=3', '3+3=7'), {'labels': [1.0, 0.0]})
     """
-    for wanted in ("prompt", "completions", "labels"):
-        if columns.get(wanted) is None:
-            raise ValueError(
-                f"no column {wanted!r}{describe_columns(columns, wanted)}, expected prompt, completions and labels; "
-                "name a column that is called otherwise with columns="
-            )
+    _check_columns(columns, ("prompt", "completions", "labels"), "prompt, completions and labels")
     rest = dict(columns)
     template = _take_template(rest)
-    prompt = _text(rest.pop("prompt"), "prompt")
+    prompt = check_text(rest.pop("prompt"), "prompt")
     steps, labels = rest.pop("completions"), rest.pop("labels")
-    if not _is_list(steps) or not all(isinstance(step, str) for step in steps):
-        raise _wrong_type(steps, "completions", "a list of strings, one per step")
-    if not _is_list(labels):
-        raise _wrong_type(labels, "labels", "a list of labels, one per step")
+    if not is_list(steps) or not all(isinstance(step, str) for step in steps):
+        raise wrong_type(steps, "completions", "a list of strings, one per step")
+    if not is_list(labels):
+        raise wrong_type(labels, "labels", "a list of labels, one per step")
     if len(steps) != len(labels) or not steps:
         raise ValueError(
             f"{len(steps)} completions but {len(labels)} labels: write one label for each of at least one step"
         )
     if "" in steps:
         raise ValueError(f"step {list(steps).index('') + 1} of 'completions' is empty: leave it out, with its label")
-    rest["labels"] = [_probability(label, number) for number, label in enumerate(labels, start=1)]
+    rest["labels"] = [_step_label(label, f"label {number}") for number, label in enumerate(labels, start=1)]
     return Row(prompt, tuple(steps), rest, template)
 
 
@@ -248,10 +229,20 @@ def prompt_only(columns: Mapping[str, Any]) -> Row:
     return Row(prompt, (), rest, template)
 
 
+def _check_columns(columns: Mapping[str, Any], wanted: tuple[str, ...], expected: str) -> None:
+    for name in wanted:
+        aliased = name == "completion" and columns.get("response") is not None
+        if columns.get(name) is None and not aliased:
+            raise ValueError(
+                f"no column {name!r}{describe_columns(columns, name)}, expected {expected}; "
+                "name a column that is called otherwise with columns="
+            )
+
+
 def _answered(rest: dict[str, Any], template: dict[str, Any]) -> Row:
     """Takes prompt and completion (or response) out of a row that has them."""
     name = "completion" if rest.get("completion") is not None else "response"
-    prompt, completions = _joined(_text(rest.pop("prompt"), "prompt"), (_completion(rest.pop(name), name),))
+    prompt, completions = _joined(check_text(rest.pop("prompt"), "prompt"), (_completion(rest.pop(name), name),))
     if name == "response":
         rest.pop("completion", None)
     return Row(prompt, completions, rest, template)
@@ -259,7 +250,7 @@ def _answered(rest: dict[str, Any], template: dict[str, Any]) -> Row:
 
 def _take_prompt(rest: dict[str, Any]) -> Text | None:
     if rest.get("prompt") is not None:
-        return _text(rest.pop("prompt"), "prompt")
+        return check_text(rest.pop("prompt"), "prompt")
     if rest.get("messages") is not None or rest.get("conversations") is not None:
         return _take_conversation(rest)
     if rest.get("instruction") is not None:
@@ -270,9 +261,9 @@ def _take_prompt(rest: dict[str, Any]) -> Text | None:
 
 def _take_conversation(rest: dict[str, Any]) -> Messages:
     name = "messages" if rest.get("messages") is not None else "conversations"
-    messages = _text(rest.pop(name), name)
+    messages = check_text(rest.pop(name), name)
     if isinstance(messages, str):
-        raise _wrong_type(messages, name, "a list of messages like {'role': 'user', 'content': '...'}")
+        raise wrong_type(messages, name, "a list of messages like {'role': 'user', 'content': '...'}")
     if not messages:
         raise ValueError(f"{name!r} is empty: write at least one message")
     system = rest.get("system")
@@ -286,7 +277,7 @@ def _take_alpaca(rest: dict[str, Any]) -> str:
     lines = [rest.pop("instruction"), rest.pop("input", None) or ""]
     for name, line in zip(("instruction", "input"), lines, strict=True):
         if not isinstance(line, str):
-            raise _wrong_type(line, name, "a string")
+            raise wrong_type(line, name, "a string")
     # The end of the line is what tells a model that the instruction is over; no other words are put in its mouth.
     return "\n".join(line for line in lines if line) + "\n"
 
@@ -294,19 +285,19 @@ def _take_alpaca(rest: dict[str, Any]) -> str:
 def _take_template(rest: dict[str, Any]) -> dict[str, Any]:
     settings = rest.pop("chat_template_kwargs", None) or {}
     if not isinstance(settings, Mapping):
-        raise _wrong_type(settings, "chat_template_kwargs", "a mapping of names to values")
+        raise wrong_type(settings, "chat_template_kwargs", "a mapping of names to values")
     tools = rest.get("tools")
-    return dict(settings) | ({"tools": rest.pop("tools")} if _is_list(tools) and tools else {})
+    return dict(settings) | ({"tools": rest.pop("tools")} if is_list(tools) and tools else {})
 
 
 def _take_margin(rest: dict[str, Any]) -> None:
     margin = rest.pop("margin", None)
     if margin is not None:
-        rest["margin"] = _number(margin, "margin")
+        rest["margin"] = check_number(margin, "margin")
         return
     for chosen, rejected in (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")):
         if rest.get(chosen) is not None and rest.get(rejected) is not None:
-            rest["margin"] = _number(rest[chosen], chosen) - _number(rest[rejected], rejected)
+            rest["margin"] = check_number(rest[chosen], chosen) - check_number(rest[rejected], rejected)
             return
 
 
@@ -378,7 +369,7 @@ def _check_last(completion: Messages) -> None:
 
 
 def _completion(value: Any, name: str) -> Text:
-    text = _text(value, name)
+    text = check_text(value, name)
     if not text:
         raise ValueError(f"{name!r} is empty: write at least one character or message, or leave the row out")
     if not isinstance(text, str) and not any(message.get("content") or message.get("tool_calls") for message in text):
@@ -386,67 +377,20 @@ def _completion(value: Any, name: str) -> Text:
     return text
 
 
-def _text(value: Any, name: str) -> Text:
-    """Checks that a value is a string or messages; turns ShareGPT's into role and content."""
-    if isinstance(value, str):
-        return value
-    messages = [value] if isinstance(value, Mapping) else value
-    expected = "a string or a list of messages like {'role': 'user', 'content': '...'}"
-    if not _is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
-        raise _wrong_type(value, name, expected)
-    return [_message(message, f"message {number} of {name!r}") for number, message in enumerate(messages, start=1)]
+def _step_label(label: Any, name: str) -> float | list[float]:
+    if is_list(label):
+        return [check_number(probability, name) for probability in label]
+    value = check_number(label, name)
+    if value < 0:
+        raise ValueError(f"{name!r} is {label}, expected true, false or a number of at least 0")
+    return value
 
 
-def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # Tables fill the keys that other rows have with None.
-    message = {key: value for key, value in message.items() if value is not None}
-    if "role" not in message and "from" in message:
-        role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
-        if role is None:
-            raise ValueError(f"{where} is from {message['from']!r}, expected one of {', '.join(_SHAREGPT_ROLES)}")
-        message = {"role": role, "content": message.get("value", "")}
-    content = message.get("content")
-    if not isinstance(message.get("role"), str):
-        raise ValueError(f"{where} has no role{describe_columns(message, 'role')}, expected role and content")
-    if content is None and "tool_calls" not in message:
-        raise ValueError(f"{where} has no content{describe_columns(message, 'content')}, expected role and content")
-    if content is not None and not isinstance(content, str) and not _is_list(content):
-        raise ValueError(f"the content of {where} is {type(content).__name__} ({_short(content)}), expected a string")
-    return message
-
-
-def _verdict(value: Any, name: str) -> bool:
-    verdict = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(value).lower())
-    if verdict is None:
-        raise ValueError(f"{name!r} is {_short(value)}, expected true or false")
-    return verdict
-
-
-def _probability(value: Any, number: int) -> float:
-    label = _number(value, f"label {number}")
-    if not 0.0 <= label <= 1.0:
-        raise ValueError(f"label {number} is {value}, expected true, false or a number from 0 to 1")
-    return label
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name!r} is {_short(value)}, expected a finite number")
-    return number
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def _wrong_type(value: Any, name: str, expected: str) -> ValueError:
-    return ValueError(f"{name!r} is {type(value).__name__} ({_short(value)}), expected {expected}")
-
-
-def _short(value: Any, limit: int = 40) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _ratings(value: Any) -> dict[str, float]:
+    """Checks ratings by attribute; one that is missing becomes not-a-number."""
+    if not isinstance(value, Mapping) or not value:
+        raise wrong_type(value, "ratings", "numbers by attribute like {'helpfulness': 4, 'correctness': None}")
+    return {
+        str(name): math.nan if rating is None else check_number(rating, f"rating {name}")
+        for name, rating in value.items()
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from urllib.parse import parse_qsl
 
 from .files import ACCEPTED, RowSource, is_row_file, open_file
 from .tasks import is_task, open_task
+from .values import describe_columns
 
 if TYPE_CHECKING:
     import datasets
@@ -139,18 +139,6 @@ class RenamedRows(RowSource):
         return blake2b(named.encode(), digest_size=16).hexdigest()
 
 
-def describe_columns(row: Mapping[str, Any], wanted: str) -> str:
-    """The columns of a row for a message about one that is missing, the closest name first.
-
-    Example:
-        >>> describe_columns({"promt": "2+2=", "answer": "4"}, "prompt")
-        " (found: promt, answer; did you mean 'promt'?)"
-    """
-    found = ", ".join(map(str, row)) or "none"
-    close = difflib.get_close_matches(wanted, [str(name) for name in row], n=1)
-    return f" (found: {found}; did you mean {close[0]!r}?)" if close else f" (found: {found})"
-
-
 def open_source(
     source: str | Sequence[str] | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.IterableDataset,
     *,
@@ -183,6 +171,20 @@ def open_source(
     """
     opened = _open(source, split, streaming)
     return RenamedRows(opened, columns) if columns else opened
+
+
+def is_remote(source: Any) -> bool:
+    """Tells whether a source, or one in a list of them, can only be a dataset on the hub.
+
+    Example:
+        >>> is_remote("org/name?split=test"), is_remote("sums:prompts"), is_remote([{"prompt": "2+2="}])
+        (True, False, False)
+    """
+    if isinstance(source, str):
+        name = source.partition("?")[0]
+        here = Path(source).expanduser().exists() or Path(name).expanduser().exists()
+        return not (here or is_task(source)) and _is_hub_id(name)
+    return isinstance(source, Sequence) and any(isinstance(item, str) and is_remote(item) for item in source)
 
 
 def _open(source: Any, split: str | None, streaming: bool) -> RowSource:
@@ -247,12 +249,16 @@ def _open_string(source: str, split: str | None, streaming: bool) -> RowSource:
         return open_file(source, path)
     if path.is_dir():
         return _open_folder(source, path, split)
-    if is_row_file(source) or _HUB_ID.fullmatch(source) is None or source.startswith("."):
+    if not _is_hub_id(source):
         raise FileNotFoundError(
             f"no file, folder or dataset {source!r}: give a file ({ACCEPTED}), a folder of such files, "
             "a hub id like 'org/name' or a task like 'sums:preference'"
         )
     return _open_hub(source, split, streaming, wanted)
+
+
+def _is_hub_id(source: str) -> bool:
+    return _HUB_ID.fullmatch(source) is not None and not is_row_file(source) and not source.startswith(".")
 
 
 def _split_query(source: str) -> tuple[str, dict[str, str]]:

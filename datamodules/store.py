@@ -96,7 +96,7 @@ class ExampleStore(Sequence[Example]):
         weights = segment.weights
         if weights is None:
             self._kind.append(_UNSCORED)
-        elif np.isin(weights, (0.0, 1.0)).all():
+        elif ((weights == 0.0) | (weights == 1.0)).all():
             self._kind.append(_BINARY)
             self._binary.frombytes(weights.astype(np.uint8).tobytes())
         else:

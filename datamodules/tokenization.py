@@ -12,7 +12,8 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from ..sequences.example import Example, Segment
-from .formats import Messages, Row
+from .formats import Row
+from .values import Messages
 
 OnTooLong = Literal["drop", "truncate_end", "truncate_start", "error"]
 

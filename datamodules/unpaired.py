@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ class UnpairedDataModule(ExampleDataModule):
         """Gives examples their partners."""
         if not self.partners:
             return None
-        return lambda examples: mismatch(examples, seed=self.seed, max_length=self.max_length)
+        return partial(mismatch, seed=self.seed, max_length=self.max_length)
 
 
 def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None = None) -> list[Example]:

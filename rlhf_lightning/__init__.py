@@ -1,6 +1,14 @@
 """RLHF in PyTorch Lightning: one LightningModule per method, paired with LightningDataModules."""
 
-from .modules import DPOModule, SFTModule
+from .modules import DPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
 
 __version__ = "0.1.0"
-__all__ = ["DPOModule", "SFTModule", "__version__"]
+__all__ = [
+    "DPOModule",
+    "KTOModule",
+    "ProcessRewardModule",
+    "RewardModule",
+    "SFTModule",
+    "SimPOModule",
+    "__version__",
+]

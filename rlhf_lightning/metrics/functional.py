@@ -90,7 +90,8 @@ def calibration_sums(confidence_B: Tensor, correct_B: Tensor, num_bins: int) -> 
 def calibration_error(sums: Tensor) -> Tensor:
     """The calibration error that the sums of ``calibration_sums`` stand for: a scalar; nan without any value."""
     count, confidence, correct = sums
-    return (confidence - correct).abs().sum() / count.sum()
+    error: Tensor = (confidence - correct).abs().sum() / count.sum()
+    return error
 
 
 def expected_calibration_error(confidence_B: Tensor, correct_B: Tensor, num_bins: int = 15) -> Tensor:

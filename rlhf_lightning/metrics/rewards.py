@@ -12,9 +12,8 @@ from .functional import correlation, correlation_sums
 class RewardStatistics(Metric):
     """Mean, standard deviation (of the population), least and greatest of rewards.
 
-    Departure from sums and squares alone: what is squared is the distance from the first reward seen on a rank, so that
-    The state is count, mean and sum of squared distances from the mean, which merge exactly; with sums of squares alone,
-    rewards far from 0 would lose their digits.
+    The state is count, mean and sum of squared distances from the mean, which merge exactly; with sums of squares
+    alone, rewards far from 0 would lose their digits.
 
     Example:
         >>> metric = RewardStatistics()

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..sequences import ATTENTION_NAME, FLEX_ATTENTION_NAME, Example, PaddedBatch, Segment, SequenceBatch, pack
+from ..sequences import (
+    ATTENTION_NAME,
+    FLEX_ATTENTION_NAME,
+    Example,
+    PaddedBatch,
+    Segment,
+    SequenceBatch,
+    gather_rows,
+    pack,
+)
 from .logprob_head import TokenStats, fused_logprobs, output_head
 
 log = logging.getLogger(__name__)
@@ -48,10 +57,10 @@ class HiddenStates(NamedTuple):
             depth: ``(R,)`` the positions along these sequences.
         """
         if self.start is None:
-            return self.states.index_select(0, flat_index)
+            return gather_rows(self.states, flat_index)
         columns = depth + self.start[sequence_index]
         flat = self.states.flatten(0, 1)
-        return flat.index_select(0, sequence_index * self.states.shape[1] + columns)
+        return gather_rows(flat, sequence_index * self.states.shape[1] + columns)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -28,6 +28,8 @@ from .reference import ADAPTER_COPY
 
 log = logging.getLogger(__name__)
 
+Convert = Callable[[PreTrainedModel, dict[str, Tensor]], tuple[PreTrainedModel, dict[str, Tensor]]]
+
 # Either of these makes a folder a model's; one of them must be there before a folder is replaced.
 _MODEL_FILES = ("config.json", "adapter_config.json")
 # The one folder that a tokenizer writes.
@@ -40,6 +42,8 @@ def save_pretrained(
     folder: str | Path,
     *,
     merge_adapter: bool = False,
+    convert: Convert | None = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes a model and its tokenizer as a Hugging Face folder: safetensors, config, tokenizer, chat template.
 
@@ -57,6 +61,9 @@ def save_pretrained(
         tokenizer: its tokenizer.
         folder: where to; replaced if it holds a model, refused if it holds anything else.
         merge_adapter: add the adapter to the weights and write the whole model, instead of the adapter alone.
+        convert: turns the model and its whole state dict into another model and its state dict, which is then written;
+            not for an adapter alone.
+        beside: writes more files into the folder, on the rank that writes.
 
     Returns:
         The folder's absolute path.
@@ -71,9 +78,10 @@ def save_pretrained(
     target = Path(folder).expanduser().resolve()
     _check_place(target)
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
-    write = _model_writer(model) if adapted is None else _adapter_writer(adapted)
+    write = _model_writer(model, convert) if adapted is None else _adapter_writer(adapted)
+    writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
     if _is_writer():
-        _replace(target, lambda place: (write(place), tokenizer.save_pretrained(place)))
+        _replace(target, lambda place: [each(place) for each in writers])
     if _is_distributed():
         dist.barrier()
     return target
@@ -99,13 +107,15 @@ def _adapter_writer(model: PeftModel) -> Callable[[Path], None]:
     return write
 
 
-def _model_writer(model: PreTrainedModel | PeftModel) -> Callable[[Path], None]:
+def _model_writer(model: PreTrainedModel | PeftModel, convert: Convert | None) -> Callable[[Path], None]:
     """Gathers all weights, with an adapter added to them; returns what writes them in transformers' own layout."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if base is model and getattr(base, "quantization_method", None) is not None:
         raise ValueError("the model is quantised and has no adapter: there is nothing in it that its source lacks")
     state = _merged_state(model) if isinstance(model, PeftModel) else base.state_dict()
     state = {name: _whole(tensor) for name, tensor in state.items()}
+    if convert is not None:
+        base, state = convert(base, state)
     shell = _shell(base, state)
     return lambda place: shell.save_pretrained(place, state_dict=dict(state))
 
@@ -125,8 +135,7 @@ def _shell(base: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     shell: Any = plain.__new__(plain)
     shell.__dict__.update(base.__dict__)
     shell.config = copy.deepcopy(base.config)
-    # What belongs to this run and not to the weights: our attention, quantised layers, placement.
-    shell.config._attn_implementation = None
+    # What belongs to this run and not to the weights that are written: quantised layers, placement.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         shell.config.__dict__.pop(name, None)
     for name in ("hf_quantizer", "hf_device_map", "quantization_method", "_hf_peft_config_loaded"):

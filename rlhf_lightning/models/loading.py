@@ -90,6 +90,7 @@ def load_causal_lm(
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
     trainable: bool = True,
+    headless: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Loads a causal language model, in training mode and in the dtype that was asked for.
 
@@ -113,6 +114,7 @@ def load_causal_lm(
         gradient_checkpointing: keep layer inputs only and compute the rest again in the backward pass.
         attn_implementation: a name that transformers knows; None takes the model's default.
         trainable: False freezes everything and leaves the model in evaluation mode, as for a reference.
+        headless: the output projection may be missing, as in a sequence classifier; it is then random, for no use.
 
     Raises:
         ValueError: nothing is found, weights are missing, or the options contradict each other.
@@ -130,7 +132,13 @@ def load_causal_lm(
         raise ValueError(f"quantization={quantization!r} without lora leaves nothing to train: pass lora={{'r': 16}}")
     if attn_implementation == ATTENTION_NAME:
         register_attention()
-    load = partial(_load_base, dtype=dtype, quantization=quantization, attn_implementation=attn_implementation)
+    load = partial(
+        _load_base,
+        dtype=dtype,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+        headless=headless,
+    )
 
     loaded: PreTrainedModel | PeftModel
     if adapter is not None:
@@ -190,7 +198,7 @@ def _locate(source: str | Path, *, what: str) -> str:
 
 
 def _load_base(
-    place: str, *, dtype: torch.dtype, quantization: str | None, attn_implementation: str | None
+    place: str, *, dtype: torch.dtype, quantization: str | None, attn_implementation: str | None, headless: bool
 ) -> PreTrainedModel:
     """Reads a whole model, and refuses one that is not whole."""
     config = _read_config(place)
@@ -211,7 +219,9 @@ def _load_base(
     except _LOADING_ERRORS as error:
         raise ValueError(f"cannot load a causal language model from {place!r}: {_first_line(error)}") from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):
+    head = model.get_output_embeddings() if headless else None
+    idle = {name for name, module in model.named_modules() if module is head and head is not None}
+    if missing := sorted(key for key in report["missing_keys"] if key.rpartition(".")[0] not in idle):
         raise ValueError(
             f"{len(missing)} weights of {type(model).__name__} are missing in {place!r}, the first {missing[0]!r}: "
             "the checkpoint is incomplete or belongs to another architecture"

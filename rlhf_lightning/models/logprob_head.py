@@ -135,13 +135,11 @@ def fused_logprobs(
         return TokenStats(*fused(hidden_ND, weight, bias, low, low_out, target_ids, config))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` accumulated and returned in at least fp32."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b.to(a.dtype).T
-    if a.is_cuda:
-        return torch.mm(a, b.T, out_dtype=torch.float32)
-    return a.float() @ b.float().T
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b.T`` accumulated and returned in at least fp32; ``out`` is overwritten where it can be."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b.to(a.dtype).T, out_dtype=torch.float32)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype).T, out=out)
 
 
 class _Tiles:
@@ -159,12 +157,16 @@ class _Tiles:
         self.hidden, self.weight, self.bias, self.low, self.low_out = hidden, weight, bias, low, low_out
         self.config = config
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        # One tile's memory for all of them: fresh pages for every tile cost as much as a third of its product.
+        size = min(TILE_ROWS, len(hidden)) * min(TILE_COLUMNS, len(weight))
+        self._memory = torch.empty(size, dtype=self.dtype, device=hidden.device)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """``(rows, columns)`` logits in at least fp32, after temperature and soft-capping."""
-        tile = _product(self.hidden[rows], self.weight[columns])
+        """``(rows, columns)`` logits in at least fp32, after temperature and soft-capping; the next call reuses them."""
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        tile = _product(self.hidden[rows], self.weight[columns], self._memory[: shape[0] * shape[1]].view(shape))
         if self.low is not None and self.low_out is not None:
-            tile += _product(self.low[rows], self.low_out[columns])
+            tile.addmm_(self.low[rows].to(self.dtype), self.low_out[columns].to(self.dtype).T)
         if self.bias is not None:
             tile += self.bias[columns].to(self.dtype)
         if self.config.softcap is not None:

@@ -2,7 +2,20 @@
 
 from .base import PostTrainingModule
 from .dpo import DPOModule
+from .kto import KTOModule
+from .process_reward import ProcessRewardModule
+from .reward import RewardModule
 from .schedules import WarmupSchedule
 from .sft import SFTModule
+from .simpo import SimPOModule
 
-__all__ = ["DPOModule", "PostTrainingModule", "SFTModule", "WarmupSchedule"]
+__all__ = [
+    "DPOModule",
+    "KTOModule",
+    "PostTrainingModule",
+    "ProcessRewardModule",
+    "RewardModule",
+    "SFTModule",
+    "SimPOModule",
+    "WarmupSchedule",
+]

@@ -122,6 +122,11 @@ class PostTrainingModule(lightning.LightningModule):
     # What a method defines.
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model's output projection is used; a checkpoint without one will do where it is not."""
+        return True
+
+    @property
     def coupled(self) -> bool:
         """Whether a row's loss depends on the other rows of the global batch."""
         return False
@@ -175,6 +180,7 @@ class PostTrainingModule(lightning.LightningModule):
             lora=self.lora,
             gradient_checkpointing=self.gradient_checkpointing,
             attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
+            headless=not self.predicts_tokens,
         )
 
     def configure_callbacks(self) -> list[lightning.Callback]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,8 @@ class KTOModule(ReferencedModule):
     r"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306) and unpaired APO-zero.
 
     .. math:: L = \frac{1}{B} \sum w_y\, \sigma\big(\mp\beta(h - z)\big), \qquad
-              h = \log\tfrac{\pi(y|x)}{\pi_{ref}(y|x)}, \quad z = \max\big(0, \tfrac{1}{M} \sum \log\tfrac{\pi(y'|x)}{\pi_{ref}(y'|x)}\big)
+              h = \log\tfrac{\pi(y|x)}{\pi_{ref}(y|x)}, \quad
+              z = \max\big(0, \tfrac{1}{M} \sum \log\tfrac{\pi(y'|x)}{\pi_{ref}(y'|x)}\big)
 
     The sign is minus for desirable and plus for undesirable completions. The estimate z of the KL divergence is a mean
     over the *global* batch's prompts with a completion y' of another prompt, which ``UnpairedDataModule`` fixes before
@@ -196,7 +198,7 @@ class KTOModule(ReferencedModule):
             tokens, children = example.root.tokens, example.root.children
             fits = positions is None or len(tokens) + len(completion) <= positions
             if fits and len(children) == 1 and tokens.tolist() != prompt:
-                partner = Segment(completion, [1.0] * len(completion))  # type: ignore[arg-type]
+                partner = Segment(np.asarray(completion), np.ones(len(completion), np.float32))
                 root = Segment(tokens, example.root.weights, (*children, partner))
                 example = Example(example.row_id, root, {**example.fields, "partner": row_id, _BORROWED: True})
             lent.append(example)
@@ -259,7 +261,7 @@ class KTOModule(ReferencedModule):
             other, name = not label, "undesirable_weight" if label else "desirable_weight"
             if self._weights[other] > 0:
                 raise ValueError(
-                    f"all {len(examples)} training rows are labelled {str(label).lower()}; KTO learns from both labels: "
+                    f"all {len(examples)} training rows are labelled {str(label).lower()}; KTO needs both labels: "
                     f"add rows labelled {str(other).lower()}, or set {name}=0 if that is meant"
                 )
 

@@ -11,12 +11,16 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+import transformers
 from rich.console import Console
 
 from ..usage import UsageError
 from .config import load_pipeline
 from .report import results_table, write_report
 from .runner import run_pipeline
+
+# Of Lightning: no workers are needed for rows in memory, and its own use of torch is not ours to mend.
+_EXPECTED_WARNINGS = (".*does not have many workers.*", ".*number of training batches.*", ".*treespec, LeafSpec.*")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,6 +60,7 @@ def _quieten() -> None:
     """Leaves the terminal to the stages' own lines; warnings stay, except those about what a pipeline does on purpose."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     os.environ.setdefault("WANDB_SILENT", "true")
-    for message in (".*does not have many workers.*", ".*`max_epochs` was not set.*", ".*number of training batches.*"):
+    for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

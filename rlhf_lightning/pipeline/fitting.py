@@ -119,7 +119,7 @@ def finish_wandb() -> None:
     """Closes the run of Weights & Biases, if one is open: the next stage is another one."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish(quiet=True)
+        wandb.finish()
 
 
 def _named(prefix: str, results: Any) -> dict[str, float]:

@@ -4,7 +4,7 @@ Every row is written at the column ``end`` and starts where its prompt's length 
 left, as in a left-padded batch, which is the one layout that every decoder's masks understand (sliding windows and
 position biases included). A row that joins later starts later; columns before the earliest start are not read at all.
 
-Legend: R rows of storage, H key/value heads, C columns, D head size.
+Legend: P prompts of a prefill, R rows of storage, H key/value heads, L tokens, C columns, D head size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Per layer, the keys and the values of a left-padded batch of prompts: ``(P, H, L, D)`` each.
+PromptStates = Sequence[tuple[Tensor, Tensor]]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -25,7 +27,7 @@ class _SlotLayer(CacheLayerMixin):
     is_sliding = False  # windows are the masks' business: a layer keeps all its columns
 
     def __init__(self, owner: SlotCache, keys_RHCD: Tensor, values_RHCD: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.keys: Tensor = keys_RHCD
         self.values: Tensor = values_RHCD
@@ -61,34 +63,36 @@ class SlotCache(Cache):
     Rows in use are the first ``num_rows``: one that leaves is replaced by the last.
 
     Args:
-        like: a cache filled by the model, from which layers, heads, sizes and precision are taken.
+        like: prompts as the model computed them, from which layers, heads, sizes and precision are taken.
         num_rows: rows of storage.
-        num_columns: columns of storage: at least the longest row.
+        num_columns: columns of storage: more than the longest row has.
     """
 
-    def __init__(self, like: DynamicCache, num_rows: int, num_columns: int) -> None:
-        def storage(states: Tensor) -> Tensor:
-            # Zeros, not whatever was in memory: a masked key may hold anything but NaN.
-            return states.new_zeros((num_rows, states.shape[1], num_columns, states.shape[3]))
+    def __init__(self, like: PromptStates, num_rows: int, num_columns: int) -> None:
+        def storage(states_PHLD: Tensor) -> Tensor:
+            # Zeros, not whatever was in memory: a masked value may be anything but NaN.
+            _, heads, _, size = states_PHLD.shape
+            return states_PHLD.new_zeros((num_rows, heads, num_columns, size))
 
-        super().__init__(layers=[_SlotLayer(self, storage(layer.keys), storage(layer.values)) for layer in like.layers])
+        self.slots = [_SlotLayer(self, storage(keys), storage(values)) for keys, values in like]
+        super().__init__(layers=list(self.slots))
         self.num_columns = num_columns
         self.num_rows = 0
         self.starts = np.zeros(num_rows, dtype=np.int64)
         self.base = 0
         self.end = 0
 
-    def admit(self, prompts: DynamicCache, index: int, length: int, copies: int) -> None:
+    def admit(self, prompts: PromptStates, index: int, length: int, copies: int) -> None:
         """Appends rows that each begin with one prompt of a left-padded batch."""
         if self.num_rows == 0:
             self.base = self.end = 0
         if self.end < length:
-            self.relocate(length)
+            self._shift_to(length)
         rows = slice(self.num_rows, self.num_rows + copies)
         columns = slice(self.end - length, self.end)
-        for layer, filled in zip(self.layers, prompts.layers, strict=True):
-            layer.keys[rows, :, columns] = filled.keys[index, :, -length:]
-            layer.values[rows, :, columns] = filled.values[index, :, -length:]
+        for slot, (keys_PHLD, values_PHLD) in zip(self.slots, prompts, strict=True):
+            slot.keys[rows, :, columns] = keys_PHLD[index, :, -length:]
+            slot.values[rows, :, columns] = values_PHLD[index, :, -length:]
         self.starts[rows] = self.end - length
         self.num_rows += copies
 
@@ -97,9 +101,9 @@ class SlotCache(Cache):
         last = self.num_rows - 1
         if row != last:
             columns = slice(int(self.starts[last]), self.end)
-            for layer in self.layers:
-                layer.keys[row, :, columns] = layer.keys[last, :, columns]
-                layer.values[row, :, columns] = layer.values[last, :, columns]
+            for slot in self.slots:
+                slot.keys[row, :, columns] = slot.keys[last, :, columns]
+                slot.values[row, :, columns] = slot.values[last, :, columns]
             self.starts[row] = self.starts[last]
         self.num_rows = last
 
@@ -107,15 +111,15 @@ class SlotCache(Cache):
         """Before a step: forgets the columns that no row needs any more and makes room for one more."""
         self.base = int(self.starts[: self.num_rows].min())
         if self.end == self.num_columns:
-            self.relocate(self.end - self.base)
+            self._shift_to(self.end - self.base)
 
-    def relocate(self, end: int) -> None:
-        """Shifts all columns in use so that the next one to be written is ``end``."""
+    def _shift_to(self, end: int) -> None:
+        """Moves all columns in use so that the next one to be written is ``end``."""
         shift = end - self.end
-        for layer in self.layers:
-            for states in (layer.keys, layer.values):
-                used = states[: self.num_rows, :, self.base : self.end]
-                states[: self.num_rows, :, self.base + shift : end] = used.clone()
+        for slot in self.slots:
+            for states_RHCD in (slot.keys, slot.values):
+                used = states_RHCD[: self.num_rows, :, self.base : self.end].clone()
+                states_RHCD[: self.num_rows, :, self.base + shift : end] = used
         self.starts += shift
         self.base += shift
         self.end = end

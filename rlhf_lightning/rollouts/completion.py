@@ -30,8 +30,8 @@ class Completion:
         text: the tokens as text without special tokens, cut before a stop string; empty without a tokenizer.
         logprobs: per token, its log-probability under the distribution that it was drawn from, temperature and filters
             included: what importance ratios must divide by. A greedy draw is certain: 0.
-        finish_reason: ``"stop"`` after an end-of-sequence token, a stop token or a stop string, ``"length"`` at the limit
-            of new tokens or of the model's positions.
+        finish_reason: ``"stop"`` after an end-of-sequence token, a stop token or a stop string, ``"length"`` at the
+            limit of new tokens or of the model's positions.
         model_logprobs: per token, under the unmodified model; ``None`` unless the sampling settings ask for them.
     """
 

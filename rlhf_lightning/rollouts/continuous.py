@@ -1,6 +1,6 @@
-"""Continuous batching: a prompt is computed once, its samples decode together, and finished rows make room for new ones.
+"""Continuous batching: a prompt is computed once, its samples decode together, finished rows make room for new ones.
 
-Legend: N rows, V vocabulary.
+Legend: N rows of the batch, P prompts of a prefill, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from .cache import SlotCache
+from .cache import PromptStates, SlotCache
 from .completion import Track, draw
 from .decoder import Decoder
 from .sampling import SamplingParams
 
-# Prompts wait until this share of the rows is free: a prefill for every single row that ends would cost more than it fills.
-_REFILL_SHARE = 8
+# Prompts wait until this fraction of the rows is free: a prefill for every row that ends costs more than it fills.
+_REFILL_FRACTION = 1 / 8
 
 
 @dataclass
-class _Group:
-    """The samples of one prompt that have not begun, and, once it is computed, where the prompt lies."""
+class _Computed:
+    """A prompt that is computed, and its samples that have not begun."""
 
-    prompt: tuple[int, ...]
+    states: PromptStates
+    index: int
+    length: int
+    logits_V: Tensor
     tracks: deque[Track]
-    cache: DynamicCache | None = None
-    logits_PV: Tensor | None = None
-    index: int = 0
 
 
 class ContinuousBatch:
@@ -38,7 +37,7 @@ class ContinuousBatch:
 
     Args:
         decoder: the model.
-        tracks: the samples to make, in any order.
+        tracks: the samples to make, at least one, in any order.
         params: the sampling settings.
         stop_ids: tokens that end a sample.
         max_batch_tokens: tokens of cache, and of a prefill; one row, and one prompt, always fit.
@@ -52,81 +51,76 @@ class ContinuousBatch:
         stop_ids: Sequence[int],
         max_batch_tokens: int,
     ) -> None:
-        groups: dict[tuple[int, ...], _Group] = {}
+        by_prompt: dict[tuple[int, ...], deque[Track]] = {}
         for track in tracks:
-            groups.setdefault(track.prompt, _Group(track.prompt, deque())).tracks.append(track)
+            by_prompt.setdefault(track.prompt, deque()).append(track)
         # Longest first: neighbours in a prefill differ little in length, and later prompts fit left of what is written.
-        self._waiting = deque(sorted(groups.values(), key=lambda group: -len(group.prompt)))
-        self._ready: deque[_Group] = deque()
+        self._waiting = deque(sorted(by_prompt.items(), key=lambda item: -len(item[0])))
+        self._computed: deque[_Computed] = deque()
         self._running: list[Track] = []
+        self._cache: SlotCache | None = None
         self._decoder, self._params, self._stop_ids = decoder, params, stop_ids
         self._budget = max_batch_tokens
         longest_row = max(len(track.prompt) + track.limit for track in tracks)
-        self._capacity = min(len(tracks), max(1, max_batch_tokens // longest_row))
-        self._columns = longest_row_columns(tracks, spare=longest_row if self._capacity < len(tracks) else 0)
-        self._cache: SlotCache | None = None
+        self._num_rows = min(len(tracks), max(1, max_batch_tokens // longest_row))
+        # Where rows are refilled, columns run on; spare ones make the shifts back to the left rare.
+        self._num_columns = max(map(len, by_prompt)) + max(track.limit for track in tracks)
+        self._num_columns += longest_row if self._num_rows < len(tracks) else 0
 
     def run(self) -> None:
         """Makes all samples; the results are in the tracks."""
-        while self._waiting or self._ready or self._running:
+        while self._waiting or self._computed or self._running:
             self._admit()
-            if self._running:
-                self._step()
+            if self._running and self._cache is not None:
+                self._step(self._cache)
 
-    def _step(self) -> None:
-        assert self._cache is not None  # rows run only once they were admitted to it
-        logits_NV = self._decoder.step([track.token_ids[-1] for track in self._running], self._cache)
+    def _step(self, cache: SlotCache) -> None:
+        logits_NV = self._decoder.step([track.token_ids[-1] for track in self._running], cache)
         draw(logits_NV, self._running, self._params, self._stop_ids)
         for row in reversed(range(len(self._running))):
             if self._running[row].finish_reason is not None:
-                self._cache.release(row)
+                cache.release(row)
                 self._running[row] = self._running[-1]
                 self._running.pop()
 
     def _admit(self) -> None:
-        """Fills free rows with new samples; the scores after their prompts give their first tokens."""
-        free = self._capacity - len(self._running)
-        if self._running and free * _REFILL_SHARE < self._capacity:
+        """Fills free rows with new samples."""
+        free = self._num_rows - len(self._running)
+        if self._running and free < self._num_rows * _REFILL_FRACTION:
             return
-        while free > 0 and (self._ready or self._waiting):
-            if not self._ready:
+        while free > 0 and (self._computed or self._waiting):
+            if not self._computed:
                 self._prefill(free)
-            batch: list[tuple[_Group, list[Track]]] = []
-            while free > 0 and self._ready:
-                group = self._ready[0]
-                taken = [group.tracks.popleft() for _ in range(min(free, len(group.tracks)))]
-                batch.append((group, taken))
-                free -= len(taken)
-                if not group.tracks:
-                    self._ready.popleft()
-            self._begin(batch)
-            free = self._capacity - len(self._running)
+            chosen: list[tuple[_Computed, list[Track]]] = []
+            while free > 0 and self._computed:
+                prompt = self._computed[0]
+                chosen.append((prompt, [prompt.tracks.popleft() for _ in range(min(free, len(prompt.tracks)))]))
+                free -= len(chosen[-1][1])
+                if not prompt.tracks:
+                    self._computed.popleft()
+            self._begin(chosen)
+            free = self._num_rows - len(self._running)
 
     def _prefill(self, free: int) -> None:
         """Computes the next prompts: as many as the free rows need, within the token budget."""
-        groups: list[_Group] = []
-        width = len(self._waiting[0].prompt)
-        while self._waiting and (not groups or (free > 0 and (len(groups) + 1) * width <= self._budget)):
-            groups.append(self._waiting.popleft())
-            free -= len(groups[-1].tracks)
-        logits_PV, cache = self._decoder.prefill([group.prompt for group in groups])
-        for index, group in enumerate(groups):
-            group.cache, group.logits_PV, group.index = cache, logits_PV, index
-        self._ready.extend(groups)
-        if self._cache is None:
-            self._cache = SlotCache(cache, self._capacity, self._columns)
+        group: list[tuple[tuple[int, ...], deque[Track]]] = []
+        width = len(self._waiting[0][0])
+        while self._waiting and (not group or (free > 0 and (len(group) + 1) * width <= self._budget)):
+            group.append(self._waiting.popleft())
+            free -= len(group[-1][1])
+        logits_PV, states = self._decoder.prefill([prompt for prompt, _ in group])
+        for index, (prompt, tracks) in enumerate(group):
+            self._computed.append(_Computed(states, index, len(prompt), logits_PV[index], tracks))
 
-    def _begin(self, batch: Sequence[tuple[_Group, list[Track]]]) -> None:
-        """Draws first tokens and gives a row to each sample that they do not end."""
-        rows_NV = [group.logits_PV[group.index].expand(len(taken), -1) for group, taken in batch]
-        draw(torch.cat(rows_NV), [track for _, taken in batch for track in taken], self._params, self._stop_ids)
-        for group, taken in batch:
-            alive = [track for track in taken if track.finish_reason is None]
-            if alive:
-                self._cache.admit(group.cache, group.index, len(group.prompt), copies=len(alive))
-                self._running.extend(alive)
-
-
-def longest_row_columns(tracks: Sequence[Track], spare: int) -> int:
-    """Columns that hold the longest prompt and the longest completion, and some to spare before columns are shifted."""
-    return max(len(track.prompt) for track in tracks) + max(track.limit for track in tracks) + spare
+    def _begin(self, chosen: Sequence[tuple[_Computed, list[Track]]]) -> None:
+        """Draws first tokens from the scores after the prompts; samples that they do not end get a row each."""
+        logits_NV = torch.cat([prompt.logits_V.expand(len(tracks), -1) for prompt, tracks in chosen])
+        draw(logits_NV, [track for _, tracks in chosen for track in tracks], self._params, self._stop_ids)
+        for prompt, tracks in chosen:
+            going_on = [track for track in tracks if track.finish_reason is None]
+            if not going_on:
+                continue
+            if self._cache is None:
+                self._cache = SlotCache(prompt.states, self._num_rows, self._num_columns)
+            self._cache.admit(prompt.states, prompt.index, prompt.length, copies=len(going_on))
+            self._running.extend(going_on)

@@ -6,6 +6,7 @@ Legend: N rows of the running batch, P prompts, L tokens of the longest, V vocab
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,9 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ..models import base_model
-from .cache import SlotCache
+from .cache import PromptStates, SlotCache
 
 # What a model without support for the layout may raise when it is tried on it.
 _UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
@@ -36,8 +38,12 @@ class Decoder:
         self._takes_positions = "position_ids" in accepted
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache]:
-        """Computes prompts, padded on the left to the longest; returns the scores after each, ``(P, V)``, and the cache."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PromptStates]:
+        """Computes prompts, padded on the left to the longest.
+
+        Returns:
+            The scores after each prompt, ``(P, V)``, and the keys and values of each layer.
+        """
         width = max(map(len, prompts))
         input_ids_PL = torch.zeros((len(prompts), width), dtype=torch.long)
         mask_PL = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -47,7 +53,9 @@ class Decoder:
         positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
         padded = min(map(len, prompts)) < width
-        return self._forward(input_ids_PL, mask_PL if padded else None, positions_PL, cache), cache
+        logits_PV = self._forward(input_ids_PL, mask_PL if padded else None, positions_PL, cache)
+        layers: list[Any] = cache.layers
+        return logits_PV, [(layer.keys, layer.values) for layer in layers]
 
     def step(self, tokens: Sequence[int], cache: SlotCache) -> Tensor:
         """Computes one more token of every row; returns the scores after it, ``(N, V)``."""
@@ -56,9 +64,7 @@ class Decoder:
         cache.end += 1
         return logits_NV
 
-    def _forward(
-        self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache | SlotCache
-    ) -> Tensor:
+    def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         arguments = dict(self._options)
         if self._takes_positions:
             arguments["position_ids"] = positions.to(self.device)
@@ -83,15 +89,19 @@ class Decoder:
         attention = str(getattr(model.config, "_attn_implementation", None))
         if attention not in known:
             try:
-                known[attention] = self._probe(model)
+                error = self._probe(model)
             except _UNSUPPORTED:
-                known[attention] = False
+                error = math.inf
+            if math.isnan(error):
+                return True  # broken weights tell nothing about the layout; sampling will name them
+            known[attention] = error <= 1.0
         return known[attention]
 
-    def _probe(self, model: PreTrainedModel) -> bool:
+    def _probe(self, model: PreTrainedModel) -> float:
+        """The error of the shared layout on two short rows, as a multiple of what rounding may cause."""
         window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
         length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = int(model.config.get_text_config().vocab_size)
         first = [(3 + 7 * i) % vocabulary for i in range(length + 3)]
         second = [(5 + 11 * i) % vocabulary for i in range(4)]
         expected = torch.cat((self._reference(first)[-4:], self._reference(second)[-3:]))
@@ -107,7 +117,7 @@ class Decoder:
         tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
         error = (torch.stack(first_rows + second_rows).double() - expected.double()).square().mean().sqrt()
         spread = (expected.double() - expected.double().mean(-1, keepdim=True)).square().mean().sqrt()
-        return bool(error <= tolerance * spread)
+        return float(error / (tolerance * spread))
 
     def _reference(self, tokens: Sequence[int]) -> Tensor:
         logits: Tensor = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0]

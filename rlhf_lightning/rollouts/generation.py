@@ -54,9 +54,9 @@ class LocalEngine:
     are gathered once per call, so that ranks need not generate equally long; every rank must call, if with no prompts.
 
     Args:
-        model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its precision,
-            on its device, with its attention function. It runs in evaluation mode without gradients, and every
-            submodule's mode is put back.
+        model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its
+            precision, on its device, with its attention function. It runs in evaluation mode without gradients, and
+            every submodule's mode is put back.
         tokenizer: turns string prompts into tokens, with its defaults, and tokens into text; without one, prompts are
             token ids and texts are empty.
         max_batch_tokens: tokens of cache held at once, and tokens of one prefill; at least 1. A single row always fits.
@@ -102,12 +102,13 @@ class LocalEngine:
             One list per prompt, in order, with ``num_samples`` completions.
 
         Raises:
-            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` has another shape than the samples.
+            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` has not one seed per sample.
         """
         params = sampling or SamplingParams()
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} is not allowed: it must be at least 1")
-        token_prompts = [self._tokens(number, prompt) for number, prompt in enumerate(prompts)]
+        numbered_prompts: Any = enumerate(prompts)
+        token_prompts = [self._tokens(number, prompt) for number, prompt in numbered_prompts]
         # Samples that are certain to be equal are made once.
         distinct = 1 if params.greedy else num_samples
         numbered = _seeds(seeds, len(token_prompts), num_samples, params)

@@ -1,8 +1,9 @@
 """Linear layers laid out for thin products, while a model generates on CPU.
 
-Decoding multiplies a few rows by whole weight matrices. The usual product rearranges the weight, or runs on one core, at
-every call; oneDNN's blocked layout is that rearrangement done once. Measured on two cores of an AVX-512 machine, in
-GFLOP/s, for 8 / 32 rows: 1,024 x 384: 73 / 140 as stored, 108 / 163 blocked; a head of 32,768 x 384: 8 / 17 and 71 / 40.
+Decoding multiplies a few rows by whole weight matrices. The usual product rearranges the weight at every call, or runs
+on one core; oneDNN's blocked layout is that rearrangement done once. Measured on two cores with AVX-512 that were also
+busy otherwise, GFLOP/s for 8 / 32 rows: a layer of 1,024 x 384: 73 / 140 as stored, 108 / 163 blocked; a head of
+32,768 x 384: 8 / 17 as stored, 71 / 40 blocked.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     nothing happens.
 
     Args:
-        model: its layers of exactly ``nn.Linear`` in single or bfloat16 precision take part, adapters' base layers included.
+        model: its layers of exactly ``nn.Linear`` in fp32 or bf16 take part, those inside of adapters included.
     """
     changed: list[nn.Module] = []
     try:
         if _available():
             for module in model.modules():
-                if _suits(module):
+                if isinstance(module, nn.Linear) and _suits(module):
                     module.__dict__["forward"] = _packed_forward(module.weight, module.bias)
                     changed.append(module)
         yield
@@ -45,14 +46,14 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 def _available() -> bool:
     return (
         torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _suits(module: nn.Module) -> bool:
+def _suits(module: nn.Linear) -> bool:
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     weight = module.weight

@@ -1,7 +1,7 @@
-"""The path for models that cannot share a batch of different lengths: transformers' own loop, prompts of one length together.
+"""For models that cannot share a batch of different lengths: one prompt length at a time in transformers' own loop.
 
-Nothing is padded, and the cache is whatever the model brings along, so that every model that transformers generates with
-is served; the samples are those of the fast path, as both draw with ``draw``.
+Nothing is padded, and the cache is whatever the model brings along, so every model that transformers generates with is
+served; the samples are those of the fast path, as both draw with ``draw``.
 
 Legend: N rows, T tokens so far, V vocabulary.
 """
@@ -83,7 +83,8 @@ def _loop(
     model: PreTrainedModel, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int], limit: int
 ) -> None:
     input_ids_NT = torch.tensor([track.prompt for track in tracks], device=next(model.parameters()).device)
-    model.generate(
+    generate: Any = model.generate
+    generate(
         input_ids_NT,
         attention_mask=torch.ones_like(input_ids_NT),
         max_new_tokens=limit,

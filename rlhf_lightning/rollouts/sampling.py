@@ -73,7 +73,7 @@ class SamplingParams:
             (0 < self.top_p <= 1, "top_p", "in (0, 1]; 1 keeps every token"),
             (0 <= self.min_p <= 1, "min_p", "in [0, 1]; 0 keeps every token"),
             (0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0; 1 changes nothing"),
-            (0 <= self.min_new_tokens, "min_new_tokens", "at least 0"),
+            (self.min_new_tokens >= 0, "min_new_tokens", "at least 0"),
             (
                 self.min_new_tokens <= self.max_new_tokens,
                 "min_new_tokens",
@@ -248,7 +248,7 @@ def _nucleus_floor(work_NV: Tensor, top_k_N1: Tensor | None, params: SamplingPar
 
 
 def _mass_floor(best_NS: Tensor, mass_N1: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The last score, in descending order, with less than ``top_p`` of the mass before it, and whether it is the last."""
+    """The last score with less than ``top_p`` of the mass before it, and whether it is among those given."""
     share_NS = best_NS.exp().double().cumsum(-1) / mass_N1
     kept_N1 = 1 + (share_NS < top_p).sum(-1, keepdim=True)
     size = best_NS.shape[-1]
@@ -261,7 +261,7 @@ def _invert(weights_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     Large vocabularies go block by block: one pass sums the blocks, the block is found among these sums, and only that
     block is accumulated token by token.
     """
-    rows, vocabulary = weights_NV.shape
+    vocabulary = weights_NV.shape[-1]
     if vocabulary <= _DIRECT_VOCABULARY:
         token_N1, _, total_N1 = _first_above(weights_NV, uniforms_N[:, None])
         return token_N1.squeeze(-1), total_N1.squeeze(-1)

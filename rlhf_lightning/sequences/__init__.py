@@ -1,6 +1,6 @@
 """Sequences: rows as token trees, packed batches of them, micro-batch planning, and the attention that they need."""
 
-from .attention import ATTENTION_NAME, TreeGeometry, register_attention, tree_attention
+from .attention import ATTENTION_NAME, TreeGeometry, gather_rows, register_attention, tree_attention
 from .batch import PaddedBatch, SequenceBatch, pack
 from .example import Example, ExampleBatch, Segment
 from .flex import FLEX_ATTENTION_NAME, register_flex_attention
@@ -16,6 +16,7 @@ __all__ = [
     "SequenceBatch",
     "TreeGeometry",
     "example_cost",
+    "gather_rows",
     "pack",
     "plan_micro_batches",
     "register_attention",

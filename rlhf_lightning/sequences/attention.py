@@ -226,14 +226,21 @@ def tree_attention(
         plain_causal = block.causal and (sliding_window is None or sliding_window >= k.shape[2])
         mask = None if plain_causal else tree.block_mask(number, sliding_window)
         out = _plain(q, k, v, mask, dropout, scaling, softcap, s_aux, plain_causal)
-        outputs.append(out.transpose(1, 2).reshape(-1, *query_THD.shape[1:]).index_select(0, block.query_slot))
-    return torch.cat(outputs).index_select(0, tree.order)[None], None
+        outputs.append(gather_rows(out.transpose(1, 2).flatten(0, 1), block.query_slot))
+    return gather_rows(torch.cat(outputs), tree.order)[None], None
+
+
+def gather_rows(states: Tensor, index: Tensor) -> Tensor:
+    """Picks rows of a tensor: ``(rows, ...), (...) -> (*index.shape, ...)``.
+
+    As an embedding look-up, whose backward pass is 100 times faster on the CPU than that of ``index_select``.
+    """
+    return F.embedding(index, states.flatten(1)).view(*index.shape, *states.shape[1:])
 
 
 def _rows(states_THD: Tensor, index_BQ: Tensor) -> Tensor:
     """Gathers tokens into blocks: ``(T, H, D) -> (B, H, Q, D)``."""
-    gathered = states_THD.index_select(0, index_BQ.reshape(-1))
-    return gathered.view(*index_BQ.shape, *states_THD.shape[1:]).transpose(1, 2)
+    return gather_rows(states_THD, index_BQ).transpose(1, 2)
 
 
 def _plain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -66,7 +67,8 @@ def test_demonstrations(columns: dict[str, Any], expected: Row) -> None:
         (
             {"promt": "q", "completion": "a"},
             "no column 'prompt' (found: promt, completion; did you mean 'promt'?), expected prompt and completion, "
-            "messages, conversations, instruction and output, or text; name a column that is called otherwise with columns=",
+            "messages, conversations, "
+            "instruction and output, or text; name a column that is called otherwise with columns=",
         ),
         (
             {"prompt": "q", "answer": "a"},
@@ -201,6 +203,36 @@ def test_pairs_that_cannot_be_used(columns: dict[str, Any], message: str) -> Non
     assert complaint(preference, columns).startswith(message)
 
 
+def test_ratings() -> None:
+    columns = {"prompt": "q", "response": "a", "ratings": {"helpful": 4, "right": "0.5", "brief": None}, "id": 1}
+    row = preference(columns)
+    assert (row.prompt, row.completions) == ("q", ("a",))
+    ratings = row.fields.pop("ratings")
+    assert math.isnan(ratings.pop("brief"))
+    assert ratings == {"helpful": 4.0, "right": 0.5}
+    assert row.fields == {"id": 1}
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "ratings": 3}
+    assert preference(pair) == Row("q", ("a", "b"), {"ratings": 3}), "beside a pair it is a field like any other"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"prompt": "q", "ratings": {"a": 1}},
+            "no column 'completion' (found: prompt, ratings), expected prompt, completion and",
+        ),
+        (
+            {"prompt": "q", "response": "a", "ratings": 4},
+            "'ratings' is int (4), expected numbers by attribute like {'helpfulness",
+        ),
+        ({"prompt": "q", "response": "a", "ratings": {"a": "x"}}, "'rating a' is 'x', expected a finite number"),
+    ],
+)
+def test_ratings_that_cannot_be_used(columns: dict[str, Any], message: str) -> None:
+    assert complaint(preference, columns).startswith(message)
+
+
 @pytest.mark.parametrize("label", [True, 1, 1.0, "true", "True", "1"])
 def test_verdicts(label: Any) -> None:
     assert unpaired({"prompt": "q", "completion": "a", "label": label}) == (Row("q", ("a",), {"label": True}),)
@@ -235,6 +267,8 @@ def test_verdicts_that_cannot_be_used(columns: dict[str, Any], message: str) -> 
 def test_steps() -> None:
     row = stepwise({"prompt": [Q], "completions": ["x", "y"], "labels": [True, 0.25], "answer": 3})
     assert row == Row([Q], ("x", "y"), {"labels": [1.0, 0.25], "answer": 3})
+    classes = stepwise({"prompt": "q", "completions": ["x", "y"], "labels": [2, [0.1, 0.2, 0.7]]})
+    assert classes.fields == {"labels": [2.0, [0.1, 0.2, 0.7]]}
 
 
 @pytest.mark.parametrize(
@@ -263,9 +297,10 @@ def test_steps() -> None:
         ({"prompt": "q", "completions": [], "labels": []}, "0 completions but 0 labels"),
         ({"prompt": "q", "completions": ["x", ""], "labels": [1, 0]}, "step 2 of 'completions' is empty"),
         (
-            {"prompt": "q", "completions": ["x"], "labels": [2]},
-            "label 1 is 2, expected true, false or a number from 0 to 1",
+            {"prompt": "q", "completions": ["x"], "labels": [-1]},
+            "'label 1' is -1, expected true, false or a number of at least 0",
         ),
+        ({"prompt": "q", "completions": ["x"], "labels": [[0.5, "b"]]}, "'label 1' is 'b', expected a finite number"),
         ({"prompt": "q", "completions": ["x"], "labels": ["+"]}, "'label 1' is '+', expected a finite number"),
     ],
 )

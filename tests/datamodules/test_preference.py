@@ -48,6 +48,19 @@ def test_trees(columns: dict[str, Any], prompt: str | None, chosen: str | None, 
     assert [child.weights.tolist() for child in example.root.children] == [[1.0] * len(chosen), [1.0] * len(rejected)]
 
 
+def test_a_rated_completion_has_no_rival() -> None:
+    example = made({"prompt": "1=", "completion": "1", "ratings": {"right": 4}})
+    assert example.root.tokens.tolist() == ids("1=")
+    assert [child.tokens.tolist() for child in example.root.children] == [ids("1~")]
+    assert example.fields == {"ratings": {"right": 4.0}}
+
+
+def test_texts_that_the_tokenizer_cannot_tell_apart_are_no_pair() -> None:
+    assert complaint(made, {"prompt": "1=", "chosen": "ä", "rejected": "ö"}) == (
+        "chosen and rejected have the same tokens: a pair needs two completions that differ in them"
+    )
+
+
 def test_the_margin_is_a_field() -> None:
     columns = {"prompt": "1=", "chosen": "1", "rejected": "2", "chosen_score": 4, "rejected_score": 1, "id": "x"}
     assert made(columns).fields == {"chosen_score": 4, "rejected_score": 1, "margin": 3.0, "id": "x"}

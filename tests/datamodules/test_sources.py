@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_lightning.datamodules import open_source
+from rlhf_lightning.datamodules import files, open_source
 
 from .toys import complaint
 
@@ -137,6 +137,23 @@ def test_a_row_that_is_not_json_does_not_end_the_reading(tmp_path: Path) -> None
         except ValueError:
             read.append((row_id, None))
     assert read == [(f"{path}:1", {"a": 1}), (f"{path}:2", None), (f"{path}:3", {"a": 3})]
+
+
+def test_a_large_file_is_fingerprinted_by_its_size_and_parts_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_BLOCK", 16)
+    monkeypatch.setattr(files, "_SAMPLED_BLOCKS", 4)
+    lines_of = [f'{{"a": {number:03}}}\n' for number in range(100, 200)]
+    texts = {"same": lines_of, "again": lines_of, "shorter": lines_of[:-1], "start": ['{"a": 999}\n', *lines_of[1:]]}
+    prints = {}
+    for name, text in texts.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(text))
+        assert path.stat().st_size > 4 * 4 * 16
+        prints[name] = open_source(str(path)).fingerprint
+    assert prints["same"] == prints["again"]
+    assert len(set(prints.values())) == 3
 
 
 # Folders.

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_lightning.models import load_causal_lm, load_tokenizer, save_pretrained
+from rlhf_lightning.models import export, load_causal_lm, load_tokenizer, save_pretrained
 from rlhf_lightning.models.reference import AdapterReference
 
 from ..helpers import ARCHITECTURES, PAD_ID, VOCAB_SIZE, char_tokenizer, save_tiny_model
@@ -201,14 +201,26 @@ def test_merged_model_computes_what_the_adapter_did(
     assert float((expected - logits(reload(tiny_model_folder(arch)))).norm() / expected.norm()) > 0.05
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_merged_tied_weights_part_only_where_an_adapter_parted_them(
-    tiny_model_folder: Folder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_model_folder: Folder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = load_causal_lm(tiny_model_folder("gemma2"), dtype=torch.float32, lora=LORA)
     shake(kept)
+    # Weights that come from a GPU or from shards are copies, which no longer share memory.
+    monkeypatch.setattr(export, "_whole", lambda tensor: tensor.detach().clone())
     folder = save_pretrained(kept, tokenizer, tmp_path / "kept", merge_adapter=True)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+    parted = load_causal_lm(
+        tiny_model_folder("gemma2"), dtype=torch.float32, lora={**LORA, "target_modules": ["lm_head"]}
+    )
+    shake(parted)
+    folder = save_pretrained(parted, tokenizer, tmp_path / "parted", merge_adapter=True)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= load_file(folder / "model.safetensors").keys()
+    assert parted.config.tie_word_embeddings is True, "the model in training is as it was"
 
 
 def test_merge_is_by_hand(tiny_model_folder: Folder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -9,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lightning.rollouts import Completion, LocalEngine, SamplingParams
-from rlhf_lightning.rollouts.generation import evaluation_mode
 from rlhf_lightning.rollouts.sampling import uniforms
 
 from ..helpers import ARCHITECTURES, EOS_ID, MAX_POSITIONS, VOCAB_SIZE, tiny_model
@@ -37,7 +37,7 @@ def transformers_greedy(model: Any, prompt: list[int], **options: Any) -> list[i
         ].tolist()
 
 
-def no_cache_samples(
+def no_cache_sample(
     model: nn.Module, prompt: list[int], seed: int, params: SamplingParams
 ) -> tuple[list[int], list[float]]:
     """One sample by its definition: full forwards, filtered probabilities, the inverse of their cumulative sum."""
@@ -86,28 +86,41 @@ def test_samples_and_logprobs_are_those_of_full_forwards(arch: str) -> None:
     completions = LocalEngine(model, None, max_batch_tokens=60).generate(prompts, 2, params, seeds=seeds)
     for prompt, group, row in zip(prompts, completions, seeds, strict=True):
         for sample, seed in zip(group, row, strict=True):
-            tokens, logprobs = no_cache_samples(model, prompt, seed, params)
+            tokens, logprobs = no_cache_sample(model, prompt, seed, params)
             assert sample.token_ids == tokens
             np.testing.assert_allclose(sample.logprobs, logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("budget", [1, 40, 100, 150, 333, 65536])
-@pytest.mark.parametrize("arch", ["qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize(("arch", "budget"), [("qwen3", 1), ("gemma2", 70), ("gpt2", 100), ("llama", 333)])
 def test_a_sample_depends_neither_on_its_neighbours_nor_on_the_budget(arch: str, budget: int) -> None:
     model = tiny_model(arch)
-    prompts = random_prompts((9, 2, 14, 2, 6))
-    params = SamplingParams(max_new_tokens=24)
-    seeds = [[100 * row + column for column in range(4)] for row in range(len(prompts))]
+    prompts = random_prompts((9, 2, 14, 2))
+    params = SamplingParams(max_new_tokens=20, temperature=1.5, stop_token_ids=tuple(range(3, 9)))
+    seeds = [[100 * row + column for column in range(3)] for row in range(len(prompts))]
     alone = [
         LocalEngine(model, None).generate([prompt], 1, params, seeds=[[seed]])[0][0].token_ids
         for prompt, row in zip(prompts, seeds, strict=True)
         for seed in row
     ]
-    together = LocalEngine(model, None, max_batch_tokens=budget).generate(prompts, 4, params, seeds=seeds)
+    together = LocalEngine(model, None, max_batch_tokens=budget).generate(prompts, 3, params, seeds=seeds)
     assert flat(together) == alone
-    backwards = LocalEngine(model, None, max_batch_tokens=budget).generate(prompts[::-1], 4, params, seeds=seeds[::-1])
+    backwards = LocalEngine(model, None).generate(prompts[::-1], 3, params, seeds=seeds[::-1])
     assert flat(backwards[::-1]) == alone
-    assert len({len(tokens) for tokens in alone}) > 3  # rows did leave at different times
+    assert len({len(tokens) for tokens in alone}) > 2  # rows did leave at different times
+
+
+def test_large_heads_are_packed_and_searched_by_blocks() -> None:
+    model = tiny_model("qwen3", vocab_size=5000, tie_word_embeddings=True)
+    prompts = random_prompts((9, 2))
+    assert flat(LocalEngine(model, None).generate(prompts, 1, GREEDY)) == [
+        transformers_greedy(model, prompt) for prompt in prompts
+    ]
+    params = SamplingParams(max_new_tokens=6, temperature=1.2)
+    samples = LocalEngine(model, None).generate(prompts[:1], 4, params, seeds=[[1, 2, 3, 4]])[0]
+    for seed, sample in enumerate(samples, start=1):
+        tokens, logprobs = no_cache_sample(model, prompts[0], seed, params)
+        assert sample.token_ids == tokens
+        np.testing.assert_allclose(sample.logprobs, logprobs, atol=1e-4)
 
 
 def test_derived_seeds_are_stable_and_differ_between_samples_and_calls() -> None:
@@ -145,7 +158,7 @@ def test_equal_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_finished_rows_leave_and_waiting_prompts_take_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
     prompts = random_prompts((4,) * 12)
-    params = SamplingParams(max_new_tokens=60, temperature=1.5, seed=5)
+    params = SamplingParams(max_new_tokens=28, temperature=2.0, seed=5)
     LocalEngine(model, None).generate(prompts[:1], 1, params)
     rows: list[int] = []
     forward = model.forward
@@ -156,10 +169,9 @@ def test_finished_rows_leave_and_waiting_prompts_take_their_place(monkeypatch: p
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", counted)
-    lengths = [
-        len(tokens) for tokens in flat(LocalEngine(model, None, max_batch_tokens=256).generate(prompts, 1, params))
-    ]
-    assert max(rows) == 4  # 256 tokens hold four rows of 64
+    completions = LocalEngine(model, None, max_batch_tokens=128).generate(prompts, 1, params)
+    lengths = [len(tokens) for tokens in flat(completions)]
+    assert max(rows) == 4  # 128 tokens hold four rows of 32
     assert (
         sum(rows) == sum(lengths) - 12
     )  # the first token of each comes from its prompt; no step computes anything else
@@ -298,11 +310,24 @@ def test_modes_gradients_and_settings_are_put_back() -> None:
 
 
 def test_modes_are_put_back_after_an_error() -> None:
-    module = nn.Linear(1, 1)
-    with pytest.raises(RuntimeError), evaluation_mode(module):
-        assert not module.training
-        raise RuntimeError
-    assert module.training
+    model = tiny_model("llama")
+    model.train()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the layout is not to blame
+        with pytest.raises(ValueError, match="hold NaN"):
+            LocalEngine(model, None).generate([[5, 6]])
+    assert all(module.training for module in model.modules())
+
+
+def test_dropout_in_a_part_that_was_left_training_is_off() -> None:
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    expected = transformers_greedy(model, [5, 6, 7])
+    model.transformer.h[0].train()
+    assert LocalEngine(model, None).generate([[5, 6, 7]], 1, GREEDY)[0][0].token_ids == expected
+    assert model.transformer.h[0].training
+    assert not model.training
 
 
 def test_dropout_is_off_while_generating() -> None:
@@ -361,23 +386,6 @@ def test_the_models_own_attention_function_is_used(arch: str, attention: str) ->
         assert flat(LocalEngine(model, None).generate(random_prompts(), 1, GREEDY)) == flat(expected)
 
 
-class _Recurrent(nn.Module):
-    """Says that its cache is the layout's, and ignores the layout's mask."""
-
-    def __init__(self, inner: PreTrainedModel) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        return self.inner(input_ids=input_ids, **kwargs)
-
-
 @pytest.mark.parametrize("break_it", ["mask", "cache"])
 def test_models_that_cannot_share_a_batch_get_the_same_samples_slowly(
     break_it: str, monkeypatch: pytest.MonkeyPatch
@@ -399,7 +407,7 @@ def test_models_that_cannot_share_a_batch_get_the_same_samples_slowly(
             kwargs["attention_mask"] = None
         return forward(*args, **kwargs)
 
-    broken.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    broken.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(model, "forward", broken)
     model.generation_config.repetition_penalty = 3.0  # the model's own settings must not leak in
     engine = LocalEngine(model, None, max_batch_tokens=60)

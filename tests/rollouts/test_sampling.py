@@ -147,7 +147,7 @@ def test_banned_tokens_are_not_drawn() -> None:
     drawn = sample(logits_NV, halves_N, SamplingParams(model_logprobs=True), banned=banned)
     assert drawn.tokens_N.tolist() == [1, 2]
     np.testing.assert_allclose(drawn.logprobs_N, [-math.log(2), 1 - math.log(math.e + 1)], atol=1e-6)
-    np.testing.assert_allclose(drawn.model_logprobs_N, [-math.log(2), -99 - math.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(drawn.model_logprobs_N, [-math.log(2), -99 - math.log(2)], atol=2e-5)
     assert torch.equal(logits_NV, before_NV)
 
 

@@ -212,7 +212,7 @@ class TestMischief:
             "raise SystemExit(0)",
             "print('passed\\nran passed')\nimport os\nos.write(1, b'passed')\nos._exit(0)",
             "import builtins\nbuiltins.exec = lambda *_: None\nbuiltins.compile = lambda *_: None",
-            "import os\nfor n in range(3, 20):\n    try: os.write(n, b'0 passed\\n' * 2)\n    except OSError: pass",
+            "import os\nfor n in range(3, 99):\n    try: os.write(n, b'passed\\n' * 2)\n    except OSError: pass",
             "class AssertionError(Exception): pass",
         ],
     )

@@ -1,0 +1,366 @@
+"""Outcome reward models: a scalar, or several, for a whole completion.
+
+Legend: E examples, S sequences, N scored tokens, D hidden size, M members of an ensemble, K attributes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..losses.reward import bradley_terry_loss, centering_penalty, magnitude_penalty, rao_kupper_loss, rating_loss
+from ..metrics.functional import attribute_correlation, expected_calibration_error
+from ..models import hidden_states
+from ..models import save_pretrained as export_pretrained
+from ..models.heads import HeadKind, NoClassifier, classifier_from, head_files, pooled, whole, with_padding_token
+from ..sequences import Example, ExampleBatch, SequenceBatch
+from .checks import check_choice, check_count
+from .distributed import Scores
+from .headed import HeadedModule
+from .reward_options import RewardLossType, attribute_options, bootstrap_weights, check_reward_options, ratings_of
+from .rows import check_pairs, num_scored, scored_positions
+from .scoring import Text, answer_segments, per_sequence, score_texts
+
+
+class RewardModule(HeadedModule):
+    r"""A reward model: a decoder with a scalar head, read at the end of the completion.
+
+    ``bradley_terry`` learns from pairs (Ouyang et al., 2022, arXiv:2203.02155), with r the reward and m the margin:
+
+    .. math:: L = -\frac{1}{P} \sum \log \sigma\big(r(x, y_c) - r(x, y_r) - m\big)
+
+    ``mse`` and ``huber`` learn to rate (HelpSteer2, Wang et al., 2024, arXiv:2406.08673): the head has one output per
+    attribute and regresses the columns ``attributes`` of rows with one completion (``SFTDataModule`` reads them); a
+    rating that a row lacks (no such column, null or NaN) costs nothing. Of several attributes the reward is
+    r = sum_k w_k r_k with the weights ``attribute_weights``, in pairs as well.
+
+    An ensemble (``num_models`` above 1) is as many heads on one decoder. They differ by their first weights and by what
+    they see: in training, member j counts row i as often as a Poisson variable of mean 1 says that is drawn from
+    (seed, j, the row's id), which is the bootstrap for streams (Oza and Russell, 2001). Losses are means over the
+    members, and the reward is the mean of theirs.
+
+    Args:
+        model: Hugging Face id or folder: of a language model, of a sequence classifier, or of an exported reward model.
+        head: ``linear``, or ``mlp`` with one hidden layer.
+        num_attributes: outputs of the head, at least 1.
+        num_models: members of the ensemble, at least 1.
+        pooling: read the ``last`` token's state, or the ``mean`` over the completion's tokens.
+        loss_type: ``bradley_terry``, ``mse`` or ``huber``.
+        label_smoothing: probability that a pair's label is flipped, in [0, 0.5).
+        margin: m of rows that have none of their own; any finite number.
+        use_margins: take m from the rows' field ``margin`` where they have one.
+        center_rewards_coefficient: weight of (r_c + r_r)^2, at least 0; 0.01 is usual.
+        l2_coefficient: weight of r_c^2 + r_r^2, at least 0.
+        tie_threshold: how much better a winner has to be, above 0, in Rao and Kupper's model of ties: rows whose field
+            ``tie`` is true are ties then, and neither margins nor label smoothing apply. Without it a tie is an error.
+        huber_delta: where ``huber`` turns from square to straight, above 0.
+        attributes: names of the outputs, and of the columns that hold their ratings.
+        attribute_weights: w, one per attribute; 1 / K each by default.
+        bootstrap: whether members see rows with different weights.
+        seed: what the first weights of heads and the weights of rows are drawn from.
+        kwargs: options of ``PostTrainingModule``.
+
+    Example::
+
+        module = RewardModule("my-sft-model", center_rewards_coefficient=0.01)
+        lightning.Trainer(max_epochs=1).fit(module, PreferenceDataModule(train="pairs.jsonl", global_batch_size=16))
+        module.score(["2+2="], ["4"])
+    """
+
+    method: ClassVar[str] = "reward"
+    default_learning_rate: ClassVar[float] = 1e-5
+    progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/accuracies", "rewards/margins")
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        head: HeadKind = "linear",
+        num_attributes: int = 1,
+        num_models: int = 1,
+        pooling: Literal["last", "mean"] = "last",
+        loss_type: RewardLossType = "bradley_terry",
+        label_smoothing: float = 0.0,
+        margin: float = 0.0,
+        use_margins: bool = True,
+        center_rewards_coefficient: float = 0.0,
+        l2_coefficient: float = 0.0,
+        tie_threshold: float | None = None,
+        huber_delta: float = 1.0,
+        attributes: list[str] | None = None,
+        attribute_weights: list[float] | None = None,
+        bootstrap: bool = True,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("head", head, ("linear", "mlp"))
+        check_choice("pooling", pooling, ("last", "mean"))
+        check_count("num_attributes", num_attributes, "one output of the head per attribute")
+        check_count("num_models", num_models, "1 is no ensemble; 4 is a usual one")
+        check_reward_options(
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            margin=margin,
+            center_rewards_coefficient=center_rewards_coefficient,
+            l2_coefficient=l2_coefficient,
+            tie_threshold=tie_threshold,
+            huber_delta=huber_delta,
+            attributes=attributes,
+        )
+        names, weights = attribute_options(num_attributes, attributes, attribute_weights)
+        super().__init__(model, seed=seed, **kwargs)
+        self.head_kind: HeadKind = head
+        self.num_models = num_models
+        self.pooling = pooling
+        self.loss_type: RewardLossType = loss_type
+        self.label_smoothing = label_smoothing
+        self.margin = margin
+        self.use_margins = use_margins
+        self.center_rewards_coefficient = center_rewards_coefficient
+        self.l2_coefficient = l2_coefficient
+        self.tie_threshold = tie_threshold
+        self.huber_delta = huber_delta
+        self.attributes = names
+        self.attribute_weights = weights
+        self.bootstrap = bootstrap
+
+    def head_shape(self) -> dict[str, Any]:
+        """One output per attribute, of as many members as asked for."""
+        return {"kind": self.head_kind, "num_outputs": len(self.attributes), "num_models": self.num_models}
+
+    def rewards(self, batch: SequenceBatch) -> Tensor:
+        """``(S, M, K)`` rewards of a packed batch's sequences, by member and attribute."""
+        hidden = hidden_states(self.model, batch, self.layout)
+        if self.pooling == "mean":
+            flat_N, depth_N = scored_positions(batch)
+            states_ND = hidden.read(flat_N, batch.sequence_index, depth_N)
+            states_SD = pooled(states_ND, batch.sequence_index, batch.num_sequences)
+        else:
+            sequence_S = torch.arange(batch.num_sequences, device=batch.lengths.device)
+            states_SD = hidden.read(batch.last_index, sequence_S, batch.lengths - 1)
+        return self.head_outputs(states_SD)
+
+    def combined(self, rewards: Tensor) -> Tensor:
+        """The scalar reward: ``(..., K) -> (...)``."""
+        return rewards @ rewards.new_tensor(self.attribute_weights)
+
+    # Learning.
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Pairs; or ratings, those of missing attributes left out."""
+        if self.loss_type == "bradley_terry":
+            return {"pairs": float(len(examples))}
+        return {
+            "ratings": float(sum(not math.isnan(value) for e in examples for value in ratings_of(e, self.attributes)))
+        }
+
+    def constants(self, batch: SequenceBatch) -> Scores:
+        """Margins and ties, or ratings; and how often each member counts a row."""
+        rows: Scores = {}
+        if self.loss_type == "bradley_terry":
+            margins = [self._margin(example) for example in batch.examples]
+            rows["margin"] = torch.tensor(margins, dtype=torch.float64, device=self.device)
+            rows["tie"] = torch.tensor([bool(e.fields.get("tie")) for e in batch.examples], device=self.device)
+        else:
+            ratings = [ratings_of(example, self.attributes) for example in batch.examples]
+            rows["ratings"] = torch.tensor(ratings, dtype=torch.float64, device=self.device)
+        if self.bootstrap and self.num_models > 1 and self.training:
+            row_ids = [example.row_id for example in batch.examples]
+            rows["weights"] = bootstrap_weights(row_ids, self.num_models, self.seed).to(self.device)
+        return rows
+
+    def _margin(self, example: Example) -> float:
+        own = example.fields.get("margin") if self.use_margins else None
+        return self.margin if own is None else float(own)
+
+    def scores(self, batch: SequenceBatch) -> Scores:
+        """``(E, sequences of a row, M, K)`` rewards."""
+        return {"rewards": self.rewards(batch).unflatten(0, (batch.num_examples, -1))}
+
+    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+        """Mean over pairs or ratings and over members."""
+        if self.loss_type == "bradley_terry":
+            losses, count = self._pair_losses(rows), totals["pairs"]
+        else:
+            losses, count = self._rating_losses(rows), totals["ratings"]
+            if count == 0:
+                raise ValueError(
+                    f"no row of this batch has a rating of {self.attributes}: name their columns with attributes="
+                )
+        if "weights" in rows:
+            losses = losses * rows["weights"].to(losses.dtype)
+        return losses.sum() / (count * self.num_models)
+
+    def _pair_losses(self, rows: Scores) -> Tensor:
+        """``(E, M)``."""
+        chosen, rejected = self.combined(rows["rewards"]).unbind(dim=1)
+        if self.tie_threshold is not None:
+            losses = rao_kupper_loss(chosen, rejected, tie_P=rows["tie"], threshold=self.tie_threshold)
+        else:
+            margin = rows["margin"].to(chosen.dtype)
+            losses = bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=self.label_smoothing)
+        if self.center_rewards_coefficient:
+            losses = losses + self.center_rewards_coefficient * centering_penalty(chosen, rejected)
+        if self.l2_coefficient:
+            losses = losses + self.l2_coefficient * magnitude_penalty(chosen, rejected)
+        return losses
+
+    def _rating_losses(self, rows: Scores) -> Tensor:
+        """``(E, M)``, summed over the attributes."""
+        rewards = rows["rewards"].squeeze(1)
+        ratings = rows["ratings"].to(rewards.dtype)[:, None].expand_as(rewards)
+        kind: Any = self.loss_type
+        return rating_loss(rewards, ratings, loss_type=kind, huber_delta=self.huber_delta).sum(dim=-1)
+
+    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+        """Rewards (means of the members'): of pairs their accuracy and margin, of ratings the correlation with them."""
+        combined = self.combined(rows["rewards"])  # (E, sequences, M)
+        rewards = combined.mean(dim=-1)
+        values = {f"rewards/{name}": getattr(rewards, name)() for name in ("mean", "min", "max")}
+        if rewards.numel() > 1:
+            values["rewards/std"] = rewards.std(correction=0)
+        if self.num_models > 1:
+            values["rewards/disagreement"] = combined.std(dim=-1).mean()
+        if self.loss_type == "bradley_terry":
+            return values | self._pair_metrics(rewards, rows["tie"])
+        return values | self._rating_metrics(rows)
+
+    def _pair_metrics(self, rewards: Tensor, tie: Tensor) -> Scores:
+        chosen, rejected = rewards.unbind(dim=1)
+        values = {
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+        }
+        decided = (chosen - rejected)[~tie]
+        if len(decided):
+            values["rewards/accuracies"] = (decided > 0).double().mean()
+            if not self.training:
+                values["calibration_error"] = expected_calibration_error(decided.abs().sigmoid(), decided > 0)
+        return values
+
+    def _rating_metrics(self, rows: Scores) -> Scores:
+        rewards, ratings = rows["rewards"].squeeze(1).mean(dim=1).double(), rows["ratings"]
+        correlations = attribute_correlation(rewards, ratings)
+        values = {}
+        for k, name in enumerate(self.attributes):
+            error = (rewards[:, k] - ratings[:, k])[~ratings[:, k].isnan()]
+            if len(error):
+                values[f"mse/{name}"] = error.square().mean()
+            if not correlations[k].isnan():
+                values[f"correlation/{name}"] = correlations[k]
+        return values
+
+    def _checked(self, batch: ExampleBatch) -> list[Example]:
+        examples = super()._checked(batch)
+        if self.loss_type == "bradley_terry":
+            check_pairs(examples)
+            for example in examples:
+                self._check_pair(example)
+            return examples
+        for example in examples:
+            if len(num_scored(example)) != 1:
+                raise ValueError(
+                    f"row {example.row_id} has {len(num_scored(example))} completions; loss_type {self.loss_type!r} "
+                    "rates one: use SFTDataModule with columns prompt, completion and the ratings"
+                )
+        return examples
+
+    def _check_pair(self, example: Example) -> None:
+        margin = example.fields.get("margin") if self.use_margins else None
+        number = isinstance(margin, int | float) and math.isfinite(margin)
+        if margin is not None and not number:
+            raise ValueError(
+                f"row {example.row_id} has the margin {margin!r}; it must be a finite number: mend the column, or set "
+                "use_margins=False"
+            )
+        if example.fields.get("tie") and self.tie_threshold is None:
+            raise ValueError(f"row {example.row_id} is a tie: set tie_threshold (0.5 is usual), or leave such rows out")
+
+    # What is asked of a reward model.
+
+    def score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+        """Rewards of completions, one for each; completions of one prompt share its computation.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: as many; texts, or lists of chat messages.
+
+        Raises:
+            ValueError: lists of different length, or an empty completion.
+        """
+        return self.score_with_std(prompts, completions)[0]
+
+    def score_with_std(self, prompts: Sequence[Text], completions: Sequence[Text]) -> tuple[list[float], list[float]]:
+        """Rewards, and their standard deviation over the members (0 without an ensemble); see ``score``."""
+        values = score_texts(self, answer_segments(self.tokenizer, prompts, completions), self._sequence_rewards)
+        members = [self.combined(value) for value in values]
+        return [float(m.mean()) for m in members], [float(m.std(correction=0)) for m in members]
+
+    def _sequence_rewards(self, batch: SequenceBatch) -> Sequence[Tensor]:
+        return self.rewards(batch).unbind()
+
+    def predict_step(self, batch: ExampleBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Rewards of rows with any number of completions.
+
+        Returns:
+            Per row ``row_id`` and lists with one entry per completion: ``rewards`` (means over the members), ``stds``
+            (standard deviations over the members) and, of several attributes, ``attributes`` (K means each).
+        """
+        rows = []
+        for example, values in zip(
+            batch.examples, per_sequence(self, batch.examples, self._sequence_rewards), strict=True
+        ):
+            members = [self.combined(value) for value in values]
+            row: dict[str, Any] = {
+                "row_id": example.row_id,
+                "rewards": [float(m.mean()) for m in members],
+                "stds": [float(m.std(correction=0)) for m in members],
+            }
+            if len(self.attributes) > 1:
+                row["attributes"] = [value.mean(dim=0).tolist() for value in values]
+            rows.append(row)
+        return rows
+
+    # What leaves.
+
+    def options(self) -> Mapping[str, Any]:
+        """What ``from_pretrained`` builds the module with again."""
+        return {
+            "head": self.head_kind,
+            "num_attributes": len(self.attributes),
+            "num_models": self.num_models,
+            "pooling": self.pooling,
+            "attributes": self.attributes,
+            "attribute_weights": self.attribute_weights,
+        }
+
+    def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
+        """Writes the reward model as a Hugging Face folder.
+
+        One linear head at the last token of a whole model (without adapter, or with the adapter merged) becomes an
+        ``AutoModelForSequenceClassification`` with a label per attribute, which scores rows that end in the
+        end-of-sequence token as this module does. Everything else becomes the language model or its adapter, with the
+        head in ``reward_head.safetensors`` and its options in ``reward_head.json``. ``from_pretrained`` loads both.
+
+        Args:
+            folder: where to; it appears once it is complete, and replaces one that was there.
+            merge_adapter: add the adapter to the weights and write the whole model.
+        """
+        self.configure_model()
+        complete = merge_adapter or not hasattr(self.model, "peft_config")
+        if complete and self.head_kind == "linear" and self.num_models == 1 and self.pooling == "last":
+            tokenizer = with_padding_token(self._export_tokenizer())
+            convert = classifier_from(whole(self.head.weight)[0], self.attributes, int(tokenizer.pad_token_id))
+            files = head_files(None, {"method": self.method, **self.options()})
+            with suppress(NoClassifier):
+                export_pretrained(
+                    self.model, tokenizer, folder, merge_adapter=merge_adapter, convert=convert, beside=files
+                )
+                return
+        super().save_pretrained(folder, merge_adapter=merge_adapter)
