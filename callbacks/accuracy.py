@@ -72,7 +72,9 @@ class GenerationAccuracy(lightning.Callback):
             ValueError: the module is none of ours, or the verifier gives no reward to any prompt.
         """
         if not isinstance(pl_module, PostTrainingModule):
-            raise ValueError(f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+            raise ValueError(
+                f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}"
+            )
         if self._examples is None:
             self._examples = read_prompts(self.prompts, pl_module.tokenizer, limit=self.limit)
         own = self._examples[trainer.global_rank :: trainer.world_size]

@@ -64,7 +64,9 @@ class ModelExport(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the model as it is at the end, unless a metric has chosen one."""
         if self.monitor is not None and self.best_value is None:
-            raise ValueError(f"{self.monitor!r} was never measured, so no model was exported: give the datamodule val rows")
+            raise ValueError(
+                f"{self.monitor!r} was never measured, so no model was exported: give the datamodule val rows"
+            )
         if self.monitor is None:
             self._write(trainer, pl_module)
 

@@ -111,6 +111,7 @@ class ExampleDataModule(pl.LightningDataModule):
         self._tokenizer = tokenizer
         self._rows: RowTokenizer | None = None
         self._stores: dict[Split, ExampleStore] = {}
+        self._coupled: dict[Split, ExampleStore] = {}
         self._train_loader: BatchLoader | None = None
         self._train_loader_of: pl.Trainer | None = None
         self._train_state: dict[str, Any] | None = None
@@ -202,9 +203,11 @@ class ExampleDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the training loader's position from a checkpoint that is being resumed."""
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        self._train_state = state_dict.get("train") if fitting else None
-        if self._train_state is not None and self._train_loader is not None and self._train_loader_of is self.trainer:
-            self._train_loader.load_state_dict(self._train_state)
+        state = state_dict.get("train") if fitting else None
+        if state is not None and self._train_loader is not None and self._train_loader_of is self.trainer:
+            self._train_loader.load_state_dict(state)
+        else:
+            self._train_state = state
 
     def all_examples(self) -> Iterator[list[Example]]:
         """Yields the training and the validation examples in the sources' order, a global batch at a time.
@@ -221,7 +224,7 @@ class ExampleDataModule(pl.LightningDataModule):
                 yield from (store[start : start + size] for start in range(0, len(store), size))
 
     def couple(self) -> Couple | None:
-        """What a contract does to the examples of a global batch together; nothing unless overridden."""
+        """What a contract does to examples together: those of a global batch in training, all of a split otherwise."""
         return None
 
     def _open(self, split: Split) -> RowSource:
@@ -280,13 +283,16 @@ class ExampleDataModule(pl.LightningDataModule):
             if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
                 return []
             raise ValueError(f"there are no {split} rows: write {type(self).__name__}({split}='rows.jsonl')")
+        couple, store = self.couple(), self._store(split)
+        if couple is not None and split not in self._coupled:
+            # Over the whole split, so that no result depends on the evaluation batch size.
+            self._coupled[split] = ExampleStore(couple(list(store)))
         placed = self._placed()
         return ExampleLoader(
-            self._store(split),
+            self._coupled.get(split, store),
             self.eval_batch_size,
             shuffle=False,
             seed=self.seed,
-            couple=self.couple(),
             rank=placed["rank"],
             world_size=placed["world_size"],
         )

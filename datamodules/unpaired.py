@@ -24,9 +24,9 @@ class UnpairedDataModule(ExampleDataModule):
 
     Rows are as in :func:`~rlhf_lightning.datamodules.formats.unpaired`. The prompt becomes a root whose first child is
     the completion; the verdict is the field ``label``, true or false. With ``partners``, a second child is the
-    completion of another prompt of the same global batch (see :func:`mismatch`) and the field ``partner`` its row id.
-    The halves of a pair have the row ids ``<row id>/chosen`` and ``<row id>/rejected``; with ``streaming`` a pair is
-    one row of a batch.
+    completion of another prompt of the same global batch (in evaluation: of the whole split; see :func:`mismatch`) and
+    the field ``partner`` its row id. The halves of a pair have the row ids ``<row id>/chosen`` and ``<row
+    id>/rejected``; with ``streaming`` a pair is one row of a batch.
 
     Args:
         train: source of the training rows.
@@ -132,6 +132,8 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
     """
     order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
     coupled = list(examples)
+    if len({example.root.tokens.tobytes() for example in examples}) < 2:
+        return coupled
     for place, index in enumerate(order):
         example = examples[index]
         prompt = example.root.tokens

@@ -36,17 +36,13 @@ pipeline                       several stages, each starting from what the one b
 class Parser(LightningArgumentParser):
     """A parser that raises what it has to say, in one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ``UsageError`` instead of printing usage and leaving."""
         raise UsageError(explain(message, self._all_options(), _known_classes())) from ex
 
     def _all_options(self) -> Iterator[str]:
-        parsers = [self, *(getattr(self, "_subcommands_action", None) or _NoSubcommands)._name_parser_map.values()]
-        return (action.dest for parser in parsers for action in parser._actions)
-
-
-class _NoSubcommands:
-    _name_parser_map: dict[str, Parser] = {}
+        subcommands = getattr(getattr(self, "_subcommands_action", None), "_name_parser_map", {})
+        return (action.dest for parser in [self, *subcommands.values()] for action in parser._actions)
 
 
 class PostTrainingCLI(LightningCLI):
@@ -63,6 +59,8 @@ class PostTrainingCLI(LightningCLI):
     ) -> None:
         for name in _WITH_SHORT_NAMES:
             import_module(f".{name}", __package__)
+        # What LightningCLI calls of jsonargparse is Lightning's to change.
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         super().__init__(
             PostTrainingModule,
             lightning.LightningDataModule,
@@ -92,14 +90,16 @@ class PostTrainingCLI(LightningCLI):
         if not path or not Path(path).is_file():
             return
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
-        given = config["model"].get("init_args", {})
+        given = _plain(config["model"].get("init_args", {}))
         changed = [
             f"{name}={given[name]!r} (the checkpoint: {stored[name]!r})"
             for name in given
-            if name in stored and _plain(given[name]) != stored[name]
+            if name in stored and given[name] != stored[name]
         ]
         if changed:
-            rank_zero_warn(f"the checkpoint was made with other values; those given here are used: {', '.join(changed)}")
+            rank_zero_warn(
+                f"the checkpoint was made with other values; those given here are used: {', '.join(changed)}"
+            )
 
 
 def main(args: Sequence[str] | None = None) -> None:

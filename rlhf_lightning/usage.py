@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 
 _LIMIT = 1000
+# What is said of each type that a value may have and is not even like.
+_COMMONPLACES = "Expected an? |Not a valid subclass|a class path|a dict"
 
 
 class UsageError(Exception):
@@ -44,7 +46,7 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     """
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
-    if causes := re.findall(r"^ *- (?!Expected an? |Not a valid subclass|a class path|a dict)(.*)", message, flags=re.MULTILINE):
+    if causes := re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE):
         return one_line(causes[0])  # of the types that a value may have, one came close
     if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
         return f"no option {found[1]!r}{did_you_mean(found[1], options)}"

@@ -10,7 +10,7 @@ Legend: T tokens in the forest, S sequences, L padded length, R positions read, 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -217,7 +217,7 @@ def probe_batch(model: nn.Module) -> SequenceBatch:
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Puts a model in evaluation mode for a while and restores every part's own mode."""
-    return _Evaluating(model) if model.training else nullcontext()
+    return _Evaluating(model)
 
 
 class _Evaluating(AbstractContextManager[None]):

@@ -86,7 +86,9 @@ class RewardHead(nn.Module):
             for member in range(num_models):
                 digest = blake2b(f"{seed}/{member}/{shape}".encode(), digest_size=8).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-                members.append(torch.randn(shape, generator=generator, device="cpu") / math.sqrt(hidden_size + 1))
+                # In one precision, whatever the default is: another precision draws other numbers.
+                draws = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
+                members.append(draws / math.sqrt(hidden_size + 1))
             return nn.Parameter(torch.stack(members).to(device=torch.get_default_device(), dtype=dtype))
 
         if kind == "mlp":

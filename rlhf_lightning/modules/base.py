@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
 import lightning
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -206,15 +208,22 @@ class PostTrainingModule(lightning.LightningModule):
         """Log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""
         return token_stats(self.model if model is None else model, batch, self.layout, **options)
 
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
+        """What the optimizer is built on: parameters, or groups of them with the factor ``lr_ratio`` of the rate."""
+        return list(parameters)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the injected optimizer on the trainable parameters, and the scheduler on it."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("nothing is trainable: give lora={'r': 16}, or leave quantization out")
+        groups = self.parameter_groups(parameters)
         if self._optimizer is not None:
-            optimizer = self._optimizer(parameters)
+            optimizer = self._optimizer(groups)
         else:
-            optimizer = torch.optim.AdamW(parameters, lr=self.default_learning_rate, weight_decay=0.0, fused=True)
+            optimizer = torch.optim.AdamW(groups, lr=self.default_learning_rate, weight_decay=0.0, fused=True)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.pop("lr_ratio", 1.0)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
@@ -232,12 +241,26 @@ class PostTrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
         """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch."""
+        rows, totals, progress = self.optimize(self._checked(batch))
+        self._log("train", self._summary(rows, totals) | progress)
+        self.remember(rows, totals)
+        batch.mark_consumed()
+
+    def optimize(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float], Scores]:
+        """Makes one optimizer step on a global batch; every rank calls it with its own part, which may be empty.
+
+        Args:
+            examples: this rank's part.
+
+        Returns:
+            The detached rows of the whole global batch, its totals, and the gradient's norm and the learning rate.
+        """
         if self.attention == "flex" and self.device.type != "cuda":
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
-        examples = self._checked(batch)
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
-        rows, totals = self.backward_examples(examples)
+        with self._local_gradients():
+            rows, totals = self.backward_examples(examples)
         sum_gradients(p for p in self.parameters() if p.requires_grad)
         grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -245,11 +268,12 @@ class PostTrainingModule(lightning.LightningModule):
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
             scheduler.step()
-        everyone = gather_scores(rows, self.device)
-        values = self._summary(everyone, totals) | {"grad_norm": grad_norm, "learning_rate": rate}
-        self.remember(everyone, totals)
-        self._log("train", values)
-        batch.mark_consumed()
+        return gather_scores(rows, self.device), totals, {"grad_norm": grad_norm, "learning_rate": rate}
+
+    def _local_gradients(self) -> AbstractContextManager[None]:
+        """Keeps DDP from averaging gradients on its own: a rank may run any number of micro-batches, none included."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
         """Accumulates the gradient of the global batch's loss, this rank's part of it.
@@ -271,7 +295,7 @@ class PostTrainingModule(lightning.LightningModule):
             batch = self._pack(micro)
             constants = known[n] if known else self._constants(batch)
             scores = self.scores(batch)
-            loss = self.loss(_in_canonical_order(constants | scores), totals)
+            loss = self.loss(in_canonical_order(constants | scores), totals)
             self.manual_backward(loss)
             rows.append(constants | _detached(scores))
         return concatenate(rows), totals
@@ -290,7 +314,7 @@ class PostTrainingModule(lightning.LightningModule):
         names = scored[0].keys() if scored else ()
         leaves = {name: value.clone().requires_grad_(name in names) for name, value in everyone.items()}
         with torch.enable_grad():
-            loss = self.loss(_in_canonical_order(leaves), totals)
+            loss = self.loss(in_canonical_order(leaves), totals)
             slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if scored else ()
         place = rows_before_this_rank(len(own.get(ROW_KEY, ())))
         for micro, constant, state in zip(batches, constants, states, strict=True):
@@ -308,16 +332,12 @@ class PostTrainingModule(lightning.LightningModule):
 
     @torch.no_grad()
     def _statistics(self, rows: Scores, totals: dict[str, float]) -> dict[str, float]:
-        return self.statistics(_in_canonical_order(rows), totals) if self.shares_constants else {}
+        return self.statistics(in_canonical_order(rows), totals) if self.shares_constants else {}
 
     def _constants(self, batch: SequenceBatch) -> Scores:
         with torch.no_grad():
             constants = self.constants(batch)
-        keys = [
-            int.from_bytes(blake2b(e.row_id.encode(), digest_size=8).digest(), "big", signed=True)
-            for e in batch.examples
-        ]
-        return constants | {ROW_KEY: torch.tensor(keys, device=self.device)}
+        return constants | {ROW_KEY: row_keys(batch.examples, self.device)}
 
     def _pack(self, examples: list[Example]) -> SequenceBatch:
         return pack(examples, share_prefix=self.share_prefix, device=self.device)
@@ -412,7 +432,7 @@ class PostTrainingModule(lightning.LightningModule):
     @torch.no_grad()
     def _summary(self, rows: Scores, totals: dict[str, float]) -> Scores:
         """Loss and metrics of a global batch."""
-        rows = _in_canonical_order(rows)
+        rows = in_canonical_order(rows)
         return {"loss": self.loss(rows, totals)} | self.metrics(rows, totals)
 
     def _log(self, stage: str, values: Scores) -> None:
@@ -444,11 +464,18 @@ class PostTrainingModule(lightning.LightningModule):
         return self.tokenizer
 
 
+def row_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
+    """``(E,)`` hashes of row ids."""
+    digests = [blake2b(example.row_id.encode(), digest_size=8).digest() for example in examples]
+    keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
+    return torch.tensor(keys, dtype=torch.long, device=device)
+
+
 def _detached(rows: Scores) -> Scores:
     return {name: value.detach() for name, value in rows.items()}
 
 
-def _in_canonical_order(rows: Scores) -> Scores:
+def in_canonical_order(rows: Scores) -> Scores:
     """Sorts rows by their id, so that no tie and no rounding depends on how they came together."""
     order = torch.argsort(rows[ROW_KEY], stable=True)
     return {name: value[order] for name, value in rows.items()}

@@ -37,7 +37,9 @@ def run_command(args: Sequence[str]) -> None:
     Raises:
         SystemExit: 130 after Ctrl-C.
     """
-    parser = _Parser(prog="rlhf-lightning pipeline", description="Runs the stages of a YAML file that are not done yet.")
+    parser = _Parser(
+        prog="rlhf-lightning pipeline", description="Runs the stages of a YAML file that are not done yet."
+    )
     parser.add_argument("-c", "--config", required=True, help="the pipeline; configs/... may be one of the package")
     parser.add_argument("--run_dir", help="where everything is written, instead of the file's run_dir")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as stages.dpo.trainer.max_epochs=2")
@@ -47,9 +49,14 @@ def run_command(args: Sequence[str]) -> None:
     started = time.time()
     _quieten()
     try:
-        manifest = run_pipeline(pipeline, lambda line: console.print(f"[{time.time() - started:6.1f} s] {line}", markup=False))
+        manifest = run_pipeline(
+            pipeline, lambda line: console.print(f"[{time.time() - started:6.1f} s] {line}", markup=False)
+        )
     except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command goes on from the last finished stage in {pipeline.run_dir}", file=sys.stderr)
+        print(
+            f"\ninterrupted: the same command goes on from the last finished stage in {pipeline.run_dir}",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     report = write_report(pipeline, manifest)
     console.print(results_table(pipeline, manifest))
@@ -57,10 +64,10 @@ def run_command(args: Sequence[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leaves the terminal to the stages' own lines; warnings stay, except those about what a pipeline does on purpose."""
+    """Leaves the terminal to the stages' own lines; warnings stay, but for those that are expected."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -194,7 +194,9 @@ def _stage(name: str, written: dict[str, Any]) -> Stage:
         return _build(SampleStage, written, where)
     config = written.get("config") or []
     export = _build(Export, written.get("export") or {}, f"{where}, export")
-    return _build(FitStage, written | {"config": [config] if isinstance(config, str) else config, "export": export}, where)
+    return _build(
+        FitStage, written | {"config": [config] if isinstance(config, str) else config, "export": export}, where
+    )
 
 
 def _build(cls: type[T], written: Any, where: str) -> T:

@@ -17,9 +17,15 @@ _SMOOTHED = 25
 
 
 def points(history: History, name: str) -> tuple[list[float], list[float]]:
-    """The steps and values at which a metric was logged."""
+    """How many steps had been taken whenever a metric was logged, and its values.
+
+    Lightning numbers steps from 0 and a validation by the step before it; the first is that of the untrained model.
+    """
     rows = [row for row in history if row.get(name) is not None]
-    return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
+    steps = [float(row["step"]) for row in rows]
+    if name.startswith("val/"):
+        steps = [step + 1 if n or step else 0.0 for n, step in enumerate(steps)]
+    return steps, [float(row[name]) for row in rows]
 
 
 def stage_figure(history: History, exported_step: float) -> str:
@@ -49,7 +55,9 @@ def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]]) ->
     longest = max((points(history, metric)[0] or [0.0])[-1] for history, _ in runs.values())
     for colour, (name, (history, exported_step)) in zip(_COLOURS, runs.items(), strict=False):
         steps, values = points(history, metric)
-        axes.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.6, label=name)
+        # Where runs coincide, the shorter one is on top.
+        shape: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.6, "zorder": 3 - len(steps) / 1e6}
+        axes.plot(steps, values, color=colour, label=name, **shape)
         at = [value for step, value in zip(steps, values, strict=True) if step == exported_step]
         if at:
             axes.plot([exported_step], at[-1:], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2)
@@ -86,4 +94,7 @@ def _dress(axes: Axes, title: str, exported_step: float | None) -> None:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Running means over the last few values."""
     width = max(1, min(_SMOOTHED, len(values) // 10))
-    return [sum(values[max(0, n - width + 1) : n + 1]) / len(values[max(0, n - width + 1) : n + 1]) for n in range(len(values))]
+    return [
+        sum(values[max(0, n - width + 1) : n + 1]) / len(values[max(0, n - width + 1) : n + 1])
+        for n in range(len(values))
+    ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import yaml
 from lightning.pytorch.loggers import Logger
 from peft import PeftModel, set_peft_model_state_dict
@@ -21,6 +23,24 @@ from .manifest import write_atomically
 HISTORY = "history.jsonl"
 
 
+class Progress(lightning.Callback):
+    """Says how training goes, whenever it has been validated.
+
+    Args:
+        say: shown one line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Says it, of validations while training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            shown = [f"{name} {values[name]:.3f}" for name in ("val/loss", "val/accuracy") if name in values]
+            self.say(f"step {trainer.global_step}: {', '.join(shown)}")
+
+
 class StageCLI(PostTrainingCLI):
     """Everything a fit stage needs, built and not yet run.
 
@@ -28,9 +48,10 @@ class StageCLI(PostTrainingCLI):
         stage: the stage.
         folder: where it writes.
         seed: its seed.
+        callbacks: added to those configured.
     """
 
-    def __init__(self, stage: FitStage, folder: Path, seed: int) -> None:
+    def __init__(self, stage: FitStage, folder: Path, seed: int, callbacks: Sequence[lightning.Callback] = ()) -> None:
         self.folder = folder
         written = {"seed_everything": seed}
         written |= {key: getattr(stage, key) for key in ("model", "data", "trainer") if getattr(stage, key)}
@@ -40,7 +61,7 @@ class StageCLI(PostTrainingCLI):
             [*args, "--config", yaml.safe_dump(written, sort_keys=False)],
             run=False,
             trainer_defaults={
-                "callbacks": [self.export],
+                "callbacks": [self.export, *callbacks],
                 "default_root_dir": str(folder),
                 "enable_checkpointing": False,
                 "enable_model_summary": False,
@@ -64,13 +85,14 @@ class StageCLI(PostTrainingCLI):
         return merged
 
 
-def run_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, float]:
+def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, float]:
     """Trains, exports, and measures: validation before and after, and the test set where the data has one.
 
     Args:
         stage: the stage.
         folder: an empty folder, which gets ``model/``, ``history.jsonl``, ``config.yaml`` and ``stage.yaml``.
         seed: the stage's seed.
+        say: shown one line per validation.
 
     Returns:
         The metrics: ``val_before/*``, ``val/*`` and ``test/*`` of the exported model.
@@ -78,7 +100,7 @@ def run_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, float]:
     Raises:
         KeyboardInterrupt: training was interrupted.
     """
-    cli = StageCLI(stage, folder, seed)
+    cli = StageCLI(stage, folder, seed, [Progress(say)])
     write_atomically(folder / "stage.yaml", yaml.safe_dump(cli.written, sort_keys=False))
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     assert isinstance(module, PostTrainingModule)
@@ -109,7 +131,9 @@ def load_exported(module: PostTrainingModule, folder: Path) -> None:
     state = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
     if isinstance(module.model, PeftModel):
         if not (folder / "adapter_config.json").is_file():
-            raise ValueError("export.monitor with merge_adapter leaves no adapter to measure again: set merge_adapter: false")
+            raise ValueError(
+                "export.monitor with merge_adapter leaves no adapter to measure again: set merge_adapter: false"
+            )
         set_peft_model_state_dict(module.model, state)
         return
     module.model.load_state_dict(state, strict=False)  # tied weights are written once

@@ -110,5 +110,6 @@ def versions() -> dict[str, str]:
 
 def stage_key(config: Any, inputs: Mapping[str, str], run_dir: Path) -> str:
     """What a stage's result is a function of; a run directory that was moved keeps its keys."""
-    text = json.dumps([config, dict(inputs), __version__], sort_keys=True, default=str)
-    return hashlib.sha256(text.replace(json.dumps(str(run_dir))[1:-1], "<run_dir>").encode()).hexdigest()
+    text = json.dumps([config, dict(inputs), __version__], default=str)
+    content = json.loads(text.replace(json.dumps(str(run_dir))[1:-1], "<run_dir>"))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -44,12 +44,11 @@ def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
 def results_table(pipeline: Pipeline, manifest: Manifest) -> Table:
     """The results as a table for the terminal."""
     table = Table(title=pipeline.title, title_justify="left")
-    for heading in ("stage", "what it did", "validation", "test accuracy", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("stage", "what it did") else "right")
+    for heading in ("stage", "what it did", "validation", "test", "seconds"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left")
     for row in summarize(pipeline, manifest)["stages"]:
-        accuracy = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.1%}"
         seconds = f"{row['seconds']:.0f}" + ("" if row["ran"] else " (before)")
-        table.add_row(row["stage"], _what(row), _validation(row["metrics"]), accuracy, seconds)
+        table.add_row(row["stage"], _what(row), _measured(row["metrics"], "val"), _tested(row), seconds)
     return table
 
 
@@ -70,7 +69,9 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
         for item in pipeline.compare
     ]
     template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     page = environment.from_string(template).render(
         title=pipeline.title,
         summary=summary,
@@ -90,7 +91,8 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
     shown = record.get("evaluation", {}).get("shown", 0)
     return row | {
         "what": _what(row),
-        "validation": _validation(row["metrics"]),
+        "validation": _measured(row["metrics"], "val"),
+        "tested": _tested(row),
         "figure": stage_figure(history, _exported_step(manifest, name)) if history else None,
         "answers": _lines(folder / ANSWERS, shown),
         "pairs": _lines(folder / PAIRS, _NUM_PAIRS),
@@ -99,11 +101,15 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
 
 
 def _compared(pipeline: Pipeline, manifest: Manifest, metric: str, name: str) -> dict[str, Any]:
-    """First, best and last value of a metric in a stage, and what its exported model does on the test set."""
+    """First, highest and last value of a metric in a stage, and what its exported model does on the test set."""
     steps, values = points(_history(pipeline, name), metric)
-    test = manifest.stages[name].get("evaluation", {}).get("accuracy")
-    found = {"stage": name, "test": test, "steps": int(steps[-1]) if steps else 0, "exported": _exported_step(manifest, name)}
-    return found | {"first": values[0] if values else None, "best": max(values, default=None), "last": (values or [None])[-1]}
+    return {
+        "stage": name,
+        "steps": int(steps[-1]) if steps else 0,
+        "values": [values[0], max(values), values[-1]] if values else [None] * 3,
+        "exported": int(_exported_step(manifest, name)),
+        "test": manifest.stages[name].get("evaluation", {}).get("accuracy"),
+    }
 
 
 def _history(pipeline: Pipeline, name: str) -> list[dict[str, Any]]:
@@ -122,12 +128,23 @@ def _what(row: dict[str, Any]) -> str:
     return f"{steps} steps" if steps == exported else f"{steps} steps, exported step {exported}"
 
 
-def _validation(metrics: dict[str, float]) -> str:
-    for name in ("accuracy", "rewards/accuracies", "loss"):
-        if f"val/{name}" in metrics:
-            before = f"{metrics[f'val_before/{name}']:.3f} → " if f"val_before/{name}" in metrics else ""
-            return f"{name} {before}{metrics[f'val/{name}']:.3f}"
-    return ""
+def _tested(row: dict[str, Any]) -> str:
+    """What was measured on the test set: exact answers of greedy completions, else loss and preferences."""
+    if row["test_accuracy"] is not None:
+        return f"{row['test_accuracy']:.1%} of {row['test_rows']} right"
+    return _measured(row["metrics"], "test")
+
+
+def _measured(metrics: dict[str, float], prefix: str) -> str:
+    """Loss and accuracy of the exported model on a set, and the loss before training where it was measured."""
+    shown = []
+    if f"{prefix}/loss" in metrics:
+        before = metrics.get(f"{prefix}_before/loss")
+        shown.append(f"loss {'' if before is None else f'{before:.3f} → '}{metrics[f'{prefix}/loss']:.3f}")
+    shown += [
+        f"{n} {metrics[f'{prefix}/{n}']:.1%}" for n in ("accuracy", "rewards/accuracies") if f"{prefix}/{n}" in metrics
+    ]
+    return ", ".join(shown)
 
 
 def _lines(path: Path, limit: int) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
     manifest.save()
     say(f"{name}: running")
     if isinstance(stage, FitStage):
-        metrics = run_fit(stage, folder, seed)
+        metrics = run_fit(stage, folder, seed, lambda line: say(f"{name}: {line}"))
     else:
         metrics = run_sample(stage, folder, seed, pipeline.dtype)
     outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
@@ -137,5 +137,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is running in {str(run_dir)!r}: wait for it, or give --run_dir") from None
+            raise ValueError(
+                f"another process runs in {str(run_dir)!r}: wait for it, or give another --run_dir"
+            ) from None
         yield

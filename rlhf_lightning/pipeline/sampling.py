@@ -1,4 +1,4 @@
-"""The ``sample`` stage and the evaluation of exported models: both have a model answer prompts and verify the answers."""
+"""The ``sample`` stage and the evaluation of exported models: a model answers prompts, a verifier the answers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _PROMPTS_AT_ONCE = 256
 def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[str, float]:
     """Samples completions and writes ranked pairs.
 
-    Of the samples of a prompt that differ and that ended by themselves, the best by the verifier is chosen and the worst
-    rejected, the first of equals each time; a prompt whose samples are all equally good gives no pair.
+    Of the samples of a prompt that ended by themselves, the best by the verifier is chosen and the worst rejected, the
+    first of equals each time; a prompt whose samples are all equally good gives no pair.
 
     Args:
         stage: the stage.
@@ -118,5 +118,5 @@ def sampling_params(written: dict[str, Any]) -> SamplingParams:
 
 def _load(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_causal_lm(folder, dtype=getattr(torch, dtype), trainable=False)
+    model: nn.Module = load_causal_lm(folder, dtype=getattr(torch, dtype), trainable=False)
     return model.to(place), load_tokenizer(folder)

@@ -146,6 +146,7 @@ def draw(logits_NV: Tensor, tracks: Sequence[Track], params: SamplingParams, sto
         uniforms_N = torch.from_numpy(uniforms([track.seed for track in tracks], steps)).to(logits_NV.device)
     banned = None
     early = np.flatnonzero(steps < params.min_new_tokens)
+    stop_ids = [token for token in stop_ids if token < logits_NV.shape[-1]]
     if stop_ids and len(early):
         banned = torch.from_numpy(early).to(logits_NV.device), torch.tensor(stop_ids, device=logits_NV.device)
     seen_NV = _seen(logits_NV, tracks) if params.repetition_penalty != 1 else None

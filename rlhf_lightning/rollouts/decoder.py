@@ -20,7 +20,7 @@ from ..models import base_model
 from .cache import PromptStates, SlotCache
 
 # What a model without support for the layout may raise when it is tried on it.
-_UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+_UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 _PROBED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 

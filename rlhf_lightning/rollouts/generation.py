@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,6 +21,9 @@ from .sharded import gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Packing the weights takes as long as a few steps with them.
+_PACKING_STEPS = 8
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -107,6 +110,8 @@ class LocalEngine:
         params = sampling or SamplingParams()
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} is not allowed: it must be at least 1")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop} needs text: give the engine a tokenizer, or use stop_token_ids")
         numbered_prompts: Any = enumerate(prompts)
         token_prompts = [self._tokens(number, prompt) for number, prompt in numbered_prompts]
         # Samples that are certain to be equal are made once.
@@ -132,7 +137,8 @@ class LocalEngine:
     def _run(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
         decoder = Decoder(self.model)
         if decoder.agrees():
-            with packed_linears(self.model):
+            worth_it = max(track.limit for track in tracks) >= _PACKING_STEPS
+            with packed_linears(self.model) if worth_it else nullcontext():
                 ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
             return
         model = base_model(self.model)
@@ -143,27 +149,25 @@ class LocalEngine:
         generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens)
 
     def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            tokens = tuple(int(token) for token in prompt)
-            if not tokens:
-                raise ValueError(
-                    f"prompt {number} has no tokens: give it at least one, for instance the model's first token"
-                )
-            return tokens
+        """A prompt's tokens: none is empty, and all are in the model's vocabulary."""
+        tokens = self._encoded(number, prompt) if isinstance(prompt, str) else tuple(int(token) for token in prompt)
+        if not tokens:
+            raise ValueError(f"prompt {number} has no tokens: give it one, for instance the tokenizer's first or last")
+        vocabulary = base_model(self.model).config.get_text_config().vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise ValueError(f"prompt {number} has the token {wrong}: the model's tokens are 0 to {vocabulary - 1}")
+        return tokens
+
+    def _encoded(self, number: int, prompt: str) -> tuple[int, ...]:
+        """A string's tokens as the tokenizer begins a text, but not as it ends one; those of an empty string: one."""
         if self.tokenizer is None:
-            raise ValueError(
-                f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, prompts must be token ids"
-            )
-        tokens = tuple(self.tokenizer(prompt)["input_ids"])
-        if tokens:
-            return tokens
-        first = self.tokenizer.bos_token_id
-        first = self.tokenizer.eos_token_id if first is None else first
-        if first is None:
-            raise ValueError(
-                f"prompt {number} is empty and the tokenizer has no first or last token to begin with: write one"
-            )
-        return (int(first),)
+            raise ValueError(f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, give token ids")
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        tokens = tuple(self.tokenizer(prompt)["input_ids"]) if prompt else ()
+        if tokens and tokens[-1] == last and not prompt.endswith(self.tokenizer.eos_token):
+            tokens = tokens[:-1]
+        return tokens or tuple(token for token in (last if first is None else first,) if token is not None)
 
     def _limit(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
         """New tokens at most: what is asked for, or what the model's positions leave."""

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from rlhf_lightning.datamodules import SFTDataModule
 
@@ -39,6 +40,14 @@ class Recorder:
     @property
     def rows(self) -> list[list[str]]:
         return [rows for _, rows in self.steps]
+
+
+class Late(SingleDeviceStrategy):
+    """Restores checkpoints after the module and its optimizers are set up."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
 
 
 class Module(pl.LightningModule):
@@ -78,6 +87,7 @@ def fit(
     marks: bool = True,
     asks: bool = False,
     fails_at: int | None = None,
+    late: bool = False,
     data: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
     saver: dict[str, Any] | None = None,
@@ -87,7 +97,14 @@ def fit(
         ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, **(EVERY_STEP if saver is None else saver)),
         OnExceptionCheckpoint(folder, filename="failed"),
     ]
-    options = {"max_epochs": 3, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    strategy = Late(torch.device("cpu")) if late else "auto"
+    options = {
+        "strategy": strategy,
+        "max_epochs": 3,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     settings = {"train": ROWS, "global_batch_size": 2, "tokenizer": char_tokenizer(), "seed": 3}
     run = pl.Trainer(accelerator="cpu", devices=1, callbacks=callbacks, **(options | (trainer or {})))
     try:
@@ -110,6 +127,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a number of steps": {"trainer": {"max_epochs": -1, "max_steps": 15}},
     "in double precision": {"trainer": {"precision": "64-true"}},
     "loader asked for every epoch": {"trainer": {"reload_dataloaders_every_n_epochs": 1}},
+    "restored late, as by sharded strategies": {"late": True, "asks": True},
+    "all at once": {
+        "late": True,
+        "asks": True,
+        "trainer": {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 4},
+    },
 }
 
 

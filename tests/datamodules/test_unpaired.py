@@ -79,6 +79,18 @@ def test_a_partner_that_is_too_long_is_passed_over() -> None:
     assert {len(one.root.children) for one in coupled} == {2}
 
 
+def test_in_evaluation_partners_do_not_depend_on_the_batch_size() -> None:
+    partners = []
+    for size in (1, 2, 6):
+        data = UnpairedDataModule(val=ROWS, tokenizer=chars(), eval_batch_size=size, seed=2)
+        examples = [example for batch in data.val_dataloader() for example in batch]
+        assert [len(batch) for batch in data.val_dataloader()] == [size] * (6 // size)
+        partners.append([(one.row_id, one.fields["partner"], one.content_hash()) for one in examples])
+    assert partners[0] == partners[1] == partners[2]
+    prompts = [data.make_examples(f"memory:{i}", row)[0] for i, row in enumerate(ROWS, start=1)]
+    assert {row_id: partner for row_id, partner, _ in partners[0]} == expected_partners(prompts, 2)
+
+
 def test_ranks_give_the_partners_that_one_gives() -> None:
     def batches(rank: int, world_size: int) -> list[list[tuple[str, Any]]]:
         from .test_base import attached, trainer

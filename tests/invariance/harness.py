@@ -47,15 +47,22 @@ def trainer(precision: str = "64-true", **options: Any) -> lightning.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return lightning.Trainer(accelerator="cpu", devices=1, precision=precision, **{**quiet, **options})
+    return lightning.Trainer(accelerator="cpu", precision=precision, **{"devices": 1, **quiet, **options})
 
 
-def step(method: Method, folder: str, examples: list[Example], precision: str = "64-true", **options: Any) -> Outcome:
-    """One optimizer step on one global batch."""
+def step(
+    method: Method,
+    folder: str,
+    examples: list[Example],
+    precision: str = "64-true",
+    trainer_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Outcome:
+    """One optimizer step on one global batch, or on this rank's share of it."""
     torch.manual_seed(0)
     settings = {"max_grad_norm": None, "optimizer": partial(torch.optim.SGD, lr=1.0), **method.options, **options}
     module = method.module(folder, **settings)
-    run = trainer(precision, max_steps=1, num_sanity_val_steps=0)
+    run = trainer(precision, max_steps=1, num_sanity_val_steps=0, **(trainer_options or {}))
     before: dict[str, Tensor] = {}
 
     class Snapshot(lightning.Callback):
@@ -68,12 +75,22 @@ def step(method: Method, folder: str, examples: list[Example], precision: str = 
     return Outcome(updates, {k: float(v) for k, v in run.callback_metrics.items()})
 
 
-def validate(method: Method, folder: str, examples: list[Example], batch_size: int, **options: Any) -> dict[str, float]:
-    """One pass over a validation set in batches of a given size."""
+def validate(
+    method: Method,
+    folder: str,
+    examples: list[Example],
+    batch_size: int,
+    trainer_options: dict[str, Any] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    **options: Any,
+) -> dict[str, float]:
+    """One pass over a validation set in batches of a given global size; a rank may get empty ones, as from a loader."""
     torch.manual_seed(0)
     module = method.module(folder, **method.options, **options)
-    batches = [ExampleBatch(examples[n : n + batch_size]) for n in range(0, len(examples), batch_size)]
-    return trainer().validate(module, Batches(*batches), verbose=False)[0]
+    chunks = [examples[n : n + batch_size] for n in range(0, len(examples), batch_size)]
+    batches = [ExampleBatch(chunk[rank::world]) for chunk in chunks]
+    return trainer(**(trainer_options or {})).validate(module, Batches(*batches), verbose=False)[0]
 
 
 def assert_same(outcome: Outcome, expected: Outcome, tolerance: float) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-from rlhf_lightning import DPOModule, SFTModule
+from rlhf_lightning import DPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
+from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.modules import PostTrainingModule
 from rlhf_lightning.sequences import Example, Segment
 
@@ -60,6 +62,45 @@ def pairs(count: int) -> list[Example]:
     ]
 
 
+def labelled(count: int) -> list[Example]:
+    """Prompts with a completion, a label, and the completion of another prompt where there is one."""
+    rows = [
+        Example(e.row_id, Segment(e.root.tokens, children=e.root.children[:1]), {"label": n % 3 != 0})
+        for n, e in enumerate(pairs(count))
+    ]
+    return mismatch(rows)
+
+
+def solutions(count: int) -> list[Example]:
+    """Prompts with a solution of one to four labelled steps."""
+    rng, rows = np.random.default_rng(3), []
+    for n in range(count):
+        lengths = rng.integers(1, 5, size=int(rng.integers(1, 5)))
+        weights = np.zeros(int(lengths.sum()))
+        weights[lengths.cumsum() - 1] = 1
+        completion = Segment(rng.integers(3, VOCAB, size=len(weights)), weights)
+        fields = {"labels": rng.random(len(lengths)).round(2).tolist()}
+        rows.append(Example(f"rows:{n}", Segment(_tokens(rng, 1, 9), children=(completion,)), fields))
+    return rows
+
+
+def rated(count: int) -> list[Example]:
+    """Demonstrations with two ratings, some of them missing."""
+    rows = demonstrations(count)
+    return [Example(e.row_id, e.root, {"good": n / 3, "long": None if n % 2 else 2.0}) for n, e in enumerate(rows)]
+
+
+class MovedKTO(KTOModule):
+    """A policy that is less sure of itself than its reference: a KL estimate of 0 would couple nothing."""
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        super().configure_model()
+        with torch.no_grad():
+            self.model.get_output_embeddings().weight.mul_(0.8)
+
+
 METHODS: dict[str, Method] = {
     "sft": Method(SFTModule, demonstrations),
     "sft-smooth": Method(SFTModule, demonstrations, {"label_smoothing": 0.1}),
@@ -68,4 +109,16 @@ METHODS: dict[str, Method] = {
     "dpo-rpo": Method(DPOModule, pairs, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
     "dpo-coupled": Method(DPOModule, pairs, {"loss_type": ["aot", "aot_unpaired", "bco_pair"]}),
     "dpo-ld-wpo": Method(DPOModule, pairs, {"ld_alpha": 0.3, "use_weighting": True, "label_smoothing": 0.1}),
+    "simpo": Method(SimPOModule, pairs, {"beta": 10.0}),
+    "simpo-alphapo": Method(SimPOModule, pairs, {"loss_type": "alphapo", "label_smoothing": 0.1}),
+    "simpo-orpo": Method(SimPOModule, pairs, {"loss_type": "orpo", "beta": 0.3}),
+    "kto": Method(MovedKTO, labelled, {"desirable_weight": 1.3}),
+    "kto-apo": Method(MovedKTO, labelled, {"loss_type": "apo_zero_unpaired"}),
+    "reward": Method(RewardModule, pairs, {"margin": 0.2, "center_rewards_coefficient": 0.05}),
+    "reward-ensemble": Method(RewardModule, pairs, {"num_models": 3, "head": "mlp", "pooling": "mean"}),
+    "reward-ratings": Method(RewardModule, rated, {"loss_type": "huber", "attributes": ["good", "long"]}),
+    "process": Method(ProcessRewardModule, solutions, {"labels": "soft", "outcome_head": True}),
+    "process-tokens": Method(
+        ProcessRewardModule, solutions, {"labels": "soft", "head": "tokens", "boundaries": "learned"}
+    ),
 }

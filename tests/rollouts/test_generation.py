@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lightning.rollouts import Completion, LocalEngine, SamplingParams
 from rlhf_lightning.rollouts.sampling import uniforms
 
-from ..helpers import ARCHITECTURES, EOS_ID, MAX_POSITIONS, VOCAB_SIZE, tiny_model
+from ..helpers import ARCHITECTURES, EOS_ID, MAX_POSITIONS, VOCAB_SIZE, char_tokenizer, tiny_model
 
 GREEDY = SamplingParams(max_new_tokens=16, temperature=0)
 LENGTHS = (3, 11, 1, 7, 7, 20)
@@ -268,6 +269,12 @@ def test_positions_bound_prompts_and_completions() -> None:
         (lambda engine: engine.generate([[5]], 0), "num_samples=0 is not allowed"),
         (lambda engine: engine.generate([[5], []]), "prompt 1 has no tokens"),
         (lambda engine: engine.generate(["abc"]), "prompt 0 is the string 'abc'"),
+        (lambda engine: engine.generate([[5], [5, -1]]), "prompt 1 has the token -1: the model's tokens are 0 to"),
+        (
+            lambda engine: engine.generate([[VOCAB_SIZE]]),
+            f"prompt 0 has the token {VOCAB_SIZE}: .* to {VOCAB_SIZE - 1}",
+        ),
+        (lambda engine: engine.generate([[5]], 1, SamplingParams(stop=("x",))), r"stop=\('x',\) needs text"),
         (lambda engine: engine.generate([[5]], 2, seeds=[[1]]), r"seeds has 1 rows of lengths \[1\]"),
         (lambda engine: engine.generate([[5], [6]], 1, seeds=[[1]]), "seeds has 1 rows"),
         (lambda engine: LocalEngine(engine.model, None, max_batch_tokens=0), "max_batch_tokens=0 is not allowed"),
@@ -288,6 +295,18 @@ def test_string_prompts_are_tokenised_and_an_empty_one_becomes_the_end_token(
     engine = LocalEngine(tiny_model("llama"), tokenizer)
     ids = [tokenizer("3+4=")["input_ids"], [EOS_ID]]
     assert flat(engine.generate(["3+4=", ""], 1, GREEDY)) == flat(engine.generate(ids, 1, GREEDY))
+
+
+def test_what_a_tokenizer_adds_in_front_stays_and_what_it_adds_behind_goes() -> None:
+    tokenizer = char_tokenizer()
+    plain = tokenizer("3+4=")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> $A <eos>", special_tokens=[("<unk>", 2), ("<eos>", EOS_ID)]
+    )
+    assert tokenizer("3+4=")["input_ids"] == [2, *plain, EOS_ID]
+    engine = LocalEngine(tiny_model("llama"), tokenizer)
+    expected = engine.generate([[2, *plain]], 1, GREEDY)
+    assert engine.generate(["3+4="], 1, GREEDY) == expected
 
 
 def test_modes_gradients_and_settings_are_put_back() -> None:
@@ -422,3 +441,46 @@ def test_models_that_cannot_share_a_batch_get_the_same_samples_slowly(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         engine.generate(prompts, 1, params)
+
+
+FAMILY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCAB_SIZE,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "slow"),
+    [
+        ("bloom", {"n_head": 4}, False),  # position biases made from the mask
+        (  # windows and sinks
+            "gpt_oss",
+            {
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "intermediate_size": 32,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 1,
+                "sliding_window": 4,
+            },
+            False,
+        ),
+        ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, True),  # recurrent
+    ],
+)
+def test_unusual_models_generate_what_transformers_generates(arch: str, options: dict[str, Any], slow: bool) -> None:
+    config = AutoConfig.for_model(arch, initializer_range=0.2, **FAMILY, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = random_prompts((3, 11, 3))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert flat(LocalEngine(model, None).generate(prompts, 1, GREEDY)) == [
+            transformers_greedy(model, prompt) for prompt in prompts
+        ]
+    assert any("generating slowly" in str(warning.message) for warning in said) == slow

@@ -1,0 +1,212 @@
+"""Labels for steps of solutions that nobody has labelled: finish each prefix many times, and count right answers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from .generation import Engine
+from .sampling import SamplingParams, derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# ``verify(prompts, completions, **columns)`` returns one reward per completion, or None where it has nothing to say.
+Verifier = Callable[..., Sequence[float | None]]
+
+_ROWS_AT_ONCE = 32
+
+
+@dataclass
+class _Solution:
+    """A row on its way: its steps as tokens, and what became of each."""
+
+    row_id: str
+    row: Mapping[str, Any]
+    steps: list[str]
+    prompt_ids: list[int]
+    step_ids: list[list[int]]
+    labels: list[float | None] = field(default_factory=list)
+
+    def prefix_ids(self, count: int) -> list[int]:
+        """The tokens of the prompt and the first steps."""
+        return self.prompt_ids + [token for ids in self.step_ids[:count] for token in ids]
+
+
+def label_steps(
+    rows: Iterable[Mapping[str, Any]],
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    verify: Verifier,
+    *,
+    num_samples: int = 8,
+    labels: Literal["soft", "hard"] = "soft",
+    step_separator: str = "\n",
+    sampling: SamplingParams | None = None,
+    success: float = 0.5,
+    skip_after_failure: bool = False,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    r"""Labels each step by how often a model that goes on from there arrives at the right answer.
+
+    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935). With N = ``num_samples`` completions of the prompt and
+    the steps up to i, of which c_i are right:
+
+        soft  y_i = c_i / N        hard  y_i = 1 if c_i > 0 else 0
+
+    The last step is labelled by the solution's own answer, since nothing is left to sample. Departure: with
+    ``skip_after_failure``, the steps behind one that no sample could save get 0 without being sampled (as in the search
+    for the first error of OmegaPRM, Luo et al., 2024, arXiv:2406.06592).
+
+    A sample is a function of the model, the settings and (``seed``, the row's id, the step's number, the sample's).
+
+    Args:
+        rows: ``prompt`` (text or chat messages) and ``completions`` (the steps), or ``completion`` or ``response``,
+            which is split at the separator; ``row_id`` if there is one, else the row's number names it. What the
+            verifier reads (``answer``) is in further columns.
+        engine: what completes prefixes.
+        tokenizer: the engine's.
+        verify: called as ``verify(prompts, completions, **columns)`` with whole solutions; one reward each, ``None``
+            where it has nothing to say.
+        num_samples: N, at least 1.
+        labels: ``soft`` or ``hard``.
+        step_separator: what ends each step; at least one character.
+        sampling: of the completions; its own seed is not read.
+        success: a reward of at least this much is a right answer.
+        skip_after_failure: see above.
+        seed: see above.
+
+    Yields:
+        The rows in their order, with ``completions`` (the steps), ``labels`` and all other columns: what
+        ``StepwiseDataModule`` reads. Rows that the verifier cannot judge are left out, with one warning in the end.
+
+    Raises:
+        ValueError: an option out of range, or a row without prompt or steps.
+
+    Example:
+        >>> from rlhf_lightning.rollouts.verifiers import exact_answer
+        >>> rows = [{"prompt": "1+2=?", "completions": ["1+2=3", "#3"], "answer": "3"}]
+        >>> next(label_steps(rows, engine, tokenizer, exact_answer))["labels"]  # doctest: +SKIP
+        [0.75, 1.0]
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1 (8 is usual)")
+    if labels not in ("soft", "hard"):
+        raise ValueError(f"labels is {labels!r}; it must be one of soft, hard")
+    if not step_separator:
+        raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
+    labeller = _Labeller(
+        engine, tokenizer, verify, num_samples, step_separator, sampling or SamplingParams(), success, seed
+    )
+    numbered, left_out = enumerate(rows), 0
+    while chunk := [labeller.read(number, row) for number, row in islice(numbered, _ROWS_AT_ONCE)]:
+        labeller.judge_answers(chunk)
+        judged = [solution for solution in chunk if solution.labels]
+        left_out += len(chunk) - len(judged)
+        labeller.judge_prefixes(judged, skip_after_failure=skip_after_failure)
+        for solution in judged:
+            values = [float(value or 0.0) for value in solution.labels]
+            if labels == "hard":
+                values = [float(value > 0) for value in values]
+            rest = {k: v for k, v in solution.row.items() if k not in ("completion", "response")}
+            yield {**rest, "completions": solution.steps, "labels": values}
+    if left_out:
+        warnings.warn(f"{left_out} rows were left out: the verifier has nothing to say about them", stacklevel=2)
+
+
+@dataclass
+class _Labeller:
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    verify: Verifier
+    num_samples: int
+    separator: str
+    sampling: SamplingParams
+    success: float
+    seed: int
+
+    def read(self, number: int, row: Mapping[str, Any]) -> _Solution:
+        """Takes a row apart."""
+        row_id = str(row.get("row_id", f"rows:{number}"))
+        prompt, steps = row.get("prompt"), row.get("completions")
+        if steps is None:
+            text = row.get("completion") if row.get("completion") is not None else row.get("response")
+            steps = text.split(self.separator) if isinstance(text, str) else None
+        steps = [step for step in steps or () if step]
+        if not prompt or not steps or not all(isinstance(step, str) for step in steps):
+            raise ValueError(
+                f"row {row_id} has the columns {sorted(row)}; it needs a prompt, and completions (a list of steps) or "
+                "completion (a text of at least one step)"
+            )
+        step_ids = [self._ids(step + self.separator, add_special_tokens=False) for step in steps]
+        return _Solution(row_id, row, steps, self._prompt_ids(prompt), step_ids)
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self._ids(prompt)
+        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return self._ids(str(text), add_special_tokens=False)
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        return [int(token) for token in self.tokenizer(text, **options)["input_ids"]]
+
+    def judge_answers(self, solutions: Sequence[_Solution]) -> None:
+        """Labels last steps by the solutions' answers; a solution that cannot be judged gets no labels at all."""
+        texts = [self._text(solution, len(solution.steps)) for solution in solutions]
+        for solution, reward in zip(solutions, self._rewards(solutions, texts), strict=True):
+            if reward is not None:
+                solution.labels = [None] * (len(solution.steps) - 1) + [float(reward >= self.success)]
+
+    def judge_prefixes(self, solutions: Sequence[_Solution], *, skip_after_failure: bool) -> None:
+        """Labels all steps but the last ones by sampling."""
+        tasks = [(solution, count) for solution in solutions for count in range(1, len(solution.steps))]
+        if not skip_after_failure:
+            self._sample(tasks)
+            return
+        for count in range(1, max((len(s.steps) for s in solutions), default=1)):
+            self._sample([task for task in tasks if task[1] == count and not _failed(task[0], count)])
+        for solution in solutions:
+            if _failed(solution, len(solution.steps)):
+                solution.labels = [*(value or 0.0 for value in solution.labels[:-1]), 0.0]
+
+    def _sample(self, tasks: Sequence[tuple[_Solution, int]]) -> None:
+        """Completes prefixes and sets the labels of the steps that they end with."""
+        if not tasks:
+            return
+        prompts = [solution.prefix_ids(count) for solution, count in tasks]
+        seeds = [
+            [derive_seed(self.seed, solution.row_id, count, sample) for sample in range(self.num_samples)]
+            for solution, count in tasks
+        ]
+        sampling = replace(self.sampling, seed=self.seed)
+        groups = self.engine.generate(prompts, self.num_samples, sampling, seeds=seeds)
+        owners = [solution for solution, _ in tasks for _ in range(self.num_samples)]
+        texts = [
+            self._text(solution, count) + completion.text
+            for (solution, count), group in zip(tasks, groups, strict=True)
+            for completion in group
+        ]
+        rewards = self._rewards(owners, texts)
+        for n, (solution, count) in enumerate(tasks):
+            mine = rewards[n * self.num_samples : (n + 1) * self.num_samples]
+            right = sum(reward is not None and reward >= self.success for reward in mine)
+            solution.labels[count - 1] = right / self.num_samples
+
+    def _text(self, solution: _Solution, count: int) -> str:
+        return "".join(step + self.separator for step in solution.steps[:count])
+
+    def _rewards(self, solutions: Sequence[_Solution], texts: Sequence[str]) -> Sequence[float | None]:
+        names = {name for solution in solutions for name in solution.row} - {"prompt", "completions", "completion"}
+        columns = {name: [solution.row.get(name) for solution in solutions] for name in sorted(names)}
+        rewards = self.verify([solution.row["prompt"] for solution in solutions], list(texts), **columns)
+        if len(rewards) != len(texts):
+            raise ValueError(f"the verifier returned {len(rewards)} rewards for {len(texts)} completions")
+        return rewards
+
+
+def _failed(solution: _Solution, count: int) -> bool:
+    """Whether no sample could save a step before the last of ``count``."""
+    return 0.0 in solution.labels[: count - 1]

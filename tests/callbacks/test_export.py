@@ -1,0 +1,101 @@
+"""Which model is exported, told by its weights; and that a folder is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import lightning
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_lightning import SFTModule
+from rlhf_lightning.callbacks import ModelExport
+from rlhf_lightning.datamodules import SFTDataModule
+
+ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(8)]
+
+
+class Recorder(lightning.Callback):
+    """Keeps a copy of the weights at each validation, and replaces the metric by one given."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+        self.weights: list[torch.Tensor] = []
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.weights.append(pl_module.model.get_input_embeddings().weight.detach().clone())
+        pl_module.log("val/quality", self.values[len(self.weights) - 1])
+
+
+def fit(folder, export, values, val=True):
+    recorder = Recorder(values)
+    module = SFTModule(str(folder), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[recorder, export],
+        max_steps=len(values),
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, SFTDataModule(train=ROWS, val=ROWS if val else None, global_batch_size=2))
+    return module, recorder
+
+
+def embeddings(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 1), ("min", 2)])
+def test_the_best_model_is_exported(tiny_model_folder, tmp_path, mode, best):
+    export = ModelExport(str(tmp_path / "out/model"), monitor="val/quality", mode=mode)
+    _, recorder = fit(tiny_model_folder(), export, [0.5, 0.75, 0.25, 0.75])  # of equals the first
+    assert torch.equal(embeddings(tmp_path / "out/model"), recorder.weights[best])
+    assert not torch.equal(recorder.weights[best], recorder.weights[3])
+    record = json.loads((tmp_path / "out/model.json").read_text())
+    assert record == {"step": best + 1, "monitor": "val/quality", "value": [0.5, 0.75, 0.25][best]}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/model").eos_token == "<eos>"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "model.json"]
+
+
+def test_without_a_metric_the_last_model_is_exported(tiny_model_folder, tmp_path):
+    module, _ = fit(tiny_model_folder(), ModelExport(str(tmp_path / "model")), [0.0, 0.0])
+    assert torch.equal(embeddings(tmp_path / "model"), module.model.get_input_embeddings().weight)
+    assert json.loads((tmp_path / "model.json").read_text()) == {"step": 2, "monitor": None, "value": None}
+
+
+def test_nan_is_never_the_best(tiny_model_folder, tmp_path):
+    export = ModelExport(str(tmp_path / "model"), monitor="val/quality")
+    fit(tiny_model_folder(), export, [float("nan"), 0.1])
+    assert (export.best_value, export.step) == (pytest.approx(0.1), 2)
+
+
+def test_a_metric_that_is_not_logged_is_named_with_those_that_are(tiny_model_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"monitor is 'val/nonsense'.*logged: .*val/loss"):
+        fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/nonsense"), [0.0])
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_metric_without_validation_is_an_error(tiny_model_folder, tmp_path):
+    with pytest.raises(ValueError, match="never measured"):
+        fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/loss"), [0.0], val=False)
+
+
+def test_a_resumed_run_keeps_a_better_model(tmp_path):
+    first = ModelExport(str(tmp_path), monitor="m")
+    first.best_value, first.step = 0.9, 5
+    second = ModelExport(str(tmp_path), monitor="m")
+    second.load_state_dict(first.state_dict())
+    fitting = {"state": SimpleNamespace(fn="fit"), "sanity_checking": False}
+    trainer = SimpleNamespace(**fitting, callback_metrics={"m": torch.tensor(0.8)})
+    second.on_validation_end(trainer, None)  # would fail on the missing module if it were written
+    assert (second.best_value, second.step) == (0.9, 5)
+
+
+def test_mode_is_checked():
+    with pytest.raises(ValueError, match="mode is 'best'; it must be max or min"):
+        ModelExport("x", mode="best")

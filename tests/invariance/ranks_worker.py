@@ -1,0 +1,31 @@
+"""Runs one step and one validation of every method on the ranks that torchrun started; rank 0 saves what came out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.invariance.harness import step, validate
+from tests.invariance.methods import METHODS
+
+
+def main(folder: str, target: str, num_rows: int) -> None:
+    """Every rank gets every ``world``-th row; with more ranks than rows, some get none."""
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    results = {}
+    for name, method in METHODS.items():
+        rows = method.rows(num_rows)
+        run = {"strategy": "ddp", "devices": world, "use_distributed_sampler": False}
+        outcome = step(method, folder, rows[rank::world], trainer_options=run, micro_batch_tokens=60)
+        metrics = validate(method, folder, rows, 3, trainer_options=run, rank=rank, world=world)
+        results[name] = {"updates": outcome.updates, "metrics": outcome.metrics, "validation": metrics}
+    if rank == 0:
+        torch.save(results, Path(target))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,104 @@
+"""What a pipeline's YAML may say, and what is said of one that says something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_lightning.pipeline import load_pipeline
+from rlhf_lightning.pipeline.config import FitStage, SampleStage
+from rlhf_lightning.usage import UsageError
+
+PLAIN: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "seed": 5,
+    "variables": {"rows": 7},
+    "stages": {
+        "a": {"kind": "fit", "config": "configs/sft/tiny.yaml", "data": {"train": "x?rows=${variables.rows}"}},
+        "b": {"kind": "sample", "model": "${outputs.a.model}", "prompts": "p.jsonl", "seed": 9},
+    },
+}  # fmt: skip
+
+
+def load(tmp_path: Path, content: Any, *overrides: str, **arguments: Any):
+    file = tmp_path / "p.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return load_pipeline(file, overrides, **arguments)
+
+
+def test_interpolations_and_outputs(tmp_path):
+    pipeline = load(tmp_path, PLAIN)
+    first, second = pipeline.stages["a"], pipeline.stages["b"]
+    assert isinstance(first, FitStage)
+    assert isinstance(second, SampleStage)
+    assert first.config == ["configs/sft/tiny.yaml"]
+    assert first.data == {"train": "x?rows=7"}
+    assert second.model == "runs/x/a/model"
+    assert (pipeline.stage_seed("a"), pipeline.stage_seed("b")) == (5, 9)
+
+
+def test_overrides_and_run_dir(tmp_path):
+    pipeline = load(tmp_path, PLAIN, "seed=6", "stages.b.num_samples=2", "variables.rows=8", run_dir="elsewhere")
+    assert pipeline.seed == 6
+    assert pipeline.stages["b"].num_samples == 2
+    assert pipeline.stages["a"].data == {"train": "x?rows=8"}
+    assert pipeline.stages["b"].model == "elsewhere/a/model"
+    assert pipeline.run_dir == Path("elsewhere")
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**PLAIN, **changes}
+
+
+def stage(**changes: Any) -> dict[str, Any]:
+    return changed(stages={"a": {**PLAIN["stages"]["b"], "model": "x", **changes}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed(stagess={}), "a pipeline has no key 'stagess'; did you mean 'stages'?"),
+        (changed(run_dir=None), "run_dir is missing"),
+        (changed(stages={}), "stages is missing"),
+        (changed(seed=-1), "seed is -1; it must be a whole number"),
+        (changed(dtype="int8"), "dtype is 'int8'; it must be float32"),
+        (changed(stages={"a": {"model": "x"}}), "stage 'a' is of kind None; write kind: fit or sample"),
+        (changed(stages={"a": {"kind": "fitt"}}), "stage 'a' is of kind 'fitt'"),
+        (changed(stages={"a/b": {"kind": "fit"}}), "stage 'a/b': a name has letters"),
+        (stage(num_sample=3), "stage 'a' has no key 'num_sample'; did you mean 'num_samples'?"),
+        (stage(prompts=None), "stage 'a' needs 'prompts'"),
+        (changed(stages={"a": {"kind": "fit", "trainer": [1]}}), "stage 'a': trainer is [1]; it must be a dict"),
+        (changed(stages={"a": {"kind": "fit", "export": {"monitr": "x"}}}), "stage 'a', export has no key 'monitr'"),
+        (changed(evaluation={"promptz": "x"}), "evaluation has no key 'promptz'; did you mean 'prompts'?"),
+        (changed(compare=[{"metric": "val/loss", "stages": ["c"]}]), "compare names the stage 'c', which there is not"),
+        (changed(title="${nowhere}"), "nowhere"),
+        ("stages: [", "line"),
+        ("- 1", "is not a mapping"),
+    ],
+)  # fmt: skip
+def test_mistakes(tmp_path, content, message):
+    with pytest.raises(UsageError) as error:
+        load(tmp_path, content)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_on_the_command_line(tmp_path):
+    with pytest.raises(UsageError, match="'seed' is not an override: write key=value"):
+        load(tmp_path, PLAIN, "seed")
+    with pytest.raises(UsageError, match=r"there is no file 'nowhere\.yaml'"):
+        load_pipeline("nowhere.yaml")
+
+
+def test_an_environment_variable_that_is_not_set_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    with pytest.raises(UsageError, match="NO_SUCH_FOLDER"):
+        load(tmp_path, changed(variables={"rows": "${oc.env:NO_SUCH_FOLDER}"}))
+
+
+def test_packaged_pipelines_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert list(load_pipeline("configs/pipelines/quickstart.yaml").stages) == ["sft", "pairs", "dpo", "dpo_longer"]

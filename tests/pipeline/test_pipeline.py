@@ -1,0 +1,225 @@
+"""Staged runs end to end, small: what runs, what is skipped, what an interruption leaves, and what is reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.pipeline import load_pipeline, run_pipeline, runner
+
+CALLS: list[str] = []
+VERIFIER = f"{__name__}.first_is_right"
+
+
+def first_is_right(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Right are completions that begin with an even letter: about half of what a random model writes."""
+    CALLS.append("verify")
+    return [float(bool(text) and ord(text[0]) % 2 == 0) for text in completions]
+
+
+@pytest.fixture
+def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
+    rows = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}", "answer": str(2 * n)} for n in range(12)]
+    for name in ("rows", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = {"accelerator": "cpu", "max_steps": 2, "logger": False}
+    return {
+        "title": "small",
+        "run_dir": str(tmp_path / "run"),
+        "seed": 3,
+        "evaluation": {
+            "prompts": str(tmp_path / "test.jsonl"),
+            "verifier": VERIFIER,
+            "max_new_tokens": 4,
+            "samples": 2,
+        },
+        "stages": {
+            "sft": {
+                "kind": "fit",
+                "model": {"class_path": "SFTModule", "init_args": {"model": str(tiny_model_folder())}},
+                "data": {
+                    "class_path": "SFTDataModule",
+                    "init_args": {"train": str(tmp_path / "rows.jsonl"), "val": str(tmp_path / "rows.jsonl")},
+                },
+                "trainer": trainer,
+            },
+            "pairs": {
+                "kind": "sample",
+                "model": "${outputs.sft.model}",
+                "prompts": str(tmp_path / "rows.jsonl"),
+                "verifier": VERIFIER,
+                "num_samples": 8,
+                "sampling": {"max_new_tokens": 24},
+            },
+            "dpo": {
+                "kind": "fit",
+                "model": {"class_path": "DPOModule", "init_args": {"model": "${outputs.sft.model}"}},
+                "data": {
+                    "class_path": "PreferenceDataModule",
+                    "init_args": {"train": "${outputs.pairs.pairs}", "val": "${outputs.pairs.pairs}"},
+                },
+                "trainer": trainer | {"val_check_interval": 1},
+                "export": {"monitor": "val/loss", "mode": "min"},
+            },
+        },
+        "compare": [{"metric": "val/loss", "stages": ["sft", "dpo"], "text": "both"}],
+    }
+
+
+def run(written: dict[str, Any], tmp_path: Path, *overrides: str) -> dict[str, Any]:
+    """Runs through the command line; returns which stages ran, and their records."""
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(written, sort_keys=False))
+    main(["pipeline", "--config", str(file), *overrides])
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    return manifest["stages"]
+
+
+def ran(stages: dict[str, Any]) -> list[str]:
+    return [name for name, record in stages.items() if record["ran"]]
+
+
+def test_everything_from_start_to_report(written, tmp_path, capsys):
+    stages = run(written, tmp_path)
+    out = capsys.readouterr().out
+    assert ran(stages) == ["sft", "pairs", "dpo"]
+    folder = tmp_path / "run"
+
+    # A stage's model is what the next one starts from, and a folder that transformers loads.
+    merged = yaml.safe_load((folder / "dpo/config.yaml").read_text())
+    assert merged["model"]["init_args"]["model"] == str(folder / "sft/model")
+    assert merged["seed_everything"] == 3
+    AutoModelForCausalLM.from_pretrained(folder / "dpo/model")
+
+    pairs = [json.loads(line) for line in (folder / "pairs/pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == stages["pairs"]["metrics"]["pairs"] > 0
+    assert all(ord(pair["chosen"][0]) % 2 == 0 and ord(pair["rejected"][0]) % 2 == 1 for pair in pairs)
+    assert all(pair["prompt"] == f"{int(pair['answer']) // 2}+{int(pair['answer']) // 2}=?" for pair in pairs)
+    assert len({pair["prompt"] for pair in pairs}) == len(pairs)
+
+    # Accuracy is that of the greedy completions that were written down.
+    for name in ("sft", "dpo"):
+        answers = [json.loads(line) for line in (folder / name / "test_answers.jsonl").read_text().splitlines()]
+        right = [bool(a["completion"]) and ord(a["completion"][0]) % 2 == 0 for a in answers]
+        assert stages[name]["evaluation"]["accuracy"] == pytest.approx(sum(right) / 12)
+        assert stages[name]["evaluation"]["rows"] == 12
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["stage"] for row in summary["stages"]] == ["sft", "pairs", "dpo"]
+    assert summary["stages"][2]["test_accuracy"] == stages["dpo"]["evaluation"]["accuracy"]
+    assert stages["dpo"]["metrics"]["val_before/loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert f"test accuracy {stages['dpo']['evaluation']['accuracy']:.1%} of 12 problems" in out
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 3  # one per fit stage and the comparison
+    assert page.count("✔") + page.count("✘") == 4  # two samples for each of two models
+    assert not list(folder.rglob("*.partial*"))
+    start = written["stages"]["sft"]["model"]["init_args"]["model"]
+    assert stages["sft"]["inputs"].keys() == {str(tmp_path / "rows.jsonl"), start}
+    assert json.loads((folder / "manifest.json").read_text())["versions"]["rlhf-lightning"]
+
+
+def test_what_is_finished_and_unchanged_is_not_run_again(written, tmp_path):
+    first = run(written, tmp_path)
+    CALLS.clear()
+    second = run(written, tmp_path)
+    assert ran(second) == []
+    assert CALLS == []  # the test set is not read again either
+    for name in first:
+        assert second[name]["key"] == first[name]["key"]
+        assert second[name]["metrics"] == first[name]["metrics"]
+
+    # A moved run directory is the same run.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    file = tmp_path / "pipeline.yaml"
+    main(["pipeline", "--config", str(file), "--run_dir", str(tmp_path / "moved")])
+    assert ran(json.loads((tmp_path / "moved/manifest.json").read_text())["stages"]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("stages.sft.trainer.max_steps=3", ["sft", "pairs", "dpo"]),  # other weights: everything after it
+        ("stages.dpo.model.init_args.beta=0.3", ["dpo"]),
+        ("stages.pairs.sampling.temperature=3.0", ["pairs", "dpo"]),
+        ("seed=4", ["sft", "pairs", "dpo"]),
+        ("evaluation.samples=1", []),
+    ],
+)
+def test_a_change_reruns_what_depends_on_it(written, tmp_path, change, expected):
+    run(written, tmp_path)
+    assert ran(run(written, tmp_path, change)) == expected
+
+
+def test_changed_rows_and_damaged_outputs_are_noticed(written, tmp_path):
+    run(written, tmp_path)
+    pairs = tmp_path / "run/pairs/pairs.jsonl"
+    whole = pairs.read_text()
+    pairs.write_text(whole[:-20])
+    assert ran(run(written, tmp_path)) == ["pairs"]  # made again as it was, so what follows stands
+    assert pairs.read_text() == whole
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"#8"', '"#9"'))
+    assert ran(run(written, tmp_path)) == ["sft", "pairs", "dpo"]
+
+
+def test_a_new_test_set_is_evaluated_without_training(written, tmp_path):
+    run(written, tmp_path)
+    CALLS.clear()
+    stages = run(written, tmp_path, "evaluation.limit=5")
+    assert ran(stages) == []
+    assert len(CALLS) == 2
+    assert stages["dpo"]["evaluation"]["rows"] == 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, monkeypatch, capsys, error):
+    real = runner.run_sample
+
+    def interrupted(stage, folder, seed, dtype):
+        real(stage, folder, seed, dtype)  # the output is there, the stage is not finished
+        (folder / "pairs.jsonl").write_text("half a row")
+        raise error
+
+    monkeypatch.setattr(runner, "run_sample", interrupted)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error) as exit_info:
+        run(written, tmp_path)
+    if error is KeyboardInterrupt:
+        assert exit_info.value.code == 130
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    record = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
+    assert [record[name]["status"] for name in ("sft", "pairs")] == ["finished", "running"]
+    monkeypatch.setattr(runner, "run_sample", real)
+    assert ran(run(written, tmp_path)) == ["pairs", "dpo"]
+    assert "half" not in (tmp_path / "run/pairs/pairs.jsonl").read_text()
+
+
+def test_the_same_seed_gives_the_same_run(written, tmp_path):
+    first = run(written, tmp_path)
+    written["run_dir"] = str(tmp_path / "again")
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    second = run_pipeline(load_pipeline(tmp_path / "pipeline.yaml"), say=lambda line: None).stages
+    for name in first:
+        assert second[name]["outputs"] == first[name]["outputs"]
+
+
+def test_test_loss_is_that_of_the_exported_model(written, tmp_path):
+    """The best of several models is exported, and what is reported of it is measured on it."""
+    stage = written["stages"]["dpo"]
+    stage["data"]["init_args"]["test"] = stage["data"]["init_args"]["val"]
+    stage["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e6}}
+    stage["model"]["init_args"]["max_grad_norm"] = None
+    stage["trainer"]["max_steps"] = 3
+    metrics = run(written, tmp_path)["dpo"]["metrics"]
+    assert metrics["steps"] == 3
+    assert metrics["test/loss"] == pytest.approx(metrics["val/loss"], rel=1e-5)
+    history = [json.loads(line) for line in (tmp_path / "run/dpo/history.jsonl").read_text().splitlines()]
+    losses = [float("inf") if row["val/loss"] is None else row["val/loss"] for row in history if "val/loss" in row][1:]
+    assert losses[-1] > min(losses)  # the last model is another one
+    assert metrics["val/loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert metrics["exported_step"] == losses.index(min(losses)) + 1

@@ -1,0 +1,138 @@
+"""Step labels by completion, with an engine whose every sample is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning.rollouts import Completion, LocalEngine, SamplingParams
+from rlhf_lightning.rollouts.step_labels import label_steps
+from rlhf_lightning.rollouts.verifiers import exact_answer
+
+from ..helpers import char_tokenizer, tiny_model
+
+TOKENIZER = char_tokenizer()
+ROWS = [
+    {"prompt": "1+2+3=?", "completions": ["1+2=3", "3+3=6", "#6"], "answer": "6", "level": 1},
+    {"prompt": "2+2+1=?", "completion": "2+2=5\n5+1=6\n#6", "answer": "5"},
+    {"prompt": "9=?", "completions": ["#9"], "answer": "9"},
+]
+
+
+class Scripted:
+    """Completes with the right answer in every n-th sample, n being the number of steps there are plus one.
+
+    After a step that holds ``=5`` nothing is ever right.
+    """
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self.seeds: list[list[int]] = []
+
+    def generate(
+        self,
+        prompts: Any,
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Completion]]:
+        texts = [TOKENIZER.decode(ids) for ids in prompts]
+        self.prompts += texts
+        self.seeds += [list(row) for row in seeds or ()]
+        groups = []
+        for text in texts:
+            problem, *steps = text.rstrip("\n").replace("?", "?\n").split("\n")
+            right = sum(map(int, problem.removesuffix("=?").split("+")))
+            answers = [right if n % (len(steps) + 1) == 0 and "=5" not in text else -1 for n in range(num_samples)]
+            groups.append([Completion([], f"#{answer}", [], "stop") for answer in answers])
+        return groups
+
+
+def labelled(engine: Any = None, rows: Any = ROWS, **options: Any) -> list[dict[str, Any]]:
+    return list(label_steps(rows, engine or Scripted(), TOKENIZER, exact_answer, **{"num_samples": 6, **options}))
+
+
+def test_labels_are_the_share_of_right_completions() -> None:
+    first, second, third = labelled()
+    # One step there: every second sample is right, 3 of 6. Two steps: every third, 2 of 6. The last: its own answer.
+    assert first["labels"] == [3 / 6, 2 / 6, 1.0]
+    assert second["labels"] == [0.0, 0.0, 0.0]
+    assert third["labels"] == [1.0]
+    assert [row["labels"] for row in labelled(labels="hard")] == [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0]]
+
+
+def test_rows_are_those_of_the_stepwise_contract() -> None:
+    first, second, _ = labelled()
+    assert first == {**ROWS[0], "labels": first["labels"]}
+    assert second["completions"] == ["2+2=5", "5+1=6", "#6"]
+    assert second.keys() == {"prompt", "completions", "labels", "answer"}
+
+
+def test_prefixes_are_prompt_and_steps() -> None:
+    engine = Scripted()
+    labelled(engine)
+    assert engine.prompts == ["1+2+3=?1+2=3\n", "1+2+3=?1+2=3\n3+3=6\n", "2+2+1=?2+2=5\n", "2+2+1=?2+2=5\n5+1=6\n"]
+    assert len({seed for row in engine.seeds for seed in row}) == 4 * 6
+
+
+def test_seeds_depend_on_the_row_and_not_on_its_neighbours() -> None:
+    rows = [{**row, "row_id": f"file:{n}"} for n, row in enumerate(ROWS)]
+    whole, alone, other = Scripted(), Scripted(), Scripted()
+    labelled(whole, rows)
+    labelled(alone, rows[1:2])
+    labelled(other, rows[1:2], seed=1)
+    assert whole.seeds[2:] == alone.seeds
+    assert not {seed for row in alone.seeds for seed in row} & {seed for row in other.seeds for seed in row}
+
+
+def test_nothing_is_sampled_behind_a_hopeless_step() -> None:
+    engine = Scripted()
+    first, second, third = labelled(engine, skip_after_failure=True)
+    assert (first["labels"], second["labels"], third["labels"]) == ([3 / 6, 2 / 6, 1.0], [0.0, 0.0, 0.0], [1.0])
+    assert sorted(engine.prompts) == ["1+2+3=?1+2=3\n", "1+2+3=?1+2=3\n3+3=6\n", "2+2+1=?2+2=5\n"]
+
+
+def test_a_right_answer_behind_a_hopeless_step_counts_unless_skipped() -> None:
+    rows = [{"prompt": "2+3=?", "completions": ["2+3=5", "#5"], "answer": "5"}]  # "=5" makes the script fail
+    assert labelled(rows=rows)[0]["labels"] == [0.0, 1.0]
+    assert labelled(rows=rows, skip_after_failure=True)[0]["labels"] == [0.0, 0.0]
+
+
+def test_rows_without_an_answer_are_left_out() -> None:
+    with pytest.warns(UserWarning, match="1 rows were left out"):
+        found = labelled(rows=[{**ROWS[0], "answer": None}, ROWS[2]])
+    assert [row["prompt"] for row in found] == ["9=?"]
+
+
+def test_many_rows_keep_their_order() -> None:
+    rows = [{"prompt": f"{n}+1=?", "completions": ["so", f"#{n + 1}"], "answer": str(n + 1)} for n in range(70)]
+    assert [row["prompt"] for row in labelled(rows=rows)] == [row["prompt"] for row in rows]
+
+
+def test_a_real_engine_completes_from_tokens() -> None:
+    engine = LocalEngine(tiny_model("llama"), TOKENIZER)
+    sampling = SamplingParams(max_new_tokens=3)
+    torch.manual_seed(0)
+    first = labelled(engine, sampling=sampling)
+    torch.manual_seed(1)
+    assert labelled(engine, sampling=sampling) == first
+    assert first[0]["labels"][-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
+        ({"labels": "crisp"}, "labels is 'crisp'"),
+        ({"step_separator": ""}, "step_separator is ''"),
+        ({"rows": [{"prompt": "a"}]}, r"row rows:0 has the columns \['prompt'\]; it needs a prompt, and completions"),
+        ({"rows": [{"prompt": "a", "completion": "\n"}]}, "row rows:0 has the columns"),
+    ],
+)
+def test_what_cannot_be_labelled_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        labelled(**options)

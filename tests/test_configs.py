@@ -1,0 +1,95 @@
+"""Every YAML that is shipped parses, through the real command line; every tiny one trains."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_lightning import modules
+from rlhf_lightning.cli import main
+from rlhf_lightning.pipeline import load_pipeline
+from rlhf_lightning.pipeline.fitting import StageCLI
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+METHODS = sorted(folder.name for folder in CONFIGS.iterdir() if (folder / "default.yaml").is_file())
+FRAGMENTS = sorted(file for name in ("data", "logger", "model", "trainer") for file in (CONFIGS / name).glob("*.yaml"))
+PIPELINES = sorted((CONFIGS / "pipelines").glob("*.yaml"))
+REQUIRED = {"model", "train"}  # what default.yaml leaves to the user
+
+
+def printed(capsys, *args: str) -> dict:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", *args, "--print_config"])
+    assert exit_info.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_methods_are_found():
+    assert {"sft", "dpo"} <= set(METHODS)
+    assert all((CONFIGS / method / "tiny.yaml").is_file() for method in METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_default_is_complete_and_commented(capsys, method):
+    file = CONFIGS / method / "default.yaml"
+    config = printed(capsys, "--config", str(file), "--model.init_args.model=m", "--data.init_args.train=rows.jsonl")
+    written = yaml.safe_load(file.read_text())
+    for section in ("model", "data"):
+        assert config[section]["class_path"] == written[section]["class_path"]
+        assert set(config[section]["init_args"]) - set(written[section]["init_args"]) <= {*REQUIRED, "test", "predict"}
+    for line in file.read_text().splitlines():
+        name = line.strip().partition(":")[0].removeprefix("- ")
+        plain = {"shuffle", "drop_last", "weight_decay", "project", "name", "save_dir", "accelerator", "devices"}
+        plain |= {"max_epochs", "log_every_n_steps", "num_sanity_val_steps", "default_root_dir", "mode"}
+        plain |= {"seed_everything"}
+        if ": " in line and "#" not in line and "class_path" not in line:
+            assert name in plain, f"{line!r} has no comment"
+    lora = inspect.signature(modules.PostTrainingModule).parameters["lora"]
+    assert lora.default is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_fragments_stack_on_every_method(capsys, method, fragment):
+    tiny = CONFIGS / method / "tiny.yaml"
+    written = yaml.safe_load(fragment.read_text())
+    given = written.get("data", {}).get("class_path")
+    if given is not None and given != yaml.safe_load(tiny.read_text())["data"]["class_path"]:
+        pytest.skip("rows of another contract")
+    config = printed(capsys, "--config", str(tiny), "--config", str(fragment))
+    for section in ("model", "data"):
+        for name, value in written.get(section, {}).get("init_args", {}).items():
+            assert config[section]["init_args"][name] == value
+    for name, value in written.get("trainer", {}).items():
+        if name != "logger":
+            assert str(config["trainer"][name]) == str(value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiny_trains(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the model comes from the package then
+    once = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
+    main(["fit", "--config", f"configs/{method}/tiny.yaml", *once])
+    assert (tmp_path / f"runs/tiny-{method}/model/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiny_validates_tests_and_predicts(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for subcommand in ("validate", "test", "predict"):
+        main([subcommand, "--config", f"configs/{method}/tiny.yaml", "--trainer.enable_progress_bar=false"])
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.stem)
+def test_pipelines_build(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("GSM8K_DIR", str(tmp_path))
+    pipeline = load_pipeline(file, run_dir=tmp_path / "run")
+    for name, stage in pipeline.stages.items():
+        if stage.kind == "fit":
+            merged = StageCLI(stage, pipeline.folder(name), 0).merged
+            logger = merged["trainer"]["logger"]
+            assert logger["class_path"].endswith("WandbLogger")
+            assert logger["init_args"]["offline"] is True
