@@ -1,10 +1,11 @@
 """RLHF in PyTorch Lightning: one LightningModule per method, paired with LightningDataModules."""
 
-from .modules import DPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
+from .modules import DPOModule, GRPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
 
 __version__ = "0.1.0"
 __all__ = [
     "DPOModule",
+    "GRPOModule",
     "KTOModule",
     "ProcessRewardModule",
     "RewardModule",

@@ -2,6 +2,7 @@
 
 from .base import PostTrainingModule
 from .dpo import DPOModule
+from .grpo import GRPOModule
 from .kto import KTOModule
 from .process_reward import ProcessRewardModule
 from .reward import RewardModule
@@ -11,6 +12,7 @@ from .simpo import SimPOModule
 
 __all__ = [
     "DPOModule",
+    "GRPOModule",
     "KTOModule",
     "PostTrainingModule",
     "ProcessRewardModule",

@@ -132,8 +132,8 @@ def attach(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Examp
 
 def token_field(batch: SequenceBatch, name: str, like_N: Tensor) -> Tensor | None:
     """``(N,)`` a quantity that ``attach`` gave to the trees of a batch; ``None`` where it did not."""
-    arrays = [example.fields.get(name) for example in batch.examples]
-    if any(array is None for array in arrays):
+    arrays = [example.fields[name] for example in batch.examples if name in example.fields]
+    if len(arrays) < batch.num_examples:
         return None
     return torch.from_numpy(np.concatenate(arrays)).to(device=like_N.device, dtype=like_N.dtype)
 

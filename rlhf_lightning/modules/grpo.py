@@ -32,10 +32,11 @@ from .rollout_metrics import sampling_metrics
 class GRPOModule(OnPolicyModule):
     r"""Group-relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and the losses that grew from it.
 
-    .. math:: L = -\frac{1}{T} \sum_{i,t} \min\big(r_{i,t} A_i, \mathrm{clip}(r_{i,t}, 1-\epsilon, 1+\epsilon_h) A_i\big)
+    .. math:: L = -\frac{1}{T} \sum_{i,t}
+              \min\big(r_{i,t} A_i, \mathrm{clip}(r_{i,t}, 1-\epsilon, 1+\epsilon_h) A_i\big)
               + \beta\, \mathrm{KL}_{i,t}, \qquad A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R) + 10^{-4}}
 
-    with the mean and deviation of a prompt's G completions. ``losses.policy_gradient`` has the formula, the paper and the
+    with the mean and deviation of a prompt's G completions. ``losses.policy_gradient`` has the formula, paper and
     departures of every ``loss_type`` and option, ``rollouts.advantages`` those of the advantages.
 
     Departures: every normaliser and statistic is that of the global batch; the top-entropy threshold is taken once per
@@ -69,8 +70,8 @@ class GRPOModule(OnPolicyModule):
         importance_sampling_max: upper bound of these weights; ``None`` for none.
         off_policy_mask_threshold: drop completions with a negative advantage from which the policy has moved by more
             than this, above 0; ``None`` keeps them.
-        dynamic_sampling: how many times groups whose rewards are all equal are replaced by those of other prompts of the
-            training data, at least 0.
+        dynamic_sampling: how many times groups whose rewards are all equal are replaced by those of other prompts of
+            the training data, at least 0.
         kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
 
     Example::

@@ -10,6 +10,7 @@ Legend: E prompts of this rank, G completions of each, K reward functions, N sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -198,7 +199,7 @@ class OnPolicyModule(ReferencedModule):
         """This rank's trees of each optimizer step; which prompts they are of does not depend on the ranks."""
         everyone = {row for rows in gather_objects([tree.fields["prompt_id"] for tree in trees]) for row in rows}
         for number in range(self.num_updates):
-            order = sorted(everyone, key=lambda row: derive_seed(self.seed, self.iteration, number, row))  # noqa: B023
+            order = sorted(everyone, key=partial(derive_seed, self.seed, self.iteration, number))
             for part in range(self.num_mini_batches):
                 bounds = [len(order) * edge // self.num_mini_batches for edge in (part, part + 1)]
                 chosen = set(order[slice(*bounds)])
