@@ -1,19 +1,10 @@
-"""The core that every method stands on: one batch is one optimizer step, whatever it is split into.
-
-A method adds three things: ``constants`` (what is computed once without gradient, such as a reference's log-probs),
-``scores`` (what is computed with gradient) and ``loss`` (a pure function of both, divided by global totals). All three
-speak in *rows*: tensors whose first dimension is the example. That is what makes micro-batches, ranks, gathered losses
-and validation the same few lines for all methods.
-
-Legend: E examples.
-"""
+"""The core that every method stands on: one batch is one optimizer step, whatever it is split into."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
 import lightning
@@ -30,8 +21,6 @@ from ..sequences import (
     Example,
     ExampleBatch,
     SequenceBatch,
-    pack,
-    plan_micro_batches,
     register_attention,
     register_flex_attention,
 )
@@ -40,17 +29,14 @@ from .distributed import (
     Scores,
     concatenate,
     gather_scores,
-    rows_before_this_rank,
     sum_gradients,
     sum_over_ranks,
-    world_size,
 )
+from .micro_batches import ROW_KEY, MicroBatchedModule, in_canonical_order
 from .schedules import WarmupSchedule
 
-ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
 
-
-class PostTrainingModule(lightning.LightningModule):
+class PostTrainingModule(MicroBatchedModule):
     """Loads a causal language model, runs packed micro-batches under global normalisers, and steps once per batch.
 
     Args:
@@ -92,7 +78,7 @@ class PostTrainingModule(lightning.LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(micro_batch_tokens=micro_batch_tokens, share_prefix=share_prefix)
         check_module_options(
             init=init,
             micro_batch_tokens=micro_batch_tokens,
@@ -105,9 +91,7 @@ class PostTrainingModule(lightning.LightningModule):
         self.model: Any = None
         self.model_source = str(model)
         self.init = init
-        self.micro_batch_tokens = micro_batch_tokens
         self.attention = attention
-        self.share_prefix = share_prefix
         self.lora = dict(lora) if lora is not None else None
         self.quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
@@ -121,54 +105,12 @@ class PostTrainingModule(lightning.LightningModule):
         self._rows: list[Scores] = []  # rows of the running validation or test epoch
         self._row_totals: dict[str, float] = {}
 
-    # What a method defines.
+    # The model.
 
     @property
     def predicts_tokens(self) -> bool:
         """Whether the model's output projection is used; a checkpoint without one will do where it is not."""
         return True
-
-    @property
-    def coupled(self) -> bool:
-        """Whether a row's loss depends on the other rows of the global batch."""
-        return False
-
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Counts that the loss is divided by, of these examples; they are added up over all ranks."""
-        return {"examples": float(len(examples))}
-
-    def constants(self, batch: SequenceBatch) -> Scores:
-        """Rows that carry no gradient; called without gradient, once per micro-batch."""
-        return {}
-
-    @property
-    def shares_constants(self) -> bool:
-        """Whether a row's loss reads ``statistics`` of the whole global batch's constants."""
-        return False
-
-    def statistics(self, constants: Scores, totals: dict[str, float]) -> dict[str, float]:
-        """Numbers that the loss needs of the constants of *all* rows; they are added to the totals.
-
-        With them a loss that couples rows by a constant alone (KTO's KL estimate) needs no second pass.
-        """
-        return {}
-
-    def remember(self, rows: Scores, totals: dict[str, float]) -> None:
-        """Takes note of a global batch after its step (a running estimate, say); the same on every rank."""
-
-    def scores(self, batch: SequenceBatch) -> Scores:
-        """Rows that carry gradient."""
-        raise TypeError(f"{type(self).__name__} must define scores(batch)")
-
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """The rows' share of the loss: a sum over them, divided by the global totals."""
-        raise TypeError(f"{type(self).__name__} must define loss(rows, totals)")
-
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """What is logged, from the rows of a whole global batch or validation set."""
-        return {}
-
-    # The model.
 
     def configure_model(self) -> None:
         """Builds the model once, with the dtype that the trainer's precision asks for."""
@@ -275,73 +217,6 @@ class PostTrainingModule(lightning.LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
-    def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
-        """Accumulates the gradient of the global batch's loss, this rank's part of it.
-
-        Returns:
-            This rank's rows, detached, and the global totals.
-        """
-        totals = sum_over_ranks(self.totals(examples), self.device)
-        plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-        batches = [[examples[n] for n in micro] for micro in plan]
-        if self.coupled and (len(batches) > 1 or world_size() > 1):
-            return self._backward_coupled(batches, totals), totals
-        known: list[Scores] = []
-        if self.shares_constants:
-            known = [self._constants(self._pack(micro)) for micro in batches]
-            totals |= self._statistics(gather_scores(concatenate(known), self.device), totals)
-        rows = []
-        for n, micro in enumerate(batches):
-            batch = self._pack(micro)
-            constants = known[n] if known else self._constants(batch)
-            scores = self.scores(batch)
-            loss = self.loss(in_canonical_order(constants | scores), totals)
-            self.manual_backward(loss)
-            rows.append(constants | _detached(scores))
-        return concatenate(rows), totals
-
-    def _backward_coupled(self, batches: list[list[Example]], totals: dict[str, float]) -> Scores:
-        """Scores all rows without gradient, differentiates the loss by them globally, and runs backward."""
-        states, constants, scored = [], [], []
-        for micro in batches:
-            batch = self._pack(micro)
-            constants.append(self._constants(batch))
-            states.append(_random_state(self.device))
-            with torch.no_grad():
-                scored.append(self.scores(batch))
-        own = concatenate(c | s for c, s in zip(constants, scored, strict=True))
-        everyone = gather_scores(own, self.device)
-        names = scored[0].keys() if scored else ()
-        leaves = {name: value.clone().requires_grad_(name in names) for name, value in everyone.items()}
-        with torch.enable_grad():
-            loss = self.loss(in_canonical_order(leaves), totals)
-            slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if scored else ()
-        place = rows_before_this_rank(len(own.get(ROW_KEY, ())))
-        for micro, constant, state in zip(batches, constants, states, strict=True):
-            _set_random_state(state, self.device)
-            mine = slice(place, place + len(constant[ROW_KEY]))
-            place = mine.stop
-            again = self.scores(self._pack(micro))
-            parts = [
-                (again[name] * slope[mine]).sum()
-                for name, slope in zip(names, slopes, strict=True)
-                if slope is not None and again[name].requires_grad
-            ]
-            self.manual_backward(torch.stack(parts).sum())
-        return own
-
-    @torch.no_grad()
-    def _statistics(self, rows: Scores, totals: dict[str, float]) -> dict[str, float]:
-        return self.statistics(in_canonical_order(rows), totals) if self.shares_constants else {}
-
-    def _constants(self, batch: SequenceBatch) -> Scores:
-        with torch.no_grad():
-            constants = self.constants(batch)
-        return constants | {ROW_KEY: row_keys(batch.examples, self.device)}
-
-    def _pack(self, examples: list[Example]) -> SequenceBatch:
-        return pack(examples, share_prefix=self.share_prefix, device=self.device)
-
     def _checked(self, batch: ExampleBatch) -> list[Example]:
         """The batch's examples, once they are known to fit the model."""
         if not isinstance(batch, ExampleBatch):
@@ -399,18 +274,6 @@ class PostTrainingModule(lightning.LightningModule):
         values = {name: rows[name].tolist() for name in names}
         return [{"row_id": e.row_id} | {name: values[name][n] for name in names} for n, e in enumerate(examples)]
 
-    @torch.no_grad()
-    def score_examples(self, examples: Sequence[Example]) -> Scores:
-        """Scores examples without gradient, in micro-batches: rows in the order of ``examples``."""
-        return self.in_micro_batches(examples, lambda batch: self._constants(batch) | self.scores(batch))
-
-    def in_micro_batches(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Scores]) -> Scores:
-        """Applies a function to packed micro-batches and returns its rows in the order of ``examples``."""
-        plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-        rows = concatenate(rows_of(self._pack([examples[n] for n in micro])) for micro in plan)
-        order = torch.argsort(torch.tensor([n for micro in plan for n in micro], dtype=torch.long)).to(self.device)
-        return {name: value[order] for name, value in rows.items()}
-
     def _collect(self, batch: ExampleBatch) -> None:
         examples = self._checked(batch)
         if examples:
@@ -462,30 +325,3 @@ class PostTrainingModule(lightning.LightningModule):
         if self._tokenizer_source is None and isinstance(given, PreTrainedTokenizerBase):
             return given
         return self.tokenizer
-
-
-def row_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
-    """``(E,)`` hashes of row ids."""
-    digests = [blake2b(example.row_id.encode(), digest_size=8).digest() for example in examples]
-    keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
-    return torch.tensor(keys, dtype=torch.long, device=device)
-
-
-def _detached(rows: Scores) -> Scores:
-    return {name: value.detach() for name, value in rows.items()}
-
-
-def in_canonical_order(rows: Scores) -> Scores:
-    """Sorts rows by their id, so that no tie and no rounding depends on how they came together."""
-    order = torch.argsort(rows[ROW_KEY], stable=True)
-    return {name: value[order] for name, value in rows.items()}
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

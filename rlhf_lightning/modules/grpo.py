@@ -19,11 +19,11 @@ from ..rollouts import derive_seed
 from ..rollouts.advantages import Baseline, GroupAdvantages, ScaleRewards, gdpo_advantages, group_advantages
 from ..rollouts.shaping import kl_penalised_scores
 from ..sequences import Example, ExampleBatch, SequenceBatch
-from .base import ROW_KEY, row_keys
 from .checks import check_count
 from .distributed import Scores, gather_scores, rows_before_this_rank, sum_over_ranks
 from .groups import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_extremes, tree_sums
 from .grpo_options import Aggregation, GRPOOptions
+from .micro_batches import ROW_KEY, row_keys
 from .on_policy import OnPolicyModule
 from .reward_specs import RewardSpec
 from .rollout_metrics import sampling_metrics

@@ -20,10 +20,11 @@ from ..models import base_model, evaluating, num_positions
 from ..rollouts import Completion, LocalEngine, SamplingParams, derive_seed
 from ..rollouts.advantages import combine_rewards
 from ..sequences import Example, ExampleBatch, SequenceBatch, plan_micro_batches
-from .base import ROW_KEY, PostTrainingModule, in_canonical_order, row_keys
+from .base import PostTrainingModule
 from .checks import check_choice, check_count, check_positive
 from .distributed import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks
 from .groups import Rollouts, num_tokens
+from .micro_batches import ROW_KEY, in_canonical_order, row_keys
 from .referenced import ReferencedModule
 from .reward_specs import RewardSpec, build_rewards, plain_specs
 from .rollout_metrics import rollout_metrics

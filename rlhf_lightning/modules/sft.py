@@ -72,11 +72,11 @@ class SFTModule(PostTrainingModule):
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
         """Sum over tokens, divided by the global batch's tokens."""
-        return rows["loss"].sum() / totals["tokens"]
+        return rows["loss"].sum() / max(totals["tokens"], 1e-12)  # a batch without a scored token has loss 0
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
         """Token accuracy; negative log-likelihood where the loss is another."""
-        values = {"mean_token_accuracy": rows["correct"].sum() / totals["tokens"]}
+        values = {"mean_token_accuracy": rows["correct"].sum() / max(totals["tokens"], 1e-12)}
         if self.loss_type != "nll" or self.label_smoothing > 0:
-            values["nll"] = -rows["logps"].sum() / totals["tokens"]
+            values["nll"] = -rows["logps"].sum() / max(totals["tokens"], 1e-12)
         return values

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule
 from rlhf_lightning.datamodules import PreferenceDataModule
-from rlhf_lightning.sequences import Example, ExampleBatch
+from rlhf_lightning.sequences import Example
 
 from ..helpers import save_tiny_model
-from ..invariance.harness import Batches, trainer
+from ..invariance.harness import trainer
 from ..invariance.methods import pairs
+from .naive import assert_gradient, logps, naive_model, sequences, step
 
 ROWS = [{"prompt": f"{n}+{n}=", "chosen": f"{2 * n}", "rejected": f"{n * n + 1} or so"} for n in range(1, 14)]
 
@@ -30,49 +29,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_model(tmp_path_factory.mktemp("model"), "gpt2", initializer_range=0.1))
 
 
-def completion_logps(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
-    """Sum of log-probs of each completion, by a loop over tokens of the full softmax."""
-    sums = []
-    for prompt, completion in example.root.paths():
-        tokens = torch.tensor([*prompt.tokens, *completion.tokens])
-        log_p = model(input_ids=tokens[None]).logits[0].log_softmax(dim=-1)
-        start = len(prompt.tokens)
-        sums.append(sum((log_p[i - 1, tokens[i]] for i in range(start, len(tokens))), torch.zeros(())))
-    return tuple(sums)
+def completion_logps(model: Any, example: Example) -> tuple[Tensor, Tensor]:
+    """Log-probs of the chosen and of the rejected completion."""
+    chosen, rejected = (logps(model, prompt, completion) for prompt, completion in sequences(example))
+    return chosen, rejected
 
 
 def test_a_step_is_the_naive_gradient(folder: str) -> None:
     examples = pairs(5)
-    naive = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).train()
-    with torch.no_grad():  # moves the policy away from its reference, so that margins are not zero
-        reference = copy.deepcopy(naive)
-        for parameter in naive.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    policy, reference = naive_model(folder, moved=0.05), naive_model(folder)  # apart, so that margins are not zero
     beta, losses = 0.2, []
     for example in examples:
-        chosen, rejected = completion_logps(naive, example)
+        chosen, rejected = completion_logps(policy, example)
         with torch.no_grad():
             ref_chosen, ref_rejected = completion_logps(reference, example)
         losses.append(-F.logsigmoid(beta * (chosen - ref_chosen - rejected + ref_rejected)))
     loss = torch.stack(losses).mean()
     loss.backward()
-
-    module = DPOModule(folder, beta=beta, max_grad_norm=None, optimizer=partial(torch.optim.SGD, lr=1.0))
-    run = trainer(max_steps=1, num_sanity_val_steps=0)
-    start = {name: p.detach().clone() for name, p in naive.named_parameters()}
-
-    class Move(lightning.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.model.load_state_dict(start, strict=False)
-
-    run.callbacks.append(Move())
-    run.fit(module, Batches(ExampleBatch(examples)))
-    assert float(run.callback_metrics["train/loss"]) == pytest.approx(float(loss), rel=1e-6)
-    gradients = dict(naive.named_parameters())
-    for name, parameter in module.model.named_parameters():
-        expected = gradients[name].grad
-        error = float((start[name] - parameter.detach() - expected).norm() / expected.norm().clamp_min(1e-9))
-        assert error < 1e-10, name
+    found = step(DPOModule(folder, beta=beta), examples, policy)
+    assert found.metrics["train/loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert_gradient(found.gradient, policy)
 
 
 def fit(module: DPOModule, **options: Any) -> tuple[DPOModule, dict[str, float]]:

@@ -1,0 +1,340 @@
+"""Proximal policy optimisation with a critic.
+
+Legend: E prompts of this rank, G completions of each, S completions that are trained on, N their tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..losses.kl import kl_per_token
+from ..losses.off_policy import entropy_bonus_loss
+from ..losses.policy_gradient import clip_statistics, importance_ratio, policy_gradient_loss, sequence_sum
+from ..losses.value import explained_variance, explained_variance_sums, value_clip_counts, value_loss
+from ..models import TokenStats, base_model, fused_logprobs, hidden_states, output_head
+from ..rollouts.advantages import gae, moment_sums, whiten
+from ..rollouts.shaping import KLController, missing_eos_penalty, token_rewards
+from ..sequences import Example, SequenceBatch
+from .checks import trainer_dtype
+from .critic import Critic, own_critic, shared_critic
+from .distributed import Scores, sum_over_ranks
+from .groups import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_sums
+from .on_policy import OnPolicyModule
+from .ppo_options import PPOOptions
+from .reward_specs import RewardSpec
+
+
+class PPOModule(OnPolicyModule):
+    r"""Proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347) as in RLHF (Ouyang et al., 2022,
+    arXiv:2203.02155).
+
+    .. math:: L = \frac{1}{T} \sum_t -\min\big(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_h) A_t\big)
+              + \tfrac{c_v}{2} \max\big((V_t - R_t)^2, (V_t^{clip} - R_t)^2\big) - c_e H_t
+
+    A completion's reward lands on its last sampled token; every token pays ``kl_coef`` times its divergence from the
+    reference. ``rollouts.advantages.gae`` makes advantages and returns of both.
+
+    Departures: whitening and every normaliser are those of the global batch (the losses' of each mini-batch); a
+    completion that could not be scored is left out; policy and critic are clipped and stepped together.
+
+    Args:
+        model: Hugging Face id or folder.
+        rewards: see ``OnPolicyModule``.
+        num_generations: completions per prompt, at least 1.
+        num_updates: passes over the completions of an iteration, at least 1.
+        value_model: folder or id of a model that the critic starts from, with a backbone of its own: a reward model that
+            was exported (its head is loaded), or any language model; ``None`` puts a head on the policy's backbone.
+        value_head: ``linear`` or ``mlp``, where none is loaded; it starts at 0.
+        value_lr_ratio: learning rate of the critic's own weights over that of the policy, above 0.
+        value_warmup_iterations: iterations in which only the critic's own weights learn, at least 0.
+        vf_coef: weight of the critic's loss, at least 0.
+        cliprange_value: how far a value may move from its old one and still lower the loss, above 0; ``None``: any.
+        epsilon: clipping of the ratio below, in (0, 1).
+        epsilon_high: clipping above; as ``epsilon`` by default.
+        dual_clip: bound of the loss where the advantage is negative, above 1; ``None`` for none.
+        gamma: discount, in [0, 1].
+        gae_lambda: 0 trusts the critic, 1 the rewards.
+        kl_coef: weight of the divergence from the reference in the rewards, at least 0; 0 needs no reference.
+        kl_estimator: ``k1`` or ``k3``.
+        kl_target: divergence per completion to aim for by adapting ``kl_coef``, above 0; ``None`` keeps it fixed.
+        kl_horizon: completions over which it adapts, at least 1.
+        missing_eos_penalty: taken from the reward of a completion that the limit cut off, at least 0; ``None`` is 0.
+        whiten_rewards: give the rewards of tokens the variance 1.
+        whiten_advantages: give advantages the mean 0 and the variance 1.
+        entropy_coef: weight of an entropy bonus; below 0 a penalty.
+        kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
+
+    Example::
+
+        module = PPOModule("my-sft-model", rewards=["my_rewards.helpful"], value_model="my-reward-model")
+        lightning.Trainer(max_epochs=1).fit(module, PromptDataModule(train="prompts.jsonl", global_batch_size=64))
+    """
+
+    progress_metrics: ClassVar[tuple[str, ...]] = ("reward", "objective/kl", "explained_variance")
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        rewards: Sequence[RewardSpec],
+        num_generations: int = 1,
+        num_updates: int = 4,
+        value_model: str | None = None,
+        value_head: Literal["linear", "mlp"] = "linear",
+        value_lr_ratio: float = 1.0,
+        value_warmup_iterations: int = 0,
+        vf_coef: float = 0.1,
+        cliprange_value: float | None = 0.2,
+        epsilon: float = 0.2,
+        epsilon_high: float | None = None,
+        dual_clip: float | None = None,
+        gamma: float = 1.0,
+        gae_lambda: float = 0.95,
+        kl_coef: float = 0.05,
+        kl_estimator: Literal["k1", "k3"] = "k1",
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
+        missing_eos_penalty: float | None = None,
+        whiten_rewards: bool = False,
+        whiten_advantages: bool = True,
+        entropy_coef: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        options = PPOOptions(
+            value_head=value_head,
+            value_lr_ratio=value_lr_ratio,
+            value_warmup_iterations=value_warmup_iterations,
+            vf_coef=vf_coef,
+            cliprange_value=cliprange_value,
+            epsilon=epsilon,
+            epsilon_high=epsilon_high,
+            dual_clip=dual_clip,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            kl_estimator=kl_estimator,
+            missing_eos_penalty=missing_eos_penalty,
+            whiten_rewards=whiten_rewards,
+            whiten_advantages=whiten_advantages,
+            entropy_coef=entropy_coef,
+        )
+        controller = KLController(kl_coef, target=kl_target, horizon=kl_horizon)
+        super().__init__(model, rewards=rewards, num_generations=num_generations, num_updates=num_updates, **kwargs)
+        self.options = options
+        self.controller = controller
+        self.value_source = value_model
+        self.critic: Critic | None = None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the divergence from a reference is in the rewards."""
+        return self.controller.coef > 0
+
+    @property
+    def warming(self) -> bool:
+        """Whether only the critic learns yet."""
+        return self.iteration < self.options.value_warmup_iterations
+
+    def configure_model(self) -> None:
+        """Builds the policy, its reference, and the critic."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        assert self.model is not None
+        dtype = trainer_dtype(self._trainer)
+        if self.value_source is None:
+            size = int(base_model(self.model).config.get_text_config().hidden_size)
+            self.critic = shared_critic(size, kind=self.options.value_head, seed=self.seed, dtype=dtype)
+        else:
+            self.critic = own_critic(
+                self.value_source,
+                kind=self.options.value_head,
+                seed=self.seed,
+                dtype=dtype,
+                lora=self.lora,
+                quantization=self.quantization,
+                gradient_checkpointing=self.gradient_checkpointing,
+                attention=self.attention,
+                layout=self._requested_layout,
+            )
+
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
+        """The policy's weights, and the critic's own with their rate."""
+        assert self.critic is not None
+        own = {id(parameter) for parameter in self.critic.parameters()}
+        if self.options.value_lr_ratio == 1:
+            return list(parameters)
+        return [
+            {"params": [p for p in parameters if id(p) not in own]},
+            {"params": [p for p in parameters if id(p) in own], "lr_ratio": self.options.value_lr_ratio},
+        ]
+
+    # From rollouts to trees with their constants.
+
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
+        """Plants the completions that could be scored; attaches advantages, returns, old log-probs and old values."""
+        options = self.options
+        scores_EG = self.combined(rollouts.rewards_EGK)
+        trees = plant(
+            rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix
+        )
+        places_S, index_N = flat_places(trees, self.device)
+        sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
+        names = ["old_logprobs", "old_values", *(["ref_logprobs"] if self.has_reference else [])]
+        known = {name: value.double() for name, value in self.per_token(trees, names, self._known).items()}
+        scores_S, ended_S = scores_EG.flatten()[places_S], rollouts.ended_EG().flatten()[places_S]
+        if options.missing_eos_penalty is not None:
+            scores_S = missing_eos_penalty(scores_S, has_eos_S=ended_S, penalty=options.missing_eos_penalty)
+        kl_N = None
+        if self.has_reference:
+            kl_N = kl_per_token(
+                known["old_logprobs"], ref_logprobs_N=known["ref_logprobs"], estimator=options.kl_estimator
+            )
+        rewards_N = token_rewards(scores_S, sequence_index_N=index_N, kl_N=kl_N, kl_coef=self.controller.coef)
+        if options.whiten_rewards:
+            rewards_N = whiten(rewards_N, sums=self._global_sums(moment_sums(rewards_N)), shift_mean=False)
+        advantages_N, returns_N = gae(
+            rewards_N, values_N=known["old_values"], gamma=options.gamma, gae_lambda=options.gae_lambda, **sequences
+        )
+        if options.whiten_advantages:
+            advantages_N = whiten(advantages_N, sums=self._global_sums(moment_sums(advantages_N)))
+        values = self._objective(scores_S, ended_S, known, kl_N, sequences)
+        sums = self._global_sums(explained_variance_sums(known["old_values"], returns_N=returns_N))
+        values["explained_variance"] = explained_variance(sums)
+        fixed = {"advantages": advantages_N, "returns": returns_N} | {n: known[n] for n in names[:2]}
+        return attach(trees, fixed), {name: value for name, value in values.items() if value.isfinite()}
+
+    def _known(self, batch: SequenceBatch) -> Scores:
+        stats, values_N = self._policy_and_values(batch)
+        found = {"old_logprobs": stats.logprobs, "old_values": values_N}
+        return found | {"ref_logprobs": self.ref_logprobs(batch)} if self.has_reference else found
+
+    def _global_sums(self, sums: Tensor) -> Tensor:
+        """Adds a vector of sums up over the ranks."""
+        named = {str(n): float(value) for n, value in enumerate(sums.tolist())}
+        return torch.tensor(list(sum_over_ranks(named, self.device).values()), dtype=sums.dtype, device=self.device)
+
+    def _objective(
+        self, scores_S: Tensor, ended_S: Tensor, known: Scores, kl_N: Tensor | None, sequences: dict[str, Any]
+    ) -> Scores:
+        """What the iteration's completions were worth, per completion; adapts the weight of the divergence."""
+        own = {
+            "samples": float(len(scores_S)),
+            "tokens": float(len(known["old_logprobs"])),
+            "scores": float(scores_S.sum()),
+            "entropy": float(-known["old_logprobs"].sum()),
+            "num_eos": float(ended_S.sum()),
+        }
+        if kl_N is not None:
+            own |= {"penalty": float(kl_N.sum()), "kl": float((known["old_logprobs"] - known["ref_logprobs"]).sum())}
+        sums = sum_over_ranks(own, self.device)
+        count, coef = max(sums["samples"], 1.0), self.controller.coef
+        values = {
+            "objective/scores": sums["scores"] / count,
+            "objective/entropy": sums["entropy"] / count,
+            "val/num_eos_tokens": sums["num_eos"],
+        }
+        if kl_N is not None:
+            penalty = -coef * sums["penalty"] / count
+            values |= {
+                "kl": sums["kl"] / max(sums["tokens"], 1.0),
+                "objective/kl": sums["kl"] / count,
+                "objective/non_score_reward": penalty,
+                "objective/rlhf_reward": penalty + values["objective/scores"],
+                "kl_coef": coef,
+            }
+            if sums["samples"]:
+                self.controller.update(values["objective/kl"], num_samples=int(sums["samples"]))
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+    # The update.
+
+    def _policy_and_values(self, batch: SequenceBatch, *, entropy: bool = False) -> tuple[TokenStats, Tensor]:
+        """The policy's log-probs of the scored tokens, and the critic's values of the states before them."""
+        assert self.critic is not None
+        if not self.critic.is_shared:
+            stats = self.token_stats(batch, temperature=self.temperature, entropy=entropy)
+            return stats, self.critic.own_values(batch)
+        hidden = hidden_states(self.model, batch, self.layout)
+        hidden_ND = hidden.read(batch.source_index, batch.sequence_index, batch.source_depth)
+        stats = fused_logprobs(
+            hidden_ND, output_head(self.model), batch.target_ids, temperature=self.temperature, entropy=entropy
+        )
+        return stats, self.critic.values(hidden_ND.detach() if self.warming else hidden_ND)
+
+    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Tokens."""
+        return {"tokens": float(sum(map(num_tokens, examples)))}
+
+    def scores(self, batch: SequenceBatch) -> Scores:
+        """The losses of every tree's tokens, and what is logged of them."""
+        options = self.options
+        stats, values_N = self._policy_and_values(batch, entropy=True)
+        fixed = {}
+        for name in ("advantages", "returns", "old_logprobs", "old_values"):
+            like_N = values_N if name in ("returns", "old_values") else stats.logprobs
+            found = token_field(batch, name, like_N)
+            assert found is not None
+            fixed[name] = found
+        sequences: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
+        policy: dict[str, Any] = {"advantages_N": fixed["advantages"], **options.clipping, **sequences}
+        policy_N = policy_gradient_loss(
+            stats.logprobs, old_logprobs_N=fixed["old_logprobs"], dual_clip=options.dual_clip, **policy
+        )
+        critic = {"old_values_N": fixed["old_values"], "returns_N": fixed["returns"]}
+        value_N = value_loss(values_N, cliprange=options.cliprange_value, **critic)
+        with torch.no_grad():
+            ratio_N = importance_ratio(stats.logprobs, old_logprobs_N=fixed["old_logprobs"], **sequences)
+            clipped = clip_statistics(ratio_N, **policy)
+            moved_N = (stats.logprobs - fixed["old_logprobs"]).square() / 2
+            value_clipped_N = options.value_clipped(values_N, **critic)
+        return {
+            "policy": batch.sum_per_example(policy_N),
+            "value": batch.sum_per_example(value_N),
+            "entropy_loss": batch.sum_per_example(entropy_bonus_loss(stats.entropy, coef=options.entropy_coef)),
+            "entropy": batch.sum_per_example(stats.entropy.detach()),
+            "ratio": batch.sum_per_example(ratio_N),
+            "approxkl": batch.sum_per_example(moved_N),
+            "clip_low": tree_sums(batch, clipped.low_S),
+            "clip_high": tree_sums(batch, clipped.high_S),
+            "value_clipped": batch.sum_per_example(value_clipped_N),
+        }
+
+    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+        """Means over the tokens of a mini-batch, added up; the critic's alone while it warms up."""
+        value = self.options.vf_coef * rows["value"].sum()
+        if not self.warming:
+            value = value + rows["policy"].sum() + rows["entropy_loss"].sum()
+        return value / max(totals["tokens"], 1.0)
+
+    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+        """Both losses, what clipping took out, and how far the policy has moved, over all updates of an iteration."""
+        means = {name: value.sum() / max(totals["tokens"], 1.0) for name, value in rows.items() if value.is_floating_point()}
+        return {
+            "loss/policy_avg": means["policy"],
+            "loss/value_avg": means["value"],
+            "entropy": means["entropy"],
+            "policy/approxkl_avg": means["approxkl"],
+            "policy/clipfrac_avg": means["clip_low"] + means["clip_high"],
+            "clip_ratio/low_mean": means["clip_low"],
+            "clip_ratio/high_mean": means["clip_high"],
+            "val/clipfrac_avg": means["value_clipped"],
+            "val/ratio": means["ratio"],
+        }
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the weight of the divergence."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["on_policy"]["controller"] = self.controller.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what ``on_save_checkpoint`` added."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("on_policy", {}).get("controller")
+        if state is not None:
+            self.controller.load_state_dict(state)
