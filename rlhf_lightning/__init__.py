@@ -1,12 +1,22 @@
 """RLHF in PyTorch Lightning: one LightningModule per method, paired with LightningDataModules."""
 
-from .modules import DPOModule, GRPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
+from .modules import (
+    DPOModule,
+    GRPOModule,
+    KTOModule,
+    PPOModule,
+    ProcessRewardModule,
+    RewardModule,
+    SFTModule,
+    SimPOModule,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "DPOModule",
     "GRPOModule",
     "KTOModule",
+    "PPOModule",
     "ProcessRewardModule",
     "RewardModule",
     "SFTModule",

@@ -4,6 +4,7 @@ from .base import PostTrainingModule
 from .dpo import DPOModule
 from .grpo import GRPOModule
 from .kto import KTOModule
+from .ppo import PPOModule
 from .process_reward import ProcessRewardModule
 from .reward import RewardModule
 from .schedules import WarmupSchedule
@@ -14,6 +15,7 @@ __all__ = [
     "DPOModule",
     "GRPOModule",
     "KTOModule",
+    "PPOModule",
     "PostTrainingModule",
     "ProcessRewardModule",
     "RewardModule",

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..losses.kl import kl_per_token
 from ..losses.off_policy import entropy_bonus_loss
-from ..losses.policy_gradient import clip_statistics, importance_ratio, policy_gradient_loss, sequence_sum
-from ..losses.value import explained_variance, explained_variance_sums, value_clip_counts, value_loss
-from ..models import TokenStats, base_model, fused_logprobs, hidden_states, output_head
+from ..losses.policy_gradient import clip_statistics, importance_ratio, policy_gradient_loss
+from ..losses.value import explained_variance, explained_variance_sums, value_loss
+from ..models import TokenStats, base_model, evaluating, fused_logprobs, hidden_states, output_head
 from ..rollouts.advantages import gae, moment_sums, whiten
 from ..rollouts.shaping import KLController, missing_eos_penalty, token_rewards
 from ..sequences import Example, SequenceBatch
@@ -29,14 +29,13 @@ from .reward_specs import RewardSpec
 
 
 class PPOModule(OnPolicyModule):
-    r"""Proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347) as in RLHF (Ouyang et al., 2022,
-    arXiv:2203.02155).
+    r"""Proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347) as InstructGPT uses it.
 
     .. math:: L = \frac{1}{T} \sum_t -\min\big(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_h) A_t\big)
               + \tfrac{c_v}{2} \max\big((V_t - R_t)^2, (V_t^{clip} - R_t)^2\big) - c_e H_t
 
-    A completion's reward lands on its last sampled token; every token pays ``kl_coef`` times its divergence from the
-    reference. ``rollouts.advantages.gae`` makes advantages and returns of both.
+    Ouyang et al., 2022, arXiv:2203.02155: a completion's reward lands on its last sampled token, and every token pays
+    ``kl_coef`` times its divergence from the reference. ``rollouts.advantages.gae`` makes advantages and returns.
 
     Departures: whitening and every normaliser are those of the global batch (the losses' of each mini-batch); a
     completion that could not be scored is left out; policy and critic are clipped and stepped together.
@@ -46,8 +45,8 @@ class PPOModule(OnPolicyModule):
         rewards: see ``OnPolicyModule``.
         num_generations: completions per prompt, at least 1.
         num_updates: passes over the completions of an iteration, at least 1.
-        value_model: folder or id of a model that the critic starts from, with a backbone of its own: a reward model that
-            was exported (its head is loaded), or any language model; ``None`` puts a head on the policy's backbone.
+        value_model: folder or id of a model that the critic starts from, with a backbone of its own: a reward model
+            that was exported (its head is loaded), or any language model; ``None``: a head on the policy's backbone.
         value_head: ``linear`` or ``mlp``, where none is loaded; it starts at 0.
         value_lr_ratio: learning rate of the critic's own weights over that of the policy, above 0.
         value_warmup_iterations: iterations in which only the critic's own weights learn, at least 0.
@@ -178,9 +177,7 @@ class PPOModule(OnPolicyModule):
         """Plants the completions that could be scored; attaches advantages, returns, old log-probs and old values."""
         options = self.options
         scores_EG = self.combined(rollouts.rewards_EGK)
-        trees = plant(
-            rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix
-        )
+        trees = plant(rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         places_S, index_N = flat_places(trees, self.device)
         sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
         names = ["old_logprobs", "old_values", *(["ref_logprobs"] if self.has_reference else [])]
@@ -208,7 +205,9 @@ class PPOModule(OnPolicyModule):
         return attach(trees, fixed), {name: value for name, value in values.items() if value.isfinite()}
 
     def _known(self, batch: SequenceBatch) -> Scores:
-        stats, values_N = self._policy_and_values(batch)
+        assert self.critic is not None
+        with evaluating(self.critic):
+            stats, values_N = self._policy_and_values(batch)
         found = {"old_logprobs": stats.logprobs, "old_values": values_N}
         return found | {"ref_logprobs": self.ref_logprobs(batch)} if self.has_reference else found
 
@@ -229,7 +228,7 @@ class PPOModule(OnPolicyModule):
             "num_eos": float(ended_S.sum()),
         }
         if kl_N is not None:
-            own |= {"penalty": float(kl_N.sum()), "kl": float((known["old_logprobs"] - known["ref_logprobs"]).sum())}
+            own["kl"] = float(kl_N.sum())
         sums = sum_over_ranks(own, self.device)
         count, coef = max(sums["samples"], 1.0), self.controller.coef
         values = {
@@ -238,7 +237,7 @@ class PPOModule(OnPolicyModule):
             "val/num_eos_tokens": sums["num_eos"],
         }
         if kl_N is not None:
-            penalty = -coef * sums["penalty"] / count
+            penalty = -coef * sums["kl"] / count
             values |= {
                 "kl": sums["kl"] / max(sums["tokens"], 1.0),
                 "objective/kl": sums["kl"] / count,
@@ -312,7 +311,8 @@ class PPOModule(OnPolicyModule):
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
         """Both losses, what clipping took out, and how far the policy has moved, over all updates of an iteration."""
-        means = {name: value.sum() / max(totals["tokens"], 1.0) for name, value in rows.items() if value.is_floating_point()}
+        names = [name for name, value in rows.items() if value.is_floating_point()]
+        means = {name: rows[name].sum() / max(totals["tokens"], 1.0) for name in names}
         return {
             "loss/policy_avg": means["policy"],
             "loss/value_avg": means["value"],

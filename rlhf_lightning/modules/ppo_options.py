@@ -57,7 +57,7 @@ class PPOOptions:
         gae(empty, values_N=empty, gamma=self.gamma, gae_lambda=self.gae_lambda, **sequences)
 
     @property
-    def clipping(self) -> dict[str, float | None]:
+    def clipping(self) -> dict[str, Any]:
         """Bounds of the importance ratio."""
         return {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
 
