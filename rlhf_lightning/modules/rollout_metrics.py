@@ -20,7 +20,7 @@ def rollout_metrics(
     """Means, spreads and extremes of rewards and lengths over all completions.
 
     ``reward_std`` is the mean over groups of the standard deviation within a group, ``frac_reward_zero_std`` the share
-    of groups without any; ``rewards/<name>/mean`` and ``std`` are over all completions that the function scored, and
+    of groups without any, both only for groups of two or more; ``rewards/<name>/mean`` and ``std`` are over all completions that the function scored, and
     ``scored`` is their share. ``completions/clipped_ratio`` is the share of completions that the limit cut off, and
     ``terminated`` lengths are those of the others. What has nothing to be taken of is left out.
 
@@ -41,11 +41,12 @@ def rollout_metrics(
     num_groups, group_size = scores_EG.shape
     index_S = torch.arange(num_groups, device=scores_EG.device).repeat_interleave(group_size)
     groups = group_advantages(scores_EG.flatten(), group_index_S=index_S, num_groups=num_groups)
-    values = {
-        "reward": scores_EG.nanmean(),
-        "reward_std": groups.std_G.mean(),
-        "frac_reward_zero_std": (~groups.has_signal_G).double().mean(),
-    }
+    values = {"reward": scores_EG.nanmean()}
+    if group_size > 1:
+        values |= {
+            "reward_std": groups.std_G.mean(),
+            "frac_reward_zero_std": (~groups.has_signal_G).double().mean(),
+        }
     for name, column_S in zip(names, rewards_EGK.flatten(0, 1).unbind(dim=1), strict=True):
         scored = column_S[~column_S.isnan()]
         values[f"rewards/{name}/scored"] = torch.tensor(len(scored) / max(len(column_S), 1))

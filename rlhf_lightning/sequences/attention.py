@@ -69,6 +69,7 @@ class TreeGeometry:
     """
 
     def __init__(self, segments: list[tuple[int, int, int]], device: torch.device | None = None) -> None:
+        segments = _merge_chains(segments)
         self.segments = segments
         self.device = device
         self._blocks: list[Block] | None = None
@@ -153,6 +154,25 @@ class TreeGeometry:
             depth = self.depth
             visible &= depth[:, None] - depth[None, :] < window
         return visible
+
+
+def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Joins a segment with its only child: they see the same, and one causal product is cheaper than a masked one."""
+    num_children = [0] * len(segments)
+    for _, _, parent in segments:
+        if parent >= 0:
+            num_children[parent] += 1
+    merged: list[tuple[int, int, int]] = []
+    place: list[int] = []  # where each segment went
+    for start, length, parent in segments:
+        if parent >= 0 and num_children[parent] == 1:
+            first, so_far, above = merged[place[parent]]
+            merged[place[parent]] = (first, so_far + length, above)
+            place.append(place[parent])
+        else:
+            place.append(len(merged))
+            merged.append((start, length, place[parent] if parent >= 0 else -1))
+    return merged
 
 
 def _group_by_size(sizes: np.ndarray) -> list[list[int]]:
