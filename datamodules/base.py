@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..sequences.example import Example
+from .derived import Transform, TransformedRows
 from .files import RowSource
 from .loader import BatchLoader, Couple, ExampleLoader, StreamLoader
 from .reading import OnBadRow, RowReader
@@ -39,8 +40,8 @@ class ExampleDataModule(pl.LightningDataModule):
     A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
     id on the hub, an embedded task (``"sums:preference?rows=1000"``), a list of such strings, and in Python a list of
     dictionaries or a ``datasets.Dataset``. :attr:`report` counts, per split: ``rows`` read, ``examples`` made of them,
-    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (left out), ``tokens`` and ``longest``; with ``streaming``,
-    of the training rows that this rank has made examples of so far, in all epochs.
+    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (skipped), ``left_out`` (by the transform), ``tokens`` and
+    ``longest``; with ``streaming``, of the training rows that this rank has made examples of so far, in all epochs.
 
     Args:
         train: source of the training rows.
@@ -55,11 +56,13 @@ class ExampleDataModule(pl.LightningDataModule):
             its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it; those skipped are counted and shown.
         columns: our name of a column -> its name in the rows.
+        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
+            row to be left out; in YAML its dotted path. :mod:`~rlhf_lightning.datamodules.transforms` has some.
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
-        streaming: read training rows as they are needed instead of tokenising all of them first. A row that is too long
-            or bad then leaves its place in the batch empty.
+        streaming: read training rows as they are needed instead of tokenising all of them first. A row that is too
+            long, bad or left out then leaves its place in the batch empty.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
 
     Raises:
@@ -81,6 +84,7 @@ class ExampleDataModule(pl.LightningDataModule):
         on_too_long: OnTooLong = "drop",
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
+        transform: Transform | None = None,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
@@ -102,6 +106,7 @@ class ExampleDataModule(pl.LightningDataModule):
         self.on_too_long = on_too_long
         self.on_bad_row = on_bad_row
         self.columns = columns
+        self.transform = transform
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -229,7 +234,8 @@ class ExampleDataModule(pl.LightningDataModule):
 
     def _open(self, split: Split) -> RowSource:
         stream = self.streaming and split == "train"
-        return open_source(self.sources[split], split=_SPLIT_NAMES[split], streaming=stream, columns=self.columns)
+        source = open_source(self.sources[split], split=_SPLIT_NAMES[split], streaming=stream, columns=self.columns)
+        return source if self.transform is None else TransformedRows(source, self.transform)
 
     def _placed(self) -> dict[str, int]:
         trainer = self.trainer

@@ -92,11 +92,11 @@ class PairedRows(RowSource):
         Raises:
             ValueError: if there is neither.
         """
-        yielded = pairs = prompts = 0
+        bad = pairs = prompts = 0
         run: list[tuple[str, dict[str, Any]]] = []
         for row_id, row in self._parsed():
             if isinstance(row, ValueError):
-                yielded += 1
+                bad += 1
                 yield row_id, row
                 continue
             if run and run[0][1]["prompt"] != row["prompt"]:
@@ -110,7 +110,7 @@ class PairedRows(RowSource):
             pairs += 1
             yield pair
         by = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
-        if not pairs and not yielded:
+        if not pairs and not bad:
             raise ValueError(
                 f"{self.name!r} has no pairs by {by}: expected rows that follow one another with the same prompt and "
                 "different ratings"

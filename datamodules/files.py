@@ -22,6 +22,10 @@ _BLOCK, _SAMPLED_BLOCKS = 1 << 20, 256
 ACCEPTED = ", ".join(SUFFIXES) + " (.gz for text)"
 
 
+class LeftOutError(Exception):
+    """A row that a transform wants to be left out; nothing is wrong with it."""
+
+
 class RowSource:
     """Rows that can be read again and again in one fixed order.
 
@@ -53,6 +57,7 @@ class RowSource:
         """Makes a dictionary of a stored row.
 
         Raises:
+            LeftOutError: for a row that is not to be used.
             ValueError: saying what is wrong with the row, but not where it is.
         """
         if not isinstance(stored, Mapping):
@@ -63,6 +68,8 @@ class RowSource:
         for row_id, stored in self.raw():
             try:
                 row = self.parse(stored)
+            except LeftOutError:
+                continue
             except ValueError as error:
                 raise ValueError(f"{row_id}: {error}") from error
             yield row_id, row

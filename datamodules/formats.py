@@ -97,7 +97,7 @@ def preference(columns: Mapping[str, Any]) -> Row:
             completion: ``prompt, completion`` (or ``response``) and ``ratings``, numbers by attribute.
 
     Returns:
-        A row with two completions, or with one and the field ``ratings`` (a missing one is not-a-number).
+        A row with two completions; or with one, and each rating as a field of its own (a missing one is not-a-number).
 
     Raises:
         ValueError: saying what is wrong with the row.
@@ -110,7 +110,7 @@ def preference(columns: Mapping[str, Any]) -> Row:
     rest = dict(columns)
     template = _take_template(rest)
     if columns.get("ratings") is not None and columns.get("chosen") is None and columns.get("rejected") is None:
-        rest["ratings"] = _ratings(rest["ratings"])
+        rest |= _ratings(rest.pop("ratings"))
         _check_columns(columns, ("prompt", "completion"), "prompt, completion and ratings")
         return _answered(rest, template)
     _check_columns(columns, ("chosen", "rejected"), "prompt, chosen and rejected")

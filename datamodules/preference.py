@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..sequences.example import Example
-from .base import ExampleDataModule
+from .base import ExampleDataModule, Split
+from .derived import PairedRows, Transform
+from .files import RowSource
 from .formats import preference
+from .reading import OnBadRow
+from .tokenization import OnTooLong
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class PreferenceDataModule(ExampleDataModule):
@@ -14,12 +24,86 @@ class PreferenceDataModule(ExampleDataModule):
 
     Rows are as in :func:`~rlhf_lightning.datamodules.formats.preference`. The prompt becomes a root with two children,
     chosen and rejected; a margin, if the row has one, is the field ``margin``. A rated completion becomes a root with
-    one child, and the field ``ratings``. The arguments are those of
-    :class:`~rlhf_lightning.datamodules.base.ExampleDataModule`.
+    one child and a field for each rating; or, with ``pair_by``, two of them become a pair, whose margin is by how much
+    the better one is better.
+
+    Args:
+        train: source of the training rows.
+        val: source of the validation rows.
+        test: source of the test rows.
+        predict: source of the rows to predict.
+        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        global_batch_size: examples of one optimizer step, over all ranks; at least 1.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
+        max_length: tokens that the longer of a pair's sequences may have; any number if left out.
+        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt), ``truncate_end`` (of the completions,
+            with their end-of-sequence tokens), or ``error``.
+        on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
+        columns: our name of a column -> its name in the rows.
+        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
+            row to be left out; in YAML its dotted path.
+        pair_by: how much each rating counts, where pairs are to be made of rated rows that follow one another and have
+            the same prompt (``{"helpfulness": 1.0}``); those that it rates alike make none. With ``streaming``, nobody
+            knows how many pairs there will be.
+        seed: what the order of training rows depends on, with the epoch; at least 0.
+        shuffle: whether training rows come in another order each epoch.
+        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        streaming: read training rows as they are needed instead of tokenising all of them first.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+
+    Raises:
+        ValueError: for a value outside its range.
 
     Example:
         ``PreferenceDataModule(train="pairs.jsonl", val="more.jsonl", tokenizer="configs/models/nano", max_length=512)``
     """
+
+    def __init__(
+        self,
+        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        global_batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int | None = None,
+        on_too_long: OnTooLong = "drop",
+        on_bad_row: OnBadRow = "error",
+        columns: dict[str, str] | None = None,
+        transform: Transform | None = None,
+        pair_by: dict[str, float] | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__(
+            train=train,
+            val=val,
+            test=test,
+            predict=predict,
+            tokenizer=tokenizer,
+            global_batch_size=global_batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            on_too_long=on_too_long,
+            on_bad_row=on_bad_row,
+            columns=columns,
+            transform=transform,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
+        )
+        weights = None if pair_by is None else list(pair_by.values())
+        if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
+            raise ValueError(
+                f"pair_by={pair_by!r}, expected finite numbers by rating, not all 0, such as {{'helpfulness': 1.0}}"
+            )
+        self.pair_by = pair_by
 
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
         """Makes the example of one row."""
@@ -30,3 +114,7 @@ class PreferenceDataModule(ExampleDataModule):
                 "chosen and rejected have the same tokens: a pair needs two completions that differ in them"
             )
         return [Example(row_id, root, row.fields)]
+
+    def _open(self, split: Split) -> RowSource:
+        source = super()._open(split)
+        return source if self.pair_by is None else PairedRows(source, self.pair_by)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..sequences.example import Example
-from .files import RowSource
+from .files import LeftOutError, RowSource
 from .store import ExampleStore
 from .tokenization import OnTooLong, TooLongError, fit, longest
 
@@ -29,7 +29,8 @@ class RowReader:
 
     Attributes:
         report: ``rows`` read, ``examples`` made of them, ``kept``, ``dropped`` (too long), ``truncated`` (and kept),
-            ``bad`` (rows left out), ``tokens`` (shared ones once) and the ``longest`` sequence among those kept.
+            ``bad`` (rows skipped), ``left_out`` (rows, by the transform), ``tokens`` (shared ones once) and the
+            ``longest`` sequence among those kept.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RowReader:
         self.max_length = max_length
         self.on_too_long = on_too_long
         self.on_bad_row = on_bad_row
-        names = ("rows", "examples", "kept", "dropped", "truncated", "bad", "tokens", "longest")
+        names = ("rows", "examples", "kept", "dropped", "truncated", "bad", "left_out", "tokens", "longest")
         self.report = dict.fromkeys(names, 0)
 
     def read(self, row_id: str, stored: Any) -> list[Example]:
@@ -59,6 +60,9 @@ class RowReader:
         try:
             examples = self.make(row_id, self.source.parse(stored))
             fitted = [fit(example, self.max_length, self.on_too_long) for example in examples]
+        except LeftOutError:
+            self.report["left_out"] += 1
+            return []
         except TooLongError as error:
             raise ValueError(f"{row_id}: {error}") from error
         except ValueError as error:
@@ -96,6 +100,8 @@ class RowReader:
             parts.append(f"{report['truncated']} cut to max_length={self.max_length} ({self.on_too_long})")
         if report["bad"]:
             parts.append(f"{report['bad']} bad rows skipped")
+        if report["left_out"]:
+            parts.append(f"{report['left_out']} rows left out by the transform")
         parts.append(f"{report['tokens']} tokens, longest sequence {report['longest']}")
         return f"{self.source.name}: {', '.join(parts)}"
 

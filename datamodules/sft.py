@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..sequences.example import Example
 from .base import ExampleDataModule
+from .derived import Transform
 from .formats import demonstration
 from .reading import OnBadRow
 from .tokenization import OnTooLong
@@ -35,6 +36,8 @@ class SFTDataModule(ExampleDataModule):
             (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
         columns: our name of a column -> its name in the rows.
+        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
+            row to be left out; in YAML its dotted path.
         completion_only_loss: learn completions only; otherwise their prompts too, from the second token.
         assistant_only_loss: learn of a conversation only what the assistant says; otherwise all but the first token.
         seed: what the order of training rows depends on, with the epoch; at least 0.
@@ -63,6 +66,7 @@ class SFTDataModule(ExampleDataModule):
         on_too_long: OnTooLong = "drop",
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
+        transform: Transform | None = None,
         completion_only_loss: bool = True,
         assistant_only_loss: bool = True,
         seed: int = 0,
@@ -83,6 +87,7 @@ class SFTDataModule(ExampleDataModule):
             on_too_long=on_too_long,
             on_bad_row=on_bad_row,
             columns=columns,
+            transform=transform,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,

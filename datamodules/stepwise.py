@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..sequences.example import Example
 from .base import ExampleDataModule
+from .derived import Transform
 from .formats import stepwise
 from .reading import OnBadRow
 from .tokenization import OnTooLong
@@ -36,6 +37,8 @@ class StepwiseDataModule(ExampleDataModule):
             each has its label.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
         columns: our name of a column -> its name in the rows.
+        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
+            row to be left out; in YAML its dotted path.
         step_separator: what ends each step; its last token is where the step is judged.
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
@@ -65,6 +68,7 @@ class StepwiseDataModule(ExampleDataModule):
         on_too_long: OnTooLong = "drop",
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
+        transform: Transform | None = None,
         step_separator: str = "\n",
         seed: int = 0,
         shuffle: bool = True,
@@ -84,6 +88,7 @@ class StepwiseDataModule(ExampleDataModule):
             on_too_long=on_too_long,
             on_bad_row=on_bad_row,
             columns=columns,
+            transform=transform,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .values import Messages, describe_columns, wrong_type
+from .values import Messages, check_number, describe_columns, wrong_type
 
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
@@ -19,6 +19,8 @@ _HELPSTEER_TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n\s*")
 # Below this the better completion of an Orca pair was not good either, by the card of the dataset.
 _ORCA_LEAST_SCORE = 8
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# A brace behind a backslash is one that is shown, and closes nothing.
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def chat_prompt(columns: dict[str, Any]) -> dict[str, Any]:
@@ -62,10 +64,10 @@ def orca_pair(columns: dict[str, Any]) -> dict[str, Any] | None:
         >>> orca_pair({**row, "chosen_score": 7.0, "in_gsm8k_train": False}) is None
         True
     """
-    for name in ("status", "in_gsm8k_train"):
-        _present(columns, name)
-    score = columns.get("chosen_score")
-    if columns["status"] == "tie" or score is None or score < _ORCA_LEAST_SCORE or columns["in_gsm8k_train"]:
+    # A value may be null, where the judge's answer could not be read; a column may not be absent.
+    status, score, leaked = (_there(columns, name) for name in ("status", "chosen_score", "in_gsm8k_train"))
+    unrated = score is None or check_number(score, "chosen_score") < _ORCA_LEAST_SCORE
+    if status == "tie" or unrated or leaked:
         return None
     prompt = _conversation(columns.get("system"), _text(columns, "input"))
     return {"prompt": prompt, "chosen": _text(columns, "chosen"), "rejected": _text(columns, "rejected")}
@@ -82,7 +84,7 @@ def helpsteer2(columns: dict[str, Any]) -> dict[str, Any]:
         ``prompt, completion, ratings`` and whatever other columns there are.
 
     Raises:
-        ValueError: for a missing column, or a prompt whose last turn is not the user's.
+        ValueError: for a missing column, a row without any rating, or a prompt whose last turn is not the user's.
 
     Example:
         >>> row = helpsteer2({"prompt": "c#", "response": "A language.", "helpfulness": 3, "verbosity": 1})
@@ -96,6 +98,8 @@ def helpsteer2(columns: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the prompt's last turn is the assistant's, expected the user's: the response answers it")
     rest = {name: value for name, value in columns.items() if name not in ("prompt", "response", *HELPSTEER_ATTRIBUTES)}
     ratings = {name: columns.get(name) for name in HELPSTEER_ATTRIBUTES}
+    if all(rating is None for rating in ratings.values()):
+        raise ValueError(f"no rating{describe_columns(columns, 'helpfulness')}, expected {', '.join(ratings)}")
     return {**rest, "prompt": messages, "completion": _text(columns, "response"), "ratings": ratings}
 
 
@@ -131,29 +135,30 @@ def _last_box(solution: str) -> str:
     if not boxes:
         return ""
     start, depth = boxes[-1].end(), 1
-    for index in range(start, len(solution)):
-        escaped = solution[index - 1] == "\\"
-        depth += 0 if escaped else {"{": 1, "}": -1}.get(solution[index], 0)
+    for brace in _BRACE.finditer(solution, start):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return solution[start:index].strip()
+            return solution[start : brace.start()].strip()
     return ""
 
 
 def _conversation(system: Any, question: str) -> Messages:
+    if not question:
+        raise ValueError("the prompt is empty: write something to be answered")
     if system is not None and not isinstance(system, str):
         raise wrong_type(system, "system", "a string")
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": question}]
 
 
-def _present(columns: Mapping[str, Any], name: str) -> Any:
-    if columns.get(name) is None:
+def _there(columns: Mapping[str, Any], name: str) -> Any:
+    if name not in columns:
         raise ValueError(f"no column {name!r}{describe_columns(columns, name)}")
     return columns[name]
 
 
 def _text(columns: Mapping[str, Any], name: str) -> str:
-    value = _present(columns, name)
+    value = _there(columns, name)
     if not isinstance(value, str):
         raise wrong_type(value, name, "a string")
     return value

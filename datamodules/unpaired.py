@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..sequences.example import Example, Segment
 from .base import ExampleDataModule
+from .derived import Transform
 from .formats import unpaired
 from .loader import Couple
 from .reading import OnBadRow
@@ -41,6 +42,8 @@ class UnpairedDataModule(ExampleDataModule):
             (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
         columns: our name of a column -> its name in the rows.
+        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
+            row to be left out; in YAML its dotted path.
         partners: give each example the completion of another prompt of its batch, for the KL estimate.
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
@@ -68,6 +71,7 @@ class UnpairedDataModule(ExampleDataModule):
         on_too_long: OnTooLong = "drop",
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
+        transform: Transform | None = None,
         partners: bool = True,
         seed: int = 0,
         shuffle: bool = True,
@@ -87,6 +91,7 @@ class UnpairedDataModule(ExampleDataModule):
             on_too_long=on_too_long,
             on_bad_row=on_bad_row,
             columns=columns,
+            transform=transform,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,

@@ -39,7 +39,7 @@ def test_default_is_complete_and_commented(capsys, method):
     written = yaml.safe_load(file.read_text())
     for section in ("model", "data"):
         assert config[section]["class_path"] == written[section]["class_path"]
-        assert set(config[section]["init_args"]) - set(written[section]["init_args"]) <= {*REQUIRED, "test", "predict"}
+        assert set(config[section]["init_args"]) - set(written[section]["init_args"]) <= REQUIRED
     for line in file.read_text().splitlines():
         name = line.strip().partition(":")[0].removeprefix("- ")
         plain = {"shuffle", "drop_last", "weight_decay", "project", "name", "save_dir", "accelerator", "devices"}

@@ -102,6 +102,7 @@ class PostTrainingModule(MicroBatchedModule):
         self._layout: Literal["packed", "padded"] | None = None
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
+        self._exact_buffers: dict[str, Tensor] = {}
         self._rows: list[Scores] = []  # rows of the running validation or test epoch
         self._row_totals: dict[str, float] = {}
 
@@ -126,6 +127,35 @@ class PostTrainingModule(MicroBatchedModule):
             attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
             headless=not self.predicts_tokens,
         )
+        buffers = self.model.named_buffers()
+        self._exact_buffers = {name: b.clone() for name, b in buffers if b.dtype == torch.float32}
+
+    def settle(self) -> None:
+        """Called when the module stands on its device and nothing has run yet.
+
+        Lightning's ``bf16-true`` and ``16-true`` round every buffer. Rotary frequencies are kept in fp32 by the models
+        that have them (rounded, position 1000 is off by tenths of a radian), so they are put back.
+        """
+        for name, exact in self._exact_buffers.items():
+            path, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            owner.register_buffer(leaf, exact.to(self.device), persistent=leaf not in owner._non_persistent_buffers_set)
+
+    def on_fit_start(self) -> None:
+        """See settle."""
+        self.settle()
+
+    def on_validation_start(self) -> None:
+        """See settle."""
+        self.settle()
+
+    def on_test_start(self) -> None:
+        """See settle."""
+        self.settle()
+
+    def on_predict_start(self) -> None:
+        """See settle."""
+        self.settle()
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Checks the trainer's flags; Lightning calls this before its own checks, which know nothing of ours."""

@@ -65,6 +65,7 @@ class HeadedModule(PostTrainingModule):
         stored = read_head_options(folder) or _classifier_options(folder)
         if stored.pop("method", None) != cls.method:
             raise ValueError(f"{folder!r} holds no model that {cls.__name__} exported: train one with {cls.__name__}")
+        stored.pop("member_means", None)  # no option: configure_model reads it
         module = cls(folder, **{**stored, **options})
         module.configure_model()
         return module.eval()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..models import base_model, evaluating, num_positions
+from ..models import evaluating, num_positions
 from ..rollouts import Completion, LocalEngine, SamplingParams, derive_seed
 from ..rollouts.advantages import combine_rewards
 from ..sequences import Example, ExampleBatch, SequenceBatch, plan_micro_batches
@@ -148,17 +148,6 @@ class OnPolicyModule(ReferencedModule):
     def has_reference(self) -> bool:
         """Whether there is a reference to compare with."""
         return bool(self._reference)
-
-    def on_fit_start(self) -> None:
-        """Places the reference; makes sure that completions can end."""
-        super().on_fit_start()
-        model: Any = base_model(self.model)
-        sources = (self.tokenizer, getattr(model, "generation_config", None), model.config.get_text_config())
-        if not self.sampling.stop and all(getattr(s, "eos_token_id", None) is None for s in sources):
-            raise ValueError(
-                "neither the tokenizer nor the model has an end-of-sequence token, so no completion could end: set "
-                "eos_token in tokenizer_config.json, or give stop=['\\n'] or the like"
-            )
 
     def _num_steps(self) -> int:
         steps, most = super()._num_steps(), self.trainer.max_steps

@@ -77,24 +77,14 @@ class ReferencedModule(PostTrainingModule):
         return {name: torch.stack([row[name] for row in found]).to(self.device) for name in found[0]}
 
     def on_fit_start(self) -> None:
-        """Places the reference on the module's device; precomputes its rows where that was asked for."""
-        self._place_reference()
+        """Precomputes the reference's rows where that was asked for."""
+        super().on_fit_start()
         if self.reference_kind == "precomputed" and not self._reference_table:
             self._precompute()
 
-    def on_validation_start(self) -> None:
+    def settle(self) -> None:
         """Places the reference on the module's device."""
-        self._place_reference()
-
-    def on_test_start(self) -> None:
-        """Places the reference on the module's device."""
-        self._place_reference()
-
-    def on_predict_start(self) -> None:
-        """Places the reference on the module's device."""
-        self._place_reference()
-
-    def _place_reference(self) -> None:
+        super().settle()
         for reference in self._reference:
             if isinstance(reference, FrozenReference):
                 reference.to(self.device)

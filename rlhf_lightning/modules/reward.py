@@ -14,17 +14,28 @@ import torch
 from torch import Tensor
 
 from ..losses.reward import bradley_terry_loss, centering_penalty, magnitude_penalty, rao_kupper_loss, rating_loss
-from ..metrics.functional import attribute_correlation, expected_calibration_error
 from ..models import hidden_states
 from ..models import save_pretrained as export_pretrained
-from ..models.heads import HeadKind, NoClassifier, classifier_from, head_files, pooled, whole, with_padding_token
+from ..models.heads import (
+    HeadKind,
+    NoClassifier,
+    classifier_from,
+    head_files,
+    pooled,
+    read_head_options,
+    whole,
+    with_padding_token,
+)
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from .checks import check_choice, check_count
 from .distributed import Scores
 from .headed import HeadedModule
+from .reward_metrics import pair_metrics, rating_metrics, spread
 from .reward_options import RewardLossType, attribute_options, bootstrap_weights, check_reward_options, ratings_of
 from .rows import check_pairs, num_scored, scored_positions
 from .scoring import Text, answer_segments, per_sequence, score_texts
+
+_MEAN_DECAY = 0.99  # of the members' running means, per step
 
 
 class RewardModule(HeadedModule):
@@ -35,14 +46,16 @@ class RewardModule(HeadedModule):
     .. math:: L = -\frac{1}{P} \sum \log \sigma\big(r(x, y_c) - r(x, y_r) - m\big)
 
     ``mse`` and ``huber`` learn to rate (HelpSteer2, Wang et al., 2024, arXiv:2406.08673): the head has one output per
-    attribute and regresses the columns ``attributes`` of rows with one completion (``SFTDataModule`` reads them); a
-    rating that a row lacks (no such column, null or NaN) costs nothing. Of several attributes the reward is
-    r = sum_k w_k r_k with the weights ``attribute_weights``, in pairs as well.
+    attribute and regresses the columns ``attributes`` of rows with one completion, which ``PreferenceDataModule`` and
+    ``SFTDataModule`` read; a rating that a row lacks (no such column, null or NaN) costs nothing. Of several attributes
+    the reward is r = sum_k w_k r_k with the weights ``attribute_weights``, in pairs as well.
 
     An ensemble (``num_models`` above 1) is as many heads on one decoder. They differ by their first weights and by what
     they see: in training, member j counts row i as often as a Poisson variable of mean 1 says that is drawn from
     (seed, j, the row's id), which is the bootstrap for streams (Oza and Russell, 2001). Losses are means over the
-    members, and the reward is the mean of theirs.
+    members, and the reward is the mean of theirs. Pairs leave every member's mean free, and rewards of members can be
+    compared only once they have a common one: what is reported is each member's reward less its running mean over the
+    training rows (decay 0.99 per step, bias-corrected), and the standard deviation over members is that of these.
 
     Args:
         model: Hugging Face id or folder: of a language model, of a sequence classifier, or of an exported reward model.
@@ -128,6 +141,9 @@ class RewardModule(HeadedModule):
         self.attributes = names
         self.attribute_weights = weights
         self.bootstrap = bootstrap
+        # The running mean of each member's rewards, not divided by its weight (what corrects the bias of its start).
+        self._mean_sum = torch.zeros(num_models, len(names), dtype=torch.float64)
+        self._mean_weight = 0.0
 
     def head_shape(self) -> dict[str, Any]:
         """One output per attribute, of as many members as asked for."""
@@ -148,6 +164,24 @@ class RewardModule(HeadedModule):
     def combined(self, rewards: Tensor) -> Tensor:
         """The scalar reward: ``(..., K) -> (...)``."""
         return rewards @ rewards.new_tensor(self.attribute_weights)
+
+    def centred(self, rewards: Tensor) -> Tensor:
+        """Rewards ``(..., M, K)`` of members less the members' means; as they are where there is no mean yet."""
+        return rewards - self.member_means.to(rewards) if self._mean_weight else rewards
+
+    @property
+    def member_means(self) -> Tensor:
+        """``(M, K)`` running means of the rewards of an ensemble that learns from pairs, over training rows."""
+        return self._mean_sum / max(self._mean_weight, 1e-12)
+
+    def configure_model(self) -> None:
+        """Builds the decoder and its head; a head that is stored with the model is loaded, its members' means too."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        means = read_head_options(self.model_source).get("member_means") if self.init == "pretrained" else None
+        if means is not None and not self._mean_weight:
+            self._mean_sum, self._mean_weight = torch.tensor(means, dtype=torch.float64), 1.0
 
     # Learning.
 
@@ -196,6 +230,21 @@ class RewardModule(HeadedModule):
             losses = losses * rows["weights"].to(losses.dtype)
         return losses.sum() / (count * self.num_models)
 
+    def remember(self, rows: Scores, totals: dict[str, float]) -> None:
+        """Updates the running means of an ensemble that learns from pairs."""
+        if self.num_models > 1 and self.loss_type == "bradley_terry":
+            self._mean_sum = _MEAN_DECAY * self._mean_sum + rows["rewards"].double().mean(dim=(0, 1)).cpu()
+            self._mean_weight = _MEAN_DECAY * self._mean_weight + 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the running means."""
+        checkpoint["reward"] = {"mean_sum": self._mean_sum, "mean_weight": self._mean_weight}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the running means."""
+        state = checkpoint["reward"]
+        self._mean_sum, self._mean_weight = state["mean_sum"], state["mean_weight"]
+
     def _pair_losses(self, rows: Scores) -> Tensor:
         """``(E, M)``."""
         chosen, rejected = self.combined(rows["rewards"]).unbind(dim=1)
@@ -219,42 +268,14 @@ class RewardModule(HeadedModule):
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
         """Rewards (means of the members'): of pairs their accuracy and margin, of ratings the correlation with them."""
-        combined = self.combined(rows["rewards"])  # (E, sequences, M)
+        combined = self.combined(self.centred(rows["rewards"]))  # (E, sequences, M)
         rewards = combined.mean(dim=-1)
-        values = {f"rewards/{name}": getattr(rewards, name)() for name in ("mean", "min", "max")}
-        if rewards.numel() > 1:
-            values["rewards/std"] = rewards.std(correction=0)
+        values = spread(rewards)
         if self.num_models > 1:
-            values["rewards/disagreement"] = combined.std(dim=-1).mean()
+            values["rewards/disagreement"] = combined.std(dim=-1, correction=0).mean()
         if self.loss_type == "bradley_terry":
-            return values | self._pair_metrics(rewards, rows["tie"])
-        return values | self._rating_metrics(rows)
-
-    def _pair_metrics(self, rewards: Tensor, tie: Tensor) -> Scores:
-        chosen, rejected = rewards.unbind(dim=1)
-        values = {
-            "rewards/chosen": chosen.mean(),
-            "rewards/rejected": rejected.mean(),
-            "rewards/margins": (chosen - rejected).mean(),
-        }
-        decided = (chosen - rejected)[~tie]
-        if len(decided):
-            values["rewards/accuracies"] = (decided > 0).double().mean()
-            if not self.training:
-                values["calibration_error"] = expected_calibration_error(decided.abs().sigmoid(), decided > 0)
-        return values
-
-    def _rating_metrics(self, rows: Scores) -> Scores:
-        rewards, ratings = rows["rewards"].squeeze(1).mean(dim=1).double(), rows["ratings"]
-        correlations = attribute_correlation(rewards, ratings)
-        values = {}
-        for k, name in enumerate(self.attributes):
-            error = (rewards[:, k] - ratings[:, k])[~ratings[:, k].isnan()]
-            if len(error):
-                values[f"mse/{name}"] = error.square().mean()
-            if not correlations[k].isnan():
-                values[f"correlation/{name}"] = correlations[k]
-        return values
+            return values | pair_metrics(rewards, rows["tie"], calibration=not self.training)
+        return values | rating_metrics(rows["rewards"].squeeze(1).mean(dim=1), rows["ratings"], self.attributes)
 
     def _checked(self, batch: ExampleBatch) -> list[Example]:
         examples = super()._checked(batch)
@@ -267,7 +288,7 @@ class RewardModule(HeadedModule):
             if len(num_scored(example)) != 1:
                 raise ValueError(
                     f"row {example.row_id} has {len(num_scored(example))} completions; loss_type {self.loss_type!r} "
-                    "rates one: use SFTDataModule with columns prompt, completion and the ratings"
+                    "rates one: give rows of prompt, completion and the ratings to PreferenceDataModule"
                 )
         return examples
 
@@ -303,7 +324,7 @@ class RewardModule(HeadedModule):
         return [float(m.mean()) for m in members], [float(m.std(correction=0)) for m in members]
 
     def _sequence_rewards(self, batch: SequenceBatch) -> Sequence[Tensor]:
-        return self.rewards(batch).unbind()
+        return self.centred(self.rewards(batch)).unbind()
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Rewards of rows with any number of completions.
@@ -338,6 +359,7 @@ class RewardModule(HeadedModule):
             "pooling": self.pooling,
             "attributes": self.attributes,
             "attribute_weights": self.attribute_weights,
+            **({"member_means": self.member_means.tolist()} if self._mean_weight else {}),
         }
 
     def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:

@@ -53,11 +53,10 @@ def build_rewards(
     if weights is not None and any(weight is not None for weight in own):
         raise ValueError("reward_weights and a reward's own weight are both given: write the weights in one place")
     functions = [function for function, _, _ in parts]
-    names = [name or _name(function) for function, _, name in parts]
     return RewardSet(
         functions,
         weights=list(weights) if weights is not None else [1.0 if weight is None else weight for weight in own],
-        names=names if any(name for _, _, name in parts) else None,
+        names=_names(functions, [name for _, _, name in parts]),
         timeout=timeout,
         sample_timeout=None if timeout is None else timeout / 6,
         on_bad_value=on_bad_value,
@@ -86,6 +85,20 @@ def _read(spec: RewardSpec) -> tuple[RewardFunction, float | None, str | None]:
     elif arguments:
         found = partial(found, **arguments)
     return resolve_reward(found), spec.get("weight"), spec.get("name")
+
+
+def _names(functions: Sequence[RewardFunction], given: Sequence[str | None]) -> list[str]:
+    """The names that were given, and for the others their own, numbered where they are taken."""
+    taken = {name for name in given if name}
+    names = []
+    for function, name in zip(functions, given, strict=True):
+        own, number = _name(function), 2
+        chosen = name or own
+        while not name and chosen in taken:
+            chosen, number = f"{own}_{number}", number + 1
+        taken.add(chosen)
+        names.append(chosen)
+    return names
 
 
 def _name(function: RewardFunction) -> str:

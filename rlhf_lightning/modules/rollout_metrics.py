@@ -19,10 +19,11 @@ def rollout_metrics(
 ) -> dict[str, Tensor]:
     """Means, spreads and extremes of rewards and lengths over all completions.
 
-    ``reward_std`` is the mean over groups of the standard deviation within a group, ``frac_reward_zero_std`` the share
-    of groups without any, both only for groups of two or more; ``rewards/<name>/mean`` and ``std`` are over all completions that the function scored, and
-    ``scored`` is their share. ``completions/clipped_ratio`` is the share of completions that the limit cut off, and
-    ``terminated`` lengths are those of the others. What has nothing to be taken of is left out.
+    ``reward_std`` is the mean over groups of the standard deviation within a group and ``frac_reward_zero_std`` the
+    share of groups without any, where groups have two completions or more. ``rewards/<name>/mean`` and ``std`` are over
+    all completions that the function scored, and ``scored`` is their share. ``completions/clipped_ratio`` is the share
+    that the limit cut off, and ``terminated`` lengths are those of the others. What has nothing to be taken of is left
+    out.
 
     Args:
         rewards_EGK: one number per reward function, NaN where it could not score.

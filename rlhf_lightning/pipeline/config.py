@@ -73,7 +73,7 @@ class SampleStage:
 
 Stage = FitStage | SampleStage
 _KINDS: dict[str, type[FitStage] | type[SampleStage]] = {"fit": FitStage, "sample": SampleStage}
-_TOP_LEVEL = ("title", "run_dir", "seed", "dtype", "variables", "evaluation", "stages", "compare")
+_TOP_LEVEL = ("title", "run_dir", "seed", "threads", "dtype", "variables", "evaluation", "stages", "compare")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Pipeline:
         title: the heading of its report.
         run_dir: where everything is written.
         seed: of every stage that has none of its own.
+        threads: that torch computes with; ``None`` leaves the choice to it.
         dtype: of the weights when stages sample and models are evaluated.
         stages: by name, in order; interpolations are resolved, so that outputs of earlier stages are paths.
         evaluation: what every exported model is tested on; ``None``: nothing.
@@ -104,6 +105,7 @@ class Pipeline:
     title: str
     run_dir: Path
     seed: int
+    threads: int | None
     dtype: str
     stages: dict[str, Stage]
     evaluation: Evaluation | None
@@ -170,7 +172,8 @@ def _check(config: DictConfig, source: dict[str, Any]) -> Pipeline:
     return Pipeline(
         title=str(resolved.get("title") or "Pipeline"),
         run_dir=Path(resolved["run_dir"]),
-        seed=_whole("seed", resolved.get("seed", 0)),
+        seed=_whole("seed", resolved.get("seed", 0), 0),
+        threads=None if resolved.get("threads") is None else _whole("threads", resolved["threads"], 1),
         dtype=_dtype(resolved.get("dtype", "float32")),
         stages=stages,
         evaluation=_build(Evaluation, evaluation, "evaluation") if evaluation else None,
@@ -216,9 +219,9 @@ def _build(cls: type[T], written: Any, where: str) -> T:
     return cls(**written)
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 0")
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}")
     return value
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..usage import UsageError
 from .config import FitStage, Pipeline, SampleStage
 from .fitting import StageCLI, run_fit
@@ -37,6 +39,8 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
         ValueError: in a stage, whose name it begins with.
     """
     pipeline.run_dir.mkdir(parents=True, exist_ok=True)
+    if pipeline.threads is not None:
+        torch.set_num_threads(pipeline.threads)
     with _locked(pipeline.run_dir):
         for name, stage in pipeline.stages.items():  # mistakes in the last stage are found before the first runs
             with _in_stage(name):

@@ -104,6 +104,22 @@ def test_a_random_reference_is_in_the_checkpoint(folder: str) -> None:
     assert checkpoint["reference"]["weights"].keys() == module.model.state_dict().keys()
 
 
+def test_half_precision_keeps_rotary_frequencies_exact(tmp_path: Path) -> None:
+    qwen = str(save_tiny_model(tmp_path, "qwen3"))
+    module = DPOModule(qwen)
+    data = PreferenceDataModule(train=ROWS, global_batch_size=4)
+    run = trainer("bf16-true", max_steps=1)
+    run.fit(module, data)
+    assert module.model.lm_head.weight.dtype == torch.bfloat16
+    rotary = {name: b for name, b in module.model.named_buffers() if name.endswith("inv_freq")}
+    exact = dict(AutoModelForCausalLM.from_pretrained(qwen).named_buffers())
+    assert rotary
+    for name, frequencies in rotary.items():
+        assert torch.equal(frequencies, exact[name]), name
+    # The policy starts as its own reference, to the bit.
+    assert float(run.callback_metrics["train/rewards/margins"]) == 0.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -20,7 +20,7 @@ from rlhf_lightning.modules.reward_options import bootstrap_weights
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment
 
 from ..helpers import char_tokenizer, save_tiny_model, tiny_config, tiny_model
-from ..invariance.harness import trainer
+from ..invariance.harness import Batches, trainer
 from ..invariance.methods import demonstrations, pairs
 from .naive import assert_gradient, naive_model, sequences, states, step
 
@@ -170,7 +170,7 @@ def test_validation_counts_every_row_once(folder: str) -> None:
         chosen, rejected = (r[:, 0] for r in naive_rewards(model, head, example))
         losses.append(-torch.sigmoid(chosen - rejected).log().mean())
         margins.append(float((chosen - rejected).mean()))
-        spread += [float((member[0] - member[1]).abs()) / math.sqrt(2) for member in (chosen, rejected)]
+        spread += [float((member[0] - member[1]).abs()) / 2 for member in (chosen, rejected)]
     assert metrics["val/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
     assert metrics["val/rewards/margins"] == pytest.approx(sum(margins) / 13, rel=1e-5)
     assert metrics["val/rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 13)
@@ -352,6 +352,34 @@ def test_a_language_model_has_no_rewards_to_load(folder: str) -> None:
 
 
 # Learning.
+
+
+def test_members_are_compared_around_their_means_over_training(folder: str, tmp_path: Path) -> None:
+    module = RewardModule(folder, num_models=3, optimizer=partial(torch.optim.SGD, lr=0.0))
+    examples = pairs(4)
+    run = trainer("64-true", max_epochs=1)
+    run.fit(module, Batches(ExampleBatch(examples[:2]), ExampleBatch(examples[2:])))
+    model, head = naive_model(folder), module.head
+    first, second = (
+        torch.stack([r for e in part for r in naive_rewards(model, head, e)]).mean(dim=0)
+        for part in (examples[:2], examples[2:])
+    )
+    means = (0.99 * first + second) / 1.99
+    torch.testing.assert_close(module.member_means, means.detach())
+    module.float()
+    found, stds = module.score_with_std(PROMPTS, COMPLETIONS)
+    for value, std, rewards in zip(found, stds, naive_scores(module, folder), strict=True):
+        centred = (rewards - means)[:, 0]
+        assert value == pytest.approx(float(centred.mean()), rel=1e-4, abs=1e-5)
+        assert std == pytest.approx(float(centred.std(correction=0)), rel=1e-4, abs=1e-5)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    restored = RewardModule(folder, num_models=3)
+    restored.on_load_checkpoint(checkpoint)
+    assert torch.equal(restored.member_means, module.member_means)
+    module.save_pretrained(str(tmp_path / "export"))
+    again = RewardModule.from_pretrained(str(tmp_path / "export"))
+    assert again.score_with_std(PROMPTS, COMPLETIONS)[1] == pytest.approx(stds, rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_models": 4, "head": "mlp"}, {"lora": {"r": 4}, "pooling": "mean"}])
