@@ -1,10 +1,11 @@
 """Training speed and memory beside TRL: one process after another on the same rows, model, batch and threads.
 
 Each side runs in a process of its own; pairs of processes alternate, and the median of the pairwise ratios is printed.
-Peak memory is the process's largest resident set, libraries included.
+Peak memory is the process's largest resident set, libraries included. The peer runs as it is fastest: without gradient
+checkpointing, in full precision, without truncation.
 
     python benchmarks/training.py dpo            # needs: pip install trl==1.16.0
-    python benchmarks/training.py sft --pairs 5
+    python benchmarks/training.py sft --pairs 5  # also: reward, simpo, kto
 """
 
 from __future__ import annotations
@@ -18,13 +19,105 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 VOCAB, HIDDEN, LAYERS, BATCH = 32768, 384, 8, 8
-SIDES = {"dpo": ("ours", "trl"), "sft": ("ours", "trl", "trl-packed")}
+BLOCK, BLOCKS = 1024, 2  # packed blocks hold about as many tokens as a batch of rows, without padding
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One of TRL's trainers, with the options in which it differs from the others."""
+
+    trainer: str
+    config: str
+    module: str = "trl"
+    model: str = "AutoModelForCausalLM"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=lambda: {"max_length": None})
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A module and datamodule of ours, what its rows look like, and who else trains on them."""
+
+    module: str
+    datamodule: str
+    rows: Callable[[list[Row]], list[Row]]
+    peers: dict[str, Peer]
+
+
+def pairs(triples: list[Row]) -> list[Row]:
+    """Rows of prompt, chosen and rejected as they are."""
+    return triples
+
+
+def demonstrations(triples: list[Row]) -> list[Row]:
+    """The chosen completions alone."""
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in triples]
+
+
+def verdicts(triples: list[Row]) -> list[Row]:
+    """One completion per prompt, chosen and rejected in turn."""
+    return [
+        {"prompt": row["prompt"], "completion": row["rejected" if odd else "chosen"], "label": not odd}
+        for odd, row in zip([False, True] * len(triples), triples, strict=False)
+    ]
+
+
+METHODS = {
+    "dpo": Method("DPOModule", "PreferenceDataModule", pairs, {"trl": Peer("DPOTrainer", "DPOConfig")}),
+    "sft": Method(
+        "SFTModule",
+        "SFTDataModule",
+        demonstrations,
+        {
+            "trl": Peer("SFTTrainer", "SFTConfig"),
+            "trl-packed": Peer(
+                "SFTTrainer",
+                "SFTConfig",
+                options={"per_device_train_batch_size": BLOCKS, "packing": True, "max_length": BLOCK},
+                packed=True,
+            ),
+        },
+    ),
+    "reward": Method(
+        "RewardModule",
+        "PreferenceDataModule",
+        pairs,
+        {
+            "trl": Peer(
+                "RewardTrainer",
+                "RewardConfig",
+                model="AutoModelForSequenceClassification",
+                model_options={"num_labels": 1},
+            )
+        },
+    ),
+    "simpo": Method(
+        "SimPOModule",
+        "PreferenceDataModule",
+        pairs,
+        {
+            "trl": Peer(
+                "CPOTrainer",
+                "CPOConfig",
+                module="trl.experimental.cpo",
+                # Without a length it would cut at 512; alpha would add the loss of CPO.
+                options={"max_length": 2048, "loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5},
+            )
+        },
+    ),
+    "kto": Method("KTOModule", "UnpairedDataModule", verdicts, {"trl": Peer("KTOTrainer", "KTOConfig")}),
+}
 
 
 def rows(count: int) -> list[dict[str, str]]:
@@ -75,12 +168,9 @@ def write_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def ours(method: str, folder: str, data: list[dict[str, str]], steps: int) -> list[float]:
+def ours(method: Method, folder: str, data: list[Row], steps: int) -> list[float]:
     """Seconds of each step."""
     import lightning
-
-    from rlhf_lightning import DPOModule, SFTModule
-    from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule
 
     times: list[float] = []
 
@@ -100,31 +190,28 @@ def ours(method: str, folder: str, data: list[dict[str, str]], steps: int) -> li
         enable_model_summary=False,
         callbacks=[Clock()],
     )
-    if method == "dpo":
-        trainer.fit(DPOModule(folder), PreferenceDataModule(train=data, global_batch_size=BATCH, shuffle=False))
-    else:
-        sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
-        trainer.fit(SFTModule(folder), SFTDataModule(train=sft, global_batch_size=BATCH, shuffle=False))
+    module = getattr(import_module("rlhf_lightning.modules"), method.module)
+    datamodule = getattr(import_module("rlhf_lightning.datamodules"), method.datamodule)
+    trainer.fit(module(folder), datamodule(train=data, global_batch_size=BATCH, shuffle=False))
     return times
 
 
-def trl(method: str, folder: str, data: list[dict[str, str]], steps: int, packed: bool) -> list[float]:
-    """Seconds of each step of TRL's trainer; with ``packed``, rows are packed into blocks as its users do."""
+def theirs(peer: Peer, folder: str, data: list[Row], steps: int) -> list[float]:
+    """Seconds of each step of TRL's trainer."""
     import torch
+    import transformers
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     times: list[float] = []
 
-    class Clock(TrainerCallback):
+    class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.start = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.perf_counter() - self.start)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = getattr(transformers, peer.model).from_pretrained(folder, dtype=torch.float32, **peer.model_options)
     options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": steps,
@@ -138,25 +225,26 @@ def trl(method: str, folder: str, data: list[dict[str, str]], steps: int, packed
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
     }
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if method == "dpo":
-        config = DPOConfig(max_length=None, **options)
-        DPOTrainer(
-            model=model,
-            args=config,
-            train_dataset=Dataset.from_list(data),
-            processing_class=tokenizer,
-            callbacks=[Clock()],
-        ).train()
-    else:
-        sft = Dataset.from_list([{"prompt": row["prompt"], "completion": " " + row["chosen"]} for row in data])
-        if packed:  # blocks of 1024 tokens: a batch then holds about as many tokens as ours, without padding
-            options |= {"per_device_train_batch_size": 2, "packing": True, "max_length": 1024}
-        else:
-            options["max_length"] = None
-        config = SFTConfig(**options)
-        SFTTrainer(model=model, args=config, train_dataset=sft, processing_class=tokenizer, callbacks=[Clock()]).train()
+    trl = import_module(peer.module)
+    # TRL joins the texts of prompt and completion; without a blank their words would be one.
+    spaced = [
+        {name: f" {v}" if name in ("completion", "chosen", "rejected") else v for name, v in row.items()}
+        for row in data
+    ]
+    getattr(trl, peer.trainer)(
+        model=model,
+        args=getattr(trl, peer.config)(**options | peer.options),
+        train_dataset=Dataset.from_list(spaced),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        callbacks=[Clock()],
+    ).train()
     return times
+
+
+def num_tokens(row: Row) -> int:
+    """The tokens of a row, each completion's end included, a prompt counted once."""
+    texts = [value for value in row.values() if isinstance(value, str)]
+    return sum(len(text.split()) for text in texts) + len(texts) - 1
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -164,13 +252,15 @@ def child(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    data = rows(BATCH * arguments.steps * (4 if arguments.side == "trl-packed" else 1))
-    if arguments.side == "ours":
-        times = ours(arguments.method, arguments.folder, data, arguments.steps)
+    method = METHODS[arguments.method]
+    peer = method.peers.get(arguments.side)
+    packed = peer is not None and peer.packed
+    data = method.rows(rows(BATCH * arguments.steps * (4 if packed else 1)))
+    if peer is None:
+        times = ours(method, arguments.folder, data, arguments.steps)
     else:
-        times = trl(arguments.method, arguments.folder, data, arguments.steps, arguments.side == "trl-packed")
-    words = [len(r["prompt"].split()) + len(r["chosen"].split()) + 1 for r in data]
-    tokens = 2 * 1024 if arguments.side == "trl-packed" else statistics.mean(words) * BATCH
+        times = theirs(peer, arguments.folder, data, arguments.steps)
+    tokens = BLOCKS * BLOCK if packed else statistics.mean(map(num_tokens, data)) * BATCH
     seconds = statistics.median(times[2:])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("RESULT " + json.dumps({"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_mib": peak}))
@@ -192,7 +282,7 @@ def measure(arguments: argparse.Namespace, side: str) -> dict[str, float]:
 def main() -> None:
     """Alternates the sides and prints medians and pairwise ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=SIDES)
+    parser.add_argument("method", choices=METHODS)
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps per run, the first two not counted")
     parser.add_argument("--threads", type=int, default=2)
@@ -205,7 +295,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         arguments.folder = folder
-        sides = SIDES[arguments.method]
+        sides = ["ours", *METHODS[arguments.method].peers]
         results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(arguments.pairs):
             for side in sides:
@@ -217,9 +307,9 @@ def main() -> None:
         line = f"{side:12s} {median['seconds']:.2f} s/step {median['tokens_per_s']:.0f} tokens/s"
         line += f" {median['peak_mib']:.0f} MiB"
         if side != "ours":
-            pairs = list(zip(results["ours"], results[side], strict=True))
-            speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
-            memory = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in pairs)
+            both = list(zip(results["ours"], results[side], strict=True))
+            speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in both)
+            memory = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in both)
             line += f"   ours: {speed:.2f}x as fast, {memory:.2f}x the memory"
         print(line)
 

@@ -151,7 +151,8 @@ class PairedRows(RowSource):
         rest = dict(row)
         ratings = rest.pop("ratings", None) or {}
         rated = {**row, **ratings} if isinstance(ratings, Mapping) else row
-        name = "completion" if row.get("completion") is not None else "response"
+        aliased = row.get("completion") is None and row.get("response") is not None
+        name = "response" if aliased else "completion"
         for wanted in ("prompt", name, *self.weights):
             if rated.get(wanted) is None:
                 raise ValueError(

@@ -28,14 +28,15 @@ _SHAREGPT_ROLES = {
 
 
 def describe_columns(row: Mapping[str, Any], wanted: str) -> str:
-    """The columns of a row for a message about one that is missing, the closest name first.
+    """The columns of a row for a message about one that is missing (or ``None``), the closest name first.
 
     Example:
         >>> describe_columns({"promt": "2+2=", "answer": "4"}, "prompt")
         " (found: promt, answer; did you mean 'promt'?)"
     """
-    found = ", ".join(map(str, row)) or "none"
-    close = difflib.get_close_matches(wanted, [str(name) for name in row], n=1)
+    names = [str(name) for name, value in row.items() if value is not None]
+    found = ", ".join(names) or "none"
+    close = difflib.get_close_matches(wanted, names, n=1)
     return f" (found: {found}; did you mean {close[0]!r}?)" if close else f" (found: {found})"
 
 

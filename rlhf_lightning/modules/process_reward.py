@@ -142,19 +142,15 @@ class ProcessRewardModule(HeadedModule):
         """``(N, D) -> (N,)`` logits of steps being right."""
         if self.head_kind != "tokens":
             return self._read(states_ND, "step")
+        dtype = torch.promote_types(states_ND.dtype, torch.float32)
         whole = output_head(self.model)
-        parts: dict[str, Any] = {
-            name: None if tensor is None else tensor[self._label_ids]
-            for name, tensor in (("weight", whole.weight), ("bias", whole.bias), ("lora_out", whole.lora_out))
-        }
-        head = OutputHead(
-            **parts,
-            lora_in=whole.lora_in,
-            lora_scaling=whole.lora_scaling,
-            scale=whole.scale,
-            softcap=whole.softcap,
-        )
-        right, wrong = head.logits(states_ND).to(torch.promote_types(states_ND.dtype, torch.float32)).unbind(dim=1)
+        rows = {"weight": whole.weight, "bias": whole.bias, "lora_out": whole.lora_out}
+        parts: dict[str, Any] = {n: None if t is None else t[self._label_ids].to(dtype) for n, t in rows.items()}
+        parts["lora_in"] = None if whole.lora_in is None else whole.lora_in.to(dtype)
+        head = OutputHead(**parts, lora_scaling=whole.lora_scaling, scale=whole.scale, softcap=whole.softcap)
+        # What is compared are two logits: they are computed in at least fp32, autocast or not.
+        with torch.autocast(states_ND.device.type, enabled=False):
+            right, wrong = head.logits(states_ND.to(dtype)).unbind(dim=1)
         return right - wrong
 
     def _read(self, states: Tensor, name: str) -> Tensor:

@@ -242,8 +242,9 @@ class RewardModule(HeadedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the running means."""
-        state = checkpoint["reward"]
-        self._mean_sum, self._mean_weight = state["mean_sum"], state["mean_weight"]
+        state = checkpoint.get("reward")
+        if state is not None:
+            self._mean_sum, self._mean_weight = state["mean_sum"], state["mean_weight"]
 
     def _pair_losses(self, rows: Scores) -> Tensor:
         """``(E, M)``."""

@@ -207,10 +207,8 @@ def test_ratings() -> None:
     columns = {"prompt": "q", "response": "a", "ratings": {"helpful": 4, "right": "0.5", "brief": None}, "id": 1}
     row = preference(columns)
     assert (row.prompt, row.completions) == ("q", ("a",))
-    ratings = row.fields.pop("ratings")
-    assert math.isnan(ratings.pop("brief"))
-    assert ratings == {"helpful": 4.0, "right": 0.5}
-    assert row.fields == {"id": 1}
+    assert math.isnan(row.fields.pop("brief"))
+    assert row.fields == {"helpful": 4.0, "right": 0.5, "id": 1}
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "ratings": 3}
     assert preference(pair) == Row("q", ("a", "b"), {"ratings": 3}), "beside a pair it is a field like any other"
 

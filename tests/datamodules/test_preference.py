@@ -52,7 +52,29 @@ def test_a_rated_completion_has_no_rival() -> None:
     example = made({"prompt": "1=", "completion": "1", "ratings": {"right": 4}})
     assert example.root.tokens.tolist() == ids("1=")
     assert [child.tokens.tolist() for child in example.root.children] == [ids("1~")]
-    assert example.fields == {"ratings": {"right": 4.0}}
+    assert example.fields == {"right": 4.0}
+
+
+def test_rated_completions_of_a_prompt_become_pairs() -> None:
+    rows = [
+        {"prompt": "1=", "completion": "1", "right": 4, "brief": 1, "id": "a"},
+        {"prompt": "1=", "completion": "11", "right": 1, "brief": 0, "id": "b"},
+        {"prompt": "2=", "completion": "2", "right": 4, "brief": 4, "id": "c"},
+    ]
+    data = PreferenceDataModule(val=rows, tokenizer=chars(), pair_by={"right": 1.0, "brief": -0.5})
+    data.setup("validate")
+    [[example]] = data.val_dataloader()
+    assert example.row_id == "memory:1+2"
+    assert example.root.tokens.tolist() == ids("1=")
+    assert [child.tokens.tolist() for child in example.root.children] == [ids("1~"), ids("11~")]
+    assert example.fields == {"chosen_score": 3.5, "rejected_score": 1.0, "margin": 2.5}
+
+
+@pytest.mark.parametrize("pair_by", [{}, {"right": 0.0}, {"right": float("nan")}])
+def test_pairs_need_a_rating_to_go_by(pair_by: dict[str, float]) -> None:
+    assert complaint(PreferenceDataModule, pair_by=pair_by) == (
+        f"pair_by={pair_by!r}, expected finite numbers by rating, not all 0, such as {{'helpfulness': 1.0}}"
+    )
 
 
 def test_texts_that_the_tokenizer_cannot_tell_apart_are_no_pair() -> None:

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from rlhf_lightning.datamodules import ExampleDataModule, UnpairedDataModule
 from rlhf_lightning.datamodules.sources import is_remote
+from rlhf_lightning.modules.reward_options import ratings_of
 from rlhf_lightning.rollouts.verifiers import exact_answer
 from rlhf_lightning.sequences.example import Example, Segment
 
@@ -160,9 +161,12 @@ def test_the_hub_is_asked_for_the_right_splits(name: str, tmp_path: Path, monkey
         parts[wanted] = rows
         hub = datasets.DatasetDict({part: datasets.Dataset.from_list(parts[part]) for part in parts})
         asked: list[str] = []
-        monkeypatch.setattr(
-            datasets, "load_dataset", lambda name, *_, hub=hub, asked=asked, **__: asked.append(name) or hub
-        )
+
+        def load(dataset: str, *_: Any, hub: Any = hub, asked: list[str] = asked, **__: Any) -> datasets.DatasetDict:
+            asked.append(dataset)
+            return hub
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
         data = built(name, tmp_path, **{other: None for other in splits if other != split})
         assert is_remote(sources[split])
         data.setup("fit")
@@ -191,6 +195,7 @@ def test_helpsteer2_as_ratings(tmp_path: Path) -> None:
     ]
     first = {"helpfulness": 3.0, "correctness": 4.0, "coherence": 4.0, "complexity": 2.0, "verbosity": 1.0}
     assert examples[0].fields == first
+    assert ratings_of(examples[0], list(first)) == [3.0, 4.0, 4.0, 2.0, 1.0], "where the reward model looks"
     assert np.isnan(examples[2].fields["verbosity"])
 
 

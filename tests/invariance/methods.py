@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.modules import PostTrainingModule
 from rlhf_lightning.sequences import Example, Segment
 
+from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, picky, prompts, remainder
+
 VOCAB = 60
+# Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.
+LARGE_STEPS = partial(torch.optim.SGD, lr=20.0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,12 @@ class MovedKTO(KTOModule):
             self.model.get_output_embeddings().weight.mul_(0.8)
 
 
+def rollouts(**options: Any) -> dict[str, Any]:
+    """Options of a method that samples; what it samples is fixed, so that the rest can be compared."""
+    rewards = {"rewards": [remainder, picky], "reward_weights": [1.0, 0.5]}
+    return {**rewards, "num_generations": 4, "max_completion_length": 10, **options}
+
+
 METHODS: dict[str, Method] = {
     "sft": Method(SFTModule, demonstrations),
     "sft-smooth": Method(SFTModule, demonstrations, {"label_smoothing": 0.1}),
@@ -120,5 +131,26 @@ METHODS: dict[str, Method] = {
     "process": Method(ProcessRewardModule, solutions, {"labels": "soft", "outcome_head": True}),
     "process-tokens": Method(
         ProcessRewardModule, solutions, {"labels": "soft", "head": "tokens", "boundaries": "learned"}
+    ),
+    "grpo": Method(FixedGRPO, prompts, rollouts(beta=0.1, entropy_coef=0.05, optimizer=LARGE_STEPS)),
+    "grpo-coupled": Method(
+        FixedGRPO,
+        prompts,
+        rollouts(
+            loss_type="grpo",
+            scale_rewards="batch",
+            top_entropy_quantile=0.4,
+            mask_truncated_completions=True,
+            importance_sampling_correction="token_truncate",
+        ),
+    ),
+    "grpo-gdpo": Method(
+        FixedGRPO, prompts, rollouts(loss_type="gspo", multi_objective_aggregation="normalize_then_sum", num_updates=2)
+    ),
+    "ppo": Method(FixedPPO, prompts, rollouts(kl_coef=0.2, num_updates=1, entropy_coef=0.1, optimizer=LARGE_STEPS)),
+    "ppo-whitened": Method(
+        FixedPPO,
+        prompts,
+        rollouts(num_updates=1, num_mini_batches=2, whiten_rewards=True, optimizer=partial(torch.optim.SGD, lr=3.0)),
     ),
 }
