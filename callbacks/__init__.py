@@ -1,7 +1,10 @@
-"""Callbacks: accuracy of what the model writes, export of the best model, and a plain log of metrics."""
+"""Callbacks: what a model writes and how right it is, export, a plain log, and what guards or moves a policy."""
 
 from .accuracy import GenerationAccuracy
 from .export import ModelExport
 from .history import JSONLLogger
+from .kl_guard import KLGuard
+from .reference_sync import ReferenceSync
+from .samples import SampleLogger
 
-__all__ = ["GenerationAccuracy", "JSONLLogger", "ModelExport"]
+__all__ = ["GenerationAccuracy", "JSONLLogger", "KLGuard", "ModelExport", "ReferenceSync", "SampleLogger"]

@@ -281,6 +281,11 @@ def _lora_config(lora: Mapping[str, Any]) -> LoraConfig:
             hint = f"did you mean {close[0]!r}?" if close else f"use fields of peft's LoraConfig such as {'r'!r}"
             raise ValueError(f"lora has no option {key!r}: {hint}")
     options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora}
+    if options.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError(
+            f"lora's init_lora_weights is {options['init_lora_weights']!r}, which changes the frozen weights, so that "
+            "the exported adapter would not fit its base: use true or 'gaussian'"
+        )
     if options["task_type"] != "CAUSAL_LM":
         raise ValueError(f"lora's task_type is {options['task_type']!r}: leave it out, or write 'CAUSAL_LM'")
     if "target_parameters" in lora and "target_modules" not in lora:

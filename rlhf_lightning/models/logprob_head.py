@@ -162,7 +162,7 @@ class _Tiles:
         self._memory = torch.empty(size, dtype=self.dtype, device=hidden.device)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """``(rows, columns)`` logits in at least fp32, after temperature and soft-capping; the next call reuses them."""
+        """``(rows, columns)`` logits in at least fp32, temperature and soft cap applied; the next call reuses them."""
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         tile = _product(self.hidden[rows], self.weight[columns], self._memory[: shape[0] * shape[1]].view(shape))
         if self.low is not None and self.low_out is not None:
@@ -227,9 +227,10 @@ class _FusedLogProbs(torch.autograd.Function):
                     mass2 = mass2 * rescale.square() + torch.linalg.vecdot(tile, tile)
                 top = new_top
             lse[rows] = top + mass.log()
-            entropy[rows] = lse[rows] - weighted / mass
-            mean_logit[rows] = total / vocab
-            lse2[rows] = 2 * top + mass2.log()
+            if config.entropy:
+                entropy[rows] = lse[rows] - weighted / mass
+            mean_logit[rows] = total / vocab if config.mean else lse[rows]
+            lse2[rows] = 2 * top + mass2.log() if config.power else 2 * lse[rows]
             correct[rows] = target_logit[rows] >= top
         ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy)
         ctx.config = config
@@ -315,6 +316,11 @@ def output_head(model: nn.Module) -> OutputHead:
         if len(active) > 1:
             raise ValueError(
                 f"the output projection has {len(active)} active adapters {active}; one at a time is supported"
+            )
+        if active and (active[0] in getattr(layer, "lora_variant", {}) or layer.lora_B[active[0]].bias is not None):
+            raise ValueError(
+                "the output projection has a DoRA adapter or one with a bias, which the fused head does not know: "
+                "leave lm_head out of lora's target_modules, or use plain LoRA"
             )
         if active:
             name = active[0]

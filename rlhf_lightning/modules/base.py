@@ -199,6 +199,11 @@ class PostTrainingModule(MicroBatchedModule):
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError(
+                "lr_scheduler is ReduceLROnPlateau, which waits for a metric; schedules step with every optimizer step "
+                "here: use rlhf_lightning.modules.WarmupSchedule, or another torch schedule"
+            )
         if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
             scheduler.set_total_steps(self._num_steps())
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -214,8 +219,9 @@ class PostTrainingModule(MicroBatchedModule):
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
         """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch."""
         rows, totals, progress = self.optimize(self._checked(batch))
-        self._log("train", self._summary(rows, totals) | progress)
-        self.remember(rows, totals)
+        if rows:  # a streamed batch may have lost all its rows
+            self._log("train", self._summary(rows, totals) | progress)
+            self.remember(rows, totals)
         batch.mark_consumed()
 
     def optimize(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float], Scores]:
@@ -234,7 +240,7 @@ class PostTrainingModule(MicroBatchedModule):
         with self._local_gradients():
             rows, totals = self.backward_examples(examples)
         sum_gradients(p for p in self.parameters() if p.requires_grad)
-        grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"])
+        grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
         optimizer.step()
         optimizer.zero_grad()
         scheduler = self.lr_schedulers()
@@ -256,7 +262,7 @@ class PostTrainingModule(MicroBatchedModule):
             )
         positions = num_positions(self.model)
         embeddings: Any = base_model(self.model).get_input_embeddings()
-        vocab_size = int(embeddings.num_embeddings)
+        vocab_size = int(embeddings.weight.shape[0])
         for example in batch.examples:
             for path in example.root.paths():
                 length = sum(len(segment.tokens) for segment in path)
@@ -265,18 +271,21 @@ class PostTrainingModule(MicroBatchedModule):
                         f"row {example.row_id} has {length} tokens, the model has {positions} positions: set the "
                         f"datamodule's max_length to {positions} or less"
                     )
-                largest = max(int(segment.tokens.max()) for segment in path)
-                if largest >= vocab_size:
+                ends = [int(end) for segment in path for end in (segment.tokens.min(), segment.tokens.max())]
+                if min(ends) < 0 or max(ends) >= vocab_size:
+                    wrong = min(ends) if min(ends) < 0 else max(ends)
                     raise ValueError(
-                        f"row {example.row_id} has token {largest}, the model's vocabulary has {vocab_size}: the "
+                        f"row {example.row_id} has token {wrong}, the model's vocabulary has {vocab_size}: the "
                         "tokenizer is not this model's"
                     )
         return batch.examples
 
     def _clip(self) -> Tensor:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())  # by which manual_backward multiplied the loss
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm * scale
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach() / scale
 
     # Validation: rows are kept, and the loss and metrics are those of the whole set.
 
@@ -287,6 +296,14 @@ class PostTrainingModule(MicroBatchedModule):
     def test_step(self, batch: ExampleBatch, batch_idx: int) -> None:
         """See validation_step."""
         self._collect(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the rows of a validation that was stopped half-way."""
+        self._rows, self._row_totals = [], {}
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets the rows of a test that was stopped half-way."""
+        self._rows, self._row_totals = [], {}
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss and metrics of the validation set."""

@@ -63,8 +63,8 @@ def concatenate(parts: Iterable[Scores]) -> Scores:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
     """Adds gradients up over all ranks, in flat buckets; a parameter without gradient counts as zero.
 
-    Losses are divided by global totals before the backward pass, so the sum is the gradient of the global batch, however
-    many micro-batches each rank ran, none included.
+    Losses are divided by global totals before the backward pass, so the sum is the gradient of the global batch,
+    however many micro-batches each rank ran, none included.
     """
     if world_size() == 1:
         return

@@ -21,7 +21,7 @@ from ..losses.preference import (
 from ..sequences import Example, SequenceBatch
 from .distributed import Scores
 from .referenced import ReferencedModule
-from .rows import num_scored, pair_rows
+from .rows import check_pairs, num_scored, pair_rows
 
 
 class DPOModule(ReferencedModule):
@@ -104,6 +104,7 @@ class DPOModule(ReferencedModule):
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
         """Pairs, and tokens of the chosen completions."""
+        check_pairs(examples)
         tokens = sum(num_scored(example)[0] for example in examples)
         return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
 

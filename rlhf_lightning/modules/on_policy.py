@@ -147,7 +147,7 @@ class OnPolicyModule(ReferencedModule):
     @property
     def has_reference(self) -> bool:
         """Whether there is a reference to compare with."""
-        return bool(self._reference)
+        return bool(self.references)
 
     def _num_steps(self) -> int:
         steps, most = super()._num_steps(), self.trainer.max_steps
@@ -210,7 +210,7 @@ class OnPolicyModule(ReferencedModule):
         names = sorted({name for prompt in prompts for name in prompt.fields} - {"prompt"})
         columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
         columns["completion_ids"] = [sample.token_ids for _, sample in samples]
-        texts = [prompt.fields.get("prompt") or self._text(prompt) for prompt, _ in samples]
+        texts = [self.prompt_text(prompt) for prompt, _ in samples]
         scores = self.rewards(texts, [sample.text for _, sample in samples], columns) if samples else None
         shape = len(prompts), self.num_generations, len(self.rewards.names)
         values = torch.zeros(shape, dtype=torch.float64)
@@ -233,8 +233,11 @@ class OnPolicyModule(ReferencedModule):
         tokens = [prompt.root.tokens.tolist() for prompt in prompts]
         return self._engine.generate(tokens, self.num_generations, self.sampling, seeds=seeds_EG or None)
 
-    def _text(self, prompt: Example) -> str:
-        return str(self.tokenizer.decode(prompt.root.tokens.tolist(), skip_special_tokens=True))
+    def prompt_text(self, prompt: Example) -> Any:
+        """A prompt as it was written, text or messages; without that, as text made of its tokens."""
+        written = prompt.fields.get("prompt")
+        tokens = prompt.root.tokens.tolist()
+        return self.tokenizer.decode(tokens, skip_special_tokens=True) if written is None else written
 
     @torch.no_grad()
     def per_token(
@@ -263,7 +266,7 @@ class OnPolicyModule(ReferencedModule):
 
     def ref_logprobs(self, batch: SequenceBatch) -> Tensor:
         """``(n,)`` log-probs of a batch's scored tokens under the reference."""
-        with self._reference[0].scoring() as model:
+        with self.references[0].scoring() as model:
             return self.token_stats(batch, model, temperature=self.temperature).logprobs
 
     # What is logged of rollouts.

@@ -35,7 +35,12 @@ class ReferencedModule(PostTrainingModule):
         # Wrapped in a list, so that no module registers it: no optimizer, gradient bucket or checkpoint may see it.
         self._reference: list[Reference] = []
         self._reference_table: dict[str, Scores] = {}
-        self._restored: dict[str, Any] = {}
+        self._lost_table = False
+
+    @property
+    def references(self) -> list[Reference]:
+        """The reference policy, or nothing where none is in memory."""
+        return self._reference
 
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
         """What a method keeps of the reference: rows that depend on a row's own content alone."""
@@ -48,16 +53,23 @@ class ReferencedModule(PostTrainingModule):
         super().configure_model()
         assert self.model is not None
         has_adapter = hasattr(self.model, "peft_config")
+        # An adapter that does not begin at zero: switched off it is not what the policy was at the start.
+        drawn = self.lora is not None and self.lora.get("init_lora_weights", True) is False
+        if self.reference_kind == "adapter" and drawn:
+            raise ValueError(
+                "reference is 'adapter', but lora's init_lora_weights is false, so that the adapter does not begin at "
+                "zero: use reference='frozen'"
+            )
         if self.reference_kind == "adapter" and not has_adapter:
             raise ValueError(
                 "reference is 'adapter', but the model has no adapter: give lora={'r': 16}, or use 'frozen'"
             )
         if self.reference_kind == "precomputed":
             return
-        if has_adapter and self.reference_kind != "frozen":
+        if has_adapter and self.reference_kind != "frozen" and not drawn:
             self._reference = [AdapterReference(self.model)]
         else:
-            self._reference = [FrozenReference.copy_of(self.model, rebuildable=self.init == "pretrained")]
+            self._reference = [FrozenReference.copy_of(self.model, rebuildable=self.init == "pretrained" and not drawn)]
 
     def reference_constants(self, batch: SequenceBatch) -> Scores:
         """The reference's rows of a batch: computed now, or looked up where they were precomputed."""
@@ -80,6 +92,11 @@ class ReferencedModule(PostTrainingModule):
         """Precomputes the reference's rows where that was asked for."""
         super().on_fit_start()
         if self.reference_kind == "precomputed" and not self._reference_table:
+            if self._lost_table:
+                raise ValueError(
+                    "the checkpoint holds no precomputed log-probs, and the policy has moved: resume with the "
+                    "reference that it was trained with, reference='frozen'"
+                )
             self._precompute()
 
     def settle(self) -> None:
@@ -88,7 +105,6 @@ class ReferencedModule(PostTrainingModule):
         for reference in self._reference:
             if isinstance(reference, FrozenReference):
                 reference.to(self.device)
-                reference.load_state_dict(self._restored.pop("weights", {}))
 
     def _precompute(self) -> None:
         """Scores every training and validation row with the untrained policy, which is the reference."""
@@ -102,7 +118,8 @@ class ReferencedModule(PostTrainingModule):
         table: dict[str, Scores] = {}
         for examples in datamodule.all_examples():
             own = self._checked(ExampleBatch(examples[rank::world]))
-            with evaluating(self.model), torch.no_grad():
+            autocast = self.trainer.precision_plugin.forward_context()
+            with autocast, evaluating(self.model), torch.no_grad():
                 rows = self.in_micro_batches(own, lambda batch: self.reference_rows(batch, self.model))
             for n, example in enumerate(own):
                 table[example.content_hash()] = {name: value[n].cpu() for name, value in rows.items()}
@@ -133,4 +150,6 @@ class ReferencedModule(PostTrainingModule):
                 "reference policy: restore them, or start a new run"
             )
         self._reference_table = state.get("table", {})
-        self._restored = {"weights": state.get("weights", {})}
+        self._lost_table = self.reference_kind == "precomputed" and not self._reference_table
+        for reference in self._reference:
+            reference.load_state_dict(state.get("weights", {}))

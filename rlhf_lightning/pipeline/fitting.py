@@ -72,8 +72,8 @@ class StageCLI(PostTrainingCLI):
         self.written = written
         if self.trainer.world_size > 1:
             raise ValueError(
-                f"trainer.devices make {self.trainer.world_size} processes, and a pipeline runs in one: set devices: 1, or "
-                "run this stage by `rlhf-lightning fit`"
+                f"trainer.devices make {self.trainer.world_size} processes, and a pipeline runs in one: set devices: "
+                "1, or run this stage by `rlhf-lightning fit`"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -48,12 +48,11 @@ class Block:
 
     def mask(self, window: int | None) -> Tensor:
         """``(B, 1, Q, P)``, True = visible: keys on the path at or before the query, and within the window."""
-        distance = self.query_depth[:, None, :, None] - self.key_depth[:, None, None, :]
-        visible = distance >= 0
+        query, key = self.query_depth[:, None, :, None], self.key_depth[:, None, None, :]
+        visible = query >= key
         if window is not None:
             # A padding query has no key within reach of a window; it keeps the first key so that softmax stays finite.
-            padding = self.query_depth[:, None, :, None] >= _FAR
-            visible &= (distance < window) | padding
+            visible &= (query < key + window) | (query >= _FAR)
         return visible
 
 

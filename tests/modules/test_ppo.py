@@ -201,7 +201,7 @@ def test_first_update(variant: str, folder: str, policy: Any, head: Tensor) -> N
     fixed = naive_fixed(naive, naive_model(folder), **fixing)
     parts = naive_loss(naive, fixed, list(range(ROWS * GROUP)), **losing)
     compare(found, naive, parts["loss"])
-    scores = [sample.reward - (0 if sample.ended else fixing.get("penalty", 0)) for sample in samples()]
+    [sample.reward - (0 if sample.ended else fixing.get("penalty", 0)) for sample in samples()]
     logged = {
         "loss/policy_avg": float(parts["policy"]),
         "loss/value_avg": float(parts["value"]),

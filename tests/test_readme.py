@@ -1,0 +1,114 @@
+"""The README, from top to bottom: its files are written, its commands and scripts run, in a folder that was empty."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning
+import pytest
+from transformers import AutoModelForCausalLM
+
+import rlhf_lightning
+from rlhf_lightning import callbacks, datamodules
+from rlhf_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "METHODS.md", "CONTRIBUTING.md", "CHANGELOG.md")
+
+# In place of the model that the README names; what makes commands quicker changes nothing that they are about.
+MODEL = "Qwen/Qwen3-0.6B"
+QUICKLY = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+# Two processes would be started by the command that pytest was started with.
+ONLY_PARSED = "--trainer.devices=2"
+
+
+class Block(NamedTuple):
+    language: str
+    line: int
+    text: str
+
+
+def blocks() -> list[Block]:
+    found = re.finditer(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [Block(match[1], README[: match.start()].count("\n") + 2, match[2]) for match in found]
+
+
+def commands(script: str) -> tuple[dict[str, str], list[list[str]]]:
+    """The files that a block of shell writes, and its other commands, comments and line continuations undone."""
+    files = dict(re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", script, flags=re.MULTILINE | re.DOTALL))
+    script = re.sub(r"^cat > .*?^END$", "", script, flags=re.MULTILINE | re.DOTALL)
+    lines = script.replace("\\\n", " ").splitlines()
+    return files, [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def run(words: list[str]) -> None:
+    assert words[0] == "rlhf-lightning"
+    if words[1] != "fit":
+        main(words[1:])
+    elif ONLY_PARSED in words or "--print_config" in words:
+        with pytest.raises(SystemExit) as exit_info:
+            main([*words[1:], "--print_config"])
+        assert exit_info.value.code == 0
+    else:
+        main([*words[1:], *QUICKLY])
+
+
+def test_readme_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Callable[[str], Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(tiny_model_folder("qwen3"))
+    # A config file has to be there before the command that the README shows ahead of it.
+    for block in blocks():
+        if block.language == "yaml":
+            name = re.match(r"# ([\w.]+)", block.text)
+            assert name, f"README.md:{block.line}: a file without its name in the first line"
+            Path(name[1]).write_text(block.text.replace(MODEL, model))
+    done = {"bash": 0, "python": 0, "yaml": 0}
+    for block in blocks():
+        where = f"README.md:{block.line}"
+        done[block.language] += 1
+        if block.language == "python":
+            # Line numbers of a traceback are then those of the README.
+            code = compile("\n" * (block.line - 1) + block.text, where, "exec")
+            exec(code, {"__name__": "__main__"})
+        elif block.language == "bash":
+            files, found = commands(block.text)
+            for name, content in files.items():
+                Path(name).write_text(content)
+            for words in found:
+                if words[0] == "make":
+                    assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), f"{where}: no target {words[1]!r}"
+                elif not words[0].startswith("MODEL="):
+                    run([word.replace("$MODEL", model) for word in words])
+    assert min(done.values()) >= 2
+    for folder in ("runs/sft/model", "runs/dpo/model", "runs/mine/sft/model", "aligned"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert Path("runs/mine/dpo/model/adapter_model.safetensors").is_file()
+    assert Path("runs/mine/report.html").is_file()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_documents_name_is_there(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"`((?:configs|tests|benchmarks|rlhf_lightning|datamodules|callbacks)/[\w./]*)`", text):
+        if "/x" not in path and "_x" not in path:  # the method that CONTRIBUTING adds
+            assert (ROOT / path).exists(), f"{document} names {path}"
+    for path in re.findall(r"--config (configs/\S+?\.yaml)", text):
+        assert (ROOT / path).is_file(), f"{document} names {path}"
+    places = (rlhf_lightning, rlhf_lightning.modules, datamodules, callbacks, lightning)
+    for name in re.findall(r"`(\w+(?:Module|Export|Accuracy|Logger|Schedule))`", text):
+        assert any(hasattr(place, name) for place in places), f"{document} names {name}"
+
+
+def test_every_method_and_datamodule_is_in_the_readme_and_in_methods() -> None:
+    names = [name for name in rlhf_lightning.__all__ if name.endswith("Module")]
+    names += [name for name in datamodules.__all__ if name.endswith("DataModule") and name != "ExampleDataModule"]
+    for name in names:
+        assert f"`{name}`" in README
+        assert f"`{name}`" in (ROOT / "METHODS.md").read_text()
