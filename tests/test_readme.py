@@ -1,20 +1,22 @@
-"""The README, from top to bottom: its files are written, its commands and scripts run, in a folder that was empty."""
+"""What the documents say is so: the README runs from top to bottom in an empty folder; names and values exist."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning
 import pytest
 from transformers import AutoModelForCausalLM
 
 import rlhf_lightning
-from rlhf_lightning import callbacks, datamodules
+from rlhf_lightning import callbacks, datamodules, modules
 from rlhf_lightning.cli import main
+from rlhf_lightning.modules import headed, on_policy, referenced
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -62,6 +64,7 @@ def test_readme_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Callable[[str], Path]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     model = str(tiny_model_folder("qwen3"))
     # A config file has to be there before the command that the README shows ahead of it.
     for block in blocks():
@@ -101,8 +104,8 @@ def test_what_documents_name_is_there(document: str) -> None:
             assert (ROOT / path).exists(), f"{document} names {path}"
     for path in re.findall(r"--config (configs/\S+?\.yaml)", text):
         assert (ROOT / path).is_file(), f"{document} names {path}"
-    places = (rlhf_lightning, rlhf_lightning.modules, datamodules, callbacks, lightning)
-    for name in re.findall(r"`(\w+(?:Module|Export|Accuracy|Logger|Schedule))`", text):
+    places = (rlhf_lightning, modules, referenced, headed, on_policy, datamodules, callbacks, lightning)
+    for name in re.findall(r"`(\w+(?:Module|Export|Accuracy|Logger|Guard|Sync|Schedule))`", text):
         assert any(hasattr(place, name) for place in places), f"{document} names {name}"
 
 
@@ -112,3 +115,77 @@ def test_every_method_and_datamodule_is_in_the_readme_and_in_methods() -> None:
     for name in names:
         assert f"`{name}`" in README
         assert f"`{name}`" in (ROOT / "METHODS.md").read_text()
+
+
+GROUP = {
+    "rewards": ["rlhf_lightning.rollouts.verifiers.exact_answer"],
+    "num_generations": 2,
+    "max_completion_length": 6,
+}
+CASES: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("SFTModule", "SFTDataModule", "demonstrations", {}),
+    ("SFTModule", "SFTDataModule", "demonstrations", {"loss_type": "dft"}),
+    ("RewardModule", "PreferenceDataModule", "preference", {}),
+    ("RewardModule", "PreferenceDataModule", "preference", {"num_models": 2}),
+    ("ProcessRewardModule", "StepwiseDataModule", "stepwise", {}),
+    ("ProcessRewardModule", "StepwiseDataModule", "stepwise", {"outcome_head": True, "boundaries": "learned"}),
+    ("DPOModule", "PreferenceDataModule", "preference", {}),
+    ("SimPOModule", "PreferenceDataModule", "preference", {}),
+    ("SimPOModule", "PreferenceDataModule", "preference", {"loss_type": "orpo", "beta": 0.1}),
+    ("KTOModule", "UnpairedDataModule", "unpaired", {}),
+    ("GRPOModule", "PromptDataModule", "prompts", GROUP),
+    ("GRPOModule", "PromptDataModule", "prompts", {**GROUP, "top_k": 5, "dynamic_sampling": 1, "beta": 0.1}
+     | {"importance_sampling_correction": "token_truncate"}),
+    ("PPOModule", "PromptDataModule", "prompts", GROUP),
+]  # fmt: skip
+
+
+def logged_names(module: str) -> list[tuple[set[str], set[str]]]:
+    """What METHODS.md says that a module logs: in every stage, and in training beside it; (always, at times) each."""
+    rows = {}
+    for line in (ROOT / "METHODS.md").read_text().partition("## What is logged")[2].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3:
+            rows[cells[0].strip("`")] = cells[1:]
+    found = []
+    for column, cell in enumerate(rows[module]):
+        cell += rows["all"][column]
+        if other := re.search(r"as `(\w+)`", cell):
+            cell += rows[other[1]][column]
+        names = set(re.findall(r"`([a-z_0-9]+(?:/[a-z_<>]+)*)`", cell))
+        always = set(re.findall(r"`([a-z_0-9]+(?:/[a-z_<>]+)*)`", re.sub(r"\[[^]]*\]", "", cell)))
+        found.append((always, names - always))
+    return found
+
+
+@pytest.mark.parametrize(("module", "datamodule", "contract", "options"), CASES)
+def test_what_is_logged_is_in_methods(
+    module: str,
+    datamodule: str,
+    contract: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    tiny_model_folder: Callable[[str], Path],
+) -> None:
+    task = f"sums:{contract}?terms=2&high=9&rows=8"
+    data = getattr(datamodules, datamodule)(train=task, val=f"{task}&split=validation", global_batch_size=4)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        limit_train_batches=1,
+        log_every_n_steps=1,
+        logger=callbacks.JSONLLogger(str(tmp_path / "history.jsonl")),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(getattr(rlhf_lightning, module)(str(tiny_model_folder("qwen3")), **options), data)
+    logged = {name for line in (tmp_path / "history.jsonl").read_text().splitlines() for name in json.loads(line)}
+    logged = {name.replace("exact_answer", "<name>") for name in logged if "/" in name}
+    (always, at_times), (train_always, train_at_times) = logged_names(module)
+    for stage, known, allowed in (
+        ("train", always | train_always, at_times | train_at_times),
+        ("val", always, at_times),
+    ):
+        names = {name.partition("/")[2] for name in logged if name.startswith(f"{stage}/")}
+        assert known <= names <= known | allowed

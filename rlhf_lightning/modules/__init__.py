@@ -6,6 +6,7 @@ from .grpo import GRPOModule
 from .kto import KTOModule
 from .ppo import PPOModule
 from .process_reward import ProcessRewardModule
+from .referenced import ReferencedModule
 from .reward import RewardModule
 from .schedules import WarmupSchedule
 from .sft import SFTModule
@@ -18,6 +19,7 @@ __all__ = [
     "PPOModule",
     "PostTrainingModule",
     "ProcessRewardModule",
+    "ReferencedModule",
     "RewardModule",
     "SFTModule",
     "SimPOModule",
