@@ -73,15 +73,22 @@ class SampleStage:
 
 Stage = FitStage | SampleStage
 _KINDS: dict[str, type[FitStage] | type[SampleStage]] = {"fit": FitStage, "sample": SampleStage}
-_TOP_LEVEL = ("title", "run_dir", "seed", "threads", "dtype", "variables", "evaluation", "stages", "compare")
+_TOP_LEVEL = (
+    *("title", "run_dir", "seed", "threads", "dtype", "variables"),
+    *("policy", "policies", "evaluation", "stages", "compare"),
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A figure of one metric over the steps of several stages."""
+    """A figure of one metric over the steps, or the seconds of training, of several stages.
+
+    Stages of policies that are not chosen are left out of it.
+    """
 
     metric: str
     stages: list[str]
+    over: Literal["steps", "seconds"] = "steps"
     title: str = ""
     text: str = ""
 
@@ -147,13 +154,40 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str 
         config.merge_with(OmegaConf.from_dotlist(list(overrides)))
         if run_dir is not None:
             config.run_dir = str(run_dir)
+        others = _choose_policies(config)
         source = OmegaConf.to_container(config)
-        return _check(config, source)  # type: ignore[arg-type]
+        return _check(config, source, others)  # type: ignore[arg-type]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UsageError(f"{str(path)!r}: {one_line(error)}") from error
 
 
-def _check(config: DictConfig, source: dict[str, Any]) -> Pipeline:
+def _choose_policies(config: DictConfig) -> set[str]:
+    """Adds the stages of the chosen policies to those that always run; returns the names of those not chosen."""
+    written = OmegaConf.to_container(config)
+    policies = written.get("policies") if isinstance(written, dict) else None
+    if policies is None:
+        if "policy" in config:
+            raise UsageError(f"policy is {config.policy!r}, and there are no policies to choose from")
+        return set()
+    if not isinstance(policies, dict) or not all(isinstance(stages, dict) for stages in policies.values()):
+        raise UsageError("policies is no mapping of names to stages: write policies: {dpo: {dpo: {kind: fit, ...}}}")
+    policy = config.get("policy")
+    chosen = OmegaConf.to_container(policy) if OmegaConf.is_config(policy) else [policy]
+    for name in chosen if isinstance(chosen, list) else [chosen]:
+        if name not in policies:
+            raise UsageError(f"policy is {name!r}; write {', '.join(map(str, policies))}, or several: [a, b]")
+    given = config.get("stages") or OmegaConf.create()
+    # What is written under stages wins: it holds what the command line says of a policy's stages.
+    config.stages = OmegaConf.merge(
+        {name: given[name] for name in given if "kind" in given[name]},
+        *(config.policies[name] for name in chosen),
+        given,
+    )
+    del config["policies"]
+    return {stage for stages in policies.values() for stage in stages} - set(config.stages)
+
+
+def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> Pipeline:
     for key in source:
         if key not in _TOP_LEVEL:
             raise UsageError(f"a pipeline has no key {key!r}{did_you_mean(str(key), _TOP_LEVEL)}")
@@ -167,8 +201,9 @@ def _check(config: DictConfig, source: dict[str, Any]) -> Pipeline:
     evaluation = resolved.get("evaluation")
     compare = [_build(Comparison, item, "compare") for item in resolved.get("compare") or []]
     for name in (name for item in compare for name in item.stages):
-        if name not in stages:
+        if name not in stages and name not in not_chosen:
             raise UsageError(f"compare names the stage {name!r}, which there is not{did_you_mean(name, stages)}")
+    compare = [dataclasses.replace(item, stages=[n for n in item.stages if n in stages]) for item in compare]
     return Pipeline(
         title=str(resolved.get("title") or "Pipeline"),
         run_dir=Path(resolved["run_dir"]),
@@ -177,7 +212,7 @@ def _check(config: DictConfig, source: dict[str, Any]) -> Pipeline:
         dtype=_dtype(resolved.get("dtype", "float32")),
         stages=stages,
         evaluation=_build(Evaluation, evaluation, "evaluation") if evaluation else None,
-        compare=compare,
+        compare=[item for item in compare if len(item.stages) > 1],
         source=source,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,14 +15,17 @@ History = Sequence[Mapping[str, Any]]
 _SECOND_PANEL = ("val/accuracy", "val/rewards/accuracies", "val/mean_token_accuracy")
 _COLOURS = ("#1f6f8b", "#d1495b", "#66a182", "#edae49", "#8d6a9f")
 _SMOOTHED = 25
+TRAIN_SECONDS = "time/train_seconds"
 
 
-def points(history: History, name: str) -> tuple[list[float], list[float]]:
-    """How many steps had been taken whenever a metric was logged, and its values.
+def points(history: History, name: str, over: str = "steps") -> tuple[list[float], list[float]]:
+    """How many steps had been taken whenever a metric was logged, or how long training had taken, and its values.
 
     Lightning numbers steps from 0 and a validation by the step before it; the first is that of the untrained model.
     """
     rows = [row for row in history if row.get(name) is not None]
+    if over == "seconds":
+        return [float(row.get(TRAIN_SECONDS) or 0.0) for row in rows], [float(row[name]) for row in rows]
     steps = [float(row["step"]) for row in rows]
     if name.startswith("val/"):
         steps = [step + 1 if n or step else 0.0 for n, step in enumerate(steps)]
@@ -43,28 +47,32 @@ def stage_figure(history: History, exported_step: float) -> str:
     return as_image(figure)
 
 
-def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]]) -> str:
-    """One metric over the steps of several stages; a dot marks what each exported.
+def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]], over: str = "steps") -> str:
+    """One metric over the steps, or the seconds of training, of several stages; a circle marks what each exported.
 
     Args:
         metric: its logged name.
         runs: by stage, its history and the step of its export.
+        over: ``steps`` or ``seconds``.
     """
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
-    longest = max((points(history, metric)[0] or [0.0])[-1] for history, _ in runs.values())
-    for colour, (name, (history, exported_step)) in zip(_COLOURS, runs.items(), strict=False):
-        steps, values = points(history, metric)
+    longest = max((points(history, metric, over)[0] or [0.0])[-1] for history, _ in runs.values())
+    for colour, (name, (history, exported_step)) in zip(cycle(_COLOURS), runs.items(), strict=False):
+        steps, values = points(history, metric, over)
+        exported = dict(zip(points(history, metric)[0], steps, strict=True)).get(exported_step)
         # Where runs coincide, the shorter one is on top.
         shape: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.6, "zorder": 3 - len(steps) / 1e6}
         axes.plot(steps, values, color=colour, label=name, **shape)
-        at = [value for step, value in zip(steps, values, strict=True) if step == exported_step]
+        at = [value for step, value in zip(steps, values, strict=True) if step == exported]
         if at:
-            axes.plot([exported_step], at[-1:], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2)
-        if steps and steps[-1] < longest:
+            axes.plot([exported], at[-1:], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2)
+        if over == "steps" and steps and steps[-1] < longest:
             axes.axvline(steps[-1], color=colour, linestyle=":", linewidth=1.2)
             axes.annotate(f" {name} stopped", (steps[-1], 0.02), xycoords=("data", "axes fraction"), color=colour)
     _dress(axes, metric, None)
+    if over == "seconds":
+        axes.set_xlabel("seconds of training", fontsize=9)
     return as_image(figure)
 
 

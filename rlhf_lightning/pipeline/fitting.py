@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..callbacks import JSONLLogger, ModelExport
 from ..cli import PostTrainingCLI
 from ..modules import PostTrainingModule
 from .config import FitStage
+from .figures import TRAIN_SECONDS
 from .manifest import write_atomically
 
 HISTORY = "history.jsonl"
@@ -39,6 +41,26 @@ class Progress(lightning.Callback):
             values = {name: float(value) for name, value in trainer.callback_metrics.items()}
             shown = [f"{name} {values[name]:.3f}" for name in ("val/loss", "val/accuracy") if name in values]
             self.say(f"step {trainer.global_step}: {', '.join(shown)}")
+
+
+class Stopwatch(lightning.Callback):
+    """Logs with every validation how long training has taken: batches alone, neither validations nor their samples."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Starts."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stops."""
+        self.seconds += time.perf_counter() - self._began
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Logs it."""
+        pl_module.log(TRAIN_SECONDS, self.seconds, on_epoch=True, batch_size=1)
 
 
 class StageCLI(PostTrainingCLI):
@@ -105,7 +127,7 @@ def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]
     Raises:
         KeyboardInterrupt: training was interrupted.
     """
-    cli = StageCLI(stage, folder, seed, [Progress(say)])
+    cli = StageCLI(stage, folder, seed, [Progress(say), Stopwatch()])
     write_atomically(folder / "stage.yaml", yaml.safe_dump(cli.written, sort_keys=False))
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     assert isinstance(module, PostTrainingModule)

@@ -62,7 +62,7 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
             "title": item.title or item.metric,
             "text": item.text,
             "figure": comparison_figure(
-                item.metric, {n: (_history(pipeline, n), _exported_step(manifest, n)) for n in item.stages}
+                item.metric, {n: (_history(pipeline, n), _exported_step(manifest, n)) for n in item.stages}, item.over
             ),
             "rows": [_compared(pipeline, manifest, item.metric, name) for name in item.stages],
         }

@@ -49,6 +49,34 @@ def test_overrides_and_run_dir(tmp_path):
     assert pipeline.run_dir == Path("elsewhere")
 
 
+POLICIES: dict[str, Any] = PLAIN | {
+    "policy": "short",
+    "policies": {
+        "short": {"c": {"kind": "fit", "model": {"model": "${outputs.b.pairs}"}}},
+        "long": {"c": {"kind": "fit", "seed": 1}, "d": {"kind": "fit", "seed": 2}},
+        "other": {"e": {"kind": "fit"}},
+    },
+    "compare": [{"metric": "m", "stages": ["c", "d", "e"], "over": "seconds"}, {"metric": "m", "stages": ["a", "c"]}],
+}
+
+
+def test_one_value_chooses_the_policy(tmp_path):
+    pipeline = load(tmp_path, POLICIES)
+    assert list(pipeline.stages) == ["a", "b", "c"]
+    assert pipeline.stages["c"].model == {"model": "runs/x/b/pairs.jsonl"}
+    assert [item.stages for item in pipeline.compare] == [["a", "c"]]  # one stage alone compares with nothing
+
+    pipeline = load(tmp_path, POLICIES, "policy=long", "stages.d.seed=7", "stages.d.evaluate=false")
+    assert list(pipeline.stages) == ["a", "b", "c", "d"]
+    assert (pipeline.stage_seed("c"), pipeline.stage_seed("d")) == (1, 7)
+    assert not pipeline.stages["d"].evaluate
+    assert [item.stages for item in pipeline.compare] == [["c", "d"], ["a", "c"]]
+
+    pipeline = load(tmp_path, POLICIES, "policy=[other,long]")
+    assert list(pipeline.stages) == ["a", "b", "e", "c", "d"]
+    assert "policies" not in pipeline.source
+
+
 def changed(**changes: Any) -> dict[str, Any]:
     return {**PLAIN, **changes}
 
@@ -74,6 +102,11 @@ def stage(**changes: Any) -> dict[str, Any]:
         (changed(stages={"a": {"kind": "fit", "export": {"monitr": "x"}}}), "stage 'a', export has no key 'monitr'"),
         (changed(evaluation={"promptz": "x"}), "evaluation has no key 'promptz'; did you mean 'prompts'?"),
         (changed(compare=[{"metric": "val/loss", "stages": ["c"]}]), "compare names the stage 'c', which there is not"),
+        (POLICIES | {"policy": "shrt"}, "policy is 'shrt'; write long, other, short, or several: [a, b]"),
+        (POLICIES | {"policy": ["long", 3]}, "policy is 3; write long"),
+        ({k: v for k, v in POLICIES.items() if k != "policy"}, "policy is None; write long"),
+        (POLICIES | {"policies": {"a": 1}}, "policies is no mapping of names to stages"),
+        (changed(policy="dpo"), "policy is 'dpo', and there are no policies to choose from"),
         (changed(title="${nowhere}"), "nowhere"),
         ("stages: [", "line"),
         ("- 1", "is not a mapping"),
@@ -101,4 +134,6 @@ def test_an_environment_variable_that_is_not_set_is_named(tmp_path, monkeypatch)
 
 def test_packaged_pipelines_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert list(load_pipeline("configs/pipelines/quickstart.yaml").stages) == ["sft", "pairs", "dpo", "dpo_longer"]
+    assert list(load_pipeline("configs/pipelines/quickstart.yaml").stages) == [
+        *("sft", "pairs", "reward", "dpo", "dpo_longer")
+    ]

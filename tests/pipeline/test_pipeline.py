@@ -212,7 +212,7 @@ def test_test_loss_is_that_of_the_exported_model(written, tmp_path):
     """The best of several models is exported, and what is reported of it is measured on it."""
     stage = written["stages"]["dpo"]
     stage["data"]["init_args"]["test"] = stage["data"]["init_args"]["val"]
-    stage["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e6}}
+    stage["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e2}}
     stage["model"]["init_args"]["max_grad_norm"] = None
     stage["trainer"]["max_steps"] = 3
     metrics = run(written, tmp_path)["dpo"]["metrics"]
