@@ -60,7 +60,7 @@ def pipeline(groups: Sequence[str]) -> Any:
             "config": ["configs/process_reward/default.yaml", *reward.config[1:]],
             "data": {
                 "init_args": {
-                    "train": "sums:stepwise?rows=25600&seed=${seed}4",
+                    "train": "sums:stepwise?rows=25600&slips=0.75&seed=${seed}4",
                     "val": "sums:stepwise?split=validation&rows=200",
                     "test": "sums:stepwise?split=test&rows=500",
                     "global_batch_size": 32,
@@ -76,7 +76,7 @@ def pipeline(groups: Sequence[str]) -> Any:
             "init_args": {
                 "rewards": [],
                 "process_reward": {
-                    "class_path": "rlhf_lightning.rollouts.rewards.ProcessModelSteps",
+                    "class_path": "rlhf_lightning.modules.model_rewards.ProcessModelSteps",
                     "init_args": {"model": "${outputs.process_reward.model}"},
                 },
             }
@@ -90,7 +90,7 @@ def pipeline(groups: Sequence[str]) -> Any:
             "export": {"monitor": None},
         },
     )
-    guard = {"class_path": "rlhf_lightning.callbacks.KLGuard", "init_args": {"max_kl": 0.1}}
+    guard = {"class_path": "rlhf_lightning.callbacks.KLGuard", "init_args": {"max_kl": 0.03}}
     guarded = OmegaConf.merge(hacked, {"trainer": {"callbacks": [*hacked.trainer.callbacks, guard]}})
     verified = {"model": {"init_args": {"rewards": [VERIFIER]}}}
     config.policies |= {
@@ -166,6 +166,9 @@ def requirements(found: list[dict[str, float]]) -> dict[str, bool]:
         if stage in found[0]:
             more = f"at least {100 * gain:.0f} points" if gain else "something"
             checks[f"{stage}: gains {more}"] = all(seed[stage] - seed["sft"] > gain for seed in found)
+    if "hacked" in found[0]:
+        name = "hacked reward: ends below SFT without the KL guard, at least 30 points above that with it"
+        checks[name] = all(s["hacked"] < s["sft"] and s["hacked_guarded"] - s["hacked"] >= 0.3 for s in found)
     if "grpo" in found[0]:
         name = f"grpo: at least {LEAST_GRPO:.0%} within {MOST_GRPO_SECONDS} s"
         checks[name] = all(s["grpo"] >= LEAST_GRPO and s["grpo_seconds"] <= MOST_GRPO_SECONDS for s in found)

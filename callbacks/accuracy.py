@@ -7,7 +7,7 @@ import torch
 
 from ..modules import PostTrainingModule
 from ..modules.distributed import sum_over_ranks
-from ..rollouts import SamplingParams
+from ..rollouts import LocalEngine, SamplingParams
 from ..sequences import Example
 from .answers import answer_prompts, load_verifier, read_prompts
 
@@ -78,7 +78,8 @@ class GenerationAccuracy(lightning.Callback):
         if self._examples is None:
             self._examples = read_prompts(self.prompts, pl_module.tokenizer, limit=self.limit)
         own = self._examples[trainer.global_rank :: trainer.world_size]
-        groups = answer_prompts(pl_module.model, pl_module.tokenizer, own, self.verifier, sampling=self.sampling)
+        engine = LocalEngine(pl_module.model, pl_module.tokenizer)
+        groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)
         rewards = [answer.reward for group in groups for answer in group if answer.reward is not None]
         sums = {"reward": float(sum(rewards)), "rows": float(len(rewards))}
         totals = sum_over_ranks(sums, torch.device(pl_module.device))

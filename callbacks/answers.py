@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datamodules import PromptDataModule
-from ..rollouts import Completion, LocalEngine, SamplingParams
+from ..rollouts import Completion, Engine, SamplingParams
 from ..sequences import Example
 
 Verifier = Callable[..., Sequence[float | None]]
@@ -75,8 +74,7 @@ def read_prompts(
 
 
 def answer_prompts(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
     examples: Sequence[Example],
     verifier: Verifier,
     *,
@@ -87,8 +85,7 @@ def answer_prompts(
     """Samples completions of prompts and has them verified.
 
     Args:
-        model: a causal language model; its modes and random state stay as they are.
-        tokenizer: the model's.
+        engine: samples completions of token ids.
         examples: prompts, from ``read_prompts``.
         verifier: called as ``fn(prompts, completions, **columns)``, where columns are the rows' other fields.
         num_samples: completions per prompt, at least 1.
@@ -100,7 +97,7 @@ def answer_prompts(
     """
     sampling = sampling or SamplingParams(temperature=0.0)
     prompts = [example.root.tokens.tolist() for example in examples]
-    groups = LocalEngine(model, tokenizer).generate(prompts, num_samples, sampling, seeds=seeds)
+    groups = engine.generate(prompts, num_samples, sampling, seeds=seeds)
     pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
     names = sorted({name for example in examples for name in example.fields} - {"prompt"})
     columns: dict[str, list[Any]] = {name: [example.fields.get(name) for example, _ in pairs] for name in names}

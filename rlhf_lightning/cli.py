@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-lightning fit | validate | test | predict | pipeline``."""
+"""The command line: ``rlhf-lightning fit | validate | test | predict | pipeline | label-steps``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
+from zipfile import is_zipfile
 
 import lightning
 import torch
@@ -17,19 +18,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from .modules import PostTrainingModule
 from .packaged import packaged_config
-from .usage import UsageError, explain
+from .usage import UsageError, did_you_mean, explain
 
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
 _CLASSES = (PostTrainingModule, lightning.LightningDataModule, lightning.Callback)
+# Subcommands of LightningCLI, and those with a module of their own.
+_ONE_METHOD = ("fit", "validate", "test", "predict")
+_COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".label_steps"}
 _USAGE = """\
 usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
        rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [KEY=VALUE ...]
+       rlhf-lightning label-steps --model FOLDER --prompts SOURCE --output FILE [--NAME VALUE ...]
 
 fit, validate, test, predict   one method on one data set: a LightningCLI, whose --help lists every option
 pipeline                       several stages, each starting from what the one before it exported
+label-steps                    rows for process reward models: solutions whose steps are labelled by completing them
 
 --config may be given several times: later files and options win. --print_config shows what they amount to.
+fit --model.help=DPOModule and fit --data.help=PreferenceDataModule list the options of a method and of a data set.
 --debug (or RLHF_LIGHTNING_TRACEBACK=1) shows where an error was raised; --version shows the version."""
 
 
@@ -87,7 +94,7 @@ class PostTrainingCLI(LightningCLI):
         """
         config = self.config.get(self.config.get("subcommand"), {})
         path = config.get("ckpt_path")
-        if not path or not Path(path).is_file():
+        if not path or not Path(path).is_file() or not is_zipfile(path):  # a damaged one is reported when it is loaded
             return
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
         given = _plain(config["model"].get("init_args", {}))
@@ -130,12 +137,14 @@ def _dispatch(arguments: list[str]) -> None:
         print(__version__)
     elif not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
-    elif arguments[0] == "pipeline":
-        from .pipeline.command import run_command
-
-        run_command(arguments[1:])
-    else:
+    elif arguments[0] in _COMMANDS:
+        import_module(_COMMANDS[arguments[0]], __package__).run_command(arguments[1:])
+    elif arguments[0] in _ONE_METHOD or arguments[0].startswith("-"):
         PostTrainingCLI(arguments)
+    else:
+        known = (*_ONE_METHOD, *_COMMANDS)
+        near = did_you_mean(arguments[0], known) or f": use one of {', '.join(known)}"
+        raise UsageError(f"no subcommand {arguments[0]!r}{near}")
 
 
 def _with_packaged_configs(args: Sequence[str]) -> Iterator[str]:

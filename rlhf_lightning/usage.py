@@ -46,7 +46,8 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     """
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
-    if causes := re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE):
+    causes = re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE)
+    if causes and "Union subtypes" in message:
         return one_line(causes[0])  # of the types that a value may have, one came close
     if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
         return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
@@ -55,7 +56,10 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     if found := re.search(r"File does not exist: (.*)", message):
         return f"there is no file {found[1]}"
     if found := re.search(r"arguments are required: (.*)", message):
-        missing = [name.split(".")[-1] for name in found[1].split(", ")]
+        # An option may be listed with its short form: `-c/--config`.
+        missing = [name.split("/")[-1].lstrip("-").split(".")[-1] for name in found[1].split(", ")]
+        if "config" in missing:
+            return "nothing says what to do: give --config with a file"
         return f"nothing says what {' and '.join(missing)} should be: give --config with a file, or --{missing[0]}=..."
     return _wrong_value(message) or one_line(message)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import runpy
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rlhf_lightning import __version__
+from rlhf_lightning import __version__, datamodules, modules
 from rlhf_lightning.cli import PostTrainingCLI, main
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.usage import explain
@@ -66,7 +70,51 @@ def test_version_and_usage(capsys):
     main([])
     usage = capsys.readouterr().out
     assert "fit|validate|test|predict" in usage
-    assert "pipeline" in usage
+    assert "rlhf-lightning pipeline" in usage
+    assert "rlhf-lightning label-steps" in usage
+
+
+METHODS = ("SFT", "Reward", "ProcessReward", "DPO", "SimPO", "KTO", "GRPO", "PPO")
+CONTRACTS = ("SFT", "Preference", "Unpaired", "Stepwise", "Prompt")
+
+
+@pytest.mark.parametrize(
+    ("group", "cls"),
+    [("model", getattr(modules, f"{name}Module")) for name in METHODS]
+    + [("data", getattr(datamodules, f"{name}DataModule")) for name in CONTRACTS],
+)
+def test_help_says_something_of_every_option(capsys, group, cls):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", f"--{group}.help={cls.__name__}"])
+    assert exit_info.value.code == 0
+    options = capsys.readouterr().out.split("\noptions:")[-1].split(f"\n  --{group}.")[1:]
+    said = {}
+    for option in options:
+        name, _, text = " ".join(option.split()).partition(" ")
+        said[name.rstrip(",")] = text.partition("(type:")[0].partition("(required")[0]
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            # Behind the option's place-holder there are words.
+            assert re.search(r"(?<![{,])\b[a-z]{2,}\b(?![},])", said[name]), name
+
+
+def test_help_of_the_other_commands(capsys):
+    for command, option in (("pipeline", "--run_dir"), ("label-steps", "--num_completions"), ("fit", "--model.help")):
+        with pytest.raises(SystemExit) as exit_info:
+            main([command, "--help"])
+        assert exit_info.value.code == 0
+        shown = capsys.readouterr().out
+        assert option in shown
+        assert "Traceback" not in shown
+
+
+def test_the_module_is_the_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "pipeline", "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("rlhf_lightning", run_name="__main__")
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: rlhf-lightning pipeline")
+    assert sys.argv[0] == "rlhf-lightning"
 
 
 def test_seed_defaults_to_zero(capsys):
@@ -78,13 +126,15 @@ def test_seed_defaults_to_zero(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fitt"], "fitt"),
+        (["fitt"], "no subcommand 'fitt'; did you mean 'fit'?"),
+        (["label_steps"], "no subcommand 'label_steps'; did you mean 'label-steps'?"),
+        (["frobnicate"], "use one of fit, validate, test, predict, pipeline, label-steps"),
         (["fit"], "nothing says what"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml'"),
         (["fit", "--config", TINY_DPO, "--trainer.max_stepz=3"], "did you mean 'trainer.max_steps'?"),
         (["fit", "--config", TINY_DPO, "--model.betta=3"], "no option 'betta'; did you mean 'beta'?"),
         (["fit", "--config", TINY_DPO, "--model.beta=much"], "beta: 'much' is not allowed: expected float"),
-        (["pipeline"], "--config"),
+        (["pipeline"], "nothing says what to do: give --config with a file"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(capsys, args, message):
@@ -201,3 +251,18 @@ def test_explain_keeps_what_it_does_not_know():
     assert explain("something\n  else   happened") == "something else happened"
     assert explain("Option 'x.y' is not accepted", ["x.z"]) == "no option 'x.y'; did you mean 'x.z'?"
     assert explain("unrecognized arguments: --modle=3", ["model"]) == "no option 'modle'; did you mean 'model'?"
+
+
+def test_causes_are_looked_for_only_where_types_were_tried():
+    tried = """\
+Parser key "model.lr":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'float'>, <class 'Schedule'>]
+  Errors:
+    - Expected a <class 'float'>
+    - lr=-1.0 is not allowed: it must be above 0
+  Given value type: <class 'str'>
+  Given value: -1"""
+    assert explain(tried) == "lr=-1.0 is not allowed: it must be above 0"
+    listed = "two things are wrong:\n  - the rows\n  - the model"
+    assert explain(listed) == "two things are wrong: - the rows - the model"

@@ -57,7 +57,11 @@ class FitStage:
 
 @dataclass(frozen=True)
 class SampleStage:
-    """Completions of prompts, verified; of each prompt with a better and a worse one a preference pair."""
+    """Completions of prompts, verified; of each prompt with a better and a worse one a preference pair.
+
+    With ``server``, options of ``rollouts.RemoteEngine``, they come from there, and of ``model`` only the tokenizer is
+    read.
+    """
 
     outputs: ClassVar[dict[str, str]] = {"pairs": "pairs.jsonl"}
 
@@ -67,6 +71,7 @@ class SampleStage:
     verifier: str = _EXACT
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
+    server: dict[str, Any] | None = None
     max_pairs: int | None = None
     seed: int | None = None
 

@@ -17,7 +17,7 @@ from ..usage import UsageError
 from .config import FitStage, Pipeline, SampleStage
 from .fitting import StageCLI, run_fit
 from .manifest import Manifest, content_hash, input_hashes, stage_key, versions
-from .sampling import ANSWERS, evaluate, run_sample, sampling_params
+from .sampling import ANSWERS, evaluate, remote_engine, run_sample, sampling_params
 
 Say = Callable[[str], None]
 
@@ -115,6 +115,8 @@ def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> d
     if isinstance(stage, FitStage):
         return StageCLI(stage, pipeline.folder(name), seed).merged | {"export": vars(stage.export)}
     sampling_params(stage.sampling)
+    if stage.server is not None:
+        remote_engine(stage.server | {"text_prompts": False}, None)  # the tokenizer comes later
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..callbacks.answers import Answer, answer_prompts, load_verifier, read_prompts
 from ..models import load_causal_lm, load_tokenizer
-from ..rollouts import SamplingParams, derive_seed
+from ..rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams, derive_seed
 from ..usage import did_you_mean
 from .config import Evaluation, SampleStage
 from .manifest import write_atomically
@@ -42,7 +43,13 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
         ValueError: no prompt gave a pair.
     """
     params = sampling_params(stage.sampling)
-    model, tokenizer = _load(stage.model, dtype)
+    engine: Engine
+    if stage.server is None:
+        model, tokenizer = _load(stage.model, dtype)
+        engine = LocalEngine(model, tokenizer)
+    else:
+        tokenizer = load_tokenizer(stage.model)
+        engine = remote_engine(stage.server, tokenizer)
     verifier = load_verifier(stage.verifier)
     examples = read_prompts(stage.prompts, tokenizer)
     rows: list[dict[str, Any]] = []
@@ -50,9 +57,7 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
     for start in range(0, len(examples), _PROMPTS_AT_ONCE):
         part = examples[start : start + _PROMPTS_AT_ONCE]
         seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(part))]
-        groups = answer_prompts(
-            model, tokenizer, part, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds
-        )
+        groups = answer_prompts(engine, part, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds)
         answers += [answer for group in groups for answer in group]
         rows += [pair for pair in map(ranked_pair, groups) if pair is not None]
         if stage.max_pairs is not None and len(rows) >= stage.max_pairs:
@@ -90,7 +95,9 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     model, tokenizer = _load(str(model_folder), dtype)
     examples = read_prompts(evaluation.prompts, tokenizer, limit=evaluation.limit)
     greedy = SamplingParams(max_new_tokens=evaluation.max_new_tokens, temperature=0.0)
-    groups = answer_prompts(model, tokenizer, examples, load_verifier(evaluation.verifier), sampling=greedy)
+    groups = answer_prompts(
+        LocalEngine(model, tokenizer), examples, load_verifier(evaluation.verifier), sampling=greedy
+    )
     answers = [group[0] for group in groups]
     rewards = [answer.reward for answer in answers if answer.reward is not None]
     if not rewards:
@@ -114,6 +121,21 @@ def sampling_params(written: dict[str, Any]) -> SamplingParams:
         if key not in allowed:
             raise ValueError(f"sampling has no key {key!r}{did_you_mean(str(key), allowed)}")
     return SamplingParams(**written)
+
+
+def remote_engine(written: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> RemoteEngine:
+    """Makes the engine of a server of a mapping.
+
+    Raises:
+        ValueError: for an unknown key or a value out of range.
+    """
+    allowed = [name for name in signature(RemoteEngine).parameters if name != "tokenizer"]
+    for key in written:
+        if key not in allowed:
+            raise ValueError(f"server has no key {key!r}{did_you_mean(str(key), allowed)}")
+    if "url" not in written:
+        raise ValueError("server has no url: write where it listens, such as url: http://localhost:8000")
+    return RemoteEngine(**written, tokenizer=tokenizer)
 
 
 def _load(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:

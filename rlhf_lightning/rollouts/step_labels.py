@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .generation import Engine
 from .sampling import SamplingParams, derive_seed
@@ -16,8 +16,91 @@ if TYPE_CHECKING:
 
 # ``verify(prompts, completions, **columns)`` returns one reward per completion, or None where it has nothing to say.
 Verifier = Callable[..., Sequence[float | None]]
+# Tokens of a row's prompt, where the tokenizer's own way with a text or a chat is not what is wanted.
+PromptTokens = Callable[[Mapping[str, Any]], Sequence[int]]
 
 _ROWS_AT_ONCE = 32
+# What a row may have of another solution than the sampled one.
+_OF_A_SOLUTION = ("completion", "response", "completions", "label", "labels")
+
+
+class Solutions(NamedTuple):
+    """Sampled solutions, and how many were left out.
+
+    Attributes:
+        rows: one per solution, as ``label_steps`` takes them: the prompt's row with ``completions`` and a ``row_id``.
+        cut_off: did not end by themselves.
+        empty: had no steps.
+        alike: repeated another solution of the same prompt.
+    """
+
+    rows: list[dict[str, Any]]
+    cut_off: int
+    empty: int
+    alike: int
+
+
+def sample_solutions(
+    rows: Iterable[Mapping[str, Any]],
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_solutions: int = 4,
+    step_separator: str = "\n",
+    sampling: SamplingParams | None = None,
+    prompt_tokens: PromptTokens | None = None,
+    seed: int = 0,
+) -> Solutions:
+    r"""Has a model solve problems several times, in steps that are then to be labelled.
+
+    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935), section 4: several solutions per problem, without those
+    that are alike. Departure: solutions that were cut off are left out, too, since their last step is not one.
+
+    A solution is a function of the model, the settings and (``seed``, the row's id, the solution's number).
+
+    Args:
+        rows: with ``prompt``, text or chat messages; ``row_id`` if there is one, else the row's number names it.
+        engine: what solves them.
+        tokenizer: the engine's.
+        num_solutions: per prompt, at least 1.
+        step_separator: what ends each step; at least one character.
+        sampling: its own seed is not read.
+        prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
+        seed: see above.
+
+    Raises:
+        ValueError: an option out of range, or a row without a prompt.
+
+    Example:
+        >>> sample_solutions([{"prompt": "1+2=?", "answer": "3"}], engine, tokenizer).rows[0]  # doctest: +SKIP
+        {'prompt': '1+2=?', 'answer': '3', 'row_id': 'rows:0/2', 'completions': ['1+2=3', '#3']}
+    """
+    if num_solutions < 1:
+        raise ValueError(f"num_solutions is {num_solutions}; it must be at least 1 (4 to 16 are usual)")
+    _check_separator(step_separator)
+    named = [(str(row.get("row_id", f"rows:{number}")), row) for number, row in enumerate(rows)]
+    encode = prompt_tokens or (lambda row: _prompt_ids(tokenizer, row["prompt"]))
+    for row_id, row in named:
+        if not row.get("prompt"):
+            raise ValueError(f"row {row_id} has the columns {sorted(row)}; it needs a prompt")
+    seeds = [[derive_seed(seed, row_id, "solution", n) for n in range(num_solutions)] for row_id, _ in named]
+    prompts = [list(encode(row)) for _, row in named]
+    groups = engine.generate(prompts, num_solutions, replace(sampling or SamplingParams(), seed=seed), seeds=seeds)
+    found: list[dict[str, Any]] = []
+    cut_off = empty = alike = 0
+    for (row_id, row), group in zip(named, groups, strict=True):
+        rest = {name: value for name, value in row.items() if name not in _OF_A_SOLUTION}
+        seen: set[tuple[str, ...]] = set()
+        for number, completion in enumerate(group):
+            steps = [step for step in completion.text.split(step_separator) if step]
+            ended = completion.finish_reason == "stop"
+            cut_off += not ended
+            empty += ended and not steps
+            alike += ended and tuple(steps) in seen
+            if ended and steps and tuple(steps) not in seen:
+                seen.add(tuple(steps))
+                found.append({**rest, "row_id": f"{row_id}/{number}", "completions": steps})
+    return Solutions(found, cut_off, empty, alike)
 
 
 @dataclass
@@ -48,6 +131,7 @@ def label_steps(
     sampling: SamplingParams | None = None,
     success: float = 0.5,
     skip_after_failure: bool = False,
+    prompt_tokens: PromptTokens | None = None,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     r"""Labels each step by how often a model that goes on from there arrives at the right answer.
@@ -77,6 +161,7 @@ def label_steps(
         sampling: of the completions; its own seed is not read.
         success: a reward of at least this much is a right answer.
         skip_after_failure: see above.
+        prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
         seed: see above.
 
     Yields:
@@ -96,11 +181,9 @@ def label_steps(
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1 (8 is usual)")
     if labels not in ("soft", "hard"):
         raise ValueError(f"labels is {labels!r}; it must be one of soft, hard")
-    if not step_separator:
-        raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
-    labeller = _Labeller(
-        engine, tokenizer, verify, num_samples, step_separator, sampling or SamplingParams(), success, seed
-    )
+    _check_separator(step_separator)
+    params = replace(sampling or SamplingParams(), seed=seed)
+    labeller = _Labeller(engine, tokenizer, verify, num_samples, step_separator, params, success, prompt_tokens, seed)
     numbered, left_out = enumerate(rows), 0
     while chunk := [labeller.read(number, row) for number, row in islice(numbered, _ROWS_AT_ONCE)]:
         labeller.judge_answers(chunk)
@@ -126,6 +209,7 @@ class _Labeller:
     separator: str
     sampling: SamplingParams
     success: float
+    prompt_tokens: PromptTokens | None
     seed: int
 
     def read(self, number: int, row: Mapping[str, Any]) -> _Solution:
@@ -141,17 +225,9 @@ class _Labeller:
                 f"row {row_id} has the columns {sorted(row)}; it needs a prompt, and completions (a list of steps) or "
                 "completion (a text of at least one step)"
             )
-        step_ids = [self._ids(step + self.separator, add_special_tokens=False) for step in steps]
-        return _Solution(row_id, row, steps, self._prompt_ids(prompt), step_ids)
-
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return self._ids(prompt)
-        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return self._ids(str(text), add_special_tokens=False)
-
-    def _ids(self, text: str, **options: Any) -> list[int]:
-        return [int(token) for token in self.tokenizer(text, **options)["input_ids"]]
+        step_ids = [_ids(self.tokenizer, step + self.separator, add_special_tokens=False) for step in steps]
+        prompt_ids = list(self.prompt_tokens(row)) if self.prompt_tokens else _prompt_ids(self.tokenizer, prompt)
+        return _Solution(row_id, row, steps, prompt_ids, step_ids)
 
     def judge_answers(self, solutions: Sequence[_Solution]) -> None:
         """Labels last steps by the solutions' answers; a solution that cannot be judged gets no labels at all."""
@@ -181,8 +257,7 @@ class _Labeller:
             [derive_seed(self.seed, solution.row_id, count, sample) for sample in range(self.num_samples)]
             for solution, count in tasks
         ]
-        sampling = replace(self.sampling, seed=self.seed)
-        groups = self.engine.generate(prompts, self.num_samples, sampling, seeds=seeds)
+        groups = self.engine.generate(prompts, self.num_samples, self.sampling, seeds=seeds)
         owners = [solution for solution, _ in tasks for _ in range(self.num_samples)]
         texts = [
             self._text(solution, count) + completion.text
@@ -210,3 +285,19 @@ class _Labeller:
 def _failed(solution: _Solution, count: int) -> bool:
     """Whether no sample could save a step before the last of ``count``."""
     return 0.0 in solution.labels[: count - 1]
+
+
+def _check_separator(step_separator: str) -> None:
+    if not step_separator:
+        raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return _ids(tokenizer, prompt)
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return _ids(tokenizer, str(text), add_special_tokens=False)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    return [int(token) for token in tokenizer(text, **options)["input_ids"]]

@@ -14,7 +14,7 @@ from rlhf_lightning.callbacks import GenerationAccuracy, JSONLLogger
 from rlhf_lightning.callbacks.answers import answer_prompts, load_verifier, read_prompts
 from rlhf_lightning.callbacks.history import read_history
 from rlhf_lightning.datamodules import SFTDataModule
-from rlhf_lightning.rollouts import SamplingParams
+from rlhf_lightning.rollouts import LocalEngine, SamplingParams
 from tests.helpers import char_tokenizer, tiny_model
 
 ROWS = [{"prompt": f"{n}+{n}=?", "answer": str(2 * n)} for n in range(6)]
@@ -133,10 +133,9 @@ def test_columns_reach_the_verifier_row_by_row(tiny_model_folder, tokenizer):
 
     rows = [{"prompt": "1+1=?", "answer": "2"}, {"prompt": "2+2=?", "answer": "4", "level": 3}]
     examples = read_prompts(rows, tokenizer)
-    model = tiny_model("llama")
-    groups = answer_prompts(
-        model, tokenizer, examples, verifier, num_samples=2, sampling=SamplingParams(max_new_tokens=3, seed=1)
-    )
+    engine = LocalEngine(tiny_model("llama"), tokenizer)
+    sampling = SamplingParams(max_new_tokens=3, seed=1)
+    groups = answer_prompts(engine, examples, verifier, num_samples=2, sampling=sampling)
     assert seen["prompts"] == ["1+1=?", "1+1=?", "2+2=?", "2+2=?"]
     assert seen["answer"] == ["2", "2", "4", "4"]
     assert seen["level"] == [None, None, 3, 3]

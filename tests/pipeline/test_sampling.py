@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 
 from rlhf_lightning.callbacks.answers import Answer
-from rlhf_lightning.pipeline.figures import points
-from rlhf_lightning.pipeline.sampling import ranked_pair, sampling_params
+from rlhf_lightning.models import load_tokenizer
+from rlhf_lightning.pipeline.config import SampleStage
+from rlhf_lightning.pipeline.figures import TRAIN_SECONDS, points
+from rlhf_lightning.pipeline.sampling import ranked_pair, remote_engine, run_sample, sampling_params
 from rlhf_lightning.rollouts import Completion
 from rlhf_lightning.sequences import Example, Segment
+
+from ..rollouts.served import completion, serve
 
 
 def answers(*given: tuple[str, float | None, str]) -> list[Answer]:
@@ -54,3 +62,53 @@ def test_points_count_steps_taken():
     ]
     assert points(history, "val/loss") == ([0.0, 2.0], [3.0, 1.0])
     assert points(history, "train/loss") == ([0.0, 1.0], [2.0, 1.5])
+
+
+def test_a_server_samples_in_place_of_the_model(tmp_path):
+    """Its completions are verified and ranked like the model's own; of `model` only the tokenizer is read."""
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}+1=?", "answer": str(n + 1)}) + "\n" for n in (1, 2)))
+
+    def answer(path: str, body: dict[str, Any] | None, number: int) -> dict[str, Any]:
+        assert path == "/v1/completions"
+        right = body["seed"] % 2 == 0
+        return completion("#2" if right else "#9")
+
+    with serve(answer) as served:
+        stage = SampleStage(
+            model="configs/models/nano",
+            prompts=str(rows),
+            num_samples=8,
+            sampling={"temperature": 1.0, "max_new_tokens": 4},
+            server={"url": served.url, "model": "large"},
+        )
+        metrics = run_sample(stage, tmp_path, 0, "float32")
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in pairs] == [("1+1=?", "#2", "#9")]
+    tokenizer = load_tokenizer("configs/models/nano")
+    assert {tuple(body["prompt"]) for body in served.bodies} == {
+        tuple(tokenizer(f"{n}+1=?")["input_ids"]) for n in (1, 2)
+    }
+    assert metrics["samples"] == 16
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        ({"url": "http://localhost:1", "modle": "x"}, "server has no key 'modle'; did you mean 'model'?"),
+        ({"model": "x"}, "server has no url"),
+    ],
+)
+def test_mistakes_in_a_server(server, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        remote_engine(server, None)
+
+
+def test_points_over_the_seconds_of_training():
+    history = [
+        {"step": 0, "val/accuracy": 0.5},
+        {"step": 0, "train/loss": 1.0},
+        {"step": 3, "val/accuracy": 0.75, TRAIN_SECONDS: 2.5},
+    ]
+    assert points(history, "val/accuracy", "seconds") == ([0.0, 2.5], [0.5, 0.75])
+    assert points(history, "val/accuracy") == ([0.0, 4.0], [0.5, 0.75])

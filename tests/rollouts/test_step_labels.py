@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_lightning.rollouts import Completion, LocalEngine, SamplingParams
-from rlhf_lightning.rollouts.step_labels import label_steps
+from rlhf_lightning.rollouts.step_labels import label_steps, sample_solutions
 from rlhf_lightning.rollouts.verifiers import exact_answer
 
 from ..helpers import char_tokenizer, tiny_model
@@ -136,3 +136,76 @@ def test_a_real_engine_completes_from_tokens() -> None:
 def test_what_cannot_be_labelled_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         labelled(**options)
+
+
+class Fixed:
+    """Writes the same texts after every prompt; those that end in ``...`` are cut off."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+        self.prompts: list[list[int]] = []
+        self.seeds: list[list[int]] = []
+
+    def generate(
+        self,
+        prompts: Any,
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Completion]]:
+        assert num_samples == len(self.texts)
+        self.prompts += [list(ids) for ids in prompts]
+        self.seeds += [list(row) for row in seeds or ()]
+        return [
+            [Completion([], text, [], "length" if text.endswith("...") else "stop") for text in self.texts]
+            for _ in prompts
+        ]
+
+
+def test_solutions_are_split_and_those_of_no_use_are_counted() -> None:
+    engine = Fixed("a\n\nb", "", "a\nb\n", "a\nb...", "\n", "b")
+    rows = [{"prompt": "1+1=?", "answer": "2", "completion": "old", "labels": [1]}, {"prompt": "9=?", "row_id": "x:7"}]
+    found = sample_solutions(rows, engine, TOKENIZER, num_solutions=6)
+    assert found.rows == [
+        {"prompt": "1+1=?", "answer": "2", "row_id": "rows:0/0", "completions": ["a", "b"]},
+        {"prompt": "1+1=?", "answer": "2", "row_id": "rows:0/5", "completions": ["b"]},
+        {"prompt": "9=?", "row_id": "x:7/0", "completions": ["a", "b"]},
+        {"prompt": "9=?", "row_id": "x:7/5", "completions": ["b"]},
+    ]
+    assert (found.cut_off, found.empty, found.alike) == (2, 4, 2)
+    assert [TOKENIZER.decode(ids) for ids in engine.prompts] == ["1+1=?", "9=?"]
+
+
+def test_seeds_of_solutions_are_their_own() -> None:
+    rows = [{"prompt": "1+1=?", "row_id": "x:0"}, {"prompt": "1+1=?", "row_id": "x:1"}]
+    both, alone, other = Fixed("a", "b"), Fixed("a", "b"), Fixed("a", "b")
+    sample_solutions(rows, both, TOKENIZER, num_solutions=2)
+    sample_solutions(rows[1:], alone, TOKENIZER, num_solutions=2)
+    sample_solutions(rows[1:], other, TOKENIZER, num_solutions=2, seed=1)
+    assert both.seeds[1:] == alone.seeds
+    assert len({seed for engine in (both, other) for row in engine.seeds for seed in row}) == 6
+
+
+def test_prompts_may_come_as_tokens() -> None:
+    row = {"prompt": "ignored", "completions": ["so", "#1"], "answer": "1", "row_id": "x:0"}
+    engine = Fixed("#1", "#2")
+    assert sample_solutions([row], engine, TOKENIZER, num_solutions=2, prompt_tokens=lambda row: [5, 6]).cut_off == 0
+    options: dict[str, Any] = {"num_samples": 2, "prompt_tokens": lambda row: [5, 6]}
+    assert labelled(engine, [row], **options)[0]["labels"] == [0.5, 1.0]
+    assert engine.prompts == [[5, 6], [5, 6, *TOKENIZER("so\n")["input_ids"]]]
+
+
+def test_a_chat_becomes_what_the_template_makes_of_it() -> None:
+    engine = Fixed("#1")
+    sample_solutions([{"prompt": [{"role": "user", "content": "1=?"}]}], engine, TOKENIZER, num_solutions=1)
+    assert TOKENIZER.decode(engine.prompts[0]) == "<user>1=?\n<assistant>"
+
+
+def test_solutions_that_cannot_be_sampled_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_solutions is 0; it must be at least 1"):
+        sample_solutions([], Fixed(), TOKENIZER, num_solutions=0)
+    with pytest.raises(ValueError, match="step_separator is ''"):
+        sample_solutions([], Fixed(), TOKENIZER, step_separator="")
+    with pytest.raises(ValueError, match=r"row rows:0 has the columns \['answer'\]; it needs a prompt"):
+        sample_solutions([{"answer": "1"}], Fixed("a"), TOKENIZER, num_solutions=1)
