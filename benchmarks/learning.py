@@ -58,9 +58,11 @@ def pipeline(groups: Sequence[str]) -> Any:
         reward,
         {
             "config": ["configs/process_reward/default.yaml", *reward.config[1:]],
+            # What tells a wrong step has been learned from pairs; from the SFT model it takes several times as long.
+            "model": {"init_args": {"model": "${outputs.reward.model}", "optimizer": {"init_args": {"lr": 3.0e-4}}}},
             "data": {
                 "init_args": {
-                    "train": "sums:stepwise?rows=25600&slips=0.75&seed=${seed}4",
+                    "train": "sums:stepwise?rows=25600&seed=${seed}4",
                     "val": "sums:stepwise?split=validation&rows=200",
                     "test": "sums:stepwise?split=test&rows=500",
                     "global_batch_size": 32,

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..packaged import packaged_config
 from ..sequences.example import Example
 from .derived import Transform, TransformedRows
 from .files import RowSource
@@ -52,8 +53,8 @@ class ExampleDataModule(pl.LightningDataModule):
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
         eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
         max_length: tokens that a sequence may have (a pair: its longer one); any number if left out.
-        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt), ``truncate_end`` (of the completion, with
-            its end-of-sequence token), or ``error``.
+        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, behind its beginning-of-sequence token),
+            ``truncate_end`` (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it; those skipped are counted and shown.
         columns: our name of a column -> its name in the rows.
         transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
@@ -145,7 +146,7 @@ class ExampleDataModule(pl.LightningDataModule):
             )
         if isinstance(self._tokenizer, str):
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
+                self._tokenizer = AutoTokenizer.from_pretrained(packaged_config(self._tokenizer) or self._tokenizer)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"cannot load tokenizer={self._tokenizer!r} ({' '.join(str(error).split())[:160]}): "
@@ -250,6 +251,7 @@ class ExampleDataModule(pl.LightningDataModule):
             max_length=self.max_length,
             on_too_long=self.on_too_long,
             on_bad_row=self.on_bad_row,
+            opening=self.rows.first_tokens if self.on_too_long == "truncate_start" else (),
         )
         self.report[split] = reader.report
         return reader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from hashlib import blake2b
@@ -121,15 +122,21 @@ class RowFile(RowSource):
         # A gzip file opened in "rb" is an IO[bytes] in all but its declared type.
         return cast(IO[bytes], gzip.open(self.path, "rb")) if self.path.suffix == ".gz" else self.path.open("rb")
 
+    def _lines(self) -> Iterator[bytes]:
+        with self._open() as file:
+            try:
+                yield from file
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{self.name!r} is not a whole gzip file: {_one_line(error)}") from error
+
 
 class JsonLines(RowFile):
     """One JSON object per line; empty lines are passed over but counted, so that numbers are the editor's."""
 
     def _stored(self) -> Iterator[tuple[int, bytes]]:
-        with self._open() as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
+        for number, line in enumerate(self._lines(), start=1):
+            if line.strip():
+                yield number, line
 
     def parse(self, stored: bytes) -> dict[str, Any]:
         """Reads one line."""
@@ -144,6 +151,8 @@ class JsonLines(RowFile):
             raise ValueError(
                 f"not JSON ({error.msg} at character {error.pos + 1}): {found}, expected one JSON object per line"
             ) from error
+        except RecursionError as error:
+            raise ValueError("JSON with hundreds of lists in lists, expected one JSON object per line") from error
         if not isinstance(row, dict):
             raise ValueError(f"a JSON {type(row).__name__} ({short(row)}), expected one JSON object per line")
         return row
@@ -154,10 +163,9 @@ class JsonList(RowFile):
 
     def _stored(self) -> Iterator[tuple[int, Any]]:
         try:
-            with self._open() as file:
-                rows = json.load(file)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.name!r} is not a JSON list of objects: {error}") from error
+            rows = json.loads(b"".join(self._lines()).decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.name!r} is not a JSON list of objects: {_one_line(error)}") from error
         yield from enumerate(rows, start=1)
 
 
@@ -167,19 +175,18 @@ class CsvTable(RowFile):
     def _stored(self) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
         # The module's limit of 131,072 characters a cell is below what a conversation can take.
         csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
-        with self._open() as file:
-            lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
-            reader = csv.reader(lines, strict=True)
-            start, header = 1, None
-            try:
-                for cells in reader:
-                    if cells and header is None:
-                        header = cells
-                    elif cells and header is not None:
-                        yield start, (header, cells)
-                    start = reader.line_num + 1
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{self.name}:{start}: not comma-separated values: {error}") from error
+        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(self._lines()))
+        reader = csv.reader(lines, strict=True)
+        start, header = 1, None
+        try:
+            for cells in reader:
+                if cells and header is None:
+                    header = cells
+                elif cells and header is not None:
+                    yield start, (header, cells)
+                start = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.name}:{start}: not comma-separated values: {_one_line(error)}") from error
 
     def parse(self, stored: tuple[list[str], list[str]]) -> dict[str, Any]:
         """Puts the header's names to the cells of one row."""
@@ -207,8 +214,15 @@ class ParquetTable(RowFile):
     def _stored(self) -> Iterator[tuple[int, Any]]:
         number = 0
         with self._file() as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+            batches = file.iter_batches(batch_size=256)
+            while True:
+                try:
+                    rows = next(batches).to_pylist()
+                except StopIteration:
+                    return
+                except (pa.ArrowException, OSError) as error:
+                    raise ValueError(f"{self.name!r} breaks off behind row {number}: {_one_line(error)}") from error
+                for row in rows:
                     number += 1
                     yield number, row
 
@@ -221,12 +235,12 @@ class ArrowTable(RowFile):
             try:
                 try:
                     yield from pa.ipc.open_stream(mapped)
-                except pa.ArrowInvalid:
+                except (pa.ArrowInvalid, OSError):
                     mapped.seek(0)
                     file = pa.ipc.open_file(mapped)
                     for index in range(file.num_record_batches):
                         yield file.get_batch(index)
-            except pa.ArrowInvalid as error:
+            except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{self.name!r} is not an Arrow file: {_one_line(error)}") from error
 
     @cached_property

@@ -380,7 +380,7 @@ def _completion(value: Any, name: str) -> Text:
 def _step_label(label: Any, name: str) -> float | list[float]:
     if is_list(label):
         return [check_number(probability, name) for probability in label]
-    value = check_number(label, name)
+    value = float(label) if isinstance(label, bool) else check_number(label, name)
     if value < 0:
         raise ValueError(f"{name!r} is {label}, expected true, false or a number of at least 0")
     return value

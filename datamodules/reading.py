@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -11,6 +11,7 @@ from ..sequences.example import Example
 from .files import LeftOutError, RowSource
 from .store import ExampleStore
 from .tokenization import OnTooLong, TooLongError, fit, longest
+from .values import one_line
 
 OnBadRow = Literal["error", "skip"]
 
@@ -26,6 +27,7 @@ class RowReader:
         max_length: tokens that a sequence may have; ``None`` = any number.
         on_too_long: what to do with a longer one.
         on_bad_row: ``error`` at a row that cannot be used, or ``skip`` it.
+        opening: tokens that a cut start of a text keeps.
 
     Attributes:
         report: ``rows`` read, ``examples`` made of them, ``kept``, ``dropped`` (too long), ``truncated`` (and kept),
@@ -41,12 +43,14 @@ class RowReader:
         max_length: int | None = None,
         on_too_long: OnTooLong = "drop",
         on_bad_row: OnBadRow = "error",
+        opening: Sequence[int] = (),
     ) -> None:
         self.source = source
         self.make = make
         self.max_length = max_length
         self.on_too_long = on_too_long
         self.on_bad_row = on_bad_row
+        self.opening = opening
         names = ("rows", "examples", "kept", "dropped", "truncated", "bad", "left_out", "tokens", "longest")
         self.report = dict.fromkeys(names, 0)
 
@@ -59,14 +63,14 @@ class RowReader:
         self.report["rows"] += 1
         try:
             examples = self.make(row_id, self.source.parse(stored))
-            fitted = [fit(example, self.max_length, self.on_too_long) for example in examples]
+            fitted = [fit(example, self.max_length, self.on_too_long, self.opening) for example in examples]
         except LeftOutError:
             self.report["left_out"] += 1
             return []
         except TooLongError as error:
-            raise ValueError(f"{row_id}: {error}") from error
+            raise ValueError(one_line(f"{row_id}: {error}")) from error
         except ValueError as error:
-            message = f"{row_id}: {error}"
+            message = one_line(f"{row_id}: {error}")
             if self.on_bad_row == "error":
                 raise ValueError(message) from error
             self.report["bad"] += 1

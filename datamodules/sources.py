@@ -25,6 +25,8 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
+# Files that datasets and the hub keep beside rows.
+_ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -278,7 +280,7 @@ def _open_folder(name: str, path: Path, split: str | None) -> RowSource:
         if isinstance(loaded, datasets.DatasetDict):
             loaded = loaded[_pick_split(name, list(loaded), split)]
         return MemoryRows(name, loaded, num_rows=len(loaded), fingerprint=loaded._fingerprint)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and is_row_file(file))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _has_rows(file.relative_to(path)))
     if not files:
         raise ValueError(f"the folder {name!r} has no file to read: put files of {ACCEPTED} there")
     by_split: dict[str | None, list[Path]] = {}
@@ -286,9 +288,27 @@ def _open_folder(name: str, path: Path, split: str | None) -> RowSource:
         by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
     named = [key for key in by_split if key is not None]
     if named:
+        _refuse_strays(name, path, by_split)
         files = by_split[_pick_split(name, named, split)]
     parts = [open_file(f"{name.rstrip('/')}/{file.relative_to(path)}", file) for file in files]
     return parts[0] if len(parts) == 1 else JoinedRows(name, parts)
+
+
+def _has_rows(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.parts)
+    return is_row_file(file) and not hidden and file.name not in _ABOUT_ROWS
+
+
+def _refuse_strays(name: str, path: Path, by_split: Mapping[str | None, Sequence[Path]]) -> None:
+    """Refuses files that name no split beside others that do: whether they are meant to be read, nobody can tell."""
+    if None not in by_split:
+        return
+    strays = ", ".join(str(file.relative_to(path)) for file in by_split[None])
+    named = [str(file.relative_to(path)) for split, files in by_split.items() if split is not None for file in files]
+    raise ValueError(
+        f"the folder {name!r} has files of splits ({', '.join(named)}) and files of none ({strays}): give one file, "
+        f"such as '{name.rstrip('/')}/{named[0]}', or move or rename the others"
+    )
 
 
 def _split_of(file: Path) -> str | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..sequences.example import Example, Segment
 from .formats import Row
-from .values import Messages
+from .values import Messages, check_encodable
 
 OnTooLong = Literal["drop", "truncate_end", "truncate_start", "error"]
 
@@ -54,6 +54,12 @@ class RowTokenizer:
         bare, dressed = self._encode("a"), list(self.tokenizer("a")["input_ids"])
         at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
         self.opening = dressed[:at]
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """What a text begins with that a cut should leave: what the tokenizer opens it with, or a template may."""
+        bos = self.tokenizer.bos_token_id
+        return self.opening or ([] if bos is None else [cast(int, bos)])
 
     def answers(self, row: Row, *, assistant_only: bool = True, prompt_loss: bool = False) -> Segment:
         """Makes the tree of a prompt with its completions.
@@ -140,7 +146,7 @@ class RowTokenizer:
         return Segment(_array(prompt), None, (Segment(_array(tokens), np.asarray(weights, np.float32)),))
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(check_encodable(text), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _opened(self, tokens: list[int]) -> list[int]:
         # A prompt that was rendered by hand may carry its opening already.
@@ -204,7 +210,9 @@ class RowTokenizer:
             tokens, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
         else:
             text = self._render(messages, template)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            encoded = self.tokenizer(
+                check_encodable(text), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
             tokens, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
             mask = [0] * len(tokens)
             for begin, end in self._spans(messages, template, text):
@@ -265,18 +273,21 @@ class RowTokenizer:
         return str(self.tokenizer.get_chat_template(tools=template.get("tools")))
 
 
-def fit(example: Example, max_length: int | None, on_too_long: OnTooLong) -> tuple[Example | None, bool]:
+def fit(
+    example: Example, max_length: int | None, on_too_long: OnTooLong, opening: Sequence[int] = ()
+) -> tuple[Example | None, bool]:
     """Brings an example within a length.
 
     An example is measured by its longest sequence, so a pair by the longer of prompt+chosen and prompt+rejected.
-    Cutting the start takes from the prompt, as much for all completions; cutting the end takes from the completions,
-    with their end-of-sequence token. What loses its last prompt token, all its scored tokens, or what told its
-    completions apart is dropped.
+    Cutting the start takes from the prompt, as much for all completions, behind the tokens that open every text (a
+    beginning-of-sequence token); cutting the end takes from the completions, with their end-of-sequence token. What
+    loses its last prompt token, all its scored tokens, or what told its completions apart is dropped.
 
     Args:
         example: a prompt with its completions, or one segment alone.
         max_length: tokens that a sequence may have; ``None`` = any number.
         on_too_long: what to do with a longer one.
+        opening: tokens that stay where a prompt begins with them and its start is cut.
 
     Returns:
         The example to keep (``None`` = drop it), and whether it was cut.
@@ -300,7 +311,7 @@ def fit(example: Example, max_length: int | None, on_too_long: OnTooLong) -> tup
     if on_too_long == "drop":
         return None, False
     cut = (
-        _cut_start(example.root, length - max_length)
+        _cut_start(example.root, length - max_length, list(opening))
         if on_too_long == "truncate_start"
         else _cut_end(example.root, max_length)
     )
@@ -322,13 +333,15 @@ def longest(root: Segment) -> int:
     return len(root.tokens) + max((longest(child) for child in root.children), default=0)
 
 
-def _cut_start(root: Segment, excess: int) -> Segment | None:
-    if len(root.tokens) <= excess:
+def _cut_start(root: Segment, excess: int, opening: list[int]) -> Segment | None:
+    kept = len(opening) if root.tokens[: len(opening)].tolist() == opening else 0
+    if len(root.tokens) - kept <= excess:
         return None
-    weights = None if root.weights is None else root.weights[excess:].copy()
+    gone = slice(kept, kept + excess)
+    weights = None if root.weights is None else np.delete(root.weights, gone)
     if weights is not None:
         weights[0] = 0.0
-    return Segment(root.tokens[excess:], weights, root.children)
+    return Segment(np.delete(root.tokens, gone), weights, root.children)
 
 
 def _cut_end(root: Segment, max_length: int) -> Segment | None:

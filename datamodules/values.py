@@ -78,10 +78,10 @@ def check_verdict(value: Any, name: str) -> bool:
 
 
 def check_number(value: Any, name: str) -> float:
-    """Reads a finite number, which a table of text may have as a string."""
+    """Reads a finite number, which a table of text may have as a string; true and false are none."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name!r} is {short(value)}, expected a finite number")
@@ -96,6 +96,33 @@ def is_list(value: Any) -> bool:
 def wrong_type(value: Any, name: str, expected: str) -> ValueError:
     """The error for a value that is not what its column should have."""
     return ValueError(f"{name!r} is {type(value).__name__} ({short(value)}), expected {expected}")
+
+
+def one_line(text: str) -> str:
+    r"""A message as it can be shown anywhere: what is not printable is written as in a Python string.
+
+    Example:
+        >>> one_line("no column 'a\nb'")
+        "no column 'a\\nb'"
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def check_encodable(text: str) -> str:
+    """Returns a text that has an encoding; JSON can write halves of characters (lone surrogates), which have none.
+
+    Raises:
+        ValueError: which half, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = repr(text[error.start])
+        raise ValueError(
+            f"character {error.start + 1} of a text is {half}, half of a surrogate pair: write the whole character, or "
+            "leave it out"
+        ) from None
+    return text
 
 
 def short(value: Any, limit: int = 40) -> str:

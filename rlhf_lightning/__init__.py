@@ -10,10 +10,12 @@ from .modules import (
     SFTModule,
     SimPOModule,
 )
+from .strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
 __all__ = [
     "DPOModule",
+    "FSDP2Strategy",
     "GRPOModule",
     "KTOModule",
     "PPOModule",

@@ -96,15 +96,17 @@ class RewardHead(nn.Module):
             self.bias = nn.Parameter(torch.zeros(num_models, hidden_size, dtype=dtype))
         self.weight = drawn(num_outputs, hidden_size)
 
-    def forward(self, hidden_SD: Tensor) -> Tensor:
-        """``(S, D) -> (S, M, K)``, in at least fp32."""
+    def forward(self, hidden_SD: Tensor, member: int | None = None) -> Tensor:
+        """``(S, D) -> (S, M, K)``, in at least fp32; of one ``member`` alone ``(S, 1, K)``."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        own = slice(None) if member is None else slice(member, member + 1)
         with torch.autocast(hidden_SD.device.type, enabled=False):
-            hidden_MSD = hidden_SD.to(dtype).expand(len(self.weight), *hidden_SD.shape)
+            weight = self.weight[own].to(dtype)
+            hidden_MSD = hidden_SD.to(dtype).expand(len(weight), *hidden_SD.shape)
             if self.kind == "mlp":
-                inner_MSD = torch.baddbmm(self.bias.to(dtype).unsqueeze(1), hidden_MSD, self.inner.to(dtype).mT)
-                hidden_MSD = F.gelu(inner_MSD)
-            return torch.bmm(hidden_MSD, self.weight.to(dtype).mT).transpose(0, 1)
+                bias, inner = self.bias[own].to(dtype), self.inner[own].to(dtype)
+                hidden_MSD = F.gelu(torch.baddbmm(bias.unsqueeze(1), hidden_MSD, inner.mT))
+            return torch.bmm(hidden_MSD, weight.mT).transpose(0, 1)
 
 
 def pooled(values_ND: Tensor, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
@@ -159,7 +161,7 @@ def read_head_options(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is no JSON object.
     """
-    path = _stored(folder, HEAD_OPTIONS)
+    path = stored_file(folder, HEAD_OPTIONS)
     if path is None:
         return {}
     try:
@@ -173,14 +175,14 @@ def read_head_options(folder: str | Path) -> dict[str, Any]:
 
 def read_head_state(folder: str | Path) -> dict[str, Tensor]:
     """The weights of a head that are stored with a model, a classifier's ``score.weight`` included; else nothing."""
-    path = _stored(folder, HEAD_WEIGHTS)
+    path = stored_file(folder, HEAD_WEIGHTS)
     if path is not None:
         return load_file(path)
     name: str | None = "model.safetensors"
-    index = _stored(folder, "model.safetensors.index.json")
+    index = stored_file(folder, "model.safetensors.index.json")
     if index is not None:
         name = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(CLASSIFIER_WEIGHT)
-    path = None if name is None else _stored(folder, name)
+    path = None if name is None else stored_file(folder, name)
     if path is None:
         return {}
     with safe_open(path, framework="pt") as file:
@@ -189,7 +191,7 @@ def read_head_state(folder: str | Path) -> dict[str, Tensor]:
     return {}
 
 
-def _stored(source: str | Path, name: str) -> Path | None:
+def stored_file(source: str | Path, name: str) -> Path | None:
     """A file of a local folder, or of a hub id; None where there is none, or the hub cannot be asked."""
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -1,17 +1,25 @@
 """What predicts the returns: a head on the policy's hidden states, or a model of its own.
 
-Legend: N scored tokens, D hidden size.
+Legend: N scored tokens, D hidden size, M members of an ensemble, K attributes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..models import base_model, hidden_states, load_causal_lm, resolve_layout
-from ..models.heads import HeadKind, RewardHead, freeze_output_projection, load_head, read_head_options
+from ..models.heads import (
+    HeadKind,
+    RewardHead,
+    freeze_output_projection,
+    load_head,
+    read_head_options,
+    read_head_state,
+)
 from ..sequences import SequenceBatch, register_attention, register_flex_attention
 
 
@@ -19,17 +27,29 @@ class Critic(nn.Module):
     """Values of states: of the hidden states of the policy, or of a model of its own.
 
     Args:
-        head: from hidden states to one number.
+        head: from hidden states to one number, or to those of a reward model.
         model: the critic's own model; ``None`` where it reads the policy's hidden states.
         layout: how batches run through the own model.
+        attribute_weights: of a reward model's attributes in its reward.
+        member_means: ``(M, K)`` what a reward model takes from the rewards of the members of an ensemble.
     """
 
     def __init__(
-        self, head: RewardHead, model: nn.Module | None = None, layout: Literal["auto", "packed", "padded"] = "auto"
+        self,
+        head: RewardHead,
+        model: nn.Module | None = None,
+        layout: Literal["auto", "packed", "padded"] = "auto",
+        *,
+        attribute_weights: list[float] | None = None,
+        member_means: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
         self.head = head
         self.model = model
+        members, attributes = head.weight.shape[:2]
+        # No buffers, which a trainer's precision would round.
+        self._weights = [1 / attributes] * attributes if attribute_weights is None else attribute_weights
+        self._means = [[0.0] * attributes] * members if member_means is None else member_means
         self._requested_layout = layout
         self._layout: Literal["packed", "padded"] | None = None
 
@@ -39,9 +59,10 @@ class Critic(nn.Module):
         return self.model is None
 
     def values(self, hidden_ND: Tensor) -> Tensor:
-        """``(N, D) -> (N,)``."""
-        values: Tensor = self.head(hidden_ND)[:, 0, 0]
-        return values
+        """``(N, D) -> (N,)``: the mean over members of the weighted attributes, as a reward model's reward is."""
+        values_NMK: Tensor = self.head(hidden_ND)
+        centred_NMK = values_NMK - values_NMK.new_tensor(self._means)
+        return (centred_NMK @ values_NMK.new_tensor(self._weights)).mean(dim=1)
 
     def own_values(self, batch: SequenceBatch) -> Tensor:
         """``(N,)`` values of the states before the scored tokens, by the critic's own model."""
@@ -70,22 +91,55 @@ def own_critic(
     """A model of its own with a head: the head that is stored with it, or one whose values start at 0.
 
     Args:
-        source: Hugging Face id or folder; that of a reward model, too.
+        source: Hugging Face id or folder; that of a reward model, too: values start as its rewards would be.
         kind: of the head, where none is stored.
         seed: of the head's first inner weights.
         dtype: of the weights.
         attention: kernel of the packed layout.
         layout: how batches run.
         options: of ``load_causal_lm``.
+
+    Raises:
+        ValueError: the folder holds a head that gives no value.
     """
+    stored = read_head_options(source)
+    _check_head(source, stored)
     name = register_attention() if attention == "sdpa" else register_flex_attention()
     model = load_causal_lm(source, dtype=dtype, attn_implementation=name, headless=True, **options)
     freeze_output_projection(model)
     size = int(base_model(model).config.get_text_config().hidden_size)
-    head = RewardHead(size, kind=read_head_options(source).get("head", kind), seed=seed, dtype=dtype)
+    state = read_head_state(source)
+    members, attributes = state["weight"].shape[:2] if state else (1, 1)
+    head = RewardHead(
+        size,
+        kind=stored.get("head", kind if not state else "linear"),
+        num_outputs=attributes,
+        num_models=members,
+        seed=seed,
+        dtype=dtype,
+    )
     if not load_head(head, source):
         _silent(head)
-    return Critic(head, model, layout)
+    return Critic(
+        head,
+        model,
+        layout,
+        attribute_weights=stored.get("attribute_weights"),
+        member_means=stored.get("member_means"),
+    )
+
+
+def _check_head(source: str, stored: Mapping[str, Any]) -> None:
+    """Refuses what no value can be read from."""
+    if stored and stored.get("method") != "reward":
+        raise ValueError(
+            f"value_model {source!r} holds a {stored.get('method')} model: give a reward model, or a language model"
+        )
+    if stored.get("ensemble") == "adapters" and stored.get("num_models", 1) > 1:
+        raise ValueError(
+            f"value_model {source!r} is an ensemble of {stored['num_models']} adapters, which no critic can be: give "
+            "a reward model with ensemble='heads' or num_models=1, or a language model"
+        )
 
 
 def _silent(head: RewardHead) -> RewardHead:

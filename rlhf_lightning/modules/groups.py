@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..rollouts import Completion
 from ..sequences import Example, Segment, SequenceBatch
+from .step_rewards import StepsAtTokens
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Rollouts:
         rewards_EGK: what each reward function gave, in fp64; NaN where it could not score.
         failures: by reward function, on how many samples it raised, ran out of time or returned what is no reward.
         errors: by function that failed, its first message.
+        steps: of every completion, the tokens at which its steps end, with their rewards; empty where there is no
+            process reward.
     """
 
     prompts: list[Example]
@@ -38,11 +41,14 @@ class Rollouts:
     rewards_EGK: Tensor
     failures: dict[str, int] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    steps: list[list[StepsAtTokens]] = field(default_factory=list)
 
     def replace(self, places: Sequence[int], other: Rollouts) -> None:
         """Puts the groups of other rollouts in some places; the failures add up."""
         for place, prompt, completions in zip(places, other.prompts, other.completions, strict=True):
             self.prompts[place], self.completions[place] = prompt, completions
+        for place, steps in zip(places, other.steps, strict=False):
+            self.steps[place] = steps
         self.rewards_EGK[list(places)] = other.rewards_EGK
         self.failures = {name: count + other.failures.get(name, 0) for name, count in self.failures.items()}
         self.errors = {**other.errors, **self.errors}

@@ -27,6 +27,7 @@ from .micro_batches import ROW_KEY, row_keys
 from .on_policy import OnPolicyModule
 from .reward_specs import RewardSpec
 from .rollout_metrics import sampling_metrics
+from .step_rewards import process_advantages, steps_differ
 
 
 class GRPOModule(OnPolicyModule):
@@ -37,7 +38,9 @@ class GRPOModule(OnPolicyModule):
               + \beta\, \mathrm{KL}_{i,t}, \qquad A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R) + 10^{-4}}
 
     with the mean and deviation of a prompt's G completions. ``losses.policy_gradient`` has the formula, paper and
-    departures of every ``loss_type`` and option, ``rollouts.advantages`` those of the advantages.
+    departures of every ``loss_type`` and option, ``rollouts.advantages`` those of the advantages. With a process reward
+    the advantage of a token is A_i plus the normalised rewards of the steps that end at it or later
+    (``step_rewards.process_advantages``).
 
     Departures: every normaliser and statistic is that of the global batch; the top-entropy threshold is taken once per
     iteration, from the policy that sampled.
@@ -154,6 +157,7 @@ class GRPOModule(OnPolicyModule):
 
     def on_train_start(self) -> None:
         """Makes sure that there are prompts to replace others with."""
+        super().on_train_start()
         if self.options.dynamic_sampling and not len(getattr(self.trainer.train_dataloader, "examples", ())):
             raise ValueError(
                 f"dynamic_sampling is {self.options.dynamic_sampling}, which needs all prompts at once: use "
@@ -169,6 +173,8 @@ class GRPOModule(OnPolicyModule):
         for again in range(1, self.options.dynamic_sampling + 1):
             keys = row_keys(rollouts.prompts, self.device)
             signal_E = self._group_advantages(rollouts.rewards_EGK, self.combined(rollouts.rewards_EGK)).has_signal_G
+            if self.has_process_reward:
+                signal_E = signal_E | steps_differ(rollouts.steps, signal_E.device)
             weak = (~signal_E).nonzero().flatten().tolist() if len(keys) else []
             count = sum_over_ranks({"weak": float(len(weak))}, self.device)["weak"]
             if not count:
@@ -195,11 +201,14 @@ class GRPOModule(OnPolicyModule):
         places_S, index_N = flat_places(trees, self.device)
         sequences = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
         known = self._known(trees)
-        scores_EG = self.combined(rollouts.rewards_EGK)
+        scores_EG = self.outcome_scores(rollouts.rewards_EGK)
         if options.kl_in_reward:
             scores_EG = self._penalised(rollouts, scores_EG, every_EG)
         advantages_EG = self._advantages(rollouts, scores_EG)
         fixed = {"advantages": advantages_EG.flatten()[places_S][index_N]}
+        if self.has_process_reward:
+            steps_N = process_advantages(rollouts.steps, places_S, index_N, scale_rewards=options.scale_rewards)
+            fixed["advantages"] = fixed["advantages"] + self.rewards.weights[-1] * steps_N
         fixed |= {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
         values: Scores = {}
         if options.dynamic_sampling:
@@ -276,8 +285,8 @@ class GRPOModule(OnPolicyModule):
         num_groups, group_size = scores_EG.shape
         index_S = torch.arange(num_groups, device=scores_EG.device).repeat_interleave(group_size)
         groups: dict[str, Any] = {"group_index_S": index_S, "num_groups": num_groups}
-        if self.options.multi_objective_aggregation == "normalize_then_sum":
-            weights_K = torch.from_numpy(self.rewards.weights).to(rewards_EGK.device)
+        rewards_EGK, weights_K = self.outcomes(rewards_EGK)
+        if self.options.multi_objective_aggregation == "normalize_then_sum" and len(weights_K):
             return gdpo_advantages(rewards_EGK.flatten(0, 1), weights_K=weights_K, **groups)
         return group_advantages(
             scores_EG.flatten(), scale_rewards=self.options.scale_rewards, baseline=self.options.baseline, **groups

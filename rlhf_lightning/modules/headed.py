@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -65,7 +66,7 @@ class HeadedModule(PostTrainingModule):
         stored = read_head_options(folder) or _classifier_options(folder)
         if stored.pop("method", None) != cls.method:
             raise ValueError(f"{folder!r} holds no model that {cls.__name__} exported: train one with {cls.__name__}")
-        stored.pop("member_means", None)  # no option: configure_model reads it
+        stored.pop("member_means", None)  # no option: EnsembleModule.configure_model reads it
         module = cls(folder, **{**stored, **options})
         module.configure_model()
         return module.eval()
@@ -102,8 +103,12 @@ class HeadedModule(PostTrainingModule):
             merge_adapter: add the adapter to the weights and write the whole model.
         """
         self.configure_model()
-        files = head_files(self.head, {"method": self.method, **self.options()})
+        files = self.files_beside()
         export_pretrained(self.model, self._export_tokenizer(), folder, merge_adapter=merge_adapter, beside=files)
+
+    def files_beside(self) -> Callable[[Path], None]:
+        """Gathers what is stored beside the decoder, on every rank; returns what writes it."""
+        return head_files(self.head, {"method": self.method, **self.options()})
 
 
 def _classifier_options(folder: str) -> dict[str, Any]:

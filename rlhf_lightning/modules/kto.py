@@ -249,6 +249,7 @@ class KTOModule(ReferencedModule):
 
     def on_train_start(self) -> None:
         """Refuses data of one label alone, where all of it can be looked at."""
+        super().on_train_start()
         examples = getattr(self.trainer.train_dataloader, "examples", None)
         if examples is None:
             return
@@ -261,8 +262,9 @@ class KTOModule(ReferencedModule):
             other, name = not label, "undesirable_weight" if label else "desirable_weight"
             if self._weights[other] > 0:
                 raise ValueError(
-                    f"all {len(examples)} training rows are labelled {str(label).lower()}; KTO needs both labels: "
-                    f"add rows labelled {str(other).lower()}, or set {name}=0 if that is meant"
+                    f"all {len(examples)} training rows (from {examples[0].row_id} to {examples[-1].row_id}) are "
+                    f"labelled {str(label).lower()}; KTO needs both labels: add rows labelled {str(other).lower()}, or "
+                    f"set {name}=0 if that is meant"
                 )
 
 

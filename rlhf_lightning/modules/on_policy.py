@@ -19,6 +19,7 @@ from torch import Tensor
 from ..models import evaluating, num_positions
 from ..rollouts import Completion, LocalEngine, SamplingParams, derive_seed
 from ..rollouts.advantages import combine_rewards
+from ..rollouts.rewards import RewardScores
 from ..sequences import Example, ExampleBatch, SequenceBatch, plan_micro_batches
 from .base import PostTrainingModule
 from .checks import check_choice, check_count, check_positive
@@ -28,6 +29,7 @@ from .micro_batches import ROW_KEY, in_canonical_order, row_keys
 from .referenced import ReferencedModule
 from .reward_specs import RewardSpec, build_rewards, plain_specs
 from .rollout_metrics import rollout_metrics
+from .step_rewards import StepsAtTokens, place_steps
 
 
 class OnPolicyModule(ReferencedModule):
@@ -37,8 +39,12 @@ class OnPolicyModule(ReferencedModule):
         model: Hugging Face id or folder.
         rewards: reward functions: each a function, the dotted path of a function or class, or a dictionary with
             ``class_path``, and ``init_args``, ``weight`` and ``name`` if wanted. Called with the texts as ``prompts``
-            and ``completions``, the tokens as ``completion_ids``, and the rows' other columns.
+            and ``completions``, the tokens as ``prompt_ids`` and ``completion_ids``, and the rows' other columns.
         reward_weights: one per reward; 1 by default.
+        process_reward: a function that rewards steps, written as a reward is; it returns a list with one number per
+            step, or ``None``, for each completion. Steps are what its attribute ``step_separator`` separates, a line
+            break by default. A step's reward lands on the token that completes its separator, that of the last step on
+            the last token. ``rewards`` may be empty beside it.
         num_generations: G, completions per prompt, at least 1.
         max_completion_length: tokens of a completion at most, at least 1.
         min_completion_length: no completion ends before so many tokens.
@@ -68,6 +74,7 @@ class OnPolicyModule(ReferencedModule):
         *,
         rewards: Sequence[RewardSpec],
         reward_weights: list[float] | None = None,
+        process_reward: RewardSpec | None = None,
         num_generations: int = 8,
         max_completion_length: int = 64,
         min_completion_length: int = 0,
@@ -97,7 +104,15 @@ class OnPolicyModule(ReferencedModule):
         super().__init__(model, reference=reference, **kwargs)
         # What a checkpoint holds must not depend on code that only the script that made it has.
         self.hparams["rewards"] = plain_specs(rewards)
-        self.rewards = build_rewards(rewards, reward_weights, timeout=reward_timeout, on_bad_value=on_bad_reward)
+        self.hparams["process_reward"] = None if process_reward is None else plain_specs([process_reward])[0]
+        self.rewards = build_rewards(
+            rewards,
+            reward_weights,
+            process=process_reward,
+            timeout=reward_timeout,
+            on_bad_value=on_bad_reward,
+        )
+        self.has_process_reward = process_reward is not None
         self.num_generations = num_generations
         self.max_completion_length = max_completion_length
         self.temperature = temperature
@@ -204,21 +219,34 @@ class OnPolicyModule(ReferencedModule):
             stage: ``train`` makes samples depend on the iteration; any other, on the stage alone.
             attempt: another number gives other samples.
         """
+        for function in self.rewards.functions:
+            attach = getattr(function, "attach", None)
+            if callable(attach):  # a model: it needs to know where it stands and what tokens mean
+                attach(self)
         moment = self.iteration if stage == "train" else stage
         completions = self.generate(prompts, [derive_seed(self.seed, moment, e.row_id, attempt) for e in prompts])
         samples = [(prompt, sample) for prompt, group in zip(prompts, completions, strict=True) for sample in group]
         names = sorted({name for prompt in prompts for name in prompt.fields} - {"prompt"})
         columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
+        columns["prompt_ids"] = [prompt.root.tokens.tolist() for prompt, _ in samples]
         columns["completion_ids"] = [sample.token_ids for _, sample in samples]
         texts = [self.prompt_text(prompt) for prompt, _ in samples]
-        scores = self.rewards(texts, [sample.text for _, sample in samples], columns) if samples else None
         shape = len(prompts), self.num_generations, len(self.rewards.names)
-        values = torch.zeros(shape, dtype=torch.float64)
-        if scores is not None:
-            values = torch.from_numpy(scores.values).reshape(shape)
-        failures = dict.fromkeys(self.rewards.names, 0) if scores is None else scores.failures
-        errors = {} if scores is None else scores.errors
-        return Rollouts(list(prompts), completions, values.to(self.device), failures, errors)
+        if not samples:
+            failures = dict.fromkeys(self.rewards.names, 0)
+            return Rollouts([], [], torch.zeros(shape, dtype=torch.float64, device=self.device), failures)
+        scores = self.rewards(texts, [sample.text for _, sample in samples], columns)
+        values = torch.from_numpy(scores.values).reshape(shape).to(self.device)
+        steps = self._steps(completions, scores)
+        return Rollouts(list(prompts), completions, values, scores.failures, scores.errors, steps)
+
+    def _steps(self, completions: Sequence[Sequence[Completion]], scores: RewardScores) -> list[list[StepsAtTokens]]:
+        """Rewards of steps, if any were asked for, on the tokens where they end."""
+        if not self.has_process_reward:
+            return []
+        separator, rewards = self.rewards.step_separators[-1], iter(scores.steps[self.rewards.names[-1]])
+        assert separator is not None
+        return [[place_steps(next(rewards), c, separator, self.tokenizer) for c in group] for group in completions]
 
     def generate(self, prompts: Sequence[Example], seeds: Sequence[int]) -> list[list[Completion]]:
         """Samples G completions of each prompt with the policy as it is.
@@ -286,9 +314,25 @@ class OnPolicyModule(ReferencedModule):
         )
 
     def combined(self, rewards_EGK: Tensor) -> Tensor:
-        """``(E, G)`` the weighted sum of what the reward functions gave; NaN where none could score."""
+        """``(E, G)`` the weighted sum of what the rewards gave to whole completions; NaN where none could score.
+
+        With a process reward alone it is the weighted mean over the steps. This is what is logged.
+        """
+        outcomes_EGK, weights_K = self.outcomes(rewards_EGK)
+        if not len(weights_K):
+            return float(self.rewards.weights[-1]) * rewards_EGK[:, :, -1]
+        return combine_rewards(outcomes_EGK.flatten(0, 1), weights_K=weights_K).view(rewards_EGK.shape[:2])
+
+    def outcome_scores(self, rewards_EGK: Tensor) -> Tensor:
+        """``(E, G)`` what completions are worth as a whole: ``combined``, but 0 where the steps alone are rewarded."""
+        only_steps = len(self.rewards.names) == self.has_process_reward
+        return self.combined(rewards_EGK) * (0.0 if only_steps else 1.0)
+
+    def outcomes(self, rewards_EGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards of whole completions, those of steps left out, and their weights."""
         weights_K = torch.from_numpy(self.rewards.weights).to(rewards_EGK.device)
-        return combine_rewards(rewards_EGK.flatten(0, 1), weights_K=weights_K).view(rewards_EGK.shape[:2])
+        count = len(weights_K) - self.has_process_reward
+        return rewards_EGK[:, :, :count], weights_K[:count]
 
     def _count_failures(self, rollouts: Rollouts) -> Scores:
         counts = sum_over_ranks({name: float(count) for name, count in rollouts.failures.items()}, self.device)

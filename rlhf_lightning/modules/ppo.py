@@ -26,6 +26,7 @@ from .groups import Rollouts, attach, flat_places, num_tokens, plant, token_fiel
 from .on_policy import OnPolicyModule
 from .ppo_options import PPOOptions
 from .reward_specs import RewardSpec
+from .step_rewards import at_tokens
 
 
 class PPOModule(OnPolicyModule):
@@ -35,7 +36,8 @@ class PPOModule(OnPolicyModule):
               + \tfrac{c_v}{2} \max\big((V_t - R_t)^2, (V_t^{clip} - R_t)^2\big) - c_e H_t
 
     Ouyang et al., 2022, arXiv:2203.02155: a completion's reward lands on its last sampled token, and every token pays
-    ``kl_coef`` times its divergence from the reference. ``rollouts.advantages.gae`` makes advantages and returns.
+    ``kl_coef`` times its divergence from the reference; rewards of steps land where steps end.
+    ``rollouts.advantages.gae`` makes advantages and returns.
 
     Departures: whitening and every normaliser are those of the global batch (the losses' of each mini-batch); a
     completion that could not be scored is left out; policy and critic are clipped and stepped together.
@@ -176,7 +178,7 @@ class PPOModule(OnPolicyModule):
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
         """Plants the completions that could be scored; attaches advantages, returns, old log-probs and old values."""
         options = self.options
-        scores_EG = self.combined(rollouts.rewards_EGK)
+        scores_EG = self.outcome_scores(rollouts.rewards_EGK)
         trees = plant(rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         places_S, index_N = flat_places(trees, self.device)
         sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
@@ -191,6 +193,10 @@ class PPOModule(OnPolicyModule):
                 known["old_logprobs"], ref_logprobs_N=known["ref_logprobs"], estimator=options.kl_estimator
             )
         rewards_N = token_rewards(scores_S, sequence_index_N=index_N, kl_N=kl_N, kl_coef=self.controller.coef)
+        if self.has_process_reward:
+            lengths_S = torch.bincount(index_N, minlength=len(places_S))
+            steps_N = float(self.rewards.weights[-1]) * at_tokens(rollouts.steps, places_S, lengths_S)
+            rewards_N, scores_S = rewards_N + steps_N, scores_S.index_add(0, index_N, steps_N)
         if options.whiten_rewards:
             rewards_N = whiten(rewards_N, sums=self._global_sums(moment_sums(rewards_N)), shift_mean=False)
         advantages_N, returns_N = gae(

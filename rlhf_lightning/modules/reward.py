@@ -22,23 +22,27 @@ from ..models.heads import (
     classifier_from,
     head_files,
     pooled,
-    read_head_options,
     whole,
     with_padding_token,
 )
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from .checks import check_choice, check_count
 from .distributed import Scores
-from .headed import HeadedModule
+from .reward_members import EnsembleKind, EnsembleModule
 from .reward_metrics import pair_metrics, rating_metrics, spread
-from .reward_options import RewardLossType, attribute_options, bootstrap_weights, check_reward_options, ratings_of
+from .reward_options import (
+    RewardLossType,
+    attribute_options,
+    bootstrap_weights,
+    check_rated,
+    check_reward_options,
+    ratings_of,
+)
 from .rows import check_pairs, num_scored, scored_positions
 from .scoring import Text, answer_segments, per_sequence, score_texts
 
-_MEAN_DECAY = 0.99  # of the members' running means, per step
 
-
-class RewardModule(HeadedModule):
+class RewardModule(EnsembleModule):
     r"""A reward model: a decoder with a scalar head, read at the end of the completion.
 
     ``bradley_terry`` learns from pairs (Ouyang et al., 2022, arXiv:2203.02155), with r the reward and m the margin:
@@ -47,21 +51,25 @@ class RewardModule(HeadedModule):
 
     ``mse`` and ``huber`` learn to rate (HelpSteer2, Wang et al., 2024, arXiv:2406.08673): the head has one output per
     attribute and regresses the columns ``attributes`` of rows with one completion, which ``PreferenceDataModule`` and
-    ``SFTDataModule`` read; a rating that a row lacks (no such column, null or NaN) costs nothing. Of several attributes
+    ``SFTDataModule`` read; a rating that a row lacks (no such column, null or NaN) costs nothing, and one that all rows
+    lack is an error. Of several attributes
     the reward is r = sum_k w_k r_k with the weights ``attribute_weights``, in pairs as well.
 
-    An ensemble (``num_models`` above 1) is as many heads on one decoder. They differ by their first weights and by what
-    they see: in training, member j counts row i as often as a Poisson variable of mean 1 says that is drawn from
-    (seed, j, the row's id), which is the bootstrap for streams (Oza and Russell, 2001). Losses are means over the
-    members, and the reward is the mean of theirs. Pairs leave every member's mean free, and rewards of members can be
-    compared only once they have a common one: what is reported is each member's reward less its running mean over the
-    training rows (decay 0.99 per step, bias-corrected), and the standard deviation over members is that of these.
+    An ensemble (``num_models`` above 1) has as many heads on one decoder, or as many LoRA adapters with a head each
+    on one frozen decoder (``ensemble="adapters"``), which are computed one after the other. Members differ by their
+    first weights and by what they see: in training, member j counts row i as often as a Poisson variable of mean 1
+    says that is drawn from (seed, j, the row's id), which is the bootstrap for streams (Oza and Russell, 2001); the
+    order of rows is one for all. Losses are means over the members, and the reward is the mean of theirs. Pairs
+    leave every member's mean free, and rewards of members can be compared only once they have a common one: what is
+    reported is each member's reward less its running mean over the training rows (decay 0.99 per step,
+    bias-corrected), and the standard deviation over members is that of these.
 
     Args:
         model: Hugging Face id or folder: of a language model, of a sequence classifier, or of an exported reward model.
         head: ``linear``, or ``mlp`` with one hidden layer.
         num_attributes: outputs of the head, at least 1.
         num_models: members of the ensemble, at least 1.
+        ensemble: members are ``heads``, or ``adapters`` with a head each; the latter need ``lora``, or a folder of one.
         pooling: read the ``last`` token's state, or the ``mean`` over the completion's tokens.
         loss_type: ``bradley_terry``, ``mse`` or ``huber``.
         label_smoothing: probability that a pair's label is flipped, in [0, 0.5).
@@ -96,6 +104,7 @@ class RewardModule(HeadedModule):
         head: HeadKind = "linear",
         num_attributes: int = 1,
         num_models: int = 1,
+        ensemble: EnsembleKind = "heads",
         pooling: Literal["last", "mean"] = "last",
         loss_type: RewardLossType = "bradley_terry",
         label_smoothing: float = 0.0,
@@ -114,7 +123,6 @@ class RewardModule(HeadedModule):
         check_choice("head", head, ("linear", "mlp"))
         check_choice("pooling", pooling, ("last", "mean"))
         check_count("num_attributes", num_attributes, "one output of the head per attribute")
-        check_count("num_models", num_models, "1 is no ensemble; 4 is a usual one")
         check_reward_options(
             loss_type=loss_type,
             label_smoothing=label_smoothing,
@@ -126,9 +134,9 @@ class RewardModule(HeadedModule):
             attributes=attributes,
         )
         names, weights = attribute_options(num_attributes, attributes, attribute_weights)
-        super().__init__(model, seed=seed, **kwargs)
-        self.head_kind: HeadKind = head
-        self.num_models = num_models
+        super().__init__(
+            model, num_models=num_models, ensemble=ensemble, head=head, num_attributes=len(names), seed=seed, **kwargs
+        )
         self.pooling = pooling
         self.loss_type: RewardLossType = loss_type
         self.label_smoothing = label_smoothing
@@ -141,47 +149,24 @@ class RewardModule(HeadedModule):
         self.attributes = names
         self.attribute_weights = weights
         self.bootstrap = bootstrap
-        # The running mean of each member's rewards, not divided by its weight (what corrects the bias of its start).
-        self._mean_sum = torch.zeros(num_models, len(names), dtype=torch.float64)
-        self._mean_weight = 0.0
-
-    def head_shape(self) -> dict[str, Any]:
-        """One output per attribute, of as many members as asked for."""
-        return {"kind": self.head_kind, "num_outputs": len(self.attributes), "num_models": self.num_models}
 
     def rewards(self, batch: SequenceBatch) -> Tensor:
         """``(S, M, K)`` rewards of a packed batch's sequences, by member and attribute."""
+        return self.member_outputs(batch, self._states)
+
+    def _states(self, batch: SequenceBatch) -> Tensor:
+        """``(S, D)``: the state that a head reads of each sequence."""
         hidden = hidden_states(self.model, batch, self.layout)
         if self.pooling == "mean":
             flat_N, depth_N = scored_positions(batch)
             states_ND = hidden.read(flat_N, batch.sequence_index, depth_N)
-            states_SD = pooled(states_ND, batch.sequence_index, batch.num_sequences)
-        else:
-            sequence_S = torch.arange(batch.num_sequences, device=batch.lengths.device)
-            states_SD = hidden.read(batch.last_index, sequence_S, batch.lengths - 1)
-        return self.head_outputs(states_SD)
+            return pooled(states_ND, batch.sequence_index, batch.num_sequences)
+        sequence_S = torch.arange(batch.num_sequences, device=batch.lengths.device)
+        return hidden.read(batch.last_index, sequence_S, batch.lengths - 1)
 
     def combined(self, rewards: Tensor) -> Tensor:
         """The scalar reward: ``(..., K) -> (...)``."""
         return rewards @ rewards.new_tensor(self.attribute_weights)
-
-    def centred(self, rewards: Tensor) -> Tensor:
-        """Rewards ``(..., M, K)`` of members less the members' means; as they are where there is no mean yet."""
-        return rewards - self.member_means.to(rewards) if self._mean_weight else rewards
-
-    @property
-    def member_means(self) -> Tensor:
-        """``(M, K)`` running means of the rewards of an ensemble that learns from pairs, over training rows."""
-        return self._mean_sum / max(self._mean_weight, 1e-12)
-
-    def configure_model(self) -> None:
-        """Builds the decoder and its head; a head that is stored with the model is loaded, its members' means too."""
-        if self.model is not None:
-            return
-        super().configure_model()
-        means = read_head_options(self.model_source).get("member_means") if self.init == "pretrained" else None
-        if means is not None and not self._mean_weight:
-            self._mean_sum, self._mean_weight = torch.tensor(means, dtype=torch.float64), 1.0
 
     # Learning.
 
@@ -205,7 +190,7 @@ class RewardModule(HeadedModule):
             rows["ratings"] = torch.tensor(ratings, dtype=torch.float64, device=self.device)
         if self.bootstrap and self.num_models > 1 and self.training:
             row_ids = [example.row_id for example in batch.examples]
-            rows["weights"] = bootstrap_weights(row_ids, self.num_models, self.seed).to(self.device)
+            rows["weights"] = bootstrap_weights(row_ids, self.num_models, self.seed)[:, self.in_turn].to(self.device)
         return rows
 
     def _margin(self, example: Example) -> float:
@@ -233,18 +218,7 @@ class RewardModule(HeadedModule):
     def remember(self, rows: Scores, totals: dict[str, float]) -> None:
         """Updates the running means of an ensemble that learns from pairs."""
         if self.num_models > 1 and self.loss_type == "bradley_terry":
-            self._mean_sum = _MEAN_DECAY * self._mean_sum + rows["rewards"].double().mean(dim=(0, 1)).cpu()
-            self._mean_weight = _MEAN_DECAY * self._mean_weight + 1
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the running means."""
-        checkpoint["reward"] = {"mean_sum": self._mean_sum, "mean_weight": self._mean_weight}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the running means."""
-        state = checkpoint.get("reward")
-        if state is not None:
-            self._mean_sum, self._mean_weight = state["mean_sum"], state["mean_weight"]
+            self.remember_means(rows["rewards"])
 
     def _pair_losses(self, rows: Scores) -> Tensor:
         """``(E, M)``."""
@@ -277,6 +251,13 @@ class RewardModule(HeadedModule):
         if self.loss_type == "bradley_terry":
             return values | pair_metrics(rewards, rows["tie"], calibration=not self.training)
         return values | rating_metrics(rows["rewards"].squeeze(1).mean(dim=1), rows["ratings"], self.attributes)
+
+    def on_train_start(self) -> None:
+        """Refuses an attribute that no training row rates, where all of them can be looked at."""
+        super().on_train_start()
+        examples = getattr(self.trainer.train_dataloader, "examples", None)
+        if examples is not None and self.loss_type != "bradley_terry":
+            check_rated(examples, self.attributes)
 
     def _checked(self, batch: ExampleBatch) -> list[Example]:
         examples = super()._checked(batch)
@@ -356,11 +337,10 @@ class RewardModule(HeadedModule):
         return {
             "head": self.head_kind,
             "num_attributes": len(self.attributes),
-            "num_models": self.num_models,
             "pooling": self.pooling,
             "attributes": self.attributes,
             "attribute_weights": self.attribute_weights,
-            **({"member_means": self.member_means.tolist()} if self._mean_weight else {}),
+            **self.ensemble_options(),
         }
 
     def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
@@ -376,6 +356,11 @@ class RewardModule(HeadedModule):
             merge_adapter: add the adapter to the weights and write the whole model.
         """
         self.configure_model()
+        if merge_adapter and self.takes_turns:
+            raise ValueError(
+                f"merge_adapter is true, but ensemble 'adapters' has {self.num_models} adapters, which cannot become "
+                "one model: set merge_adapter=False, and load the folder with RewardModule.from_pretrained"
+            )
         complete = merge_adapter or not hasattr(self.model, "peft_config")
         if complete and self.head_kind == "linear" and self.num_models == 1 and self.pooling == "last":
             tokenizer = with_padding_token(self._export_tokenizer())

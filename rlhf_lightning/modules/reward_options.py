@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..datamodules.values import describe_columns
 from ..sequences import Example
 from .checks import check_choice, check_not_negative, check_positive
 
@@ -112,6 +113,33 @@ def ratings_of(example: Example, attributes: Sequence[str]) -> list[float]:
         [4.0, nan]
     """
     return [_rating(example.row_id, name, example.fields.get(name)) for name in attributes]
+
+
+def check_rated(examples: Sequence[Example], attributes: Sequence[str]) -> None:
+    """Raises unless every attribute is rated in some row.
+
+    Args:
+        examples: rows, of which as many are looked at as it takes.
+        attributes: names of ratings.
+
+    Raises:
+        ValueError: the attribute, the rows, and what numbers the first of them has.
+    """
+    missing = set(attributes)
+    for example in examples:
+        ratings = ratings_of(example, attributes)
+        missing -= {name for name, rating in zip(attributes, ratings, strict=True) if not math.isnan(rating)}
+        if not missing:
+            return
+    if not len(examples):
+        return
+    name = next(name for name in attributes if name in missing)
+    first, last = examples[0], examples[-1]
+    numbers = {key: value for key, value in first.fields.items() if isinstance(value, int | float)}
+    raise ValueError(
+        f"none of the {len(examples)} training rows ({first.row_id} to {last.row_id}) has a number {name!r}"
+        f"{describe_columns(numbers, name)}: name attributes after columns of ratings"
+    )
 
 
 def _rating(row_id: str, name: str, value: Any) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from ..rollouts.rewards import RewardFunction, RewardSet, resolve_reward
+from ..rollouts.rewards import RewardFunction, RewardSet, StepReward, resolve_reward
 from ..rollouts.rewards._loading import load_attribute
 
 RewardSpec = str | dict[str, Any] | RewardFunction
@@ -19,6 +19,7 @@ def build_rewards(
     rewards: Sequence[RewardSpec],
     weights: Sequence[float] | None = None,
     *,
+    process: RewardSpec | None = None,
     timeout: float | None = 60.0,
     on_bad_value: Literal["error", "skip"] = "error",
 ) -> RewardSet:
@@ -28,6 +29,9 @@ def build_rewards(
         rewards: each a function, the dotted path of a function or class, or a dictionary with ``class_path`` (of a
             class or function), and ``init_args``, ``weight`` and ``name`` if wanted.
         weights: one per reward, in place of those in the dictionaries; 1 by default.
+        process: a function that rewards the steps of a completion, written in the same way; it comes last, with the
+            weight in its dictionary. Its attribute ``step_separator`` says what separates steps; a line break if it has
+            none.
         timeout: seconds that a function may take for a batch, above 0; ``None`` for no limit. One that is late is asked
             again for each sample by itself, for a sixth of that time at most.
         on_bad_value: ``error`` where a function returns what is no reward; ``skip`` counts the sample as failed.
@@ -43,7 +47,7 @@ def build_rewards(
     """
     if isinstance(rewards, str | Mapping) or callable(rewards):
         raise ValueError(f"rewards is {rewards!r}; it must be a list: write [{rewards!r}]")
-    if not rewards:
+    if not rewards and process is None:
         raise ValueError(
             "rewards is empty; give at least one, such as rlhf_lightning.rollouts.verifiers.exact_answer, which reads "
             "the column 'answer'"
@@ -52,11 +56,19 @@ def build_rewards(
     own = [weight for _, weight, _ in parts]
     if weights is not None and any(weight is not None for weight in own):
         raise ValueError("reward_weights and a reward's own weight are both given: write the weights in one place")
-    functions = [function for function, _, _ in parts]
+    chosen = [1.0 if weight is None else weight for weight in own] if weights is None else list(weights)
+    if len(chosen) != len(parts):
+        raise ValueError(f"reward_weights has {len(chosen)} entries for {len(parts)} rewards: give one each")
+    given: list[RewardFunction | StepReward] = [function for function, _, _ in parts]
+    if process is not None:
+        parts.append(_read(process))
+        function, weight, _ = parts[-1]
+        given.append(StepReward(function, str(getattr(function, "step_separator", "\n"))))
+        chosen.append(1.0 if weight is None else weight)
     return RewardSet(
-        functions,
-        weights=list(weights) if weights is not None else [1.0 if weight is None else weight for weight in own],
-        names=_names(functions, [name for _, _, name in parts]),
+        given,
+        weights=chosen,
+        names=_names([function for function, _, _ in parts], [name for _, _, name in parts]),
         timeout=timeout,
         sample_timeout=None if timeout is None else timeout / 6,
         on_bad_value=on_bad_value,

@@ -23,7 +23,7 @@ from rlhf_lightning.datamodules import (
     UnpairedDataModule,
 )
 
-from .toys import chars, complaint
+from .toys import UNMARKED, chars, complaint, ids
 
 ALL = [SFTDataModule, PreferenceDataModule, UnpairedDataModule, StepwiseDataModule, PromptDataModule]
 CONTRACTS = {
@@ -271,3 +271,27 @@ def test_the_package_offers_what_it_names() -> None:
     assert {cls.__name__ for cls in ALL} < set(package.__all__)
     assert all(hasattr(package, name) for name in package.__all__)
     assert issubclass(ExampleDataModule, pl.LightningDataModule)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("bos_of", ["tokenizer", "template"])
+def test_cut_prompts_keep_what_the_tokenizer_opens_them_with(streaming: bool, bos_of: str) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "abcdefghij", "chosen": "1", "rejected": "2"}]
+    tokenizer = chars(opening=True)
+    if bos_of == "template":
+        tokenizer = chars("{{ bos_token }}" + UNMARKED)
+        rows = [{**rows[0], "prompt": [{"role": "user", "content": "abcdefghij"}]}]
+    data = PreferenceDataModule(
+        train=rows, tokenizer=tokenizer, max_length=8, on_too_long="truncate_start", streaming=streaming
+    )
+    [[example]] = data.train_dataloader()
+    assert example.root.tokens.tolist() == ids("^fghij" if bos_of == "tokenizer" else "^j~\na:")
+
+
+def test_a_packaged_tokenizer_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = SFTDataModule(train="sums:demonstrations?rows=2", tokenizer="configs/models/nano")
+    data.setup("fit")
+    assert data.report["train"]["kept"] == 2
+    with pytest.raises(ValueError, match="cannot load tokenizer='configs/models/nono'"):
+        SFTDataModule(train=ROWS, tokenizer="configs/models/nono").setup("fit")

@@ -283,3 +283,20 @@ def test_the_hub_is_asked_for_the_split_configuration_and_revision(monkeypatch: 
     assert complaint(open_source, "org/name", split="validation") == (
         "'org/name' has no split 'validation' (found: train, test): write 'org/name?split=train'"
     )
+
+
+def test_a_folder_of_splits_and_of_files_that_name_none_is_refused(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "extra.jsonl", "more.csv"):
+        write(tmp_path / name, ROWS[:1])
+    folder = str(tmp_path)
+    assert complaint(open_source, folder, split="train") == (
+        f"the folder {folder!r} has files of splits (train.jsonl) and files of none (extra.jsonl, more.csv): give one "
+        f"file, such as '{folder}/train.jsonl', or move or rename the others"
+    )
+    assert [row for _, row in open_source(f"{folder}/train.jsonl", split="train")] == ROWS[:1]
+    # What datasets and hub folders keep beside their rows is no file of rows.
+    for name in ("extra.jsonl", "more.csv"):
+        (tmp_path / name).rename(tmp_path / f"{name}.old")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / ".hidden.jsonl").write_text("{}")
+    assert [row for _, row in open_source(folder, split="train")] == ROWS[:1]

@@ -281,3 +281,26 @@ def test_too_long_can_be_an_error() -> None:
     message = "8 tokens, expected at most max_length=7: raise it, shorten the row or set on_too_long"
     with pytest.raises(TooLongError, match=re.escape(message)):
         fit(pair("1234", "ab~", "cdef"), 7, "error")
+
+
+def test_a_cut_prompt_keeps_its_beginning_of_sequence_token() -> None:
+    bos, wide = ids("^"), Example("rows:1", pair("^12345", "ab~", "cd~").root, {"n": 1})
+    fitted, cut = fit(wide, 7, "truncate_start", bos)
+    assert cut
+    assert fitted is not None
+    assert fitted.root.tokens.tolist() == ids("^345")
+    assert fitted.fields == {"n": 1}
+    assert fit(wide, 4, "truncate_start", bos) == (None, False), "of the prompt itself nothing would be left"
+    # What does not begin so has nothing to keep.
+    fitted, _ = fit(pair("12345", "ab~", "cd~"), 7, "truncate_start", bos)
+    assert fitted is not None
+    assert fitted.root.tokens.tolist() == ids("2345")
+
+
+def test_a_cut_text_keeps_its_beginning_of_sequence_token_and_its_weights() -> None:
+    text = Example("rows:1", Segment(np.array(ids("^abcde")), np.array([0, 1, 0, 1, 1, 0])))
+    fitted, _ = fit(text, 4, "truncate_start", ids("^"))
+    assert fitted is not None
+    assert fitted.root.tokens.tolist() == ids("^cde")
+    assert fitted.root.weights is not None
+    assert fitted.root.weights.tolist() == [0, 1, 1, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import lightning
@@ -16,7 +17,7 @@ from rlhf_lightning.datamodules import UnpairedDataModule
 from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment
 
-from ..helpers import save_tiny_model
+from ..helpers import char_tokenizer, save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import pairs
 from .naive import Step, assert_gradient, logps, naive_model, sequences, step
@@ -132,6 +133,52 @@ def test_rewards_are_averaged_by_label(folder: str, policy: Any) -> None:
     right = sum(r > BETA * kl for r in rewards[True]) + sum(r <= BETA * kl for r in rewards[False])
     assert metrics["train/rewards/accuracies"] == pytest.approx(right / 6)
     assert metrics["train/desirable"] == pytest.approx(4 / 6)
+
+
+# The whole evaluation set is one estimate.
+
+
+def naive_partners(examples: list[Example], seed: int) -> dict[str, Example]:
+    """A plain reading of the rule: around the circle of hashes of row ids, the next one with another prompt."""
+    circle = sorted(examples, key=lambda e: blake2b(f"{seed}/{e.row_id}".encode(), digest_size=16).digest())
+    partners = {}
+    for place, one in enumerate(circle):
+        others = [*circle[place + 1 :], *circle[:place]]
+        partners[one.row_id] = next(o for o in others if o.root.tokens.tolist() != one.root.tokens.tolist())
+    return partners
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_the_estimate_of_an_evaluation_is_that_of_the_whole_set(stage: str, folder: str) -> None:
+    data = UnpairedDataModule(train=ROWS, tokenizer=char_tokenizer(), seed=3, partners=False)
+    examples = [example for batch in data.all_examples() for example in batch]
+    partners = naive_partners(examples, seed=3)
+    policy, reference, ratios = naive_model(folder), naive_model(folder), []
+    (-sum(logps(policy, sequences(e)[0][0], sequences(partners[e.row_id])[0][1]) for e in examples) / 16).backward()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter -= 0.02 * (0 if parameter.grad is None else parameter.grad)
+    for example in examples:
+        partner = partners[example.row_id]
+        assert partner.row_id != example.row_id
+        assert sequences(partner)[0][0] != sequences(example)[0][0]
+        with torch.no_grad():
+            ratios.append(float(ratio(policy, reference, sequences(example)[0][0], sequences(partner)[0][1])))
+    kl = sum(ratios) / len(ratios)
+    assert kl > 0.1, "an estimate of 0 would hide the difference"
+    loss = float(naive_losses(policy, reference, examples, kl).mean().detach())
+    for size, budget in ((1, 8192), (3, 25), (5, 8192), (16, 60), (100, 8192)):
+        module = KTOModule(folder, micro_batch_tokens=budget, **WEIGHTS)
+        module.configure_model()
+        module.double().model.load_state_dict(policy.state_dict())
+        module._reference[0].model.double()
+        run = trainer()
+        evaluate = run.validate if stage == "val" else run.test
+        rows = UnpairedDataModule(**{stage: ROWS}, tokenizer=char_tokenizer(), seed=3, eval_batch_size=size)
+        (metrics,) = evaluate(module, rows, verbose=False)
+        assert metrics[f"{stage}/kl"] == pytest.approx(kl, rel=1e-6), size
+        assert metrics[f"{stage}/loss"] == pytest.approx(loss, rel=1e-6), size
+        assert metrics[f"{stage}/kl_samples"] == 16
 
 
 # Batches of one row.
@@ -257,7 +304,8 @@ def test_pairs_are_split(folder: str) -> None:
 def test_rows_of_one_label_are_refused(folder: str, label: bool) -> None:
     rows = [row | {"label": label} for row in ROWS]
     name = "undesirable_weight" if label else "desirable_weight"
-    with pytest.raises(ValueError, match=f"all 16 training rows are labelled {str(label).lower()}.*{name}=0"):
+    said = f"all 16 training rows .from memory:1 to memory:16. are labelled {str(label).lower()}.*{name}=0"
+    with pytest.raises(ValueError, match=said):
         fit(KTOModule(folder), train=rows)
     fit(KTOModule(folder, **{name: 0.0}), train=rows)
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
 from rlhf_lightning import GRPOModule, PPOModule
 from rlhf_lightning.datamodules import PromptDataModule
@@ -197,7 +192,9 @@ def fails(made: OnPolicyModule, rows: list[Example]) -> str:
 def test_a_missing_column(folder: str) -> None:
     rows = [Example("rows:0", Segment([5, 6]), {"prompt": "ab", "solution": "3"})]
     message = fails(module(folder, rewards=["rlhf_lightning.rollouts.verifiers.exact_answer"]), rows)
-    assert message == "reward 'exact_answer' needs the column 'answer': the rows have completion_ids, solution"
+    assert (
+        message == "reward 'exact_answer' needs the column 'answer': the rows have completion_ids, prompt_ids, solution"
+    )
 
 
 def test_a_prompt_that_leaves_no_room(folder: str) -> None:
@@ -265,75 +262,6 @@ def test_prediction(folder: str) -> None:
     assert [row["row_id"] for row in rows] == ["rows:0", "rows:1"]
     assert all(row["rewards"] == spread(row["completions"]) for row in rows)
     assert all(len(row["completions"]) == 3 for row in rows)
-
-
-# Checkpoints.
-
-
-class Watch(lightning.Callback):
-    """Collects what was logged after each iteration."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-RESUMED = {
-    "grpo": (GRPOModule, {"num_updates": 2, "beta": 0.1, "dynamic_sampling": 1}),
-    "ppo": (PPOModule, {"num_updates": 2, "num_mini_batches": 2, "kl_target": 0.01, "kl_horizon": 10}),
-}
-
-
-@pytest.mark.parametrize("method", RESUMED)
-def test_resuming_is_exact(method: str, folder: str, tmp_path: Path) -> None:
-    """Stopped after any iteration, mid-epoch, a run goes on as if it had not been."""
-    cls, given = RESUMED[method]
-
-    def run(batches: int, target: Path, ckpt_path: Path | None = None) -> tuple[list[dict[str, float]], list[Tensor]]:
-        torch.manual_seed(0 if ckpt_path is None else 99)
-        optimizer = partial(torch.optim.AdamW, lr=3e-3)
-        made = module(folder, cls, optimizer=optimizer, **given)
-        rows = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(12)]
-        data = PromptDataModule(train=rows, global_batch_size=3, seed=4)
-        watch = Watch()
-        saves = ModelCheckpoint(dirpath=target, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        training = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=2,
-            limit_train_batches=4,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[watch, saves, Stop(batches)],
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            training.fit(made, data, ckpt_path=ckpt_path, weights_only=True)
-        return watch.seen, [p.detach().clone() for p in made.parameters()]
-
-    whole, weights = run(8, tmp_path / "whole")
-    first, _ = run(3, tmp_path / "first")
-    assert first == whole[:3]
-    steps = sorted(int(path.stem.removeprefix("step=")) for path in (tmp_path / "first").iterdir())
-    rest, resumed = run(8, tmp_path / "rest", tmp_path / "first" / f"step={steps[-1]}.ckpt")
-    assert rest == whole[3:]
-    assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
-    if method == "ppo":
-        assert len({row["train/kl_coef"] for row in whole}) > 3, "the controller never moved"
-
-
-class Stop(lightning.Callback):
-    """Ends a run after some batches, as a signal would."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self.left -= 1
-        trainer.should_stop = self.left <= 0
 
 
 def test_schedule_counts_every_update(folder: str) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning import PPOModule, RewardModule
+from rlhf_lightning import PPOModule, ProcessRewardModule, RewardModule
 from rlhf_lightning.sequences import Example
 
-from ..helpers import save_tiny_model
+from ..helpers import EOS_ID, save_tiny_model
 from .fixed_rollouts import FixedPPO, fixed_completions, options, picky, prompts, remainder
 from .naive import assert_gradient, naive_model, states, step
 
@@ -293,6 +293,37 @@ def test_critic_from_a_reward_model(folder: str, tmp_path: Path) -> None:
     embeddings = module.critic.model.get_input_embeddings().weight
     assert torch.equal(embeddings, rewarder.model.get_input_embeddings().weight)
     assert not torch.equal(embeddings, module.model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_values_start_as_the_rewards_of_an_ensemble(kind: Any, folder: str, tmp_path: Path) -> None:
+    """Several members and attributes: the value at the last token is the reward model's reward."""
+    names = {"attributes": ["a", "b"], "attribute_weights": [0.3, 0.7], "num_attributes": 2}
+    rewarder = RewardModule(folder, head=kind, num_models=3, **names)
+    rewarder.configure_model()
+    rewarder.remember_means(torch.randn(4, 2, 3, 2))
+    rewarder.save_pretrained(str(tmp_path / "rm"))
+    module = FixedPPO(folder, **options(value_model=str(tmp_path / "rm")))
+    module.configure_model()
+    assert module.critic is not None
+    tokens = rewarder.tokenizer("1+1=2")["input_ids"]
+    with torch.no_grad():
+        hidden = module.critic.model.transformer(input_ids=torch.tensor([[*tokens, EOS_ID]])).last_hidden_state[0]
+        values = module.critic.values(hidden)
+    assert float(values[-1]) == pytest.approx(rewarder.score(["1+1="], ["2"])[0], abs=1e-5)
+
+
+def test_what_no_critic_can_start_from(folder: str, tmp_path: Path) -> None:
+    ProcessRewardModule(folder).save_pretrained(str(tmp_path / "prm"))
+    RewardModule(folder, num_models=2, ensemble="adapters", lora={"r": 2}).save_pretrained(str(tmp_path / "rm"))
+    for name, message in {
+        "prm": "holds a process_reward model: give a reward model, or a language model",
+        "rm": "is an ensemble of 2 adapters, which no critic can be: give a reward model with ensemble='heads'",
+    }.items():
+        module = FixedPPO(folder, **options(value_model=str(tmp_path / name)))
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            module.configure_model()
+        assert "\n" not in str(error.value)
 
 
 def test_learning_rate_of_the_critic(folder: str) -> None:

@@ -50,6 +50,28 @@ def test_limits() -> None:
     assert build_rewards([scaled], timeout=None).sample_timeout is None
 
 
+def steps(completions: Sequence[str]) -> list[list[float]]:
+    return [[float(len(step)) for step in text.split(";") if step] for text in completions]
+
+
+class Steps:
+    step_separator = ";"
+
+    def __call__(self, completions: Sequence[str]) -> list[list[float]]:
+        return steps(completions)
+
+
+def test_a_function_of_steps() -> None:
+    rewards = build_rewards([scaled], [3.0], process={"class_path": f"{HERE}.Steps", "weight": 0.5, "name": "scaled_1"})
+    assert rewards.names == ("scaled", "scaled_1")
+    assert rewards.weights.tolist() == [3.0, 0.5]
+    assert rewards.step_separators == [None, ";"]
+    scores = rewards(["p"], ["ab;;c"])
+    assert scores.values.tolist() == [[5.0, 1.5]]
+    assert scores.steps == {"scaled_1": [[2.0, 1.0]]}
+    assert build_rewards([], process=steps).step_separators == ["\n"]
+
+
 def test_plain_values_for_a_checkpoint() -> None:
     spec = {"class_path": EXACT}
     assert plain_specs([scaled, EXACT, spec, partial(scaled, factor=2)]) == ["scaled", EXACT, spec, "scaled"]
@@ -73,6 +95,11 @@ def test_bad_rewards(rewards: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         build_rewards(rewards)
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_number() -> None:
+    with pytest.raises(ValueError, match="reward_weights has 2 entries for 1 rewards: give one each"):
+        build_rewards([scaled], [1.0, 2.0], process=steps)
 
 
 def test_weights_in_two_places() -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Final, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from ._loading import load_attribute
 from ._time_limit import CallTimeoutError, call_with_limit
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Sequence[Any]]
 
 _RESERVED: Final = ("prompts", "completions")
 
@@ -32,12 +33,37 @@ class RewardScores(NamedTuple):
         failures: by function, on how many samples it raised, ran out of time or returned what is not a number; samples
             for which it returned ``None`` are none of these.
         errors: by function that failed, its first message.
+        steps: by function of steps, one list of rewards per sample, empty where there are none.
     """
 
     values: npt.NDArray[np.float64]
     names: tuple[str, ...]
     failures: dict[str, int]
     errors: dict[str, str]
+    steps: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class StepReward:
+    """A function that rewards every step of a completion, and not the completion as a whole.
+
+    Args:
+        function: returns, for each completion, a list with one number per step, or ``None``.
+        separator: what stands between steps; empty steps are left out.
+
+    Example:
+        >>> def lengths(completions): return [[len(step) for step in text.split(";")] for text in completions]
+        >>> scores = RewardSet([StepReward(lengths, ";")])(["p", "p"], ["a;abc", "ab"])
+        >>> scores.values.tolist(), scores.steps
+        ([[2.0], [2.0]], {'lengths': [[1.0, 3.0], [2.0]]})
+    """
+
+    function: RewardFunction
+    separator: str = "\n"
+
+    def split(self, completion: str) -> list[str]:
+        """The steps of a completion."""
+        return [step for step in completion.split(self.separator) if step]
 
 
 class _BadValueError(ValueError):
@@ -94,8 +120,9 @@ def _short(value: Any) -> str:
 class _Reward:
     """One function with its name and what it wants to be called with."""
 
-    def __init__(self, function: RewardFunction, name: str) -> None:
-        self.function = function
+    def __init__(self, given: RewardFunction | StepReward, name: str) -> None:
+        self.of_steps = given if isinstance(given, StepReward) else None
+        self.function = function = _inner(given)
         self.name = name
         try:
             parameters = list(inspect.signature(function).parameters.values())
@@ -122,8 +149,9 @@ class _Reward:
         except TypeError:
             values = None
         if values is None or isinstance(returned, str | bytes | Mapping):
+            one = "number" if self.of_steps is None else "list of numbers"
             raise _BadValueError(
-                f"reward {self.name!r} returned {_short(returned)}: return a list of one number or None per completion"
+                f"reward {self.name!r} returned {_short(returned)}: return a list of one {one} or None per completion"
             )
         if len(values) != len(samples):
             raise _BadValueError(
@@ -131,18 +159,45 @@ class _Reward:
             )
         return values
 
-    def number(self, value: Any, sample: int) -> float:
-        """A value as a number, NaN for None."""
+    def numbers(self, value: Any, sample: int, completion: str) -> list[float]:
+        """What a value says of a sample: one number, or one per step; nothing for None.
+
+        Raises:
+            Exception: the value itself where it is one: the function has failed on this sample.
+            _BadValueError: the value is no reward.
+        """
         if value is None:
-            return math.nan
-        # A tensor or array without dimensions.
-        number = value.item() if not isinstance(value, Real) and getattr(value, "ndim", None) == 0 else value
-        if not isinstance(number, Real) or not math.isfinite(number):
+            return []
+        if isinstance(value, Exception):
+            raise value
+        if self.of_steps is None:
+            number = _finite(value)
+            if number is None:
+                raise _BadValueError(
+                    f"reward {self.name!r} returned {_short(value)} for sample {sample}: "
+                    "return a finite number, or None if unscorable"
+                )
+            return [number]
+        parts = value.tolist() if hasattr(value, "tolist") else value
+        found = [_finite(part) for part in parts] if isinstance(parts, list | tuple) else None
+        count = len(self.of_steps.split(completion))
+        if found is None or None in found or len(found) != count:
             raise _BadValueError(
-                f"reward {self.name!r} returned {_short(value)} for sample {sample}: "
-                "return a finite number, or None if unscorable"
+                f"reward {self.name!r} returned {_short(value)} for the {count} steps of sample {sample}: "
+                "return a list with one finite number per step, or None if unscorable"
             )
-        return float(number)
+        return [number for number in found if number is not None]
+
+
+def _inner(given: RewardFunction | StepReward) -> RewardFunction:
+    return given.function if isinstance(given, StepReward) else given
+
+
+def _finite(value: Any) -> float | None:
+    """A value as a number, and None for what is no finite one."""
+    # A tensor or array without dimensions.
+    number = value.item() if not isinstance(value, Real) and getattr(value, "ndim", None) == 0 else value
+    return float(number) if isinstance(number, Real) and math.isfinite(number) else None
 
 
 class RewardSet:
@@ -151,10 +206,13 @@ class RewardSet:
     A function is called once for the batch, by keyword, with those of ``prompts``, ``completions`` and the row's
     columns that it names, or all of them if it takes ``**columns``. Where that raises or takes longer than ``timeout``,
     it is called again for each sample by itself with ``sample_timeout``, and only the samples on which it fails again
-    are lost: NaN in the result, counted, and reported once per function and kind of error in the log.
+    are lost: NaN in the result, counted, and reported once per function and kind of error in the log. A function that
+    knows which samples it failed on may return an exception in the place of their values.
+
+    A ``StepReward`` counts as the mean over the steps of each completion.
 
     Args:
-        rewards: functions, or dotted paths of functions or classes.
+        rewards: functions, dotted paths of functions or classes, or ``StepReward`` of these.
         weights: one per function, finite; ``None`` for 1 each. They are not applied here.
         names: one per function, all different, for metrics; ``None`` takes the functions' own.
         timeout: seconds that a call for the batch may take, above 0; ``None`` for no limit.
@@ -175,7 +233,7 @@ class RewardSet:
 
     def __init__(
         self,
-        rewards: Sequence[str | RewardFunction],
+        rewards: Sequence[str | RewardFunction | StepReward],
         *,
         weights: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
@@ -193,8 +251,8 @@ class RewardSet:
                 raise ValueError(f"{name}={seconds} is not a finite number above 0: null turns it off")
         if on_bad_value not in ("error", "skip"):
             raise ValueError(f"unknown on_bad_value {on_bad_value!r}: use one of error, skip")
-        functions = [resolve_reward(spec) for spec in rewards]
-        self.names = _unique(map(_name, functions)) if names is None else tuple(names)
+        functions = [spec if isinstance(spec, StepReward) else resolve_reward(spec) for spec in rewards]
+        self.names = _unique(_name(_inner(function)) for function in functions) if names is None else tuple(names)
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"names={list(self.names)} has one name twice: give each function its own")
         self.weights = np.ones(len(functions)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -205,6 +263,16 @@ class RewardSet:
         self.on_bad_value = on_bad_value
         self._rewards = [_Reward(function, name) for function, name in zip(functions, self.names, strict=True)]
         self._reported: set[tuple[str, str]] = set()
+
+    @property
+    def functions(self) -> list[RewardFunction]:
+        """The functions, in order."""
+        return [reward.function for reward in self._rewards]
+
+    @property
+    def step_separators(self) -> list[str | None]:
+        """What separates the steps that each function rewards; ``None`` for a function of whole completions."""
+        return [None if reward.of_steps is None else reward.of_steps.separator for reward in self._rewards]
 
     def __call__(
         self,
@@ -237,16 +305,21 @@ class RewardSet:
         values = np.full((len(completions), len(self._rewards)), np.nan)
         failures: dict[str, int] = {}
         errors: dict[str, str] = {}
+        steps: dict[str, list[list[float]]] = {}
         for column, reward in enumerate(self._rewards):
-            values[:, column], problems = self._score(reward, arguments, len(completions))
+            found, problems = self._score(reward, arguments, len(completions))
+            values[:, column] = [sum(numbers) / len(numbers) if numbers else math.nan for numbers in found]
+            if reward.of_steps is not None:
+                steps[reward.name] = found
             failures[reward.name] = len(problems)
             if problems:
                 errors[reward.name] = self._report(reward.name, problems, len(completions))
-        return RewardScores(values, self.names, failures, errors)
+        return RewardScores(values, self.names, failures, errors, steps)
 
     def _score(
         self, reward: _Reward, arguments: Mapping[str, Sequence[Any]], num_samples: int
-    ) -> tuple[list[float], list[Exception]]:
+    ) -> tuple[list[list[float]], list[Exception]]:
+        """One list of numbers per sample, and what went wrong."""
         if num_samples == 0:
             return [], []
         problems: list[Exception] = []
@@ -255,7 +328,7 @@ class RewardSet:
         except Exception as error:
             self._raise_if_bad(error)
             if num_samples == 1 and not isinstance(error, CallTimeoutError):
-                return [math.nan], [error]
+                return [[]], [error]
             raw = []
             for sample in range(num_samples):
                 try:
@@ -264,15 +337,15 @@ class RewardSet:
                     self._raise_if_bad(sample_error)
                     problems.append(sample_error)
                     raw.append(None)
-        numbers = []
+        found: list[list[float]] = []
         for sample, value in enumerate(raw):
             try:
-                numbers.append(reward.number(value, sample))
-            except _BadValueError as error:
+                found.append(reward.numbers(value, sample, arguments["completions"][sample]))
+            except Exception as error:
                 self._raise_if_bad(error)
                 problems.append(error)
-                numbers.append(math.nan)
-        return numbers, problems
+                found.append([])
+        return found, problems
 
     def _call(
         self, reward: _Reward, arguments: Mapping[str, Sequence[Any]], samples: Sequence[int], seconds: float | None

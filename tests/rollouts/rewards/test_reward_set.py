@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_lightning.rollouts.rewards import FormatReward, RewardScores, RewardSet, SoftOverlongReward, resolve_reward
+from rlhf_lightning.rollouts.rewards import (
+    FormatReward,
+    RewardScores,
+    RewardSet,
+    SoftOverlongReward,
+    StepReward,
+    resolve_reward,
+)
 from rlhf_lightning.rollouts.rewards._time_limit import CallTimeoutError, call_with_limit
 
 NAN = float("nan")
@@ -286,3 +293,70 @@ class TestTimeLimit:
         call_with_limit(lambda: 5, 0.05)
         time.sleep(0.1)
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 or signal.getitimer(signal.ITIMER_REAL)[0] > 1
+
+
+def of_steps(completions: list[str]) -> list[Any]:
+    return [[float(len(step)) for step in text.split(";") if step] for text in completions]
+
+
+class TestSteps:
+    def test_values_are_means_and_steps_are_kept(self) -> None:
+        scores = RewardSet([StepReward(of_steps, ";"), lengths])(["p"] * 3, ["a;abc", "", "ab;"])
+        assert scores.steps == {"of_steps": [[1.0, 3.0], [], [2.0]]}
+        assert scores.values[:, 1].tolist() == [5.0, 0.0, 3.0]
+        assert scores.values[[0, 2], 0].tolist() == [2.0, 2.0]
+        assert math.isnan(scores.values[1, 0])
+        assert scores.failures == {"of_steps": 0, "lengths": 0}
+
+    def test_arrays_and_tensors(self) -> None:
+        def arrays(completions: list[str]) -> list[Any]:
+            return [np.array([0.5, 1.5]), torch.tensor([2.0])]
+
+        scores = RewardSet([StepReward(arrays, ";")])(["p"] * 2, ["a;b", "c"])
+        assert scores.steps == {"arrays": [[0.5, 1.5], [2.0]]}
+
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            ([1.0], r"returned \[1.0\] \(list\) for the 2 steps of sample 1"),
+            ([1.0, 2.0, 3.0], "for the 2 steps of sample 1: return a list with one finite number per step"),
+            ([1.0, math.nan], "for the 2 steps of sample 1"),
+            ([1.0, "good"], "for the 2 steps of sample 1"),
+            (1.0, r"returned 1.0 \(float\) for the 2 steps of sample 1"),
+            ("ab", "for the 2 steps of sample 1"),
+        ],
+    )
+    def test_what_is_no_list_of_rewards(self, value: Any, said: str) -> None:
+        def bad(completions: list[str]) -> list[Any]:
+            return [[1.0] if text == "x" else value for text in completions]
+
+        rewards = RewardSet([StepReward(bad, ";")])
+        with pytest.raises(ValueError, match=said) as error:
+            rewards(["p"] * 2, ["x", "a;b"])
+        assert "\n" not in str(error.value)
+        scores = RewardSet([StepReward(bad, ";")], on_bad_value="skip")(["p"] * 2, ["x", "a;b"])
+        assert scores.failures == {"bad": 1}
+        assert scores.steps == {"bad": [[1.0], []]}
+
+    def test_a_failure_costs_its_own_sample(self) -> None:
+        def fragile(completions: list[str]) -> list[Any]:
+            if "x" in completions:
+                raise RuntimeError("no x")
+            return of_steps(completions)
+
+        scores = RewardSet([StepReward(fragile, ";")])(["p"] * 3, ["a", "x", "b;cc"])
+        assert scores.steps == {"fragile": [[1.0], [], [1.0, 2.0]]}
+        assert (scores.failures, scores.errors) == ({"fragile": 1}, {"fragile": "RuntimeError: no x"})
+
+    def test_an_exception_in_the_place_of_a_value(self) -> None:
+        """The function knows which sample it failed on: it is not called again, and only that one is lost."""
+        calls = []
+
+        def judge(completions: list[str]) -> list[Any]:
+            calls.append(len(completions))
+            return [ValueError("unreadable") if text == "x" else 1.0 for text in completions]
+
+        scores = RewardSet([judge])(["p"] * 3, ["a", "x", "b"])
+        assert calls == [3]
+        assert scores.values[[0, 2], 0].tolist() == [1.0, 1.0]
+        assert (scores.failures, scores.errors) == ({"judge": 1}, {"judge": "ValueError: unreadable"})

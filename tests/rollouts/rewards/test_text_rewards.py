@@ -157,7 +157,7 @@ class TestConstitution:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({}, "principle 'p' has no check: give exactly one of require, forbid, predicate"),
+            ({}, "principle 'p' has no check: give exactly one of require, forbid, predicate, statement"),
             ({"require": "a", "forbid": "b"}, "principle 'p' has require and forbid: give exactly one"),
             ({"require": "("}, r"principle 'p': '\(' is not a regular expression"),
             ({"require": "a", "weight": 0.0}, "principle 'p' has the weight 0.0"),
@@ -176,5 +176,5 @@ class TestConstitution:
             ConstitutionReward([])
         with pytest.raises(ValueError, match="two principles are called 'a'"):
             ConstitutionReward([Principle("a", require="x"), Principle("a", require="y")])
-        with pytest.raises(ValueError, match="principle 'a' returned 7: return a number from 0 to 1"):
-            ConstitutionReward([Principle("a", predicate=lambda prompt, completion: 7)])(["p"], ["c"])
+        [verdict] = ConstitutionReward([Principle("a", predicate=lambda prompt, completion: 7)])(["p"], ["c"])
+        assert str(verdict) == "principle 'a' returned 7: return a number from 0 to 1"
