@@ -15,7 +15,7 @@ from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.modules import PostTrainingModule
 from rlhf_lightning.sequences import Example, Segment
 
-from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, picky, prompts, remainder
+from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
 
 VOCAB = 60
 # Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.
@@ -127,6 +127,9 @@ METHODS: dict[str, Method] = {
     "kto-apo": Method(MovedKTO, labelled, {"loss_type": "apo_zero_unpaired"}),
     "reward": Method(RewardModule, pairs, {"margin": 0.2, "center_rewards_coefficient": 0.05}),
     "reward-ensemble": Method(RewardModule, pairs, {"num_models": 3, "head": "mlp", "pooling": "mean"}),
+    "reward-adapters": Method(
+        RewardModule, pairs, {"num_models": 2, "ensemble": "adapters", "lora": {"r": 2, "lora_dropout": 0.0}}
+    ),
     "reward-ratings": Method(RewardModule, rated, {"loss_type": "huber", "attributes": ["good", "long"]}),
     "process": Method(ProcessRewardModule, solutions, {"labels": "soft", "outcome_head": True}),
     "process-tokens": Method(
@@ -147,10 +150,17 @@ METHODS: dict[str, Method] = {
     "grpo-gdpo": Method(
         FixedGRPO, prompts, rollouts(loss_type="gspo", multi_objective_aggregation="normalize_then_sum", num_updates=2)
     ),
+    "grpo-steps": Method(FixedGRPO, prompts, rollouts(process_reward=by_step, optimizer=LARGE_STEPS)),
     "ppo": Method(FixedPPO, prompts, rollouts(kl_coef=0.2, num_updates=1, entropy_coef=0.1, optimizer=LARGE_STEPS)),
     "ppo-whitened": Method(
         FixedPPO,
         prompts,
-        rollouts(num_updates=1, num_mini_batches=2, whiten_rewards=True, optimizer=partial(torch.optim.SGD, lr=3.0)),
+        rollouts(
+            num_updates=1,
+            num_mini_batches=2,
+            process_reward=by_step,
+            whiten_rewards=True,
+            optimizer=partial(torch.optim.SGD, lr=3.0),
+        ),
     ),
 }

@@ -55,6 +55,14 @@ def picky(completion_ids: Sequence[list[int]]) -> list[float | None]:
     return [None if len(tokens) == 4 else tokens[0] % 5 / 2 for tokens in completion_ids]
 
 
+def by_step(completions: Sequence[str]) -> list[list[float]]:
+    """A tenth of the length of every step: the numbers that a completion's text shows."""
+    return [[len(step) / 10 for step in completion.split(by_step.step_separator)] for completion in completions]
+
+
+by_step.step_separator = ", "
+
+
 def prompts(count: int) -> list[Example]:
     """Prompts of 1 to 8 tokens."""
     rng = np.random.default_rng(3)

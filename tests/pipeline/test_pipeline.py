@@ -208,6 +208,35 @@ def test_the_same_seed_gives_the_same_run(written, tmp_path):
         assert second[name]["outputs"] == first[name]["outputs"]
 
 
+def test_a_policy_is_rewarded_by_the_model_of_an_earlier_stage(written, tmp_path):
+    """Its class reads the reward model when it is made, which is before there is one when all stages are checked."""
+    dpo = written["stages"].pop("dpo")
+    written["stages"]["reward"] = {
+        **dpo,
+        "model": {"class_path": "RewardModule", "init_args": {"model": "${outputs.sft.model}", "pooling": "mean"}},
+        "trainer": written["stages"]["sft"]["trainer"],
+        "export": {},
+        "evaluate": False,
+    }
+    reward = {"class_path": "rlhf_lightning.modules.model_rewards.RewardModelReward"}
+    reward["init_args"] = {"model": "${outputs.reward.model}"}
+    policy = {"model": "${outputs.sft.model}", "rewards": [reward], "max_completion_length": 4}
+    written["stages"]["grpo"] = {
+        "kind": "fit",
+        "model": {"class_path": "GRPOModule", "init_args": policy},
+        "data": {"class_path": "PromptDataModule", "init_args": {"train": str(tmp_path / "rows.jsonl")}},
+        "trainer": written["stages"]["sft"]["trainer"],
+    }
+    written["compare"] = []
+    stages = run(written, tmp_path)
+    assert ran(stages) == ["sft", "pairs", "reward", "grpo"]
+    assert stages["grpo"]["inputs"].keys() >= {str(tmp_path / "run" / name / "model") for name in ("sft", "reward")}
+
+    policy["rewards"][0]["init_args"]["model"] = str(tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        run(written, tmp_path)
+
+
 def test_test_loss_is_that_of_the_exported_model(written, tmp_path):
     """The best of several models is exported, and what is reported of it is measured on it."""
     stage = written["stages"]["dpo"]
