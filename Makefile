@@ -33,7 +33,7 @@ test: dev ## run all tests (WORKERS=0 for one process, ARGS="-k name" for some)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 invariance: dev ## run the tests of what must not change a result
-	$(BIN)/python -m pytest -q tests/invariance $(ARGS)
+	RLHF_LIGHTNING_ALL_RANKS=1 $(BIN)/python -m pytest -q tests/invariance tests/test_strategies.py tests/cluster $(ARGS)
 
 parity: $(PARITY) ## run the comparisons with TRL
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)
@@ -41,6 +41,10 @@ parity: $(PARITY) ## run the comparisons with TRL
 benchmark: $(PARITY) ## measure speed and memory beside TRL
 	$(BIN)/python benchmarks/training.py dpo $(ARGS)
 	$(BIN)/python benchmarks/training.py sft $(ARGS)
+	$(BIN)/python benchmarks/training.py reward --lengths chat --ranked 4 $(ARGS)
+	$(BIN)/python benchmarks/training.py simpo --lengths summaries $(ARGS)
+	$(BIN)/python benchmarks/training.py kto --lengths chat --ranked 4 $(ARGS)
+	$(BIN)/python benchmarks/online.py $(ARGS)
 
 lint: dev ## check style and spelling
 	$(BIN)/ruff check .

@@ -2,10 +2,13 @@
 
 Each side runs in a process of its own; pairs of processes alternate, and the median of the pairwise ratios is printed.
 Peak memory is the process's largest resident set, libraries included. The peer runs as it is fastest: without gradient
-checkpointing, in full precision, without truncation.
+checkpointing, in full precision, without truncation. ``trl-split`` accumulates the same batch from a quarter of its
+rows at a time, which pads less. With ``--ranked 4`` every prompt has four completions in order of merit, two prompts to
+a batch: pairs are all six of them, as in Ouyang et al. (2022), and single rows all four.
 
     python benchmarks/training.py dpo            # needs: pip install trl==1.16.0
-    python benchmarks/training.py sft --pairs 5  # also: reward, simpo, kto
+    python benchmarks/training.py reward --lengths chat --ranked 4 --pairs 5
+    python benchmarks/training.py simpo --lengths summaries --sides trl  # also: sft, kto
 """
 
 from __future__ import annotations
@@ -20,16 +23,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-VOCAB, HIDDEN, LAYERS, BATCH = 32768, 384, 8, 8
+VOCAB, HIDDEN, LAYERS, BATCH, PROMPTS = 32768, 384, 8, 8, 2
 BLOCK, BLOCKS = 1024, 2  # packed blocks hold about as many tokens as a batch of rows, without padding
 Row = dict[str, Any]
+Asked = tuple[str, list[str]]  # a prompt and its completions, the best one first
+
+# Median, spread of the logarithm, least and most tokens: of prompts, then of completions.
+LENGTHS = {
+    "gsm8k": ((58, 0.35, 20, 180), (105, 0.40, 30, 320)),  # those of GSM8K's problems and solutions
+    "summaries": ((300, 0.40, 80, 512), (36, 0.20, 24, 48)),  # posts and summaries: Stiennon et al. (2020)
+    "chat": ((150, 0.90, 10, 1000), (150, 0.70, 10, 800)),  # both with the long tails of conversations
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Peer:
     model_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=lambda: {"max_length": None})
     packed: bool = False
+    accumulated: int = 1  # the batch comes in so many parts
 
 
 @dataclass(frozen=True)
@@ -51,30 +64,42 @@ class Method:
 
     module: str
     datamodule: str
-    rows: Callable[[list[Row]], list[Row]]
+    rows: Callable[[list[Asked]], list[Row]]
     peers: dict[str, Peer]
 
 
-def pairs(triples: list[Row]) -> list[Row]:
-    """Rows of prompt, chosen and rejected as they are."""
-    return triples
+def with_split(peer: Peer) -> dict[str, Peer]:
+    """A trainer on whole batches, and on a quarter at a time."""
+    return {"trl": peer, "trl-split": replace(peer, accumulated=4)}
 
 
-def demonstrations(triples: list[Row]) -> list[Row]:
-    """The chosen completions alone."""
-    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in triples]
-
-
-def verdicts(triples: list[Row]) -> list[Row]:
-    """One completion per prompt, chosen and rejected in turn."""
+def pairs(asked: list[Asked]) -> list[Row]:
+    """All pairs of a prompt's completions."""
     return [
-        {"prompt": row["prompt"], "completion": row["rejected" if odd else "chosen"], "label": not odd}
-        for odd, row in zip([False, True] * len(triples), triples, strict=False)
+        {"prompt": prompt, "chosen": better, "rejected": worse}
+        for prompt, answers in asked
+        for better, worse in combinations(answers, 2)
     ]
 
 
+def demonstrations(asked: list[Asked]) -> list[Row]:
+    """The best completions alone."""
+    return [{"prompt": prompt, "completion": answers[0]} for prompt, answers in asked]
+
+
+def verdicts(asked: list[Asked]) -> list[Row]:
+    """Of two completions one, the better or the worse in turn; of more all, of which the better half is desirable."""
+    found: list[Row] = []
+    for number, (prompt, answers) in enumerate(asked):
+        labels = [place < len(answers) / 2 for place in range(len(answers))]
+        both = list(zip(answers, labels, strict=True))
+        kept = [both[number % 2]] if len(both) == 2 else both
+        found += [{"prompt": prompt, "completion": answer, "label": label} for answer, label in kept]
+    return found
+
+
 METHODS = {
-    "dpo": Method("DPOModule", "PreferenceDataModule", pairs, {"trl": Peer("DPOTrainer", "DPOConfig")}),
+    "dpo": Method("DPOModule", "PreferenceDataModule", pairs, with_split(Peer("DPOTrainer", "DPOConfig"))),
     "sft": Method(
         "SFTModule",
         "SFTDataModule",
@@ -93,49 +118,43 @@ METHODS = {
         "RewardModule",
         "PreferenceDataModule",
         pairs,
-        {
-            "trl": Peer(
+        with_split(
+            Peer(
                 "RewardTrainer",
                 "RewardConfig",
                 model="AutoModelForSequenceClassification",
                 model_options={"num_labels": 1},
             )
-        },
+        ),
     ),
     "simpo": Method(
         "SimPOModule",
         "PreferenceDataModule",
         pairs,
-        {
-            "trl": Peer(
+        with_split(
+            Peer(
                 "CPOTrainer",
                 "CPOConfig",
                 module="trl.experimental.cpo",
                 # Without a length it would cut at 512; alpha would add the loss of CPO.
                 options={"max_length": 2048, "loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5},
             )
-        },
+        ),
     ),
-    "kto": Method("KTOModule", "UnpairedDataModule", verdicts, {"trl": Peer("KTOTrainer", "KTOConfig")}),
+    "kto": Method("KTOModule", "UnpairedDataModule", verdicts, with_split(Peer("KTOTrainer", "KTOConfig"))),
 }
 
 
-def rows(count: int) -> list[dict[str, str]]:
-    """Rows with the lengths of GSM8K: prompts of about 60 tokens, solutions of about 110, both with a long tail."""
+def random_prompts(count: int, lengths: str, ranked: int) -> list[Asked]:
+    """Random words: prompts and their completions."""
+    prompt, completion = LENGTHS[lengths]
     rng = np.random.default_rng(0)
 
     def text(median: float, spread: float, least: int, most: int) -> str:
         length = int(np.clip(rng.lognormal(np.log(median), spread), least, most))
         return " ".join(f"w{n}" for n in rng.integers(10, VOCAB - 10, size=length))
 
-    return [
-        {
-            "prompt": text(58, 0.35, 20, 180),
-            "chosen": text(105, 0.40, 30, 320),
-            "rejected": text(105, 0.40, 30, 320),
-        }
-        for _ in range(count)
-    ]
+    return [(text(*prompt), [text(*completion) for _ in range(ranked)]) for _ in range(count)]
 
 
 def write_model(folder: Path) -> None:
@@ -168,7 +187,7 @@ def write_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def ours(method: Method, folder: str, data: list[Row], steps: int) -> list[float]:
+def ours(method: Method, folder: str, data: list[Row], steps: int, batch: int) -> list[float]:
     """Seconds of each step."""
     import lightning
 
@@ -192,11 +211,11 @@ def ours(method: Method, folder: str, data: list[Row], steps: int) -> list[float
     )
     module = getattr(import_module("rlhf_lightning.modules"), method.module)
     datamodule = getattr(import_module("rlhf_lightning.datamodules"), method.datamodule)
-    trainer.fit(module(folder), datamodule(train=data, global_batch_size=BATCH, shuffle=False))
+    trainer.fit(module(folder), datamodule(train=data, global_batch_size=batch, shuffle=False))
     return times
 
 
-def theirs(peer: Peer, folder: str, data: list[Row], steps: int) -> list[float]:
+def theirs(peer: Peer, folder: str, data: list[Row], steps: int, batch: int) -> list[float]:
     """Seconds of each step of TRL's trainer."""
     import torch
     import transformers
@@ -215,7 +234,8 @@ def theirs(peer: Peer, folder: str, data: list[Row], steps: int) -> list[float]:
     options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": batch // peer.accumulated,
+        "gradient_accumulation_steps": peer.accumulated,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -255,12 +275,15 @@ def child(arguments: argparse.Namespace) -> None:
     method = METHODS[arguments.method]
     peer = method.peers.get(arguments.side)
     packed = peer is not None and peer.packed
-    data = method.rows(rows(BATCH * arguments.steps * (4 if packed else 1)))
+    asked = BATCH if arguments.ranked == 2 else PROMPTS  # prompts of a batch
+    count = asked * arguments.steps * (4 if packed else 1)
+    data = method.rows(random_prompts(count, arguments.lengths, arguments.ranked))
+    batch = len(data) * asked // count
     if peer is None:
-        times = ours(method, arguments.folder, data, arguments.steps)
+        times = ours(method, arguments.folder, data, arguments.steps, batch)
     else:
-        times = theirs(peer, arguments.folder, data, arguments.steps)
-    tokens = BLOCKS * BLOCK if packed else statistics.mean(map(num_tokens, data)) * BATCH
+        times = theirs(peer, arguments.folder, data, arguments.steps, batch)
+    tokens = BLOCKS * BLOCK if packed else statistics.mean(map(num_tokens, data)) * batch
     seconds = statistics.median(times[2:])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("RESULT " + json.dumps({"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_mib": peak}))
@@ -269,7 +292,8 @@ def child(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace, side: str) -> dict[str, float]:
     """Runs one side in a process of its own."""
     command = [sys.executable, __file__, arguments.method, "--side", side, "--folder", arguments.folder]
-    command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
+    command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads), "--lengths", arguments.lengths]
+    command += ["--ranked", str(arguments.ranked)]
     root = str(Path(__file__).resolve().parents[1])
     env = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
@@ -286,6 +310,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps per run, the first two not counted")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lengths", choices=LENGTHS, default="gsm8k")
+    parser.add_argument("--ranked", type=int, default=2, help="completions per prompt")
+    parser.add_argument("--sides", nargs="*", help="which peers (default: all)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -295,7 +322,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         arguments.folder = folder
-        sides = ["ours", *METHODS[arguments.method].peers]
+        sides = ["ours", *(METHODS[arguments.method].peers if arguments.sides is None else arguments.sides)]
         results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(arguments.pairs):
             for side in sides:

@@ -10,21 +10,28 @@ from typing import Any, Literal
 import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from ..models.export import recover_export
 from ..modules import PostTrainingModule
+from ..modules.checkpoint_io import check_place
 
 
 class ModelExport(lightning.Callback):
     """Writes the model and its tokenizer as a folder that ``from_pretrained`` loads.
 
-    The folder appears whole or not at all, and an earlier one stays until then. ``<folder>.json`` beside it says at
-    which step it was written, and with which value of the monitored metric.
+    The folder appears whole or not at all, and an earlier one stays until then; what a killed run left half-written is
+    cleaned up when the next one starts. ``<folder>.json`` beside it says at which step it was written, and with which
+    value of the monitored metric. A trainer may have several of these callbacks, each with a folder of its own.
 
     Args:
-        folder: where to.
+        folder: where to; ``{step}`` in its name becomes the number of optimizer steps, so that every export stays.
         monitor: the logged metric by which the best model is chosen, after each validation; without one, the model is
-            written once, when training ends.
+            written when training ends.
         mode: whether more or less of the metric is better.
         merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
+        every_n_steps: write it every so many optimizer steps as well, at least 1; not with ``monitor``.
+
+    Raises:
+        ValueError: options that contradict each other; in training, a metric that is not logged.
 
     Example::
 
@@ -37,15 +44,51 @@ class ModelExport(lightning.Callback):
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
         merge_adapter: bool = False,
+        every_n_steps: int | None = None,
     ) -> None:
         if mode not in ("max", "min"):
             raise ValueError(f"mode is {mode!r}; it must be max or min")
+        if every_n_steps is not None and (
+            isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
+        ):
+            raise ValueError(f"every_n_steps is {every_n_steps!r}; it must be a whole number of at least 1, or null")
+        if every_n_steps is not None and monitor is not None:
+            raise ValueError(
+                f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: leave one out, or use two ModelExport "
+                "callbacks with a folder each"
+            )
         self.folder = Path(folder)
         self.monitor = monitor
         self.mode = mode
         self.merge_adapter = merge_adapter
+        self.every_n_steps = every_n_steps
         self.best_value: float | None = None
         self.step: int | None = None
+        self._last_step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes the state of several of these callbacks."""
+        return self._generate_state_key(folder=str(self.folder), monitor=self.monitor, mode=self.mode)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Makes sure that the folder can be written, and cleans up after a run that was killed."""
+        if stage == "fit" and trainer.is_global_zero:
+            check_place(self.folder.parent, "the model")
+            recover_export(str(self.folder).replace("{step}", "*"))
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Starts counting where training starts."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the model if the batch has passed a multiple of ``every_n_steps``."""
+        every = self.every_n_steps
+        if every is not None and trainer.global_step // every > self._last_step // every:
+            self._write(trainer, pl_module)
+        self._last_step = trainer.global_step
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the model if it is the best so far; of equals the first is kept."""
@@ -67,7 +110,12 @@ class ModelExport(lightning.Callback):
             raise ValueError(
                 f"{self.monitor!r} was never measured, so no model was exported: give the datamodule val rows"
             )
-        if self.monitor is None:
+        if self.monitor is None and self.step != trainer.global_step:
+            self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes it where a run is resumed that was killed after its last step, and has nothing left to train."""
+        if self.monitor is None and not (self.step == trainer.global_step and self._place(trainer).is_dir()):
             self._write(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,17 +126,21 @@ class ModelExport(lightning.Callback):
         """Takes up where an earlier run was."""
         self.best_value, self.step = state_dict["best_value"], state_dict["step"]
 
+    def _place(self, trainer: lightning.Trainer) -> Path:
+        return Path(str(self.folder).replace("{step}", str(trainer.global_step)))
+
     def _write(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(f"ModelExport needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        pl_module.save_pretrained(str(self.folder), merge_adapter=self.merge_adapter)
+        folder = self._place(trainer)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        pl_module.save_pretrained(str(folder), merge_adapter=self.merge_adapter)
         self.step = trainer.global_step
-        self._record()
+        self._record(folder)
 
     @rank_zero_only
-    def _record(self) -> None:
+    def _record(self, folder: Path) -> None:
         record = {"step": self.step, "monitor": self.monitor, "value": self.best_value}
-        partial = self.folder.with_name(f"{self.folder.name}.json.partial")
+        partial = folder.with_name(f"{folder.name}.json.partial")
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        partial.replace(self.folder.with_name(f"{self.folder.name}.json"))
+        partial.replace(folder.with_name(f"{folder.name}.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from argparse import Namespace
@@ -27,6 +28,7 @@ class JSONLLogger(Logger):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = Path(path)
+        self._begins = True
 
     @property
     def name(self) -> str:
@@ -50,7 +52,10 @@ class JSONLLogger(Logger):
         row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
+            if self._begins and file.tell():  # after another run, which may have been killed within a line
+                file.write("\n\n")
             file.write(json.dumps(row) + "\n")
+        self._begins = False
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -58,8 +63,22 @@ class JSONLLogger(Logger):
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Reads what ``JSONLLogger`` wrote; a file that is not there is an empty history."""
+    """Reads what ``JSONLLogger`` wrote; a file that is not there is an empty history.
+
+    A line that was cut off is left out. Where a run was resumed, what it logged takes the place of what had been logged
+    of the same steps and later ones.
+    """
     path = Path(path)
+    rows: list[dict[str, Any]] = []
     if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return rows
+    begins = False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        begins |= not line.strip()  # between two runs
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if begins and row["step"] is not None:
+                rows = [before for before in rows if before["step"] is None or before["step"] < row["step"]]
+                begins = False
+            rows.append(row)
+    return rows

@@ -47,9 +47,7 @@ class ReferenceSync(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Makes sure that there is a reference that can move, and that checkpoints hold it."""
-        reference = _reference(pl_module)
-        if isinstance(reference, FrozenReference):
-            reference.rebuildable = False
+        _reference(pl_module).rebuildable = False
 
     def on_train_batch_end(
         self,

@@ -73,9 +73,11 @@ class SampleLogger(lightning.Callback):
             return
         columns = ["step", "prompt", "completion", "tokens", "ended", "reward", *module.rewards.names]
         rows = self._rows(module, module.last_rollouts, trainer.global_step)
+        # Where Lightning puts the metrics of the same batch: without a step W&B would take that of the last ones.
+        place = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
-                logger.log_table(f"{stage}/samples", columns=columns, data=rows)
+                logger.log_table(f"{stage}/samples", columns=columns, data=rows, step=place)
         if self.screen and rows:
             table = Table(*columns[1:], title=f"{stage} samples, step {trainer.global_step}", show_lines=True)
             for row in rows:

@@ -134,11 +134,20 @@ def token_stats(
         TokenStats of ``(N,)`` tensors, in the order of ``batch.target_ids``.
     """
     hidden = hidden_states(model, batch, layout)
-    hidden_ND = hidden.read(batch.source_index, batch.sequence_index, batch.source_depth)
-    head = output_head(model)
-    return fused_logprobs(
-        hidden_ND, head, batch.target_ids, temperature=temperature, entropy=entropy, mean=mean, power=power
+    read, target_ids, which = [batch.source_index, batch.sequence_index, batch.source_depth], batch.target_ids, None
+    if batch.distinct is not None and layout == "packed":
+        chosen, which = batch.distinct
+        read, target_ids = [index[chosen] for index in read], target_ids[chosen]
+    stats = fused_logprobs(
+        hidden.read(*read),
+        output_head(model),
+        target_ids,
+        temperature=temperature,
+        entropy=entropy,
+        mean=mean,
+        power=power,
     )
+    return stats if which is None else TokenStats(*(values[which] for values in stats))
 
 
 def num_positions(model: nn.Module) -> int | None:

@@ -17,6 +17,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -32,6 +33,8 @@ Convert = Callable[[PreTrainedModel, dict[str, Tensor]], tuple[PreTrainedModel, 
 
 # Either of these makes a folder a model's; one of them must be there before a folder is replaced.
 _MODEL_FILES = ("config.json", "adapter_config.json")
+# What an export is called that is not finished, and one that makes room for it.
+_FRESH, _OLD = ".partial", ".old"
 # The one folder that a tokenizer writes.
 _TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -277,17 +280,28 @@ def _check_place(target: Path) -> None:
         raise ValueError(f"{str(target)!r} holds the folder {folders[0]!r}, which would be deleted: pass a new folder")
 
 
+def recover_export(folder: str | Path) -> None:
+    """Cleans up after a ``save_pretrained`` that was killed: puts the old folder back, deletes a half-written one.
+
+    Args:
+        folder: what it was writing; ``*`` in its name stands for anything.
+    """
+    target = Path(folder).expanduser().resolve()
+    pattern = target.name.replace("[", "[[]").replace("?", "[?]")
+    for suffix in (_OLD, _FRESH):
+        for left in target.parent.glob(f".{pattern}{suffix}"):
+            place = left.with_name(left.name[1:].removesuffix(suffix))
+            if suffix == _OLD and not place.exists():
+                left.rename(place)
+            else:
+                shutil.rmtree(left)
+
+
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
     """Writes a folder beside its place and renames it there."""
-    fresh, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    fresh, old = (target.with_name(f".{target.name}{suffix}") for suffix in (_FRESH, _OLD))
     target.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists():  # an earlier call was killed between its two renames, or while it deleted
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)
-    if fresh.exists():
-        shutil.rmtree(fresh)
+    recover_export(target)
     fresh.mkdir()
     try:
         write(fresh)
@@ -295,10 +309,16 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
         if target.exists():
             target.rename(old)
         fresh.rename(target)
-    except BaseException:
+    except BaseException as error:
         if old.exists():
             old.rename(target)
         shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"cannot write the model to {str(target)!r} ({reason}): make room or choose another folder; an export "
+                "that was there is untouched"
+            ) from error
         raise
     _flush_entry(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -34,6 +34,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..packaged import packaged_config
 from ..sequences import ATTENTION_NAME, register_attention
 from .reference import ADAPTER_COPY
+from .skeleton import skeletons_wanted, weights_device
 
 Quantization = Literal["nf4", "fp4", "int8"]
 
@@ -201,6 +202,8 @@ def _load_base(
     place: str, *, dtype: torch.dtype, quantization: str | None, attn_implementation: str | None, headless: bool
 ) -> PreTrainedModel:
     """Reads a whole model, and refuses one that is not whole."""
+    if skeletons_wanted():
+        return _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
     config = _read_config(place)
     arguments: dict[str, Any] = {"dtype": dtype}
     stored = getattr(config, "quantization_config", None)
@@ -246,10 +249,11 @@ def _with_attention(build: Callable[..., Any], attn_implementation: str | None) 
 def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
     _read_config(place)
     try:
-        model: PreTrainedModel = _with_attention(
-            lambda **arguments: AutoModelForCausalLM.from_config(_read_config(place), dtype=dtype, **arguments),
-            attn_implementation,
-        )
+        with weights_device():
+            model: PreTrainedModel = _with_attention(
+                lambda **arguments: AutoModelForCausalLM.from_config(_read_config(place), dtype=dtype, **arguments),
+                attn_implementation,
+            )
         return model
     except _LOADING_ERRORS as error:
         raise ValueError(

@@ -9,7 +9,7 @@ A reference is entered like a context and yields the model to score with, so tha
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -45,6 +45,7 @@ class AdapterReference:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
+        self.rebuildable = True
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
@@ -66,11 +67,14 @@ class AdapterReference:
                     parameter.requires_grad_(name in trainable)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The copied adapter lies in the model's own state; nothing is added."""
-        return {}
+        """The copied adapter, where it has been moved since it was loaded."""
+        return {} if self.rebuildable else _adapter_state(self.model, [ADAPTER_COPY])
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
+        """Restores the copied adapter, which can then no longer be rebuilt."""
+        if state:
+            self.rebuildable = False
+            self.model.load_state_dict(state, strict=False)
 
 
 class FrozenReference:
@@ -104,13 +108,22 @@ class FrozenReference:
         self.model.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights, where they cannot be loaded again."""
-        return {} if self.rebuildable else self.model.state_dict()
+        """The weights, where they cannot be loaded again; of a model with an adapter, the adapter alone."""
+        if self.rebuildable:
+            return {}
+        adapters = getattr(self.model, "peft_config", None)
+        return self.model.state_dict() if adapters is None else _adapter_state(self.model, adapters)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the weights."""
+        """Restores the weights, which can then no longer be rebuilt."""
         if state:
-            self.model.load_state_dict(state)
+            self.rebuildable = False
+            self.model.load_state_dict(state, strict=not hasattr(self.model, "peft_config"))
+
+
+def _adapter_state(model: nn.Module, adapters: Collection[str]) -> dict[str, Tensor]:
+    """The part of a state dict that belongs to adapters of these names."""
+    return {name: value for name, value in model.state_dict().items() if not set(adapters).isdisjoint(name.split("."))}
 
 
 def folder_fingerprint(folder: str) -> str | None:

@@ -24,19 +24,22 @@ from ..sequences import (
     register_attention,
     register_flex_attention,
 )
+from .checkpoint_io import prepare_checkpoints
 from .checks import check_module_options, check_trainer, trainer_dtype
 from .distributed import (
     Scores,
+    clip_gradients,
     concatenate,
     gather_scores,
     sum_gradients,
     sum_over_ranks,
 )
-from .micro_batches import ROW_KEY, MicroBatchedModule, in_canonical_order
+from .micro_batches import ROW_KEY, in_canonical_order
+from .resume import ResumableModule
 from .schedules import WarmupSchedule
 
 
-class PostTrainingModule(MicroBatchedModule):
+class PostTrainingModule(ResumableModule):
     """Loads a causal language model, runs packed micro-batches under global normalisers, and steps once per batch.
 
     Args:
@@ -127,6 +130,11 @@ class PostTrainingModule(MicroBatchedModule):
             attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
             headless=not self.predicts_tokens,
         )
+        self.remember_base()
+        self.remember_buffers()
+
+    def remember_buffers(self) -> None:
+        """Keeps what the model's fp32 buffers hold before a precision rounds them; see settle."""
         buffers = self.model.named_buffers()
         self._exact_buffers = {name: b.clone() for name, b in buffers if b.dtype == torch.float32}
 
@@ -160,6 +168,7 @@ class PostTrainingModule(MicroBatchedModule):
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Checks the trainer's flags; Lightning calls this before its own checks, which know nothing of ours."""
         check_trainer(self.trainer)
+        prepare_checkpoints(self.trainer)
         return []
 
     @property
@@ -237,15 +246,17 @@ class PostTrainingModule(MicroBatchedModule):
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
-        with self._local_gradients():
+        with self._local_gradients(), self.phase("forward_backward"):
             rows, totals = self.backward_examples(examples)
-        sum_gradients(p for p in self.parameters() if p.requires_grad)
-        grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-            scheduler.step()
+        with self.phase("step"):
+            sum_gradients(p for p in self.parameters() if p.requires_grad)
+            grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
+            self._check_gradient(grad_norm, examples)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler = self.lr_schedulers()
+            if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+                scheduler.step()
         return gather_scores(rows, self.device), totals, {"grad_norm": grad_norm, "learning_rate": rate}
 
     def _local_gradients(self) -> AbstractContextManager[None]:
@@ -285,7 +296,18 @@ class PostTrainingModule(MicroBatchedModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())  # by which manual_backward multiplied the loss
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm * scale
-        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach() / scale
+        return clip_gradients(parameters, limit) / scale
+
+    def _check_gradient(self, grad_norm: Tensor, examples: Sequence[Example]) -> None:
+        """Stops before a step that would destroy the weights; a scaler of losses leaves such steps out by itself."""
+        if bool(torch.isfinite(grad_norm)) or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        self.zero_grad()
+        rows = ", ".join(example.row_id for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
+        raise ValueError(
+            f"the gradient's norm is {float(grad_norm)} in step {self.trainer.global_step + 1} (rows {rows}); the "
+            "weights are still those of the step before: look at these rows, or lower the learning rate"
+        )
 
     # Validation: rows are kept, and the loss and metrics are those of the whole set.
 
@@ -299,6 +321,7 @@ class PostTrainingModule(MicroBatchedModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the rows of a validation that was stopped half-way."""
+        super().on_validation_epoch_start()
         self._rows, self._row_totals = [], {}
 
     def on_test_epoch_start(self) -> None:

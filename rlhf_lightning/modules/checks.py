@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from ..strategies import FSDP2Strategy
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
@@ -59,8 +62,9 @@ def check_trainer(trainer: Any) -> None:
     """Refuses trainer flags that a module which steps by itself cannot honour.
 
     Raises:
-        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set.
+        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set, or the strategy is none of ours.
     """
+    check_strategy(trainer.strategy)
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; it must be 1: one batch is one "
@@ -71,6 +75,30 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; leave it out and set the module's "
             "max_grad_norm instead (it clips the norm of the global batch's gradient)"
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuses strategies under which a result would depend on the ranks, or a run would hang.
+
+    Raises:
+        ValueError: FSDP1, DeepSpeed, or Lightning's own ``ModelParallelStrategy``.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy is FSDPStrategy (FSDP1), which can neither step by hand nor clip the norm of a gradient "
+            "over its shards: write strategy: fsdp2"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            "trainer.strategy is DeepSpeedStrategy, whose engine averages, clips and steps by itself and needs equally "
+            "many micro-batches on every rank: write strategy: fsdp2, which shards the same (ZeRO 3), or strategy: ddp"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}, which leaves it to a module to shard itself, and hangs "
+            "where ranks have different numbers of micro-batches: write strategy: fsdp2, or class_path: "
+            "rlhf_lightning.FSDP2Strategy"
         )
 
 

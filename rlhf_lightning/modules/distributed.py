@@ -1,4 +1,7 @@
-"""The few collectives that the modules need; each does nothing in a single process."""
+"""The few collectives that the modules need; each does nothing in a single process.
+
+Under FSDP2 each begins with ``meet``, since ranks may still be in the middle of different numbers of micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..models.lockstep import lockstep, meet
 
 Scores = dict[str, Tensor]
 
@@ -21,6 +27,7 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
     """Adds counts up over all ranks."""
     if world_size() == 1:
         return dict(values)
+    meet()
     vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(vector)
     return dict(zip(values, vector.tolist(), strict=True))
@@ -30,6 +37,7 @@ def gather_scores(scores: Scores, device: torch.device) -> Scores:
     """Concatenates the rows of all ranks, also of none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
     if world_size() == 1:
         return scores
+    meet()
     parts: list[Scores] = [{} for _ in range(world_size())]
     dist.all_gather_object(parts, {name: value.cpu() for name, value in scores.items()})
     filled = [part for part in parts if part]
@@ -40,6 +48,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Collects one small picklable object per rank, in the order of ranks."""
     if world_size() == 1:
         return [value]
+    meet()
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
@@ -49,6 +58,7 @@ def rows_before_this_rank(count: int) -> int:
     """Where this rank's rows begin in what ``gather_scores`` returns."""
     if world_size() == 1:
         return 0
+    meet()
     counts = [0] * world_size()
     dist.all_gather_object(counts, count)
     return sum(counts[: dist.get_rank()])
@@ -61,13 +71,23 @@ def concatenate(parts: Iterable[Scores]) -> Scores:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-    """Adds gradients up over all ranks, in flat buckets; a parameter without gradient counts as zero.
+    """Adds gradients up over all ranks, in flat buckets; sharded parameters have their part of the sum already.
 
     Losses are divided by global totals before the backward pass, so the sum is the gradient of the global batch,
-    however many micro-batches each rank ran, none included.
+    however many micro-batches each rank ran, none included. A parameter without gradient counts as zero, and one that
+    has none on any rank keeps none, so that an optimizer leaves it alone as it would on one rank.
     """
     if world_size() == 1:
         return
+    meet()
+    agreement = lockstep()
+    if agreement is not None:
+        agreement.drop_unreached()
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if not whole:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in whole], device=whole[0].device).int()
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
     bucket: list[Tensor] = []
 
     def flush() -> None:
@@ -79,7 +99,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
             grad.copy_(part.view_as(grad))
         bucket.clear()
 
-    for parameter in parameters:
+    for parameter in (parameter for parameter, count in zip(whole, used.tolist(), strict=True) if count):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and bucket[0].dtype != parameter.grad.dtype:
@@ -88,3 +108,31 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
         if sum(grad.numel() * grad.element_size() for grad in bucket) >= bucket_bytes:
             flush()
     flush()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float) -> Tensor:
+    """Scales gradients down so that their global norm is at most ``limit``; returns the norm that they had.
+
+    Args:
+        parameters: those without gradient count as 0; sharded and whole ones may be mixed.
+        limit: above 0; infinite to leave them as they are.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
+    grads: list[Any] = [parameter.grad for parameter in parameters]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    dtype = torch.promote_types(local[0].dtype, torch.float32)
+    # Shards are added up over the ranks; what is whole is the same on each, and counts once.
+    squares = [part.to(dtype).square().sum() for part in local]
+    total = squares[0].new_zeros(())
+    sharded = sum((s for s, grad in zip(squares, grads, strict=True) if isinstance(grad, DTensor)), total.clone())
+    whole = sum((s for s, grad in zip(squares, grads, strict=True) if not isinstance(grad, DTensor)), total)
+    meet()
+    dist.all_reduce(sharded)
+    norm: Tensor = (sharded + whole).sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch does
+    for part in local:
+        part.mul_(factor.to(part.dtype))
+    return norm

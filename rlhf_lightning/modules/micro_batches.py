@@ -11,6 +11,7 @@ Legend: E examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 
 import lightning
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..sequences import Example, SequenceBatch, pack, plan_micro_batches
 from .distributed import Scores, concatenate, gather_scores, rows_before_this_rank, sum_over_ranks, world_size
+from .phases import PhaseClock
 
 ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
 
@@ -35,6 +37,11 @@ class MicroBatchedModule(lightning.LightningModule):
         super().__init__()
         self.micro_batch_tokens = micro_batch_tokens
         self.share_prefix = share_prefix
+        self.clock: PhaseClock | None = None  # set by a callback that wants to know where the time goes
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Books the time of what runs within to one of ``phases.PHASES``, if anybody listens."""
+        return nullcontext() if self.clock is None else self.clock.phase(name)
 
     # What a method defines.
 
@@ -102,6 +109,7 @@ class MicroBatchedModule(lightning.LightningModule):
             scores = self.scores(batch)
             loss = self.loss(in_canonical_order(constants | scores), totals)
             self.manual_backward(loss)
+            self._count(batch)
             rows.append(constants | _detached(scores))
         return concatenate(rows), totals
 
@@ -126,21 +134,27 @@ class MicroBatchedModule(lightning.LightningModule):
             _set_random_state(state, self.device)
             mine = slice(place, place + len(constant[ROW_KEY]))
             place = mine.stop
-            again = self.scores(self._pack(micro))
+            batch = self._pack(micro)
+            again = self.scores(batch)
             parts = [
                 (again[name] * slope[mine]).sum()
                 for name, slope in zip(names, slopes, strict=True)
                 if slope is not None and again[name].requires_grad
             ]
             self.manual_backward(torch.stack(parts).sum())
+            self._count(batch)
         return own
+
+    def _count(self, batch: SequenceBatch) -> None:
+        if self.clock is not None:
+            self.clock.count_trained(batch)
 
     @torch.no_grad()
     def _statistics(self, rows: Scores, totals: dict[str, float]) -> dict[str, float]:
         return self.statistics(in_canonical_order(rows), totals) if self.shares_constants else {}
 
     def _constants(self, batch: SequenceBatch) -> Scores:
-        with torch.no_grad():
+        with torch.no_grad(), self.phase("score"):
             constants = self.constants(batch)
         return constants | {ROW_KEY: row_keys(batch.examples, self.device)}
 

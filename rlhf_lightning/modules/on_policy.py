@@ -175,7 +175,8 @@ class OnPolicyModule(ReferencedModule):
         """Generates, scores, and makes every update of the iteration."""
         rollouts = self.rollout(self._checked(batch))
         everyone = in_canonical_order(gather_scores(self._rollout_rows(rollouts), self.device))
-        trees, values = self.prepare(rollouts)
+        with self.phase("score"):
+            trees, values = self.prepare(rollouts)
         values = self._rollout_metrics(everyone) | self._count_failures(rollouts) | values
         values |= self.update(trees)
         self.last_rollouts = rollouts
@@ -224,8 +225,11 @@ class OnPolicyModule(ReferencedModule):
             if callable(attach):  # a model: it needs to know where it stands and what tokens mean
                 attach(self)
         moment = self.iteration if stage == "train" else stage
-        completions = self.generate(prompts, [derive_seed(self.seed, moment, e.row_id, attempt) for e in prompts])
+        with self.phase("generate"):
+            completions = self.generate(prompts, [derive_seed(self.seed, moment, e.row_id, attempt) for e in prompts])
         samples = [(prompt, sample) for prompt, group in zip(prompts, completions, strict=True) for sample in group]
+        if self.clock is not None:
+            self.clock.count_generated([len(sample.token_ids) for _, sample in samples])
         names = sorted({name for prompt in prompts for name in prompt.fields} - {"prompt"})
         columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
         columns["prompt_ids"] = [prompt.root.tokens.tolist() for prompt, _ in samples]
@@ -235,7 +239,8 @@ class OnPolicyModule(ReferencedModule):
         if not samples:
             failures = dict.fromkeys(self.rewards.names, 0)
             return Rollouts([], [], torch.zeros(shape, dtype=torch.float64, device=self.device), failures)
-        scores = self.rewards(texts, [sample.text for _, sample in samples], columns)
+        with self.phase("score"):
+            scores = self.rewards(texts, [sample.text for _, sample in samples], columns)
         values = torch.from_numpy(scores.values).reshape(shape).to(self.device)
         steps = self._steps(completions, scores)
         return Rollouts(list(prompts), completions, values, scores.failures, scores.errors, steps)

@@ -11,7 +11,7 @@ from ..models import AdapterReference, FrozenReference, Reference, evaluating, f
 from ..sequences import ExampleBatch, SequenceBatch
 from .base import PostTrainingModule
 from .checks import check_choice
-from .distributed import Scores
+from .distributed import Scores, gather_objects
 
 
 class ReferencedModule(PostTrainingModule):
@@ -123,16 +123,13 @@ class ReferencedModule(PostTrainingModule):
                 rows = self.in_micro_batches(own, lambda batch: self.reference_rows(batch, self.model))
             for n, example in enumerate(own):
                 table[example.content_hash()] = {name: value[n].cpu() for name, value in rows.items()}
-        if world > 1:
-            tables: list[dict[str, Scores]] = [{} for _ in range(world)]
-            torch.distributed.all_gather_object(tables, table)
-            table = {key: row for part in tables for key, row in part.items()}
-        self._reference_table = table
+        self._reference_table = {key: row for part in gather_objects(table) for key, row in part.items()}
 
     # Checkpoints: nothing that can be rebuilt.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a restart could not rebuild, and the fingerprint of what it will rebuild from."""
+        super().on_save_checkpoint(checkpoint)
         state: dict[str, Any] = {"fingerprint": folder_fingerprint(self.model_source)}
         for reference in self._reference:
             state["weights"] = reference.state_dict()
@@ -142,6 +139,7 @@ class ReferencedModule(PostTrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the reference, and refuses another one than training began with."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("reference", {})
         now, then = folder_fingerprint(self.model_source), state.get("fingerprint")
         if self.init == "pretrained" and now is not None and then is not None and now != then:

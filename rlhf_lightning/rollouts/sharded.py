@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+
+from ..models.lockstep import lockstep, meet
+from ..models.sharding import sharded_units
 
 
 @contextmanager
@@ -20,7 +22,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module; those that ``fully_shard`` has treated take part.
     """
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded: list[Any] = list(sharded_units(model))
+    agreement = lockstep() if sharded else None
+    if sharded:
+        meet()
     # torch sets this switch by a public method and reads it nowhere; only the attribute tells what to put back.
     switches: list[tuple[Any, Any]] = []
     for module in sharded:
@@ -36,7 +41,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.unshard()
         for group, _ in switches:
             group.post_forward_mesh_info = None
-        yield
+        with nullcontext() if agreement is None else agreement.held():
+            yield
     finally:
         for group, info in switches:
             group.post_forward_mesh_info = info

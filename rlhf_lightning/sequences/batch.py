@@ -55,6 +55,8 @@ class SequenceBatch:
         example_index: ``(S,)`` which example each sequence belongs to; ascending.
         examples: the examples, in the order in which they were packed.
         path_index: flat positions of every sequence's tokens, sequence after sequence; ``(sum(lengths),)``.
+        distinct: where several sequences score the same token at the same place, as rows of one prompt do that share a
+            completion: which scored tokens to compute, ``(U,)``, and which of them each is, ``(N,)``.
     """
 
     input_ids: Tensor
@@ -70,6 +72,7 @@ class SequenceBatch:
     example_index: Tensor
     path_index: Tensor
     examples: list[Example] = field(default_factory=list)
+    distinct: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -124,10 +127,24 @@ class SequenceBatch:
         )
 
 
+class _Node:
+    """A run of tokens that every path through it shares."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+        self.start = 0  # in the layout
+        self.children: dict[bytes, _Node] = {}
+
+    def child(self, segment: Segment) -> _Node:
+        """The child that holds a segment's tokens, made where there is none yet."""
+        return self.children.setdefault(segment.tokens.tobytes(), _Node(segment.tokens))
+
+
 class _Layout:
-    """Collects the flat arrays of a forest while its trees are walked depth first."""
+    """Collects the flat arrays of a forest in which equal beginnings are laid out once."""
 
     def __init__(self) -> None:
+        self.roots: list[_Node] = []
         self.tokens: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.segments: list[tuple[int, int, int]] = []  # (start, length, parent segment or -1)
@@ -140,33 +157,26 @@ class _Layout:
         self.paths: list[np.ndarray] = []
         self.example: list[int] = []
 
-    def walk(self, segment: Segment, parent: int, path: list[tuple[Segment, np.ndarray]], example: int) -> None:
-        """Lays out one segment behind its ancestors, then its children."""
-        start = self.size
-        depth = sum(len(flat) for _, flat in path)
-        length = len(segment.tokens)
-        flat = np.arange(start, start + length)
-        self.tokens.append(segment.tokens)
+    def place(self, node: _Node, parent: int = -1, depth: int = 0) -> None:
+        """Lays out a node behind its ancestors, then its children."""
+        node.start, length, number = self.size, len(node.tokens), len(self.segments)
+        self.tokens.append(node.tokens)
         self.positions.append(np.arange(depth, depth + length))
-        self.segments.append((start, length, parent))
+        self.segments.append((node.start, length, parent))
         self.size += length
-        number = len(self.segments) - 1
-        path = [*path, (segment, flat)]
-        if not segment.children:
-            self._close(path, example)
-        for child in segment.children:
-            self.walk(child, number, path, example)
+        for child in node.children.values():
+            self.place(child, number, depth + length)
 
-    def _close(self, path: list[tuple[Segment, np.ndarray]], example: int) -> None:
-        """Records a finished sequence and the tokens that it scores."""
-        flat = np.concatenate([part for _, part in path])
+    def close(self, path: tuple[Segment, ...], nodes: list[_Node], example: int) -> None:
+        """Records a sequence and the tokens that it scores."""
+        flat = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in nodes])
         weights = np.concatenate(
-            [np.zeros(len(part), np.float32) if s.weights is None else s.weights for s, part in path]
+            [np.zeros(len(s.tokens), np.float32) if s.weights is None else s.weights for s in path]
         )
         scored = np.flatnonzero(weights)
         if len(scored) and scored[0] == 0:
             raise ValueError("the first token of a tree has weight above 0, but no token before it: give it weight 0")
-        tokens = np.concatenate([s.tokens for s, _ in path])
+        tokens = np.concatenate([s.tokens for s in path])
         self.source.append(flat[scored - 1])
         self.depth.append(scored - 1)
         self.target.append(tokens[scored])
@@ -174,6 +184,29 @@ class _Layout:
         self.sequence.append(np.full(len(scored), len(self.paths)))
         self.paths.append(flat)
         self.example.append(example)
+
+
+def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
+    """Merges the examples' trees where they begin alike, lays them out, and records every example's sequences."""
+    layout = _Layout()
+    everything = _Node(np.empty(0, np.int64))  # its children are the roots
+    found: list[tuple[tuple[Segment, ...], list[_Node], int]] = []
+    for number, example in enumerate(examples):
+        for path in example.root.paths():
+            if not share_prefix:
+                lone = _linear(path)
+                layout.roots.append(_Node(lone.tokens))
+                found.append(((lone,), [layout.roots[-1]], number))
+                continue
+            nodes = [everything]
+            for segment in path:
+                nodes.append(nodes[-1].child(segment))
+            found.append((path, nodes[1:], number))
+    for root in (*layout.roots, *everything.children.values()):
+        layout.place(root)
+    for path, nodes, number in found:
+        layout.close(path, nodes, number)
+    return layout
 
 
 def _linear(path: tuple[Segment, ...]) -> Segment:
@@ -190,7 +223,8 @@ def pack(
 
     Args:
         examples: at least one.
-        share_prefix: lay a prompt out once for all its completions; ``False`` repeats it for each. The results agree.
+        share_prefix: lay a prompt out once for all its completions, also for those of other examples, and a completion
+            that several examples of the prompt have once too; ``False`` repeats them for each. The results agree.
         device: where the tensors go.
 
     Raises:
@@ -207,16 +241,15 @@ def pack(
     """
     if not examples:
         raise ValueError("cannot pack an empty list of examples")
-    layout = _Layout()
-    for number, example in enumerate(examples):
-        roots = [example.root] if share_prefix else [_linear(path) for path in example.root.paths()]
-        for root in roots:
-            layout.walk(root, -1, [], number)
+    layout = _lay_out(examples, share_prefix)
 
     def tensor(parts: list[np.ndarray], dtype: torch.dtype = torch.long) -> Tensor:
         return torch.from_numpy(np.concatenate(parts)).to(dtype=dtype, device=device)
 
     lengths = [len(path) for path in layout.paths]
+    scored = np.stack([np.concatenate(layout.source), np.concatenate(layout.target)])
+    _, first, which = np.unique(scored, axis=1, return_index=True, return_inverse=True)
+    repeated = len(first) < scored.shape[1]
     return SequenceBatch(
         input_ids=tensor(layout.tokens),
         position_ids=tensor(layout.positions),
@@ -231,4 +264,5 @@ def pack(
         example_index=torch.tensor(layout.example, device=device),
         path_index=tensor(layout.paths),
         examples=list(examples),
+        distinct=(tensor([first]), tensor([which.reshape(-1)])) if repeated else None,
     )

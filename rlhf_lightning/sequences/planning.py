@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from .example import Example
+from .example import Example, Segment
 
 
 def example_cost(example: Example, *, share_prefix: bool) -> int:
@@ -19,7 +19,8 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
     """Assigns examples to micro-batches of at most ``budget`` tokens, longest first (first-fit decreasing).
 
     An example is what a loss couples (a pair, a sequence) and is never split; one above the budget runs alone, with one
-    warning. Examples of similar length come together, which keeps padding small where padding is needed.
+    warning. Examples of one prompt come together where prompts are shared, because ``pack`` lays out what they have in
+    common once; then examples of similar length, which keeps padding small where padding is needed.
 
     Args:
         examples: any number; none gives no micro-batch.
@@ -41,26 +42,60 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
     if budget <= 0:
         raise ValueError(f"micro_batch_tokens is {budget}; it must be above 0 (8192 is a good start)")
     costs = [example_cost(example, share_prefix=share_prefix) for example in examples]
-    order = sorted(range(len(examples)), key=lambda n: (-costs[n], n))
-    if order and costs[order[0]] > budget:
-        row = examples[order[0]].row_id
+    longest = min(range(len(examples)), key=lambda n: (-costs[n], n), default=None)
+    if longest is not None and costs[longest] > budget:
+        row = examples[longest].row_id
         warnings.warn(
-            f"row {row} has {costs[order[0]]} tokens, above micro_batch_tokens={budget}: it runs alone; memory is set "
+            f"row {row} has {costs[longest]} tokens, above micro_batch_tokens={budget}: it runs alone; memory is set "
             "by the longest row (lower max_length to bound it)",
             stacklevel=2,
         )
+    units = _families(examples, budget) if share_prefix else [([n], cost) for n, cost in enumerate(costs)]
+    units.sort(key=lambda unit: (-unit[1], unit[0]))
     bins: list[list[int]] = []
     room: list[int] = []
     first_open = 0  # bins before it are full: keeps the search short where rows are short and many
-    for n in order:
+    for unit, cost in units:
         while first_open < len(bins) and room[first_open] <= 0:
             first_open += 1
         for b in range(first_open, len(bins)):
-            if room[b] >= costs[n]:
-                bins[b].append(n)
-                room[b] -= costs[n]
+            if room[b] >= cost:
+                bins[b].extend(unit)
+                room[b] -= cost
                 break
         else:
-            bins.append([n])
-            room.append(budget - costs[n])
+            bins.append(unit)
+            room.append(budget - cost)
     return bins
+
+
+class _Level(dict[bytes, "_Level"]):
+    """The distinct segments at one place of merged trees, by their tokens."""
+
+    def missing(self, segment: Segment) -> int:
+        """How many tokens a segment and what follows it would add, at most."""
+        below = self.get(segment.tokens.tobytes())
+        return segment.num_tokens if below is None else sum(below.missing(child) for child in segment.children)
+
+    def add(self, segment: Segment) -> int:
+        """Merges a segment and what follows it; returns how many tokens that added."""
+        key = segment.tokens.tobytes()
+        added = 0 if key in self else len(segment.tokens)
+        below = self.setdefault(key, _Level())
+        return added + sum(below.add(child) for child in segment.children)
+
+
+def _families(examples: Sequence[Example], budget: int) -> list[tuple[list[int], int]]:
+    """Examples that begin with the same prompt, as many together as the budget allows, and what they cost merged."""
+    found: list[tuple[list[int], int]] = []
+    latest: dict[bytes, tuple[int, _Level]] = {}  # prompt -> its last family and what that holds
+    for n, example in enumerate(examples):
+        key = example.root.tokens.tobytes()
+        number, level = latest.get(key, (-1, _Level()))
+        if number < 0 or found[number][1] + level.missing(example.root) > budget:
+            number, level = len(found), _Level()
+            found.append(([], 0))
+            latest[key] = (number, level)
+        family, cost = found[number]
+        found[number] = ([*family, n], cost + level.add(example.root))
+    return found

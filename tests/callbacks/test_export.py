@@ -99,3 +99,101 @@ def test_a_resumed_run_keeps_a_better_model(tmp_path):
 def test_mode_is_checked():
     with pytest.raises(ValueError, match="mode is 'best'; it must be max or min"):
         ModelExport("x", mode="best")
+
+
+def export_run(folder, callbacks, *, steps, ckpt_path=None, **options):
+    lightning.seed_everything(0, verbose=False)
+    module = SFTModule(str(folder), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=callbacks,
+        max_steps=steps,
+        val_check_interval=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, SFTDataModule(train=ROWS, val=ROWS[:2], global_batch_size=2), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def test_an_export_every_few_steps_under_its_own_name(tiny_model_folder, tmp_path):
+    export_run(tiny_model_folder(), [ModelExport(str(tmp_path / "out/at-{step}"), every_n_steps=2)], steps=3)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["at-2", "at-2.json", "at-3", "at-3.json"]
+    _, after_two = export_run(tiny_model_folder(), [], steps=2)
+    assert torch.equal(embeddings(tmp_path / "out/at-2"), after_two.model.get_input_embeddings().weight)
+    assert not torch.equal(embeddings(tmp_path / "out/at-2"), embeddings(tmp_path / "out/at-3"))
+
+
+def test_one_folder_is_replaced_every_few_steps(tiny_model_folder, tmp_path):
+    export = ModelExport(str(tmp_path / "model"), every_n_steps=2)
+    _, module = export_run(tiny_model_folder(), [export], steps=4)
+    assert json.loads((tmp_path / "model.json").read_text())["step"] == 4
+    assert torch.equal(embeddings(tmp_path / "model"), module.model.get_input_embeddings().weight)
+
+
+def test_several_exports_in_one_trainer(tiny_model_folder, tmp_path):
+    """Adapter alone, merged, best and last: each keeps its own state, also in a checkpoint."""
+
+    def callbacks():
+        return [
+            ModelExport(str(tmp_path / "adapter")),
+            ModelExport(str(tmp_path / "merged"), merge_adapter=True),
+            ModelExport(str(tmp_path / "best"), monitor="val/loss", mode="max"),
+            ModelExport(str(tmp_path / "lowest"), monitor="val/loss", mode="min"),
+        ]
+
+    first = callbacks()
+    trainer, module = export_run(tiny_model_folder(), first, steps=3, lora={"r": 2, "init_lora_weights": False})
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert (tmp_path / "adapter/adapter_config.json").is_file()
+    assert not (tmp_path / "adapter/model.safetensors").exists()
+    assert (tmp_path / "merged/model.safetensors").is_file()
+    layer = module.model.get_base_model().model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        expected = (
+            layer.base_layer.weight
+            + layer.scaling["default"] * layer.lora_B.default.weight @ layer.lora_A.default.weight
+        )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.allclose(merged.model.layers[0].mlp.up_proj.weight, expected, atol=1e-6)
+    states = [callback.state_dict() for callback in first]
+    assert len({callback.state_key for callback in first}) == 4
+    assert first[2].best_value > first[3].best_value
+    second = callbacks()
+    export_run(
+        tiny_model_folder(), second, steps=3, ckpt_path=tmp_path / "x.ckpt", lora={"r": 2, "init_lora_weights": False}
+    )
+    assert [callback.state_dict() for callback in second] == states
+
+
+def test_a_run_that_was_killed_before_its_export_makes_up_for_it(tiny_model_folder, tmp_path):
+    trainer, module = export_run(tiny_model_folder(), [], steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    export_run(tiny_model_folder(), [ModelExport(str(tmp_path / "model"))], steps=2, ckpt_path=tmp_path / "x.ckpt")
+    assert torch.equal(embeddings(tmp_path / "model"), module.model.get_input_embeddings().weight)
+
+
+def test_what_a_killed_export_left_is_cleaned_up(tiny_model_folder, tmp_path):
+    """Killed while writing, and between the two renames."""
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".at-7.old").mkdir()
+    (tmp_path / ".at-7.old/config.json").write_text("{}")
+    (tmp_path / ".at-9.partial").mkdir()
+    trainer = SimpleNamespace(is_global_zero=True)
+    ModelExport(str(tmp_path / "new")).setup(trainer, None, "fit")
+    ModelExport(str(tmp_path / "at-{step}")).setup(trainer, None, "fit")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["at-7", "at-7/config.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps is 0; it must be a whole number of at least 1, or null"),
+        ({"every_n_steps": 3, "monitor": "val/loss"}, "every_n_steps is 3 and monitor is 'val/loss': leave one out"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelExport("x", **options)

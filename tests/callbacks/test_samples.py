@@ -22,6 +22,7 @@ class Tables(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.tables: list[tuple[str, list[str], list[list[Any]]]] = []
+        self.steps: list[int] = []
 
     name = version = "tables"
 
@@ -31,8 +32,9 @@ class Tables(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]], step: int) -> None:
         self.tables.append((key, columns, data))
+        self.steps.append(step)
 
 
 def batches(count: int) -> Batches:
@@ -65,7 +67,9 @@ def expected(row: int, step: int) -> list[list[Any]]:
 
 
 def test_tables_hold_the_current_samples(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = fit(folder, SampleLogger(every_n_batches=3, num_prompts=1, num_samples=2)).tables
+    tables = fit(folder, SampleLogger(every_n_batches=3, num_prompts=1, num_samples=2))
+    found = tables.tables
+    assert tables.steps == [0, 3]  # as Lightning counts batches
     columns = ["step", "prompt", "completion", "tokens", "ended", "reward", "remainder", "picky"]
     assert [(key, names) for key, names, _ in found] == [("train/samples", columns)] * 2
     # The first iteration and the fourth, which has the first prompt again.

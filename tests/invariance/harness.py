@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.sequences import Example, ExampleBatch
 
@@ -17,6 +18,12 @@ from .methods import Method
 
 # Relative tolerances: fp64 to rounding, fp32 to accumulation order.
 TOLERANCE = {"64-true": 1e-10, "32-true": 1e-5}
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's value, gathered where it is sharded; every rank calls it."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 class Batches:
@@ -67,11 +74,11 @@ def step(
 
     class Snapshot(lightning.Callback):
         def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-            before.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+            before.update({n: whole(p).clone() for n, p in pl_module.named_parameters()})
 
     run.callbacks.append(Snapshot())
     run.fit(module, Batches(ExampleBatch(examples)))
-    updates = {name: p.detach() - before[name] for name, p in module.named_parameters()}
+    updates = {name: whole(p) - before[name] for name, p in module.named_parameters()}
     return Outcome(updates, {k: float(v) for k, v in run.callback_metrics.items()})
 
 

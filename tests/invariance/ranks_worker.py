@@ -12,14 +12,15 @@ from tests.invariance.harness import step, validate
 from tests.invariance.methods import METHODS
 
 
-def main(folder: str, target: str, num_rows: int) -> None:
+def main(folder: str, target: str, num_rows: int, strategy: str, names: list[str]) -> None:
     """Every rank gets every ``world``-th row; with more ranks than rows, some get none."""
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {}
-    for name, method in METHODS.items():
+    for name in names or METHODS:
+        method = METHODS[name]
         rows = method.rows(num_rows)
-        run = {"strategy": "ddp", "devices": world, "use_distributed_sampler": False}
+        run = {"strategy": strategy, "devices": world, "use_distributed_sampler": False}
         outcome = step(method, folder, rows[rank::world], trainer_options=run, micro_batch_tokens=60)
         metrics = validate(method, folder, rows, 3, trainer_options=run, rank=rank, world=world)
         results[name] = {"updates": outcome.updates, "metrics": outcome.metrics, "validation": metrics}
@@ -28,4 +29,4 @@ def main(folder: str, target: str, num_rows: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:])

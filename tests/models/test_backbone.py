@@ -144,3 +144,23 @@ def test_hidden_states_know_their_layout() -> None:
     with torch.no_grad():
         assert hidden_states(mine, batch, "packed").states.shape == (batch.num_tokens, 32)
         assert hidden_states(mine, batch, "padded").states.shape[0] == batch.num_sequences
+
+
+def test_rows_that_share_a_completion_get_its_log_probs_and_gradients_each() -> None:
+    answers = [Segment([n, n + 1, 5], [1, 0.5, 1]) for n in (7, 9, 11)]
+    rows = [
+        Example(f"rows:{n}", Segment([1, 2, 3], children=(answers[a], answers[b])))
+        for n, (a, b) in enumerate([(0, 1), (0, 2), (1, 2)])
+    ]
+    found: dict[bool, tuple[Tensor, Tensor]] = {}
+    for share in (True, False):
+        mine, _ = twins("llama", torch.float64)
+        batch = pack(rows, share_prefix=share)
+        stats = token_stats(mine, batch, "packed", entropy=True)
+        factors = torch.linspace(-1, 2, len(stats.logprobs), dtype=torch.float64)
+        ((stats.logprobs + stats.entropy) * factors).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in mine.parameters() if p.grad is not None])
+        found[share] = stats.logprobs.detach(), gradient
+    assert pack(rows).num_tokens == 12
+    for one, other in zip(found[True], found[False], strict=True):
+        assert relative(one, other) < 1e-6  # the model's own norms are fp32

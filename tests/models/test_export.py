@@ -408,7 +408,8 @@ def test_failure_in_the_middle_leaves_the_old_export(
             patch.setattr(os, "fsync", fail)
         else:
             patch.setattr(Path, "rename", failing_rename)
-        with pytest.raises(type(failure)):
+        expected = _Killed if isinstance(failure, _Killed) else ValueError
+        with pytest.raises(expected, match=r"^cannot write the model to .* \(No space left on device\): make room|^$"):
             save_pretrained(model, tokenizer, folder)
 
     assert content(folder) == before
@@ -427,7 +428,7 @@ def test_next_call_puts_back_what_a_kill_left_between_two_renames(
     folder.with_name(".out.partial").mkdir()
     tokenizer = char_tokenizer()
     monkeypatch.setattr(tokenizer, "save_pretrained", lambda place: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(ValueError, match=r"cannot write the model to .* \(full\): make room"):
         save_pretrained(model, tokenizer, folder)
     assert content(folder) == before
     assert names(folder.parent) == {"out"}

@@ -135,3 +135,41 @@ def test_content_hash_sees_tokens_weights_and_shape() -> None:
         Segment([1, 2, 3], [0, 0, 1]),
     ]
     assert len({digest(one), *map(digest, others)}) == 5
+
+
+def test_rows_of_one_prompt_are_laid_out_once() -> None:
+    best, middle, worst = (Segment([n], [1]) for n in (7, 8, 9))
+    pairs = [(best, middle), (best, worst), (middle, worst)]
+    rows = [Example(f"rows:{n}", Segment([1, 2, 3], children=pair)) for n, pair in enumerate(pairs)]
+    other = Example("rows:3", Segment([1, 2], children=(Segment([3, 7], [0, 1]),)))
+    batch = pack([*rows[:2], other, rows[2]])
+    assert batch.input_ids.tolist() == [1, 2, 3, 7, 8, 9, 1, 2, 3, 7]
+    assert batch.last_index.tolist() == [3, 4, 3, 5, 9, 4, 5]
+    assert batch.example_index.tolist() == [0, 0, 1, 1, 2, 3, 3]
+    assert batch.source_index.tolist() == [2, 2, 2, 2, 8, 2, 2]
+    assert batch.target_ids.tolist() == [7, 8, 7, 9, 7, 8, 9]
+    assert batch.distinct is not None
+    chosen, which = batch.distinct
+    assert sorted(zip(batch.source_index[chosen].tolist(), batch.target_ids[chosen].tolist(), strict=True)) == [
+        (2, 7),
+        (2, 8),
+        (2, 9),
+        (8, 7),
+    ]
+    for values in (batch.source_index, batch.target_ids):
+        assert torch.equal(values[chosen][which], values)
+    assert pack([other]).distinct is None
+    alone = pack(rows, share_prefix=False)
+    assert alone.num_tokens == 6 * 4
+    assert alone.distinct is None
+
+
+def test_a_sequence_may_go_on_where_another_one_ends() -> None:
+    ends, goes_on = Segment([5], [1]), Segment([5], [0], (Segment([6, 7], [1, 1]),))
+    batch = pack(
+        [Example("rows:0", Segment([4], children=(ends,))), Example("rows:1", Segment([4], children=(goes_on,)))]
+    )
+    assert batch.input_ids.tolist() == [4, 5, 6, 7]
+    assert batch.geometry.segments == [(0, 4, -1)]
+    assert (batch.target_ids.tolist(), batch.source_index.tolist()) == ([5, 6, 7], [0, 1, 2])
+    assert (batch.lengths.tolist(), batch.last_index.tolist()) == ([2, 4], [1, 3])

@@ -1,0 +1,163 @@
+"""Checkpoints from which a run that was killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from ..modules.checkpoint_io import PARTIAL, check_place, damage
+
+_PREFIX = "step="
+
+
+class TrainingCheckpoint(ModelCheckpoint):
+    """Saves the whole state of training every so many optimizer steps, and finds the newest whole checkpoint again.
+
+    ``fit --ckpt_path last`` (``Trainer.fit(..., ckpt_path="last")``) goes on from the newest whole checkpoint in the
+    folder, and starts from the beginning where there is none: the same command starts a run and takes it up again.
+
+    Beside it, Lightning's ``ModelCheckpoint(monitor="val/loss", save_top_k=3)`` keeps the best models. With
+    ``every_n_train_steps`` it has gaps that this one closes. A batch that makes several optimizer steps can step over
+    every multiple. It saves before the validation of the same step: a run resumed from there leaves that validation
+    out, so that early stopping counts differently, and a monitored metric is that of the validation before. And
+    ``ckpt_path="last"`` loads the file with the newest date, damaged or not.
+
+    A checkpoint is also made when training ends, and at the end of the batch in which SIGTERM arrives.
+
+    Args:
+        folder: where to, as ``step=<number>.ckpt``; one folder for each run.
+        every_n_steps: optimizer steps between two checkpoints, at least 1; made at the end of a batch.
+        every_minutes: beside that, a checkpoint when so many minutes have gone by, above 0.
+        keep: how many of the newest stay, at least 1; the older ones serve where the newest is damaged.
+
+    Raises:
+        ValueError: a number out of range; when resuming, a folder in which every checkpoint is damaged.
+
+    Example::
+
+        checkpoint = TrainingCheckpoint("runs/dpo/checkpoints", every_n_steps=100)
+        lightning.Trainer(callbacks=[checkpoint], max_steps=1000).fit(module, data, ckpt_path="last")
+    """
+
+    def __init__(
+        self, folder: str, every_n_steps: int = 100, every_minutes: float | None = None, keep: int = 2
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"every_minutes is {every_minutes!r}; it must be above 0 (null goes by steps alone)")
+        super().__init__(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=every_n_steps)
+        self.folder = Path(self.dirpath or folder)
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self.keep = keep
+        self._last_step = 0
+        self._last_time = 0.0
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes this callback's state from that of another folder."""
+        return self._generate_state_key(folder=self.folder.name)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Makes sure that the folder can be written, and removes what a killed run left half-written."""
+        if stage == "fit" and trainer.is_global_zero:
+            check_place(self.folder, "checkpoints")
+            for leftover in self.folder.glob(f".*{PARTIAL}"):
+                leftover.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Starts counting where training starts."""
+        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves if it is time, unless validation or the end of the epoch comes before the next batch."""
+        loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if not trainer.is_last_batch and not loop._should_check_val_fx(fetcher):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Saves if it is time, with what the callbacks before have made of the validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Saves if it is time and every epoch is one batch without validation.
+
+        Otherwise the next batch is waited for: resumed from here, Lightning comes by a second time, and with a stream
+        counts the epoch twice.
+        """
+        if trainer.num_training_batches == 1:
+            self._save_if_due(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Saves the end, so that a run that is given more steps can go on."""
+        if trainer.global_step > self._last_step:
+            self._save(trainer)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Saves after SIGTERM, which Lightning obeys between two batches; other errors may have come in the middle."""
+        if isinstance(exception, SIGTERMException) and trainer.global_step > self._last_step:
+            self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: which checkpoints there are is read from the folder."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; ``None`` where there is none at all."""
+        found = self._by_age()
+        for path in reversed(found):
+            reason = damage(path) if path.is_file() else None
+            if reason is None:
+                return path
+            rank_zero_warn(f"the checkpoint {str(path)!r} is damaged ({reason}): the one before it is taken")
+        if found:
+            raise ValueError(
+                f"all {len(found)} checkpoints in {str(self.folder)!r} are damaged: delete them to start anew"
+            )
+        return None
+
+    def _find_last_checkpoints(self, trainer: lightning.Trainer) -> set[str]:
+        """What Lightning chooses from when it is given ``ckpt_path="last"``."""
+        newest = self.newest()
+        return set() if newest is None else {str(newest)}
+
+    def _by_age(self) -> list[Path]:
+        """Finished checkpoints, the oldest first; of a sharded one, the folder's last file is ``meta.pt``."""
+        found = [p for p in self.folder.glob(f"{_PREFIX}*.ckpt") if p.is_file() or (p / "meta.pt").is_file()]
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+    def _save_if_due(self, trainer: lightning.Trainer) -> None:
+        step, every = trainer.global_step, self.every_n_steps
+        due = step // every > self._last_step // every or (trainer.received_sigterm and step > self._last_step)
+        if self.every_minutes is not None and step > self._last_step:
+            late = (time.monotonic() - self._last_time) / 60 >= self.every_minutes
+            due |= trainer.strategy.broadcast(late)  # clocks differ between ranks
+        if due and not getattr(trainer, "fast_dev_run", False):
+            self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        path = self.folder / f"{_PREFIX}{trainer.global_step}.ckpt"
+        self.last_model_path = self.best_model_path = str(path)
+        self._save_checkpoint(trainer, str(path))
+        if trainer.is_global_zero:
+            for old in [other for other in self._by_age() if other != path][: -self.keep + 1 or None]:
+                trainer.strategy.remove_checkpoint(old)

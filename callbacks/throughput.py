@@ -1,0 +1,247 @@
+"""How fast training is, where the time goes, and how much memory it takes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from ..models import base_model
+from ..modules import PostTrainingModule
+from ..modules.distributed import gather_objects
+from ..modules.phases import PhaseClock, Work
+
+# Products per second in units of 1e12, dense, by the makers' data sheets: bf16 or fp16, tf32, fp32. The first name that
+# occurs in what the driver calls the device counts.
+_PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
+    ("GB200", (2500.0, 1250.0, 80.0)),
+    ("B200", (2250.0, 1125.0, 75.0)),
+    ("GH200", (989.4, 494.7, 67.0)),
+    ("H200 NVL", (835.5, 417.5, 60.0)),
+    ("H200", (989.4, 494.7, 67.0)),
+    ("H100 NVL", (835.5, 417.5, 60.0)),
+    ("H100 PCIe", (756.0, 378.0, 51.0)),
+    ("H100", (989.4, 494.7, 67.0)),
+    ("H800", (989.4, 494.7, 67.0)),
+    ("A100", (312.0, 156.0, 19.5)),
+    ("A800", (312.0, 156.0, 19.5)),
+    ("A10G", (70.0, 35.0, 35.0)),
+    ("A10", (125.0, 62.5, 31.2)),
+    ("A40", (149.7, 74.8, 37.4)),
+    ("RTX A6000", (154.8, 77.4, 38.7)),
+    ("RTX 6000 Ada", (364.2, 182.1, 91.1)),
+    ("L40S", (362.0, 183.0, 91.6)),
+    ("L40", (181.0, 90.5, 90.5)),
+    ("L4", (121.0, 60.0, 30.3)),
+    ("RTX 4090", (165.2, 82.6, 82.6)),
+    ("RTX 3090", (71.0, 35.6, 35.6)),
+    ("V100", (125.0, 15.7, 15.7)),
+    ("T4", (65.0, 8.1, 8.1)),
+    ("MI300X", (1307.4, 653.7, 163.4)),
+)
+_FETCH = "train_dataloader_next"  # what Lightning calls the profiler with when it waits for a batch
+
+
+def peak_flops_of(name: str, precision: str, *, tf32: bool = False) -> float | None:
+    """Floating-point operations per second of which a GPU is capable; ``None`` where that is not known.
+
+    Args:
+        name: what ``torch.cuda.get_device_name`` says.
+        precision: the trainer's, such as ``bf16-mixed``.
+        tf32: whether products of fp32 matrices may be computed in tf32.
+
+    Example:
+        >>> peak_flops_of("NVIDIA H200", "bf16-mixed")
+        989400000000000.0
+    """
+    if "64" in precision:
+        return None
+    column = 0 if "16" in precision else 1 if tf32 else 2
+    return next((1e12 * peaks[column] for gpu, peaks in _PEAKS if gpu.lower() in name.lower()), None)
+
+
+def flops_per_token(model: nn.Module, length: float) -> float:
+    """Floating-point operations of a model's forward and backward for a token (PaLM, arXiv:2204.02311, appendix B).
+
+    6N + 12 L H Q T: N weights, L layers of H heads of size Q, sequences of T tokens. It counts attention as if a token
+    saw the whole sequence, and nothing that is computed twice to save memory. Departures: a frozen weight has no
+    gradient, so it costs 4 instead of 6; of a mixture's experts, those count that a token is sent to.
+
+    Args:
+        model: a causal language model, also one with adapters.
+        length: T, above 0.
+    """
+    config: Any = base_model(model).config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
+    weights = 0.0
+    for name, parameter in model.named_parameters():
+        stored: Any = getattr(parameter, "quant_state", None)  # of 4 bits: two weights in a byte
+        count = parameter.numel() if stored is None else math.prod(stored.shape)
+        weights += (6 if parameter.requires_grad else 4) * count * (share if ".experts." in name else 1.0)
+    return weights + float(12 * config.num_hidden_layers * heads * size) * length
+
+
+class Throughput(lightning.Callback):
+    """Logs speed, utilisation, what packing saves, memory, and the seconds of each phase, whenever metrics are logged.
+
+    Of the batches since the last time, over all ranks: counts are added up, of times the longest is taken. A batch's
+    time is from asking for it to the end of its last step: validation, exports and checkpoints are not in it.
+
+    - ``throughput/tokens_per_second``: tokens that went forward and backward; no padding, a shared prompt once.
+    - ``throughput/examples_per_second``: rows of the batches; of GRPO and PPO, prompts.
+    - ``throughput/generated_tokens_per_second``: of GRPO and PPO, while they generate.
+    - ``throughput/mfu``: model-flops utilisation (``flops_per_token``): those of training alone, in the whole time.
+      What a reference, a second pass without gradient and sampling compute takes time and does not count.
+    - ``throughput/padding_saved``: share of what padding each micro-batch to its longest sequence would compute.
+    - ``throughput/prefix_saved``: share of what repeating the prompt for each completion would compute.
+    - ``memory/peak_gib``: the most so far of a rank: on CUDA what tensors took, elsewhere what the process did.
+    - ``time/data``, ``time/generate``, ``time/score`` (references, rewards, values), ``time/forward_backward``,
+      ``time/step`` (gradients over ranks, clipping, the optimizer), ``time/other``: seconds of a batch, and
+      ``time/batch``, their sum on one rank.
+
+    On CUDA, phases are timed by events; nothing waits for the device but what is logged.
+
+    Args:
+        peak_flops: floating-point operations per second of one device, above 0; where it is left out, that of GPUs that
+            are known by name, and elsewhere no ``throughput/mfu``.
+        every_n_batches: batches between two logs, at least 1; the trainer's ``log_every_n_steps`` if left out.
+
+    Raises:
+        ValueError: a number out of range, or a module that is none of ours.
+
+    Example::
+
+        lightning.Trainer(callbacks=[Throughput()]).fit(module, data)
+    """
+
+    def __init__(self, peak_flops: float | None = None, every_n_batches: int | None = None) -> None:
+        if peak_flops is not None and not 0 < peak_flops < math.inf:
+            raise ValueError(
+                f"peak_flops is {peak_flops}; it must be a finite number above 0 (989e12 for an H100 in bf16)"
+            )
+        if every_n_batches is not None and every_n_batches < 1:
+            raise ValueError(f"every_n_batches is {every_n_batches}; it must be at least 1 (null: log_every_n_steps)")
+        self.peak_flops = peak_flops
+        self.every_n_batches = every_n_batches
+        self._clock: PhaseClock | None = None
+        self._data: Any = None  # the phase that is open while a batch is fetched
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Starts to listen."""
+        if not isinstance(pl_module, PostTrainingModule):
+            raise ValueError(f"Throughput needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+        self._clock = PhaseClock(pl_module.device)
+        pl_module.clock = self._clock
+        profiler = _profiler(trainer)
+        start, stop = profiler.start, profiler.stop
+
+        # Lightning has no hook before a batch is fetched, but it tells its profiler.
+        def start_too(action_name: str) -> None:
+            if action_name.endswith(_FETCH):
+                self._fetch()
+            start(action_name)
+
+        def stop_too(action_name: str) -> None:
+            stop(action_name)
+            if action_name.endswith(_FETCH):
+                self._fetched()
+
+        profiler.start, profiler.stop = start_too, stop_too
+
+    def _fetch(self) -> None:
+        assert self._clock is not None
+        self._clock.begin()
+        self._data = self._clock.phase("data")
+        self._data.__enter__()
+
+    def _fetched(self) -> None:
+        if self._data is not None:
+            self._data.__exit__(None, None, None)
+            self._data = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the batch; when it is time, logs what has been done since the last time."""
+        assert self._clock is not None
+        self._clock.end(examples=len(batch))
+        every = self.every_n_batches or int(vars(trainer)["log_every_n_steps"])
+        # As Lightning counts, so that both log at once.
+        if every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
+            assert isinstance(pl_module, PostTrainingModule)
+            pl_module.log_dict(self._measure(trainer, pl_module, self._clock.take()), on_step=True, on_epoch=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stops listening."""
+        self._detach(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Stops listening."""
+        self._detach(trainer, pl_module)
+
+    def _detach(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._clock is None or not isinstance(pl_module, PostTrainingModule):
+            return
+        self._clock = pl_module.clock = None
+        for name in ("start", "stop"):
+            vars(_profiler(trainer)).pop(name, None)
+
+    def _measure(self, trainer: lightning.Trainer, module: PostTrainingModule, own: Work) -> dict[str, float]:
+        ranks: list[tuple[Work, float]] = gather_objects((own, _peak_memory(module.device)))
+        works = [work for work, _ in ranks]
+        seconds = {name: max(work.seconds[name] for work in works) for name in own.seconds}
+        total = max(sum(work.seconds.values()) for work in works)
+
+        def added(name: str) -> int:
+            return sum(getattr(work, name) for work in works)
+
+        repeated, padded = added("unshared_tokens"), added("padded_tokens")
+        # Padded, a model repeats prompts and computes the padding too.
+        packed = module.layout == "packed"
+        tokens = added("tokens") if packed else repeated
+        values = {
+            "throughput/tokens_per_second": tokens / total,
+            "throughput/examples_per_second": added("examples") / total,
+            "memory/peak_gib": max(memory for _, memory in ranks) / 2**30,
+            "time/batch": total / own.batches,
+        }
+        values |= {f"time/{name}": value / own.batches for name, value in seconds.items()}
+        if repeated:
+            values["throughput/padding_saved"] = 1 - repeated / padded if packed else 0.0
+            values["throughput/prefix_saved"] = 1 - tokens / repeated
+        if generated := added("generated_tokens"):
+            values["throughput/generated_tokens_per_second"] = generated / seconds["generate"]
+        peak = self._peak(trainer, module.device)
+        if peak is not None and repeated:
+            flops = tokens * flops_per_token(module.model, added("squared_lengths") / repeated)
+            values["throughput/mfu"] = flops / (total * peak * len(works))
+        return values
+
+    def _peak(self, trainer: lightning.Trainer, device: torch.device) -> float | None:
+        if self.peak_flops is not None or device.type != "cuda":
+            return self.peak_flops
+        tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32"
+        return peak_flops_of(torch.cuda.get_device_name(device), str(trainer.precision), tf32=tf32)
+
+
+def _profiler(trainer: Any) -> Any:
+    return trainer.profiler
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

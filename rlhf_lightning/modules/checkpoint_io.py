@@ -1,0 +1,115 @@
+"""Checkpoint files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+PARTIAL = ".partial"  # what the name of an unfinished file ends with
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, flushes it to disk and renames it.
+
+    Lightning's own writes to the folder for temporary files and moves the result, which is a copy where that is another
+    disk: a process that is killed then leaves half a checkpoint under the full name. Post-training modules put this in
+    the place of Lightning's default; a ``CheckpointIO`` of your own is left alone.
+
+    Example::
+
+        lightning.Trainer(plugins=[AtomicCheckpointIO()])  # what fit does by itself
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a checkpoint; one of that name stays until the new one is complete."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        fresh = target.with_name(f".{target.name}{PARTIAL}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with fresh.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(target)
+        except (OSError, RuntimeError) as error:
+            fresh.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"cannot write the checkpoint {str(target)!r} ({reason}): make room or choose another folder; "
+                "checkpoints that were there are untouched"
+            ) from error
+        _flush_entry(target.parent)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if "://" not in str(path) and Path(path).is_file() and (reason := damage(path)):
+            raise ValueError(
+                f"the checkpoint {str(path)!r} is damaged ({reason}): resume from another one; TrainingCheckpoint with "
+                "ckpt_path='last' takes the newest that is whole"
+            )
+        place = (lambda storage, _: storage) if map_location is None else map_location
+        return super().load_checkpoint(path, place, weights_only)
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint file, told by its checksums; ``None`` where nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None if bad is None else f"{bad} does not have its checksum"
+
+
+def check_place(folder: Path, what: str) -> None:
+    """Refuses a folder that cannot be written, before hours have gone into what should be written there.
+
+    Raises:
+        ValueError: there is something in its way, or it is read-only.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(
+            f"{what} cannot be written to {str(folder)!r}: {str(place)!r} is a file; choose another folder"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{what} cannot be written to {str(folder)!r}: {str(place)!r} is read-only for this user; choose another "
+            "folder, or change its permissions"
+        )
+
+
+def prepare_checkpoints(trainer: lightning.Trainer) -> None:
+    """Puts ``AtomicCheckpointIO`` in the place of Lightning's default, and keeps back advice that is none here.
+
+    Lightning's ``ModelCheckpoint`` would rather have the weights from before a step that a module makes by itself; what
+    a resumed run needs are those after it.
+    """
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def _flush_entry(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

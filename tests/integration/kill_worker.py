@@ -1,0 +1,130 @@
+"""One training run in a process of its own, which may kill itself while it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from rlhf_lightning import DPOModule, GRPOModule, PPOModule, SFTModule
+from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint
+from rlhf_lightning.datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule
+from rlhf_lightning.rollouts.rewards._line_worker import LineWorker
+
+LORA = {"r": 2, "lora_dropout": 0.2}
+PAIRS = [{"prompt": f"{n}+{n}=?", "chosen": f"#{2 * n}", "rejected": f"#{2 * n + 1} no"} for n in range(7)]
+ON_POLICY = {"num_generations": 2, "max_completion_length": 4}
+SCRIPT = """
+import json, os, sys
+open(os.path.join(os.path.dirname(__file__), f"pid-{os.getpid()}"), "w").close()
+print("ready", flush=True)
+for line in sys.stdin:
+    print(json.dumps(sum(json.loads(line)) % 7 / 7), flush=True)
+"""
+
+
+class AskingReward:
+    """A reward that asks a process of its own, as those of code and mathematics do."""
+
+    def __init__(self, script: Path) -> None:
+        self.worker = LineWorker(script, timeout=10.0, memory_mb=1024)
+
+    def __call__(self, completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [self.worker.ask([int(token) for token in tokens]) for tokens in completion_ids]
+
+
+def parts(method: str, model: str, folder: Path) -> tuple[Any, Any]:
+    """The module and the data of a method."""
+    pairs, prompts = {"train": PAIRS, "val": PAIRS[:2]}, {"train": [{"prompt": row["prompt"]} for row in PAIRS[:4]]}
+    if method == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+        return SFTModule(model, lora=LORA), SFTDataModule(train=rows, val=rows[:2], global_batch_size=2)
+    if method == "dpo":
+        return DPOModule(model, lora=LORA), PreferenceDataModule(**pairs, global_batch_size=2)
+    script = folder / "worker.py"
+    script.write_text(SCRIPT)
+    rewards = [AskingReward(script)]
+    if method == "grpo":
+        module: Any = GRPOModule(model, lora=LORA, rewards=rewards, beta=0.1, **ON_POLICY)
+    else:
+        module = PPOModule(model, lora=LORA, rewards=rewards, num_updates=2, kl_target=0.1, **ON_POLICY)
+    return module, PromptDataModule(**prompts, global_batch_size=2)
+
+
+class Clock(lightning.Callback):
+    """Writes down where training starts, and says that it has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        (self.folder / "started").write_text(str(trainer.global_step))
+
+
+class Writes:
+    """Counts flushes to disk and checkpoints, and dies over one of them.
+
+    Args:
+        dies_at: ``("flush", n)``: before the n-th flush of a file or folder; ``("half", n)``: when half of the n-th
+            checkpoint is written.
+    """
+
+    def __init__(self, dies_at: tuple[str, int] | None) -> None:
+        self.dies_at = dies_at
+        self.counts = {"flush": 0, "half": 0}
+        self.fsync, self.save = os.fsync, torch.save
+        os.fsync, torch.save = self.flush, self.write  # type: ignore[assignment]
+
+    def counted(self, kind: str) -> bool:
+        self.counts[kind] += 1
+        return self.dies_at == (kind, self.counts[kind])
+
+    def flush(self, descriptor: int) -> None:
+        if self.counted("flush"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.fsync(descriptor)
+
+    def write(self, value: Any, file: Any, **options: Any) -> None:
+        if self.counted("half"):
+            content = io.BytesIO()
+            self.save(value, content)
+            file.write(content.getvalue()[: len(content.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.save(value, file, **options)
+
+
+def run(method: str, model: str, folder: str, dies_at: tuple[str, int] | None = None) -> None:
+    """Starts or takes up a run; leaves ``counts.json`` when it comes to its end."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    begun, place, writes = time.monotonic(), Path(folder), Writes(dies_at)
+    lightning.seed_everything(7, verbose=False)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=-1,
+        max_steps=8,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            TrainingCheckpoint(str(place / "checkpoints"), every_n_steps=1, keep=2),
+            ModelExport(str(place / "model"), every_n_steps=1),
+            Clock(place),
+        ],
+    )
+    module, data = parts(method, model, place)
+    trainer.fit(module, datamodule=data, ckpt_path="last")
+    (place / "counts.json").write_text(json.dumps(writes.counts | {"seconds": time.monotonic() - begun}))

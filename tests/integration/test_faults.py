@@ -1,0 +1,182 @@
+"""What can go wrong around a run: it is said in a line, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_lightning import SFTModule
+from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint
+from rlhf_lightning.cli import main
+from rlhf_lightning.datamodules import SFTDataModule
+
+ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(8)]
+
+
+class At(lightning.Callback):
+    """Does something after a step, before checkpoints are made."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        self.step, self.act = step, act
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.act()
+
+
+def fit(model: Path, folder: Path, *callbacks: Any, rows: Any = ROWS, every: int = 1, **options: Any) -> SFTModule:
+    lightning.seed_everything(0, verbose=False)
+    module = options.pop("module", None) or SFTModule(str(model), lora={"r": 2, "lora_dropout": 0.2})
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        callbacks=[*callbacks, TrainingCheckpoint(str(folder), every_n_steps=every, keep=9)],
+        max_steps=4,
+        max_epochs=-1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, SFTDataModule(train=rows, val=rows, global_batch_size=2), **options)
+    return module
+
+
+def trained(module: SFTModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@contextmanager
+def no_room() -> Iterator[Any]:
+    """Yields what fills the disk: no file can grow beyond a kilobyte."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_no_room_for_a_checkpoint(tiny_model_folder, tmp_path):
+    whole = trained(fit(tiny_model_folder(), tmp_path / "whole"))
+    with (
+        no_room() as fill,
+        pytest.raises(ValueError, match=r"^cannot write the checkpoint '.*step=3.ckpt' \(") as error,
+    ):
+        fit(tiny_model_folder(), tmp_path / "full", At(3, fill))
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
+    assert_equal(trained(fit(tiny_model_folder(), tmp_path / "full", ckpt_path="last")), whole)
+
+
+def test_no_room_for_an_export(tiny_model_folder, tmp_path):
+    export = ModelExport(str(tmp_path / "out/model"), every_n_steps=2)
+    with no_room() as fill, pytest.raises(ValueError, match=r"^cannot write the model to '.*model' \(.*\): make room"):
+        fit(tiny_model_folder(), tmp_path / "c", At(3, fill), export, every=99)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "model.json"]
+    assert load_file(tmp_path / "out/model/adapter_model.safetensors")
+    assert json.loads((tmp_path / "out/model.json").read_text())["step"] == 2
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(tiny_model_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    never = At(1, lambda: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match=r"checkpoints cannot be written to '.*/file/c': '.*/file' is a file"):
+        fit(tiny_model_folder(), tmp_path / "file/c", never)
+    with pytest.raises(ValueError, match=r"the model cannot be written to '.*/file': '.*/file' is a file"):
+        fit(tiny_model_folder(), tmp_path / "c", never, ModelExport(str(tmp_path / "file/model")))
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # root may write everywhere
+    with pytest.raises(ValueError, match=r"checkpoints cannot be written to '.*/c': '.*' is read-only for this user"):
+        fit(tiny_model_folder(), tmp_path / "c", never)
+
+
+def test_a_damaged_checkpoint(tiny_model_folder, tmp_path, capsys):
+    whole = trained(fit(tiny_model_folder(), tmp_path / "c"))
+    os.truncate(tmp_path / "c/step=4.ckpt", 5000)
+    with pytest.raises(ValueError, match=r"step=4.ckpt' is damaged \(.*\): resume from another one"):
+        fit(tiny_model_folder(), tmp_path / "d", ckpt_path=tmp_path / "c/step=4.ckpt")
+    with pytest.warns(UserWarning, match="step=4.ckpt' is damaged"):
+        assert_equal(trained(fit(tiny_model_folder(), tmp_path / "c", ckpt_path="last")), whole)
+    os.truncate(tmp_path / "c/step=3.ckpt", 5000)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                "--model=SFTModule",
+                f"--model.model={tiny_model_folder()}",
+                "--data=SFTDataModule",
+                f"--data.train={tmp_path / 'rows.jsonl'}",
+                f"--ckpt_path={tmp_path / 'c/step=3.ckpt'}",
+                f"--trainer.default_root_dir={tmp_path / 'out'}",
+                "--trainer.accelerator=cpu",
+                "--trainer.max_steps=1",
+                "--trainer.logger=false",
+                "--trainer.enable_progress_bar=false",
+                "--trainer.enable_model_summary=false",
+            ]
+        )
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "step=3.ckpt' is damaged" in said[-1]
+    assert not any("Traceback" in line for line in said)
+
+
+def test_rows_that_changed_between_two_runs(tiny_model_folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    fit(tiny_model_folder(), tmp_path / "c", rows=str(file))
+    (tmp_path / "c/step=4.ckpt").unlink()
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:-1], {"prompt": "1+1=?", "completion": "#3"}]))
+    with pytest.raises(ValueError, match="cannot resume on other data: the rows' fingerprint was") as error:
+        fit(tiny_model_folder(), tmp_path / "c", rows=str(file), ckpt_path="last")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_before_the_step(tiny_model_folder, tmp_path, bad):
+    class Broken(SFTModule):
+        breaks = True
+
+        def loss(self, rows: Any, totals: Any) -> torch.Tensor:
+            training = self.trainer.state.stage == "train" and torch.is_grad_enabled()
+            broken = self.breaks and training and self.trainer.global_step == 2
+            return super().loss(rows, totals) * (bad if broken else 1.0)
+
+    whole = trained(fit(tiny_model_folder(), tmp_path / "whole"))
+    module = Broken(str(tiny_model_folder()), lora={"r": 2, "lora_dropout": 0.2})
+    with pytest.raises(ValueError, match=r"^the gradient's norm is (nan|inf) in step 3 \(rows memory:\d, memory:\d\)"):
+        fit(tiny_model_folder(), tmp_path / "c", module=module)
+    stored = torch.load(tmp_path / "c/step=2.ckpt", weights_only=True)["state_dict"]
+    assert_equal(trained(module), stored)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
+    mended = Broken(str(tiny_model_folder()), lora={"r": 2, "lora_dropout": 0.2})
+    mended.breaks = False
+    assert_equal(trained(fit(tiny_model_folder(), tmp_path / "c", module=mended, ckpt_path="last")), whole)
+
+
+def test_after_sigterm_the_run_goes_on_from_the_step_that_it_had_made(tiny_model_folder, tmp_path):
+    whole = trained(fit(tiny_model_folder(), tmp_path / "whole"))
+    for step in (2, 4):  # in the middle of an epoch, and at its end
+        folder = tmp_path / f"{step}"
+        terminate = At(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            fit(tiny_model_folder(), folder, terminate, every=99)
+        assert [path.name for path in folder.iterdir()] == [f"step={step}.ckpt"]
+        resumed = fit(tiny_model_folder(), folder, ckpt_path="last", every=99)
+        assert_equal(trained(resumed), whole)
