@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..sequences import (
     ATTENTION_NAME,
@@ -28,6 +30,7 @@ from ..sequences import (
     pack,
 )
 from .logprob_head import TokenStats, fused_logprobs, output_head
+from .rotary import rotary_limit, steady_rotary
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,9 @@ Layout = Literal["packed", "padded"]
 
 # Relative disagreement above which the probe rejects the packed layout, per parameter dtype.
 _PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+# How many rows the check of the output projection reads, and the deviation of the logits that it looks at.
+_CHECKED_ROWS, _CHECKED_LOGITS = 4, 20.0
 
 
 class HiddenStates(NamedTuple):
@@ -151,8 +157,11 @@ def token_stats(
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """How many positions a model with a table of learned positions has; ``None`` where positions are computed."""
-    config = base_model(model).config.get_text_config()
+    """How many positions a model has, or the rotary frequencies that it runs with; ``None`` where nothing says so."""
+    base = base_model(model)
+    config, limit = base.config.get_text_config(), rotary_limit(base)
+    if limit is not None:
+        return limit
     if getattr(config, "model_type", "") in {"gpt2", "opt", "gpt_neo", "gptj", "codegen", "biogpt", "xglm"}:
         return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
     positions = getattr(config, "max_position_embeddings", None)
@@ -169,6 +178,7 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
     Raises:
         ValueError: ``packed`` was asked for and the model does not compute the same packed.
     """
+    steady_rotary(base_model(model))
     if layout == "padded":
         return "padded"
     reason = _why_not_packed(model)
@@ -205,6 +215,65 @@ def _why_not_packed(model: nn.Module) -> str | None:
     difference = float((packed - padded).norm() / padded.norm().clamp_min(1e-30))
     # A nan (an untrained quantised model, say) must not pass for agreement.
     return None if difference <= tolerance else f"packed and padded hidden states differ by {difference:.1e}"
+
+
+def check_output_head(model: nn.Module) -> None:
+    """Makes sure that the fused head knows everything that a model does between hidden states and logits.
+
+    The model's own forward is given hidden states in place of its decoder's; no layer runs.
+
+    Args:
+        model: a causal language model, or one wrapped by PEFT; weights on the meta device are left unchecked.
+
+    Raises:
+        ValueError: its logits are others than the fused head's.
+    """
+    base, head = base_model(model), output_head(model)
+    if head.weight.is_meta or isinstance(head.weight, DTensor):
+        return
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((_CHECKED_ROWS, head.weight.shape[1]), generator=generator).to(head.weight)
+    with evaluating(model), torch.no_grad():
+        # Logits as large as a soft cap is.
+        hidden = hidden * (_CHECKED_LOGITS / (head.weight[:4096].float() @ hidden.float().T).std().clamp_min(1e-3))
+        found, expected = head.logits(hidden.to(head.weight.dtype)).float(), _own_logits(base, hidden)
+    name = type(base).__name__
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{name} gives {expected.shape[-1]} logits and has an output projection of {found.shape[-1]} rows: it is "
+            "none of the models that can be trained here"
+        )
+    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    if not difference <= _PROBE_TOLERANCE.get(head.weight.dtype, 6e-2):
+        raise ValueError(
+            f"the logits of {name} are not its output projection with the scale {head.scale:g} and the soft cap "
+            f"{head.softcap} (they differ by {difference:.1e}): the fused head does not know what this model does "
+            "with its hidden states; use another model"
+        )
+
+
+class _Given(BaseModelOutputWithPast):
+    """What a decoder returns, as far as a model's output projection is concerned; everything else is None."""
+
+    def __getattr__(self, name: str) -> None:
+        """Router logits and the like."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _own_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The logits that a model's own forward makes of hidden states ``(R, D)``."""
+    decoder, ids = decoder_of(base), torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+    before = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: _Given(last_hidden_state=hidden[None])  # type: ignore[method-assign]
+    try:
+        logits: Tensor = base(input_ids=ids, use_cache=False).logits
+    finally:
+        if before is None:
+            del decoder.forward
+        else:
+            decoder.forward = before  # type: ignore[method-assign]
+    return logits[0].float()
 
 
 def _path_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
