@@ -32,8 +32,9 @@ dev: $(or $(wildcard $(PARITY)),$(DEV)) ## install the package and the developer
 test: dev ## run all tests (WORKERS=0 for one process, ARGS="-k name" for some)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
-invariance: dev ## run the tests of what must not change a result
-	RLHF_LIGHTNING_ALL_RANKS=1 $(BIN)/python -m pytest -q tests/invariance tests/test_strategies.py tests/cluster $(ARGS)
+invariance: dev ## run the tests of what must not change a result, and print them as a table
+	RLHF_LIGHTNING_ALL_RANKS=1 $(BIN)/python -m pytest -q -p tests.invariance.table tests/invariance \
+		tests/test_strategies.py tests/cluster tests/integration/test_resume.py tests/integration/test_resume_ranks.py $(ARGS)
 
 parity: $(PARITY) ## run the comparisons with TRL
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)

@@ -22,9 +22,9 @@ GUARANTEES = (
     (r"test_order_of_examples\[", "row order"),
     (r"test_evaluation_batch_size\[", "eval batch"),
     (r"test_single_precision\[", "fp32"),
-    (r"test_ranks.*fsdp2", "FSDP2 x2"),
     (r"test_two_ranks\[", "DDP x2"),
-    (r"test_resume", "resume"),
+    (r"test_two_ranks_that_share_the_weights\[|test_three_steps_on_two_ranks", "FSDP2 x2"),
+    (r"test_a_resumed_run", "resume"),
 )
 
 
