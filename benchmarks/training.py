@@ -187,7 +187,7 @@ def write_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def ours(method: Method, folder: str, data: list[Row], steps: int, batch: int) -> list[float]:
+def ours(method: Method, folder: str, data: list[Row], steps: int, batch: int, budget: int) -> list[float]:
     """Seconds of each step."""
     import lightning
 
@@ -211,7 +211,9 @@ def ours(method: Method, folder: str, data: list[Row], steps: int, batch: int) -
     )
     module = getattr(import_module("rlhf_lightning.modules"), method.module)
     datamodule = getattr(import_module("rlhf_lightning.datamodules"), method.datamodule)
-    trainer.fit(module(folder), datamodule(train=data, global_batch_size=batch, shuffle=False))
+    trainer.fit(
+        module(folder, micro_batch_tokens=budget), datamodule(train=data, global_batch_size=batch, shuffle=False)
+    )
     return times
 
 
@@ -280,7 +282,7 @@ def child(arguments: argparse.Namespace) -> None:
     data = method.rows(random_prompts(count, arguments.lengths, arguments.ranked))
     batch = len(data) * asked // count
     if peer is None:
-        times = ours(method, arguments.folder, data, arguments.steps, batch)
+        times = ours(method, arguments.folder, data, arguments.steps, batch, arguments.micro_batch_tokens)
     else:
         times = theirs(peer, arguments.folder, data, arguments.steps, batch)
     tokens = BLOCKS * BLOCK if packed else statistics.mean(map(num_tokens, data)) * batch
@@ -293,7 +295,7 @@ def measure(arguments: argparse.Namespace, side: str) -> dict[str, float]:
     """Runs one side in a process of its own."""
     command = [sys.executable, __file__, arguments.method, "--side", side, "--folder", arguments.folder]
     command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads), "--lengths", arguments.lengths]
-    command += ["--ranked", str(arguments.ranked)]
+    command += ["--ranked", str(arguments.ranked), "--micro_batch_tokens", str(arguments.micro_batch_tokens)]
     root = str(Path(__file__).resolve().parents[1])
     env = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
@@ -312,6 +314,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", choices=LENGTHS, default="gsm8k")
     parser.add_argument("--ranked", type=int, default=2, help="completions per prompt")
+    parser.add_argument(
+        "--micro_batch_tokens", type=int, default=8192, help="ours: a memory knob, as it comes by default"
+    )
     parser.add_argument("--sides", nargs="*", help="which peers (default: all)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

@@ -1,11 +1,13 @@
-"""Callbacks: what a model writes and how right it is, checkpoints, export, a log, and what guards or moves a policy."""
+"""Callbacks: what a model writes and how right it is, checkpoints, export, a log; guards, and what moves weights."""
 
 from .accuracy import GenerationAccuracy
 from .checkpoint import TrainingCheckpoint
+from .ema import WeightAverage
 from .export import ModelExport
 from .history import JSONLLogger
 from .kl_guard import KLGuard
 from .reference_sync import ReferenceSync
+from .reward_guard import RewardGuard
 from .samples import SampleLogger
 from .throughput import Throughput
 
@@ -15,7 +17,9 @@ __all__ = [
     "KLGuard",
     "ModelExport",
     "ReferenceSync",
+    "RewardGuard",
     "SampleLogger",
     "Throughput",
     "TrainingCheckpoint",
+    "WeightAverage",
 ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
 
 from ..models.export import recover_export
 from ..modules import PostTrainingModule
@@ -29,6 +31,8 @@ class ModelExport(lightning.Callback):
         mode: whether more or less of the metric is better.
         merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
         every_n_steps: write it every so many optimizer steps as well, at least 1; not with ``monitor``.
+        log_artifact: also hand every folder that is written to W&B, as a version of an artifact of type ``model`` with
+            the aliases ``latest`` and ``step-<number>``; offline it is copied and goes up with ``wandb sync``.
 
     Raises:
         ValueError: options that contradict each other; in training, a metric that is not logged.
@@ -45,6 +49,7 @@ class ModelExport(lightning.Callback):
         mode: Literal["max", "min"] = "max",
         merge_adapter: bool = False,
         every_n_steps: int | None = None,
+        log_artifact: bool = False,
     ) -> None:
         if mode not in ("max", "min"):
             raise ValueError(f"mode is {mode!r}; it must be max or min")
@@ -62,6 +67,7 @@ class ModelExport(lightning.Callback):
         self.mode = mode
         self.merge_adapter = merge_adapter
         self.every_n_steps = every_n_steps
+        self.log_artifact = log_artifact
         self.best_value: float | None = None
         self.step: int | None = None
         self._last_step = 0
@@ -136,11 +142,23 @@ class ModelExport(lightning.Callback):
         folder.parent.mkdir(parents=True, exist_ok=True)
         pl_module.save_pretrained(str(folder), merge_adapter=self.merge_adapter)
         self.step = trainer.global_step
-        self._record(folder)
+        self._record(trainer, folder)
 
     @rank_zero_only
-    def _record(self, folder: Path) -> None:
+    def _record(self, trainer: lightning.Trainer, folder: Path) -> None:
         record = {"step": self.step, "monitor": self.monitor, "value": self.best_value}
         partial = folder.with_name(f"{folder.name}.json.partial")
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
         partial.replace(folder.with_name(f"{folder.name}.json"))
+        for logger in trainer.loggers if self.log_artifact else ():
+            if isinstance(logger, WandbLogger):
+                self._log_artifact(logger, folder, record)
+
+    def _log_artifact(self, logger: WandbLogger, folder: Path, record: dict[str, Any]) -> None:
+        import wandb  # there if its logger is
+
+        run: Any = logger.experiment
+        name = re.sub(r"[^\w.-]+", "-", self.folder.name.replace("{step}", "")).strip("-_.") or "model"
+        artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=record)
+        artifact.add_dir(str(folder))
+        run.log_artifact(artifact, aliases=["latest", f"step-{self.step}"])

@@ -1,5 +1,6 @@
 """RLHF in PyTorch Lightning: one LightningModule per method, paired with LightningDataModules."""
 
+from . import _noise  # noqa: F401  (first: it hides what is said when peft is imported)
 from .modules import (
     DPOModule,
     GRPOModule,

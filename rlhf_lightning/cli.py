@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from ._noise import quiet
 from .modules import PostTrainingModule
 from .packaged import packaged_config
 from .usage import UsageError, did_you_mean, explain
@@ -122,7 +123,8 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments or os.environ.get("RLHF_LIGHTNING_TRACEBACK", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        _dispatch(arguments)
+        with quiet():
+            _dispatch(arguments)
     except (UsageError, ValueError, FileNotFoundError, MisconfigurationException) as error:
         if debug:
             raise

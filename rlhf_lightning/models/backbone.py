@@ -217,6 +217,22 @@ def _why_not_packed(model: nn.Module) -> str | None:
     return None if difference <= tolerance else f"packed and padded hidden states differ by {difference:.1e}"
 
 
+def make_steady(model: nn.Module, *, longest: int | None = None, head: bool = True) -> None:
+    """What has to be seen to before a model's first forward: its rotary frequencies, and its output projection.
+
+    Args:
+        model: the model, before it is sharded or copied.
+        longest: see ``steady_rotary``.
+        head: whether its logits are used; see ``check_output_head``.
+
+    Raises:
+        ValueError: see ``check_output_head``.
+    """
+    steady_rotary(base_model(model), longest)
+    if head:
+        check_output_head(model)
+
+
 def check_output_head(model: nn.Module) -> None:
     """Makes sure that the fused head knows everything that a model does between hidden states and logits.
 

@@ -30,7 +30,7 @@ class OutputHead:
         lora_in: ``(R, D)``, the A matrix of a LoRA adapter on the head.
         lora_out: ``(V, R)``, its B matrix, scaling not included.
         lora_scaling: the factor of the adapter.
-        scale: factor of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+        scale: factor of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``, and so on).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2), applied after ``scale``.
     """
 
@@ -306,8 +306,8 @@ def output_head(model: nn.Module) -> OutputHead:
     if layer is None:
         raise ValueError(f"{type(base).__name__} has no output embeddings; a causal language model is needed")
     text = base.config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    parts: dict[str, Any] = {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "output_logit_soft_cap", None)
+    parts: dict[str, Any] = {"scale": _logit_scale(text), "softcap": softcap}
     if hasattr(layer, "base_layer"):  # a PEFT layer around the projection
         inner = layer.base_layer
         active = (
@@ -331,3 +331,13 @@ def output_head(model: nn.Module) -> OutputHead:
             }
         layer = inner
     return OutputHead(weight=layer.weight, bias=getattr(layer, "bias", None), **parts)
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor between a projection and the logits, under the names that models have for it."""
+    factor = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor *= float(getattr(config, name, None) or 1.0)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    # HyperCLOVA X multiplies by what Granite and MiniCPM divide by.
+    return factor * scaling if getattr(config, "model_type", "") == "hyperclovax" else factor / scaling

@@ -51,11 +51,10 @@ def steady_rotary(base: nn.Module, longest: int | None = None) -> None:
     limit = rotary_limit(base)
     if limit is not None and longest is not None and longest > limit:
         log.warning(
-            "%s has rotary frequencies for up to %d tokens and others for more: every sequence gets the latter, since "
-            "one may have %d",
+            "%s has rotary frequencies for sequences of up to %d tokens and others for longer ones: all get the latter "
+            "(a max_length of the datamodule that keeps them shorter gives all the former)",
             type(base).__name__,
             limit,
-            longest,
         )
         object.__setattr__(base, _LIMIT, None)
 

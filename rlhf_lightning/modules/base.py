@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models import TokenStats, base_model, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
 from ..models import save_pretrained as export_pretrained
+from ..models.backbone import make_steady
 from ..sequences import (
     Example,
     ExampleBatch,
@@ -25,7 +26,7 @@ from ..sequences import (
     register_flex_attention,
 )
 from .checkpoint_io import prepare_checkpoints
-from .checks import check_module_options, check_trainer, trainer_dtype
+from .checks import check_module_options, check_trainer, longest_sequence, trainer_dtype
 from .distributed import (
     Scores,
     clip_gradients,
@@ -130,6 +131,7 @@ class PostTrainingModule(ResumableModule):
             attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
             headless=not self.predicts_tokens,
         )
+        make_steady(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
         self.remember_base()
         self.remember_buffers()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from ..strategies import FSDP2Strategy
@@ -62,9 +64,11 @@ def check_trainer(trainer: Any) -> None:
     """Refuses trainer flags that a module which steps by itself cannot honour.
 
     Raises:
-        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set, or the strategy is none of ours.
+        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set, the strategy is none of ours, or one of
+            Lightning's tuners is at work.
     """
     check_strategy(trainer.strategy)
+    check_tuners(trainer.callbacks)
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; it must be 1: one batch is one "
@@ -76,6 +80,28 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; leave it out and set the module's "
             "max_grad_norm instead (it clips the norm of the global batch's gradient)"
         )
+
+
+def check_tuners(callbacks: Iterable[Any]) -> None:
+    """Refuses Lightning's tuners, as callbacks or by way of ``Tuner``.
+
+    Raises:
+        ValueError: a ``LearningRateFinder`` or a ``BatchSizeFinder``.
+    """
+    for callback in callbacks:
+        if isinstance(callback, LearningRateFinder):
+            raise ValueError(
+                f"{type(callback).__name__} needs Lightning's automatic optimisation, and this module steps by itself "
+                "(one batch is one or more steps, under one global normaliser): leave it out, run fit with "
+                "trainer.max_steps of 50 or so at a few values of optimizer.init_args.lr, and compare train/loss, or "
+                "train/reward"
+            )
+        if isinstance(callback, BatchSizeFinder):
+            raise ValueError(
+                f"{type(callback).__name__} enlarges batches until memory runs out, but a batch is what a step learns "
+                "from here, over all ranks, and needs no more memory than a micro-batch: leave it out, set the "
+                "datamodule's global_batch_size by what learns best, and the module's micro_batch_tokens by what fits"
+            )
 
 
 def check_strategy(strategy: Any) -> None:
@@ -110,3 +136,14 @@ def trainer_dtype(trainer: Any) -> torch.dtype:
         "16-true": torch.float16,
         "64-true": torch.float64,
     }.get(precision, torch.float32)
+
+
+def longest_sequence(module: Any) -> int | None:
+    """Tokens that a sequence of a module's trainer may have; None where nothing says so."""
+    datamodule = getattr(module._trainer, "datamodule", None)
+    if not hasattr(datamodule, "max_length"):
+        return None
+    if datamodule.max_length is None:
+        return sys.maxsize
+    # A row of an on-policy method is a prompt.
+    return int(datamodule.max_length) + int(getattr(module, "max_completion_length", 0))

@@ -15,7 +15,7 @@ from .. import __version__
 from ..packaged import packaged_config
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "numpy")
-_SOURCES = ("model", "tokenizer", "train", "val", "test", "predict", "prompts")
+_SOURCES = ("model", "tokenizer", "value_model", "judge", "train", "val", "test", "predict", "prompts")
 
 
 class Manifest:
@@ -110,6 +110,14 @@ def versions() -> dict[str, str]:
 
 def stage_key(config: Any, inputs: Mapping[str, str], run_dir: Path) -> str:
     """What a stage's result is a function of; a run directory that was moved keeps its keys."""
-    text = json.dumps([config, dict(inputs), __version__], default=str)
-    content = json.loads(text.replace(json.dumps(str(run_dir))[1:-1], "<run_dir>"))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    content = json.loads(json.dumps([config, dict(inputs), __version__], default=str))
+    return hashlib.sha256(json.dumps(_anywhere(content, str(run_dir)), sort_keys=True).encode()).hexdigest()
+
+
+def _anywhere(value: Any, run_dir: str) -> Any:
+    """A value without the run directory in its texts; the current folder is written in no path."""
+    if isinstance(value, dict):
+        return {_anywhere(key, run_dir): _anywhere(item, run_dir) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_anywhere(item, run_dir) for item in value]
+    return value.replace(run_dir, "<run_dir>") if isinstance(value, str) and run_dir != "." else value

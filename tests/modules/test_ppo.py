@@ -392,3 +392,16 @@ def test_reward_lands_on_the_last_token(folder: str, head: Tensor) -> None:
         [value for values in expected[n : n + GROUP] for value in values] for n in range(0, len(expected), GROUP)
     ]
     assert math.isclose(float(kept[0].fields["returns"][0]), expected[0][0])
+
+
+def test_nothing_is_said_of_completions_where_none_could_be_scored(folder: str, head: Tensor) -> None:
+    """Their mean score is no 0."""
+
+    def nothing(completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    module = made(folder, head, rewards=[nothing, nothing], kl_target=0.01)
+    found = step(module, prompts(ROWS)).metrics
+    assert found["train/rewards/nothing/scored"] == 0
+    assert not {name for name in found if "objective" in name or name in ("train/kl", "train/explained_variance")}
+    assert module.controller.coef == KL_COEF

@@ -79,3 +79,23 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(file, "{}")
     assert Manifest(file).stages == {"old": {}}
+
+
+def test_models_of_other_roles_are_inputs(tmp_path):
+    """A critic or a judge that was trained anew makes another result of the same configuration."""
+    for name in ("critic", "judge"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    reward = {"class_path": "x.ConstitutionReward", "init_args": {"judge": str(tmp_path / "judge")}}
+    config = {"model": {"init_args": {"value_model": str(tmp_path / "critic"), "rewards": [reward]}}}
+    assert input_hashes(config).keys() == {str(tmp_path / "critic"), str(tmp_path / "judge")}
+
+
+@pytest.mark.parametrize("run_dir", [".", "1", "e", "runs"])
+def test_a_run_directory_with_any_name_has_keys(run_dir):
+    """Its name may stand in numbers and words that are no paths."""
+
+    def key(beta: float) -> str:
+        return stage_key({"beta": beta, "on": True, "path": f"{run_dir}/x"}, {}, Path(run_dir))
+
+    assert len({key(0.1), key(1.5), key(1.25)}) == 3

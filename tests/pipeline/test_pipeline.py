@@ -252,3 +252,22 @@ def test_test_loss_is_that_of_the_exported_model(written, tmp_path):
     assert losses[-1] > min(losses)  # the last model is another one
     assert metrics["val/loss"] == pytest.approx(min(losses), rel=1e-5)
     assert metrics["exported_step"] == losses.index(min(losses)) + 1
+
+
+def test_stages_of_a_policy_that_is_not_chosen_stay_finished(written, tmp_path):
+    policies = {"a": {"dpo": written["stages"].pop("dpo")}}
+    policies["b"] = {"dpo2": policies["a"]["dpo"]}
+    written |= {"policy": "a", "policies": policies, "compare": []}
+    assert ran(run(written, tmp_path)) == ["sft", "pairs", "dpo"]
+    assert ran(run(written, tmp_path, "policy=b")) == ["dpo2"]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert [row["stage"] for row in summary["stages"]] == ["sft", "pairs", "dpo2"]
+    assert ran(run(written, tmp_path, "policy=[a,b]")) == []
+
+
+@pytest.mark.parametrize("key", ["stages.pairs.verifier", "evaluation.verifier"])
+def test_a_verifier_that_there_is_not_is_noticed_before_anything_runs(written, tmp_path, key, capsys):
+    with pytest.raises(SystemExit):
+        run(written, tmp_path, f"{key}=nowhere.right")
+    assert "verifier 'nowhere.right' cannot be imported" in capsys.readouterr().err
+    assert not (tmp_path / "run/sft").exists()

@@ -50,6 +50,8 @@ def test_sampling_settings_are_checked():
         sampling_params({"temperatur_": 1.0})
     with pytest.raises(ValueError, match="sampling has no key 'seed'"):
         sampling_params({"seed": 1})
+    with pytest.raises(ValueError, match="sampling is {'temperature': 'hot'}, of which a value is of the wrong kind"):
+        sampling_params({"temperature": "hot"})
 
 
 def test_points_count_steps_taken():

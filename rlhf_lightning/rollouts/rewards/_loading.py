@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
+def find_own_modules() -> None:
+    """Lets modules of the current folder be imported, behind all others.
+
+    Python does so by itself for a script or ``python -m``, but not for an installed command.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+
+
 def load_attribute(path: str) -> Any:
-    """What a dotted path names: ``package.module.name``."""
+    """What a dotted path names: ``package.module.name``, of the current folder, too."""
+    find_own_modules()
     module, _, name = path.rpartition(".")
     if not module:
         raise ValueError(f"{path!r} is not a dotted path: write package.module.name")

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -360,3 +361,13 @@ class TestSteps:
         assert calls == [3]
         assert scores.values[[0, 2], 0].tolist() == [1.0, 1.0]
         assert (scores.failures, scores.errors) == ({"judge": 1}, {"judge": "ValueError: unreadable"})
+
+
+def test_a_function_in_a_file_of_the_current_folder_is_found(tmp_path, monkeypatch):
+    """An installed command has its own folder on Python's path, and not the one that it is called in."""
+    (tmp_path / "rewards_of_my_own.py").write_text("def short(completions): return [-float(len(c)) for c in completions]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    assert resolve_reward("rewards_of_my_own.short")(["abc"]) == [-3.0]
+    with pytest.raises(ValueError, match="module 'rewards_of_my_own' has nothing called 'shrot'"):
+        resolve_reward("rewards_of_my_own.shrot")

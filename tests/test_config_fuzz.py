@@ -1,0 +1,154 @@
+"""Anything at all in a configuration: a module, a datamodule and a trainer, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlhf_lightning import cli
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = {file.parent.name: yaml.safe_load(file.read_text()) for file in sorted(CONFIGS.glob("*/tiny.yaml"))}
+# What else a file may well say.
+MORE: dict[str, dict[str, Any]] = {
+    "model": {
+        "lora": {"r": 4},
+        "quantization": "nf4",
+        "micro_batch_tokens": 100,
+        "layout": "auto",
+        "max_grad_norm": 1.0,
+        "tokenizer": None,
+        "lr_scheduler": {"class_path": "rlhf_lightning.modules.WarmupSchedule", "init_args": {"warmup_steps": 3}},
+    },
+    "data": {"max_length": 64, "columns": {"prompt": "p"}, "on_bad_row": "skip", "seed": 1, "streaming": True},
+    "trainer": {"max_epochs": 1, "precision": "32-true", "val_check_interval": 0.5, "limit_train_batches": 2},
+}
+
+
+def bounded(examples: int) -> settings:
+    """So many examples, the same ones every time."""
+    unfixed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=unfixed
+    )
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in an empty folder; everything is built as for a run, and left."""
+    real = cli.PostTrainingCLI
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr(cli, "PostTrainingCLI", lambda args: real(args[1:], run=False))
+    yield
+
+
+def attempt(*args: str) -> str | None:
+    """Runs a command line: None if it can be built, else what it says, which is one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            cli.main(["fit", *args])
+    except SystemExit as stop:
+        assert stop.code in (1, 2), stop.code
+    else:
+        return None
+    lines = [line for line in said.getvalue().split("\n") if line]
+    complaints = [line for line in lines if line.startswith("rlhf-lightning: ")]
+    assert len(complaints) == 1, said.getvalue()
+    assert lines[-1] == complaints[0], said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    message = complaints[0].removeprefix("rlhf-lightning: ")
+    assert message.isprintable(), repr(message)
+    assert 3 < len(message) <= 1000
+    return message
+
+
+# Values that are in the wrong place nearly anywhere.
+
+odd = st.sampled_from(
+    [None, True, False, 0, -1, 1, 2**40, -(2**70), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ", "-1"]
+    + ["1e999", "null", "yes", "ünï→", "a\nb", "\u202e", "${x}", "~", "../..", "x" * 300, "\x7f", "rlhf_lightning"]
+    + [[], [1], ["a", None], {}, {"a": 1}, {"class_path": "x"}, {"class_path": "os.getcwd"}, {"init_args": {"x": 1}}]
+    + [{"class_path": "torch.optim.SGD", "init_args": {"lr": "much"}}, {"class_path": None}, {"class_path": ["a"]}]
+)
+words = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=6)
+methods = st.sampled_from(sorted(TINY))
+
+
+def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is something in a configuration."""
+    if path:
+        yield path
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from paths(value, (*path, key))
+
+
+def misspelt(draw: st.DrawFn, key: str) -> str:
+    """A key with a letter too many, too few, or two in the wrong order."""
+    place = draw(st.integers(0, len(key) - 1))
+    return draw(
+        st.sampled_from(
+            [
+                key[:place] + key[place + 1 :],
+                key[:place] + key[place] + key[place:],
+                key[:place] + key[place : place + 2][::-1] + key[place + 2 :],
+                key.upper(),
+                key + "s",
+            ]
+        )
+    )
+
+
+@st.composite
+def changed(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
+    """A tiny configuration with one to three changes, and the names of what was changed."""
+    content = copy.deepcopy(TINY[draw(methods)])
+    for section in draw(st.lists(st.sampled_from(sorted(MORE)), unique=True)):
+        options = content[section].get("init_args", content[section])
+        key = draw(st.sampled_from(sorted(MORE[section])))
+        options[key] = copy.deepcopy(MORE[section][key])
+    touched: list[str] = []
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(sorted(paths(content), key=str) or [("model",)]))
+        place: Any = content
+        for key in path[:-1]:
+            place = place[key]
+        key = path[-1]
+        touched += [str(part) for part in path]
+        kind = draw(st.sampled_from(["value", "value", "value", "misspelt", "dropped", "added"]))
+        if kind == "value" or isinstance(place, list):
+            place[key] = draw(odd)
+        elif kind == "misspelt" and isinstance(key, str) and key and key in place:
+            name = misspelt(draw, key)
+            place[name] = place.pop(key)
+            touched.append(name)
+        elif kind == "dropped":
+            place.pop(key, None)
+        else:
+            name = draw(words)
+            place[name] = draw(odd)
+            touched.append(name)
+    return content, touched
+
+
+@bounded(60)
+@given(change=changed())
+def test_any_change(tmp_path: Path, change: tuple[dict[str, Any], list[str]]) -> None:
+    content, touched = change
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    said = attempt(f"--config={file}")
+    if said is not None:
+        assert any(name in said for name in touched), (said, touched)
