@@ -22,6 +22,7 @@ from .callbacks.answers import Verifier, load_verifier, read_prompts
 from .models import load_causal_lm, load_tokenizer
 from .pipeline.manifest import input_hashes, write_atomically
 from .rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams
+from .rollouts.rewards._loading import find_own_modules
 from .rollouts.step_labels import label_steps, sample_solutions
 from .sequences import Example
 from .usage import UsageError, explain
@@ -320,6 +321,7 @@ def run_command(args: Sequence[str]) -> None:
     given = parser.instantiate(parser.parse_args([*args]))
     options = LabelOptions(**{option.name: given[option.name] for option in fields(LabelOptions)})
     transformers.utils.logging.disable_progress_bar()
+    find_own_modules()
     started = time.time()
     try:
         found = label_prompts(options, lambda line: print(f"[{time.time() - started:6.1f} s] {line}", flush=True))

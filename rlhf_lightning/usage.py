@@ -47,8 +47,11 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
     causes = re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE)
-    if causes and "Union subtypes" in message:
-        return one_line(causes[0])  # of the types that a value may have, one came close
+    if causes and "Union subtypes" in message:  # of the types that a value may have, one came close
+        rest = message.partition(causes[0])[2].strip() if causes[0].endswith(":") else ""
+        return one_line(f"{causes[0]} {explain(rest, options, classes)}" if rest else causes[0])
+    if re.search(r"^argument of type '\w+' is not iterable|^unhashable type: ", message):
+        return "a class_path is no text: write the name of a class behind it, such as class_path: DPOModule"
     if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
         return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
     if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):

@@ -236,7 +236,9 @@ class PPOModule(OnPolicyModule):
         if kl_N is not None:
             own["kl"] = float(kl_N.sum())
         sums = sum_over_ranks(own, self.device)
-        count, coef = max(sums["samples"], 1.0), self.controller.coef
+        if not sums["samples"]:  # none could be scored: there is nothing to take means of
+            return {}
+        count, coef = sums["samples"], self.controller.coef
         values = {
             "objective/scores": sums["scores"] / count,
             "objective/entropy": sums["entropy"] / count,
@@ -251,8 +253,7 @@ class PPOModule(OnPolicyModule):
                 "objective/rlhf_reward": penalty + values["objective/scores"],
                 "kl_coef": coef,
             }
-            if sums["samples"]:
-                self.controller.update(values["objective/kl"], num_samples=int(sums["samples"]))
+            self.controller.update(values["objective/kl"], num_samples=int(sums["samples"]))
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
     # The update.

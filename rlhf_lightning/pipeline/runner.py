@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..callbacks.answers import load_verifier
 from ..usage import UsageError
 from .config import FitStage, Pipeline, SampleStage
 from .fitting import StageCLI, run_fit
@@ -43,16 +44,22 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
         torch.set_num_threads(pipeline.threads)
     with _locked(pipeline.run_dir):
         _check_all(pipeline)
+        if pipeline.evaluation is not None:
+            load_verifier(pipeline.evaluation.verifier)
         manifest = Manifest(pipeline.run_dir / "manifest.json")
         manifest.content |= {"title": pipeline.title, "config": pipeline.source, "versions": versions()}
-        manifest.content["stages"] = {n: r for n, r in manifest.stages.items() if n in pipeline.stages}
+        # Stages of policies that are not chosen this time stay finished: what they wrote is still there.
+        others = {name: record | {"ran": False} for name, record in manifest.stages.items()}
+        manifest.content["stages"] = others
         manifest.save()
         for name, stage in pipeline.stages.items():
             with _in_stage(name):
                 _run_stage(pipeline, manifest, name, stage, say)
                 if isinstance(stage, FitStage) and stage.evaluate and pipeline.evaluation is not None:
                     _evaluate_stage(pipeline, manifest, name, say)
-        manifest.content["stages"] = {name: manifest.stages[name] for name in pipeline.stages}
+        manifest.content["stages"] = {name: manifest.stages[name] for name in pipeline.stages} | {
+            name: record for name, record in others.items() if name not in pipeline.stages
+        }
         manifest.save()
     return manifest
 
@@ -128,6 +135,7 @@ def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> d
     if isinstance(stage, FitStage):
         return StageCLI(stage, pipeline.folder(name), seed).merged | {"export": vars(stage.export)}
     sampling_params(stage.sampling)
+    load_verifier(stage.verifier)
     if stage.server is not None:
         remote_engine(stage.server | {"text_prompts": False}, None)  # the tokenizer comes later
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}

@@ -120,7 +120,10 @@ def sampling_params(written: dict[str, Any]) -> SamplingParams:
     for key in written:
         if key not in allowed:
             raise ValueError(f"sampling has no key {key!r}{did_you_mean(str(key), allowed)}")
-    return SamplingParams(**written)
+    try:
+        return SamplingParams(**written)
+    except TypeError as error:  # a text where a number belongs
+        raise ValueError(f"sampling is {written!r}, of which a value is of the wrong kind: {error}") from error
 
 
 def remote_engine(written: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> RemoteEngine:

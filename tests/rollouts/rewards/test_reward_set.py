@@ -365,7 +365,9 @@ class TestSteps:
 
 def test_a_function_in_a_file_of_the_current_folder_is_found(tmp_path, monkeypatch):
     """An installed command has its own folder on Python's path, and not the one that it is called in."""
-    (tmp_path / "rewards_of_my_own.py").write_text("def short(completions): return [-float(len(c)) for c in completions]")
+    (tmp_path / "rewards_of_my_own.py").write_text(
+        "def short(completions): return [-float(len(c)) for c in completions]\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
     assert resolve_reward("rewards_of_my_own.short")(["abc"]) == [-3.0]
