@@ -16,7 +16,7 @@ DEV     := $(VENV)/.installed-dev-$(KEY)
 PARITY  := $(VENV)/.installed-parity-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install dev test invariance parity benchmark lint type format clean
+.PHONY: help quickstart install dev test invariance parity test-gpu benchmark lint type format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ invariance: dev ## run the tests of what must not change a result, and print the
 
 parity: $(PARITY) ## run the comparisons with TRL
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)
+
+test-gpu: dev ## run the tests that need a CUDA device, and print speed and memory
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+		echo "no CUDA device: the GPU tests are skipped; only what of them runs on a CPU is run"
+	$(BIN)/python -m pytest -q -s tests/gpu $(ARGS)
 
 benchmark: $(PARITY) ## measure speed and memory beside TRL
 	$(BIN)/python benchmarks/training.py dpo $(ARGS)

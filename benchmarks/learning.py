@@ -169,8 +169,7 @@ def requirements(found: list[dict[str, float]]) -> dict[str, bool]:
             more = f"at least {100 * gain:.0f} points" if gain else "something"
             checks[f"{stage}: gains {more}"] = all(seed[stage] - seed["sft"] > gain for seed in found)
     if "hacked" in found[0]:
-        name = "hacked reward: ends below SFT without the KL guard, at least 30 points above that with it"
-        checks[name] = all(s["hacked"] < s["sft"] and s["hacked_guarded"] - s["hacked"] >= 0.3 for s in found)
+        checks["hacked reward: ends higher with the KL guard"] = all(s["hacked_guarded"] > s["hacked"] for s in found)
     if "grpo" in found[0]:
         name = f"grpo: at least {LEAST_GRPO:.0%} within {MOST_GRPO_SECONDS} s"
         checks[name] = all(s["grpo"] >= LEAST_GRPO and s["grpo_seconds"] <= MOST_GRPO_SECONDS for s in found)

@@ -64,7 +64,9 @@ class RewardGuard(lightning.Callback):
         ):
             raise ValueError(f"every_n_batches is {every_n_batches!r}; it must be at least 1, or null: each validation")
         if proxy == check:
-            raise ValueError(f"proxy and check are both {proxy!r}; the check must be a measure that training does not see")
+            raise ValueError(
+                f"proxy and check are both {proxy!r}; the check must be a measure that training does not see"
+            )
         self.proxy = proxy
         self.check = check
         self.patience = patience

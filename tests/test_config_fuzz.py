@@ -151,7 +151,7 @@ def changed(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
     return content, touched
 
 
-@bounded(50)
+@bounded(30)
 @given(change=changed())
 def test_any_change(tmp_path: Path, change: tuple[dict[str, Any], list[str]]) -> None:
     content, touched = change
@@ -168,7 +168,7 @@ pieces = st.sampled_from(
 )
 
 
-@bounded(20)
+@bounded(12)
 @given(method=methods, where=st.floats(0, 1), piece=pieces, cut=st.integers(0, 9))
 def test_any_text(tmp_path: Path, method: str, where: float, piece: bytes, cut: int) -> None:
     text = (CONFIGS / method / "tiny.yaml").read_bytes()
@@ -178,7 +178,7 @@ def test_any_text(tmp_path: Path, method: str, where: float, piece: bytes, cut: 
     attempt(f"--config={file}")
 
 
-@bounded(20)
+@bounded(12)
 @given(
     method=methods,
     key=st.sampled_from(

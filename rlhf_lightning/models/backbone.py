@@ -281,14 +281,14 @@ def _own_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The logits that a model's own forward makes of hidden states ``(R, D)``."""
     decoder, ids = decoder_of(base), torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
     before = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: _Given(last_hidden_state=hidden[None])  # type: ignore[method-assign]
+    decoder.forward = lambda *args, **kwargs: _Given(last_hidden_state=hidden[None])
     try:
         logits: Tensor = base(input_ids=ids, use_cache=False).logits
     finally:
         if before is None:
             del decoder.forward
         else:
-            decoder.forward = before  # type: ignore[method-assign]
+            decoder.forward = before
     return logits[0].float()
 
 

@@ -140,7 +140,7 @@ def trainer_dtype(trainer: Any) -> torch.dtype:
 
 def longest_sequence(module: Any) -> int | None:
     """Tokens that a sequence of a module's trainer may have; None where nothing says so."""
-    datamodule = getattr(module._trainer, "datamodule", None)
+    datamodule: Any = getattr(module._trainer, "datamodule", None)
     if not hasattr(datamodule, "max_length"):
         return None
     if datamodule.max_length is None:

@@ -176,18 +176,15 @@ def _choose_policies(config: DictConfig) -> set[str]:
         return set()
     if not isinstance(policies, dict) or not all(isinstance(stages, dict) for stages in policies.values()):
         raise UsageError("policies is no mapping of names to stages: write policies: {dpo: {dpo: {kind: fit, ...}}}")
-    policy = config.get("policy")
-    chosen = OmegaConf.to_container(policy) if OmegaConf.is_config(policy) else [policy]
-    for name in chosen if isinstance(chosen, list) else [chosen]:
-        if name not in policies:
+    policy = written.get("policy")  # type: ignore[union-attr]
+    chosen: list[Any] = policy if isinstance(policy, list) else [policy]
+    for name in chosen:
+        if name not in list(policies):
             raise UsageError(f"policy is {name!r}; write {', '.join(map(str, policies))}, or several: [a, b]")
     given = config.get("stages") or OmegaConf.create()
+    always = {name: stage for name, stage in given.items() if not OmegaConf.is_dict(stage) or "kind" in stage}
     # What is written under stages wins: it holds what the command line says of a policy's stages.
-    config.stages = OmegaConf.merge(
-        {name: given[name] for name in given if "kind" in given[name]},
-        *(config.policies[name] for name in chosen),
-        given,
-    )
+    config.stages = OmegaConf.merge(always, *(config.policies[name] for name in chosen), given)
     del config["policies"]
     return {stage for stages in policies.values() for stage in stages} - set(config.stages)
 

@@ -65,7 +65,7 @@ def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]], ov
         shape: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.6, "zorder": 3 - len(steps) / 1e6}
         axes.plot(steps, values, color=colour, label=name, **shape)
         at = [value for step, value in zip(steps, values, strict=True) if step == exported]
-        if at:
+        if exported is not None and at:
             axes.plot([exported], at[-1:], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2)
         if over == "steps" and steps and steps[-1] < longest:
             axes.axvline(steps[-1], color=colour, linestyle=":", linewidth=1.2)

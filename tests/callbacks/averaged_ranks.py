@@ -30,9 +30,7 @@ class Validated(lightning.Callback):
         self.weights = {name: whole(p).clone() for name, p in pl_module.named_parameters()}
 
 
-def averaged(
-    model: str, folder: Path, strategy: str = "auto", rank: int = 0, world: int = 1
-) -> dict[str, Weights]:
+def averaged(model: str, folder: Path, strategy: str = "auto", rank: int = 0, world: int = 1) -> dict[str, Weights]:
     """Trains for an epoch, resumes for another, and exports; what was averaged, trained, validated and exported."""
     rows = demonstrations(6)
     batches = [ExampleBatch(part[rank::world]) for part in (rows[:3], rows[3:4], rows[4:])]

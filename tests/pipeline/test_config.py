@@ -106,6 +106,8 @@ def stage(**changes: Any) -> dict[str, Any]:
         (POLICIES | {"policy": ["long", 3]}, "policy is 3; write long"),
         ({k: v for k, v in POLICIES.items() if k != "policy"}, "policy is None; write long"),
         (POLICIES | {"policies": {"a": 1}}, "policies is no mapping of names to stages"),
+        (POLICIES | {"policy": {"long": 1}}, "policy is {'long': 1}; write long"),
+        (POLICIES | {"stages": {"a": 3}}, "stage 'a' is of kind None"),
         (changed(policy="dpo"), "policy is 'dpo', and there are no policies to choose from"),
         (changed(title="${nowhere}"), "nowhere"),
         ("stages: [", "line"),
