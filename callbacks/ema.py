@@ -220,7 +220,7 @@ def _placed(average: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> dic
             f"the checkpoint's average is not one of the weights that are trained here ({len(wrong)} differ, the first "
             f"{wrong[0]!r}): use the options that it was made with, or leave WeightAverage out"
         )
-    placed = {}
+    placed: dict[str, Tensor] = {}
     for name, weight in trained.items():
         value = average[name]
         if isinstance(weight, DTensor) and not isinstance(value, DTensor):

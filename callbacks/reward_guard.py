@@ -20,8 +20,8 @@ class RewardGuard(lightning.Callback):
     .. math:: c_i < c^* - \delta \quad\text{and}\quad p_i > p^*
 
     and training stops after ``patience`` of them in a row. Where both fall, or both stand still, nothing is being
-    hacked: that is ``EarlyStopping``'s business. ``ModelExport`` with ``monitor`` set to the check keeps the model of the
-    peak.
+    hacked: that is ``EarlyStopping``'s business. ``ModelExport`` with the check as its ``monitor`` keeps the model of
+    the peak.
 
     Args:
         proxy: what is optimised, as logged in training, higher being better; its mean over the batches since the check

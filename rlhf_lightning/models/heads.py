@@ -21,13 +21,14 @@ from typing import Any, Final, Literal, get_args
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .backbone import base_model
+from .stored import read_weights
 
 HeadKind = Literal["linear", "mlp"]
 
@@ -177,7 +178,7 @@ def read_head_state(folder: str | Path) -> dict[str, Tensor]:
     """The weights of a head that are stored with a model, a classifier's ``score.weight`` included; else nothing."""
     path = stored_file(folder, HEAD_WEIGHTS)
     if path is not None:
-        return load_file(path)
+        return read_weights(path)
     name: str | None = "model.safetensors"
     index = stored_file(folder, "model.safetensors.index.json")
     if index is not None:

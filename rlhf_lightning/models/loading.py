@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,12 +36,13 @@ from ..packaged import packaged_config
 from ..sequences import ATTENTION_NAME, register_attention
 from .reference import ADAPTER_COPY
 from .skeleton import skeletons_wanted, weights_device
+from .stored import damaged_weights
 
 Quantization = Literal["nf4", "fp4", "int8"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What the libraries raise when a folder, a file in it or a hub id is not what it should be.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError)
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -220,7 +222,8 @@ def _load_base(
             attn_implementation,
         )
     except _LOADING_ERRORS as error:
-        raise ValueError(f"cannot load a causal language model from {place!r}: {_first_line(error)}") from error
+        reason = damaged_weights(place) or _first_line(error)
+        raise ValueError(f"cannot load a causal language model from {place!r}: {reason}") from error
     model, report = loaded
     head = model.get_output_embeddings() if headless else None
     idle = {name for name, module in model.named_modules() if module is head and head is not None}
@@ -337,7 +340,8 @@ def _load_adapter(place: str, config_file: str, load: partial[PreTrainedModel], 
             if trainable:
                 model.load_adapter(place, adapter_name=ADAPTER_COPY, is_trainable=False)
     except (*_LOADING_ERRORS, UserWarning) as error:
-        raise ValueError(f"cannot load the adapter in {place!r} on {base_source!r}: {_first_line(error)}") from error
+        reason = damaged_weights(place) or _first_line(error)
+        raise ValueError(f"cannot load the adapter in {place!r} on {base_source!r}: {reason}") from error
     return model
 
 

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.heads import HeadKind, read_head_options, stored_file, whole
 from ..models.reference import ADAPTER_COPY
+from ..models.stored import read_weights
 from ..sequences import Example, SequenceBatch
 from .checks import check_choice, check_count
 from .distributed import Scores
@@ -275,7 +276,7 @@ def _stored_state(folder: str | None, members: Mapping[str, Tensor]) -> dict[str
     path = None if folder is None else stored_file(folder, MEMBER_ADAPTERS)
     if path is None:
         return {}
-    state = load_file(path)
+    state = read_weights(path)
     if {name: tensor.shape for name, tensor in state.items()} != {n: p.shape for n, p in members.items()}:
         raise ValueError(
             f"the adapters stored in {str(path)!r} are those of another ensemble: leave num_models as it was trained "

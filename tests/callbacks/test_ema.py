@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +20,6 @@ from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import demonstrations, pairs
 from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, options, prompts
-from .averaged_ranks import ROOT, averaged
 
 DECAY = 0.8
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -192,7 +189,7 @@ def test_a_resumed_run_goes_on_exactly(make: Any, folder: str, tmp_path: Path) -
         saver = TrainingCheckpoint(str(tmp_path / name), every_n_steps=2)
         rows = prompts if isinstance(module, PPOModule) else demonstrations
         given = {"max_steps": steps, "max_epochs": -1, "val_check_interval": 2, "enable_checkpointing": True}
-        given |= {"precision": "32-true", "ckpt_path": resume}
+        given |= {"precision": "32-true", "ckpt_path": resume, "default_root_dir": str(tmp_path)}
         fit(module, batches(2, rows), average, saver, val=batches(1, rows), **given)
         return module, average
 
@@ -234,27 +231,6 @@ def test_an_average_of_other_weights_is_refused(folder: str) -> None:
         second.on_train_start(run, module)
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_have_the_average_of_one(strategy: str, folder: str, tmp_path: Path) -> None:
-    """Trained, resumed and exported on two ranks."""
-    expected = averaged(folder, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.callbacks.averaged_ranks", folder, str(tmp_path / "two"), strategy]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = torch.load(tmp_path / "two" / "results.pt", weights_only=True)
-    assert found.keys() == expected.keys() == {"average", "own", "validated", "exported"}
-    for name, weights in expected.items():
-        assert_close(found[name], weights, 1e-9)
-    assert_close(expected["validated"], expected["average"], 0.0)
-    exported = {f"model.{name}": weight for name, weight in expected["exported"].items()}
-    assert_close(exported, {name: expected["average"][name] for name in exported})
-    assert not torch.allclose(*(next(iter(expected[name].values())) for name in ("average", "own")), rtol=1e-9)
-
-
 class Fails(lightning.Callback):
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         raise KeyError("stop")
@@ -283,6 +259,4 @@ def test_bad_options(given: dict[str, Any], message: str) -> None:
 
 def test_a_module_that_is_not_ours() -> None:
     with pytest.raises(ValueError, match="WeightAverage needs a PostTrainingModule; it was given a BoringModel"):
-        from lightning.pytorch.demos.boring_classes import BoringModel
-
         trainer("32-true", max_steps=1, callbacks=[WeightAverage()]).fit(BoringModel())

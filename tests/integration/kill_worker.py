@@ -75,22 +75,21 @@ class Clock(lightning.Callback):
 
 
 class Dies(lightning.Callback):
-    """Ends this process at some moment between a step and the next one."""
+    """Ends this process at some moment between a step and the end of the next one."""
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.begun = 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        threading.Thread(target=self.wait, args=(trainer,), daemon=True).start()
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.begun = time.monotonic()
 
-    def wait(self, trainer: lightning.Trainer) -> None:
-        marks = []
-        for step in (self.step - 1, self.step):
-            while trainer.global_step < step:
-                time.sleep(0.001)
-            marks.append(time.monotonic())
-        time.sleep(random.Random().uniform(0, marks[1] - marks[0]))
-        os.kill(os.getpid(), signal.SIGKILL)
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            moment = random.Random().uniform(0, time.monotonic() - self.begun)
+            threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif trainer.global_step > self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Writes:

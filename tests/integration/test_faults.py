@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_lightning import SFTModule
+from rlhf_lightning import RewardModule, SFTModule
 from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint
 from rlhf_lightning.cli import main
 from rlhf_lightning.datamodules import SFTDataModule
+from rlhf_lightning.models.loading import load_causal_lm
+
+from ..helpers import char_tokenizer, tiny_model
 
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(8)]
 
@@ -146,6 +150,89 @@ def test_rows_that_changed_between_two_runs(tiny_model_folder, tmp_path):
     with pytest.raises(ValueError, match="cannot resume on other data: the rows' fingerprint was") as error:
         fit(tiny_model_folder(), tmp_path / "c", rows=str(file), ckpt_path="last")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_rows_that_was_cut_short_between_two_runs(tiny_model_folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    fit(tiny_model_folder(), tmp_path / "c", rows=str(file))
+    for size in (file.stat().st_size - 9, len(json.dumps(ROWS[0])) + 1):  # within a row, and between two
+        os.truncate(file, size)
+        within = r"^.*rows.jsonl:8: .*JSON" if size > 99 else "cannot resume on other data: the rows' fingerprint was"
+        with pytest.raises(ValueError, match=within) as error:
+            fit(tiny_model_folder(), tmp_path / "c", rows=str(file), ckpt_path="last")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["half", "nothing", "noise"])
+def test_a_damaged_shard_of_a_model(tmp_path, capsys, content):
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="50KB")
+    char_tokenizer().save_pretrained(folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes({"half": whole[: len(whole) // 2], "nothing": b"", "noise": b"\xff" * 99}[content])
+    with pytest.raises(ValueError, match=rf"^cannot load .*: {shards[1].name} is damaged \(.*\); copy") as error:
+        load_causal_lm(folder, dtype=torch.float32)
+    assert "\n" not in str(error.value)
+    if content != "half":
+        return
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                "--model=SFTModule",
+                f"--model.model={folder}",
+                "--data=SFTDataModule",
+                f"--data.train={tmp_path / 'rows.jsonl'}",
+                f"--trainer.default_root_dir={tmp_path / 'out'}",
+                "--trainer.accelerator=cpu",
+                "--trainer.max_steps=1",
+                "--trainer.logger=false",
+                "--trainer.enable_progress_bar=false",
+                "--trainer.enable_model_summary=false",
+            ]
+        )
+    said = capsys.readouterr().err.strip().splitlines()
+    assert f"{shards[1].name} is damaged" in said[-1]
+    assert not any("Traceback" in line for line in said)
+
+
+def test_a_damaged_head_of_a_reward_model(tiny_model_folder, tmp_path):
+    module = RewardModule(str(tiny_model_folder()))
+    module.configure_model()
+    module.save_pretrained(str(tmp_path / "model"))
+    os.truncate(tmp_path / "model/reward_head.safetensors", 20)
+    with pytest.raises(ValueError, match=r"^cannot read '.*': reward_head.safetensors is damaged \(.*\); copy"):
+        RewardModule.from_pretrained(str(tmp_path / "model")).configure_model()
+
+
+@pytest.mark.parametrize(
+    ("on_too_long", "kept", "size"),
+    [
+        pytest.param("drop", {"dropped": 1, "truncated": 0, "kept": 1, "longest": 10}, 10, marks=pytest.mark.slow),
+        ("truncate_end", {"dropped": 0, "truncated": 1, "kept": 2, "longest": 64}, 1),
+        ("error", {}, 1),
+    ],
+)
+def test_a_row_of_megabytes(tokenizer, tmp_path, on_too_long, kept, size):
+    """One token per byte, which is the worst that there is."""
+    file, size = tmp_path / "rows.jsonl", size * 1_000_000
+    rows = [{"prompt": "1+1=?", "completion": "1" * size}, {"prompt": "22+2=?", "completion": "4=4"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    data = SFTDataModule(train=str(file), tokenizer=tokenizer, max_length=64, on_too_long=on_too_long)
+    if on_too_long == "error":
+        with pytest.raises(ValueError, match=r"rows.jsonl:1: 1000006 tokens, expected at most max_length=64") as error:
+            data.setup("fit")
+        assert "\n" not in str(error.value)
+    else:
+        data.setup("fit")
+        assert {name: data.report["train"][name] for name in kept} == kept
+    assert time.process_time() - begun < 60
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024 < 400 * size + 2**28
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,4 +1,4 @@
-"""One of two ranks killed at any moment: the other one ends, and the run is taken up and ends as if nothing had happened.
+"""One of two ranks killed at any moment: the other one ends, and the run ends as if nothing had happened.
 
 Once for every strategy; ``RLHF_LIGHTNING_KILLS=20`` kills so many times.
 """
@@ -75,7 +75,7 @@ def fate(chance: random.Random, kind: str, made: int) -> tuple[str, int, int]:
     """What ends a run of which so many steps are made, before its own end: kind, number, victim."""
     left = STEPS - made
     if kind == "step":
-        return kind, made + chance.randint(1, left - 1), chance.randint(0, 1)
+        return kind, made + chance.randint(1, left - 2), chance.randint(0, 1)
     writes = 2 if kind == "flush" else 1  # of each checkpoint: the file, and its entry in the folder
     return kind, chance.randint(1, writes * (left - 1)), int(kind == "peer")
 
