@@ -53,9 +53,10 @@ def pipeline(groups: Sequence[str]) -> Any:
     config: Any = OmegaConf.load(QUICKSTART)
     reward, grpo, ppo = config.stages.reward, config.policies.grpo.grpo, config.policies.ppo.ppo
     logger = config.stages.sft.trainer.logger
-    ensemble = OmegaConf.merge(reward, {"model": {"init_args": {"num_models": 4, "bootstrap": True}}})
-    # The quickstart's reward model has no time to learn of every seed what tells a slip.
-    reward.data.init_args.train = "sums:preference?rows=32000&careless=0.15&seed=${seed}2"
+    members = {"num_models": 4, "bootstrap": True, "optimizer": {"init_args": {"lr": 5.0e-4}}}
+    train = "sums:preference?rows=9600&careless=0.15&seed=${seed}2"
+    changes = {"model": {"init_args": members}, "data": {"init_args": {"train": train}}}
+    ensemble = OmegaConf.merge(reward, changes)
     steps = OmegaConf.merge(
         reward,
         {
