@@ -193,13 +193,6 @@ SCALED: dict[str, dict[str, Any]] = {
     "granitemoe": {"logits_scaling": 4.0, "num_local_experts": 2, "num_experts_per_tok": 1},
     "hyperclovax": {"logits_scaling": 4.0},
     "falcon_h1": {"lm_head_multiplier": 0.3, **MAMBA},
-    "minicpm3": {
-        "dim_model_base": 8,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-    },
     "vaultgemma": {"final_logit_softcapping": 5.0, "head_dim": 8},
     "nanochat": {"final_logit_softcapping": 5.0},
     "xlstm": {"output_logit_soft_cap": 5.0, "num_heads": 4},
