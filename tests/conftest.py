@@ -10,13 +10,21 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from .helpers import char_tokenizer, save_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def no_seed_is_left_behind() -> Iterator[None]:
+    """Lightning keeps a seed in the environment, and strategies of later tests' processes would draw from it again."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    os.environ.pop("PL_SEED_WORKERS", None)
 
 
 @pytest.fixture(scope="session")

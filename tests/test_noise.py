@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core import rank_zero
 
 import rlhf_lightning  # noqa: F401  (hides what bitsandbytes says)
 from rlhf_lightning._noise import quiet
@@ -17,8 +18,11 @@ def test_bitsandbytes_without_its_kernel(caplog: pytest.LogCaptureFixture) -> No
     assert caplog.messages == ["something else"]
 
 
-def test_advertisements(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_advertisements(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = rank_zero.log  # whatever others have done to it or to its parents
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.INFO, logger=logger.name)
     with quiet():
         rank_zero_info("💡 Tip: For seamless cloud logging, try installing something")
         rank_zero_info("GPU available: False")
