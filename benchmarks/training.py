@@ -3,8 +3,9 @@
 Each side runs in a process of its own; pairs of processes alternate, and the median of the pairwise ratios is printed.
 Peak memory is the process's largest resident set, libraries included. The peer runs as it is fastest: without gradient
 checkpointing, in full precision, without truncation. ``trl-split`` accumulates the same batch from a quarter of its
-rows at a time, which pads less. With ``--ranked 4`` every prompt has four completions in order of merit, two prompts to
-a batch: pairs are all six of them, as in Ouyang et al. (2022), and single rows all four.
+rows at a time, which pads less. A batch is eight rows: eight pairs, or the halves of four for KTO. With ``--ranked 4``
+every prompt has four completions in order of merit, two prompts to a batch: pairs are all six of them, as in Ouyang et
+al. (2022), and single rows all four. With ``--ranked 1`` no two single rows have the same prompt.
 
     python benchmarks/training.py dpo            # needs: pip install trl==1.16.0
     python benchmarks/training.py reward --lengths chat --ranked 4 --pairs 5
@@ -88,14 +89,16 @@ def demonstrations(asked: list[Asked]) -> list[Row]:
 
 
 def verdicts(asked: list[Asked]) -> list[Row]:
-    """Of two completions one, the better or the worse in turn; of more all, of which the better half is desirable."""
-    found: list[Row] = []
-    for number, (prompt, answers) in enumerate(asked):
-        labels = [place < len(answers) / 2 for place in range(len(answers))]
-        both = list(zip(answers, labels, strict=True))
-        kept = [both[number % 2]] if len(both) == 2 else both
-        found += [{"prompt": prompt, "completion": answer, "label": label} for answer, label in kept]
-    return found
+    """All completions, of which the better half is desirable; single ones are so in turn."""
+    return [
+        {
+            "prompt": prompt,
+            "completion": answer,
+            "label": place < len(answers) / 2 and (len(answers) > 1 or number % 2 == 0),
+        }
+        for number, (prompt, answers) in enumerate(asked)
+        for place, answer in enumerate(answers)
+    ]
 
 
 METHODS = {
@@ -277,10 +280,10 @@ def child(arguments: argparse.Namespace) -> None:
     method = METHODS[arguments.method]
     peer = method.peers.get(arguments.side)
     packed = peer is not None and peer.packed
-    asked = BATCH if arguments.ranked == 2 else PROMPTS  # prompts of a batch
-    count = asked * arguments.steps * (4 if packed else 1)
+    each = len(method.rows([("", [""] * arguments.ranked)]))  # rows of a prompt
+    batch = BATCH if arguments.ranked <= 2 else PROMPTS * each
+    count = batch // each * arguments.steps * (4 if packed else 1)
     data = method.rows(random_prompts(count, arguments.lengths, arguments.ranked))
-    batch = len(data) * asked // count
     if peer is None:
         times = ours(method, arguments.folder, data, arguments.steps, batch, arguments.micro_batch_tokens)
     else:
@@ -321,6 +324,10 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.ranked < 1 or not METHODS[arguments.method].rows([("", [""] * arguments.ranked)]):
+        parser.error(
+            f"--ranked {arguments.ranked} gives {arguments.method} no rows: pairs need 2 completions, others 1"
+        )
     if arguments.side:
         child(arguments)
         return

@@ -62,6 +62,8 @@ class ExampleDataModule(pl.LightningDataModule):
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
+            the batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows as they are needed instead of tokenising all of them first. A row that is too
             long, bad or left out then leaves its place in the batch empty.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
@@ -89,6 +91,7 @@ class ExampleDataModule(pl.LightningDataModule):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        group_by_prompt: bool = False,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
     ) -> None:
@@ -100,6 +103,11 @@ class ExampleDataModule(pl.LightningDataModule):
         _check_least("shuffle_buffer", shuffle_buffer, 1)
         _check_choice("on_too_long", on_too_long, self.allowed_on_too_long)
         _check_choice("on_bad_row", on_bad_row, get_args(OnBadRow))
+        if group_by_prompt and streaming:
+            raise ValueError(
+                "group_by_prompt=True needs all training rows at once, which streaming=True never has: set one of them "
+                "to false"
+            )
         self.sources: dict[Split, Any] = {"train": train, "val": val, "test": test, "predict": predict}
         self.global_batch_size = global_batch_size
         self.eval_batch_size = global_batch_size if eval_batch_size is None else eval_batch_size
@@ -111,6 +119,7 @@ class ExampleDataModule(pl.LightningDataModule):
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.group_by_prompt = group_by_prompt
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self.report: dict[str, dict[str, int]] = {}
@@ -272,7 +281,12 @@ class ExampleDataModule(pl.LightningDataModule):
         else:
             store = self._store("train")
             loader = ExampleLoader(
-                store, self.global_batch_size, shuffle=shuffle, fingerprint=store.fingerprint(), **settings
+                store,
+                self.global_batch_size,
+                shuffle=shuffle,
+                group_by_prompt=self.group_by_prompt,
+                fingerprint=store.fingerprint(),
+                **settings,
             )
         loader.limit = self._limit(loader)
         return loader

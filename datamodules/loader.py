@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -171,6 +171,26 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_rows)
 
 
+def by_prompt(order: npt.NDArray[np.int64], prompts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Moves rows of the same prompt up to the first of them.
+
+    Args:
+        order: ``(num_rows,)`` row indices.
+        prompts: ``(num_rows,)`` a number for each row's prompt.
+
+    Returns:
+        ``(num_rows,)`` row indices.
+
+    Example:
+        >>> by_prompt(np.array([2, 0, 3, 1]), np.array([5, 8, 5, 7])).tolist()
+        [2, 0, 3, 1]
+        >>> by_prompt(np.array([2, 1, 3, 0]), np.array([5, 8, 5, 7])).tolist()
+        [2, 0, 1, 3]
+    """
+    _, first, group = np.unique(prompts[order], return_index=True, return_inverse=True)
+    return order[np.argsort(first[group], kind="stable")]
+
+
 class ExampleLoader(BatchLoader):
     """Batches of tokenised examples that are all there.
 
@@ -178,6 +198,8 @@ class ExampleLoader(BatchLoader):
         examples: the examples; :class:`~rlhf_lightning.datamodules.store.ExampleStore` takes the least memory.
         batch_size: examples in a global batch, over all ranks; at least 1.
         shuffle: whether each epoch has an order of its own.
+        group_by_prompt: in each order, examples of the same prompt stand together where the first of them is; a rank's
+            share of a batch is then a run of its examples in place of every ``world_size``-th.
         seed: what the orders are drawn from, at least 0.
         rank: this process, from 0.
         world_size: how many processes there are.
@@ -199,6 +221,7 @@ class ExampleLoader(BatchLoader):
         batch_size: int,
         *,
         shuffle: bool = True,
+        group_by_prompt: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -210,6 +233,7 @@ class ExampleLoader(BatchLoader):
         super().__init__(batch_size, seed=seed, rank=rank, world_size=world_size, drop_last=drop_last, limit=limit)
         self.examples = examples
         self.shuffle = shuffle
+        self.group_by_prompt = group_by_prompt
         self.couple = couple
         self.fingerprint = fingerprint
 
@@ -225,18 +249,36 @@ class ExampleLoader(BatchLoader):
             "batch_size": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "group_by_prompt": self.group_by_prompt,
         }
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[list[Example], int, bool]]:
+    @cached_property
+    def _prompts(self) -> npt.NDArray[np.int64]:
+        """``(num_rows,)`` a number for each example's prompt."""
+        numbers: dict[bytes, int] = {}
+        found = (numbers.setdefault(example.root.tokens.tobytes(), len(numbers)) for example in self.examples)
+        return np.fromiter(found, np.int64, count=len(self.examples))
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         order = epoch_order(self.num_rows, self.seed, epoch) if self.shuffle else np.arange(self.num_rows)
+        return by_prompt(order, self._prompts) if self.group_by_prompt else order
+
+    def _share(self, size: int) -> slice:
+        """The part of a global batch that is this rank's."""
+        if not self.group_by_prompt:
+            return slice(self.rank, None, self.world_size)
+        return slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[list[Example], int, bool]]:
+        order = self._order(epoch)
         number = len(self) if self.limit is None else min(len(self), self.limit)
         for batch in range(start // self.batch_size, number):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             stop = batch * self.batch_size + len(rows)
             if self.couple is None:
-                examples = [self.examples[row] for row in rows[self.rank :: self.world_size]]
+                examples = [self.examples[row] for row in rows[self._share(len(rows))]]
             else:
-                examples = self.couple([self.examples[row] for row in rows])[self.rank :: self.world_size]
+                examples = self.couple([self.examples[row] for row in rows])[self._share(len(rows))]
             yield examples, stop, batch == number - 1
 
 

@@ -48,6 +48,8 @@ class UnpairedDataModule(ExampleDataModule):
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
+            the batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows as they are needed instead of tokenising all of them first.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
 
@@ -76,6 +78,7 @@ class UnpairedDataModule(ExampleDataModule):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        group_by_prompt: bool = False,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
     ) -> None:
@@ -95,6 +98,7 @@ class UnpairedDataModule(ExampleDataModule):
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
+            group_by_prompt=group_by_prompt,
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )

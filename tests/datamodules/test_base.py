@@ -75,6 +75,7 @@ def test_every_contract_has_its_task(cls: type[ExampleDataModule]) -> None:
         ({"max_length": 1}, "max_length=1, expected a whole number of at least 2"),
         ({"seed": -1}, "seed=-1, expected a whole number of at least 0"),
         ({"shuffle_buffer": 0}, "shuffle_buffer=0, expected a whole number of at least 1"),
+        ({"group_by_prompt": True, "streaming": True}, "group_by_prompt=True needs all training rows at once, "),
         ({"on_bad_row": "ignore"}, "on_bad_row='ignore', expected one of error, skip"),
         ({"on_too_long": "cut"}, "on_too_long='cut', expected one of drop, "),
     ],

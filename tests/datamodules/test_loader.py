@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.datamodules import BatchLoader, ExampleLoader, StreamLoader, open_source
-from rlhf_lightning.datamodules.loader import epoch_order
+from rlhf_lightning.datamodules.loader import by_prompt, epoch_order
 from rlhf_lightning.sequences.example import Example, Segment
 
 Make = Callable[..., BatchLoader]
@@ -312,6 +312,45 @@ def test_a_batch_can_be_changed_as_a_whole_before_it_is_shared(make: Make) -> No
     plain = consume(make(5, 3))
     assert alone == [[batch[-1], *batch[:-1]] for batch in plain]
     assert shares == [[batch[rank::2] for batch in alone] for rank in range(2)]
+
+
+def of_prompts(prompts: list[int], batch_size: int, **settings: Any) -> ExampleLoader:
+    examples = [Example(f"rows:{row}", Segment(np.array([1 + prompt]))) for row, prompt in enumerate(prompts)]
+    return ExampleLoader(examples, batch_size, group_by_prompt=True, **settings)
+
+
+@given(prompts=st.lists(st.integers(0, 4), min_size=1, max_size=12), seed=st.integers(0, 3), epoch=st.integers(0, 2))
+def test_rows_of_a_prompt_follow_the_first_of_them(prompts: list[int], seed: int, epoch: int) -> None:
+    order = epoch_order(len(prompts), seed, epoch).tolist()
+    expected: list[int] = []
+    for row in order:
+        if row not in expected:
+            expected += [other for other in order if prompts[other] == prompts[row]]
+    assert by_prompt(np.array(order), np.array(prompts)).tolist() == expected
+
+
+@given(
+    prompts=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    batch_size=st.integers(1, 7),
+    world_size=st.integers(1, 3),
+    start=st.integers(0, 3),
+)
+def test_batches_of_grouped_rows(prompts: list[int], batch_size: int, world_size: int, start: int) -> None:
+    """Global batches are the same on any number of ranks, before and after a resume; ranks get runs of them."""
+    alone = consume(of_prompts(prompts, batch_size))
+    assert sorted(flat(alone), key=int) == [str(row) for row in range(len(prompts))]
+    start = min(start, len(alone) - 1)
+    shares = []
+    for rank in range(world_size):
+        before = of_prompts(prompts, batch_size, rank=rank, world_size=world_size)
+        shares.append(consume(before, start) if start else [])
+        resumed = of_prompts(prompts, batch_size, rank=rank, world_size=world_size)
+        resumed.load_state_dict(before.state_dict())
+        shares[-1] += consume(resumed)
+    assert [flat([share[n] for share in shares]) for n in range(len(alone))] == alone
+    for n, batch in enumerate(alone):
+        sizes = [len(share[n]) for share in shares]
+        assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(batch)
 
 
 @pytest.mark.parametrize(
