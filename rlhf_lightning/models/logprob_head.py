@@ -1,8 +1,9 @@
 """The fused log-prob head: ``log p(target)`` from hidden states without a (tokens x vocabulary) matrix.
 
-Logits are computed tile by tile (rows x a slice of the vocabulary), reduced by an online log-sum-exp, and computed
-again in the backward pass, where each tile turns into its gradient in place. Memory is one tile; accumulation is in at
-least fp32, whatever the dtype of the model.
+Logits are computed tile by tile (rows x a slice of the vocabulary) and reduced by an online log-sum-exp. The first
+tiles are kept for the backward pass, up to a fixed number of bytes; the others are computed again there. Each turns
+into its gradient in place. Memory is one tile and those that are kept; accumulation is in at least fp32, whatever the
+dtype of the model.
 
 Legend: N tokens, D hidden size, V vocabulary, R rank of the low-rank part of the head.
 """
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 # Tile sizes: large enough for efficient matrix products, small enough to stay in a CPU core's cache between passes.
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
+# What a forward pass may keep for its backward pass, which saves a quarter of the products: all logits of a small
+# batch, a small part of a large one.
+KEPT_BYTES = 256 << 20
 
 
 @dataclass
@@ -77,6 +81,7 @@ class _Config(NamedTuple):
     entropy: bool
     mean: bool
     power: bool
+    keep: bool
 
 
 def fused_logprobs(
@@ -129,7 +134,16 @@ def fused_logprobs(
         hidden_ND = hidden_ND * before
         bias = None if bias is None else bias * before
         low = None if low is None else low * before
-    config = _Config(1.0 / temperature if head.softcap is not None else 1.0, head.softcap, entropy, mean, power)
+    learned = any(t is not None and t.requires_grad for t in (hidden_ND, weight, bias, low, low_out))
+    config = _Config(
+        1.0 / temperature if head.softcap is not None else 1.0,
+        head.softcap,
+        entropy,
+        mean,
+        power,
+        # The derivative of the soft cap, as that of the entropy, needs the logits themselves.
+        keep=learned and torch.is_grad_enabled() and head.softcap is None,
+    )
     with torch.autocast(hidden_ND.device.type, enabled=False):
         fused: Any = _FusedLogProbs.apply
         return TokenStats(*fused(hidden_ND, weight, bias, low, low_out, target_ids, config))
@@ -161,10 +175,14 @@ class _Tiles:
         size = min(TILE_ROWS, len(hidden)) * min(TILE_COLUMNS, len(weight))
         self._memory = torch.empty(size, dtype=self.dtype, device=hidden.device)
 
-    def logits(self, rows: slice, columns: slice) -> Tensor:
-        """``(rows, columns)`` logits in at least fp32, temperature and soft cap applied; the next call reuses them."""
+    def logits(self, rows: slice, columns: slice, *, fresh: bool = False) -> Tensor:
+        """``(rows, columns)`` logits in at least fp32, temperature and soft cap applied.
+
+        Their memory is that of the next call, too, unless they are ``fresh``.
+        """
         shape = (rows.stop - rows.start, columns.stop - columns.start)
-        tile = _product(self.hidden[rows], self.weight[columns], self._memory[: shape[0] * shape[1]].view(shape))
+        out = self._memory.new_empty(shape) if fresh else self._memory[: shape[0] * shape[1]].view(shape)
+        tile = _product(self.hidden[rows], self.weight[columns], out)
         if self.low is not None and self.low_out is not None:
             tile.addmm_(self.low[rows].to(self.dtype), self.low_out[columns].to(self.dtype).T)
         if self.bias is not None:
@@ -204,13 +222,16 @@ class _FusedLogProbs(torch.autograd.Function):
         new: dict[str, Any] = {"dtype": tiles.dtype, "device": hidden.device}
         target_logit, lse, entropy, mean_logit, lse2 = (torch.zeros(num_tokens, **new) for _ in range(5))
         correct = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device)
+        kept_tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # exp(logits - top), and top
+        room = KEPT_BYTES if config.keep else 0
         for rows in _slices(num_tokens, TILE_ROWS):
             count = rows.stop - rows.start
             top = torch.full((count,), -torch.inf, **new)
             mass, mass2, weighted, total = (torch.zeros(count, **new) for _ in range(4))
             target = target_ids[rows]
             for columns in _slices(vocab, TILE_COLUMNS):
-                tile = tiles.logits(rows, columns)
+                size = count * (columns.stop - columns.start) * tiles.dtype.itemsize
+                tile = tiles.logits(rows, columns, fresh=size <= room)
                 inside = (target >= columns.start) & (target < columns.stop)
                 picked = tile.gather(1, (target - columns.start).clamp(0, tile.shape[1] - 1)[:, None])[:, 0]
                 target_logit[rows] = torch.where(inside, picked, target_logit[rows])
@@ -226,6 +247,9 @@ class _FusedLogProbs(torch.autograd.Function):
                 if config.power:
                     mass2 = mass2 * rescale.square() + torch.linalg.vecdot(tile, tile)
                 top = new_top
+                if size <= room:
+                    kept_tiles[rows.start, columns.start] = tile, top
+                    room -= size
             lse[rows] = top + mass.log()
             if config.entropy:
                 entropy[rows] = lse[rows] - weighted / mass
@@ -233,7 +257,7 @@ class _FusedLogProbs(torch.autograd.Function):
             lse2[rows] = 2 * top + mass2.log() if config.power else 2 * lse[rows]
             correct[rows] = target_logit[rows] >= top
         ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy)
-        ctx.config = config
+        ctx.config, ctx.kept_tiles = config, kept_tiles
         outputs = target_logit - lse, correct, entropy, mean_logit - lse, lse2 - 2 * lse
         ctx.mark_non_differentiable(correct, outputs[4])
         ctx.set_materialize_grads(False)
@@ -258,10 +282,15 @@ class _FusedLogProbs(torch.autograd.Function):
             weight_c = weight[columns].to(tiles.dtype)
             low_out_c = None if low_out is None else low_out[columns].to(tiles.dtype)
             for rows in rows_all:
-                logits = tiles.logits(rows, columns)
-                kept = logits.clone() if ctx.config.softcap is not None else logits
-                g_rows = None if g_entropy is None else g_entropy[rows]
-                grad = _tile_gradient(logits, lse[rows], pull[rows], g_rows, entropy[rows])
+                kept_tile = ctx.kept_tiles.pop((rows.start, columns.start), None)
+                if kept_tile is not None and g_entropy is None:
+                    exps, top = kept_tile
+                    kept = grad = exps.mul_((-pull[rows] * (top - lse[rows]).exp())[:, None])
+                else:
+                    logits = tiles.logits(rows, columns)
+                    kept = logits.clone() if ctx.config.softcap is not None else logits
+                    g_rows = None if g_entropy is None else g_entropy[rows]
+                    grad = _tile_gradient(logits, lse[rows], pull[rows], g_rows, entropy[rows])
                 if g_mean is not None:
                     grad += (g_mean[rows] / vocab)[:, None]
                 local = target_ids[rows] - columns.start

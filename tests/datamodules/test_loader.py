@@ -350,7 +350,8 @@ def test_batches_of_grouped_rows(prompts: list[int], batch_size: int, world_size
     assert [flat([share[n] for share in shares]) for n in range(len(alone))] == alone
     for n, batch in enumerate(alone):
         sizes = [len(share[n]) for share in shares]
-        assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(batch)
+        assert sum(sizes) == len(batch)
+        assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,24 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+# Bytes of tiles that are kept for the backward pass: none, those of some rows (the last tile of a row would fit, too,
+# where a larger one did not), all of them.
+KEPT = pytest.mark.parametrize("kept", [0, 4000, 1 << 20])
+
+
+@KEPT
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_values_and_gradients(dtype: torch.dtype, tolerance: float, softcap: float | None, scale: float) -> None:
+def test_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    tolerance: float,
+    softcap: float | None,
+    scale: float,
+    kept: int,
+) -> None:
+    monkeypatch.setattr(logprob_head, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(dtype)
     head.softcap, head.scale = softcap, scale
     stats = fused_logprobs(hidden, head, targets, temperature=1.3, entropy=True, mean=True, power=True)
@@ -65,8 +79,10 @@ def test_values_and_gradients(dtype: torch.dtype, tolerance: float, softcap: flo
         assert error(a, b) < 4 * tolerance
 
 
+@KEPT
 @pytest.mark.parametrize("asked", [{}, {"entropy": True}, {"mean": True}])
-def test_each_output_has_its_own_gradient(asked: dict[str, bool]) -> None:
+def test_each_output_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: int) -> None:
+    monkeypatch.setattr(logprob_head, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(torch.float64)
     stats = fused_logprobs(hidden, head, targets, **asked)
     expected = naive(hidden, head, targets, 1.0)
@@ -136,13 +152,67 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_logits_are_never_materialised() -> None:
+def test_logits_are_never_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob_head, "KEPT_BYTES", 2000)
     hidden, head, targets, _ = inputs(torch.float32)
     with Largest() as seen:
         stats: TokenStats = fused_logprobs(hidden, head, targets, entropy=True, mean=True, power=True)
         (stats.logprobs + stats.entropy).sum().backward()
     assert seen.numel <= V * D  # the weight's own gradient is the largest thing there is; logits would be N * V
     assert seen.numel < N * V
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("asked", "kept"), [({}, True), ({"entropy": True}, True), ({}, False)])
+def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: bool) -> None:
+    hidden, head, targets, _ = inputs(torch.float64)
+    head = OutputHead(head.weight)
+    monkeypatch.setattr(logprob_head, "KEPT_BYTES", N * V * 8 if kept else 0)
+    with Products() as products:
+        fused_logprobs(hidden, head, targets, **asked).logprobs.sum().backward()
+    num_tiles = -(-N // 8) * -(-V // 17)
+    assert products.count == (3 if kept else 4) * num_tiles
+
+
+def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 8 rows and 17 columns: three fit; a graph that is kept for a second pass gives the same gradient."""
+    hidden, head, targets, leaves = inputs(torch.float64)
+    monkeypatch.setattr(logprob_head, "KEPT_BYTES", 3 * 8 * 17 * 8 + 8)
+    total = fused_logprobs(hidden, head, targets).logprobs.sum()
+    node: Any = total.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    assert list(node.kept_tiles) == [(0, 0), (0, 17), (0, 34)]
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    assert not node.kept_tiles
+    for a, b in zip(torch.autograd.grad(total, leaves), first, strict=True):
+        assert error(a, b) < 1e-13
+
+
+def test_without_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    plain = logprob_head._Tiles.logits
+
+    def spied(self: Any, rows: slice, columns: slice, *, fresh: bool = False) -> Tensor:
+        asked.append(fresh)
+        return plain(self, rows, columns, fresh=fresh)
+
+    monkeypatch.setattr(logprob_head._Tiles, "logits", spied)
+    hidden, head, targets, _ = inputs(torch.float64)
+    with torch.no_grad():
+        fused_logprobs(hidden, head, targets)
+    fused_logprobs(hidden.detach(), OutputHead(head.weight.detach()), targets)
+    assert asked
+    assert not any(asked)
 
 
 def test_lora_on_the_head_of_a_model() -> None:
