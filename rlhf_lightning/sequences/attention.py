@@ -10,7 +10,7 @@ Legend: T tokens, G segments, H heads, K key/value heads, D head size, B blocks'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,6 @@ class Block:
         key_index: ``(B, P)`` flat positions of the tokens on their paths.
         query_depth: ``(B, Q)`` position along the path; padding sees every key, and nobody reads it.
         key_depth: ``(B, P)`` position along the path; padding lies beyond every query.
-        query_slot: ``(number of real tokens,)`` where the real queries stand in the flattened ``(B, Q)``.
         causal: every segment is a root of full width: the mask is the plain causal one and need not be built.
     """
 
@@ -43,7 +42,6 @@ class Block:
     key_index: Tensor
     query_depth: Tensor
     key_depth: Tensor
-    query_slot: Tensor
     causal: bool
 
     def mask(self, window: int | None) -> Tensor:
@@ -71,8 +69,6 @@ class TreeGeometry:
         segments = _merge_chains(segments)
         self.segments = segments
         self.device = device
-        self._blocks: list[Block] | None = None
-        self._order: Tensor | None = None
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self.flex_masks: dict[int | None, Any] = {}  # see flex.py
         ends = [start + length for start, length, _ in segments]
@@ -102,23 +98,28 @@ class TreeGeometry:
             paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
         return paths
 
-    @property
+    @cached_property
     def blocks(self) -> list[Block]:
         """Padded blocks that cover every segment once."""
-        if self._blocks is None:
-            paths = self._paths()
-            sizes = np.array([(length, len(path)) for (_, length, _), path in zip(self.segments, paths, strict=True)])
-            self._blocks = [self._block(group, sizes, paths) for group in _group_by_size(sizes)]
-            order = torch.cat([b.query_index.reshape(-1)[b.query_slot] for b in self._blocks])
-            self._order = torch.argsort(order)
-        return self._blocks
+        paths = self._paths()
+        sizes = np.array([(length, len(path)) for (_, length, _), path in zip(self.segments, paths, strict=True)])
+        return [self._block(group, sizes, paths) for group in _group_by_size(sizes)]
 
-    @property
-    def order(self) -> Tensor:
-        """``(T,)`` where each flat token stands in the concatenation of the blocks' real queries."""
-        _ = self.blocks
-        assert self._order is not None
-        return self._order
+    @cached_property
+    def query_index(self) -> Tensor:
+        """``(sum of B * Q,)`` flat positions of all blocks' queries, one block after the other."""
+        return torch.cat([block.query_index.reshape(-1) for block in self.blocks])
+
+    @cached_property
+    def key_index(self) -> Tensor:
+        """``(sum of B * P,)`` flat positions of all blocks' keys."""
+        return torch.cat([block.key_index.reshape(-1) for block in self.blocks])
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """``(T,)`` where each token stands among the blocks' queries."""
+        real = torch.cat([(block.query_depth < _FAR).reshape(-1) for block in self.blocks]).nonzero()[:, 0]
+        return torch.empty_like(self.subtree_end).index_copy_(0, self.query_index[real], real)
 
     def _block(self, group: list[int], sizes: np.ndarray, paths: list[np.ndarray]) -> Block:
         num_queries, num_keys = sizes[group].max(axis=0)
@@ -133,10 +134,9 @@ class TreeGeometry:
             key_depth[row, : len(path)] = np.arange(len(path))
         arrays = (query_index, key_index, query_depth, key_depth)
         query_i, key_i, query_d, key_d = (torch.from_numpy(a).to(self.device) for a in arrays)
-        real = torch.from_numpy(np.flatnonzero(query_depth < _FAR)).to(self.device)
         # Padding comes last, so a causal mask hides padding keys from every real query of a root.
         causal = all(self.segments[n][2] < 0 for n in group)
-        return Block(query_i, key_i, query_d, key_d, real, causal)
+        return Block(query_i, key_i, query_d, key_d, causal)
 
     def block_mask(self, number: int, window: int | None) -> Tensor:
         """The mask of one block, made once per window and kept for all layers."""
@@ -234,19 +234,17 @@ def tree_attention(
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         out = _plain(query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal)
         return out.transpose(1, 2).contiguous(), None
-    # (T, heads, size): a token's heads lie together in memory, so that gathering tokens copies whole rows.
-    query_THD, key_TKD, value_TKD = (t[0].transpose(0, 1) for t in (query, key, value))
+    # One look-up for all blocks: its backward pass fills and adds up one tensor, however many blocks there are.
+    blocks = tree.blocks
+    queries = _gathered(query, tree.query_index, [block.query_index for block in blocks])
+    keys, values = (_gathered(t, tree.key_index, [block.key_index for block in blocks]) for t in (key, value))
     outputs = []
-    for number, block in enumerate(tree.blocks):
-        q, k, v = (
-            _rows(t, i)
-            for t, i in ((query_THD, block.query_index), (key_TKD, block.key_index), (value_TKD, block.key_index))
-        )
+    for number, (block, q, k, v) in enumerate(zip(blocks, queries, keys, values, strict=True)):
         plain_causal = block.causal and (sliding_window is None or sliding_window >= k.shape[2])
         mask = None if plain_causal else tree.block_mask(number, sliding_window)
         out = _plain(q, k, v, mask, dropout, scaling, softcap, s_aux, plain_causal)
-        outputs.append(gather_rows(out.transpose(1, 2).flatten(0, 1), block.query_slot))
-    return gather_rows(torch.cat(outputs), tree.order)[None], None
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return gather_rows(torch.cat(outputs), tree.slot)[None], None
 
 
 def gather_rows(states: Tensor, index: Tensor) -> Tensor:
@@ -257,9 +255,12 @@ def gather_rows(states: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, states.flatten(1)).view(*index.shape, *states.shape[1:])
 
 
-def _rows(states_THD: Tensor, index_BQ: Tensor) -> Tensor:
-    """Gathers tokens into blocks: ``(T, H, D) -> (B, H, Q, D)``."""
-    return gather_rows(states_THD, index_BQ).transpose(1, 2)
+def _gathered(states_HTD: Tensor, index: Tensor, shapes: list[Tensor]) -> list[Tensor]:
+    """Gathers tokens into blocks: ``(1, H, T, D) -> [(B, H, Q, D)]``."""
+    # (T, heads, size): a token's heads lie together in memory, so that gathering tokens copies whole rows.
+    rows = gather_rows(states_HTD[0].transpose(0, 1), index)
+    parts = rows.split([shape.numel() for shape in shapes])
+    return [part.unflatten(0, shape.shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _plain(

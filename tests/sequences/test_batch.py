@@ -53,10 +53,11 @@ def test_visibility_is_ancestry(forest: list[Segment], share_prefix: bool) -> No
                 if block.query_depth[row, q] < 1 << 40:
                     visible[query, block.key_index[row][mask[q]]] = True
                     assert torch.equal(visible[query], expected[query])
-    assert torch.equal(
-        torch.cat([b.query_index.reshape(-1)[b.query_slot] for b in blocks])[batch.geometry.order],
-        torch.arange(batch.num_tokens),
-    )
+    assert torch.equal(torch.cat([b.query_index.reshape(-1) for b in blocks]), batch.geometry.query_index)
+    assert torch.equal(torch.cat([b.key_index.reshape(-1) for b in blocks]), batch.geometry.key_index)
+    assert torch.equal(batch.geometry.query_index[batch.geometry.slot], torch.arange(batch.num_tokens))
+    depths = torch.cat([b.query_depth.reshape(-1) for b in blocks])
+    assert torch.equal(depths[batch.geometry.slot], batch.geometry.depth)
 
 
 @given(forests, st.booleans())
