@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,14 @@ from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .models.backbone import base_model
 from .models.lockstep import Lockstep, meet, set_lockstep
 from .models.reference import FrozenReference
-from .models.sharding import ShardedRoot, check_can_shard, shard_model, sharded_like, whole_tensor
+from .models.sharding import ShardedRoot, check_can_shard, rank_mesh, shard_model, sharded_like, whole_tensor
 from .models.skeleton import skeletons
 
 if TYPE_CHECKING:
@@ -47,8 +48,44 @@ def check_can_be_sharded(precision: str, quantization: str | None) -> None:
         )
 
 
+def shard_group_size(shard_over: Literal["world", "node"] | int, per_node: int, num_nodes: int) -> int:
+    """How many ranks share one copy of the weights.
+
+    Args:
+        shard_over: ``"world"``, ``"node"``, or the number itself.
+        per_node: ranks of a node.
+        num_nodes: how many there are.
+
+    Raises:
+        ValueError: a number that does not divide that of all ranks.
+
+    Example:
+        >>> shard_group_size("world", 8, 2), shard_group_size("node", 8, 2), shard_group_size(4, 8, 2)
+        (16, 8, 4)
+    """
+    world = per_node * num_nodes
+    if isinstance(shard_over, str):
+        return world if shard_over == "world" else per_node
+    if world % shard_over:
+        fitting = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)
+        raise ValueError(
+            f"shard_over is {shard_over}, which does not divide the {world} ranks into groups of one size: use one of "
+            f"{fitting}"
+        )
+    return shard_over
+
+
+def _check_shard_over(value: Any) -> None:
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not number and value not in ("world", "node"):
+        raise ValueError(
+            f"shard_over is {value!r}; it must be 'world', 'node', or a number of ranks of at least 1: write 'node' to "
+            "keep a copy of the weights on every machine"
+        )
+
+
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallelism over all ranks, by PyTorch's FSDP2 (``fully_shard``).
+    """Fully sharded data parallelism, by PyTorch's FSDP2 (``fully_shard``), over all ranks or over each node's.
 
     Written ``trainer.strategy: fsdp2``. Of policy, reference and critic every rank keeps a part, and gathers one
     decoder block at a time (embeddings, output projection and scalar heads are one more unit). Gradients are summed, as
@@ -58,21 +95,43 @@ class FSDP2Strategy(ModelParallelStrategy):
     Rank 0 reads the weights; the others are given theirs block by block, so that host memory holds one copy.
     Checkpoints are single files, as on one rank: they load at any number of ranks and under any strategy.
 
+    With ``shard_over="node"`` every node holds a copy of the weights (hybrid sharding; Zhao et al., 2023,
+    arXiv:2304.11277, section 3.2.2): ranks gather them from their neighbours, and only sums of gradients travel between
+    nodes. That is faster where the network between nodes is slower than inside them, and a copy fits on one. The result
+    is the same.
+
+    With ``cpu_offload=True`` the decoder blocks of policy, reference and critic, their gradients and optimizer states
+    lie in host memory: a block is copied to the GPU for its turn, its gradient back, and the optimizer steps on the CPU
+    (ZeRO-Offload; Ren et al., 2021, arXiv:2101.06840). That is slower; it is for models that do not fit otherwise.
+    Embeddings, output projection and scalar heads stay on the GPU. On CPUs it changes nothing: weights are there.
+
     Args:
-        process_group_backend: of torch.distributed; by default the device's.
+        process_group_backend: of torch.distributed; by default the device's, and with ``cpu_offload`` on GPUs
+            ``cpu:gloo,cuda:nccl``.
         timeout: of collectives.
+        shard_over: the ranks that share one copy of the weights: ``world``, ``node``, or that many neighbours, a number
+            that divides the number of all ranks.
+        cpu_offload: keep decoder blocks in host memory.
 
     Raises:
-        ValueError: fp16, whose loss scale ranks would choose apart, or quantised weights, which cannot be split.
+        ValueError: fp16, whose loss scale ranks would choose apart, quantised weights, which cannot be split, or a
+            value of ``shard_over`` that does not fit the ranks, or a backend that cannot reach what is offloaded.
 
     Example::
 
         lightning.Trainer(strategy="fsdp2", devices=8, precision="bf16-mixed").fit(module, data)
+        lightning.Trainer(strategy=FSDP2Strategy(shard_over="node"), devices=8, num_nodes=4).fit(module, data)
     """
 
     strategy_name = "fsdp2"
 
-    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        shard_over: Literal["world", "node"] | int = "world",
+        cpu_offload: bool = False,
+    ) -> None:
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         super().__init__(
             data_parallel_size=1,  # of all ranks, once their number is known
@@ -81,6 +140,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             **options,
         )
+        _check_shard_over(shard_over)
+        if cpu_offload and process_group_backend == "nccl":
+            raise ValueError(
+                "process_group_backend is 'nccl' with cpu_offload=True, whose weights lie in host memory, where nccl "
+                "cannot gather them: write 'cpu:gloo,cuda:nccl', or leave it out"
+            )
+        self.shard_over = shard_over
+        self.cpu_offload = cpu_offload
+        self._mesh: DeviceMesh | None = None
         self._roots: list[ShardedRoot] = []
         self._lockstep: Lockstep | None = None
 
@@ -88,12 +156,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Makes the name known to the trainer."""
         if cls.strategy_name not in strategy_registry:
-            strategy_registry.register(cls.strategy_name, cls, description="FSDP2 over all ranks")
+            strategy_registry.register(cls.strategy_name, cls, description="FSDP2")
 
     def setup_environment(self) -> None:
         """Spans the mesh over all ranks."""
+        group = shard_group_size(self.shard_over, self.num_processes, self.num_nodes)
         self._data_parallel_size = self.num_nodes * self.num_processes
+        if self.cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # checkpoints gather what is in host memory
         super().setup_environment()
+        self._mesh = rank_mesh(self.root_device.type, self.world_size, group, self._timeout)
 
     # Loading and sharding.
 
@@ -118,10 +190,9 @@ class FSDP2Strategy(ModelParallelStrategy):
                 for model, _ in groups:
                     check_can_shard(model)
             for number, (model, heads) in enumerate(groups):
-                root = shard_model(
-                    model, self.device_mesh["data_parallel"], self.root_device, heads=heads, number=number
-                )
-                self._roots.append(root)
+                assert self._mesh is not None
+                options: dict[str, Any] = {"heads": heads, "number": number, "cpu_offload": self.cpu_offload}
+                self._roots.append(shard_model(model, self._mesh, self.root_device, **options))
             self._agree_on_the_rest(module, [model for model, _ in groups])
         self._lockstep = Lockstep(self.root_device, self._roots)
         set_lockstep(self._lockstep)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 
-from rlhf_lightning import GRPOModule, PPOModule
+from rlhf_lightning import FSDP2Strategy, GRPOModule, PPOModule
 from rlhf_lightning.sequences import ExampleBatch
 from tests.invariance.harness import Batches, trainer, whole
 from tests.invariance.methods import METHODS, Method, rollouts
@@ -37,8 +38,9 @@ def run_job(job: dict[str, Any], strategy: str = "auto", rank: int = 0, world: i
     """Trains, and returns whole weights and what was logged.
 
     Args:
-        job: ``method``, ``model`` and, if wanted, ``options`` of the module, ``precision``, and the paths ``resume``,
-            ``save`` and ``export``.
+        job: ``method``, ``model`` and, if wanted, ``options`` of the module, ``precision``, ``sgd`` in the place of
+            AdamW, which makes differences of rounding noise as large as its steps, options of the strategy
+            ``fsdp2``, and the paths ``resume``, ``save`` and ``export``.
         strategy: of the trainer.
         rank: this process.
         world: how many processes there are.
@@ -50,10 +52,15 @@ def run_job(job: dict[str, Any], strategy: str = "auto", rank: int = 0, world: i
         "micro_batch_tokens": 40,
         "optimizer": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, fused=True),
     }
+    if job.get("sgd"):
+        options["optimizer"] = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
     module = method.module(job["model"], **{**method.options, **options, **job.get("options", {})})
     rows = method.rows(BOUNDS[-1])
     batches = [rows[start:stop][rank::world] for start, stop in itertools.pairwise(BOUNDS)]
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if strategy == "fsdp2" and "fsdp2" in job:
+        strategy = "fsdp2-of-a-job"  # by name, as Lightning refuses fp64 where it is given the object
+        StrategyRegistry.register(strategy, FSDP2Strategy, override=True, **job["fsdp2"])
     settings: dict[str, Any] = {"devices": devices, "num_nodes": world // devices, "strategy": strategy}
     settings["use_distributed_sampler"] = False
     resume = job.get("resume")

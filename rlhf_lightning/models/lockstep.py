@@ -6,6 +6,8 @@ of those that are asked for comes next, and a rank that did not ask for it stand
 gradient is zero. Methods know nothing of this, and a forward that only some ranks make costs the others next to
 nothing; nobody holds more than the weights that one layer needs, which gathering all weights for a step would cost.
 
+Also where groups of ranks have a copy of the weights each, all ranks agree: gradients are added up over the groups.
+
 Passes are ordered: forwards without gradient, forwards with gradient, backwards, and last ``meet``, where ranks wait
 until none has a pass left to make. Every other collective has to be behind a ``meet``.
 """

@@ -50,7 +50,7 @@ class OutputHead:
         """``(N, V)`` logits, materialised: for tests and for few rows."""
         logits = hidden_ND @ self.weight.T
         if self.lora_in is not None and self.lora_out is not None:
-            logits = logits + self.lora_scaling * (hidden_ND @ self.lora_in.T) @ self.lora_out.T
+            logits = logits + self.lora_scaling * (hidden_ND.to(self.lora_in.dtype) @ self.lora_in.T) @ self.lora_out.T
         if self.bias is not None:
             logits = logits + self.bias
         logits = logits * self.scale

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from functools import wraps
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .backbone import base_model, decoder_of
@@ -85,7 +86,13 @@ def sharded_units(model: nn.Module) -> list[FSDPModule]:
 
 
 def shard_model(
-    model: nn.Module, mesh: DeviceMesh, device: torch.device, *, heads: Sequence[nn.Module] = (), number: int = 0
+    model: nn.Module,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    heads: Sequence[nn.Module] = (),
+    number: int = 0,
+    cpu_offload: bool = False,
 ) -> ShardedRoot:
     """Shards a causal language model and the heads that read it, unit by unit, with the weights of rank 0.
 
@@ -94,10 +101,11 @@ def shard_model(
 
     Args:
         model: the model, bare or with adapters around it.
-        mesh: one dimension, over all ranks.
-        device: of the shards.
+        mesh: of all ranks, as :func:`rank_mesh` makes it.
+        device: what this rank computes on.
         heads: modules that read the model's hidden states.
         number: the model's, for ``Lockstep``.
+        cpu_offload: see ``block_options``.
 
     Raises:
         ValueError: the weights are quantised.
@@ -108,11 +116,16 @@ def shard_model(
     if known is not None:  # by an earlier trainer of this process
         known.number = number
         return known
+    options = block_options(mesh, cpu_offload=cpu_offload)
     for block in decoder_blocks(base):
+        check_one_dtype(block)
         read = _take_from_first_rank(block, device)
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, **options)
+        if "offload_policy" in options:
+            _keep_in_place(block)
         drop_file_pages(read)
     root = ShardedRoot(base, heads, number)
+    check_one_dtype(root)
     read = _take_from_first_rank(root, device)
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
     drop_file_pages(read)
@@ -141,6 +154,78 @@ def check_can_shard(model: nn.Module) -> None:
         )
 
 
+def rank_mesh(device_type: str, world: int, group: int, timeout: timedelta | None = None) -> DeviceMesh:
+    """All ranks as a mesh: groups of neighbours share one copy of the weights, and every group has a copy.
+
+    Args:
+        device_type: what ranks compute on.
+        world: number of ranks.
+        group: number of ranks that share a copy; it divides ``world``.
+        timeout: of collectives within groups and between them.
+
+    Returns:
+        One dimension where there is one group, as FSDP2 shards over all of it; else ``(world / group, group)``, whose
+        first dimension it replicates over.
+    """
+    if group == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    ranks = torch.arange(world).view(-1, group)
+    # By hand, as groups that the mesh makes would have torch's own timeout.
+    groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0] for rows in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def block_options(mesh: DeviceMesh, *, cpu_offload: bool) -> dict[str, Any]:
+    """What ``fully_shard`` is told of the decoder blocks beside their mesh.
+
+    Args:
+        mesh: of the ranks.
+        cpu_offload: keep the blocks' shards, gradients and optimizer states in host memory. What is left of a model
+            stays on the GPU, so that a model's first parameter, its embeddings, still tells where it computes. Nothing
+            changes where ranks compute on the CPU.
+    """
+    return {"offload_policy": CPUOffloadPolicy()} if cpu_offload and mesh.device_type == "cuda" else {}
+
+
+def _keep_in_place(block: Any) -> None:
+    """Lets ``to`` change a block's precision, never the device of its tensors: the trainer moves whole modules."""
+    apply = block._apply
+
+    def apply_in_place(function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def changed(tensor: Tensor) -> Tensor:
+            result = function(tensor)
+            return result if result.device == tensor.device else tensor.to(result.dtype)
+
+        module: nn.Module = apply(changed, recurse)
+        return module
+
+    block._apply = apply_in_place
+
+
+def copies_of(sharded: DTensor) -> int:
+    """How many times a sharded tensor is there, over all ranks."""
+    mesh = sharded.device_mesh
+    return mesh.size() // mesh.size(mesh.ndim - 1)
+
+
+def check_one_dtype(unit: nn.Module) -> None:
+    """Refuses a unit that trains weights of several dtypes, whose gradients cannot be summed in one buffer.
+
+    Raises:
+        ValueError: adapters in fp32 beside trained weights in half a precision.
+    """
+    trained: dict[torch.dtype, str] = {}
+    for name, parameter in unit.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):  # those of another unit are sharded already
+            trained.setdefault(parameter.dtype, name)
+    if len(trained) > 1:
+        found = " and ".join(f"{dtype} ({name})" for dtype, name in trained.items())
+        raise ValueError(
+            f"strategy is 'fsdp2' and weights that are trained in one unit are in {found}: use precision 'bf16-mixed', "
+            "strategy 'ddp', or a lora without modules_to_save and without adapters on embeddings"
+        )
+
+
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a decoder: its largest list of modules."""
     lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
@@ -151,8 +236,9 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 def local_shard(whole: Tensor, like: DTensor) -> Tensor:
     """This rank's part of a whole tensor, as FSDP2 splits it: along the first dimension, the last parts maybe empty."""
     mesh = like.device_mesh
-    chunks = torch.chunk(whole, mesh.size(), dim=0)
-    rank = mesh.get_local_rank()
+    dimension = mesh.ndim - 1  # copies are counted along the one before
+    chunks = torch.chunk(whole, mesh.size(dimension), dim=0)
+    rank = mesh.get_local_rank(dimension)
     return chunks[rank] if rank < len(chunks) else whole[:0]
 
 
@@ -160,9 +246,10 @@ def sharded_like(whole: Tensor, like: DTensor) -> DTensor:
     """A whole tensor that every rank can read, sharded as another one of its shape."""
     local = local_shard(whole, like).to(like.device, copy=True).contiguous()
     strides = torch.empty(whole.shape, device="meta").stride()
-    return DTensor.from_local(
+    placed = DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=strides
     )
+    return placed.to(like.device)  # type: ignore[return-value]  # what is offloaded goes to the mesh's device first
 
 
 def whole_tensor(value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..models.lockstep import lockstep, meet
+from ..models.sharding import copies_of
 
 Scores = dict[str, Tensor]
 
@@ -124,8 +125,12 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float) -> Te
     grads: list[Any] = [parameter.grad for parameter in parameters]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     dtype = torch.promote_types(local[0].dtype, torch.float32)
-    # Shards are added up over the ranks; what is whole is the same on each, and counts once.
-    squares = [part.to(dtype).square().sum() for part in local]
+    # Parts may lie in host memory; what is added up over ranks lies where they compute.
+    device = next(torch.device(grad.device_mesh.device_type) for grad in grads if isinstance(grad, DTensor))
+    # Shards are added up over the ranks, each of their copies for its part, so that all ranks find the same number;
+    # what is whole is the same on each, and counts once.
+    squares = [part.to(dtype).square().sum().to(device) for part in local]
+    squares = [s / copies_of(g) if isinstance(g, DTensor) else s for s, g in zip(squares, grads, strict=True)]
     total = squares[0].new_zeros(())
     sharded = sum((s for s, grad in zip(squares, grads, strict=True) if isinstance(grad, DTensor)), total.clone())
     whole = sum((s for s, grad in zip(squares, grads, strict=True) if not isinstance(grad, DTensor)), total)
@@ -134,5 +139,5 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float) -> Te
     norm: Tensor = (sharded + whole).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch does
     for part in local:
-        part.mul_(factor.to(part.dtype))
+        part.mul_(factor.to(part))
     return norm

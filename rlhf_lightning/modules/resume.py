@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -188,18 +188,22 @@ class ResumableModule(MicroBatchedModule):
 
     # Precision.
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts like torch's, but keeps adapters in fp32 where they are in it.
 
         Lightning's ``bf16-true`` and ``16-true`` cast every weight; the steps of an adapter are often below what half
-        a precision can tell apart, and fp32 copies of so few weights cost nothing.
+        a precision can tell apart, and fp32 copies of so few weights cost nothing. Sharded weights know their dtype
+        from here on, so what has been cast could not be put back.
         """
-        kept = {p: p.data for p in _adapter_parameters(self) if p.dtype == torch.float32}
-        super().to(*args, **kwargs)
-        for parameter, exact in kept.items():
-            if parameter.dtype != torch.float32:
-                parameter.data = exact.to(parameter.device)
-        return self
+        exact = [p for p in _adapter_parameters(self) if p.dtype == torch.float32]
+        kept = {id(tensor) for p in exact for tensor in (p, p.grad) if tensor is not None}
+
+        def apply(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            half = changed.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(changed.device) if half and id(tensor) in kept else changed
+
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

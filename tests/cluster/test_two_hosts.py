@@ -71,14 +71,16 @@ def hosts() -> Iterator[list[tuple[str, str, str]]]:
                 ip("netns", "del", name)
 
 
-def on_hosts(hosts: list[tuple[str, str, str]], jobs: dict[str, Any], folder: Path, strategy: str) -> dict[str, Any]:
-    """Runs jobs with one process on each host; the results of rank 0."""
+def on_hosts(
+    hosts: list[tuple[str, str, str]], jobs: dict[str, Any], folder: Path, strategy: str, per_host: int = 1
+) -> dict[str, Any]:
+    """Runs jobs with one process, or more, on each host; the results of rank 0."""
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     target = folder / f"{strategy}.pt"
     running = []
     for number, (name, _, interface) in enumerate(hosts):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        command += [f"--node-rank={number}", "--nproc-per-node=1", f"--master-addr={hosts[0][1]}"]
+        command += [f"--node-rank={number}", f"--nproc-per-node={per_host}", f"--master-addr={hosts[0][1]}"]
         command += [
             f"--master-port={PORT}",
             "-m",
@@ -107,7 +109,18 @@ def on_hosts(hosts: list[tuple[str, str, str]], jobs: dict[str, Any], folder: Pa
 def test_two_hosts_make_the_steps_of_one(hosts: list[tuple[str, str, str]], strategy: str, tmp_path: Path) -> None:
     model = str(save_tiny_model(tmp_path / "model", "qwen3"))
     jobs = {method: {"method": method, "model": model} for method in ("sft", "kto", "grpo-live")}
-    results = on_hosts(hosts, jobs, tmp_path, strategy)
+    assert_steps_of_one(jobs, on_hosts(hosts, jobs, tmp_path, strategy))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_copy_on_each_host_makes_the_steps_of_one(hosts: list[tuple[str, str, str]], tmp_path: Path) -> None:
+    job = {"model": str(save_tiny_model(tmp_path / "model", "qwen3")), "fsdp2": {"shard_over": "node"}, "sgd": True}
+    jobs = {method: job | {"method": method} for method in ("sft", "dpo")}
+    assert_steps_of_one(jobs, on_hosts(hosts, jobs, tmp_path, "fsdp2", per_host=2))
+
+
+def assert_steps_of_one(jobs: dict[str, Any], results: dict[str, Any]) -> None:
     for name, job in jobs.items():
         expected = run_job(job)["weights"]
         found = results[name]["weights"]
