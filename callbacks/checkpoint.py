@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -161,3 +162,27 @@ class TrainingCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             for old in [other for other in self._by_age() if other != path][: -self.keep + 1 or None]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+def check_enabled(enabled: bool | None, callbacks: Iterable[Any]) -> None:
+    """Refuses callbacks that make checkpoints where the trainer is told to make none.
+
+    Args:
+        enabled: the trainer's ``enable_checkpointing``; ``None`` is Lightning's default, which is true.
+        callbacks: the trainer's.
+
+    Raises:
+        ValueError: it is false, and one of the callbacks makes checkpoints.
+
+    Example:
+        >>> check_enabled(False, [TrainingCheckpoint("runs/dpo/checkpoints")])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: trainer.enable_checkpointing is false, and TrainingCheckpoint makes checkpoints: write ...
+    """
+    makers = sorted({type(callback).__name__ for callback in callbacks if isinstance(callback, Checkpoint)})
+    if makers and enabled is not None and not enabled:
+        what = f"{makers[0]} makes" if len(makers) == 1 else f"{' and '.join(makers)} make"
+        raise ValueError(
+            f"trainer.enable_checkpointing is false, and {what} checkpoints: write --trainer.enable_checkpointing=true "
+            "(in YAML, enable_checkpointing: true under trainer), or leave the callback out"
+        )

@@ -10,10 +10,9 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..models.sharding import sharded_like
+from ..models.sharding import sharded_like, sharded_units
 from ..modules import PostTrainingModule
 
 
@@ -32,7 +31,8 @@ class WeightAverage(lightning.Callback):
     Training goes on with its own weights. Validation (``GenerationAccuracy`` and ``SampleLogger`` included), test and
     predict of the same trainer, and ``save_pretrained`` (``ModelExport``) see the average. A checkpoint holds both, and
     a resumed run goes on with both. What is averaged is what is trained: with LoRA the adapter, never a reference;
-    every optimizer step counts, also where a batch makes several of them.
+    every optimizer step counts, also where a batch makes several of them. Where weights are sharded (``fsdp2``), so is
+    their average; checkpoints hold it whole, and move between strategies and numbers of ranks.
 
     Departure from Lightning's ``EMAWeightAveraging``: that one copies the whole module, frozen weights and references
     included, counts batches, shows training weights to what runs when validation ends, and cannot be sharded.
@@ -42,8 +42,8 @@ class WeightAverage(lightning.Callback):
         start_step: optimizer steps that are left out at the beginning, at least 0.
 
     Raises:
-        ValueError: a number out of range; in training, a module that is none of ours, or a checkpoint whose average is
-            of other weights.
+        ValueError: a number out of range; a module that is none of ours, or a checkpoint whose average is of other
+            weights.
 
     Example::
 
@@ -60,6 +60,7 @@ class WeightAverage(lightning.Callback):
         self.start_step = start_step
         self.num_steps = 0  # of the optimizer, those before start_step included
         self.average: dict[str, Tensor] = {}
+        self._is_loaded = False  # from a checkpoint: whole, and on the CPU
         self._module: PostTrainingModule | None = None
         self._own: dict[str, Tensor] | None = None  # the weights that train, while the average is in their place
         self._hook: Any = None
@@ -70,7 +71,7 @@ class WeightAverage(lightning.Callback):
             raise ValueError(f"WeightAverage needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
         if self._module is pl_module:
             return
-        self.num_steps, self.average, self._module = 0, {}, pl_module
+        self.num_steps, self.average, self._is_loaded, self._module = 0, {}, False, pl_module
         attributes = vars(pl_module)
         attributes.pop("save_pretrained", None)  # of an earlier average
         export = pl_module.save_pretrained
@@ -86,9 +87,7 @@ class WeightAverage(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Puts a loaded average beside the weights that it is of, and counts the optimizer's own steps."""
-        trained = self._trained()
-        if self.average:
-            self.average = _placed(self.average, trained)
+        self._place()
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._step())
 
     @torch.no_grad()
@@ -106,6 +105,11 @@ class WeightAverage(lightning.Callback):
         factor = 1 / count if self.decay == 1 else (1 - self.decay) / (1 - self.decay**count)
         for name, weight in trained.items():
             self.average[name].lerp_(_exact(weight), factor)
+
+    def _place(self) -> None:
+        if self.average:
+            self.average = _placed(self.average, self._trained())
+        self._is_loaded = False
 
     def _trained(self) -> dict[str, nn.Parameter]:
         assert self._module is not None
@@ -129,6 +133,8 @@ class WeightAverage(lightning.Callback):
             return
         with torch.inference_mode(False), torch.no_grad():  # what is made in it could not train again
             trained = self._sharded()
+            if self._is_loaded:  # a checkpoint is validated without training
+                self._place()
             self._own = {name: weight.detach().clone() for name, weight in trained.items()}
             _put(trained, self.average)
 
@@ -141,9 +147,8 @@ class WeightAverage(lightning.Callback):
 
     def _sharded(self) -> dict[str, nn.Parameter]:
         assert self._module is not None
-        for part in self._module.modules():
-            if isinstance(part, FSDPModule):  # it may hold what it has gathered for the last forward
-                part.reshard()
+        for unit in sharded_units(self._module):
+            unit.reshard()  # it may hold what it has gathered for the last forward
         return self._trained()
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -195,6 +200,7 @@ class WeightAverage(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up where an earlier run was."""
         self.num_steps, self.average = state_dict["num_steps"], dict(state_dict["average"])
+        self._is_loaded = True
         if self.average:
             self.start_step = state_dict["start_step"]
 

@@ -88,6 +88,15 @@ class PostTrainingCLI(LightningCLI):
         """Parses ``args``; ``sys.argv`` plays no part, so there is nothing to warn of."""
         self.config = parser.parse_args(args)
 
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Builds the trainer; of checkpoints that contradict each other, Lightning would not say what to write."""
+        from .callbacks.checkpoint import check_enabled
+
+        given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks = given.get("callbacks") or []
+        check_enabled(given.get("enable_checkpointing"), callbacks if isinstance(callbacks, list) else [callbacks])
+        return super().instantiate_trainer(**kwargs)
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as it is, and says where a checkpoint was made with another one.
 

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import SFTModule
-from rlhf_lightning.callbacks import TrainingCheckpoint
+from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint
+from rlhf_lightning.callbacks.checkpoint import check_enabled
 from rlhf_lightning.datamodules import SFTDataModule
 
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(10)]
@@ -155,3 +156,17 @@ def test_beside_lightnings_checkpoints_of_the_best_models(tiny_model_folder, tmp
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         TrainingCheckpoint("x", **options)
+
+
+def test_checkpoints_where_there_should_be_none(tmp_path):
+    saver, best = TrainingCheckpoint(str(tmp_path)), ModelCheckpoint(tmp_path / "best")
+    for enabled, callbacks in ((True, [saver]), (None, [saver, best]), (False, []), (False, [ModelExport("x")])):
+        check_enabled(enabled, callbacks)
+    with pytest.raises(
+        ValueError, match=r"is false, and TrainingCheckpoint makes checkpoints: write --trainer.enable_"
+    ):
+        check_enabled(False, [ModelExport("x"), saver])
+    with pytest.raises(
+        ValueError, match=r"ModelCheckpoint and TrainingCheckpoint make checkpoints: .*true under train"
+    ):
+        check_enabled(False, [saver, best])
