@@ -118,6 +118,9 @@ class Writes:
         self.fsync(descriptor)
 
     def write(self, value: Any, file: Any, **options: Any) -> None:
+        if isinstance(file, io.BytesIO):  # a tensor that ranks send each other, and no checkpoint
+            self.save(value, file, **options)
+            return
         dies = self.counted("half")
         if not dies and self.dies_at != ("peer", self.counts["half"]):
             self.save(value, file, **options)

@@ -99,7 +99,7 @@ def assert_ends_as(folder: Path, whole: Path) -> None:
         assert_same(found[name], expected[name], name)
 
 
-@pytest.mark.parametrize(("strategy", "method", "first"), [("ddp", "dpo", 0), ("fsdp2", "sft", 0)])
+@pytest.mark.parametrize(("strategy", "method", "first"), [("ddp", "dpo", 0), ("fsdp2", "sft", 0), ("fsdp2", "sft", 1)])
 def test_the_other_rank_ends_and_the_run_is_taken_up(processes, tiny_model_folder, tmp_path, strategy, method, first):
     model, chance = str(tiny_model_folder()), random.Random(f"{strategy}{KILLS}")
     whole, folder = tmp_path / "whole", tmp_path / "killed"
