@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,14 +23,14 @@ from .models import load_causal_lm, load_tokenizer
 from .pipeline.manifest import input_hashes, write_atomically
 from .rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams
 from .rollouts.rewards._loading import find_own_modules
-from .rollouts.step_labels import label_steps, sample_solutions
+from .rollouts.step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions
 from .sequences import Example
 from .usage import UsageError, explain
 
 _PROMPTS_AT_ONCE = 16
-_COUNTED = ("cut off", "without steps", "alike", "without verdict")
-# How a run is carried out cannot change what it finds.
-_NOT_RESULTS = ("output", "max_concurrency", "timeout", "api_key_variable")
+_COUNTED = (TOO_LONG, "cut off", "without steps", "alike", UNJUDGED)
+# How a run is carried out cannot change what it finds, and neither can what only ends it: it goes on with drop.
+_NOT_RESULTS = ("output", "max_concurrency", "timeout", "api_key_variable", "on_too_long")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ class LabelOptions:
         step_separator: what ends each step; \n stands for a line's end.
         sampling: of solutions and completions; it has no seed of its own.
         success: a reward of at least this much is a right answer.
-        skip_after_failure: steps behind one that no completion could save get 0 without being sampled.
+        skip_after_failure: a wrong solution's steps behind one that no completion could save get 0, unsampled.
+        max_length: tokens of a prompt, or of a prompt and all steps but the last, at most; at least 1. By default, and
+            at most, what the model has room for (with --url, as far as the server says so).
+        on_too_long: drop what is longer, which is counted, or error.
         limit: the first so many prompts, at least 1; all if left out.
         seed: every sample is a function of this, the row's id and the sample's number.
         dtype: of the model's weights; not with --url.
@@ -74,6 +77,8 @@ class LabelOptions:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     success: float = 0.5
     skip_after_failure: bool = False
+    max_length: int | None = None
+    on_too_long: OnTooLong = "drop"
     limit: int | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -100,9 +105,10 @@ class LabelOptions:
             raise ValueError("nothing says what writes the solutions: give --model with a folder, or --url of a server")
         if self.url is not None and self.tokenizer is None and self.model is None:
             raise ValueError("with --url alone nothing says how text becomes tokens: give --tokenizer, the model's")
-        for name, least in (("num_solutions", 0), ("num_completions", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, least in (("num_solutions", 0), ("num_completions", 1), ("max_length", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         if self.sampling.seed is not None:
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write --seed, which is that of all samples")
         if not self.step_separator:
@@ -124,10 +130,12 @@ def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> 
 
     Returns:
         Numbers of prompts, solutions and steps; means of the labels (``mean_label``) and of last steps' (``right``);
-        numbers of solutions that were cut off, without steps, alike or without verdict, and so left out.
+        numbers of prompts and solutions that were too long, cut off, without steps, alike or without verdict, and so
+        left out.
 
     Raises:
-        ValueError: an option is not allowed, or no solution could be labelled.
+        ValueError: an option is not allowed, no solution could be labelled, or, with ``on_too_long="error"``, something
+            is too long; what was done before is kept, and the same call goes on from there.
 
     Example:
         >>> options = LabelOptions("sums:prompts?rows=50", "steps.jsonl", "runs/quickstart/sft/model")
@@ -158,13 +166,16 @@ def _labelled(
     common: dict[str, Any] = {
         "step_separator": options.separator,
         "sampling": options.sampling,
+        "max_length": options.max_length,
+        "on_too_long": options.on_too_long,
         "seed": options.seed,
     }  # fmt: skip
     tokens = {example.row_id: example.root.tokens.tolist() for example in part}
     rows = [{**example.fields, "row_id": example.row_id} for example in part]
-    cut_off = empty = alike = 0
+    cut_off = empty = alike = too_long = 0
+    left_out: Counter[str] = Counter()
     if options.num_solutions:
-        rows, cut_off, empty, alike = sample_solutions(
+        rows, cut_off, empty, alike, too_long = sample_solutions(
             rows,
             engine,
             tokenizer,
@@ -173,25 +184,22 @@ def _labelled(
             **common,
         )
         tokens = {row["row_id"]: tokens[row["row_id"].rpartition("/")[0]] for row in rows}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*rows were left out")  # they are counted here
-        labelled = list(
-            label_steps(
-                rows,
-                engine,
-                tokenizer,
-                verify,
-                num_samples=options.num_completions,
-                labels=options.labels,
-                success=options.success,
-                skip_after_failure=options.skip_after_failure,
-                prompt_tokens=lambda row: tokens[row["row_id"]],
-                **common,
-            )
-        )
-    unjudged = len(rows) - len(labelled)
+    labelled = label_steps(
+        rows,
+        engine,
+        tokenizer,
+        verify,
+        num_samples=options.num_completions,
+        labels=options.labels,
+        success=options.success,
+        skip_after_failure=options.skip_after_failure,
+        prompt_tokens=lambda row: tokens[row["row_id"]],
+        left_out=left_out,
+        **common,
+    )
     written = [{name: value for name, value in row.items() if name != "row_id"} for row in labelled]
-    return written, dict(zip(_COUNTED, (cut_off, empty, alike, unjudged), strict=True))
+    counts = too_long + left_out[TOO_LONG], cut_off, empty, alike, left_out[UNJUDGED]
+    return written, dict(zip(_COUNTED, counts, strict=True))
 
 
 def _tokenizer(options: LabelOptions) -> PreTrainedTokenizerBase:

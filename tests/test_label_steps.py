@@ -161,6 +161,48 @@ def test_solutions_that_the_rows_bring(tiny_model_folder, tmp_path):
     assert (found["solutions"], found["without verdict"], found["right"]) == (2, 1, 0.5)
 
 
+LONG = "9" * 130  # the model has 128 positions
+
+
+def test_what_is_too_long_costs_itself_alone(scripted, tmp_path, problems, capsys):
+    """Prompts and the rows' own solutions beyond the model's positions are counted; with error, nothing is lost."""
+    whole = rows_of(scripted(Scripted()))
+    rows = [*PROBLEMS[:3], {"prompt": f"{LONG}+1=?", "answer": "0"}, *PROBLEMS[3:]]
+    Path(problems).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out/steps.jsonl"
+    output.unlink()
+    first, second = Limited(), Limited()
+    with pytest.raises(SystemExit) as exit_info:
+        scripted(first, "--on_too_long=error")
+    assert exit_info.value.code == 1
+    assert "problems.jsonl:4 is too long: its prompt has 134 tokens, and at most 127 can" in capsys.readouterr().err
+    assert not output.exists()
+    assert rows_of(scripted(second)) == whole
+    assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}, "what was done is kept"
+    assert capsys.readouterr().out.splitlines()[-2].endswith("left out: 1 too long, 5 cut off, 10 alike")
+
+
+class Limited(Scripted):
+    """An engine that says how much it takes."""
+
+    def longest_prompt(self, sampling: Any) -> int:
+        return 127
+
+
+def test_solutions_of_the_rows_that_are_too_long(tiny_model_folder, tmp_path):
+    source, output = tmp_path / "solved.jsonl", tmp_path / "steps.jsonl"
+    solved = [
+        {"prompt": "1+2=?", "completion": "so\n#3", "answer": "3"},
+        {"prompt": "2+2=?", "completions": [LONG, "#4"], "answer": "4"},
+        {"prompt": "2+3=?", "completions": ["so", LONG], "answer": "5"},  # nothing is completed behind its last step
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in solved))
+    options = LabelOptions(str(source), str(output), str(tiny_model_folder()), num_solutions=0, num_completions=1)
+    found = label_prompts(options, say=lambda line: None)
+    assert [row["prompt"] for row in rows_of(output)] == ["1+2=?", "2+3=?"]
+    assert (found["prompts"], found["solutions"], found["too long"]) == (3, 2, 1)
+
+
 def test_the_embedded_task_from_end_to_end(tiny_model_folder, tmp_path, capsys):
     def run(name: str) -> Path:
         output = tmp_path / name
@@ -216,6 +258,8 @@ def test_a_server_instead_of_a_model(tiny_model_folder, tmp_path):
         (["--num_solutions=many"], 2, "num_solutions: 'many' is not allowed: expected int"),
         (["--sampling.temperature=-1"], 1, "temperature=-1.0 is not allowed"),
         (["--model=m", "--num_solutions=-1"], 1, "num_solutions is -1; it must be at least 0"),
+        (["--model=m", "--max_length=0"], 1, "max_length is 0; it must be at least 1"),
+        (["--on_too_long=cut"], 2, "on_too_long: 'cut' is not allowed: expected one of drop, error"),
         (["--model=m", "--num_completions=0"], 1, "num_completions is 0; it must be at least 1"),
         (["--model=m", "--sampling.seed=3"], 1, "sampling.seed is 3: write --seed"),
         (["--model=m", "--step_separator="], 1, "step_separator is ''"),

@@ -169,6 +169,11 @@ class LocalEngine:
             tokens = tokens[:-1]
         return tokens or tuple(token for token in (last if first is None else first,) if token is not None)
 
+    def longest_prompt(self, sampling: SamplingParams) -> int | None:
+        """Tokens that a prompt may have so that at least one fits behind it; ``None`` where nothing says so."""
+        positions = num_positions(self.model)
+        return None if positions is None else positions - 1
+
     def _limit(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
         """New tokens at most: what is asked for, or what the model's positions leave."""
         positions = num_positions(self.model)

@@ -229,6 +229,21 @@ class RemoteEngine:
     def _wants_logprobs(self, params: SamplingParams) -> bool:
         return params.model_logprobs or (self.logprobs and not params.greedy)
 
+    def longest_prompt(self, sampling: SamplingParams) -> int | None:
+        """Tokens that a prompt may have; ``None`` where the server does not say, as vLLM does.
+
+        vLLM refuses a request whose new tokens might not fit, however few of them are needed.
+        """
+        try:
+            listed = self._listed()
+        except ServerError as error:
+            if error.status is None:  # nobody answers at all
+                raise
+            return None
+        own = [model for model in listed if self.model in (None, model["id"])]
+        length = own[0].get("max_model_len") if len(own) == 1 else None
+        return max(length - sampling.max_new_tokens, 0) if isinstance(length, int) else None
+
     def _model(self) -> str:
         if self.model is None:
             names = self._served()
@@ -239,9 +254,12 @@ class RemoteEngine:
         return self.model
 
     def _served(self) -> list[str]:
+        return [str(model["id"]) for model in self._listed()]
+
+    def _listed(self) -> list[dict[str, Any]]:
         listed = self.endpoint.get("models").get("data")
         models = listed if isinstance(listed, list) else []
-        return [str(model["id"]) for model in models if isinstance(model, dict) and "id" in model]
+        return [model for model in models if isinstance(model, dict) and "id" in model]
 
     def _sample(self, body: Mapping[str, Any], params: SamplingParams) -> Completion:
         try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 from .generation import Engine
 from .sampling import SamplingParams, derive_seed
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 Verifier = Callable[..., Sequence[float | None]]
 # Tokens of a row's prompt, where the tokenizer's own way with a text or a chat is not what is wanted.
 PromptTokens = Callable[[Mapping[str, Any]], Sequence[int]]
+OnTooLong = Literal["drop", "error"]
+
+# Why a row may be left out of what ``label_steps`` yields.
+TOO_LONG: Final = "too long"
+UNJUDGED: Final = "without verdict"
 
 _ROWS_AT_ONCE = 32
 # What a row may have of another solution than the sampled one.
@@ -32,12 +38,14 @@ class Solutions(NamedTuple):
         cut_off: did not end by themselves.
         empty: had no steps.
         alike: repeated another solution of the same prompt.
+        too_long: prompts (not solutions) that leave the engine no room.
     """
 
     rows: list[dict[str, Any]]
     cut_off: int
     empty: int
     alike: int
+    too_long: int
 
 
 def sample_solutions(
@@ -49,6 +57,8 @@ def sample_solutions(
     step_separator: str = "\n",
     sampling: SamplingParams | None = None,
     prompt_tokens: PromptTokens | None = None,
+    max_length: int | None = None,
+    on_too_long: OnTooLong = "drop",
     seed: int = 0,
 ) -> Solutions:
     r"""Has a model solve problems several times, in steps that are then to be labelled.
@@ -66,10 +76,12 @@ def sample_solutions(
         step_separator: what ends each step; at least one character.
         sampling: its own seed is not read.
         prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
+        max_length: tokens of a prompt at most, at least 1; never more than the engine says that it takes.
+        on_too_long: ``drop`` a row with a longer one and count it, or ``error``.
         seed: see above.
 
     Raises:
-        ValueError: an option out of range, or a row without a prompt.
+        ValueError: an option out of range, a row without a prompt, or, with ``error``, one that is too long.
 
     Example:
         >>> sample_solutions([{"prompt": "1+2=?", "answer": "3"}], engine, tokenizer).rows[0]  # doctest: +SKIP
@@ -78,17 +90,20 @@ def sample_solutions(
     if num_solutions < 1:
         raise ValueError(f"num_solutions is {num_solutions}; it must be at least 1 (4 to 16 are usual)")
     _check_separator(step_separator)
+    params = replace(sampling or SamplingParams(), seed=seed)
+    limit = _Limit.of(engine, params, max_length, on_too_long)
     named = [(str(row.get("row_id", f"rows:{number}")), row) for number, row in enumerate(rows)]
     encode = prompt_tokens or (lambda row: _prompt_ids(tokenizer, row["prompt"]))
     for row_id, row in named:
         if not row.get("prompt"):
             raise ValueError(f"row {row_id} has the columns {sorted(row)}; it needs a prompt")
-    seeds = [[derive_seed(seed, row_id, "solution", n) for n in range(num_solutions)] for row_id, _ in named]
-    prompts = [list(encode(row)) for _, row in named]
-    groups = engine.generate(prompts, num_solutions, replace(sampling or SamplingParams(), seed=seed), seeds=seeds)
+    encoded = [(row_id, row, list(encode(row))) for row_id, row in named]
+    fitting = [(row_id, row, ids) for row_id, row, ids in encoded if limit.allows(row_id, len(ids), "its prompt has")]
+    seeds = [[derive_seed(seed, row_id, "solution", n) for n in range(num_solutions)] for row_id, _, _ in fitting]
+    groups = engine.generate([ids for _, _, ids in fitting], num_solutions, params, seeds=seeds)
     found: list[dict[str, Any]] = []
     cut_off = empty = alike = 0
-    for (row_id, row), group in zip(named, groups, strict=True):
+    for (row_id, row, _), group in zip(fitting, groups, strict=True):
         rest = {name: value for name, value in row.items() if name not in _OF_A_SOLUTION}
         seen: set[tuple[str, ...]] = set()
         for number, completion in enumerate(group):
@@ -100,7 +115,7 @@ def sample_solutions(
             if ended and steps and tuple(steps) not in seen:
                 seen.add(tuple(steps))
                 found.append({**rest, "row_id": f"{row_id}/{number}", "completions": steps})
-    return Solutions(found, cut_off, empty, alike)
+    return Solutions(found, cut_off, empty, alike, len(encoded) - len(fitting))
 
 
 @dataclass
@@ -118,6 +133,12 @@ class _Solution:
         """The tokens of the prompt and the first steps."""
         return self.prompt_ids + [token for ids in self.step_ids[:count] for token in ids]
 
+    def longest_prefix(self) -> tuple[str, int, str]:
+        """The row, the tokens of the longest prefix that is completed (none of a single step), and what they are."""
+        count = len(self.steps) - 1
+        said = f"its prompt and first {count} steps have"
+        return self.row_id, len(self.prefix_ids(count)) if count else 0, said
+
 
 def label_steps(
     rows: Iterable[Mapping[str, Any]],
@@ -132,6 +153,9 @@ def label_steps(
     success: float = 0.5,
     skip_after_failure: bool = False,
     prompt_tokens: PromptTokens | None = None,
+    max_length: int | None = None,
+    on_too_long: OnTooLong = "drop",
+    left_out: Counter[str] | None = None,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     r"""Labels each step by how often a model that goes on from there arrives at the right answer.
@@ -142,8 +166,9 @@ def label_steps(
         soft  y_i = c_i / N        hard  y_i = 1 if c_i > 0 else 0
 
     The last step is labelled by the solution's own answer, since nothing is left to sample. Departure: with
-    ``skip_after_failure``, the steps behind one that no sample could save get 0 without being sampled (as in the search
-    for the first error of OmegaPRM, Luo et al., 2024, arXiv:2406.06592).
+    ``skip_after_failure``, the steps of a *wrong* solution behind one that no sample could save get 0 without being
+    sampled (as in the search for the first error of OmegaPRM, Luo et al., 2024, arXiv:2406.06592). The steps of a right
+    one are all sampled: its own answer shows that what looked lost could be saved.
 
     A sample is a function of the model, the settings and (``seed``, the row's id, the step's number, the sample's).
 
@@ -162,14 +187,19 @@ def label_steps(
         success: a reward of at least this much is a right answer.
         skip_after_failure: see above.
         prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
+        max_length: tokens of a prompt and all steps but the last at most, at least 1; never more than the engine says
+            that it takes.
+        on_too_long: ``drop`` a longer row, or ``error``.
+        left_out: counts the rows that are left out, under ``"too long"`` and ``"without verdict"``.
         seed: see above.
 
     Yields:
         The rows in their order, with ``completions`` (the steps), ``labels`` and all other columns: what
-        ``StepwiseDataModule`` reads. Rows that the verifier cannot judge are left out, with one warning in the end.
+        ``StepwiseDataModule`` reads. Rows that are too long, or that the verifier cannot judge, are left out; one
+        warning in the end says how many, unless ``left_out`` counts them.
 
     Raises:
-        ValueError: an option out of range, or a row without prompt or steps.
+        ValueError: an option out of range, a row without prompt or steps, or, with ``error``, one that is too long.
 
     Example:
         >>> from rlhf_lightning.rollouts.verifiers import exact_answer
@@ -183,12 +213,14 @@ def label_steps(
         raise ValueError(f"labels is {labels!r}; it must be one of soft, hard")
     _check_separator(step_separator)
     params = replace(sampling or SamplingParams(), seed=seed)
+    limit = _Limit.of(engine, params, max_length, on_too_long)
     labeller = _Labeller(engine, tokenizer, verify, num_samples, step_separator, params, success, prompt_tokens, seed)
-    numbered, left_out = enumerate(rows), 0
-    while chunk := [labeller.read(number, row) for number, row in islice(numbered, _ROWS_AT_ONCE)]:
+    numbered, lost = enumerate(rows), Counter[str]() if left_out is None else left_out
+    while part := [labeller.read(number, row) for number, row in islice(numbered, _ROWS_AT_ONCE)]:
+        chunk = [solution for solution in part if limit.allows(*solution.longest_prefix())]
         labeller.judge_answers(chunk)
         judged = [solution for solution in chunk if solution.labels]
-        left_out += len(chunk) - len(judged)
+        lost.update({TOO_LONG: len(part) - len(chunk), UNJUDGED: len(chunk) - len(judged)})
         labeller.judge_prefixes(judged, skip_after_failure=skip_after_failure)
         for solution in judged:
             values = [float(value or 0.0) for value in solution.labels]
@@ -196,8 +228,9 @@ def label_steps(
                 values = [float(value > 0) for value in values]
             rest = {k: v for k, v in solution.row.items() if k not in ("completion", "response")}
             yield {**rest, "completions": solution.steps, "labels": values}
-    if left_out:
-        warnings.warn(f"{left_out} rows were left out: the verifier has nothing to say about them", stacklevel=2)
+    if left_out is None and lost.total():
+        reasons = f"{lost[TOO_LONG]} are too long, and the verifier has nothing to say about {lost[UNJUDGED]}"
+        warnings.warn(f"{lost.total()} rows were left out: {reasons}", stacklevel=2)
 
 
 @dataclass
@@ -231,6 +264,8 @@ class _Labeller:
 
     def judge_answers(self, solutions: Sequence[_Solution]) -> None:
         """Labels last steps by the solutions' answers; a solution that cannot be judged gets no labels at all."""
+        if not solutions:
+            return
         texts = [self._text(solution, len(solution.steps)) for solution in solutions]
         for solution, reward in zip(solutions, self._rewards(solutions, texts), strict=True):
             if reward is not None:
@@ -243,10 +278,7 @@ class _Labeller:
             self._sample(tasks)
             return
         for count in range(1, max((len(s.steps) for s in solutions), default=1)):
-            self._sample([task for task in tasks if task[1] == count and not _failed(task[0], count)])
-        for solution in solutions:
-            if _failed(solution, len(solution.steps)):
-                solution.labels = [*(value or 0.0 for value in solution.labels[:-1]), 0.0]
+            self._sample([task for task in tasks if task[1] == count and not _given_up(task[0], count)])
 
     def _sample(self, tasks: Sequence[tuple[_Solution, int]]) -> None:
         """Completes prefixes and sets the labels of the steps that they end with."""
@@ -282,9 +314,39 @@ class _Labeller:
         return rewards
 
 
-def _failed(solution: _Solution, count: int) -> bool:
-    """Whether no sample could save a step before the last of ``count``."""
-    return 0.0 in solution.labels[: count - 1]
+def _given_up(solution: _Solution, count: int) -> bool:
+    """Whether a wrong solution has a step before the last of ``count`` that no sample could save."""
+    return solution.labels[-1] == 0.0 and 0.0 in solution.labels[: count - 1]
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """How long a text that is to be completed may be, and what happens to a longer one."""
+
+    tokens: int | None
+    on_too_long: OnTooLong
+
+    @classmethod
+    def of(cls, engine: Engine, params: SamplingParams, max_length: int | None, on_too_long: OnTooLong) -> _Limit:
+        """What was asked for, or what the engine takes, if it says so."""
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for what the engine takes")
+        if on_too_long not in get_args(OnTooLong):
+            raise ValueError(f"on_too_long is {on_too_long!r}; it must be one of {', '.join(get_args(OnTooLong))}")
+        ask: Callable[[SamplingParams], int | None] | None = getattr(engine, "longest_prompt", None)
+        limits = [limit for limit in (max_length, ask(params) if ask else None) if limit is not None]
+        return cls(min(limits, default=None), on_too_long)
+
+    def allows(self, row_id: str, length: int, said: str) -> bool:
+        """Whether there is room behind so many tokens of a row."""
+        if self.tokens is None or length <= self.tokens:
+            return True
+        if self.on_too_long == "drop":
+            return False
+        raise ValueError(
+            f"row {row_id} is too long: {said} {length} tokens, and at most {self.tokens} can be completed: shorten "
+            "it, or set on_too_long to drop"
+        )
 
 
 def _check_separator(step_separator: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -356,3 +357,18 @@ def test_what_this_server_cannot_do_is_one_line(served_folder):
     with pytest.raises(ServerError, match=r"returns no log-probabilities"):
         engine(url, str(folder), dialect="openai", logprobs=True, timeout=60.0).generate(["a"], sampling=PLAIN)
     assert math.isfinite(sum(engine(url, str(folder), dialect="openai").generate(["a"], 1, GREEDY)[0][0].logprobs))
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ({"data": [{"id": "a", "max_model_len": 100}, {"id": "b", "max_model_len": 50}]}, 90),
+        ({"data": [{"id": "a"}]}, None),
+        ({"data": [{"id": "b", "max_model_len": 50}]}, None),
+        (Answer(404, {"error": "no such path"}), None),
+    ],
+)
+def test_how_long_a_prompt_may_be(listed: Any, expected: int | None) -> None:
+    """vLLM says how long its context is, and refuses a request that might not fit."""
+    with serve(lambda path, body, number: listed) as served:
+        assert RemoteEngine(served.url, "a").longest_prompt(SamplingParams(max_new_tokens=10)) == expected

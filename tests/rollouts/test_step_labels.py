@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -96,10 +97,42 @@ def test_nothing_is_sampled_behind_a_hopeless_step() -> None:
     assert sorted(engine.prompts) == ["1+2+3=?1+2=3\n", "1+2+3=?1+2=3\n3+3=6\n", "2+2+1=?2+2=5\n"]
 
 
-def test_a_right_answer_behind_a_hopeless_step_counts_unless_skipped() -> None:
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_a_right_answer_behind_a_hopeless_step_counts(labels: Literal["soft", "hard"]) -> None:
+    """The hard label of the last step is whether the solution is right, whatever was given up before."""
     rows = [{"prompt": "2+3=?", "completions": ["2+3=5", "#5"], "answer": "5"}]  # "=5" makes the script fail
-    assert labelled(rows=rows)[0]["labels"] == [0.0, 1.0]
-    assert labelled(rows=rows, skip_after_failure=True)[0]["labels"] == [0.0, 0.0]
+    assert labelled(rows=rows, labels=labels)[0]["labels"] == [0.0, 1.0]
+    assert labelled(rows=rows, labels=labels, skip_after_failure=True)[0]["labels"] == [0.0, 1.0]
+
+
+class Unlucky:
+    """Completes with the right answer, 5, but never behind exactly one step."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def generate(self, prompts: Any, num_samples: int = 1, *args: Any, **options: Any) -> list[list[Completion]]:
+        texts = [TOKENIZER.decode(ids) for ids in prompts]
+        self.prompts += texts
+        answers = ["#0" if text.count("\n") == 1 else "#5" for text in texts]
+        return [[Completion([], answer, [], "stop")] * num_samples for answer in answers]
+
+
+def test_only_wrong_solutions_are_given_up() -> None:
+    """A right answer shows that the step which no sample could save was no error: the next ones are still sampled."""
+    right, wrong = (
+        {"prompt": "2+3=?", "completions": ["let us add", "2+3=5", "so", answer], "answer": "5"}
+        for answer in ("#5", "#4")
+    )
+    engine = Unlucky()
+    first, second = labelled(engine, [right, wrong], skip_after_failure=True)
+    assert first["labels"] == [0.0, 1.0, 1.0, 1.0]
+    assert second["labels"] == [0.0, 0.0, 0.0, 0.0]
+    assert sorted(text.count("\n") for text in engine.prompts) == [1, 1, 2, 3]
+    assert [row["labels"] for row in labelled(Unlucky(), [right, wrong])] == [
+        [0.0, 1.0, 1.0, 1.0],
+        [0.0, 1.0, 1.0, 0.0],
+    ]
 
 
 def test_rows_without_an_answer_are_left_out() -> None:
@@ -129,6 +162,8 @@ def test_a_real_engine_completes_from_tokens() -> None:
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
         ({"labels": "crisp"}, "labels is 'crisp'"),
         ({"step_separator": ""}, "step_separator is ''"),
+        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
+        ({"on_too_long": "cut"}, "on_too_long is 'cut'; it must be one of drop, error"),
         ({"rows": [{"prompt": "a"}]}, r"row rows:0 has the columns \['prompt'\]; it needs a prompt, and completions"),
         ({"rows": [{"prompt": "a", "completion": "\n"}]}, "row rows:0 has the columns"),
     ],
@@ -209,3 +244,47 @@ def test_solutions_that_cannot_be_sampled_are_refused() -> None:
         sample_solutions([], Fixed(), TOKENIZER, step_separator="")
     with pytest.raises(ValueError, match=r"row rows:0 has the columns \['answer'\]; it needs a prompt"):
         sample_solutions([{"answer": "1"}], Fixed("a"), TOKENIZER, num_solutions=1)
+
+
+# Rows that are too long.
+
+
+def test_rows_that_fill_the_models_positions_are_left_out() -> None:
+    """128 positions: 127 tokens of prompt and steps leave room for one more. The last step needs no room."""
+
+    def row(length: int, answer: str) -> dict[str, Any]:
+        return {"prompt": "1=?", "completions": ["a" * (length - 4), answer], "answer": "1"}
+
+    engine = LocalEngine(tiny_model("llama"), TOKENIZER)
+    rows = [row(127, "#1"), row(128, "#1"), {**row(9, "#1"), "answer": None}, row(10, "#1" + "0" * 200), ROWS[2]]
+    left_out: Counter[str] = Counter()
+    options: dict[str, Any] = {"sampling": SamplingParams(max_new_tokens=2), "num_samples": 1}
+    found = labelled(engine, rows, left_out=left_out, **options)
+    assert [len(row["completions"][0]) for row in found] == [123, 6, 2]
+    assert left_out == {"too long": 1, "without verdict": 1}
+    with pytest.warns(UserWarning, match="2 rows were left out: 1 are too long, and the verifier .* about 1"):
+        assert labelled(engine, rows, **options) == found
+    with pytest.raises(
+        ValueError, match="row rows:1 is too long: its prompt and first 1 steps have 128 tokens, and at m"
+    ):
+        labelled(engine, rows, on_too_long="error", **options)
+
+
+def test_a_length_of_ones_own() -> None:
+    rows = [{"prompt": "1=?", "completions": ["aa", "#1"], "answer": "1"}, ROWS[2]]
+    for limit, expected in ((5, 1), (6, 2)):  # three tokens of prompt, two of the step, one of its separator
+        left_out: Counter[str] = Counter()
+        assert len(labelled(Fixed("#1"), rows, max_length=limit, left_out=left_out, num_samples=1)) == expected
+        assert left_out["too long"] == 2 - expected
+    found = sample_solutions(rows, Fixed("a"), TOKENIZER, num_solutions=1, max_length=2)
+    assert (found.rows, found.too_long) == ([], 2)
+
+
+def test_prompts_that_fill_the_models_positions_are_not_solved() -> None:
+    engine = LocalEngine(tiny_model("llama"), TOKENIZER)
+    rows = [{"prompt": "1" * 128}, {"prompt": "1" * 127, "row_id": "x:1"}]
+    found = sample_solutions(rows, engine, TOKENIZER, num_solutions=1)
+    assert found.too_long == 1
+    assert found.cut_off + found.empty + len(found.rows) == 1
+    with pytest.raises(ValueError, match="row rows:0 is too long: its prompt has 128 tokens, and at most 127 can be"):
+        sample_solutions(rows, engine, TOKENIZER, num_solutions=1, on_too_long="error")
