@@ -18,23 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from ..models import TokenStats, base_model, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
 from ..models import save_pretrained as export_pretrained
 from ..models.backbone import make_steady
-from ..sequences import (
-    Example,
-    ExampleBatch,
-    SequenceBatch,
-    register_attention,
-    register_flex_attention,
-)
+from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
 from .checkpoint_io import prepare_checkpoints
 from .checks import check_module_options, check_trainer, longest_sequence, trainer_dtype
-from .distributed import (
-    Scores,
-    clip_gradients,
-    concatenate,
-    gather_scores,
-    sum_gradients,
-    sum_over_ranks,
-)
+from .distributed import Scores, clip_gradients, concatenate, gather_scores, sum_gradients, sum_over_ranks
+from .logged import forget_others
 from .micro_batches import ROW_KEY, in_canonical_order
 from .resume import ResumableModule
 from .schedules import WarmupSchedule
@@ -230,8 +218,8 @@ class PostTrainingModule(ResumableModule):
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
         """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch."""
         rows, totals, progress = self.optimize(self._checked(batch))
+        self._log("train", self._summary(rows, totals) | progress if rows else {})
         if rows:  # a streamed batch may have lost all its rows
-            self._log("train", self._summary(rows, totals) | progress)
             self.remember(rows, totals)
         batch.mark_consumed()
 
@@ -373,6 +361,8 @@ class PostTrainingModule(ResumableModule):
     def _log(self, stage: str, values: Scores) -> None:
         shown = {f"{stage}/{name}": value.detach().float() for name, value in values.items()}
         bar = {f"{stage}/{name}" for name in self.progress_metrics}
+        if stage == "train":
+            forget_others(self.trainer, shown)
         for name, value in shown.items():
             self.log(
                 name, value, prog_bar=name in bar, on_step=stage == "train", on_epoch=stage != "train", batch_size=1

@@ -24,6 +24,7 @@ from ..sequences import Example, ExampleBatch, SequenceBatch, plan_micro_batches
 from .base import PostTrainingModule
 from .checks import check_choice, check_count, check_positive
 from .distributed import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks
+from .failures import FailureWatch
 from .groups import Rollouts, num_tokens
 from .micro_batches import ROW_KEY, in_canonical_order, row_keys
 from .referenced import ReferencedModule
@@ -59,7 +60,8 @@ class OnPolicyModule(ReferencedModule):
         generation_batch_tokens: tokens of cache while generating; a memory knob that changes no result.
         reward_timeout: seconds for a reward function and a batch, above 0; ``None`` for no limit.
         on_bad_reward: ``error`` where a reward function returns what is no reward, or ``skip`` the sample. One that
-            raises or is late always costs its own samples alone; they are counted in ``rewards/<name>/failures``.
+            raises or is late costs its own samples alone; they are counted in ``rewards/<name>/failures``. One that
+            fails on every sample of 3 iterations in a row ends the run.
         seed: what samples depend on, beside weights and prompts.
         reference: ``frozen`` or ``adapter`` as in ``ReferencedModule``; ``auto``: only where the loss needs one.
         kwargs: options of ``PostTrainingModule``.
@@ -106,12 +108,9 @@ class OnPolicyModule(ReferencedModule):
         self.hparams["rewards"] = plain_specs(rewards)
         self.hparams["process_reward"] = None if process_reward is None else plain_specs([process_reward])[0]
         self.rewards = build_rewards(
-            rewards,
-            reward_weights,
-            process=process_reward,
-            timeout=reward_timeout,
-            on_bad_value=on_bad_reward,
+            rewards, reward_weights, process=process_reward, timeout=reward_timeout, on_bad_value=on_bad_reward
         )
+        self.failing = FailureWatch()
         self.has_process_reward = process_reward is not None
         self.num_generations = num_generations
         self.max_completion_length = max_completion_length
@@ -175,9 +174,12 @@ class OnPolicyModule(ReferencedModule):
         """Generates, scores, and makes every update of the iteration."""
         rollouts = self.rollout(self._checked(batch))
         everyone = in_canonical_order(gather_scores(self._rollout_rows(rollouts), self.device))
+        failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()}, self.device)
+        self.failing.look(self.rewards.names, everyone["rewards"], failures, rollouts.errors)
         with self.phase("score"):
             trees, values = self.prepare(rollouts)
-        values = self._rollout_metrics(everyone) | self._count_failures(rollouts) | values
+        lost = {f"rewards/{name}/failures": torch.tensor(count) for name, count in failures.items()}
+        values = self._rollout_metrics(everyone) | lost | values
         values |= self.update(trees)
         self.last_rollouts = rollouts
         self.iteration += 1
@@ -339,10 +341,6 @@ class OnPolicyModule(ReferencedModule):
         count = len(weights_K) - self.has_process_reward
         return rewards_EGK[:, :, :count], weights_K[:count]
 
-    def _count_failures(self, rollouts: Rollouts) -> Scores:
-        counts = sum_over_ranks({name: float(count) for name, count in rollouts.failures.items()}, self.device)
-        return {f"rewards/{name}/failures": torch.tensor(count) for name, count in counts.items()}
-
     # Validation and prediction: what the policy writes, and its rewards.
 
     def _collect(self, batch: ExampleBatch) -> None:
@@ -370,14 +368,16 @@ class OnPolicyModule(ReferencedModule):
     # Checkpoints and checks.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the number of the next iteration."""
+        """Adds the number of the next iteration, and which rewards have been failing."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] = {"iteration": self.iteration}
+        checkpoint["on_policy"] = {"iteration": self.iteration, "failing": dict(self.failing.in_a_row)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what ``on_save_checkpoint`` added."""
         super().on_load_checkpoint(checkpoint)
-        self.iteration = checkpoint.get("on_policy", {}).get("iteration", 0)
+        state = checkpoint.get("on_policy", {})
+        self.iteration = state.get("iteration", 0)
+        self.failing.in_a_row = dict(state.get("failing", {}))
 
     def _checked(self, batch: ExampleBatch) -> list[Example]:
         examples = super()._checked(batch)

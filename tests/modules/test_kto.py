@@ -10,9 +10,11 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from rlhf_lightning import KTOModule
+from rlhf_lightning.callbacks import TrainingCheckpoint
 from rlhf_lightning.datamodules import UnpairedDataModule
 from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment
@@ -265,6 +267,47 @@ def test_partners_of_the_batch_feed_the_running_estimate(folder: str, policy: An
     kl = naive_kl(policy, naive_model(folder), examples)
     assert step(module, examples, policy).metrics["train/kl"] == pytest.approx(kl, rel=1e-6)
     assert module._running_kl() == pytest.approx((1.0 + kl) / 1.5)
+
+
+class Written(Logger):
+    """Keeps what is handed to a logger, by step."""
+
+    name, version = "kept", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        assert step is not None
+        self.rows.setdefault(step, {}).update({k: v for k, v in metrics.items() if k.startswith("train/")})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_what_a_step_did_not_measure_is_not_logged_again(folder: str, tmp_path: Any) -> None:
+    """Batches of one label have nothing to say of the other, in a run and where it is resumed."""
+    rows = [ROWS[n] for n in (0, 2, 1, 3, 4, 6, 5, 7)]  # two of each label in turn
+    labels = [row["label"] for row in rows[::2]]
+    assert labels == [True, False, True, False]
+
+    def run(ckpt_path: Any = None) -> dict[int, dict[str, float]]:
+        written, saver = Written(), TrainingCheckpoint(str(tmp_path), every_n_steps=1, keep=99)
+        options = {"max_epochs": 1, "log_every_n_steps": 1, "logger": written, "callbacks": [saver]}
+        module = KTOModule(folder, optimizer=partial(torch.optim.SGD, lr=0.1))
+        data = UnpairedDataModule(train=rows, global_batch_size=2, shuffle=False)
+        run = trainer("32-true", **options, enable_checkpointing=True)
+        run.fit(module, data, ckpt_path=ckpt_path)
+        return written.rows
+
+    whole = run()
+    for number, label in enumerate(labels):
+        own, other = ("chosen", "rejected") if label else ("rejected", "chosen")
+        assert {"train/loss", "train/kl", f"train/rewards/{own}"} <= whole[number].keys()
+        assert not {f"train/rewards/{other}", f"train/logps/{other}"} & whole[number].keys(), number
+    resumed = run(tmp_path / "step=2.ckpt")
+    assert resumed == {number: whole[number] for number in (2, 3)}
 
 
 # As a user meets it.

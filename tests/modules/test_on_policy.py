@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_lightning import GRPOModule, PPOModule
+from rlhf_lightning.callbacks import TrainingCheckpoint
 from rlhf_lightning.datamodules import PromptDataModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.rollouts import derive_seed
@@ -142,6 +143,67 @@ def test_every_sample_fails(folder: str) -> None:
         assert "train/reward" not in found.metrics
         # Policies still pay for their entropy and divergence, of which there is none.
         assert all(float(gradient.abs().sum()) == 0 for gradient in found.gradient.values())
+
+
+class Away:
+    """A reward that fails wholly in some of its calls for a batch, and on some samples alone in all others."""
+
+    def __init__(self, *, fails_in: set[int], cls: type[Exception] = RuntimeError) -> None:
+        self.fails_in, self.cls, self.batches = fails_in, cls, -1
+
+    def __call__(self, completions: Sequence[str]) -> list[Any]:
+        self.batches += 1
+        error = self.cls(f"the server\nis away in {self.batches}")
+        return [error if self.batches in self.fails_in or n == 0 else 1.0 for n in range(len(completions))]
+
+
+def train(made: OnPolicyModule, iterations: int, ckpt_path: Any = None, callbacks: Any = ()) -> Any:
+    rows = [{"prompt": f"{n}+{n}="} for n in range(2 * iterations)]
+    run = trainer("32-true", max_steps=-1, max_epochs=1, callbacks=[*callbacks], enable_checkpointing=bool(callbacks))
+    run.fit(made, PromptDataModule(train=rows, global_batch_size=2, shuffle=False), ckpt_path=ckpt_path)
+    return run
+
+
+@pytest.mark.parametrize("cls", METHODS.values())
+def test_a_reward_that_only_fails_ends_the_run(cls: type[OnPolicyModule], folder: str) -> None:
+    """In the third iteration in a row without a single score, before its step; others beside it do not help."""
+    made = module(folder, cls, rewards=[spread, Away(fails_in={1, 2, 3})])
+    with pytest.raises(ValueError, match="in a row") as error:
+        train(made, 6)
+    assert str(error.value) == (
+        "reward 'Away' failed on every sample of 3 iterations in a row, at last with RuntimeError: the server is away "
+        "in 3: mend it or take it out of rewards, and go on from the last checkpoint"
+    )
+    assert made.iteration == 3
+
+
+def test_a_reward_that_comes_back_does_not(folder: str) -> None:
+    made = module(folder, rewards=[Away(fails_in={0, 1, 3, 4})])
+    train(made, 6)
+    assert made.iteration == 6
+
+
+def test_nothing_to_say_is_no_failure(folder: str) -> None:
+    def silent(completions: Sequence[str]) -> list[None]:
+        return [None] * len(completions)
+
+    made = module(folder, rewards=[silent, spread])
+    train(made, 5)
+    assert made.iteration == 5
+
+
+def test_failures_are_counted_on_where_a_run_is_resumed(folder: str, tmp_path: Path) -> None:
+    """Two iterations before the interruption and one behind it are three in a row."""
+    saver = TrainingCheckpoint(str(tmp_path), every_n_steps=1, keep=99)
+    train(module(folder, rewards=[Away(fails_in={1, 2})]), 5, callbacks=[saver])
+    last = tmp_path / "step=3.ckpt"
+    made = module(folder, rewards=[Away(fails_in={0})])
+    with pytest.raises(ValueError, match="'Away' failed on every sample of 3 iterations in a row"):
+        train(made, 5, ckpt_path=last)
+    assert made.iteration == 3
+    made = module(folder, rewards=[Away(fails_in={1})])
+    train(made, 5, ckpt_path=last)
+    assert made.iteration == 5
 
 
 BAD_VALUES: list[tuple[Any, str]] = [
