@@ -98,6 +98,9 @@ def _adapter_writer(model: PeftModel) -> Callable[[Path], None]:
     adapter = _trained_adapter(model)
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # its order is another one in every process
+            setattr(config, name, sorted(value))
     # No embedding is ever resized here, and the check for it would ask the hub.
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     state = {name: _whole(tensor) for name, tensor in state.items()}

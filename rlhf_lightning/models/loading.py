@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,11 +32,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..packaged import packaged_config
 from ..sequences import ATTENTION_NAME, register_attention
+from .quantized import Quantization, quantization_config, steady_quantised_layers
 from .reference import ADAPTER_COPY
 from .skeleton import skeletons_wanted, weights_device
 from .stored import damaged_weights
-
-Quantization = Literal["nf4", "fp4", "int8"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What the libraries raise when a folder, a file in it or a hub id is not what it should be.
@@ -201,7 +198,12 @@ def _locate(source: str | Path, *, what: str) -> str:
 
 
 def _load_base(
-    place: str, *, dtype: torch.dtype, quantization: str | None, attn_implementation: str | None, headless: bool
+    place: str,
+    *,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    attn_implementation: str | None,
+    headless: bool,
 ) -> PreTrainedModel:
     """Reads a whole model, and refuses one that is not whole."""
     if skeletons_wanted():
@@ -212,7 +214,7 @@ def _load_base(
     if stored is not None and quantization is not None:
         raise ValueError(f"the weights of {place!r} are quantised already: leave quantization={quantization!r} out")
     if quantization is not None:
-        arguments["quantization_config"] = _quantization_config(quantization, dtype)
+        arguments["quantization_config"] = quantization_config(quantization, dtype)
     if quantization is not None or stored is not None:
         # Where the caller builds the model (the trainer's device, say), and not on whatever accelerator there is.
         arguments["device_map"] = {"": torch.get_default_device()}
@@ -232,7 +234,7 @@ def _load_base(
             f"{len(missing)} weights of {type(model).__name__} are missing in {place!r}, the first {missing[0]!r}: "
             "the checkpoint is incomplete or belongs to another architecture"
         )
-    _steady_quantised_layers(model)
+    steady_quantised_layers(model)
     return model  # type: ignore[no-any-return]
 
 
@@ -358,45 +360,6 @@ def _enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
         raise ValueError(
             f"{type(base).__name__} cannot checkpoint ({_first_line(error)}): leave gradient_checkpointing off"
         ) from error
-
-
-def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-class SteadyLinear8bit(Linear8bitLt):
-    """An 8-bit layer that computes the same in training and in evaluation.
-
-    On a CPU bitsandbytes multiplies by dequantised weights in training and quantises activations too in evaluation, so
-    that a policy would differ from its own reference before the first step. The layer has no other use for its mode.
-    """
-
-    @property
-    def training(self) -> bool:
-        """Always on."""
-        return True
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        """Ignored."""
-
-
-def _steady_quantised_layers(model: PreTrainedModel) -> None:
-    """Makes quantised layers compute the same function, and a differentiable one, in every mode."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weight in place for a kernel that
-            # computes in bfloat16 and has no backward: later training steps would silently lose most of their gradient.
-            module.support_avx512bf16_for_cpu = False
-        elif type(module) is Linear8bitLt:
-            module.__class__ = SteadyLinear8bit
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:

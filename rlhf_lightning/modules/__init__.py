@@ -4,6 +4,7 @@ from .base import PostTrainingModule
 from .dpo import DPOModule
 from .grpo import GRPOModule
 from .kto import KTOModule
+from .model_rewards import ProcessModelReward, ProcessModelSteps, RewardModelReward
 from .ppo import PPOModule
 from .process_reward import ProcessRewardModule
 from .referenced import ReferencedModule
@@ -18,8 +19,11 @@ __all__ = [
     "KTOModule",
     "PPOModule",
     "PostTrainingModule",
+    "ProcessModelReward",
+    "ProcessModelSteps",
     "ProcessRewardModule",
     "ReferencedModule",
+    "RewardModelReward",
     "RewardModule",
     "SFTModule",
     "SimPOModule",

@@ -106,6 +106,18 @@ class HeadedModule(PostTrainingModule):
         files = self.files_beside()
         export_pretrained(self.model, self._export_tokenizer(), folder, merge_adapter=merge_adapter, beside=files)
 
+    def load_beside(self, folder: str) -> None:
+        """Reads back what ``files_beside`` wrote, or the head of a sequence classifier.
+
+        Args:
+            folder: what ``save_pretrained`` of this module, or of one like it, wrote.
+
+        Raises:
+            ValueError: the folder holds no head, or another one.
+        """
+        if self.head is not None and not load_head(self.head, folder):
+            raise ValueError(f"{folder!r} holds no head: export it again")
+
     def files_beside(self) -> Callable[[Path], None]:
         """Gathers what is stored beside the decoder, on every rank; returns what writes it."""
         return head_files(self.head, {"method": self.method, **self.options()})

@@ -97,8 +97,12 @@ class EnsembleModule(HeadedModule):
         assert self.model is not None
         if self.ensemble == "adapters":
             add_member_adapters(self.model, self.num_models, seed=self.seed, folder=stored)
-        means = None if stored is None else read_head_options(stored).get("member_means")
-        if means is not None and not self._mean_weight:
+        if stored is not None and not self._mean_weight:
+            self._load_means(stored)
+
+    def _load_means(self, folder: str) -> None:
+        means = read_head_options(folder).get("member_means")
+        if means is not None:
             self._mean_sum, self._mean_weight = torch.tensor(means, dtype=torch.float64), 1.0
 
     def member_outputs(self, batch: SequenceBatch, states_of: Callable[[SequenceBatch], Tensor]) -> Tensor:
@@ -175,6 +179,17 @@ class EnsembleModule(HeadedModule):
         """What of the ensemble ``from_pretrained`` builds the module with again."""
         means = {"member_means": self.member_means.tolist()} if self._mean_weight else {}
         return {"num_models": self.num_models, "ensemble": self.ensemble, **means}
+
+    def load_beside(self, folder: str) -> None:
+        """Reads back the head, the members' means, and the adapters of all members but the first."""
+        super().load_beside(folder)
+        self._load_means(folder)
+        if self.takes_turns:
+            members = member_state(self.model)
+            state = _stored_state(folder, members)
+            if not state:
+                raise ValueError(f"{folder!r} holds no adapters of further members: export it again")
+            _fill(members, state)
 
     def files_beside(self) -> Callable[[Path], None]:
         """Adds the adapters of all members but the first, which is written as any adapter is."""

@@ -13,11 +13,13 @@ import lightning
 import yaml
 from lightning.pytorch.loggers import Logger
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
 
 from ..callbacks import JSONLLogger, ModelExport
 from ..cli import PostTrainingCLI
+from ..models import load_causal_lm
+from ..models.stored import read_weights
 from ..modules import PostTrainingModule
+from ..modules.headed import HeadedModule
 from .config import FitStage
 from .figures import TRAIN_SECONDS
 from .manifest import write_atomically
@@ -154,16 +156,25 @@ def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]
 
 
 def load_exported(module: PostTrainingModule, folder: Path) -> None:
-    """Puts the weights of an exported folder back into the module that exported it."""
-    state = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    """Puts the weights of an exported folder back into the module that exported it, its head included.
+
+    What an export does not hold stays as it is: the critic of a PPO policy, which validation does not read.
+
+    Raises:
+        ValueError: a file is damaged or missing, or the folder holds a merged adapter.
+    """
     if isinstance(module.model, PeftModel):
         if not (folder / "adapter_config.json").is_file():
             raise ValueError(
                 "export.monitor with merge_adapter leaves no adapter to measure again: set merge_adapter: false"
             )
-        set_peft_model_state_dict(module.model, state)
-        return
-    module.model.load_state_dict(state, strict=False)  # tied weights are written once
+        set_peft_model_state_dict(module.model, read_weights(folder / "adapter_model.safetensors"))
+    else:
+        # Not file by file: transformers writes some weights (of experts) under other names than a model has them.
+        stored = load_causal_lm(folder, dtype=module.model.dtype, trainable=False, headless=not module.predicts_tokens)
+        module.model.load_state_dict(stored.state_dict())
+    if isinstance(module, HeadedModule):
+        module.load_beside(str(folder))
 
 
 def finish_wandb() -> None:

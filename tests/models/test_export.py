@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -478,3 +478,34 @@ def test_a_link_to_a_folder_stays_a_link(exported: tuple[nn.Module, Path], token
     assert save_pretrained(model, tokenizer, link) == folder
     assert link.is_symlink()
     assert torch.equal(logits(reload(link)), logits(model))
+
+
+def test_an_adapters_config_does_not_depend_on_the_process(
+    tiny_model_folder: Folder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """peft keeps names in sets, whose order changes with the hash seed."""
+    model = load_causal_lm(str(tiny_model_folder("llama")), dtype=torch.float32, lora=LORA)
+    assert isinstance(model, PeftModel)
+    config = model.peft_config["default"]
+    names = sorted(config.target_modules)
+    assert len(names) == 14  # seven in each of two layers
+    # A set of its own order, whatever the seed.
+    config.exclude_modules = reversed_set(["embed_tokens", "lm_head", "norm"])
+    config.target_modules = reversed_set(names)
+    folder = save_pretrained(model, tokenizer, tmp_path / "out")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["target_modules"] == names
+    assert written["exclude_modules"] == ["embed_tokens", "lm_head", "norm"]
+    assert isinstance(config.target_modules, set), "the model itself is not touched"
+    again = load_causal_lm(str(folder), dtype=torch.float32)
+    assert torch.equal(logits(again), logits(model))
+
+
+def reversed_set(names: list[str]) -> set[str]:
+    """A set that is read from the last name to the first."""
+
+    class Reversed(set[str]):
+        def __iter__(self) -> Iterator[str]:
+            return iter(sorted(names, reverse=True))
+
+    return Reversed(names)

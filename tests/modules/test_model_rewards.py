@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
-from rlhf_lightning import GRPOModule, ProcessRewardModule, RewardModule
+from rlhf_lightning import GRPOModule, ProcessRewardModule, RewardModule, modules
 from rlhf_lightning.modules.model_rewards import ProcessModelReward, ProcessModelSteps, RewardModelReward
 from rlhf_lightning.modules.reward_specs import build_rewards
 
@@ -331,3 +333,16 @@ def test_half_precision_keeps_its_frequencies(single: tuple[str, Any]) -> None:
     exact = AutoModel.from_pretrained(single[0]).rotary_emb.inv_freq
     assert torch.equal(module.model.model.rotary_emb.inv_freq, exact)
     assert reward(PROMPTS, TEXTS) == pytest.approx(single[1].score(PROMPTS, TEXTS), abs=0.1)
+
+
+def test_their_names_are_public(single: tuple[str, Any]) -> None:
+    for cls in (RewardModelReward, ProcessModelReward, ProcessModelSteps):
+        assert getattr(modules, cls.__name__) is cls
+        assert cls.__name__ in modules.__all__
+    spec = {"class_path": "rlhf_lightning.modules.RewardModelReward", "init_args": {"model": single[0]}}
+    assert isinstance(build_rewards([spec]).functions[0], RewardModelReward)
+
+
+@pytest.mark.parametrize("first", ["modules.model_rewards", "modules", "rollouts.rewards", "datamodules", "callbacks"])
+def test_any_part_can_be_imported_first(first: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import rlhf_lightning.{first}"], check=True, timeout=120)

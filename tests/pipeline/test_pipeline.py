@@ -241,8 +241,11 @@ def test_test_loss_is_that_of_the_exported_model(written, tmp_path):
     """The best of several models is exported, and what is reported of it is measured on it."""
     stage = written["stages"]["dpo"]
     stage["data"]["init_args"]["test"] = stage["data"]["init_args"]["val"]
-    stage["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e2}}
-    stage["model"]["init_args"]["max_grad_norm"] = None
+    # Uphill, so that the first model is the best one.
+    stage["model"]["init_args"]["optimizer"] = {
+        "class_path": "torch.optim.SGD",
+        "init_args": {"lr": 1.0, "maximize": True},
+    }
     stage["trainer"]["max_steps"] = 3
     metrics = run(written, tmp_path)["dpo"]["metrics"]
     assert metrics["steps"] == 3
