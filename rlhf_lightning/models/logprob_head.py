@@ -220,7 +220,9 @@ class _FusedLogProbs(torch.autograd.Function):
         tiles = _Tiles(hidden, weight, bias, low, low_out, config)
         num_tokens, vocab = hidden.shape[0], weight.shape[0]
         new: dict[str, Any] = {"dtype": tiles.dtype, "device": hidden.device}
-        target_logit, lse, entropy, mean_logit, lse2 = (torch.zeros(num_tokens, **new) for _ in range(5))
+        target_logit, lse, entropy, mean_logit, lse2, peak, total_mass = (
+            torch.zeros(num_tokens, **new) for _ in range(7)
+        )
         correct = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device)
         kept_tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # exp(logits - top), and top
         room = KEPT_BYTES if config.keep else 0
@@ -251,12 +253,13 @@ class _FusedLogProbs(torch.autograd.Function):
                     kept_tiles[rows.start, columns.start] = tile, top
                     room -= size
             lse[rows] = top + mass.log()
+            peak[rows], total_mass[rows] = top, mass
             if config.entropy:
                 entropy[rows] = lse[rows] - weighted / mass
             mean_logit[rows] = total / vocab if config.mean else lse[rows]
             lse2[rows] = 2 * top + mass2.log() if config.power else 2 * lse[rows]
             correct[rows] = target_logit[rows] >= top
-        ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy, peak, total_mass)
         ctx.config, ctx.kept_tiles = config, kept_tiles
         outputs = target_logit - lse, correct, entropy, mean_logit - lse, lse2 - 2 * lse
         ctx.mark_non_differentiable(correct, outputs[4])
@@ -265,7 +268,7 @@ class _FusedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, low, low_out, target_ids, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, low, low_out, target_ids, lse, entropy, peak, mass = ctx.saved_tensors
         g_logprob, _, g_entropy, g_mean, _ = grads
         tiles = _Tiles(hidden, weight, bias, low, low_out, ctx.config)
         needs = ctx.needs_input_grad
@@ -285,7 +288,8 @@ class _FusedLogProbs(torch.autograd.Function):
                 kept_tile = ctx.kept_tiles.pop((rows.start, columns.start), None)
                 if kept_tile is not None and g_entropy is None:
                     exps, top = kept_tile
-                    kept = grad = exps.mul_((-pull[rows] * (top - lse[rows]).exp())[:, None])
+                    # Divided by the sum of what is kept, and not by exp(lse), so that they add up to 1 exactly.
+                    kept = grad = exps.mul_((-pull[rows] * (top - peak[rows]).exp() / mass[rows])[:, None])
                 else:
                     logits = tiles.logits(rows, columns)
                     kept = logits.clone() if ctx.config.softcap is not None else logits
