@@ -47,9 +47,9 @@ test-gpu: dev ## run the tests that need a CUDA device, and print speed and memo
 benchmark: $(PARITY) ## measure speed and memory beside TRL
 	$(BIN)/python benchmarks/training.py dpo $(ARGS)
 	$(BIN)/python benchmarks/training.py sft $(ARGS)
-	$(BIN)/python benchmarks/training.py reward --lengths chat --ranked 4 $(ARGS)
-	$(BIN)/python benchmarks/training.py simpo --lengths summaries $(ARGS)
-	$(BIN)/python benchmarks/training.py kto --lengths chat --ranked 4 $(ARGS)
+	$(BIN)/python benchmarks/training.py reward --ranked 4 --micro_batch_tokens 2048 $(ARGS)
+	$(BIN)/python benchmarks/training.py simpo --ranked 4 --micro_batch_tokens 2048 $(ARGS)
+	$(BIN)/python benchmarks/training.py kto --micro_batch_tokens 2048 $(ARGS)
 	$(BIN)/python benchmarks/online.py $(ARGS)
 
 lint: dev ## check style and spelling
