@@ -108,3 +108,10 @@ def save_tiny_model(folder: str | Path, arch: str = "llama", *, seed: int = 0, *
     tiny_model(arch, seed=seed, **overrides).save_pretrained(folder)
     char_tokenizer().save_pretrained(folder)
     return Path(folder)
+
+
+def leave_together() -> None:
+    """Ends the process group of a rank; gloo's threads may abort a process that ends while they run."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf_lightning import FSDP2Strategy, GRPOModule, PPOModule
 from rlhf_lightning.sequences import ExampleBatch
+from tests.helpers import leave_together
 from tests.invariance.harness import Batches, trainer, whole
 from tests.invariance.methods import METHODS, Method, rollouts
 from tests.modules.fixed_rollouts import prompts
@@ -99,6 +100,7 @@ def main(jobs: str, target: str, strategy: str) -> None:
         results[name] = run_job(job, strategy, rank, world)
     if rank == 0:
         torch.save(results, target)
+    leave_together()
 
 
 if __name__ == "__main__":

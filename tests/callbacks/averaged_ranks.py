@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.callbacks import ModelExport, WeightAverage
 from rlhf_lightning.sequences import ExampleBatch
+from tests.helpers import leave_together
 from tests.invariance.harness import Batches, trainer, whole
 from tests.invariance.methods import METHODS
 
@@ -115,6 +116,7 @@ def main(model: str, folder: str, strategy: str) -> None:
     found = {case: averaged(case, model, Path(folder), None, strategy, rank, world) for case in CASES}
     if rank == 0:
         torch.save(found, Path(folder) / "results.pt")
+    leave_together()
 
 
 if __name__ == "__main__":

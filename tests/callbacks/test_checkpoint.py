@@ -100,9 +100,12 @@ def test_the_newest_whole_one_is_taken(tiny_model_folder, tmp_path):
     assert saver.newest() is None
     fit(tiny_model_folder(), [saver], max_steps=6)
     assert saver.newest() == tmp_path / "step=6.ckpt"
-    os.utime(tmp_path / "step=4.ckpt")  # the newest of a run that was started again in the same folder
+    # The newest of a run that was started again in the same folder.
+    later = (tmp_path / "step=6.ckpt").stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "step=4.ckpt", ns=(later, later))
     assert saver.newest() == tmp_path / "step=4.ckpt"
     os.truncate(tmp_path / "step=4.ckpt", 3000)
+    os.utime(tmp_path / "step=4.ckpt", ns=(later, later))
     with pytest.warns(UserWarning, match=r"step=4.ckpt' is damaged \(.*\): the one before it is taken"):
         assert saver.newest() == tmp_path / "step=6.ckpt"
     with pytest.warns(UserWarning, match="is damaged"):

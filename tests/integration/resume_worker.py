@@ -12,6 +12,7 @@ import torch
 from rlhf_lightning import DPOModule, SFTModule
 from rlhf_lightning.callbacks import TrainingCheckpoint
 from rlhf_lightning.datamodules import SFTDataModule
+from tests.helpers import leave_together
 from tests.integration.test_resume import DEMONSTRATIONS, LORA, Noise, pairs
 
 
@@ -54,6 +55,7 @@ def main(model: str, folder: str, strategy: str) -> None:
         place = Path(folder) / name
         fit(model, place / "whole", strategy, name)
         fit(model, place / "resumed", strategy, name, place / "whole" / "step=2.ckpt")
+    leave_together()
 
 
 if __name__ == "__main__":

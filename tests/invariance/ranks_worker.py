@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers import leave_together
 from tests.invariance.harness import step, validate
 from tests.invariance.methods import METHODS
 
@@ -26,6 +27,7 @@ def main(folder: str, target: str, num_rows: int, strategy: str, names: list[str
         results[name] = {"updates": outcome.updates, "metrics": outcome.metrics, "validation": metrics}
     if rank == 0:
         torch.save(results, Path(target))
+    leave_together()
 
 
 if __name__ == "__main__":
