@@ -78,6 +78,11 @@ def run_job(job: dict[str, Any], strategy: str = "auto", rank: int = 0, world: i
     return {"weights": weights, "metrics": {k: float(v) for k, v in run.callback_metrics.items()}}
 
 
+def written(jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Jobs that also leave a checkpoint and an export."""
+    return {k: job | {"save": f"{folder}/{k}.ckpt", "export": f"{folder}/{k}"} for k, job in jobs.items()}
+
+
 def on_ranks(jobs: dict[str, Any], folder: Path, strategy: str, world: int, timeout: float = 600) -> dict[str, Any]:
     """Runs jobs under torchrun; the results of rank 0."""
     target = folder / "results.pt"

@@ -13,7 +13,7 @@ from rlhf_lightning import FSDP2Strategy
 from rlhf_lightning.strategies import shard_group_size
 
 from .helpers import save_tiny_model
-from .sharding_jobs import on_ranks, run_job
+from .sharding_jobs import on_ranks, run_job, written
 
 # Tied weights; a reference that a checkpoint holds; sampling.
 JOBS: dict[str, dict[str, Any]] = {
@@ -29,10 +29,6 @@ RESUMED = ("sft", "dpo")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folders = {arch: str(save_tiny_model(tmp_path_factory.mktemp("models") / arch, arch)) for arch in ("qwen3", "gpt2")}
     return {name: job | TWO_PAIRS | {"model": folders[job["model"]]} for name, job in JOBS.items()}
-
-
-def written(jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    return {k: job | {"save": f"{folder}/{k}.ckpt", "export": f"{folder}/{k}"} for k, job in jobs.items()}
 
 
 @pytest.fixture(scope="module")

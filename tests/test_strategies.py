@@ -22,7 +22,7 @@ from rlhf_lightning.modules.distributed import clip_gradients
 from rlhf_lightning.strategies import check_can_be_sharded
 
 from .helpers import save_tiny_model, tiny_model
-from .sharding_jobs import on_ranks, run_job
+from .sharding_jobs import on_ranks, run_job, written
 
 # `make invariance` runs all jobs; otherwise those that show most of what can go wrong.
 EVERYTHING = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
@@ -58,11 +58,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
             options["value_model"] = folders[options["value_model"]]
         found[name] = job | {"model": folders[job["model"]], "options": options}
     return found
-
-
-def written(jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Jobs that also leave a checkpoint and an export."""
-    return {k: job | {"save": f"{folder}/{k}.ckpt", "export": f"{folder}/{k}"} for k, job in jobs.items()}
 
 
 @pytest.fixture(scope="module")

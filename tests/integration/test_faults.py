@@ -77,6 +77,20 @@ def no_room() -> Iterator[Any]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def complaint(tmp_path, capsys, *options):
+    """The last line of a command that fails on a file, without a traceback."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = ["accelerator=cpu", "max_steps=1", "logger=false", "enable_progress_bar=false"]
+    trainer += ["enable_model_summary=false", f"default_root_dir={tmp_path / 'out'}"]
+    data = ["--data=SFTDataModule", f"--data.train={rows}"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=SFTModule", *options, *data, *(f"--trainer.{option}" for option in trainer)])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert not any("Traceback" in line for line in said)
+    return said[-1]
+
+
 def test_no_room_for_a_checkpoint(tiny_model_folder, tmp_path):
     whole = trained(fit(tiny_model_folder(), tmp_path / "whole"))
     with (
@@ -118,27 +132,9 @@ def test_a_damaged_checkpoint(tiny_model_folder, tmp_path, capsys):
     with pytest.warns(UserWarning, match="step=4.ckpt' is damaged"):
         assert_equal(trained(fit(tiny_model_folder(), tmp_path / "c", ckpt_path="last")), whole)
     os.truncate(tmp_path / "c/step=3.ckpt", 5000)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    with pytest.raises(SystemExit):
-        main(
-            [
-                "fit",
-                "--model=SFTModule",
-                f"--model.model={tiny_model_folder()}",
-                "--data=SFTDataModule",
-                f"--data.train={tmp_path / 'rows.jsonl'}",
-                f"--ckpt_path={tmp_path / 'c/step=3.ckpt'}",
-                f"--trainer.default_root_dir={tmp_path / 'out'}",
-                "--trainer.accelerator=cpu",
-                "--trainer.max_steps=1",
-                "--trainer.logger=false",
-                "--trainer.enable_progress_bar=false",
-                "--trainer.enable_model_summary=false",
-            ]
-        )
-    said = capsys.readouterr().err.strip().splitlines()
-    assert "step=3.ckpt' is damaged" in said[-1]
-    assert not any("Traceback" in line for line in said)
+    assert "step=3.ckpt' is damaged" in complaint(
+        tmp_path, capsys, f"--model.model={tiny_model_folder()}", f"--ckpt_path={tmp_path / 'c/step=3.ckpt'}"
+    )
 
 
 def test_rows_that_changed_between_two_runs(tiny_model_folder, tmp_path):
@@ -178,26 +174,7 @@ def test_a_damaged_shard_of_a_model(tmp_path, capsys, content):
     assert "\n" not in str(error.value)
     if content != "half":
         return
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    with pytest.raises(SystemExit):
-        main(
-            [
-                "fit",
-                "--model=SFTModule",
-                f"--model.model={folder}",
-                "--data=SFTDataModule",
-                f"--data.train={tmp_path / 'rows.jsonl'}",
-                f"--trainer.default_root_dir={tmp_path / 'out'}",
-                "--trainer.accelerator=cpu",
-                "--trainer.max_steps=1",
-                "--trainer.logger=false",
-                "--trainer.enable_progress_bar=false",
-                "--trainer.enable_model_summary=false",
-            ]
-        )
-    said = capsys.readouterr().err.strip().splitlines()
-    assert f"{shards[1].name} is damaged" in said[-1]
-    assert not any("Traceback" in line for line in said)
+    assert f"{shards[1].name} is damaged" in complaint(tmp_path, capsys, f"--model.model={folder}")
 
 
 def test_a_damaged_head_of_a_reward_model(tiny_model_folder, tmp_path):
