@@ -16,7 +16,7 @@ DEV     := $(VENV)/.installed-dev-$(KEY)
 PARITY  := $(VENV)/.installed-parity-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install dev test invariance parity test-gpu benchmark lint type format clean
+.PHONY: help quickstart install dev test test-slow invariance parity test-gpu benchmark lint type format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,11 @@ install: $(or $(wildcard $(PARITY)),$(wildcard $(DEV)),$(RUNTIME)) ## install th
 
 dev: $(or $(wildcard $(PARITY)),$(DEV)) ## install the package and the developers' tools into .venv
 
-test: dev ## run all tests (WORKERS=0 for one process, ARGS="-k name" for some)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+test: dev ## run the tests but the slow ones (WORKERS=0 for one process, ARGS="-k name" for some)
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-slow: dev ## run the slow tests: kills, ranks, sweeps
+	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 invariance: dev ## run the tests of what must not change a result, and print them as a table
 	RLHF_LIGHTNING_ALL_RANKS=1 $(BIN)/python -m pytest -q -p tests.invariance.table tests/invariance \
