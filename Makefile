@@ -16,7 +16,7 @@ DEV     := $(VENV)/.installed-dev-$(KEY)
 PARITY  := $(VENV)/.installed-parity-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install dev test test-slow invariance parity test-gpu benchmark lint type format clean
+.PHONY: help quickstart install dev test test-slow invariance parity test-gpu benchmark benchmark-gpu lint type format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +47,10 @@ test-gpu: dev ## run the tests that need a CUDA device, and print speed and memo
 		echo "no CUDA device: the GPU tests are skipped; only what of them runs on a CPU is run"
 	$(BIN)/python -m pytest -q -s tests/gpu $(ARGS)
 
-benchmark: $(PARITY) ## measure speed and memory beside TRL
+benchmark-gpu: dev ## on one GPU, in eight minutes: equality with the CPU, the GPU tests, speed (ARGS=--rehearse without one)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+benchmark: $(PARITY) ## measure speed and memory compared with TRL
 	$(BIN)/python benchmarks/training.py dpo $(ARGS)
 	$(BIN)/python benchmarks/training.py sft $(ARGS)
 	$(BIN)/python benchmarks/training.py reward --ranked 4 --micro_batch_tokens 2048 $(ARGS)

@@ -76,8 +76,8 @@ def with_transformers(model: Qwen3ForCausalLM, prompts: list[list[int]], work: W
         mask[row, width - len(prompt) :] = 1
     with torch.no_grad():
         output = model.generate(
-            input_ids,
-            attention_mask=mask,
+            input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
             num_return_sequences=work.samples,
             do_sample=True,
             top_k=0,
@@ -94,8 +94,10 @@ def with_engine(model: Qwen3ForCausalLM, prompts: list[list[int]], work: Workloa
     return sum(len(sample.token_ids) for group in groups for sample in group)
 
 
-def compare(model: Qwen3ForCausalLM, work: Workload, rounds: int, clock: Callable[[], float]) -> str:
-    """Runs a workload with both, in turns, and returns one line."""
+def compare(
+    model: Qwen3ForCausalLM, work: Workload, rounds: int, clock: Callable[[], float]
+) -> tuple[float, float, float]:
+    """Runs a workload with both, in turns; returns the peer's tokens per second, ours, and the median ratio."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(60, 120, (work.prompts,), generator=generator).tolist()
     prompts = [torch.randint(2, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
@@ -114,7 +116,7 @@ def compare(model: Qwen3ForCausalLM, work: Workload, rounds: int, clock: Callabl
     undo()
     ratio = statistics.median(b / a for a, b in zip(speeds["transformers"], speeds["engine"], strict=True))
     peer, ours = (statistics.median(values) for values in speeds.values())
-    return f"{work.name:<38} {peer:>12.0f} {ours:>12.0f} {ratio:>7.2f}x"
+    return peer, ours, ratio
 
 
 def main() -> None:
@@ -140,7 +142,9 @@ def main() -> None:
     model = make_model(args.layers, args.hidden, args.vocabulary)
     print(f"{'new tokens per second':<38} {'transformers':>12} {'LocalEngine':>12} {'ratio':>8}")
     for index in args.workloads:
-        print(compare(model, workloads[index], args.rounds, clock), flush=True)
+        work = workloads[index]
+        peer, ours, ratio = compare(model, work, args.rounds, clock)
+        print(f"{work.name:<38} {peer:>12.0f} {ours:>12.0f} {ratio:>7.2f}x", flush=True)
 
 
 if __name__ == "__main__":

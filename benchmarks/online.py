@@ -1,15 +1,17 @@
-"""An iteration of GRPO beside TRL's: sample, score, one optimizer step; same model, prompts, lengths, reward, threads.
+"""An iteration of GRPO compared with TRL's: sample, score, one optimizer step; same model, prompts, reward, threads.
 
-Each side runs in a process of its own; pairs of processes alternate, and the median of the pairwise ratios is printed.
+TRL runs *as it comes*, with all completions on the device at once, and *at its best*: its gradient from all, a quarter,
+an eighth or a thirty-second of the completions at a time, each tried once, and the fastest compared. Each run is a
+process of its own; ours and the two settings alternate, and medians of the pairwise ratios are printed.
 Both sample at temperature 1 without filters, keep no reference policy (TRL's default) and make one update on the
 whole batch. Two workloads: ``equal``, where no completion may end before its limit, and ``tail``, where the model ends
 its completions at random, so that a few are much longer than most; lengths are the same in distribution then, and
-speeds are compared per sampled token. ``trl-split`` makes its gradient from a quarter of the completions at a time.
+speeds are compared per sampled token.
 Peak memory is the process's largest resident set, libraries included.
 
     python benchmarks/online.py                      # needs: pip install trl==1.16.0
-    python benchmarks/online.py --workloads tail --pairs 5 --sides trl
-    python benchmarks/online.py --sides ppo          # seconds of our PPO: TRL has none any more
+    python benchmarks/online.py --workloads tail --pairs 5 --settings trl
+    python benchmarks/online.py --ours ppo --settings    # seconds of our PPO: TRL has none any more
 
 For our side it also says, of one profiled iteration of ``equal``, how much of the time was spent in matrix products,
 and how fast the machine multiplies matrices of the model's size.
@@ -20,21 +22,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from training import HIDDEN, LAYERS, random_prompts, write_model
+from sides import OURS, Figures, compare, peak_mib, run_child, wait_for
+from training import SHAPES, random_prompts, write_model
 
 EOS = 1
+SHARED = (
+    "steps",
+    "threads",
+    "prompts",
+    "samples",
+    "ours",
+    "device",
+    "shape",
+    "limit",
+    "precision",
+)  # options that a child is given
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear")
 
 
@@ -45,7 +55,15 @@ class Workload(NamedTuple):
     mean_length: int | None  # None: every completion runs to the limit
 
 
+# TRL's settings, by the number of parts in which its gradient is made; the one that it comes with first.
+SETTINGS = {"trl": 1, "trl-4": 4, "trl-8": 8, "trl-32": 32}
 WORKLOADS = {"equal": Workload(64, None), "tail": Workload(512, 64)}
+
+
+def workload_of(arguments: argparse.Namespace, name: str) -> Workload:
+    """A workload, with the limit that was asked for."""
+    work = WORKLOADS[name]
+    return work._replace(limit=arguments.limit or work.limit)
 
 
 def end_at_random(folder: str, mean_length: int) -> None:
@@ -75,7 +93,8 @@ def reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[floa
 class Clock:
     """Seconds and sampled tokens of each iteration."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.times: list[float] = []
         self.tokens: list[int] = []
         self.peak = 0.0
@@ -91,8 +110,9 @@ class Clock:
 
     def end(self) -> None:
         """After an iteration."""
+        wait_for(self.device)
         self.times.append(time.perf_counter() - self.start)
-        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.peak = peak_mib(self.device)
 
 
 def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Workload, clock: Clock) -> dict[str, Any]:
@@ -121,7 +141,9 @@ def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Wor
 
     trainer = lightning.Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator="gpu" if arguments.device == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if arguments.precision == "bf16" else "32-true",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -134,7 +156,7 @@ def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Wor
         "max_completion_length": work.limit,
         "min_completion_length": 0 if work.mean_length else work.limit,
     }
-    kind: Any = PPOModule if arguments.side == "ppo" else GRPOModule
+    kind: Any = PPOModule if arguments.ours == "ppo" else GRPOModule
     train = prompts + prompts[: arguments.prompts if arguments.profile else 0]
     trainer.fit(
         kind(arguments.folder, **options),
@@ -161,7 +183,7 @@ def theirs(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: W
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             clock.end()
 
-    parts = 4 if arguments.side == "trl-split" else 1
+    parts = SETTINGS[arguments.side]
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=arguments.steps,
@@ -171,8 +193,8 @@ def theirs(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: W
         max_completion_length=work.limit,
         generation_kwargs={} if work.mean_length else {"min_new_tokens": work.limit},
         shuffle_dataset=False,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=arguments.device == "cpu",
+        bf16=arguments.precision == "bf16",
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
@@ -193,11 +215,11 @@ def child(arguments: argparse.Namespace) -> None:
     """Runs one side and prints a line of JSON; the first iteration does not count."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    work = WORKLOADS[arguments.workloads[0]]
-    asked = random_prompts(arguments.prompts * arguments.steps, "gsm8k", 1)
+    work = workload_of(arguments, arguments.workloads[0])
+    asked = random_prompts(arguments.prompts * arguments.steps, "gsm8k", 1, SHAPES[arguments.shape].vocab)
     prompts = [{"prompt": prompt} for prompt, _ in asked]
-    clock, found = Clock(), {}
-    if arguments.side.startswith("trl"):
+    clock, found = Clock(arguments.device), {}
+    if arguments.side in SETTINGS:
         theirs(arguments, prompts, work, clock)
     else:
         found = ours(arguments, prompts, work, clock)
@@ -205,74 +227,50 @@ def child(arguments: argparse.Namespace) -> None:
     seconds, tokens = sum(clock.times[1:]), sum(clock.tokens[1:])
     found |= {
         "seconds": seconds / len(clock.times[1:]),
-        "tokens": tokens / len(clock.times[1:]),
+        "tokens_per_s": tokens / seconds,
         "peak_mib": clock.peak,
     }
     print("RESULT " + json.dumps(found))
 
 
-def measure(arguments: argparse.Namespace, workload: str, side: str, seed: int, profiled: bool) -> dict[str, float]:
-    """Runs one side in a process of its own."""
-    command = [sys.executable, __file__, "--workloads", workload, "--side", side, "--seed", str(seed)]
-    for name in ("folder", "steps", "threads", "prompts", "samples"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    command += ["--profile"] if profiled else []
-    root = str(Path(__file__).resolve().parents[1])
-    env = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))  # type: ignore[no-any-return]
-    raise RuntimeError(f"{side} failed:\n{done.stderr[-2000:]}")
-
-
 def product_rate() -> float:
     """GFLOP per second of a product of 2,048 tokens with a weight of the model's feed-forward layer."""
-    tokens, weight = torch.randn(2048, HIDDEN), torch.randn(1024, HIDDEN)
+    shape = SHAPES["small"]
+    tokens, weight = torch.randn(2048, shape.hidden), torch.randn(shape.intermediate, shape.hidden)
     best = math.inf
     for _ in range(30):
         start = time.perf_counter()
         tokens @ weight.T
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048 * HIDDEN * 1024 / best / 1e9
+    return 2 * len(tokens) * weight.numel() / best / 1e9
 
 
-def compare(arguments: argparse.Namespace, workload: str) -> None:
-    """Alternates the sides on one workload and prints medians and pairwise ratios."""
-    sides = ["ours", *arguments.sides]
-    results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for number in range(arguments.pairs):
-        for side in sides:
-            # A profile of hundreds of short decoding steps takes longer to add up than the run itself.
-            profiled = number == arguments.pairs - 1 and workload == "equal" and not side.startswith("trl")
-            results[side].append(measure(arguments, workload, side, number, profiled))
-            print(f"  {side:10s} {results[side][-1]}", flush=True)
-    shape = f"{arguments.prompts} prompts x {arguments.samples}, at most {WORKLOADS[workload].limit} tokens"
-    print(f"\n{workload}: {shape}; medians of {arguments.pairs}")
-    for side in sides:
-        median = {key: statistics.median(r[key] for r in results[side]) for key in ("seconds", "tokens", "peak_mib")}
-        line = f"{side:10s} {median['seconds']:6.2f} s/iteration {median['tokens']:6.0f} sampled tokens"
-        line += f" {median['peak_mib']:5.0f} MiB"
-        if "products" in results[side][-1]:
-            line += f"   {results[side][-1]['products']:.0%} of the time in matrix products"
-        if side.startswith("trl"):
-            both = list(zip(results["ours"], results[side], strict=True))
-            speed = statistics.median((b["seconds"] / b["tokens"]) / (a["seconds"] / a["tokens"]) for a, b in both)
-            memory = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in both)
-            line += f"   ours: {speed:.2f}x the tokens per second, {memory:.2f}x the memory"
-        print(line, flush=True)
+def measure(arguments: argparse.Namespace, workload: str, side: str, number: int) -> Figures:
+    """Runs one side in a process of its own."""
+    command = ["--workloads", workload, "--side", side, "--seed", str(number)]
+    command += [f"--{name}={getattr(arguments, name)}" for name in ("folder", *SHARED)]
+    # A profile of hundreds of short decoding steps takes longer to add up than the run itself.
+    on_cpu = arguments.device == "cpu"
+    if side == OURS and number == arguments.pairs - 1 and workload == "equal" and on_cpu:
+        command.append("--profile")
+    return run_child(__file__, command, arguments.threads)
 
 
 def main() -> None:
     """Prints a table for each workload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--sides", nargs="*", default=["trl", "trl-split"], help="beside ours: trl, trl-split, ppo")
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="of TRL's to try")
+    parser.add_argument("--ours", choices=("grpo", "ppo"), default="grpo")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--steps", type=int, default=3, help="iterations per run, the first not counted")
     parser.add_argument("--prompts", type=int, default=4, help="per iteration")
     parser.add_argument("--samples", type=int, default=8, help="per prompt")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--limit", type=int, default=0, help="tokens of a completion at most (0: the workload's)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: mixed, on both sides")
     for hidden in ("--side", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -281,15 +279,23 @@ def main() -> None:
     if arguments.side:
         child(arguments)
         return
+
     torch.set_num_threads(arguments.threads)
-    print(f"matrix products run at {product_rate():.0f} GFLOP/s; the model has {LAYERS} layers of {HIDDEN}")
+    print(f"matrix products of the small model's feed-forward layer run at {product_rate():.0f} GFLOP/s on this CPU")
     for workload in arguments.workloads:
         with tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder))
+            write_model(Path(folder), SHAPES[arguments.shape], arguments.device)
             if WORKLOADS[workload].mean_length:
                 end_at_random(folder, WORKLOADS[workload].mean_length or 1)
             arguments.folder = folder
-            compare(arguments, workload)
+            limit = workload_of(arguments, workload).limit
+            shape = f"{arguments.prompts} prompts x {arguments.samples}, at most {limit} tokens"
+            compare(
+                partial(measure, arguments, workload),
+                arguments.settings,
+                arguments.pairs,
+                f"{arguments.ours}, an iteration, {workload}: {shape}; sampled tokens",
+            )
 
 
 if __name__ == "__main__":

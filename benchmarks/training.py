@@ -1,26 +1,24 @@
-"""Training speed and memory beside TRL: one process after another on the same rows, model, batch and threads.
+"""Training speed and memory compared with TRL: the same rows, model, batch and threads.
 
-Each side runs in a process of its own; pairs of processes alternate, and the median of the pairwise ratios is printed.
-Peak memory is the process's largest resident set, libraries included. The peer runs as it is fastest: without gradient
-checkpointing, in full precision, without truncation. ``trl-split`` accumulates the same batch from a quarter of its
-rows at a time, which pads less. A batch is eight rows: eight pairs, or the halves of four for KTO. With ``--ranked 4``
-every prompt has four completions in order of merit, two prompts to a batch: pairs are all six of them, as in Ouyang et
-al. (2022), and single rows all four. With ``--ranked 1`` no two single rows have the same prompt.
+TRL runs *as it comes*, with the whole batch on the device at once, and *at its best*: each number of rows per device
+(8, 4, 2, 1, gradients accumulated to the same batch; for SFT also packed) is tried once, and the fastest is compared.
+Both run without gradient checkpointing and truncation, in the precision of ``--precision``; ours with its defaults.
+Each run is a process of its own; ours and the two settings alternate, and medians of the pairwise ratios are printed.
+Peak memory is the process's largest resident set, libraries included. A batch is eight rows: eight pairs, or the halves
+of four for KTO. With ``--ranked 4`` every prompt has four completions in order of merit, two prompts to a batch: pairs
+are all six of them, as in Ouyang et al. (2022), and single rows all four. With ``--ranked 1`` no two single rows have
+the same prompt.
 
     python benchmarks/training.py dpo            # needs: pip install trl==1.16.0
     python benchmarks/training.py reward --lengths chat --ranked 4 --pairs 5
-    python benchmarks/training.py simpo --lengths summaries --sides trl  # also: sft, kto
+    python benchmarks/training.py simpo --lengths summaries  # also: sft, kto
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,11 +26,31 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from sides import compare, peak_mib, run_child, wait_for
 
-VOCAB, HIDDEN, LAYERS, BATCH, PROMPTS = 32768, 384, 8, 8, 2
+
+class Shape(NamedTuple):
+    """Sizes of a model."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+# Qwen3's shape: the one that all figures are of, and that of a model with 1.5 billion weights, for GPUs.
+SHAPES = {
+    "small": Shape(vocab=32768, hidden=384, intermediate=1024, layers=8, heads=6, kv_heads=2, head_dim=64),
+    "1.5b": Shape(vocab=151936, hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, head_dim=128),
+    "tiny": Shape(vocab=512, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, head_dim=16),
+}
+BATCH, PROMPTS = 8, 2
 BLOCK, BLOCKS = 1024, 2  # packed blocks hold about as many tokens as a batch of rows, without padding
 Row = dict[str, Any]
 Asked = tuple[str, list[str]]  # a prompt and its completions, the best one first
@@ -56,7 +74,7 @@ class Peer:
     model_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=lambda: {"max_length": None})
     packed: bool = False
-    accumulated: int = 1  # the batch comes in so many parts
+    per_device: int | None = None  # rows on the device at once; None: the whole batch
 
 
 @dataclass(frozen=True)
@@ -69,9 +87,9 @@ class Method:
     peers: dict[str, Peer]
 
 
-def with_split(peer: Peer) -> dict[str, Peer]:
-    """A trainer on whole batches, and on a quarter at a time."""
-    return {"trl": peer, "trl-split": replace(peer, accumulated=4)}
+def by_rows(peer: Peer) -> dict[str, Peer]:
+    """A trainer on whole batches, and on fewer rows at a time, which pads less."""
+    return {"trl": peer, **{f"trl-{rows}": replace(peer, per_device=rows) for rows in (4, 2, 1)}}
 
 
 def pairs(asked: list[Asked]) -> list[Row]:
@@ -102,26 +120,28 @@ def verdicts(asked: list[Asked]) -> list[Row]:
 
 
 METHODS = {
-    "dpo": Method("DPOModule", "PreferenceDataModule", pairs, with_split(Peer("DPOTrainer", "DPOConfig"))),
+    "dpo": Method("DPOModule", "PreferenceDataModule", pairs, by_rows(Peer("DPOTrainer", "DPOConfig"))),
     "sft": Method(
         "SFTModule",
         "SFTDataModule",
         demonstrations,
-        {
-            "trl": Peer("SFTTrainer", "SFTConfig"),
-            "trl-packed": Peer(
+        by_rows(Peer("SFTTrainer", "SFTConfig"))
+        | {
+            f"trl-packed-{blocks}": Peer(
                 "SFTTrainer",
                 "SFTConfig",
-                options={"per_device_train_batch_size": BLOCKS, "packing": True, "max_length": BLOCK},
+                options={"packing": True, "max_length": BLOCK},
                 packed=True,
-            ),
+                per_device=blocks,
+            )
+            for blocks in (BLOCKS, 1)
         },
     ),
     "reward": Method(
         "RewardModule",
         "PreferenceDataModule",
         pairs,
-        with_split(
+        by_rows(
             Peer(
                 "RewardTrainer",
                 "RewardConfig",
@@ -134,7 +154,7 @@ METHODS = {
         "SimPOModule",
         "PreferenceDataModule",
         pairs,
-        with_split(
+        by_rows(
             Peer(
                 "CPOTrainer",
                 "CPOConfig",
@@ -144,24 +164,24 @@ METHODS = {
             )
         ),
     ),
-    "kto": Method("KTOModule", "UnpairedDataModule", verdicts, with_split(Peer("KTOTrainer", "KTOConfig"))),
+    "kto": Method("KTOModule", "UnpairedDataModule", verdicts, by_rows(Peer("KTOTrainer", "KTOConfig"))),
 }
 
 
-def random_prompts(count: int, lengths: str, ranked: int) -> list[Asked]:
+def random_prompts(count: int, lengths: str, ranked: int, vocab: int = SHAPES["small"].vocab) -> list[Asked]:
     """Random words: prompts and their completions."""
     prompt, completion = LENGTHS[lengths]
     rng = np.random.default_rng(0)
 
     def text(median: float, spread: float, least: int, most: int) -> str:
         length = int(np.clip(rng.lognormal(np.log(median), spread), least, most))
-        return " ".join(f"w{n}" for n in rng.integers(10, VOCAB - 10, size=length))
+        return " ".join(f"w{n}" for n in rng.integers(10, vocab - 10, size=length))
 
     return [(text(*prompt), [text(*completion) for _ in range(ranked)]) for _ in range(count)]
 
 
-def write_model(folder: Path) -> None:
-    """A Qwen3-shaped random model and a tokenizer of whole words, one token each."""
+def write_model(folder: Path, shape: Shape = SHAPES["small"], device: str = "cpu") -> None:
+    """A random model, in bf16 where it was drawn on a GPU, and a tokenizer of whole words, one token each."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -170,27 +190,29 @@ def write_model(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=1024,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{n}": n for n in range(2, VOCAB)}}
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    model.save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{n}": n for n in range(2, shape.vocab)}}
     backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def ours(method: Method, folder: str, data: list[Row], steps: int, batch: int, budget: int) -> list[float]:
+def ours(method: Method, data: list[Row], batch: int, arguments: argparse.Namespace) -> list[float]:
     """Seconds of each step."""
     import lightning
 
@@ -201,11 +223,14 @@ def ours(method: Method, folder: str, data: list[Row], steps: int, batch: int, b
             self.start = time.perf_counter()
 
         def on_train_batch_end(self, *args: Any) -> None:
+            wait_for(arguments.device)
             times.append(time.perf_counter() - self.start)
 
     trainer = lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
+        max_steps=arguments.steps,
+        accelerator="gpu" if arguments.device == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if arguments.precision == "bf16" else "32-true",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -215,12 +240,13 @@ def ours(method: Method, folder: str, data: list[Row], steps: int, batch: int, b
     module = getattr(import_module("rlhf_lightning.modules"), method.module)
     datamodule = getattr(import_module("rlhf_lightning.datamodules"), method.datamodule)
     trainer.fit(
-        module(folder, micro_batch_tokens=budget), datamodule(train=data, global_batch_size=batch, shuffle=False)
+        module(arguments.folder, micro_batch_tokens=arguments.micro_batch_tokens),
+        datamodule(train=data, global_batch_size=batch, shuffle=False),
     )
     return times
 
 
-def theirs(peer: Peer, folder: str, data: list[Row], steps: int, batch: int) -> list[float]:
+def theirs(peer: Peer, data: list[Row], batch: int, arguments: argparse.Namespace) -> list[float]:
     """Seconds of each step of TRL's trainer."""
     import torch
     import transformers
@@ -233,16 +259,22 @@ def theirs(peer: Peer, folder: str, data: list[Row], steps: int, batch: int) -> 
             self.start = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            wait_for(arguments.device)
             times.append(time.perf_counter() - self.start)
 
-    model = getattr(transformers, peer.model).from_pretrained(folder, dtype=torch.float32, **peer.model_options)
+    model = getattr(transformers, peer.model).from_pretrained(
+        arguments.folder, dtype=torch.float32, **peer.model_options
+    )
+    whole = BLOCKS if peer.packed else batch
+    per_device = min(peer.per_device or whole, whole)
     options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "max_steps": steps,
-        "per_device_train_batch_size": batch // peer.accumulated,
-        "gradient_accumulation_steps": peer.accumulated,
-        "use_cpu": True,
-        "bf16": False,
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": whole // per_device,
+        "use_cpu": arguments.device == "cpu",
+        "use_liger_kernel": arguments.liger,
+        "bf16": arguments.precision == "bf16",
         "gradient_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
@@ -260,7 +292,7 @@ def theirs(peer: Peer, folder: str, data: list[Row], steps: int, batch: int) -> 
         model=model,
         args=getattr(trl, peer.config)(**options | peer.options),
         train_dataset=Dataset.from_list(spaced),
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        processing_class=transformers.AutoTokenizer.from_pretrained(arguments.folder),
         callbacks=[Clock()],
     ).train()
     return times
@@ -281,35 +313,19 @@ def child(arguments: argparse.Namespace) -> None:
     peer = method.peers.get(arguments.side)
     packed = peer is not None and peer.packed
     each = len(method.rows([("", [""] * arguments.ranked)]))  # rows of a prompt
-    batch = BATCH if arguments.ranked <= 2 else PROMPTS * each
+    batch = arguments.batch if arguments.ranked <= 2 else PROMPTS * each
     count = batch // each * arguments.steps * (4 if packed else 1)
-    data = method.rows(random_prompts(count, arguments.lengths, arguments.ranked))
-    if peer is None:
-        times = ours(method, arguments.folder, data, arguments.steps, batch, arguments.micro_batch_tokens)
-    else:
-        times = theirs(peer, arguments.folder, data, arguments.steps, batch)
+    vocab = SHAPES[arguments.shape].vocab
+    data = method.rows(random_prompts(count, arguments.lengths, arguments.ranked, vocab))
+    times = ours(method, data, batch, arguments) if peer is None else theirs(peer, data, batch, arguments)
     tokens = BLOCKS * BLOCK if packed else statistics.mean(map(num_tokens, data)) * batch
     seconds = statistics.median(times[2:])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("RESULT " + json.dumps({"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_mib": peak}))
-
-
-def measure(arguments: argparse.Namespace, side: str) -> dict[str, float]:
-    """Runs one side in a process of its own."""
-    command = [sys.executable, __file__, arguments.method, "--side", side, "--folder", arguments.folder]
-    command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads), "--lengths", arguments.lengths]
-    command += ["--ranked", str(arguments.ranked), "--micro_batch_tokens", str(arguments.micro_batch_tokens)]
-    root = str(Path(__file__).resolve().parents[1])
-    env = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))  # type: ignore[no-any-return]
-    raise RuntimeError(f"{side} failed:\n{done.stderr[-2000:]}")
+    figures = {"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_mib": peak_mib(arguments.device)}
+    print("RESULT " + json.dumps(figures))
 
 
 def main() -> None:
-    """Alternates the sides and prints medians and pairwise ratios."""
+    """Compares ours with TRL's settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
@@ -317,10 +333,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", choices=LENGTHS, default="gsm8k")
     parser.add_argument("--ranked", type=int, default=2, help="completions per prompt")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: mixed, on both sides")
     parser.add_argument(
         "--micro_batch_tokens", type=int, default=8192, help="ours: a memory knob, as it comes by default"
     )
-    parser.add_argument("--sides", nargs="*", help="which peers (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows of a step; two prompts where more are ranked")
+    parser.add_argument("--liger", action="store_true", help="the peer's fused kernels, for CUDA")
+    parser.add_argument("--settings", nargs="*", help="which of the peer's to try (default: all)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -331,26 +352,20 @@ def main() -> None:
     if arguments.side:
         child(arguments)
         return
+
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
-        arguments.folder = folder
-        sides = ["ours", *(METHODS[arguments.method].peers if arguments.sides is None else arguments.sides)]
-        results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-        for _ in range(arguments.pairs):
-            for side in sides:
-                results[side].append(measure(arguments, side))
-                print(f"  {side:12s} {results[side][-1]}", flush=True)
-    print(f"\n{arguments.method}, medians of {arguments.pairs}:")
-    for side in sides:
-        median = {key: statistics.median(r[key] for r in results[side]) for key in results[side][0]}
-        line = f"{side:12s} {median['seconds']:.2f} s/step {median['tokens_per_s']:.0f} tokens/s"
-        line += f" {median['peak_mib']:.0f} MiB"
-        if side != "ours":
-            both = list(zip(results["ours"], results[side], strict=True))
-            speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in both)
-            memory = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in both)
-            line += f"   ours: {speed:.2f}x as fast, {memory:.2f}x the memory"
-        print(line)
+        write_model(Path(folder), SHAPES[arguments.shape], arguments.device)
+        names = ("steps", "threads", "lengths", "ranked", "precision", "micro_batch_tokens", "device", "shape", "batch")
+        shared = [f"--{name}={getattr(arguments, name)}" for name in names] + ["--liger"] * arguments.liger
+        settings = list(METHODS[arguments.method].peers) if arguments.settings is None else arguments.settings
+        compare(
+            lambda side, _: run_child(
+                __file__, [arguments.method, "--side", side, "--folder", folder, *shared], arguments.threads
+            ),
+            settings,
+            arguments.pairs,
+            f"{arguments.method}, a step, {arguments.precision}, lengths of {arguments.lengths}",
+        )
 
 
 if __name__ == "__main__":

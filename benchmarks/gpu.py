@@ -1,0 +1,295 @@
+"""One GPU, at most eight minutes: is every number that of a CPU, and how fast and large is it, compared with TRL?
+
+    python benchmarks/gpu.py                   # needs CUDA; TRL and Liger are measured where they are installed
+    python benchmarks/gpu.py --rehearse        # the same code on a CPU, with a tiny model: shows that it runs, no speed
+    python benchmarks/gpu.py --parts equality speed --minutes 5
+
+Parts, each within its share of the time; what does not fit is said:
+
+- ``equality``: loss and gradient of the first step of all eight methods, in fp32 and bf16, with both attentions, as
+  relative distances from the same step in fp32 on the CPU.
+- ``tests``: ``tests/gpu``.
+- ``speed``: steps of SFT and DPO and an iteration of GRPO on a random model with 1.5 billion weights in bf16, and
+  tokens sampled from it: ours, TRL's, TRL's with Liger. Time, the most memory that was allocated, and *utilisation*:
+  the products that a step needs (6 per weight and token, 8 where a reference is asked too; a prompt's tokens count
+  once) over what the card multiplies in bf16 in the same time, measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sides import OURS, Figures, run_child
+from training import SHAPES, Shape, write_model
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+EIGHT = ("sft", "reward", "process", "dpo", "simpo", "kto", "grpo", "ppo")
+SHARES = {"equality": 0.25, "tests": 0.2, "speed": 0.55}  # of the time
+
+
+class Scale(NamedTuple):
+    """Sizes of everything that is measured."""
+
+    device: str
+    shape: str
+    batch: int
+    steps: int
+    prompts: int
+    samples: int
+    limit: int
+    precision: str
+
+
+CARD = Scale("cuda", "1.5b", batch=16, steps=6, prompts=8, samples=8, limit=128, precision="bf16")
+REHEARSAL = Scale("cpu", "tiny", batch=2, steps=3, prompts=2, samples=2, limit=4, precision="fp32")
+
+
+class Row(NamedTuple):
+    """A line of the last table."""
+
+    what: str
+    side: str
+    found: str
+
+
+def num_weights(shape: Shape) -> int:
+    """Weights that a token is multiplied with: those of the blocks, and of the (tied) head."""
+    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
+    return shape.layers * (attention + 3 * shape.hidden * shape.intermediate) + shape.vocab * shape.hidden
+
+
+def product_rate(device: str, size: int) -> float:
+    """Floating-point operations per second of a product of two square matrices, in bf16; the best of ten."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for it
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def first_step(name: str, folder: str, device: str, precision: str, attention: str) -> tuple[float, dict[str, Any]]:
+    """The loss and the gradient of a method's first step, as users start it: ``fit`` on a device."""
+    import lightning
+
+    from rlhf_lightning.sequences import ExampleBatch
+    from tests.invariance.harness import Batches
+    from tests.invariance.methods import METHODS
+
+    torch.manual_seed(0)
+    method = METHODS[name]
+    options = {"max_grad_norm": None, **method.options, "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    module = method.module(folder, attention=attention, **options)
+    gradients: dict[str, Any] = {}
+
+    class Taken(lightning.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.optimizers[0].register_step_pre_hook(lambda *_: self.take(pl_module))
+
+        def take(self, pl_module: Any) -> None:
+            for key, weight in pl_module.named_parameters():
+                if weight.grad is not None:
+                    gradients.setdefault(key, weight.grad.detach().double().cpu())
+
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[Taken()],
+    )
+    trainer.fit(module, Batches(ExampleBatch(method.rows(6))))  # type: ignore[arg-type]
+    return float(trainer.callback_metrics["train/loss"]), gradients
+
+
+def relative_distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The norm of the difference of two gradients, over that of the expected one."""
+    size = sum(float(weight.square().sum()) for weight in expected.values()) ** 0.5
+    return sum(float((found[key] - weight).square().sum()) for key, weight in expected.items()) ** 0.5 / size
+
+
+def equality(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
+    """Compares every method's first step with the one in fp32 on the CPU."""
+    sys.path.insert(0, str(ROOT))
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    from tests.helpers import save_tiny_model
+
+    model = str(
+        save_tiny_model(folder / "equal", "llama", hidden_size=64, intermediate_size=96, initializer_range=0.05)
+    )
+    # FlexAttention has no backward pass on CPUs: a rehearsal goes without.
+    attentions = ("sdpa", "flex") if scale.device == "cuda" else ("sdpa",)
+    rows = []
+    for name in EIGHT:
+        if left() < 0:
+            rows.append(Row(f"equality, {name}", OURS, "no time left"))
+            continue
+        loss, exact = first_step(name, model, "cpu", "32-true", "sdpa")
+        for attention in attentions:
+            found = []
+            for precision in ("32-true", "bf16-mixed"):
+                other, gradients = first_step(name, model, scale.device, precision, attention)
+                far = relative_distance(gradients, exact)
+                found.append(f"{precision}: loss {abs(other - loss):.1e}, gradient {far:.1e} apart")
+            rows.append(Row(f"equality, {name}", attention, "; ".join(found)))
+            print(*rows[-1], sep=" | ", flush=True)
+    return rows
+
+
+def tests(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
+    """Runs ``tests/gpu``."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    if scale.device == "cpu":
+        command.append("--collect-only")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=max(1, left()), check=False)
+    except subprocess.TimeoutExpired:
+        return [Row("tests/gpu", OURS, "did not end in its time")]
+    if scale.device == "cuda":
+        print(done.stdout[-6000:], flush=True)
+    lines = done.stdout.strip().splitlines() or [done.stderr[-500:]]
+    return [Row("tests/gpu", OURS, lines[-1])]
+
+
+def sides_of(what: str) -> dict[str, list[str]]:
+    """Whom to measure, with the options of the script: TRL's only where it is installed, fused only with Liger."""
+    found = {OURS: []}
+    if importlib.util.find_spec("trl"):
+        found |= {"trl": [], "trl-4": []} if what != "grpo" else {"trl": []}
+        if importlib.util.find_spec("liger_kernel") and what != "grpo":
+            found["trl, Liger"] = ["--liger"]
+    return found
+
+
+def speed(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
+    """Measures training and sampling; each run is a process of its own."""
+    shape = SHAPES[scale.shape]
+    rate = product_rate(scale.device, 8192 if scale.device == "cuda" else 256)
+    rows = [Row("products in bf16", scale.device, f"{rate / 1e12:.2f} TFLOP/s")]
+    write_model(folder / "large", shape, scale.device)
+    shared = [f"--folder={folder / 'large'}", f"--steps={scale.steps}", f"--device={scale.device}"]
+    shared += [f"--shape={scale.shape}", f"--precision={scale.precision}"]
+    train = [*shared, f"--batch={scale.batch}"]
+    online = [*shared, "--workloads=equal", f"--prompts={scale.prompts}", f"--samples={scale.samples}"]
+    online += [f"--limit={scale.limit}"]
+
+    def measured(what: str, side: str, script: str, arguments: list[str], products: float) -> None:
+        if left() < 10:
+            rows.append(Row(what, side, "no time left"))
+            return
+        try:
+            figures = run_child(str(HERE / script), arguments, threads=2, timeout=left())
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            rows.append(Row(what, side, f"failed: {str(error).strip().splitlines()[-1][:200]}"))
+        else:
+            rows.append(Row(what, side, described(figures, products * num_weights(shape) / rate)))
+        print(*rows[-1], sep=" | ", flush=True)
+
+    # Ours first: what there is no time for is a comparison.
+    measured("sampling", "engine / transformers.generate", "gpu.py", ["--child", json.dumps([*scale, str(folder)])], 0)
+    for what, products in (("sft", 6.0), ("dpo", 8.0)):
+        for side, options in sides_of(what).items():
+            name = side.partition(",")[0]
+            measured(what, side, "training.py", [what, "--side", name, *options, *train], products)
+    for side in sides_of("grpo"):
+        measured("grpo", side, "online.py", ["--side", side, *online], 0)
+    return rows
+
+
+def described(figures: Figures, seconds_per_token: float) -> str:
+    """The figures of a run, as the cell of a table."""
+    if "ratio" in figures:
+        return f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['ratio']:.2f}x transformers.generate"
+    found = f"{figures['seconds']:.3f} s, {figures['tokens_per_s']:,.0f} tokens/s, {figures['peak_mib']:,.0f} MiB"
+    if seconds_per_token:
+        found += f", utilisation {figures['tokens_per_s'] * seconds_per_token:.1%}"
+    return found
+
+
+def sampled(scale: Scale, folder: str) -> None:
+    """Samples with the engine and with transformers, and prints a line of JSON."""
+    import generation
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(Path(folder) / "large", dtype=dtype).to(scale.device).eval()
+    work = generation.Workload("equal", scale.prompts, scale.samples, scale.limit, None)
+    _, ours, ratio = generation.compare(model, work, 1, time.perf_counter)
+    print("RESULT " + json.dumps({"tokens_per_s": ours, "ratio": ratio}))
+
+
+PARTS: dict[str, Callable[[Scale, Path, Callable[[], float]], list[Row]]] = {
+    "equality": equality,
+    "tests": tests,
+    "speed": speed,
+}
+
+
+def main() -> int:
+    """Runs the parts and prints one table; returns 1 where a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with a tiny model")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        *scale, folder = json.loads(arguments.child)
+        sampled(Scale(*scale), folder)
+        return 0
+    if not arguments.rehearse and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here: --rehearse runs the same code on a CPU")
+    scale = REHEARSAL if arguments.rehearse else CARD
+    name = torch.cuda.get_device_name() if scale.device == "cuda" else "CPU (a rehearsal: its speeds mean nothing)"
+
+    start, rows, failed = time.monotonic(), [Row("device", name, f"torch {torch.__version__}")], False
+    total = sum(SHARES[part] for part in arguments.parts)
+    end = start
+    with tempfile.TemporaryDirectory() as folder:
+        for part in arguments.parts:
+            # A part that ends early leaves its time to the next.
+            end += 60 * arguments.minutes * SHARES[part] / total
+            try:
+                rows += PARTS[part](scale, Path(folder), partial(remaining, end))
+            except Exception as error:  # one part's failure must not cost the others their turn on the card
+                traceback.print_exc()
+                rows.append(Row(part, OURS, f"failed: {error}"))
+                failed = True
+
+    print(f"\n{time.monotonic() - start:.0f} s")
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for row in rows:
+        print(f"{row.what:<{widths[0]}} | {row.side:<{widths[1]}} | {row.found}")
+    return int(failed or any("failed" in row.found for row in rows))
+
+
+def remaining(end: float) -> float:
+    """Seconds until a moment."""
+    return end - time.monotonic()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
