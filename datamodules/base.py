@@ -288,6 +288,12 @@ class ExampleDataModule(pl.LightningDataModule):
                 fingerprint=store.fingerprint(),
                 **settings,
             )
+        if self.drop_last and loader.num_rows is not None and loader.num_rows < self.global_batch_size:
+            kind = "rows" if self.streaming else "examples"
+            raise ValueError(
+                f"drop_last=True leaves no batch of {loader.num_rows} training {kind} with global_batch_size="
+                f"{self.global_batch_size}: set drop_last=False, or a global_batch_size of at most {loader.num_rows}"
+            )
         loader.limit = self._limit(loader)
         return loader
 

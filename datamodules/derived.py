@@ -10,6 +10,8 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from .files import LeftOutError, RowSource
+from .layouts import CONTEXT
+from .messages import first_medium
 from .values import check_number, describe_columns, short
 
 Transform = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -69,10 +71,11 @@ class TransformedRows(RowSource):
 class PairedRows(RowSource):
     """Pairs of the rated completions of one prompt, the better one first.
 
-    Rows that follow one another and have the same prompt are paired, each with each, by a weighted sum of their
-    ratings; equal sums make no pair. A pair has ``prompt``, ``chosen``, ``rejected``, ``chosen_score``,
-    ``rejected_score`` and whatever else its two rows agree in; its row id is that of the earlier row, ``+`` and the
-    number of the later one. A row without prompt, completion or one of the ratings is a bad one.
+    Rows that follow one another and have the same prompt (``system``, ``history`` and ``tools`` included) are paired,
+    each with each, by a weighted sum of their ratings; equal sums make no pair. A pair has ``prompt``, ``chosen``,
+    ``rejected``, ``chosen_score``, ``rejected_score`` and whatever else its two rows agree in; its row id is that of
+    the earlier row, ``+`` and the number of the later one. A row without prompt, completion or one of the ratings is a
+    bad one.
 
     Args:
         inner: the source, whose rows have ``prompt``, ``completion`` (or ``response``) and ratings, either as columns
@@ -99,7 +102,7 @@ class PairedRows(RowSource):
                 bad += 1
                 yield row_id, row
                 continue
-            if run and run[0][1]["prompt"] != row["prompt"]:
+            if run and run[0][1]["shown"] != row["shown"]:
                 for pair in self._pairs(run):
                     pairs += 1
                     yield pair
@@ -137,7 +140,7 @@ class PairedRows(RowSource):
         return blake2b(named.encode(), digest_size=16).hexdigest()
 
     def _parsed(self) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-        """The rows in normal form: ``prompt``, ``completion``, ``score``, and ``rest`` for the others."""
+        """The rows in normal form: ``prompt``, ``completion``, ``score``, ``shown`` and ``rest`` for the others."""
         for row_id, stored in self.inner.raw():
             try:
                 row = self.inner.parse(stored)
@@ -162,7 +165,11 @@ class PairedRows(RowSource):
         score = sum(weight * check_number(rated[rating], rating) for rating, weight in self.weights.items())
         own = ("prompt", "completion", "response", *self.weights)
         rest = {column: value for column, value in rest.items() if column not in own}
-        return {"prompt": row["prompt"], "completion": row[name], "score": score, "rest": rest}
+        if media := first_medium(rest):
+            raise ValueError(f"the row has {media!r}, and media are not supported: leave the row out")
+        # What the model is shown before the completion: a pair needs two answers to the same.
+        shown = (row["prompt"], *(row.get(column) for column in CONTEXT))
+        return {"prompt": row["prompt"], "completion": row[name], "score": score, "shown": shown, "rest": rest}
 
     def _pairs(self, run: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
         for (first_id, first), (second_id, second) in combinations(run, 2):

@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from .values import short
+from .values import RepeatedKeys, read_object, short
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSED = (".jsonl.gz", ".json.gz", ".csv.gz")
@@ -141,7 +141,7 @@ class JsonLines(RowFile):
     def parse(self, stored: bytes) -> dict[str, Any]:
         """Reads one line."""
         try:
-            row = json.loads(stored.decode("utf-8-sig"))
+            row = json.loads(stored.decode("utf-8-sig"), object_pairs_hook=read_object)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"not UTF-8 (byte {error.start} of the line), expected one JSON object per line"
@@ -155,6 +155,7 @@ class JsonLines(RowFile):
             raise ValueError("JSON with hundreds of lists in lists, expected one JSON object per line") from error
         if not isinstance(row, dict):
             raise ValueError(f"a JSON {type(row).__name__} ({short(row)}), expected one JSON object per line")
+        _check_once(row)
         return row
 
 
@@ -163,10 +164,15 @@ class JsonList(RowFile):
 
     def _stored(self) -> Iterator[tuple[int, Any]]:
         try:
-            rows = json.loads(b"".join(self._lines()).decode("utf-8-sig"))
+            rows = json.loads(b"".join(self._lines()).decode("utf-8-sig"), object_pairs_hook=read_object)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.name!r} is not a JSON list of objects: {_one_line(error)}") from error
         yield from enumerate(rows, start=1)
+
+    def parse(self, stored: Any) -> dict[str, Any]:
+        """Takes one object of the list."""
+        _check_once(stored)
+        return super().parse(stored)
 
 
 class CsvTable(RowFile):
@@ -182,6 +188,7 @@ class CsvTable(RowFile):
             for cells in reader:
                 if cells and header is None:
                     header = cells
+                    _check_names(self.name, header)
                 elif cells and header is not None:
                     yield start, (header, cells)
                 start = reader.line_num + 1
@@ -214,6 +221,7 @@ class ParquetTable(RowFile):
     def _stored(self) -> Iterator[tuple[int, Any]]:
         number = 0
         with self._file() as file:
+            _check_names(self.name, file.schema_arrow.names)
             batches = file.iter_batches(batch_size=256)
             while True:
                 try:
@@ -251,6 +259,8 @@ class ArrowTable(RowFile):
     def _stored(self) -> Iterator[tuple[int, Any]]:
         number = 0
         for batch in self._batches():
+            if number == 0:
+                _check_names(self.name, batch.schema.names)
             for offset in range(0, batch.num_rows, 256):
                 for row in batch.slice(offset, 256).to_pylist():
                     number += 1
@@ -298,6 +308,22 @@ def open_file(name: str, path: Path) -> RowSource:
 
 def _starts_with_bracket(file: JsonLines) -> bool:
     return next((line.decode("utf-8-sig", "replace").lstrip()[:1] for _, line in file._stored()), "") == "["
+
+
+def _check_names(source: str, names: Sequence[str]) -> None:
+    """Refuses a table that has two columns of one name: the second would take the place of the first."""
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{source!r} has two columns {twice!r}: rename or delete one of them")
+
+
+def _check_once(value: Any) -> None:
+    """Refuses a JSON object that has a key twice, at any depth."""
+    if isinstance(value, RepeatedKeys):
+        raise ValueError(f"the key {value.key!r} is there twice in one object: keep one of them")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(inner, (dict, list)):
+            _check_once(inner)
 
 
 def _one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 
 from .files import ACCEPTED, RowSource, is_row_file, open_file
 from .tasks import is_task, open_task
-from .values import describe_columns
+from .values import describe_columns, is_missing
 
 if TYPE_CHECKING:
     import datasets
@@ -127,6 +127,12 @@ class RenamedRows(RowSource):
                 )
         renamed = set(self.columns.values())
         kept = {name: value for name, value in row.items() if name not in renamed}
+        for ours, theirs in self.columns.items():
+            if not is_missing(kept.get(ours)):
+                raise ValueError(
+                    f"columns={{{ours!r}: {theirs!r}}} would overwrite the row's own column {ours!r}: rename that one, "
+                    f"too, as in columns={{{ours!r}: {theirs!r}, 'old_{ours}': {ours!r}}}"
+                )
         return kept | {ours: row[theirs] for ours, theirs in self.columns.items()}
 
     @property

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..sequences.example import Example, Segment
 from .formats import Row
-from .values import Messages, check_encodable
+from .messages import Messages
+from .values import check_encodable, end_step
 
 OnTooLong = Literal["drop", "truncate_end", "truncate_start", "error"]
 
@@ -140,7 +141,7 @@ class RowTokenizer:
         tokens: list[int] = []
         weights: list[float] = []
         for step in row.completions:
-            ids = self._encode(cast(str, step) + separator)
+            ids = self._encode(end_step(cast(str, step), separator))
             tokens += ids
             weights += [0.0] * (len(ids) - 1) + [1.0]
         return Segment(_array(prompt), None, (Segment(_array(tokens), np.asarray(weights, np.float32)),))

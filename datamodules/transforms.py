@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .values import Messages, check_number, describe_columns, wrong_type
+from .messages import Messages
+from .values import check_number, describe_columns, wrong_type
 
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 

@@ -1,30 +1,115 @@
-"""Checks of what stands in a row: texts, chat messages, numbers, verdicts."""
+"""Checks of what stands in a cell of a row: numbers, verdicts, structures, and what storage has made of them."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Messages = list[dict[str, Any]]
-Text = str | Messages
-
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+# How tables write what is wanted and what is not.
+_VERDICTS = {
+    **dict.fromkeys(("true", "yes", "y", "t", "1", "1.0", "+", "+1"), True),
+    **dict.fromkeys(("desirable", "good", "positive", "pos", "chosen", "accepted", "correct", "right"), True),
+    **dict.fromkeys(("up", "upvote", "thumbs_up", "thumbs up", "like"), True),
+    **dict.fromkeys(("false", "no", "n", "f", "0", "0.0", "-", "-1", "-1.0"), False),
+    **dict.fromkeys(("undesirable", "bad", "negative", "neg", "rejected", "incorrect", "wrong"), False),
+    **dict.fromkeys(("down", "downvote", "thumbs_down", "thumbs down", "dislike"), False),
 }
+# A list of dictionaries as Python prints it, which is what a table of text makes of one.
+_PRINTED = re.compile(r"\s*\[?\s*\{\s*'\w+'\s*:")
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that has a key twice, and therefore no meaning.
+
+    Args:
+        pairs: its keys and values as they were read.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.key = next(name for name in names if names.count(name) > 1)
+
+
+def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dictionary of a JSON object's pairs, and keeps in mind that a key was there twice.
+
+    Example:
+        >>> type(json.loads('{"a": 1, "a": 2}', object_pairs_hook=read_object)).__name__
+        'RepeatedKeys'
+    """
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else RepeatedKeys(pairs)
+
+
+def clean(value: Any) -> Any:
+    """Returns a value without what storage puts into it: keys that are null, at any depth, and numpy's lists.
+
+    A table gives every dictionary of a column the keys of all others, with null where there was none; a template would
+    render them. Nulls in lists are kept, since no table adds those.
+
+    Raises:
+        ValueError: for a JSON object that has a key twice.
+
+    Example:
+        >>> clean({"a": {"type": "string", "enum": None}, "b": None, "c": [None]})
+        {'a': {'type': 'string'}, 'c': [None]}
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, RepeatedKeys):
+        raise ValueError(f"the key {value.key!r} is there twice in one object: keep one of them")
+    if isinstance(value, Mapping):
+        return {key: clean(inner) for key, inner in value.items() if inner is not None}
+    return [clean(inner) for inner in value] if is_list(value) else value
+
+
+def is_missing(value: Any) -> bool:
+    """Tells whether a cell is empty, in any way that tables have: null, no characters, not-a-number.
+
+    Example:
+        >>> [is_missing(value) for value in (None, "", float("nan"), 0, [], " ")]
+        [True, True, True, False, False, False]
+    """
+    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
+
+
+def read_structure(value: Any, name: str) -> Any:
+    """Reads a cell that should hold a list or a mapping: as it is, or as the JSON text that tables keep it as.
+
+    Returns:
+        The list or mapping; any other value as it came, for the caller to refuse.
+
+    Raises:
+        ValueError: for a text that begins like JSON and is none.
+
+    Example:
+        >>> read_structure('["a", {"b": null}]', "tools"), read_structure("a", "tools")
+        (['a', {}], 'a')
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return clean(value)
+    try:
+        read = json.loads(value, object_pairs_hook=read_object)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        hint = "as json.dumps writes it" if is_printed(value) else "or a list"
+        raise ValueError(f"{name!r} is {short(value)}, which is not JSON ({reason}): write JSON, {hint}") from error
+    return clean(read)
+
+
+def is_printed(text: str) -> bool:
+    """Tells whether a text looks like a list of dictionaries that Python has printed into a cell.
+
+    Example:
+        >>> is_printed("[{'role': 'user', 'content': 'q'}]"), is_printed("[1] {x: 2}")
+        (True, False)
+    """
+    return _PRINTED.match(text) is not None
 
 
 def describe_columns(row: Mapping[str, Any], wanted: str) -> str:
@@ -40,40 +125,22 @@ def describe_columns(row: Mapping[str, Any], wanted: str) -> str:
     return f" (found: {found}; did you mean {close[0]!r}?)" if close else f" (found: {found})"
 
 
-def check_text(value: Any, name: str) -> Text:
-    """Checks that a value is a string or messages; turns ShareGPT's into role and content."""
-    if isinstance(value, str):
-        return value
-    messages = [value] if isinstance(value, Mapping) else value
-    expected = "a string or a list of messages like {'role': 'user', 'content': '...'}"
-    if not is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
-        raise wrong_type(value, name, expected)
-    return [_message(message, f"message {number} of {name!r}") for number, message in enumerate(messages, start=1)]
-
-
-def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # Tables fill the keys that other rows have with None.
-    message = {key: value for key, value in message.items() if value is not None}
-    if "role" not in message and "from" in message:
-        role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
-        if role is None:
-            raise ValueError(f"{where} is from {message['from']!r}, expected one of {', '.join(_SHAREGPT_ROLES)}")
-        message = {"role": role, "content": message.get("value", "")}
-    content = message.get("content")
-    if not isinstance(message.get("role"), str):
-        raise ValueError(f"{where} has no role{describe_columns(message, 'role')}, expected role and content")
-    if content is None and "tool_calls" not in message:
-        raise ValueError(f"{where} has no content{describe_columns(message, 'content')}, expected role and content")
-    if content is not None and not isinstance(content, str) and not is_list(content):
-        raise ValueError(f"the content of {where} is {type(content).__name__} ({short(content)}), expected a string")
-    return message
-
-
 def check_verdict(value: Any, name: str) -> bool:
-    """Reads true or false, as tables of all kinds write them."""
-    verdict = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(value).lower())
+    """Reads true or false, as tables of all kinds write them.
+
+    Raises:
+        ValueError: for any other value.
+
+    Example:
+        >>> check_verdict("Desirable", "label"), check_verdict(0, "label"), check_verdict("thumbs_down", "label")
+        (True, False, False)
+    """
+    verdict = _VERDICTS.get(str(value).strip().lower())
     if verdict is None:
-        raise ValueError(f"{name!r} is {short(value)}, expected true or false")
+        raise ValueError(
+            f"{name!r} is {short(value)}, expected true or false (or 1 and 0, yes and no, good and bad, desirable and "
+            "undesirable, chosen and rejected)"
+        )
     return verdict
 
 
@@ -106,6 +173,19 @@ def one_line(text: str) -> str:
         "no column 'a\\nb'"
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def end_step(step: str, separator: str) -> str:
+    r"""Ends a step of a solution with one separator, whether or not it brings its own.
+
+    Where the separator is blank (line ends), all line ends that the step brings are replaced by it.
+
+    Example:
+        >>> end_step("1+2=3", "\n"), end_step("1+2=3\r\n", "\n"), end_step("1+2=3 #", " #")
+        ('1+2=3\n', '1+2=3\n', '1+2=3 #')
+    """
+    bare = step.removesuffix(separator) if separator.strip() else step.rstrip("\r\n" + separator)
+    return bare + separator
 
 
 def check_encodable(text: str) -> str:

@@ -233,8 +233,15 @@ def test_lists_of_sources(tmp_path: Path) -> None:
 
 def test_columns_are_renamed() -> None:
     rows = [{"question": "q", "prompt": "old", "answer": "a", "id": 1}]
-    source = open_source(rows, columns={"prompt": "question", "completion": "answer"})
-    assert list(source) == [("memory:1", {"prompt": "q", "completion": "a", "id": 1})]
+    source = open_source(rows, columns={"prompt": "question", "completion": "answer", "old_prompt": "prompt"})
+    assert list(source) == [("memory:1", {"prompt": "q", "completion": "a", "id": 1, "old_prompt": "old"})]
+    colliding = open_source(rows, columns={"prompt": "question", "completion": "answer"})
+    assert complaint(lambda: list(colliding)) == (
+        "memory:1: columns={'prompt': 'question'} would overwrite the row's own column 'prompt': rename that one, too, "
+        "as in columns={'prompt': 'question', 'old_prompt': 'prompt'}"
+    )
+    empty = open_source([{**rows[0], "prompt": None}], columns={"prompt": "question"})
+    assert list(empty) == [("memory:1", {"prompt": "q", "answer": "a", "id": 1})]
     swapped = open_source(rows, columns={"prompt": "answer", "answer": "prompt"})
     assert list(swapped) == [("memory:1", {"question": "q", "prompt": "a", "answer": "old", "id": 1})]
     missing = open_source(rows, columns={"prompt": "qestion"})
