@@ -145,16 +145,14 @@ def preference(columns: Mapping[str, Any]) -> Row:
         completion = take_completion(rest, "completion", "response")
         return _row(*joined(prompt, (completion,), take_context(rest)), rest, template)
     if rejected not in (None, "rejected") and chosen is None:
-        prompt, better = _take_answered(rest)
+        question, better = _take_answered(rest)
         worse = check_completion(rest.pop(rejected), rejected)
-        if not isinstance(worse, str) and worse[: len(prompt)] == prompt:
-            worse = worse[len(prompt) :]
-        pair = (better, worse)
-    else:
-        check_columns(columns, (chosen or "chosen", rejected or "rejected"), "prompt, chosen and rejected")
-        pair = (take_completion(rest, *_CHOSEN), take_completion(rest, *_REJECTED))
-        prompt = None
-    return _paired(prompt, pair, rest, template)
+        if not isinstance(worse, str) and worse[: len(question)] == question:
+            worse = worse[len(question) :]
+        return _paired(question, (better, worse), rest, template)
+    check_columns(columns, (chosen or "chosen", rejected or "rejected"), "prompt, chosen and rejected")
+    pair = (take_completion(rest, *_CHOSEN), take_completion(rest, *_REJECTED))
+    return _paired(None, pair, rest, template)
 
 
 def unpaired(columns: Mapping[str, Any]) -> tuple[Row, ...]:

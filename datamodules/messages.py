@@ -238,7 +238,7 @@ def first_medium(columns: Mapping[str, Any]) -> str | None:
         'images'
     """
     for name in MEDIA:
-        value = columns.get(name)
+        value: Any = columns.get(name)
         if not is_missing(value) and not (hasattr(value, "__len__") and not len(value)):
             return name
     return None
