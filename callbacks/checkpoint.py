@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from ..modules.checkpoint_io import PARTIAL, check_place, damage
+from ..modules.checkpoint_io import check_place, damage
+from ..utils.files import PARTIAL, check_on_all_ranks, hold, release
 
 _PREFIX = "step="
 
@@ -61,6 +62,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         self.keep = keep
         self._last_step = 0
         self._last_time = 0.0
+        self._made: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -68,15 +70,52 @@ class TrainingCheckpoint(ModelCheckpoint):
         return self._generate_state_key(folder=self.folder.name)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Makes sure that the folder can be written, and removes what a killed run left half-written."""
-        if stage == "fit" and trainer.is_global_zero:
-            check_place(self.folder, "checkpoints")
-            for leftover in self.folder.glob(f".*{PARTIAL}"):
-                leftover.unlink(missing_ok=True)
+        """Makes sure that the folder can be written, and removes what a killed run left unfinished."""
+        if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
+            check_on_all_ranks(trainer, self._prepare_folder)
+
+    def _prepare_folder(self) -> None:
+        check_place(self.folder, "checkpoints")
+        hold(self.folder)
+        for leftover in self.folder.glob(f".{_PREFIX}*{PARTIAL}"):
+            leftover.unlink(missing_ok=True)
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuses a folder with checkpoints of a run that this one does not resume, and would replace.
+
+        Raises:
+            ValueError: there are such.
+        """
+        if not trainer.strategy.restore_checkpoint_after_setup:  # otherwise nobody knows yet what is resumed
+            self._refuse_others(trainer)
+
+    def _refuse_others(self, trainer: lightning.Trainer) -> None:
+        resumed, step = trainer.ckpt_path, trainer.global_step
+        if not getattr(trainer, "fast_dev_run", False):
+            check_on_all_ranks(trainer, lambda: self._check_others(None if resumed is None else Path(resumed), step))
+
+    def _check_others(self, resumed: Path | None, step: int) -> None:
+        found = self._by_age()
+        goes_on = resumed is not None and resumed.expanduser().resolve().parent == self.folder.resolve()
+        if found and not goes_on:
+            raise ValueError(
+                f"{str(self.folder)!r} holds checkpoints of another run (the newest: {found[-1].name}), which this one "
+                "would replace: go on from there with ckpt_path='last' (--ckpt_path=last), or choose another folder"
+            )
+        for path in found:
+            if _step(path) > max(step, _step(Path(resumed or ""))) and path.name not in self._made:
+                raise ValueError(
+                    f"{str(path)!r} was not made by this run, which would replace it when it gets there: move it away"
+                )
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Lets other runs write to the folder."""
+        release(self.folder)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Starts counting where training starts."""
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        self._refuse_others(trainer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -113,13 +152,15 @@ class TrainingCheckpoint(ModelCheckpoint):
         """Saves after SIGTERM, which Lightning obeys between two batches; other errors may have come in the middle."""
         if isinstance(exception, SIGTERMException) and trainer.global_step > self._last_step:
             self._save(trainer)
+        release(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: which checkpoints there are is read from the folder."""
-        return {}
+        """Which checkpoints the run has made: it deletes no others."""
+        return {"made": sorted(self._made)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Takes the checkpoints of the run that goes on for its own."""
+        self._made |= set(state_dict.get("made", ()))
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint; ``None`` where there is none at all."""
@@ -151,17 +192,28 @@ class TrainingCheckpoint(ModelCheckpoint):
         if self.every_minutes is not None and step > self._last_step:
             late = (time.monotonic() - self._last_time) / 60 >= self.every_minutes
             due |= trainer.strategy.broadcast(late)  # clocks differ between ranks
-        if due and not getattr(trainer, "fast_dev_run", False):
+        if due:
             self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
+        if getattr(trainer, "fast_dev_run", False):  # which writes and deletes nothing
+            return
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
         path = self.folder / f"{_PREFIX}{trainer.global_step}.ckpt"
         self.last_model_path = self.best_model_path = str(path)
+        self._made.add(path.name)
         self._save_checkpoint(trainer, str(path))
         if trainer.is_global_zero:
-            for old in [other for other in self._by_age() if other != path][: -self.keep + 1 or None]:
+            others = [other for other in self._by_age() if other != path and other.name in self._made]
+            for old in others[: -self.keep + 1 or None]:
                 trainer.strategy.remove_checkpoint(old)
+                self._made.discard(old.name)
+
+
+def _step(path: Path) -> int:
+    """The step in a checkpoint's name; -1 where there is none."""
+    number = path.name.removeprefix(_PREFIX).removesuffix(".ckpt")
+    return int(number) if number.isdecimal() else -1
 
 
 def check_enabled(enabled: bool | None, callbacks: Iterable[Any]) -> None:

@@ -12,9 +12,11 @@ import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
-from ..models.export import recover_export
 from ..modules import PostTrainingModule
 from ..modules.checkpoint_io import check_place
+from ..utils.files import check_on_all_ranks, hold, recover, release, write_atomically
+
+_RECORDED = {"step", "monitor", "value"}  # what the file beside an export says, and nothing else
 
 
 class ModelExport(lightning.Callback):
@@ -78,10 +80,36 @@ class ModelExport(lightning.Callback):
         return self._generate_state_key(folder=str(self.folder), monitor=self.monitor, mode=self.mode)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Makes sure that the folder can be written, and cleans up after a run that was killed."""
-        if stage == "fit" and trainer.is_global_zero:
-            check_place(self.folder.parent, "the model")
-            recover_export(str(self.folder).replace("{step}", "*"))
+        """Makes sure that the folder can be written and is no other run's, and cleans up after one that was killed."""
+        if stage == "fit" and not _is_trial(trainer):
+            check_on_all_ranks(trainer, self._prepare_place)
+
+    def _prepare_place(self) -> None:
+        check_place(self.folder.parent, "the model")
+        hold(self.folder)
+        recover(Path(str(self.folder).replace("{step}", "*")).expanduser().absolute())
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuses, before anything is trained, to replace what is not an export of the same kind."""
+        if isinstance(pl_module, PostTrainingModule) and not _is_trial(trainer):
+            check_on_all_ranks(trainer, lambda: self._check_places(pl_module, trainer.global_step))
+
+    def _check_places(self, module: PostTrainingModule, step: int) -> None:
+        before, numbered, after = self.folder.name.partition("{step}")
+        places = [self.folder]
+        if numbered:
+            pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}(\.json)?")
+            found = [(path, pattern.fullmatch(path.name)) for path in sorted(self.folder.parent.glob("*"))]
+            numbers = {int(match[1]) for _, match in found if match is not None}
+            places = [self.folder.with_name(f"{before}{n}{after}") for n in sorted(numbers) if n > step]
+        for place in places:
+            module.check_export(str(place), merge_adapter=self.merge_adapter)
+            record = place.with_name(f"{place.name}.json")
+            if record.exists() and not _is_record(record):
+                raise ValueError(
+                    f"{str(record)!r} is there already and was not written by ModelExport, which would replace it: "
+                    "move it away, or choose another folder"
+                )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Starts counting where training starts."""
@@ -124,6 +152,16 @@ class ModelExport(lightning.Callback):
         if self.monitor is None and not (self.step == trainer.global_step and self._place(trainer).is_dir()):
             self._write(trainer, pl_module)
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets other runs write to the folder."""
+        release(self.folder)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Lets other runs write to the folder."""
+        release(self.folder)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know so as not to replace a better model."""
         return {"best_value": self.best_value, "step": self.step}
@@ -138,6 +176,8 @@ class ModelExport(lightning.Callback):
     def _write(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(f"ModelExport needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+        if _is_trial(trainer):
+            return
         folder = self._place(trainer)
         folder.parent.mkdir(parents=True, exist_ok=True)
         pl_module.save_pretrained(str(folder), merge_adapter=self.merge_adapter)
@@ -147,9 +187,7 @@ class ModelExport(lightning.Callback):
     @rank_zero_only
     def _record(self, trainer: lightning.Trainer, folder: Path) -> None:
         record = {"step": self.step, "monitor": self.monitor, "value": self.best_value}
-        partial = folder.with_name(f"{folder.name}.json.partial")
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        partial.replace(folder.with_name(f"{folder.name}.json"))
+        write_atomically(folder.with_name(f"{folder.name}.json"), json.dumps(record) + "\n")
         for logger in trainer.loggers if self.log_artifact else ():
             if isinstance(logger, WandbLogger):
                 self._log_artifact(logger, folder, record)
@@ -162,3 +200,17 @@ class ModelExport(lightning.Callback):
         artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=record)
         artifact.add_dir(str(folder))
         run.log_artifact(artifact, aliases=["latest", f"step-{self.step}"])
+
+
+def _is_trial(trainer: Any) -> bool:
+    """Whether the trainer only tries everything once (``fast_dev_run``), which writes and deletes nothing."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file beside an export is one of ours."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.keys() == _RECORDED

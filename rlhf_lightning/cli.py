@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 from zipfile import is_zipfile
@@ -13,13 +14,14 @@ from zipfile import is_zipfile
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ._noise import quiet
 from .modules import PostTrainingModule
 from .packaged import packaged_config
 from .usage import UsageError, did_you_mean, explain
+from .utils.files import write_atomically
 
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
@@ -53,6 +55,30 @@ class Parser(LightningArgumentParser):
         return (action.dest for parser in [self, *subcommands.values()] for action in parser._actions)
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration of a ``fit`` beside what it logs, and never over another one.
+
+    It goes to ``config.yaml``; where that is somebody else's, or another run's, to ``config-1.yaml`` and so on.
+    """
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Writes it, when training begins."""
+        folder = trainer.log_dir  # the same on all ranks, which it is asked of
+        if stage != "fit" or self.already_saved or folder is None or not trainer.is_global_zero:
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        for number in count():
+            path = Path(folder) / (f"config-{number}.yaml" if number else self.config_filename)
+            if not path.exists():
+                write_atomically(path, text)
+                if number:
+                    rank_zero_info(f"the configuration is in {path}: {self.config_filename} is that of another run")
+            elif not path.is_file() or path.read_bytes() != text.encode():
+                continue
+            break
+        self.already_saved = True
+
+
 class PostTrainingCLI(LightningCLI):
     """LightningCLI for any post-training module with any datamodule.
 
@@ -76,7 +102,7 @@ class PostTrainingCLI(LightningCLI):
             subclass_mode_data=True,
             # Otherwise the optimizer would be built before the model is.
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             seed_everything_default=0,
             trainer_defaults=trainer_defaults,
             parser_class=Parser,

@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .callbacks.answers import Verifier, load_verifier, read_prompts
 from .models import load_causal_lm, load_tokenizer
-from .pipeline.manifest import input_hashes, write_atomically
+from .pipeline.manifest import input_hashes
 from .rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams
 from .rollouts.rewards._loading import find_own_modules
 from .rollouts.step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions
 from .sequences import Example
 from .usage import UsageError, explain
+from .utils.files import write_atomically
 
 _PROMPTS_AT_ONCE = 16
 _COUNTED = (TOO_LONG, "cut off", "without steps", "alike", UNJUDGED)

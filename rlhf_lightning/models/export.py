@@ -25,18 +25,12 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from ..utils.files import PARTIAL, REPLACED, check_replaceable, hidden_beside, mark, recover
 from .reference import ADAPTER_COPY
 
 log = logging.getLogger(__name__)
 
 Convert = Callable[[PreTrainedModel, dict[str, Tensor]], tuple[PreTrainedModel, dict[str, Tensor]]]
-
-# Either of these makes a folder a model's; one of them must be there before a folder is replaced.
-_MODEL_FILES = ("config.json", "adapter_config.json")
-# What an export is called that is not finished, and one that makes room for it.
-_FRESH, _OLD = ".partial", ".old"
-# The one folder that a tokenizer writes.
-_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def save_pretrained(
@@ -62,7 +56,8 @@ def save_pretrained(
     Args:
         model: a causal language model, or one with a LoRA adapter.
         tokenizer: its tokenizer.
-        folder: where to; replaced if it holds a model, refused if it holds anything else.
+        folder: where to; an export of the same kind (model or adapter, with or without a head) is replaced, and
+            anything that was not written here is refused.
         merge_adapter: add the adapter to the weights and write the whole model, instead of the adapter alone.
         convert: turns the model and its whole state dict into another model and its state dict, which is then written;
             not for an adapter alone.
@@ -72,19 +67,20 @@ def save_pretrained(
         The folder's absolute path.
 
     Raises:
-        ValueError: the place is taken by something that is not a model, or the model cannot be written that way.
+        ValueError: the place is taken by something else, or the model cannot be written that way.
 
     Example:
         >>> save_pretrained(model, tokenizer, "runs/dpo/export", merge_adapter=True)  # doctest: +SKIP
         PosixPath('/home/me/runs/dpo/export')
     """
     target = Path(folder).expanduser().resolve()
-    _check_place(target)
+    kind = export_kind(model, merge_adapter=merge_adapter, with_head=beside is not None)
+    _check_place(target, kind)
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
     write = _model_writer(model, convert) if adapted is None else _adapter_writer(adapted)
     writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
     if _is_writer():
-        _replace(target, lambda place: [each(place) for each in writers])
+        _replace(target, kind, lambda place: [each(place) for each in writers])
     if _is_distributed():
         dist.barrier()
     return target
@@ -270,44 +266,36 @@ def _dequantised(layer: nn.Module) -> dict[str, Tensor]:
 # Where it is written.
 
 
-def _check_place(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{str(target)!r} is a file: pass a folder to export to")
-    content = list(target.iterdir())
-    if content and not any((target / name).is_file() for name in _MODEL_FILES):
-        raise ValueError(f"{str(target)!r} exists and holds no model: pass a new or empty folder to export to")
-    folders = sorted(path.name for path in content if path.is_dir() and path.name != _TEMPLATE_FOLDER)
-    if folders:
-        raise ValueError(f"{str(target)!r} holds the folder {folders[0]!r}, which would be deleted: pass a new folder")
+def _check_place(target: Path, kind: str) -> None:
+    """Has the rank that writes look at the place, and raises what it found on every rank."""
+    found: list[str | None] = [None]
+    if _is_writer():
+        try:
+            check_replaceable(target, kind)
+        except ValueError as error:
+            found = [str(error)]
+    if _is_distributed():
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise ValueError(found[0])
 
 
-def recover_export(folder: str | Path) -> None:
-    """Cleans up after a ``save_pretrained`` that was killed: puts the old folder back, deletes a half-written one.
-
-    Args:
-        folder: what it was writing; ``*`` in its name stands for anything.
-    """
-    target = Path(folder).expanduser().resolve()
-    pattern = target.name.replace("[", "[[]").replace("?", "[?]")
-    for suffix in (_OLD, _FRESH):
-        for left in target.parent.glob(f".{pattern}{suffix}"):
-            place = left.with_name(left.name[1:].removesuffix(suffix))
-            if suffix == _OLD and not place.exists():
-                left.rename(place)
-            else:
-                shutil.rmtree(left)
+def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: bool = False) -> str:
+    """What ``save_pretrained`` would write of a model: one kind never takes the place of another."""
+    kind = "adapter" if isinstance(model, PeftModel) and not merge_adapter else "model"
+    return f"{kind} with a head" if with_head else kind
 
 
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
+def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
     """Writes a folder beside its place and renames it there."""
-    fresh, old = (target.with_name(f".{target.name}{suffix}") for suffix in (_FRESH, _OLD))
+    fresh, old = hidden_beside(target, PARTIAL), hidden_beside(target, REPLACED)
     target.parent.mkdir(parents=True, exist_ok=True)
-    recover_export(target)
+    recover(target)
     fresh.mkdir()
     try:
+        mark(fresh, kind, ())  # so that what a killed process leaves is known to be ours
         write(fresh)
+        mark(fresh, kind)
         _flush(fresh)
         if target.exists():
             target.rename(old)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning
@@ -18,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from ..models import TokenStats, base_model, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
 from ..models import save_pretrained as export_pretrained
 from ..models.backbone import make_steady
+from ..models.export import export_kind
 from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
+from ..utils.files import check_replaceable
 from .checkpoint_io import prepare_checkpoints
 from .checks import check_module_options, check_trainer, longest_sequence, trainer_dtype
 from .distributed import Scores, clip_gradients, concatenate, gather_scores, sum_gradients, sum_over_ranks
@@ -379,6 +382,25 @@ class PostTrainingModule(ResumableModule):
         """
         self.configure_model()
         export_pretrained(self.model, self._export_tokenizer(), folder, merge_adapter=merge_adapter)
+
+    def check_export(self, folder: str, *, merge_adapter: bool = False) -> None:
+        """Refuses what ``save_pretrained`` would refuse to replace, before there is anything to lose.
+
+        Args:
+            folder: where to.
+            merge_adapter: as for ``save_pretrained``.
+
+        Raises:
+            ValueError: the folder holds something else than an export of the same kind.
+        """
+        self.configure_model()
+        kind = export_kind(self.model, merge_adapter=merge_adapter, with_head=self.exports_head)
+        check_replaceable(Path(folder).expanduser().resolve(), kind)
+
+    @property
+    def exports_head(self) -> bool:
+        """Whether a head is written beside the model."""
+        return False
 
     def _export_tokenizer(self) -> PreTrainedTokenizerBase:
         """The module's tokenizer, else the datamodule's, else the model folder's."""

@@ -13,7 +13,7 @@ import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-PARTIAL = ".partial"  # what the name of an unfinished file ends with
+from ..utils.files import PARTIAL, hidden_beside
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        fresh = target.with_name(f".{target.name}{PARTIAL}")
+        fresh = hidden_beside(target, PARTIAL)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with fresh.open("wb") as file:

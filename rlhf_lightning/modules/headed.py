@@ -51,6 +51,11 @@ class HeadedModule(PostTrainingModule):
         """The head stands in the place of the output projection."""
         return False
 
+    @property
+    def exports_head(self) -> bool:
+        """Whether a head is written beside the model: always here."""
+        return True
+
     @classmethod
     def from_pretrained(cls, folder: str, **options: Any) -> Self:
         """Loads a model with its head, ready to score: one that was exported, or a sequence classifier of transformers.

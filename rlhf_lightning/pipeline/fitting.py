@@ -20,9 +20,9 @@ from ..models import load_causal_lm
 from ..models.stored import read_weights
 from ..modules import PostTrainingModule
 from ..modules.headed import HeadedModule
+from ..utils.files import write_atomically
 from .config import FitStage
 from .figures import TRAIN_SECONDS
-from .manifest import write_atomically
 
 HISTORY = "history.jsonl"
 

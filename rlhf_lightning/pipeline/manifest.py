@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import parse_qsl
 
 from .. import __version__
 from ..packaged import packaged_config
+from ..utils.files import write_atomically
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "numpy")
 _SOURCES = ("model", "tokenizer", "value_model", "judge", "train", "val", "test", "predict", "prompts")
@@ -29,7 +29,7 @@ class Manifest:
         self.path = path
         self.content: dict[str, Any] = {"stages": {}}
         if path.is_file():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
+            self.content = _read_record(path)
 
     @property
     def stages(self) -> dict[str, Any]:
@@ -49,15 +49,22 @@ class Manifest:
         write_atomically(self.path, json.dumps(self.content, indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _read_record(path: Path) -> dict[str, Any]:
+    """The content of an earlier run's manifest.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    advice = "restore it, or delete it: the stages then run again"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"the manifest {str(path)!r} is damaged ({str(error).splitlines()[0]}): {advice}") from error
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):
+        raise ValueError(f"the manifest {str(path)!r} is damaged (it has no stages): {advice}")
+    found: dict[str, Any] = content
+    return found
 
 
 def content_hash(path: Path) -> str | None:

@@ -11,10 +11,11 @@ import yaml
 from rich.table import Table
 
 from ..callbacks.history import read_history
+from ..utils.files import write_atomically
 from .config import FitStage, Pipeline
 from .figures import comparison_figure, points, stage_figure
 from .fitting import HISTORY
-from .manifest import Manifest, write_atomically
+from .manifest import Manifest
 from .sampling import ANSWERS, PAIRS
 
 _NUM_PAIRS = 3

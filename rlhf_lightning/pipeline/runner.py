@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,20 +13,29 @@ from typing import Any
 import torch
 
 from ..callbacks.answers import load_verifier
+from ..modules.checkpoint_io import check_place
 from ..usage import UsageError
+from ..utils.files import check_names, check_replaceable, hold, listed_names, mark, read_marker, release
 from .config import FitStage, Pipeline, SampleStage
-from .fitting import StageCLI, run_fit
+from .fitting import HISTORY, StageCLI, run_fit
 from .manifest import Manifest, content_hash, input_hashes, stage_key, versions
-from .sampling import ANSWERS, evaluate, remote_engine, run_sample, sampling_params
+from .sampling import ANSWERS, PAIRS, evaluate, remote_engine, run_sample, sampling_params
 
 Say = Callable[[str], None]
+
+# What a pipeline writes into its folder beside those of its stages, and what a stage may write into its own: nothing
+# else in either is ever replaced or deleted.
+_OF_RUN = ("manifest.json", "summary.json", "report.html")
+_OF_STAGE = ("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS)
 
 
 def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
     """Runs what is not finished, evaluates what is exported, and records both.
 
     A stage is finished if its record says so, its configuration, inputs and the package's version are those of the
-    record, and its outputs are unchanged. Otherwise its folder is removed first and it starts from its inputs.
+    record, and its outputs are unchanged. Otherwise what it had written is removed first and it starts from its inputs.
+    Nothing else is removed: a folder of a stage's name that no pipeline made is refused before anything runs, and other
+    files in the folders of a run stay.
 
     Args:
         pipeline: what to run.
@@ -39,13 +47,15 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
     Raises:
         ValueError: in a stage, whose name it begins with.
     """
-    pipeline.run_dir.mkdir(parents=True, exist_ok=True)
     if pipeline.threads is not None:
         torch.set_num_threads(pipeline.threads)
+    _check_places(pipeline)
+    _check_all(pipeline)
+    if pipeline.evaluation is not None:
+        load_verifier(pipeline.evaluation.verifier)
     with _locked(pipeline.run_dir):
-        _check_all(pipeline)
-        if pipeline.evaluation is not None:
-            load_verifier(pipeline.evaluation.verifier)
+        pipeline.run_dir.mkdir(parents=True, exist_ok=True)
+        mark(pipeline.run_dir, "pipeline", _OF_RUN)
         manifest = Manifest(pipeline.run_dir / "manifest.json")
         manifest.content |= {"title": pipeline.title, "config": pipeline.source, "versions": versions()}
         # Stages of policies that are not chosen this time stay finished: what they wrote is still there.
@@ -62,6 +72,39 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
         }
         manifest.save()
     return manifest
+
+
+def _check_places(pipeline: Pipeline) -> None:
+    """Refuses a run in whose folders there is what another program, or nobody known, has written under our names."""
+    check_place(pipeline.run_dir, "a pipeline")
+    check_names(pipeline.run_dir, "pipeline", _OF_RUN)
+    Manifest(pipeline.run_dir / _OF_RUN[0])  # a damaged one is told before anything runs
+    for name in pipeline.stages:
+        folder = pipeline.folder(name)
+        with _in_stage(name):
+            if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+                raise ValueError(f"{str(folder)!r} is a file: give the stage another name, or move it away")
+            if folder.is_dir() and any(folder.iterdir()) and read_marker(folder) is None:
+                raise ValueError(
+                    f"{str(folder)!r} exists and was not made by a pipeline: give the stage another name, choose "
+                    "another run_dir, or move that folder away"
+                )
+            check_names(folder, "stage", _OF_STAGE)
+            model = folder / "model"
+            record = read_marker(model)
+            check_replaceable(model, "model" if record is None else record["kind"])
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run of a stage wrote, and makes its folder."""
+    for name in sorted(listed_names(folder, "stage")):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, "stage", _OF_STAGE)
 
 
 def _check_all(pipeline: Pipeline) -> None:
@@ -88,8 +131,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
         manifest.stages[name]["ran"] = False
         say(f"{name}: finished before and unchanged")
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _clear(folder)
     started = time.time()
     record: dict[str, Any] = {"kind": stage.kind, "status": "running", "key": key, "seed": seed, "started": started}
     manifest.stages[name] = record | {"inputs": inputs, "config": config, "ran": True}
@@ -133,6 +175,11 @@ def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> d
     """The stage's whole configuration; everything that can be checked without running is checked on the way."""
     seed = pipeline.stage_seed(name)
     if isinstance(stage, FitStage):
+        if stage.trainer.get("fast_dev_run"):
+            raise ValueError(
+                f"trainer.fast_dev_run is {stage.trainer['fast_dev_run']!r}, which writes nothing, and later stages "
+                "start from what it writes: set max_steps: 1 for a quick look, or try the stage by `rlhf-lightning fit`"
+            )
         return StageCLI(stage, pipeline.folder(name), seed).merged | {"export": vars(stage.export)}
     sampling_params(stage.sampling)
     load_verifier(stage.verifier)
@@ -153,18 +200,15 @@ def _in_stage(name: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"stage {name!r}: {error}") from error
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"stage {name!r}: {error}") from error
 
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Keeps a second process out of a run directory."""
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process runs in {str(run_dir)!r}: wait for it, or give another --run_dir"
-            ) from None
+    hold(run_dir)
+    try:
         yield
+    finally:
+        release(run_dir)

@@ -17,8 +17,8 @@ from ..callbacks.answers import Answer, answer_prompts, load_verifier, read_prom
 from ..models import load_causal_lm, load_tokenizer
 from ..rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams, derive_seed
 from ..usage import did_you_mean
+from ..utils.files import write_atomically
 from .config import Evaluation, SampleStage
-from .manifest import write_atomically
 
 PAIRS, ANSWERS = "pairs.jsonl", "test_answers.jsonl"
 _PROMPTS_AT_ONCE = 256

@@ -14,6 +14,7 @@ from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint
 from rlhf_lightning.callbacks.checkpoint import check_enabled
 from rlhf_lightning.datamodules import SFTDataModule
+from rlhf_lightning.utils.files import PARTIAL, hidden_beside
 
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(10)]
 
@@ -71,7 +72,7 @@ def test_a_batch_of_several_steps_does_not_step_over_its_turn(tiny_model_folder,
 
 
 def test_the_newest_stay(tiny_model_folder, tmp_path):
-    (tmp_path / ".step=4.ckpt.partial").write_bytes(b"half")
+    hidden_beside(tmp_path / "step=4.ckpt", PARTIAL).write_bytes(b"half")
     fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path), every_n_steps=1, keep=2)], max_steps=7)
     assert names(tmp_path) == ["step=6.ckpt", "step=7.ckpt"]
     fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path / "one"), every_n_steps=2, keep=1)], max_steps=7)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import ModelExport
 from rlhf_lightning.datamodules import SFTDataModule
+from rlhf_lightning.utils.files import MARKER, PARTIAL, REPLACED, hidden_beside, mark
 
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(8)]
 
@@ -177,14 +178,18 @@ def test_a_run_that_was_killed_before_its_export_makes_up_for_it(tiny_model_fold
 
 def test_what_a_killed_export_left_is_cleaned_up(tiny_model_folder, tmp_path):
     """Killed while writing, and between the two renames."""
-    (tmp_path / ".new.partial").mkdir()
-    (tmp_path / ".at-7.old").mkdir()
-    (tmp_path / ".at-7.old/config.json").write_text("{}")
-    (tmp_path / ".at-9.partial").mkdir()
-    trainer = SimpleNamespace(is_global_zero=True)
-    ModelExport(str(tmp_path / "new")).setup(trainer, None, "fit")
-    ModelExport(str(tmp_path / "at-{step}")).setup(trainer, None, "fit")
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["at-7", "at-7/config.json"]
+    for name, suffix in (("new", PARTIAL), ("at-7", REPLACED), ("at-9", PARTIAL)):
+        left = hidden_beside(tmp_path / name, suffix)
+        left.mkdir()
+        (left / "config.json").write_text("{}")
+        mark(left, "model")
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=lambda found: found))
+    for folder in ("new", "at-{step}"):
+        callback = ModelExport(str(tmp_path / folder))
+        callback.setup(trainer, None, "fit")
+        callback.teardown(trainer, None, "fit")
+    found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*"))
+    assert found == ["at-7", f"at-7/{MARKER}", "at-7/config.json"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_lightning.models import export, load_causal_lm, load_tokenizer, save_pretrained
+from rlhf_lightning.models.export import export_kind
 from rlhf_lightning.models.reference import AdapterReference
+from rlhf_lightning.utils.files import MARKER, PARTIAL, REPLACED, hidden_beside, mark
 
 from ..helpers import ARCHITECTURES, PAD_ID, VOCAB_SIZE, char_tokenizer, save_tiny_model
 
@@ -47,7 +50,7 @@ def reload(folder: Path, **options: Any) -> nn.Module:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if path.name != MARKER}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -369,6 +372,7 @@ def test_new_export_replaces_the_old_one_wholly(
 ) -> None:
     model, folder = exported
     (folder / "leftover.txt").write_text("of the old export")
+    mark(folder, export_kind(model))
     save_pretrained(model, tokenizer, folder)
     assert torch.equal(logits(reload(folder)), logits(model))
     assert not (folder / "leftover.txt").exists()
@@ -424,8 +428,8 @@ def test_next_call_puts_back_what_a_kill_left_between_two_renames(
 ) -> None:
     model, folder = exported
     before = content(folder)
-    folder.rename(folder.with_name(".out.old"))
-    folder.with_name(".out.partial").mkdir()
+    folder.rename(hidden_beside(folder, REPLACED))
+    shutil.copytree(hidden_beside(folder, REPLACED), hidden_beside(folder, PARTIAL))
     tokenizer = char_tokenizer()
     monkeypatch.setattr(tokenizer, "save_pretrained", lambda place: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(ValueError, match=r"cannot write the model to .* \(full\): make room"):
@@ -449,7 +453,7 @@ def test_nothing_is_visible_before_it_is_complete(
 
     monkeypatch.setattr(tokenizer, "save_pretrained", look_and_save)
     save_pretrained(model, tokenizer, folder)
-    assert seen == [(True, True, ".out.partial")]
+    assert seen == [(True, True, ".out.rlhf_lightning.partial")]
 
 
 def test_places_that_are_not_ours_to_replace(
@@ -457,15 +461,15 @@ def test_places_that_are_not_ours_to_replace(
 ) -> None:
     model = load_causal_lm(tiny_model_folder("llama"), dtype=torch.float32)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"^'.*/file' is a file: pass a folder to export to$"):
+    with pytest.raises(ValueError, match=r"^'.*/file' is a file: pass a folder to write to$"):
         save_pretrained(model, tokenizer, tmp_path / "file")
-    with pytest.raises(ValueError, match=r"exists and holds no model: pass a new or empty folder"):
+    with pytest.raises(ValueError, match=r"exists and was not written by this package: nothing there is replaced"):
         save_pretrained(model, tokenizer, tmp_path)
     assert (tmp_path / "file").read_text() == "mine"
     holder = tmp_path / "holder"
     save_pretrained(model, tokenizer, holder)
     (holder / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"holds the folder 'checkpoints', which would be deleted: pass a new folder$"):
+    with pytest.raises(ValueError, match=r"holds 'checkpoints', which this package did not write"):
         save_pretrained(model, tokenizer, holder)
     (tmp_path / "empty").mkdir()
     assert (save_pretrained(model, tokenizer, tmp_path / "empty") / "config.json").exists()

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from rlhf_lightning.modules.checkpoint_io import AtomicCheckpointIO, damage, prepare_checkpoints
+from rlhf_lightning.utils.files import PARTIAL, hidden_beside
 
 STATE = {"weights": torch.arange(5000), "step": 3}
 
@@ -62,7 +63,7 @@ def test_damage_is_seen_and_said_in_a_line(tmp_path, kind):
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint(STATE, path)
-    (tmp_path / ".x.ckpt.partial").symlink_to("/dev/full")
+    hidden_beside(path, PARTIAL).symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"cannot write the checkpoint .*x.ckpt' \(.*\): make room") as error:
         AtomicCheckpointIO().save_checkpoint({**STATE, "step": 4}, path)
     assert "\n" not in str(error.value)

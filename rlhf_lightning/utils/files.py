@@ -1,0 +1,224 @@
+"""Files that are whole or not there, and folders whose content is known to be ours.
+
+Nothing that the package did not write is ever deleted or replaced. A folder that the package fills holds a hidden list
+of what was put there (``.rlhf_lightning``); before a folder is replaced or emptied, ``check_replaceable`` refuses
+one without a list, one with a file that is not on it, and one that holds something of another kind. Unfinished files
+and folders have names that no other program gives. ``hold`` keeps a second run out of a place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+MARKER = ".rlhf_lightning"
+# What the hidden names of an unfinished file or folder, of a folder that makes room, and of a lock end with.
+PARTIAL, REPLACED, LOCK = ".rlhf_lightning.partial", ".rlhf_lightning.old", ".rlhf_lightning.lock"
+_held: dict[Path, int] = {}  # places that this process keeps others out of, with the file that is locked
+
+
+def hidden_beside(place: Path, suffix: str) -> Path:
+    """The hidden name beside a place with one of the suffixes above.
+
+    Example:
+        >>> hidden_beside(Path("runs/model"), PARTIAL).name
+        '.model.rlhf_lightning.partial'
+    """
+    return place.with_name(f".{place.name}{suffix}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = hidden_beside(path, PARTIAL)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+# Whose a folder is.
+
+
+def mark(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
+    """Lists what the package puts into a folder.
+
+    Args:
+        folder: it is there.
+        kind: what it holds, such as ``model``.
+        names: paths below it that the package writes; all files that are there if left out.
+    """
+    listed = _files(folder) if names is None else set(names)
+    record = {"written_by": "rlhf_lightning", "kind": kind, "names": sorted(listed)}
+    write_atomically(folder / MARKER, json.dumps(record, indent=1) + "\n")
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """The list in a folder: ``{"kind": ..., "names": [...]}``; ``None`` where there is none that can be read."""
+    try:
+        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.get("written_by") != "rlhf_lightning":
+        return None
+    return record if isinstance(record.get("names"), list) and isinstance(record.get("kind"), str) else None
+
+
+def listed_names(folder: Path, kind: str) -> set[str]:
+    """What a folder's list says the package wrote there; nothing where it holds something of another kind."""
+    record = read_marker(folder)
+    return set(record["names"]) if record is not None and record["kind"] == kind else set()
+
+
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Refuses to replace a folder that holds what the package did not write there.
+
+    Args:
+        folder: may be missing or empty.
+        kind: of what is to take its place.
+
+    Raises:
+        ValueError: it is a file, has no list, holds a file that is not listed, or holds something of another kind.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file: pass a folder to write to")
+    present = _files(folder)
+    if not present:
+        return
+    record = read_marker(folder)
+    if record is None:
+        raise ValueError(
+            f"{str(folder)!r} exists and was not written by this package: nothing there is replaced; choose another "
+            "folder, or move that one away"
+        )
+    if record["kind"] != kind:
+        raise ValueError(
+            f"{str(folder)!r} holds a {record['kind']}, and this run writes a {kind}: choose another folder, or "
+            "move that one away"
+        )
+    if foreign := sorted(present - set(record["names"])):
+        raise ValueError(
+            f"{str(folder)!r} holds {foreign[0]!r}, which this package did not write and which would be deleted: move "
+            "it away, or choose another folder"
+        )
+
+
+def check_names(folder: Path, kind: str, names: Iterable[str]) -> None:
+    """Refuses to write files of certain names into a folder where they are somebody else's.
+
+    Args:
+        folder: may be missing, and may hold anything else.
+        kind: of the folder's list.
+        names: that are to be written or deleted.
+
+    Raises:
+        ValueError: one of them is there and not listed.
+    """
+    taken = sorted(name for name in set(names) - listed_names(folder, kind) if (folder / name).exists())
+    if taken:
+        raise ValueError(
+            f"{str(folder / taken[0])!r} is there already and was not written by this package: move it away, or choose "
+            "another folder"
+        )
+
+
+def _files(folder: Path) -> set[str]:
+    """Files below a folder, links and empty folders included, without the list itself."""
+    found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir() or not any(p.iterdir()))
+    return {path.relative_to(folder).as_posix() for path in found} - {MARKER}
+
+
+def recover(folder: Path) -> None:
+    """Cleans up after a process that was killed while it replaced a folder.
+
+    Puts the old folder back where the new one did not get to its place, and deletes what is half-written; both only
+    where the list in it says that it is ours.
+
+    Args:
+        folder: that was being written; ``*`` in its name stands for anything.
+    """
+    pattern = folder.name.replace("[", "[[]").replace("?", "[?]")
+    for suffix in (REPLACED, PARTIAL):
+        for left in folder.parent.glob(f".{pattern}{suffix}"):
+            place = left.with_name(left.name[1:].removesuffix(suffix))
+            if read_marker(left) is None:
+                continue
+            if suffix == REPLACED and not place.exists():
+                left.rename(place)
+            else:
+                shutil.rmtree(left)
+
+
+# One run in one place.
+
+
+def hold(place: Path) -> None:
+    """Keeps other processes from writing to a place until ``release``, or until this process ends.
+
+    Args:
+        place: a file or folder, which may be missing.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    place = place.expanduser().absolute()
+    if place in _held:
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path = hidden_beside(place, LOCK)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"another process writes to {str(place)!r}: wait for it, or choose another folder"
+            ) from None
+        # Whoever held it before may have deleted the file between the two calls.
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            _held[place] = descriptor
+            return
+        os.close(descriptor)
+
+
+def release(place: Path) -> None:
+    """Lets others write to a place again; nothing happens where it is not held."""
+    place = place.expanduser().absolute()
+    descriptor = _held.pop(place, None)
+    if descriptor is not None:
+        hidden_beside(place, LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def check_on_all_ranks(trainer: Any, check: Callable[[], object]) -> None:
+    """Runs a check on the first rank, and raises what it found on all of them.
+
+    Args:
+        trainer: whose processes are set up.
+        check: raises ``ValueError`` or ``OSError``.
+
+    Raises:
+        ValueError: the check found something.
+    """
+    found: str | None = None
+    if trainer.is_global_zero:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            found = str(error)
+    found = trainer.strategy.broadcast(found)
+    if found is not None:
+        raise ValueError(found)
