@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -16,12 +16,9 @@ from .derived import Transform, TransformedRows
 from .files import RowSource
 from .loader import BatchLoader, Couple, ExampleLoader, StreamLoader
 from .reading import OnBadRow, RowReader
-from .sources import is_remote, open_source
+from .sources import Source, is_remote, open_source
 from .store import ExampleStore
-from .tokenization import OnTooLong, RowTokenizer
-
-if TYPE_CHECKING:
-    import datasets
+from .tokenization import OnTooLong, RowTokenizer, TokenizerSource
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -76,11 +73,11 @@ class ExampleDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        train: Source | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
         global_batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int | None = None,

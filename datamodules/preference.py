@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from ..sequences.example import Example
 from .base import ExampleDataModule, Split
@@ -13,10 +11,8 @@ from .derived import PairedRows, Transform
 from .files import RowSource
 from .formats import preference
 from .reading import OnBadRow
-from .tokenization import OnTooLong
-
-if TYPE_CHECKING:
-    import datasets
+from .sources import Source
+from .tokenization import OnTooLong, TokenizerSource
 
 
 class PreferenceDataModule(ExampleDataModule):
@@ -62,11 +58,11 @@ class PreferenceDataModule(ExampleDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        train: Source | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
         global_batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int | None = None,

@@ -19,6 +19,11 @@ from .values import describe_columns, is_missing
 if TYPE_CHECKING:
     import datasets
 
+    Source = str | Sequence[str] | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.IterableDataset
+else:
+    # No class is among them: the command line would open a file of rows as the configuration of an object of it.
+    Source = str | list[str] | list[dict[str, Any]]
+
 # What a datamodule's splits are called on disk and on the hub.
 _SPLITS = {
     "train": ("train", "training"),
@@ -148,7 +153,7 @@ class RenamedRows(RowSource):
 
 
 def open_source(
-    source: str | Sequence[str] | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.IterableDataset,
+    source: Source,
     *,
     split: str | None = None,
     streaming: bool = False,

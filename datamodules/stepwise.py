@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any, ClassVar
 
 from ..sequences.example import Example
 from .base import ExampleDataModule
 from .derived import Transform
 from .formats import stepwise
 from .reading import OnBadRow
-from .tokenization import OnTooLong
-
-if TYPE_CHECKING:
-    import datasets
+from .sources import Source
+from .tokenization import OnTooLong, TokenizerSource
 
 
 class StepwiseDataModule(ExampleDataModule):
@@ -59,11 +55,11 @@ class StepwiseDataModule(ExampleDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        train: Source | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
         global_batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int | None = None,

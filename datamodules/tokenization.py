@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jinja2
 import numpy as np
@@ -15,6 +15,12 @@ from ..sequences.example import Example, Segment
 from .formats import Row
 from .messages import Messages
 from .values import check_encodable, end_step
+
+if TYPE_CHECKING:
+    TokenizerSource = str | PreTrainedTokenizerBase
+else:
+    # No class is among them: the command line would open a file named here as the configuration of an object of it.
+    TokenizerSource = str
 
 OnTooLong = Literal["drop", "truncate_end", "truncate_start", "error"]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from ..sequences.example import Example, Segment
 from .base import ExampleDataModule
@@ -14,10 +12,8 @@ from .derived import Transform
 from .formats import unpaired
 from .loader import Couple
 from .reading import OnBadRow
-from .tokenization import OnTooLong
-
-if TYPE_CHECKING:
-    import datasets
+from .sources import Source
+from .tokenization import OnTooLong, TokenizerSource
 
 
 class UnpairedDataModule(ExampleDataModule):
@@ -62,11 +58,11 @@ class UnpairedDataModule(ExampleDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        val: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        test: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        predict: str | list[str] | list[dict[str, Any]] | datasets.Dataset | None = None,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        train: Source | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
         global_batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int | None = None,

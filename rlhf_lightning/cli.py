@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from . import _yaml
 from ._noise import quiet
 from .modules import PostTrainingModule
 from .packaged import packaged_config
@@ -44,7 +45,24 @@ fit --model.help=DPOModule and fit --data.help=PreferenceDataModule list the opt
 
 
 class Parser(LightningArgumentParser):
-    """A parser that raises what it has to say, in one line."""
+    """A parser that takes values as they were written, and raises what it has to say, in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_mode": _yaml.MODE, **kwargs})
+
+    def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
+        """Parses a command line, or (then there are defaults) one option inside of another."""
+        if args is not None and "defaults" in kwargs:
+            args = ["=".join((key, *map(_yaml.flow, value))) for key, *value in (arg.split("=", 1) for arg in args)]
+        return super().parse_args(args, *others, **kwargs)
+
+    def add_instantiator(self, instantiator: Any, *args: Any, **kwargs: Any) -> None:
+        """Adds what builds objects of a class."""
+        super().add_instantiator(_yaml.with_plain_arguments(instantiator), *args, **kwargs)
+
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """Builds every object of a configuration."""
+        return _yaml.plain(super().instantiate_classes(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ``UsageError`` instead of printing usage and leaving."""
@@ -113,6 +131,10 @@ class PostTrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args``; ``sys.argv`` plays no part, so there is nothing to warn of."""
         self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Has all other objects built like modules and datamodules, which have an instantiator of Lightning's."""
+        self.parser.add_instantiator(lambda class_type, *args, **kwargs: class_type(*args, **kwargs), object)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Builds the trainer; of checkpoints that contradict each other, Lightning would not say what to write."""

@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from . import _yaml
 from .callbacks.answers import Verifier, load_verifier, read_prompts
 from .models import load_causal_lm, load_tokenizer
 from .pipeline.manifest import input_hashes
@@ -309,6 +310,9 @@ class _Journal:
 
 
 class _Parser(jsonargparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_mode": _yaml.MODE, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         names = (action.dest for action in self._actions)
         raise UsageError(f"label-steps: {explain(message, names)}") from ex
@@ -327,7 +331,7 @@ def run_command(args: Sequence[str]) -> None:
     parser = _Parser(prog="rlhf-lightning label-steps", description=description, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
     parser.add_class_arguments(LabelOptions, as_group=False)
-    given = parser.instantiate(parser.parse_args([*args]))
+    given = _yaml.plain(parser.instantiate(parser.parse_args([*args])))
     options = LabelOptions(**{option.name: given[option.name] for option in fields(LabelOptions)})
     transformers.utils.logging.disable_progress_bar()
     find_own_modules()

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .. import _yaml
 from ..packaged import packaged_config
 from ..usage import UsageError, did_you_mean, one_line
 
@@ -149,14 +150,14 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str 
     if not file.is_file():
         raise UsageError(f"there is no file {str(path)!r}")
     try:
-        config = OmegaConf.load(file)
+        config = OmegaConf.create(_yaml.plain(_yaml.load(file.read_text(encoding="utf-8"), str(file))))
         if not isinstance(config, DictConfig):
             raise UsageError(f"{str(path)!r} is not a mapping: a pipeline has stages")
         for override in overrides:
-            key, equals, _ = override.partition("=")
+            key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UsageError(f"{override!r} is not an override: write key=value, such as stages.dpo.seed=1")
-        config.merge_with(OmegaConf.from_dotlist(list(overrides)))
+            OmegaConf.update(config, key, _yaml.plain(_yaml.load(value)), force_add=True)
         if run_dir is not None:
             config.run_dir = str(run_dir)
         others = _choose_policies(config)

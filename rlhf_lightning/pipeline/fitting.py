@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import yaml
 from lightning.pytorch.loggers import Logger
 from peft import PeftModel, set_peft_model_state_dict
 
+from .. import _yaml
 from ..callbacks import JSONLLogger, ModelExport
 from ..cli import PostTrainingCLI
 from ..models import load_causal_lm
@@ -82,7 +82,7 @@ class StageCLI(PostTrainingCLI):
         self.export = ModelExport(str(folder / "model"), **vars(stage.export))
         args = [argument for file in stage.config for argument in ("--config", file)]
         super().__init__(
-            [*args, "--config", yaml.safe_dump(written, sort_keys=False)],
+            [*args, "--config", _yaml.dump(written)],
             run=False,
             trainer_defaults={
                 "callbacks": [self.export, *callbacks],
@@ -110,7 +110,7 @@ class StageCLI(PostTrainingCLI):
     @property
     def merged(self) -> dict[str, Any]:
         """The whole configuration, defaults included."""
-        merged: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        merged: dict[str, Any] = _yaml.plain(_yaml.load(self.parser.dump(self.config, skip_none=False)))
         return merged
 
 
@@ -130,7 +130,7 @@ def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]
         KeyboardInterrupt: training was interrupted.
     """
     cli = StageCLI(stage, folder, seed, [Progress(say), Stopwatch()])
-    write_atomically(folder / "stage.yaml", yaml.safe_dump(cli.written, sort_keys=False))
+    write_atomically(folder / "stage.yaml", _yaml.dump(cli.written))
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     assert isinstance(module, PostTrainingModule)
     sources = getattr(data, "sources", {})

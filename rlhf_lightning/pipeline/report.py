@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from rich.table import Table
 
+from .. import _yaml
 from ..callbacks.history import read_history
 from ..utils.files import write_atomically
 from .config import FitStage, Pipeline
@@ -78,7 +78,7 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
         summary=summary,
         stages=stages,
         comparisons=comparisons,
-        config=yaml.safe_dump(pipeline.source, sort_keys=False, allow_unicode=True),
+        config=_yaml.dump(pipeline.source),
     )
     write_atomically(pipeline.run_dir / "report.html", page)
     return pipeline.run_dir / "report.html"
@@ -97,7 +97,7 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
         "figure": stage_figure(history, _exported_step(manifest, name)) if history else None,
         "answers": _lines(folder / ANSWERS, shown),
         "pairs": _lines(folder / PAIRS, _NUM_PAIRS),
-        "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
+        "config": _yaml.dump(record["config"]),
     }
 
 

@@ -1,0 +1,191 @@
+"""Values of YAML and of the command line as they were written: a text stays a text, whatever it looks like.
+
+jsonargparse reads every string once more as YAML, also one that a file has in quotes, wherever an option may have any
+value: ``"yes"`` becomes True, ``"4"`` 4, ``"Note: x"`` a mapping. The parser mode ``MODE`` has a loader that marks
+strings that could be read as something else (:class:`Text`), so that they are not, and a dumper that quotes them.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jsonargparse
+import yaml
+from jsonargparse.typing import register_type
+
+MODE = "as_written"
+
+# What YAML 1.2 takes for a number or a truth value. YAML 1.1, PyYAML's, has more: yes, on, 12:30, 0777, 1_000, dates.
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_NULL = re.compile(r"~|null|Null|NULL|")
+_TAG = "tag:yaml.org,2002:"
+_YAML_1_1 = yaml.resolver.Resolver()
+# A name or a path that nothing reads as anything else. It stays a plain string: jsonargparse looks for files of
+# configurations under plain strings alone.
+_NAME = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.-]*[A-Za-z_/]|[A-Za-z_/.]")
+
+
+class Text(str):
+    """A string that has been read already; it is not to be read once more."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: object) -> Text:
+        return self
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML has it
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a mapping; PyYAML would keep the last of equal keys without a word."""
+        seen: set[Any] = set()
+        for key_node in (
+            key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge"
+        ):
+            key = self.construct_object(key_node)
+            if isinstance(key, str | int | float | None):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        "while constructing a mapping",
+                        node.start_mark,
+                        f"found the key {key!r} twice",
+                        key_node.start_mark,
+                    )
+                seen.add(key)
+        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return made
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        """Makes a string, marked where it could be taken for something else."""
+        return _mark(self.construct_scalar(node))
+
+    def construct_real(self, node: yaml.ScalarNode) -> float:
+        """Makes a number of one that YAML 1.1 takes for a text, such as 1e-5, too."""
+        value = self.construct_scalar(node).lower()
+        return float(value.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _kind, _pattern, _first in (
+    ("bool", _BOOL, "tTfF"),
+    ("int", _INT, "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+    ("null", _NULL, ["~", "n", "N", ""]),
+    ("merge", re.compile("<<"), "<"),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"(?:{_pattern.pattern})$"), list(_first))
+_Loader.add_constructor(f"{_TAG}str", _Loader.construct_text)
+_Loader.add_constructor(f"{_TAG}float", _Loader.construct_real)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes strings so that neither version of YAML reads them as anything else."""
+
+
+# YAML 1.1's rules are the dumper's own; these are the loader's that go beyond them.
+_Dumper.add_implicit_resolver(f"{_TAG}float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
+# LightningCLI dumps with PyYAML itself.
+yaml.SafeDumper.add_representer(Text, yaml.representer.SafeRepresenter.represent_str)
+_Dumper.add_representer(Text, yaml.representer.SafeRepresenter.represent_str)
+
+
+def load(text: str, path: str = "") -> Any:
+    """Reads YAML: a file's, or a value of the command line.
+
+    Of one line that does not come from a file only braces, brackets and quotes make more than a scalar: ``Note: x``,
+    ``- x``, ``# x`` and ``~`` are texts.
+
+    Args:
+        text: what is written.
+        path: the file that it comes from.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or a mapping has a key twice.
+
+    Example:
+        >>> load("12:30"), load("yes"), load("1e3"), load("Note: x"), load("{a: '4'}")
+        ('12:30', 'yes', 1000.0, 'Note: x', {'a': '4'})
+    """
+    found = yaml.load(text, Loader=_Loader)
+    if path or "\n" in text or text.lstrip()[:1] in tuple("{['\""):
+        return found
+    return _mark(text) if isinstance(found, str | list | dict | None) and text.strip() not in ("", "null") else found
+
+
+def dump(value: Any) -> str:
+    """Writes YAML that :func:`load`, and PyYAML, read back as what it was.
+
+    Example:
+        >>> print(dump({"a": "1e3", "b": ["yes", 2]}), end="")
+        a: '1e3'
+        b:
+        - 'yes'
+        - 2
+    """
+    written: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return written
+
+
+def flow(text: str) -> str:
+    """Writes what Python shows of a list, a mapping or None as YAML of one line; any other text stays as it is.
+
+    jsonargparse hands the value of an option inside of an option (``--model.lora.bias=null``) on in this way.
+
+    Example:
+        >>> flow("None"), flow("['a', None]"), flow("it's")
+        ('null', '[a, null]', "it's")
+    """
+    if text[:1] not in tuple("N[{"):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    if not isinstance(value, list | dict | None) or repr(value) != text:
+        return text
+    written: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return written.removesuffix("\n").removesuffix("\n...")
+
+
+def plain(value: Any) -> Any:
+    """A configuration whose strings are strings again, for those who are to work with it."""
+    if isinstance(value, Text):
+        return str(value)
+    if isinstance(value, jsonargparse.Namespace):
+        for key, item in vars(value).items():
+            setattr(value, key, plain(item))
+        return value
+    if type(value) is dict:
+        return {plain(key): plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+def with_plain_arguments(instantiate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps what builds an object, so that the object is given strings, none of them marked."""
+
+    @wraps(instantiate)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return instantiate(*plain(args), **plain(kwargs))
+
+    return call
+
+
+def _mark(text: str) -> str:
+    named = _NAME.fullmatch(text) and _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == f"{_TAG}str"
+    return text if named else Text(text)
+
+
+register_type(Text, serializer=Text, deserializer=Text)
+jsonargparse.set_loader(MODE, load, (yaml.YAMLError,))
+jsonargparse.set_dumper(MODE, dump)
