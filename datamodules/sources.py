@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qsl
 
 from .files import ACCEPTED, RowSource, is_row_file, open_file
@@ -19,7 +19,7 @@ from .values import describe_columns, is_missing
 if TYPE_CHECKING:
     import datasets
 
-    Source = str | Sequence[str] | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.IterableDataset
+    Source: TypeAlias = str | Sequence[str] | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.IterableDataset
 else:
     # No class is among them: the command line would open a file of rows as the configuration of an object of it.
     Source = str | list[str] | list[dict[str, Any]]

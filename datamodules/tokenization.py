@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import jinja2
 import numpy as np
@@ -17,7 +17,7 @@ from .messages import Messages
 from .values import check_encodable, end_step
 
 if TYPE_CHECKING:
-    TokenizerSource = str | PreTrainedTokenizerBase
+    TokenizerSource: TypeAlias = str | PreTrainedTokenizerBase
 else:
     # No class is among them: the command line would open a file named here as the configuration of an object of it.
     TokenizerSource = str

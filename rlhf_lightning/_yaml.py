@@ -182,8 +182,8 @@ def with_plain_arguments(instantiate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mark(text: str) -> str:
-    named = _NAME.fullmatch(text) and _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == f"{_TAG}str"
-    return text if named else Text(text)
+    tag = _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    return text if _NAME.fullmatch(text) and tag == f"{_TAG}str" else Text(text)
 
 
 register_type(Text, serializer=Text, deserializer=Text)
