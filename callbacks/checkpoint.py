@@ -10,9 +10,10 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..modules.checkpoint_io import check_place, damage
+from ..modules.position import validation_is_due
 from ..utils.files import PARTIAL, check_on_all_ranks, hold, release
 
 _PREFIX = "step="
@@ -21,16 +22,17 @@ _PREFIX = "step="
 class TrainingCheckpoint(ModelCheckpoint):
     """Saves the whole state of training every so many optimizer steps, and finds the newest whole checkpoint again.
 
-    ``fit --ckpt_path last`` (``Trainer.fit(..., ckpt_path="last")``) goes on from the newest whole checkpoint in the
-    folder, and starts from the beginning where there is none: the same command starts a run and takes it up again.
+    ``fit --ckpt_path last`` (``Trainer.fit(..., ckpt_path="last")``) continues from the whole checkpoint of the latest
+    step in the folder, and starts from the beginning where there is none: the same command starts a run and continues
+    it.
 
-    Beside it, Lightning's ``ModelCheckpoint(monitor="val/loss", save_top_k=3)`` keeps the best models. With
+    Lightning's ``ModelCheckpoint(monitor="val/loss", save_top_k=3)`` keeps the best models as well. With
     ``every_n_train_steps`` it has gaps that this one closes. A batch that makes several optimizer steps can step over
-    every multiple. It saves before the validation of the same step: a run resumed from there leaves that validation
-    out, so that early stopping counts differently, and a monitored metric is that of the validation before. And
-    ``ckpt_path="last"`` loads the file with the newest date, damaged or not.
+    every multiple. It saves before the validation of the same step, so that a monitored metric is that of the
+    validation before. And ``ckpt_path="last"`` loads the file with the newest date, damaged or not.
 
-    A checkpoint is also made when training ends, and at the end of the batch in which SIGTERM arrives.
+    A checkpoint is also made when training ends, and at the end of the batch (of training or validation) in which
+    SIGTERM, Ctrl-C or SIGUSR1 arrives.
 
     Args:
         folder: where to, as ``step=<number>.ckpt``; one folder for each run.
@@ -39,7 +41,8 @@ class TrainingCheckpoint(ModelCheckpoint):
         keep: how many of the newest stay, at least 1; the older ones serve where the newest is damaged.
 
     Raises:
-        ValueError: a number out of range; when resuming, a folder in which every checkpoint is damaged.
+        ValueError: a number out of range; when resuming, a folder in which every checkpoint is damaged; when
+            validating, testing or predicting with ``ckpt_path="last"``, one without checkpoints.
 
     Example::
 
@@ -95,7 +98,7 @@ class TrainingCheckpoint(ModelCheckpoint):
             check_on_all_ranks(trainer, lambda: self._check_others(None if resumed is None else Path(resumed), step))
 
     def _check_others(self, resumed: Path | None, step: int) -> None:
-        found = self._by_age()
+        found = self._by_step()
         goes_on = resumed is not None and resumed.expanduser().resolve().parent == self.folder.resolve()
         if found and not goes_on:
             raise ValueError(
@@ -103,7 +106,8 @@ class TrainingCheckpoint(ModelCheckpoint):
                 "would replace: go on from there with ckpt_path='last' (--ckpt_path=last), or choose another folder"
             )
         for path in found:
-            if _step(path) > max(step, _step(Path(resumed or ""))) and path.name not in self._made:
+            later = _step(path) > max(step, _step(Path(resumed or "")))
+            if later and path.name not in self._made and not (path.is_file() and damage(path)):
                 raise ValueError(
                     f"{str(path)!r} was not made by this run, which would replace it when it gets there: move it away"
                 )
@@ -120,11 +124,8 @@ class TrainingCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves if it is time, unless validation or the end of the epoch comes before the next batch."""
-        loop = trainer.fit_loop.epoch_loop
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if not trainer.is_last_batch and not loop._should_check_val_fx(fetcher):
+        """Saves if it is time, unless validation comes before the next batch."""
+        if trainer.received_sigterm or not validation_is_due(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -132,26 +133,22 @@ class TrainingCheckpoint(ModelCheckpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_if_due(trainer)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Saves if it is time and every epoch is one batch without validation.
-
-        Otherwise the next batch is waited for: resumed from here, Lightning comes by a second time, and with a stream
-        counts the epoch twice.
-        """
-        if trainer.num_training_batches == 1:
-            self._save_if_due(trainer)
-
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Saves the end, so that a run that is given more steps can go on."""
+        """Saves the end, so that a run that is given more can continue."""
         if trainer.global_step > self._last_step:
             self._save(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Saves after SIGTERM, which Lightning obeys between two batches; other errors may have come in the middle."""
+        """Saves after a signal, which is obeyed between two batches; other errors may have come in the middle."""
         if isinstance(exception, SIGTERMException) and trainer.global_step > self._last_step:
             self._save(trainer)
+        if isinstance(exception, SIGTERMException | KeyboardInterrupt) and self.last_model_path:
+            rank_zero_info(
+                f"{self.last_model_path!r} holds the whole run up to step {self._last_step}: the same command with "
+                "--ckpt_path=last (in Python, fit(..., ckpt_path='last')) continues from there"
+            )
         release(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,7 +161,7 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint; ``None`` where there is none at all."""
-        found = self._by_age()
+        found = self._by_step()
         for path in reversed(found):
             reason = damage(path) if path.is_file() else None
             if reason is None:
@@ -177,23 +174,34 @@ class TrainingCheckpoint(ModelCheckpoint):
         return None
 
     def _find_last_checkpoints(self, trainer: lightning.Trainer) -> set[str]:
-        """What Lightning chooses from when it is given ``ckpt_path="last"``."""
+        """What Lightning chooses from when it is given ``ckpt_path="last"``; with nothing, it would go on as if not."""
         newest = self.newest()
+        if newest is None and trainer.state.fn != "fit" and len(trainer.checkpoint_callbacks) == 1:
+            raise ValueError(
+                f"ckpt_path is 'last', and there is no checkpoint in {str(self.folder)!r}: name one, or leave it out "
+                "to measure the model that the configuration names"
+            )
         return set() if newest is None else {str(newest)}
 
-    def _by_age(self) -> list[Path]:
-        """Finished checkpoints, the oldest first; of a sharded one, the folder's last file is ``meta.pt``."""
+    def _by_step(self) -> list[Path]:
+        """Finished checkpoints by training step; of a sharded one, the folder's last file is ``meta.pt``."""
         found = [p for p in self.folder.glob(f"{_PREFIX}*.ckpt") if p.is_file() or (p / "meta.pt").is_file()]
-        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return sorted((path for path in found if _step(path) >= 0), key=_step)
 
     def _save_if_due(self, trainer: lightning.Trainer) -> None:
         step, every = trainer.global_step, self.every_n_steps
-        due = step // every > self._last_step // every or (trainer.received_sigterm and step > self._last_step)
-        if self.every_minutes is not None and step > self._last_step:
+        if step == self._last_step:
+            return
+        # The last step of a run is saved before Lightning counts an epoch that it cuts short as a whole one.
+        due = step // every > self._last_step // every or trainer.received_sigterm or self._is_last(trainer)
+        if self.every_minutes is not None:
             late = (time.monotonic() - self._last_time) / 60 >= self.every_minutes
             due |= trainer.strategy.broadcast(late)  # clocks differ between ranks
         if due:
             self._save(trainer)
+
+    def _is_last(self, trainer: lightning.Trainer) -> bool:
+        return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
 
     def _save(self, trainer: lightning.Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):  # which writes and deletes nothing
@@ -204,7 +212,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         self._made.add(path.name)
         self._save_checkpoint(trainer, str(path))
         if trainer.is_global_zero:
-            others = [other for other in self._by_age() if other != path and other.name in self._made]
+            others = [other for other in self._by_step() if other != path and other.name in self._made]
             for old in others[: -self.keep + 1 or None]:
                 trainer.strategy.remove_checkpoint(old)
                 self._made.discard(old.name)
@@ -214,6 +222,20 @@ def _step(path: Path) -> int:
     """The step in a checkpoint's name; -1 where there is none."""
     number = path.name.removeprefix(_PREFIX).removesuffix(".ckpt")
     return int(number) if number.isdecimal() else -1
+
+
+def check_last(trainer: lightning.Trainer, subcommand: str) -> None:
+    """Refuses ``ckpt_path="last"`` where there is no checkpoint and nothing is trained.
+
+    Raises:
+        ValueError: no callback of the trainer finds one.
+    """
+    makers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    if not any(maker._find_last_checkpoints(trainer) for maker in makers):
+        raise ValueError(
+            f"ckpt_path is 'last', and {subcommand} finds no checkpoint of the callbacks that are configured: name a "
+            "file, or leave it out to measure the model that the configuration names"
+        )
 
 
 def check_enabled(enabled: bool | None, callbacks: Iterable[Any]) -> None:

@@ -145,6 +145,14 @@ class PostTrainingCLI(LightningCLI):
         check_enabled(given.get("enable_checkpointing"), callbacks if isinstance(callbacks, list) else [callbacks])
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs it; Lightning would take the model as it is where there is no last checkpoint."""
+        from .callbacks.checkpoint import check_last
+
+        if subcommand != "fit" and self._get(self.config_init, "ckpt_path") == "last":
+            check_last(self.trainer, subcommand)
+        super()._run_subcommand(subcommand)
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as it is, and says where a checkpoint was made with another one.
 
@@ -174,7 +182,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: without the program's name; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: 2 after a mistake in what was asked for, 1 after one found while running.
+        SystemExit: 2 after a mistake in what was asked for, 1 after one found while running, 128 and its number after
+            a signal.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments or os.environ.get("RLHF_LIGHTNING_TRACEBACK", "0") not in ("", "0")
@@ -187,6 +196,9 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"rlhf-lightning: {explain(str(error))}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except KeyboardInterrupt:
+        print("rlhf-lightning: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _dispatch(arguments: list[str]) -> None:

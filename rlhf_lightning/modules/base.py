@@ -27,8 +27,10 @@ from .checks import check_module_options, check_trainer, longest_sequence, train
 from .distributed import Scores, clip_gradients, concatenate, gather_scores, sum_gradients, sum_over_ranks
 from .logged import forget_others
 from .micro_batches import ROW_KEY, in_canonical_order
+from .position import ResumePosition
 from .resume import ResumableModule
 from .schedules import WarmupSchedule
+from .stopping import StopOnSignal
 
 
 class PostTrainingModule(ResumableModule):
@@ -159,10 +161,12 @@ class PostTrainingModule(ResumableModule):
         self.settle()
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Checks the trainer's flags; Lightning calls this before its own checks, which know nothing of ours."""
+        """Checks the trainer's flags, before Lightning's own checks, and adds what every run of this module needs."""
         check_trainer(self.trainer)
         prepare_checkpoints(self.trainer)
-        return []
+        trainer: Any = self.trainer
+        present = {type(callback) for callback in trainer.callbacks}
+        return [make() for make in (ResumePosition, StopOnSignal) if make not in present]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

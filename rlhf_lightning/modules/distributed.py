@@ -34,6 +34,16 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
     return dict(zip(values, vector.tolist(), strict=True))
 
 
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers."""
+    if world_size() == 1:
+        return value
+    meet()
+    largest = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def gather_scores(scores: Scores, device: torch.device) -> Scores:
     """Concatenates the rows of all ranks, also of none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
     if world_size() == 1:

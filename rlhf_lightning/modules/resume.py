@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Timer
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class ResumableModule(MicroBatchedModule):
     def __init__(self, *, micro_batch_tokens: int, share_prefix: bool) -> None:
         super().__init__(micro_batch_tokens=micro_batch_tokens, share_prefix=share_prefix)
         self._base: dict[str, str] = {}
+        self.random_before_validation: dict[str, Any] | None = None  # while one is due or runs
         self._loaded_random: dict[str, Any] | None = None
         self._redo_random = False
         self._was_stopped = False
@@ -93,10 +95,11 @@ class ResumableModule(MicroBatchedModule):
         """Adds the random states, and takes out the frozen weights under an adapter."""
         adapted, trainer = bool(adapted_models(self)), self._trainer
         checkpoint[_KEY] = {
-            "random": gather_objects(random_state(self.device)),
+            # A validation that has not ended will be run again.
+            "random": gather_objects(self.random_before_validation or random_state(self.device)),
             "adapter": adapted,
             "base": self._base,
-            "should_stop": trainer is not None and bool(trainer.should_stop),
+            "should_stop": trainer is not None and bool(trainer.should_stop) and not is_out_of_time(trainer),
             "metrics": {} if trainer is None else {k: v.cpu() for k, v in trainer.callback_metrics.items()},
         }
         # A sharded checkpoint is a folder that torch fills by the names that are in the module.
@@ -122,7 +125,9 @@ class ResumableModule(MicroBatchedModule):
             self._loaded_random = states[rank] if rank < len(states) else _derived_state(states[0], rank)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads weights like torch's; under an adapter, the frozen ones may be missing."""
+        """Loads weights like torch's; the model is built first, and under an adapter, frozen ones may be missing."""
+        if self.model is None and state_dict:
+            self.configure_model()  # strategies that fork hand a trained state to a module that has built nothing
         left_out = rebuildable_names(self)
         if not left_out:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -204,6 +209,12 @@ class ResumableModule(MicroBatchedModule):
             return tensor.to(changed.device) if half and id(tensor) in kept else changed
 
         return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+
+
+def is_out_of_time(trainer: Any) -> bool:
+    """Whether ``max_time`` has stopped a run; given more, it continues."""
+    left = (timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer))
+    return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -148,7 +149,9 @@ def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]
             trainer.loggers = loggers
         if sources.get("test") is not None:
             metrics |= _named("test", trainer.test(module, datamodule=data, verbose=False))
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
+    except SystemExit as error:  # what Lightning makes of Ctrl-C; that of another signal stays its exit status
+        if error.code not in (1, 128 + signal.SIGINT):
+            raise
         raise KeyboardInterrupt from error
     finally:
         finish_wandb()

@@ -1,0 +1,1 @@
+"""One test for each fault that was seen, named after what must hold."""
