@@ -24,7 +24,7 @@ from rlhf_lightning.callbacks import TrainingCheckpoint
 from rlhf_lightning.cli import main
 from rlhf_lightning.datamodules import PromptDataModule, SFTDataModule
 from rlhf_lightning.modules.stopping import StopOnSignal
-from tests.integration.test_resume import LORA, Metrics, Noise, assert_same, digits
+from tests.integration.test_resume import LORA, Metrics, Noise, assert_same, digits, ignore_totals
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")]
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(7)]  # an epoch: four batches of 2, 2, 2, 1
@@ -115,11 +115,8 @@ def last(folder: Path) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint, without the total of epochs, which Lightning counts otherwise in a resumed run, and file names."""
-    checkpoint = torch.load(path, weights_only=True)
-    for state in checkpoint["callbacks"].values():
-        state.pop("made", None)
-    del checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    ignore_totals(checkpoint)
     return checkpoint
 
 
