@@ -15,6 +15,8 @@ _WARNINGS = (
     # Validation rows are optional here, and a run without them was meant to be one.
     r"You defined a `validation_step` but have no `val_dataloader`",
     r"Total length of `list` across ranks is zero",
+    # A policy is trained in the mode in which it is scored, so that ratios begin at 1.
+    r"Found \d+ module\(s\) in eval mode at the start of training",
     # Between Lightning and torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )

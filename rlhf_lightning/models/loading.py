@@ -32,6 +32,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..packaged import packaged_config
 from ..sequences import ATTENTION_NAME, register_attention
+from .dropout import recompute, set_dropout
 from .quantized import Quantization, quantization_config, steady_quantised_layers
 from .reference import ADAPTER_COPY
 from .skeleton import skeletons_wanted, weights_device
@@ -87,6 +88,7 @@ def load_causal_lm(
     init: Literal["pretrained", "random"] = "pretrained",
     quantization: Quantization | None = None,
     lora: Mapping[str, Any] | None = None,
+    dropout: float | None = None,
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
     trainable: bool = True,
@@ -111,6 +113,8 @@ def load_causal_lm(
         quantization: ``nf4``, ``fp4`` or ``int8`` by bitsandbytes; only adapters can be trained then.
         lora: arguments of peft's ``LoraConfig``, such as ``{"r": 16, "lora_alpha": 32}``; ``target_modules`` is
             ``"all-linear"`` unless given.
+        dropout: every rate of dropout in training, in place of those of the config and of ``lora``; 0 leaves them, since
+            what switches dropout off is the mode (see ``switch_off_dropout``).
         gradient_checkpointing: keep layer inputs only and compute the rest again in the backward pass.
         attn_implementation: a name that transformers knows; None takes the model's default.
         trainable: False freezes everything and leaves the model in evaluation mode, as for a reference.
@@ -155,6 +159,8 @@ def load_causal_lm(
         if trainable and lora is None and getattr(base, "quantization_method", None) is not None:
             raise ValueError(f"the weights in {str(model)!r} are quantised and stay frozen: pass lora={{'r': 16}}")
         loaded = base if lora_config is None else _add_adapter(base, lora_config)
+    if dropout:
+        set_dropout(loaded, dropout)
     if gradient_checkpointing:
         _enable_checkpointing(loaded)
     return loaded.train() if trainable else loaded.requires_grad_(False).eval()
@@ -360,6 +366,9 @@ def _enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
         raise ValueError(
             f"{type(base).__name__} cannot checkpoint ({_first_line(error)}): leave gradient_checkpointing off"
         ) from error
+    for module in base.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module._gradient_checkpointing_func = recompute
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:

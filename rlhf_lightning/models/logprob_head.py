@@ -34,6 +34,7 @@ class OutputHead:
         lora_in: ``(R, D)``, the A matrix of a LoRA adapter on the head.
         lora_out: ``(V, R)``, its B matrix, scaling not included.
         lora_scaling: the factor of the adapter.
+        lora_dropout: what the adapter drops of its input, in its own mode.
         scale: factor of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``, and so on).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2), applied after ``scale``.
     """
@@ -43,6 +44,7 @@ class OutputHead:
     lora_in: Tensor | None = None
     lora_out: Tensor | None = None
     lora_scaling: float = 1.0
+    lora_dropout: nn.Module | None = None
     scale: float = 1.0
     softcap: float | None = None
 
@@ -76,7 +78,8 @@ class TokenStats(NamedTuple):
 
 
 class _Config(NamedTuple):
-    inv_temperature: float
+    scale: float  # of the product
+    inv_temperature: float  # of what the soft cap returns
     softcap: float | None
     entropy: bool
     mean: bool
@@ -122,20 +125,18 @@ def fused_logprobs(
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     weight, bias, low, low_out = head.weight, head.bias, None, None
     if head.lora_in is not None and head.lora_out is not None:
-        low = (hidden_ND.to(head.lora_in.dtype) @ head.lora_in.T) * head.lora_scaling
+        kept = hidden_ND if head.lora_dropout is None else head.lora_dropout(hidden_ND)
+        low = (kept.to(head.lora_in.dtype) @ head.lora_in.T) * head.lora_scaling
         low_out = head.lora_out
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, weight = hidden_ND.to(dtype), weight.to(dtype)
         low, low_out = (None if t is None else t.to(dtype) for t in (low, low_out))
-    # The scale of the logits and the temperature are one factor unless a soft cap stands between them.
-    before = head.scale if head.softcap is not None else head.scale / temperature
-    if before != 1.0:
-        hidden_ND = hidden_ND * before
-        bias = None if bias is None else bias * before
-        low = None if low is None else low * before
     learned = any(t is not None and t.requires_grad for t in (hidden_ND, weight, bias, low, low_out))
     config = _Config(
+        # The scale of the logits and the temperature are one factor unless a soft cap stands between them. It is
+        # applied to products in fp32: hidden states in half a precision would be rounded again.
+        head.scale if head.softcap is not None else head.scale / temperature,
         1.0 / temperature if head.softcap is not None else 1.0,
         head.softcap,
         entropy,
@@ -157,7 +158,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 class _Tiles:
-    """Computes tiles of logits for given rows and columns; knows soft-capping's derivative."""
+    """Computes tiles of logits for given rows and columns; knows how they came from the raw product."""
 
     def __init__(
         self,
@@ -187,16 +188,20 @@ class _Tiles:
             tile.addmm_(self.low[rows].to(self.dtype), self.low_out[columns].to(self.dtype).T)
         if self.bias is not None:
             tile += self.bias[columns].to(self.dtype)
+        if self.config.scale != 1.0:
+            tile *= self.config.scale
         if self.config.softcap is not None:
             tile.div_(self.config.softcap).tanh_().mul_(self.config.softcap * self.config.inv_temperature)
         return tile
 
-    def through_softcap(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to the raw product, from that with respect to the final logits."""
-        if self.config.softcap is None:
-            return grad
-        capped = logits / (self.config.softcap * self.config.inv_temperature)
-        return grad.mul_(1 - capped.square_()).mul_(self.config.inv_temperature)
+    def to_product(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient with respect to the raw product, from that with respect to the final logits; overwrites it."""
+        scale, softcap = self.config.scale, self.config.softcap
+        if softcap is not None:
+            capped = logits / (softcap * self.config.inv_temperature)
+            grad = grad.mul_(1 - capped.square_())
+            scale *= self.config.inv_temperature
+        return grad if scale == 1.0 else grad.mul_(scale)
 
 
 def _slices(size: int, step: int) -> list[slice]:
@@ -300,7 +305,7 @@ class _FusedLogProbs(torch.autograd.Function):
                 local = target_ids[rows] - columns.start
                 inside = ((local >= 0) & (local < grad.shape[1])).nonzero()[:, 0]
                 grad[inside, local[inside]] += g_logprob[rows][inside]
-                grad = tiles.through_softcap(grad, kept)
+                grad = tiles.to_product(grad, kept)
                 if d_hidden is not None:
                     d_hidden[rows].addmm_(grad, weight_c)
                 if d_weight is not None:
@@ -361,6 +366,7 @@ def output_head(model: nn.Module) -> OutputHead:
                 "lora_in": layer.lora_A[name].weight,
                 "lora_out": layer.lora_B[name].weight,
                 "lora_scaling": float(layer.scaling[name]),
+                "lora_dropout": layer.lora_dropout[name],
             }
         layer = inner
     return OutputHead(weight=layer.weight, bias=getattr(layer, "bias", None), **parts)

@@ -46,6 +46,8 @@ class PostTrainingModule(ResumableModule):
         share_prefix: compute a prompt once for all its completions; changes no result.
         lora: arguments of ``peft.LoraConfig`` (``{"r": 16}``); ``None`` trains all weights.
         quantization: ``"nf4"``, ``"fp4"`` or ``"int8"`` weights by bitsandbytes; needs ``lora``.
+        dropout: rate in training, in [0, 1), in place of all rates of the model's config and of ``lora``. ``None``: off,
+            so that ratios begin at 1 and the policy is trained as it is scored; in ``SFTModule`` the config's rates.
         gradient_checkpointing: recompute activations in the backward pass.
         max_grad_norm: clip the global gradient norm to this, above 0; ``None`` leaves it.
         optimizer: from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without weight decay.
@@ -70,6 +72,7 @@ class PostTrainingModule(ResumableModule):
         share_prefix: bool = True,
         lora: dict[str, Any] | None = None,
         quantization: Literal["nf4", "fp4", "int8"] | None = None,
+        dropout: float | None = None,
         gradient_checkpointing: bool = False,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable | None = None,
@@ -81,6 +84,7 @@ class PostTrainingModule(ResumableModule):
             micro_batch_tokens=micro_batch_tokens,
             attention=attention,
             layout=layout,
+            dropout=dropout,
             max_grad_norm=max_grad_norm,
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -91,6 +95,7 @@ class PostTrainingModule(ResumableModule):
         self.attention = attention
         self.lora = dict(lora) if lora is not None else None
         self.quantization = quantization
+        self.dropout = dropout
         self.gradient_checkpointing = gradient_checkpointing
         self.max_grad_norm = max_grad_norm
         self._tokenizer_source = tokenizer
@@ -120,6 +125,7 @@ class PostTrainingModule(ResumableModule):
             dtype=trainer_dtype(self._trainer),
             quantization=self.quantization,
             lora=self.lora,
+            dropout=self.dropout,
             gradient_checkpointing=self.gradient_checkpointing,
             attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
             headless=not self.predicts_tokens,
@@ -127,6 +133,7 @@ class PostTrainingModule(ResumableModule):
         make_steady(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
         self.remember_base()
         self.remember_buffers()
+        self.train(self.training)
 
     def remember_buffers(self) -> None:
         """Keeps what the model's fp32 buffers hold before a precision rounds them; see settle."""

@@ -49,13 +49,21 @@ def check_count(name: str, value: int, instead: str) -> None:
 
 
 def check_module_options(
-    *, init: str, micro_batch_tokens: int, attention: str, layout: str, max_grad_norm: float | None
+    *,
+    init: str,
+    micro_batch_tokens: int,
+    attention: str,
+    layout: str,
+    dropout: float | None,
+    max_grad_norm: float | None,
 ) -> None:
     """Checks the options that all modules share."""
     check_choice("init", init, ("pretrained", "random"))
     check_choice("attention", attention, ("sdpa", "flex"))
     check_choice("layout", layout, ("auto", "packed", "padded"))
     check_positive("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
+    if dropout is not None:
+        check_fraction("dropout", dropout, "0 switches it off; null is off for all but SFT, which keeps the config's")
     if max_grad_norm is not None:
         check_positive("max_grad_norm", max_grad_norm, "null switches clipping off")
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
+from typing import ClassVar, Self
 
 import lightning
 import torch
 from torch import Tensor
 
+from ..models.dropout import switch_off_dropout
 from ..sequences import Example, SequenceBatch, pack, plan_micro_batches
 from .distributed import Scores, concatenate, gather_scores, rows_before_this_rank, sum_over_ranks, world_size
 from .phases import PhaseClock
@@ -33,6 +35,9 @@ class MicroBatchedModule(lightning.LightningModule):
         share_prefix: compute a prompt once for all its completions.
     """
 
+    keeps_dropout: ClassVar[bool] = False  # whether the rates of the model's config hold where no other is given
+    dropout: float | None = None
+
     def __init__(self, *, micro_batch_tokens: int, share_prefix: bool) -> None:
         super().__init__()
         self.micro_batch_tokens = micro_batch_tokens
@@ -42,6 +47,18 @@ class MicroBatchedModule(lightning.LightningModule):
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Books the time of what runs within to one of ``phases.PHASES``, if anybody listens."""
         return nullcontext() if self.clock is None else self.clock.phase(name)
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training; where nothing is, the policy is trained as it is scored."""
+        return self.keeps_dropout if self.dropout is None else self.dropout > 0
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode like torch's; the models within stay in evaluation mode where nothing is to be dropped."""
+        super().train(mode)
+        if mode and not self.drops:
+            switch_off_dropout(self)
+        return self
 
     # What a method defines.
 
@@ -93,6 +110,8 @@ class MicroBatchedModule(lightning.LightningModule):
         Returns:
             This rank's rows, detached, and the global totals.
         """
+        if not self.drops:
+            switch_off_dropout(self)  # whoever has switched modes since
         totals = sum_over_ranks(self.totals(examples), self.device)
         plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         batches = [[examples[n] for n in micro] for micro in plan]

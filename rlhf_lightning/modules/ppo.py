@@ -157,10 +157,12 @@ class PPOModule(OnPolicyModule):
                 dtype=dtype,
                 lora=self.lora,
                 quantization=self.quantization,
+                dropout=self.dropout,
                 gradient_checkpointing=self.gradient_checkpointing,
                 attention=self.attention,
                 layout=self._requested_layout,
             )
+        self.train(self.training)  # the critic, too
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
         """The policy's weights, and the critic's own with their rate."""

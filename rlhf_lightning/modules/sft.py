@@ -32,6 +32,7 @@ class SFTModule(PostTrainingModule):
         lightning.Trainer(max_epochs=1).fit(module, SFTDataModule(train="rows.jsonl", global_batch_size=16))
     """
 
+    keeps_dropout: ClassVar[bool] = True
     default_learning_rate: ClassVar[float] = 2e-5
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy")
 

@@ -1,0 +1,94 @@
+"""Dropout: switched off, or at one rate, wherever a model has it.
+
+A model is random in training alone, so it is switched off by its mode: in evaluation mode nothing is dropped, whether a
+module of its own, a function within a forward pass, an adapter or a skipped layer does it, and no router adds noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def switch_off_dropout(module: nn.Module) -> None:
+    """Lets a module compute in training what it computes in evaluation; what recomputes activations goes on doing so.
+
+    Args:
+        module: what holds models; its own mode stays as it is.
+    """
+    for part in module.children():
+        part.eval()
+        for layer in part.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                layer.training = True  # transformers' condition; see recompute
+
+
+def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a layer of transformers and recomputes it in the backward pass, in the mode that its parts are in.
+
+    Args:
+        function: what transformers makes of a layer's ``forward``: a ``partial`` whose first argument is the layer.
+        args: of the layer.
+        kwargs: of the layer.
+    """
+    layer: nn.Module = function.args[0]  # type: ignore[attr-defined]
+    if any(part.training for part in layer.children()):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Sets every rate of dropout of a model: of hidden states, attention weights, embeddings, adapters.
+
+    The model's config, which is exported with it, stays as it is. Layers are never left out.
+
+    Args:
+        model: a model of transformers, bare or with adapters around it; changed in place.
+        rate: in [0, 1).
+    """
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = rate
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            for adapter in module.lora_dropout:
+                module.lora_dropout[adapter] = nn.Dropout(p=rate)
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(module, name, 0.0 if _leaves_layers_out(name) else rate)
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
+            module.config = _Rated(config, rate)  # type: ignore[assignment]
+
+
+class _Rated:
+    """A config as a layer reads it that looks its rates up in every forward pass: all else is the config's own."""
+
+    def __init__(self, config: PreTrainedConfig, rate: float) -> None:
+        self._config, self._rate = config, rate
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_rate"):  # while it is copied
+            raise AttributeError(name)
+        value = getattr(self._config, name)
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            return 0.0 if _leaves_layers_out(name) else self._rate
+        return value
+
+
+def _leaves_layers_out(name: str) -> bool:
+    return "layerdrop" in name or "drop_path" in name
