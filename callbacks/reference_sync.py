@@ -105,7 +105,8 @@ def _pairs(
     weights = dict(policy.named_parameters())
     copies = {name: weight for name, weight in weights.items() if f".{ADAPTER_COPY}." in name}
     active = policy.active_adapter
-    return [(weight, weights[name.replace(f".{ADAPTER_COPY}.", f".{active}.")]) for name, weight in copies.items()]
+    moved = [(weight, weights[name.replace(f".{ADAPTER_COPY}.", f".{active}.")]) for name, weight in copies.items()]
+    return moved + [(weight, weights[name]) for name, weight in reference.kept.items()]
 
 
 def _same_names(moved: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> list[tuple[Tensor, Tensor]]:

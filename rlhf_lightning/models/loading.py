@@ -113,8 +113,8 @@ def load_causal_lm(
         quantization: ``nf4``, ``fp4`` or ``int8`` by bitsandbytes; only adapters can be trained then.
         lora: arguments of peft's ``LoraConfig``, such as ``{"r": 16, "lora_alpha": 32}``; ``target_modules`` is
             ``"all-linear"`` unless given.
-        dropout: every rate of dropout in training, in place of those of the config and of ``lora``; 0 leaves them, since
-            what switches dropout off is the mode (see ``switch_off_dropout``).
+        dropout: every rate of dropout in training, in place of those of the config and of ``lora``; 0 leaves them, as
+            it is the mode that switches dropout off (see ``switch_off_dropout``).
         gradient_checkpointing: keep layer inputs only and compute the rest again in the backward pass.
         attn_implementation: a name that transformers knows; None takes the model's default.
         trainable: False freezes everything and leaves the model in evaluation mode, as for a reference.

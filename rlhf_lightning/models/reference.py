@@ -17,17 +17,27 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .backbone import evaluating
 
 ADAPTER_COPY = "ref"  # the adapter that keeps the weights from which a loaded adapter started
+_KEPT = "beside:"  # before the names of what is kept beside adapters, in checkpoints
 
 
 class Reference(Protocol):
     """What a loss asks of a reference policy."""
 
+    rebuildable: bool
+
     def scoring(self) -> AbstractContextManager[nn.Module]:
         """Yields the reference model, in evaluation mode and without gradients."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves what it holds; whoever owns the reference calls it, since no parent module does."""
+
+    def remember(self) -> None:
+        """Keeps what the policy is now of all that training will change; what is kept already stays as it is."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold of the reference: nothing where it can be rebuilt."""
@@ -39,6 +49,9 @@ class Reference(Protocol):
 class AdapterReference:
     """The policy with its adapter switched off, or with the frozen copy ``ref`` of the adapter that it started from.
 
+    What is trained beside the adapter (biases, with ``bias: all`` or ``lora_only``; norms that somebody has unfrozen) is
+    kept as it was, and put in the place of what training has made of it while the reference scores.
+
     Args:
         model: the PEFT model that is being trained; it is the reference as well, so no second model is in memory.
     """
@@ -46,35 +59,78 @@ class AdapterReference:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.rebuildable = True
+        self.kept: dict[str, Tensor] = {}  # by the names of parameters
+        self.remember()
+
+    def remember(self) -> None:
+        """See Reference.
+
+        Raises:
+            ValueError: weights beside the adapter are trained and sharded, so that they cannot be exchanged.
+        """
+        for name, parameter in trained_beside_adapters(self.model).items():
+            if isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"the reference is the model with its adapter off, but {name} is trained beside the adapter, in "
+                    "shards: use reference='frozen'"
+                )
+            if name not in self.kept:
+                self.kept[name] = parameter.detach().clone()
+
+    def to(self, device: torch.device) -> None:
+        """See Reference."""
+        self.kept = {name: tensor.to(device) for name, tensor in self.kept.items()}
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
         """See Reference."""
-        with evaluating(self.model), torch.no_grad():
-            if ADAPTER_COPY not in self.model.peft_config:
-                with self.model.disable_adapter():
-                    yield self.model
-                return
-            active = self.model.active_adapter
-            trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            self.model.set_adapter(ADAPTER_COPY)
-            try:
-                yield self.model
-            finally:
-                self.model.set_adapter(active)
-                # Switching adapters also switches what is trainable; the copy must stay frozen.
-                for name, parameter in self.model.named_parameters():
-                    parameter.requires_grad_(name in trainable)
+        self.remember()
+        switched = self._switched_off() if ADAPTER_COPY not in self.model.peft_config else self._copy_active()
+        with evaluating(self.model), torch.no_grad(), self._exchanged(), _same_trainable(self.model), switched:
+            yield self.model
+
+    def _switched_off(self) -> AbstractContextManager[None]:
+        off: AbstractContextManager[None] = self.model.disable_adapter()
+        return off
+
+    @contextmanager
+    def _copy_active(self) -> Iterator[None]:
+        active = self.model.active_adapter
+        self.model.set_adapter(ADAPTER_COPY)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(active)
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        """Puts what is kept in its place; by ``data``, since a graph that is open will find its values unchanged."""
+        own = {name: p for name, p in self.model.named_parameters() if name in self.kept}
+        now = {name: parameter.detach().clone() for name, parameter in own.items()}
+        for name, parameter in own.items():
+            parameter.data.copy_(self.kept[name])
+        try:
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data.copy_(now[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The copied adapter, where it has been moved since it was loaded."""
-        return {} if self.rebuildable else _adapter_state(self.model, [ADAPTER_COPY])
+        """The copied adapter and what is kept beside it, where they have been moved since they were loaded."""
+        if self.rebuildable:
+            return {}
+        kept = {f"{_KEPT}{name}": tensor for name, tensor in self.kept.items()}
+        return _adapter_state(self.model, [ADAPTER_COPY]) | kept
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the copied adapter, which can then no longer be rebuilt."""
-        if state:
-            self.rebuildable = False
-            self.model.load_state_dict(state, strict=False)
+        if not state:
+            return
+        self.rebuildable = False
+        for name, tensor in state.items():
+            if name.startswith(_KEPT):
+                self.kept[name.removeprefix(_KEPT)] = tensor.clone()
+        self.model.load_state_dict({n: t for n, t in state.items() if not n.startswith(_KEPT)}, strict=False)
 
 
 class FrozenReference:
@@ -89,6 +145,7 @@ class FrozenReference:
     """
 
     def __init__(self, model: nn.Module, *, rebuildable: bool) -> None:
+        self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.model = model.eval().requires_grad_(False)
         self.rebuildable = rebuildable
 
@@ -104,21 +161,50 @@ class FrozenReference:
             yield self.model
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; whoever owns the reference calls it, since no parent module does."""
+        """See Reference."""
         self.model.to(device)
 
+    def remember(self) -> None:
+        """It is all there."""
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights, where they cannot be loaded again; of a model with an adapter, the adapter alone."""
+        """The weights, where they cannot be loaded again; of a model with an adapter, what its policy trains."""
         if self.rebuildable:
             return {}
-        adapters = getattr(self.model, "peft_config", None)
-        return self.model.state_dict() if adapters is None else _adapter_state(self.model, adapters)
+        adapters, state = getattr(self.model, "peft_config", None), self.model.state_dict()
+        if adapters is None:
+            return state
+        return _adapter_state(self.model, adapters) | {n: t for n, t in state.items() if n in self._trained}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the weights, which can then no longer be rebuilt."""
         if state:
             self.rebuildable = False
             self.model.load_state_dict(state, strict=not hasattr(self.model, "peft_config"))
+
+
+def trained_beside_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What of a PEFT model is trained and belongs to no adapter: switching adapters does not switch it.
+
+    What an adapter owns has the adapter's name in its own: ``lora_A.default.weight``, ``modules_to_save.default.bias``.
+    """
+    adapters: Any = model.peft_config
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and set(adapters).isdisjoint(name.split("."))
+    }
+
+
+@contextmanager
+def _same_trainable(model: nn.Module) -> Iterator[None]:
+    """Lets what switches adapters leave alone what is trainable."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
 
 
 def _adapter_state(model: nn.Module, adapters: Collection[str]) -> dict[str, Tensor]:

@@ -46,8 +46,8 @@ class PostTrainingModule(ResumableModule):
         share_prefix: compute a prompt once for all its completions; changes no result.
         lora: arguments of ``peft.LoraConfig`` (``{"r": 16}``); ``None`` trains all weights.
         quantization: ``"nf4"``, ``"fp4"`` or ``"int8"`` weights by bitsandbytes; needs ``lora``.
-        dropout: rate in training, in [0, 1), in place of all rates of the model's config and of ``lora``. ``None``: off,
-            so that ratios begin at 1 and the policy is trained as it is scored; in ``SFTModule`` the config's rates.
+        dropout: rate in training, in [0, 1), in place of all rates of the model's config and of ``lora``. ``None`` is
+            off, so that a policy is trained as it is scored and ratios begin at 1; in ``SFTModule`` the config's rates.
         gradient_checkpointing: recompute activations in the backward pass.
         max_grad_norm: clip the global gradient norm to this, above 0; ``None`` leaves it.
         optimizer: from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without weight decay.

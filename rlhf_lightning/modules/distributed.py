@@ -75,6 +75,16 @@ def rows_before_this_rank(count: int) -> int:
     return sum(counts[: dist.get_rank()])
 
 
+def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Gives every rank the values of the first; sharded tensors have one value already."""
+    if world_size() == 1:
+        return
+    meet()
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor):
+            dist.broadcast(tensor.data, src=0)
+
+
 def concatenate(parts: Iterable[Scores]) -> Scores:
     """Concatenates rows: ``[{name: (e, ...)}] -> {name: (E, ...)}``."""
     parts = list(parts)

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from ..models import AdapterReference, FrozenReference, Reference, evaluating, folder_fingerprint
+from ..models.reference import trained_beside_adapters
 from ..sequences import ExampleBatch, SequenceBatch
+from ..strategies import FSDP2Strategy
 from .base import PostTrainingModule
 from .checks import check_choice
-from .distributed import Scores, gather_objects
+from .distributed import Scores, copy_from_first_rank, gather_objects
 
 
 class ReferencedModule(PostTrainingModule):
@@ -36,6 +38,7 @@ class ReferencedModule(PostTrainingModule):
         self._reference: list[Reference] = []
         self._reference_table: dict[str, Scores] = {}
         self._lost_table = False
+        self._shared_reference = False
 
     @property
     def references(self) -> list[Reference]:
@@ -64,9 +67,19 @@ class ReferencedModule(PostTrainingModule):
             raise ValueError(
                 "reference is 'adapter', but the model has no adapter: give lora={'r': 16}, or use 'frozen'"
             )
+        # Weights beside the adapter are exchanged while the reference scores, which shards cannot be: another rank may
+        # need them in the same pass.
+        strategy = None if self._trainer is None else self._trainer.strategy
+        mixed = has_adapter and isinstance(strategy, FSDP2Strategy) and bool(trained_beside_adapters(self.model))
+        if self.reference_kind == "adapter" and mixed:
+            beside = next(iter(trained_beside_adapters(self.model)))
+            raise ValueError(
+                f"reference is 'adapter' with strategy 'fsdp2', but {beside} is trained beside the adapter: use "
+                "reference='frozen', or lora's bias='none'"
+            )
         if self.reference_kind == "precomputed":
             return
-        if has_adapter and self.reference_kind != "frozen" and not drawn:
+        if has_adapter and self.reference_kind != "frozen" and not drawn and not mixed:
             self._reference = [AdapterReference(self.model)]
         else:
             self._reference = [FrozenReference.copy_of(self.model, rebuildable=self.init == "pretrained" and not drawn)]
@@ -100,11 +113,19 @@ class ReferencedModule(PostTrainingModule):
             self._precompute()
 
     def settle(self) -> None:
-        """Places the reference on the module's device."""
+        """Places the reference on the module's device; before training, all ranks take the same one.
+
+        DDP gives every rank the policy of the first; where weights were drawn, the others copied what they drew.
+        """
         super().settle()
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
         for reference in self._reference:
-            if isinstance(reference, FrozenReference):
-                reference.to(self.device)
+            reference.remember()
+            reference.to(self.device)
+            if fitting and isinstance(reference, FrozenReference) and not self._shared_reference:
+                if not reference.rebuildable:
+                    copy_from_first_rank([*reference.model.parameters(), *reference.model.buffers()])
+                self._shared_reference = True
 
     def _precompute(self) -> None:
         """Scores every training and validation row with the untrained policy, which is the reference."""
@@ -140,6 +161,8 @@ class ReferencedModule(PostTrainingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the reference, and refuses another one than training began with."""
         super().on_load_checkpoint(checkpoint)
+        for reference in self._reference:
+            reference.remember()  # before weights are loaded
         state = checkpoint.get("reference", {})
         now, then = folder_fingerprint(self.model_source), state.get("fingerprint")
         if self.init == "pretrained" and now is not None and then is not None and now != then:

@@ -52,10 +52,16 @@ class ResumableModule(MicroBatchedModule):
     # Random states.
 
     def on_train_start(self) -> None:
-        """Puts back the random states of a checkpoint: whatever setting up has drawn does not count."""
+        """Puts back the random states of a checkpoint: whatever setting up has drawn does not count.
+
+        In a new run every rank but the first draws from a random state of its own.
+        """
         self._redo_random = self._loaded_random is not None
         if self._loaded_random is not None:
             set_random_state(self._loaded_random, self.device)
+        elif self.global_rank > 0:  # ranks that share a seed would drop the same units, each of its own rows
+            own, derived = random_state(self.device), _derived_state(random_state(self.device), self.global_rank)
+            set_random_state(own | {name: derived[name] for name in ("torch", "cuda")}, self.device)
         if self._was_stopped:  # by early stopping or a guard, just before the checkpoint was made
             self._was_stopped, self.trainer.should_stop = False, True
         # What callbacks monitor and nobody has measured again yet.

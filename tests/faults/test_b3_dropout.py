@@ -139,7 +139,8 @@ def test_what_switches_modes_does_not_bring_dropout_back(folders: dict[str, str]
     for switch in (module.train, module.unfreeze, lambda: module.eval().train()):
         switch()
         once, again = (module.scores(batch)["chosen_logps"].detach() for _ in range(2))
-        assert module.training and torch.equal(once, again)
+        assert module.training
+        assert torch.equal(once, again)
     module.model.train()  # by hand, on the model itself: undone before the next step
     assert first_step(module, pairs(3))["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
