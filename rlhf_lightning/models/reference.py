@@ -49,8 +49,8 @@ class Reference(Protocol):
 class AdapterReference:
     """The policy with its adapter switched off, or with the frozen copy ``ref`` of the adapter that it started from.
 
-    What is trained beside the adapter (biases, with ``bias: all`` or ``lora_only``; norms that somebody has unfrozen) is
-    kept as it was, and put in the place of what training has made of it while the reference scores.
+    What is trained beside the adapter (biases, with ``bias: all`` or ``lora_only``; norms that somebody has unfrozen)
+    is kept as it was, and put in the place of what training has made of it while the reference scores.
 
     Args:
         model: the PEFT model that is being trained; it is the reference as well, so no second model is in memory.

@@ -157,7 +157,7 @@ class GRPOOptions:
         if ref_N is not None:
             kl_N = kl_per_token(logprobs_N, ref_logprobs_N=ref_N, estimator=self.kl_estimator)
             if self.beta and not self.kl_in_reward:
-                loss_N = loss_N + self.beta * (kl_N * ratio_N if self.use_bias_correction_kl else kl_N)
+                loss_N = loss_N + self.beta * self._penalty(kl_N, logprobs_N, old_N, **sequences)
         clipped = clip_statistics(
             ratio_N,
             advantages_N=advantages_N,
@@ -168,6 +168,16 @@ class GRPOOptions:
             **sequences,
         )
         return TokenLosses(loss_N, entropy_bonus_loss(entropy_N, coef=self.entropy_coef), kl_N, clipped)
+
+    def _penalty(self, kl_N: Tensor, logprobs_N: Tensor, old_N: Tensor | None, **sequences: Any) -> Tensor:
+        """The estimates as the loss takes them.
+
+        What makes the gradient of a token's estimate right is how likely that token is, whatever ratio the policy's
+        loss takes: a mean over the sequence would give it 1/L of its own gradient, and shares of the others'.
+        """
+        if not self.use_bias_correction_kl:
+            return kl_N
+        return kl_N * importance_ratio(logprobs_N, old_logprobs_N=old_N, level="token", **sequences)
 
     def _policy_loss(self, logprobs_N: Tensor, old_N: Tensor | None, advantages_N: Tensor, **sequences: Any) -> Tensor:
         return policy_gradient_loss(
