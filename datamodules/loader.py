@@ -88,6 +88,14 @@ class BatchLoader(ABC):
         full, rest = divmod(num_rows, self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Rows of each global batch of an epoch, up to ``limit``; none where nobody knows how many there are."""
+        if self.num_rows is None:
+            return []
+        sizes = [min(self.batch_size, self.num_rows - n * self.batch_size) for n in range(len(self))]
+        return sizes[: self.limit]
+
     def __iter__(self) -> Iterator[ExampleBatch]:
         # A generator does nothing before its first `next`: Lightning makes iterators that it throws away, and may load
         # the position after it made the one that it keeps.

@@ -18,7 +18,7 @@ from rlhf_lightning import FSDP2Strategy
 from rlhf_lightning.models.lockstep import _reached, _Zero
 from rlhf_lightning.models.sharding import check_can_shard, decoder_blocks
 from rlhf_lightning.modules.checks import check_strategy
-from rlhf_lightning.modules.distributed import clip_gradients
+from rlhf_lightning.modules.gradients import clip_gradients
 from rlhf_lightning.strategies import check_can_be_sharded
 
 from .helpers import save_tiny_model, tiny_model

@@ -29,8 +29,30 @@ def _squared_errors(
     errors_N = (values_N - returns_N).square()
     if cliprange is None:
         return errors_N, errors_N
-    clipped_N = old_values_N + (values_N - old_values_N).clamp(-cliprange, cliprange)
+    moved_N = values_N - old_values_N
+    # Within the range it is the value itself, and not what rounding makes of a sum and a difference.
+    clipped_N = torch.where(moved_N.abs() > cliprange, old_values_N + moved_N.clamp(-cliprange, cliprange), values_N)
     return errors_N, (clipped_N - returns_N).square()
+
+
+def value_clipped(
+    values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None = 0.2
+) -> Tensor:
+    """1 where the loss of a value is that of the clipped value, which has no gradient; else 0, (N,).
+
+    Args:
+        values_N: as for ``value_loss``.
+        old_values_N: as for ``value_loss``.
+        returns_N: as for ``value_loss``.
+        cliprange: as for ``value_loss``.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> value_clipped(0.5 * one, old_values_N=0 * one, returns_N=one, cliprange=0.2)
+        tensor([1.])
+    """
+    errors_N, clipped_errors_N = _squared_errors(values_N.detach(), old_values_N, returns_N, cliprange)
+    return (clipped_errors_N > errors_N).to(values_N.dtype)
 
 
 def value_loss(values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None = 0.2) -> Tensor:
@@ -80,8 +102,8 @@ def value_clip_counts(
         >>> value_clip_counts(0.5 * one, old_values_N=0 * one, returns_N=one, cliprange=0.2).clipped
         tensor(1)
     """
-    errors_N, clipped_errors_N = _squared_errors(values_N.detach(), old_values_N, returns_N, cliprange)
-    return ValueClipCounts((clipped_errors_N > errors_N).sum(), torch.tensor(errors_N.numel(), device=errors_N.device))
+    clipped_N = value_clipped(values_N, old_values_N=old_values_N, returns_N=returns_N, cliprange=cliprange)
+    return ValueClipCounts(clipped_N.long().sum(), torch.tensor(clipped_N.numel(), device=clipped_N.device))
 
 
 def explained_variance_sums(values_N: Tensor, *, returns_N: Tensor) -> Tensor:

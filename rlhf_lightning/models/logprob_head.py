@@ -234,15 +234,22 @@ class _FusedLogProbs(torch.autograd.Function):
         for rows in _slices(num_tokens, TILE_ROWS):
             count = rows.stop - rows.start
             top = torch.full((count,), -torch.inf, **new)
+            others = top.clone()
             mass, mass2, weighted, total = (torch.zeros(count, **new) for _ in range(4))
             target = target_ids[rows]
             for columns in _slices(vocab, TILE_COLUMNS):
                 size = count * (columns.stop - columns.start) * tiles.dtype.itemsize
                 tile = tiles.logits(rows, columns, fresh=size <= room)
                 inside = (target >= columns.start) & (target < columns.stop)
-                picked = tile.gather(1, (target - columns.start).clamp(0, tile.shape[1] - 1)[:, None])[:, 0]
+                place = (target - columns.start).clamp(0, tile.shape[1] - 1)[:, None]
+                picked = tile.gather(1, place)[:, 0]
                 target_logit[rows] = torch.where(inside, picked, target_logit[rows])
-                new_top = torch.maximum(top, tile.amax(dim=1))
+                # The best of the others, so that a tie is told from a choice.
+                tile.scatter_(1, place, torch.where(inside, -torch.inf, picked)[:, None])
+                best = tile.amax(dim=1)
+                tile.scatter_(1, place, picked[:, None])
+                others = torch.maximum(others, best)
+                new_top = torch.maximum(torch.maximum(top, best), torch.where(inside, picked, -torch.inf))
                 rescale = (top - new_top).exp_()
                 if config.mean:
                     total += tile.sum(dim=1)
@@ -263,7 +270,7 @@ class _FusedLogProbs(torch.autograd.Function):
                 entropy[rows] = lse[rows] - weighted / mass
             mean_logit[rows] = total / vocab if config.mean else lse[rows]
             lse2[rows] = 2 * top + mass2.log() if config.power else 2 * lse[rows]
-            correct[rows] = target_logit[rows] >= top
+            correct[rows] = target_logit[rows] > others
         ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy, peak, total_mass)
         ctx.config, ctx.kept_tiles = config, kept_tiles
         outputs = target_logit - lse, correct, entropy, mean_logit - lse, lse2 - 2 * lse

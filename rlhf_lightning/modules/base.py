@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from ..models import TokenStats, base_model, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
@@ -24,9 +26,11 @@ from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention
 from ..utils.files import check_replaceable
 from .checkpoint_io import prepare_checkpoints
 from .checks import check_module_options, check_trainer, longest_sequence, trainer_dtype
-from .distributed import Scores, clip_gradients, concatenate, gather_scores, sum_gradients, sum_over_ranks
+from .distributed import Scores, concatenate, gather_scores, sum_over_ranks
+from .gradients import clip_gradients, loss_scale, sum_gradients
 from .logged import forget_others
 from .micro_batches import ROW_KEY, in_canonical_order
+from .optimizers import build_optimizer, without_decay
 from .position import ResumePosition
 from .resume import ResumableModule
 from .schedules import WarmupSchedule
@@ -51,6 +55,7 @@ class PostTrainingModule(ResumableModule):
         gradient_checkpointing: recompute activations in the backward pass.
         max_grad_norm: clip the global gradient norm to this, above 0; ``None`` leaves it.
         optimizer: from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without weight decay.
+            A weight decay that it brings is for matrices alone.
         lr_scheduler: from an optimizer to a scheduler, stepped once per optimizer step.
 
     Raises:
@@ -202,13 +207,8 @@ class PostTrainingModule(ResumableModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("nothing is trainable: give lora={'r': 16}, or leave quantization out")
-        groups = self.parameter_groups(parameters)
-        if self._optimizer is not None:
-            optimizer = self._optimizer(groups)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=self.default_learning_rate, weight_decay=0.0, fused=True)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * group.pop("lr_ratio", 1.0)
+        build = self._optimizer or partial(AdamW, lr=self.default_learning_rate, weight_decay=0.0, fused=True)
+        optimizer = build_optimizer(build, self.parameter_groups(parameters), without_decay(self))
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
@@ -250,16 +250,17 @@ class PostTrainingModule(ResumableModule):
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
-        with self._local_gradients(), self.phase("forward_backward"):
+        with self._local_gradients(), self._summed_gradients(), self.phase("forward_backward"):
             rows, totals = self.backward_examples(examples)
         with self.phase("step"):
             sum_gradients(p for p in self.parameters() if p.requires_grad)
             grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
             self._check_gradient(grad_norm, examples)
+            scale = loss_scale(self.trainer)
             optimizer.step()
             optimizer.zero_grad()
-            scheduler = self.lr_schedulers()
-            if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            scheduler, skipped = self.lr_schedulers(), loss_scale(self.trainer) < scale  # where fp16 overflowed
+            if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and not skipped:
                 scheduler.step()
         return gather_scores(rows, self.device), totals, {"grad_norm": grad_norm, "learning_rate": rate}
 
@@ -296,11 +297,9 @@ class PostTrainingModule(ResumableModule):
         return batch.examples
 
     def _clip(self) -> Tensor:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())  # by which manual_backward multiplied the loss
+        scale = loss_scale(self.trainer)
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm * scale
-        return clip_gradients(parameters, limit) / scale
+        return clip_gradients((p for p in self.parameters() if p.requires_grad), limit) / scale
 
     def _check_gradient(self, grad_norm: Tensor, examples: Sequence[Example]) -> None:
         """Stops before a step that would destroy the weights; a scaler of losses leaves such steps out by itself."""

@@ -30,6 +30,8 @@ class Critic(nn.Module):
         head: from hidden states to one number, or to those of a reward model.
         model: the critic's own model; ``None`` where it reads the policy's hidden states.
         layout: how batches run through the own model.
+        pooling: what a value is read from: the ``last`` state, or, as a reward model with this pooling does, the
+            ``mean`` of the completion's states so far (before there are any, the state of the prompt).
         attribute_weights: of a reward model's attributes in its reward.
         member_means: ``(M, K)`` what a reward model takes from the rewards of the members of an ensemble.
     """
@@ -40,12 +42,14 @@ class Critic(nn.Module):
         model: nn.Module | None = None,
         layout: Literal["auto", "packed", "padded"] = "auto",
         *,
+        pooling: Literal["last", "mean"] = "last",
         attribute_weights: list[float] | None = None,
         member_means: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
         self.head = head
         self.model = model
+        self.pooling = pooling
         members, attributes = head.weight.shape[:2]
         # No buffers, which a trainer's precision would round.
         self._weights = [1 / attributes] * attributes if attribute_weights is None else attribute_weights
@@ -70,7 +74,33 @@ class Critic(nn.Module):
         if self._layout is None:
             self._layout = resolve_layout(self.model, self._requested_layout)
         hidden = hidden_states(self.model, batch, self._layout)
-        return self.values(hidden.read(batch.source_index, batch.sequence_index, batch.source_depth))
+        states_ND = hidden.read(batch.source_index, batch.sequence_index, batch.source_depth)
+        return self.values(states_ND if self.pooling == "last" else means_so_far(states_ND, batch.sequence_index))
+
+
+def means_so_far(states_ND: Tensor, sequence_index_N: Tensor) -> Tensor:
+    """The mean of each sequence's states up to each, the first left out: it is the prompt's, and stands for itself.
+
+    Args:
+        states_ND: before each scored token of a completion, sequence after sequence.
+        sequence_index_N: the sequence of each.
+
+    Returns:
+        ``(N, D)``, in at least fp32.
+
+    Example:
+        >>> means_so_far(torch.tensor([[9.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 0, 1])).flatten().tolist()
+        [9.0, 1.0, 2.0, 5.0]
+    """
+    states = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
+    lengths_S = torch.bincount(sequence_index_N)
+    first_N = (lengths_S.cumsum(0) - lengths_S)[sequence_index_N]
+    depth_N = torch.arange(len(states), device=states.device) - first_N
+    # Sums within each sequence: rows of a padded matrix, since a difference of sums over all would cancel.
+    rows = states.new_zeros(len(lengths_S), int(lengths_S.max()) if len(lengths_S) else 0, states.shape[1])
+    rows[sequence_index_N, depth_N] = torch.where(depth_N[:, None] > 0, states, 0.0)
+    sums_ND = rows.cumsum(dim=1)[sequence_index_N, depth_N]
+    return torch.where(depth_N[:, None] > 0, sums_ND / depth_N.clamp(min=1)[:, None], states)
 
 
 def shared_critic(hidden_size: int, *, kind: HeadKind, seed: int, dtype: torch.dtype) -> Critic:
@@ -124,6 +154,7 @@ def own_critic(
         head,
         model,
         layout,
+        pooling=stored.get("pooling", "last"),
         attribute_weights=stored.get("attribute_weights"),
         member_means=stored.get("member_means"),
     )

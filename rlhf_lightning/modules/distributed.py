@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..models.lockstep import lockstep, meet
-from ..models.sharding import copies_of
+from ..models.lockstep import meet
 
 Scores = dict[str, Tensor]
 
@@ -89,75 +88,3 @@ def concatenate(parts: Iterable[Scores]) -> Scores:
     """Concatenates rows: ``[{name: (e, ...)}] -> {name: (E, ...)}``."""
     parts = list(parts)
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-
-
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-    """Adds gradients up over all ranks, in flat buckets; sharded parameters have their part of the sum already.
-
-    Losses are divided by global totals before the backward pass, so the sum is the gradient of the global batch,
-    however many micro-batches each rank ran, none included. A parameter without gradient counts as zero, and one that
-    has none on any rank keeps none, so that an optimizer leaves it alone as it would on one rank.
-    """
-    if world_size() == 1:
-        return
-    meet()
-    agreement = lockstep()
-    if agreement is not None:
-        agreement.drop_unreached()
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if not whole:
-        return
-    used = torch.tensor([parameter.grad is not None for parameter in whole], device=whole[0].device).int()
-    dist.all_reduce(used, op=dist.ReduceOp.MAX)
-    bucket: list[Tensor] = []
-
-    def flush() -> None:
-        if not bucket:
-            return
-        flat = torch.cat([grad.reshape(-1) for grad in bucket])
-        dist.all_reduce(flat)
-        for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-            grad.copy_(part.view_as(grad))
-        bucket.clear()
-
-    for parameter in (parameter for parameter, count in zip(whole, used.tolist(), strict=True) if count):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if bucket and bucket[0].dtype != parameter.grad.dtype:
-            flush()
-        bucket.append(parameter.grad)
-        if sum(grad.numel() * grad.element_size() for grad in bucket) >= bucket_bytes:
-            flush()
-    flush()
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float) -> Tensor:
-    """Scales gradients down so that their global norm is at most ``limit``; returns the norm that they had.
-
-    Args:
-        parameters: those without gradient count as 0; sharded and whole ones may be mixed.
-        limit: above 0; infinite to leave them as they are.
-    """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if not any(isinstance(parameter, DTensor) for parameter in parameters):
-        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
-    grads: list[Any] = [parameter.grad for parameter in parameters]
-    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    dtype = torch.promote_types(local[0].dtype, torch.float32)
-    # Parts may lie in host memory; what is added up over ranks lies where they compute.
-    device = next(torch.device(grad.device_mesh.device_type) for grad in grads if isinstance(grad, DTensor))
-    # Shards are added up over the ranks, each of their copies for its part, so that all ranks find the same number;
-    # what is whole is the same on each, and counts once.
-    squares = [part.to(dtype).square().sum().to(device) for part in local]
-    squares = [s / copies_of(g) if isinstance(g, DTensor) else s for s, g in zip(squares, grads, strict=True)]
-    total = squares[0].new_zeros(())
-    sharded = sum((s for s, grad in zip(squares, grads, strict=True) if isinstance(grad, DTensor)), total.clone())
-    whole = sum((s for s, grad in zip(squares, grads, strict=True) if not isinstance(grad, DTensor)), total)
-    meet()
-    dist.all_reduce(sharded)
-    norm: Tensor = (sharded + whole).sqrt()
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch does
-    for part in local:
-        part.mul_(factor.to(part))
-    return norm

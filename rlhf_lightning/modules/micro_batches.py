@@ -10,8 +10,8 @@ Legend: E examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from typing import ClassVar, Self
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..models.dropout import switch_off_dropout
 from ..sequences import Example, SequenceBatch, pack, plan_micro_batches
 from .distributed import Scores, concatenate, gather_scores, rows_before_this_rank, sum_over_ranks, world_size
+from .gradients import GradientSums
 from .phases import PhaseClock
 
 ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
@@ -42,6 +43,7 @@ class MicroBatchedModule(lightning.LightningModule):
         super().__init__()
         self.micro_batch_tokens = micro_batch_tokens
         self.share_prefix = share_prefix
+        self._sums: GradientSums | None = None  # of the step that is being made
         self.clock: PhaseClock | None = None  # set by a callback that wants to know where the time goes
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -127,7 +129,7 @@ class MicroBatchedModule(lightning.LightningModule):
             constants = known[n] if known else self._constants(batch)
             scores = self.scores(batch)
             loss = self.loss(in_canonical_order(constants | scores), totals)
-            self.manual_backward(loss)
+            self._backward_pass(loss)
             self._count(batch)
             rows.append(constants | _detached(scores))
         return concatenate(rows), totals
@@ -160,9 +162,24 @@ class MicroBatchedModule(lightning.LightningModule):
                 for name, slope in zip(names, slopes, strict=True)
                 if slope is not None and again[name].requires_grad
             ]
-            self.manual_backward(torch.stack(parts).sum())
+            self._backward_pass(torch.stack(parts).sum())
             self._count(batch)
         return own
+
+    @contextmanager
+    def _summed_gradients(self) -> Iterator[None]:
+        """Adds up what the backward passes within give, and leaves the sums as gradients."""
+        self._sums = GradientSums(self.parameters())
+        try:
+            yield
+        finally:
+            self._sums.end()
+            self._sums = None
+
+    def _backward_pass(self, loss: Tensor) -> None:
+        if self._sums is not None:
+            self._sums.begin_pass()
+        self.manual_backward(loss)
 
     def _count(self, batch: SequenceBatch) -> None:
         if self.clock is not None:
@@ -196,6 +213,13 @@ class MicroBatchedModule(lightning.LightningModule):
 def row_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
     """``(E,)`` hashes of row ids."""
     digests = [blake2b(example.row_id.encode(), digest_size=8).digest() for example in examples]
+    keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
+    return torch.tensor(keys, dtype=torch.long, device=device)
+
+
+def prompt_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
+    """``(E,)`` hashes of prompts: equal where the tokens are."""
+    digests = [blake2b(example.root.tokens.tobytes(), digest_size=8).digest() for example in examples]
     keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
     return torch.tensor(keys, dtype=torch.long, device=device)
 

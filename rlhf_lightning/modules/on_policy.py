@@ -48,7 +48,7 @@ class OnPolicyModule(ReferencedModule):
             the last token. ``rewards`` may be empty beside it.
         num_generations: G, completions per prompt, at least 1.
         max_completion_length: tokens of a completion at most, at least 1.
-        min_completion_length: no completion ends before so many tokens.
+        min_completion_length: no completion ends before so many tokens; a filter, too.
         temperature: of sampling, and of the policy that is trained, above 0.
         top_p: see ``SamplingParams``; filters make the sampled distribution another than the trained one.
         top_k: see ``SamplingParams``.
@@ -164,9 +164,15 @@ class OnPolicyModule(ReferencedModule):
         return bool(self.references)
 
     def _num_steps(self) -> int:
-        steps, most = super()._num_steps(), self.trainer.max_steps
-        steps *= self.num_updates * self.num_mini_batches
-        return steps if most == -1 else min(steps, most)
+        """Steps of the run: a batch makes ``num_mini_batches`` in each pass, or as many as it has prompts if fewer."""
+        batches, most = super()._num_steps(), self.trainer.max_steps
+        sizes = getattr(self.trainer.train_dataloader, "batch_sizes", None) or [self.num_mini_batches]
+        steps = 0
+        for number in range(batches):
+            steps += self.num_updates * min(self.num_mini_batches, sizes[number % len(sizes)])
+            if 0 <= most <= steps:  # an iteration is made to its end
+                break
+        return steps
 
     # One iteration.
 

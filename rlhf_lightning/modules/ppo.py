@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..losses.kl import kl_per_token
 from ..losses.off_policy import entropy_bonus_loss
 from ..losses.policy_gradient import clip_statistics, importance_ratio, policy_gradient_loss
-from ..losses.value import explained_variance, explained_variance_sums, value_loss
+from ..losses.value import explained_variance, explained_variance_sums, value_clipped, value_loss
 from ..models import TokenStats, base_model, evaluating, fused_logprobs, hidden_states, output_head
 from ..rollouts.advantages import gae, moment_sums, whiten
 from ..rollouts.shaping import KLController, missing_eos_penalty, token_rewards
@@ -298,7 +298,7 @@ class PPOModule(OnPolicyModule):
             ratio_N = importance_ratio(stats.logprobs, old_logprobs_N=fixed["old_logprobs"], **sequences)
             clipped = clip_statistics(ratio_N, **policy)
             moved_N = (stats.logprobs - fixed["old_logprobs"]).square() / 2
-            value_clipped_N = options.value_clipped(values_N, **critic)
+            value_clipped_N = value_clipped(values_N, cliprange=options.cliprange_value, **critic)
         return {
             "policy": batch.sum_per_example(policy_N),
             "value": batch.sum_per_example(value_N),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ..losses.policy_gradient import policy_gradient_loss
 from ..losses.value import value_loss
@@ -60,10 +59,3 @@ class PPOOptions:
     def clipping(self) -> dict[str, Any]:
         """Bounds of the importance ratio."""
         return {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
-
-    def value_clipped(self, values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor) -> Tensor:
-        """1 where the loss of a value is that of the clipped value, which has no gradient, (N,)."""
-        if self.cliprange_value is None:
-            return torch.zeros_like(values_N)
-        clipped_N = old_values_N + (values_N - old_values_N).clamp(-self.cliprange_value, self.cliprange_value)
-        return ((clipped_N - returns_N).square() > (values_N - returns_N).square()).to(values_N.dtype)

@@ -28,6 +28,7 @@ from ..models.heads import (
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from .checks import check_choice, check_count
 from .distributed import Scores
+from .micro_batches import prompt_keys
 from .reward_members import EnsembleKind, EnsembleModule
 from .reward_metrics import pair_metrics, rating_metrics, spread
 from .reward_options import (
@@ -79,6 +80,9 @@ class RewardModule(EnsembleModule):
         l2_coefficient: weight of r_c^2 + r_r^2, at least 0.
         tie_threshold: how much better a winner has to be, above 0, in Rao and Kupper's model of ties: rows whose field
             ``tie`` is true are ties then, and neither margins nor label smoothing apply. Without it a tie is an error.
+        average_over: what the loss of pairs is a mean of: ``pairs``; or ``prompts``, of each the mean over its pairs in
+            the global batch, which is the weight 1 / C(K, 2) of InstructGPT where all pairs of K ranked completions are
+            in it (``group_by_prompt`` of the datamodule). With several micro-batches pairs are then scored twice.
         huber_delta: where ``huber`` turns from square to straight, above 0.
         attributes: names of the outputs, and of the columns that hold their ratings.
         attribute_weights: w, one per attribute; 1 / K each by default.
@@ -113,6 +117,7 @@ class RewardModule(EnsembleModule):
         center_rewards_coefficient: float = 0.0,
         l2_coefficient: float = 0.0,
         tie_threshold: float | None = None,
+        average_over: Literal["pairs", "prompts"] = "pairs",
         huber_delta: float = 1.0,
         attributes: list[str] | None = None,
         attribute_weights: list[float] | None = None,
@@ -122,6 +127,12 @@ class RewardModule(EnsembleModule):
     ) -> None:
         check_choice("head", head, ("linear", "mlp"))
         check_choice("pooling", pooling, ("last", "mean"))
+        check_choice("average_over", average_over, ("pairs", "prompts"))
+        if average_over == "prompts" and loss_type != "bradley_terry":
+            raise ValueError(
+                f"average_over is 'prompts' with loss_type {loss_type!r}, which has no pairs: use 'bradley_terry', or "
+                "average_over='pairs'"
+            )
         check_count("num_attributes", num_attributes, "one output of the head per attribute")
         check_reward_options(
             loss_type=loss_type,
@@ -145,6 +156,7 @@ class RewardModule(EnsembleModule):
         self.center_rewards_coefficient = center_rewards_coefficient
         self.l2_coefficient = l2_coefficient
         self.tie_threshold = tie_threshold
+        self.average_over = average_over
         self.huber_delta = huber_delta
         self.attributes = names
         self.attribute_weights = weights
@@ -170,6 +182,11 @@ class RewardModule(EnsembleModule):
 
     # Learning.
 
+    @property
+    def coupled(self) -> bool:
+        """Whether a pair's weight depends on how many others of the global batch have its prompt."""
+        return self.average_over == "prompts"
+
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
         """Pairs; or ratings, those of missing attributes left out."""
         if self.loss_type == "bradley_terry":
@@ -185,6 +202,8 @@ class RewardModule(EnsembleModule):
             margins = [self._margin(example) for example in batch.examples]
             rows["margin"] = torch.tensor(margins, dtype=torch.float64, device=self.device)
             rows["tie"] = torch.tensor([bool(e.fields.get("tie")) for e in batch.examples], device=self.device)
+            if self.average_over == "prompts":
+                rows["prompt"] = prompt_keys(batch.examples, self.device)
         else:
             ratings = [ratings_of(example, self.attributes) for example in batch.examples]
             rows["ratings"] = torch.tensor(ratings, dtype=torch.float64, device=self.device)
@@ -213,6 +232,9 @@ class RewardModule(EnsembleModule):
                 )
         if "weights" in rows:
             losses = losses * rows["weights"].to(losses.dtype)
+        if "prompt" in rows:
+            prompts, place, sizes = rows["prompt"].unique(return_inverse=True, return_counts=True)
+            losses, count = losses / sizes[place][:, None], float(len(prompts))
         return losses.sum() / (count * self.num_models)
 
     def remember(self, rows: Scores, totals: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from rlhf_lightning import FSDP2Strategy
 from rlhf_lightning.models import sharding
 from rlhf_lightning.models.sharding import block_options, copies_of, local_shard, rank_mesh, shard_model, sharded_like
-from rlhf_lightning.modules.distributed import clip_gradients
+from rlhf_lightning.modules.gradients import clip_gradients
 
 from ..helpers import tiny_model
 
