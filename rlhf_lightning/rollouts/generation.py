@@ -16,6 +16,7 @@ from .continuous import ContinuousBatch
 from .decoder import Decoder
 from .packed import packed_linears
 from .plain import generate_plain
+from .projection import exact_projection
 from .sampling import SamplingParams, derive_seed
 from .sharded import gathered
 
@@ -127,7 +128,7 @@ class LocalEngine:
             for column in range(distinct)
         ]
         # A rank without prompts takes part in the gathering, too.
-        with torch.no_grad(), evaluation_mode(self.model), gathered(self.model):
+        with torch.no_grad(), evaluation_mode(self.model), gathered(self.model), exact_projection(self.model):
             if tracks:
                 self._run(tracks, params, stop_ids)
         completions = [track.completion() for track in tracks]

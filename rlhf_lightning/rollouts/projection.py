@@ -1,0 +1,68 @@
+"""The scores that are sampled from, in the precision in which those that are trained are computed.
+
+In half a precision, or under autocast, a model rounds its logits to 8 or 11 bits, while the fused head of training adds
+their products up in fp32. Samples would come from another distribution than the one that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..models import base_model
+
+_HALF: Final = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def exact_projection(model: nn.Module) -> Iterator[None]:
+    """Lets the output projection of a model accumulate and return fp32 while it computes in half a precision.
+
+    Args:
+        model: a causal language model of transformers, bare or with adapters around it; what is left of its forward
+            (scales, soft caps) is its own.
+    """
+    projection: Any = base_model(model).get_output_embeddings()
+    changed: list[nn.Module] = []
+    try:
+        for module in () if projection is None else projection.modules():
+            if type(module) is nn.Linear and not isinstance(module.weight, DTensor):
+                dtype = _computed_in(module.weight)
+                if dtype in _HALF:
+                    module.__dict__["forward"] = _fp32_forward(module.weight, module.bias, dtype)
+                    changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            del module.__dict__["forward"]
+
+
+def computes_in_half(model: nn.Module) -> bool:
+    """Whether a model's layers round to half a precision, by its weights or by autocast."""
+    return _computed_in(next(model.parameters())) in _HALF
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _fp32_forward(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The product of a linear layer with what it computes with in ``dtype``, added up and returned in fp32."""
+    rounded = weight.detach().to(dtype)
+    rounded = rounded if weight.is_cuda else rounded.float()  # the CPU has no product of halves with sums in fp32
+
+    def forward(input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            rows = input.flatten(0, -2).to(dtype)
+            options: dict[str, Any] = {"out_dtype": torch.float32} if rows.is_cuda else {}
+            product: Tensor = torch.mm(rows if rows.is_cuda else rows.float(), rounded.T, **options)
+            product = product if bias is None else product + bias.float()
+            return product.view(*input.shape[:-1], -1)
+
+    return forward
