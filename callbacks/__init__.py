@@ -6,6 +6,7 @@ from .ema import WeightAverage
 from .export import ModelExport
 from .history import JSONLLogger
 from .kl_guard import KLGuard
+from .prediction_writer import PredictionWriter
 from .reference_sync import ReferenceSync
 from .reward_guard import RewardGuard
 from .samples import SampleLogger
@@ -16,6 +17,7 @@ __all__ = [
     "JSONLLogger",
     "KLGuard",
     "ModelExport",
+    "PredictionWriter",
     "ReferenceSync",
     "RewardGuard",
     "SampleLogger",

@@ -209,6 +209,8 @@ class TrainingCheckpoint(ModelCheckpoint):
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
         path = self.folder / f"{_PREFIX}{trainer.global_step}.ckpt"
         self.last_model_path = self.best_model_path = str(path)
+        if trainer.is_global_zero and path.is_file() and path.name not in self._made:
+            path.rename(path.with_name(f"{path.name}.damaged"))  # of another run, and nobody can resume from it
         self._made.add(path.name)
         self._save_checkpoint(trainer, str(path))
         if trainer.is_global_zero:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -79,7 +80,9 @@ class SampleLogger(lightning.Callback):
             if hasattr(logger, "log_table"):
                 logger.log_table(f"{stage}/samples", columns=columns, data=rows, step=place)
         if self.screen and rows:
-            table = Table(*columns[1:], title=f"{stage} samples, step {trainer.global_step}", show_lines=True)
+            table = Table(
+                *map(escape, columns[1:]), title=f"{stage} samples, step {trainer.global_step}", show_lines=True
+            )
             for row in rows:
                 # As plain text: what a policy writes may look like markup.
                 table.add_row(*(Text(f"{value:.3g}" if isinstance(value, float) else str(value)) for value in row[1:]))

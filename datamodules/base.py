@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..packaged import packaged_config
 from ..sequences.example import Example
+from ..utils.keywords import CheckedKeywords
 from .derived import Transform, TransformedRows
 from .files import RowSource
 from .loader import BatchLoader, Couple, ExampleLoader, StreamLoader
@@ -32,7 +33,7 @@ _STAGES: dict[str, tuple[Split, ...]] = {
 _SPLIT_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
 
 
-class ExampleDataModule(pl.LightningDataModule):
+class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
     """Rows from anywhere, as batches of token trees; a subclass says what a row of its contract becomes.
 
     A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
@@ -251,6 +252,7 @@ class ExampleDataModule(pl.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _reader(self, split: Split) -> RowReader:
+        _ = self.rows  # a tokenizer that cannot be loaded is no row's fault
         reader = RowReader(
             self._open(split),
             self.make_examples,

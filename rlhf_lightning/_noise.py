@@ -34,20 +34,19 @@ class _Without(logging.Filter):
         return not record.getMessage().startswith(self.beginnings)
 
 
-logging.getLogger(_BITSANDBYTES[0]).addFilter(_Without(_BITSANDBYTES[1]))
+for _name, _beginnings in (_BITSANDBYTES, _LIGHTNING):
+    logging.getLogger(_name).addFilter(_Without(_beginnings))
+
+
+def ignore_warnings() -> None:
+    """Leaves out warnings that mean nothing here, until somebody resets the filters."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides the rest, for the command line: a program of one's own hears what it asked for."""
-    name, beginnings = _LIGHTNING
-    unwanted = _Without(beginnings)
-    logger = logging.getLogger(name)
-    logger.addFilter(unwanted)
-    try:
-        with warnings.catch_warnings():
-            for message in _WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        logger.removeFilter(unwanted)
+    """Leaves them out for the command line, from its beginning."""
+    with warnings.catch_warnings():
+        ignore_warnings()
+        yield

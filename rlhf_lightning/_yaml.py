@@ -11,6 +11,7 @@ import ast
 import math
 import re
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
 from typing import Any
 
@@ -95,6 +96,8 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(f"{_TAG}float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
 # LightningCLI dumps with PyYAML itself.
 yaml.SafeDumper.add_representer(Text, yaml.representer.SafeRepresenter.represent_str)
+# Lightning's Timer has an enumeration for a default.
+_Dumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 _Dumper.add_representer(Text, yaml.representer.SafeRepresenter.represent_str)
 
 

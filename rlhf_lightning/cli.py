@@ -14,6 +14,7 @@ from zipfile import is_zipfile
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -21,6 +22,7 @@ from . import _yaml
 from ._noise import quiet
 from .modules import PostTrainingModule
 from .packaged import packaged_config
+from .rollouts.rewards._loading import find_own_modules
 from .usage import UsageError, did_you_mean, explain
 from .utils.files import write_atomically
 
@@ -45,10 +47,13 @@ fit --model.help=DPOModule and fit --data.help=PreferenceDataModule list the opt
 
 
 class Parser(LightningArgumentParser):
-    """A parser that takes values as they were written, and raises what it has to say, in one line."""
+    """A parser that takes values as they were written, and raises what it has to say, in one line.
+
+    The beginning of an option is no option.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": _yaml.MODE, **kwargs})
+        super().__init__(*args, **{"parser_mode": _yaml.MODE, "allow_abbrev": False, **kwargs})
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parses a command line, or (then there are defaults) one option inside of another."""
@@ -70,7 +75,8 @@ class Parser(LightningArgumentParser):
 
     def _all_options(self) -> Iterator[str]:
         subcommands = getattr(getattr(self, "_subcommands_action", None), "_name_parser_map", {})
-        return (action.dest for parser in [self, *subcommands.values()] for action in parser._actions)
+        found = (action.dest for parser in [self, *subcommands.values()] for action in parser._actions)
+        return (name for name in found if name.rpartition(".")[2] != "help")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -80,9 +86,13 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Writes it, when training begins."""
+        """Does nothing: it is not known yet whether the run begins."""
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes it, when everything has been checked."""
         folder = trainer.log_dir  # the same on all ranks, which it is asked of
-        if stage != "fit" or self.already_saved or folder is None or not trainer.is_global_zero:
+        trial = getattr(trainer, "fast_dev_run", False)
+        if trial or self.already_saved or folder is None or not trainer.is_global_zero:
             return
         text = self.parser.dump(self.config, skip_none=False)
         for number in count():
@@ -138,11 +148,17 @@ class PostTrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Builds the trainer; of checkpoints that contradict each other, Lightning would not say what to write."""
+        from .callbacks import ModelExport
         from .callbacks.checkpoint import check_enabled
 
         given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = given.get("callbacks") or []
-        check_enabled(given.get("enable_checkpointing"), callbacks if isinstance(callbacks, list) else [callbacks])
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        check_enabled(given.get("enable_checkpointing"), callbacks)
+        makes = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        exports = any(isinstance(callback, ModelExport) for callback in callbacks)
+        if given.get("enable_checkpointing") is None and exports and not makes:
+            kwargs["enable_checkpointing"] = False  # the model is exported; Lightning would write all of it once more
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -152,6 +168,31 @@ class PostTrainingCLI(LightningCLI):
         if subcommand != "fit" and self._get(self.config_init, "ckpt_path") == "last":
             check_last(self.trainer, subcommand)
         super()._run_subcommand(subcommand)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--output", type=str | None, help="where predictions go: a JSON Lines file")
+        return parser
+
+    def before_predict(self) -> None:
+        """Has predictions written.
+
+        Raises:
+            UsageError: nothing says where to.
+        """
+        from .callbacks import PredictionWriter
+
+        trainer: Any = self.trainer
+        output, callbacks = self._get(self.config, "output"), trainer.callbacks
+        if output is not None:
+            callbacks.append(PredictionWriter(output))
+        elif not any(isinstance(callback, BasePredictionWriter | PredictionWriter) for callback in callbacks):
+            raise UsageError("nothing says where predictions go: give --output=FILE.jsonl")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predicts, and keeps nothing in memory: a callback writes it."""
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as it is, and says where a checkpoint was made with another one.
@@ -191,14 +232,24 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with quiet():
             _dispatch(arguments)
-    except (UsageError, ValueError, FileNotFoundError, MisconfigurationException) as error:
+    except Exception as error:
         if debug:
             raise
-        print(f"rlhf-lightning: {explain(str(error))}", file=sys.stderr)
+        print(f"rlhf-lightning: {_said(error)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
         print("rlhf-lightning: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _said(error: Exception) -> str:
+    """An error in one line; of one that nobody foresaw also its kind, and how to find its place."""
+    text = explain(str(error))
+    if isinstance(error, UsageError | ValueError | OSError | ImportError | MisconfigurationException):
+        return text or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{text}: lower the module's micro_batch_tokens, which changes no result"
+    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -211,6 +262,7 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[0] in _COMMANDS:
         import_module(_COMMANDS[arguments[0]], __package__).run_command(arguments[1:])
     elif arguments[0] in _ONE_METHOD or arguments[0].startswith("-"):
+        find_own_modules()
         PostTrainingCLI(arguments)
     else:
         known = (*_ONE_METHOD, *_COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 
@@ -23,3 +24,18 @@ def packaged_config(path: str | Path) -> Path | None:
         return None
     packaged = Path(__file__).parent / path
     return packaged if packaged.exists() else None
+
+
+def nearest_config(path: str | Path) -> str:
+    """``"; did you mean 'configs/dpo/default.yaml'?"`` for a path that is nearly one, or nothing.
+
+    Args:
+        path: of a file that is not there.
+    """
+    root, path = Path(__file__).parent, Path(path)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):  # as it was written
+        path = path.relative_to(Path.cwd())
+    packaged = [file.relative_to(root).as_posix() for file in sorted((root / "configs").rglob("*.yaml"))]
+    beside = [str(file) for file in sorted(path.expanduser().parent.glob("*.y*ml"))]
+    near = difflib.get_close_matches(str(path), [*beside, *packaged], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

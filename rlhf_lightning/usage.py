@@ -6,9 +6,12 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from .packaged import nearest_config
+from .utils.keywords import advise
+
 _LIMIT = 1000
 # What is said of each type that a value may have and is not even like.
-_COMMONPLACES = "Expected an? |Not a valid subclass|a class path|a dict"
+_COMMONPLACES = "Expected an? |Does not validate against|Not a valid subclass|a class path|a dict"
 
 
 class UsageError(Exception):
@@ -46,6 +49,11 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     """
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
+    if found := re.search(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.*)", message):
+        choices = found[2].rstrip(".").split(", ")
+        return f"{_key(message)}several classes are called {found[1]}: write {' or '.join(choices)}"
+    if found := re.search(r"class_path '([^']+)':\s*(No module named .*|.* is available\..*)", message):
+        return f"{_key(message)}cannot import {found[1]!r}: {found[2]}"
     causes = re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE)
     if causes and "Union subtypes" in message:  # of the types that a value may have, one came close
         rest = message.partition(causes[0])[2].strip() if causes[0].endswith(":") else ""
@@ -53,11 +61,11 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     if re.search(r"^argument of type '\w+' is not iterable|^unhashable type: ", message):
         return "a class_path is no text: write the name of a class behind it, such as class_path: DPOModule"
     if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
-        return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
+        return f"no option {found[1]!r}{advise(found[1], options)}"
     if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):
-        return f"no option {found[1]!r}{did_you_mean(found[1], options)}"
+        return f"no option {found[1]!r}{advise(found[1], options)}"
     if found := re.search(r"File does not exist: (.*)", message):
-        return f"there is no file {found[1]}"
+        return f"there is no file {found[1]}{nearest_config(found[1].strip(chr(39)))}"
     if found := re.search(r"arguments are required: (.*)", message):
         # An option may be listed with its short form: `-c/--config`.
         missing = [name.split("/")[-1].lstrip("-").split(".")[-1] for name in found[1].split(", ")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_fragments_stack_on_every_method(capsys, method, fragment):
 @pytest.mark.parametrize("method", METHODS)
 def test_tiny_trains(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the model comes from the package then
-    once = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
+    once = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
     main(["fit", "--config", f"configs/{method}/tiny.yaml", *once])
     assert (tmp_path / f"runs/tiny-{method}/model/model.safetensors").is_file()
 
@@ -80,7 +81,10 @@ def test_tiny_trains(method, tmp_path, monkeypatch):
 def test_tiny_validates_tests_and_predicts(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for subcommand in ("validate", "test", "predict"):
-        main([subcommand, "--config", f"configs/{method}/tiny.yaml", "--trainer.enable_progress_bar=false"])
+        output = ["--output=predictions.jsonl"] if subcommand == "predict" else []
+        main([subcommand, "--config", f"configs/{method}/tiny.yaml", "--trainer.enable_progress_bar=false", *output])
+    rows = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    assert len({row["row_id"] for row in rows}) == len(rows) > 0
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.stem)

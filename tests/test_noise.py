@@ -23,11 +23,9 @@ def test_advertisements(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
     monkeypatch.setattr(logger, "propagate", False)
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     caplog.set_level(logging.INFO, logger=logger.name)
-    with quiet():
-        rank_zero_info("💡 Tip: For seamless cloud logging, try installing something")
-        rank_zero_info("GPU available: False")
-    rank_zero_info("💡 Tip: of a program of one's own")
-    assert caplog.messages == ["GPU available: False", "💡 Tip: of a program of one's own"]
+    rank_zero_info("💡 Tip: For seamless cloud logging, try installing something")
+    rank_zero_info("GPU available: False")
+    assert caplog.messages == ["GPU available: False"]
 
 
 def test_warnings() -> None:

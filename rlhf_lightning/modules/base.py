@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import lightning
 import torch
@@ -25,16 +26,20 @@ from ..models.export import export_kind
 from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
 from ..utils.files import check_replaceable
 from .checkpoint_io import prepare_checkpoints
-from .checks import check_module_options, check_trainer, longest_sequence, trainer_dtype
+from .checks import check_module, check_module_options, check_trainer, longest_sequence, trainer_dtype
 from .distributed import Scores, concatenate, gather_scores, sum_over_ranks
 from .gradients import clip_gradients, loss_scale, sum_gradients
-from .logged import forget_others
+from .hooks import check_optimizers, step_schedulers
+from .logged import call_hooks, forget_others, log_settings
 from .micro_batches import ROW_KEY, in_canonical_order
 from .optimizers import build_optimizer, without_decay
 from .position import ResumePosition
 from .resume import ResumableModule
 from .schedules import WarmupSchedule
+from .screen import prepare_screen
 from .stopping import StopOnSignal
+
+_STEPS = {"val": "validation_step", "test": "test_step"}
 
 
 class PostTrainingModule(ResumableModule):
@@ -83,6 +88,11 @@ class PostTrainingModule(ResumableModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        if not isinstance(model, str | PathLike):
+            raise TypeError(
+                f"model is a {type(model).__name__}; pass the folder or hub id that it came from, or write it with "
+                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder), and pass the folder"
+            )
         super().__init__(micro_batch_tokens=micro_batch_tokens, share_prefix=share_prefix)
         check_module_options(
             init=init,
@@ -110,8 +120,10 @@ class PostTrainingModule(ResumableModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._exact_buffers: dict[str, Tensor] = {}
-        self._rows: list[Scores] = []  # rows of the running validation or test epoch
-        self._row_totals: dict[str, float] = {}
+        self._is_configured = False
+        # Of the running validation or test epoch, by the number of the data loader.
+        self._rows: dict[int, list[Scores]] = {}
+        self._row_totals: dict[int, dict[str, float]] = {}
 
     # The model.
 
@@ -121,24 +133,47 @@ class PostTrainingModule(ResumableModule):
         return True
 
     def configure_model(self) -> None:
-        """Builds the model once, with the dtype that the trainer's precision asks for."""
-        if self.model is not None:
+        """Builds the model once, with the dtype that the trainer's precision asks for.
+
+        Called by ``fit``, and before it by whoever wants to see or freeze weights. A subclass may build ``self.model``
+        itself.
+        """
+        if self.is_configured:
             return
-        self.model = load_causal_lm(
-            self.model_source,
-            init=self.init,
-            dtype=trainer_dtype(self._trainer),
-            quantization=self.quantization,
-            lora=self.lora,
-            dropout=self.dropout,
-            gradient_checkpointing=self.gradient_checkpointing,
-            attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
-            headless=not self.predicts_tokens,
-        )
+        if self.model is None:
+            self.model = load_causal_lm(
+                self.model_source,
+                init=self.init,
+                dtype=trainer_dtype(self._trainer),
+                quantization=self.quantization,
+                lora=self.lora,
+                dropout=self.dropout,
+                gradient_checkpointing=self.gradient_checkpointing,
+                attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
+                headless=not self.predicts_tokens,
+            )
         make_steady(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
         self.remember_base()
         self.remember_buffers()
         self.train(self.training)
+        self._is_configured = True
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the model has been built."""
+        return self._is_configured
+
+    def freeze(self) -> Self:
+        """Makes nothing trainable, as Lightning does; the model is built first, if it is not there yet."""
+        self.configure_model()
+        super().freeze()
+        return self
+
+    def unfreeze(self) -> Self:
+        """Makes everything trainable, as Lightning does; the model is built first, if it is not there yet."""
+        self.configure_model()
+        super().unfreeze()
+        return self
 
     def remember_buffers(self) -> None:
         """Keeps what the model's fp32 buffers hold before a precision rounds them; see settle."""
@@ -157,8 +192,14 @@ class PostTrainingModule(ResumableModule):
             owner.register_buffer(leaf, exact.to(self.device), persistent=leaf not in owner._non_persistent_buffers_set)
 
     def on_fit_start(self) -> None:
-        """See settle."""
+        """Checks what ``configure_optimizers`` returned, and tells the loggers what training depends on."""
+        check_optimizers(self)
         self.settle()
+        log_settings(self)
+
+    def on_train_epoch_end(self) -> None:
+        """Steps the schedules that go by epochs and wait for a metric, which validation may have logged."""
+        step_schedulers(self, "epoch", waiting=True)
 
     def on_validation_start(self) -> None:
         """See settle."""
@@ -175,7 +216,13 @@ class PostTrainingModule(ResumableModule):
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Checks the trainer's flags, before Lightning's own checks, and adds what every run of this module needs."""
         check_trainer(self.trainer)
+        check_module(self)
         prepare_checkpoints(self.trainer)
+        prepare_screen(self.trainer)
+        run = self.trainer.state.fn
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "begin"):
+                logger.begin("fit" if run is None else run.value)
         trainer: Any = self.trainer
         present = {type(callback) for callback in trainer.callbacks}
         return [make() for make in (ResumePosition, StopOnSignal) if make not in present]
@@ -206,7 +253,9 @@ class PostTrainingModule(ResumableModule):
         """Builds the injected optimizer on the trainable parameters, and the scheduler on it."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
-            raise ValueError("nothing is trainable: give lora={'r': 16}, or leave quantization out")
+            raise ValueError(
+                "nothing is trainable: give lora={'r': 16}, leave quantization out, or call unfreeze() after freeze()"
+            )
         build = self._optimizer or partial(AdamW, lr=self.default_learning_rate, weight_decay=0.0, fused=True)
         optimizer = build_optimizer(build, self.parameter_groups(parameters), without_decay(self))
         if self._lr_scheduler is None:
@@ -215,11 +264,12 @@ class PostTrainingModule(ResumableModule):
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ValueError(
                 "lr_scheduler is ReduceLROnPlateau, which waits for a metric; schedules step with every optimizer step "
-                "here: use rlhf_lightning.modules.WarmupSchedule, or another torch schedule"
+                "here: use rlhf_lightning.modules.WarmupSchedule or another torch schedule, or override "
+                "configure_optimizers and return it with its monitor"
             )
         if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
             scheduler.set_total_steps(self._num_steps())
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _num_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -229,13 +279,26 @@ class PostTrainingModule(ResumableModule):
 
     # One batch, one step.
 
-    def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
-        """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch."""
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
+        """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch.
+
+        Returns:
+            What callbacks get as ``outputs``: ``loss`` and everything else that is logged of the step, by its name
+            without ``train/``; nothing where a streamed batch has lost all its rows.
+        """
         rows, totals, progress = self.optimize(self._checked(batch))
-        self._log("train", self._summary(rows, totals) | progress if rows else {})
-        if rows:  # a streamed batch may have lost all its rows
+        values = self._summary(rows, totals) | progress if rows else {}
+        if rows:
             self.remember(rows, totals)
+        return self._finish_batch(batch, values)
+
+    def _finish_batch(self, batch: ExampleBatch, values: Scores) -> Scores | None:
+        """Logs what a batch came to, steps schedules of epochs after the last one, and counts the batch as used."""
+        self._log("train", values)
+        if self.trainer.is_last_batch:
+            step_schedulers(self, "epoch")
         batch.mark_consumed()
+        return values or None
 
     def optimize(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float], Scores]:
         """Makes one optimizer step on a global batch; every rank calls it with its own part, which may be empty.
@@ -258,10 +321,11 @@ class PostTrainingModule(ResumableModule):
             self._check_gradient(grad_norm, examples)
             scale = loss_scale(self.trainer)
             optimizer.step()
+            call_hooks(self.trainer, "on_before_zero_grad", optimizer.optimizer)
             optimizer.zero_grad()
-            scheduler, skipped = self.lr_schedulers(), loss_scale(self.trainer) < scale  # where fp16 overflowed
-            if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and not skipped:
-                scheduler.step()
+            if loss_scale(self.trainer) >= scale:  # where fp16 overflowed, no step was made
+                step_schedulers(self, "step")
+                step_schedulers(self, "step", waiting=True)
         return gather_scores(rows, self.device), totals, {"grad_norm": grad_norm, "learning_rate": rate}
 
     def _local_gradients(self) -> AbstractContextManager[None]:
@@ -314,32 +378,36 @@ class PostTrainingModule(ResumableModule):
 
     # Validation: rows are kept, and the loss and metrics are those of the whole set.
 
-    def validation_step(self, batch: ExampleBatch, batch_idx: int) -> None:
-        """Scores a batch and keeps its rows; nothing depends on how the set is batched."""
-        self._collect(batch)
+    def validation_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Scores a batch and keeps its rows; nothing depends on how the set is batched.
 
-    def test_step(self, batch: ExampleBatch, batch_idx: int) -> None:
-        """See validation_step."""
-        self._collect(batch)
+        Of several data loaders each has numbers of its own, logged as Lightning names them:
+        ``val/loss/dataloader_idx_1``.
+        """
+        self._collect(batch, dataloader_idx)
+
+    def test_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Scores a batch and keeps its rows, as ``validation_step`` does."""
+        self._collect(batch, dataloader_idx)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the rows of a validation that was stopped half-way."""
         super().on_validation_epoch_start()
-        self._rows, self._row_totals = [], {}
+        self._rows, self._row_totals = {}, {}
 
     def on_test_epoch_start(self) -> None:
         """Forgets the rows of a test that was stopped half-way."""
-        self._rows, self._row_totals = [], {}
+        self._rows, self._row_totals = {}, {}
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss and metrics of the validation set."""
-        self._log_collected("val")
+        self._log_loaders("val", len(self.trainer.num_val_batches))
 
     def on_test_epoch_end(self) -> None:
         """Logs loss and metrics of the test set."""
-        self._log_collected("test")
+        self._log_loaders("test", len(self.trainer.num_test_batches))
 
-    def predict_step(self, batch: ExampleBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Scores rows: one dictionary per row, ``row_id`` and every score."""
         examples = self._checked(batch)
         rows = self.score_examples(examples)
@@ -347,23 +415,31 @@ class PostTrainingModule(ResumableModule):
         values = {name: rows[name].tolist() for name in names}
         return [{"row_id": e.row_id} | {name: values[name][n] for name in names} for n, e in enumerate(examples)]
 
-    def _collect(self, batch: ExampleBatch) -> None:
+    def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
         examples = self._checked(batch)
         if examples:
-            self._rows.append(self.score_examples(examples))
+            self._rows.setdefault(loader, []).append(self.score_examples(examples))
+            counts = self._row_totals.setdefault(loader, {})
             for name, count in self.totals(examples).items():
-                self._row_totals[name] = self._row_totals.get(name, 0.0) + count
+                counts[name] = counts.get(name, 0.0) + count
         batch.mark_consumed()
 
-    def _log_collected(self, stage: str) -> None:
-        totals = self._row_totals or self.totals([])
-        totals = sum_over_ranks(totals, self.device)
-        rows = gather_scores(concatenate(self._rows), self.device)
-        self._rows, self._row_totals = [], {}
-        if not rows:
-            warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
-            return
-        self._log(stage, self._summary(rows, totals | self._statistics(rows, totals)))
+    def _log_loaders(self, stage: str, num_loaders: int) -> None:
+        """Logs the numbers of each data loader, and says so where one had no rows."""
+        kept, self._rows = self._rows, {}
+        counted, self._row_totals = self._row_totals, {}
+        for loader in range(num_loaders):
+            values = self._collected(kept.get(loader, []), counted.get(loader, {}))
+            if values:
+                self._log(stage, values, suffix=f"/dataloader_idx_{loader}" if num_loaders > 1 else "")
+            elif _STEPS[stage] in self.hooks_reached:  # otherwise a subclass does something else with its batches
+                warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
+
+    def _collected(self, kept: list[Scores], counts: dict[str, float]) -> Scores:
+        """Loss and metrics of the rows that all ranks have kept; nothing where there are none."""
+        totals = sum_over_ranks(counts or self.totals([]), self.device)
+        rows = gather_scores(concatenate(kept), self.device)
+        return self._summary(rows, totals | self._statistics(rows, totals)) if rows else {}
 
     @torch.no_grad()
     def _summary(self, rows: Scores, totals: dict[str, float]) -> Scores:
@@ -371,14 +447,20 @@ class PostTrainingModule(ResumableModule):
         rows = in_canonical_order(rows)
         return {"loss": self.loss(rows, totals)} | self.metrics(rows, totals)
 
-    def _log(self, stage: str, values: Scores) -> None:
-        shown = {f"{stage}/{name}": value.detach().float() for name, value in values.items()}
-        bar = {f"{stage}/{name}" for name in self.progress_metrics}
+    def _log(self, stage: str, values: Scores, suffix: str = "") -> None:
+        shown = {f"{stage}/{name}{suffix}": value.detach().float() for name, value in values.items()}
+        bar = {f"{stage}/{name}{suffix}" for name in self.progress_metrics}
         if stage == "train":
             forget_others(self.trainer, shown)
         for name, value in shown.items():
             self.log(
-                name, value, prog_bar=name in bar, on_step=stage == "train", on_epoch=stage != "train", batch_size=1
+                name,
+                value,
+                prog_bar=name in bar,
+                on_step=stage == "train",
+                on_epoch=stage != "train",
+                batch_size=1,
+                add_dataloader_idx=not suffix,
             )
 
     # What leaves.

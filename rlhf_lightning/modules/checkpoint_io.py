@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..utils.files import PARTIAL, hidden_beside
 
@@ -103,8 +106,36 @@ def prepare_checkpoints(trainer: lightning.Trainer) -> None:
     a resumed run needs are those after it.
     """
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    for callback in trainer.checkpoint_callbacks:
+        # A subclass with a hook of its own knows what it does.
+        if isinstance(callback, ModelCheckpoint) and _has_lightnings_trigger(callback):
+            vars(callback)["on_train_batch_end"] = partial(_save_when_due, callback)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def _has_lightnings_trigger(callback: ModelCheckpoint) -> bool:
+    return type(callback).on_train_batch_end is ModelCheckpoint.on_train_batch_end
+
+
+def _save_when_due(
+    callback: Any, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+) -> None:
+    """``ModelCheckpoint.on_train_batch_end`` for batches that make any number of steps.
+
+    Lightning looks whether the number of steps is a multiple of ``every_n_train_steps``, which a batch may step over,
+    and of modules that step by themselves it forgets ``train_time_interval``.
+    """
+    every, interval = callback._every_n_train_steps, callback._train_time_interval
+    due = every >= 1 and trainer.global_step // every > pl_module.step_before_batch // every
+    if interval is not None and callback._last_time_checked is not None:
+        late = time.monotonic() - callback._last_time_checked >= interval.total_seconds()
+        due = trainer.strategy.broadcast(late)  # clocks differ between ranks
+    callback._every_n_train_steps = int(due)  # of which every step is a multiple, or none
+    try:
+        ModelCheckpoint.on_train_batch_end(callback, trainer, pl_module, outputs, batch, batch_idx)
+    finally:
+        callback._every_n_train_steps = every
 
 
 def _flush_entry(folder: Path) -> None:

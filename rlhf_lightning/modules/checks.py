@@ -8,8 +8,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..strategies import FSDP2Strategy
 
@@ -77,6 +87,7 @@ def check_trainer(trainer: Any) -> None:
     """
     check_strategy(trainer.strategy)
     check_tuners(trainer.callbacks)
+    check_callbacks(trainer.callbacks)
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; it must be 1: one batch is one "
@@ -110,6 +121,85 @@ def check_tuners(callbacks: Iterable[Any]) -> None:
                 "from here, over all ranks, and needs no more memory than a micro-batch: leave it out, set the "
                 "datamodule's global_batch_size by what learns best, and the module's micro_batch_tokens by what fits"
             )
+
+
+# Callbacks that would change nothing, or something else than they say, and what does what they are for.
+_REFUSED: tuple[tuple[type, str], ...] = (
+    (
+        StochasticWeightAveraging,
+        "averages in Lightning's automatic optimisation alone, and would here only raise the learning rate: use "
+        "rlhf_lightning.callbacks.WeightAverage(decay=1.0, start_step=...)",
+    ),
+    (
+        WeightAveraging,
+        "copies the whole module, reference policies included, before the model is built: use "
+        "rlhf_lightning.callbacks.WeightAverage(decay=0.999)",
+    ),
+    (
+        GradientAccumulationScheduler,
+        "changes accumulate_grad_batches, and one batch is one optimizer step here: set the datamodule's "
+        "global_batch_size, and train in two runs where it should grow",
+    ),
+    (
+        ModelPruning,
+        "prunes in hooks of layers whose weights are read directly here, and in exports: prune the exported model with "
+        "torch.nn.utils.prune, and train the result",
+    ),
+)
+# Hooks of a module that Lightning calls in automatic optimisation alone.
+_NEVER_CALLED = {
+    "optimizer_step": "give the module an optimizer whose step() does it",
+    "optimizer_zero_grad": "use on_before_zero_grad",
+    "configure_gradient_clipping": "set max_grad_norm, or use on_before_optimizer_step",
+}
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Refuses Lightning's callbacks that need its automatic optimisation.
+
+    Raises:
+        ValueError: naming the callback, the reason, and what to use instead.
+    """
+    for callback in callbacks:
+        for kind, reason in _REFUSED:
+            if isinstance(callback, kind):
+                raise ValueError(f"{type(callback).__name__} {reason}")
+
+
+def check_module(module: Any) -> None:
+    """Refuses what was done to a module before ``fit`` and would be without effect.
+
+    Raises:
+        ValueError: it was compiled, watched or is to be frozen before its model is built, or overrides a hook that is
+            never called.
+    """
+    name = type(module).__name__
+    if module._compiler_ctx is not None:
+        raise ValueError(
+            f"{name} was given to torch.compile, which would compile its whole training_step, steps and collectives "
+            "included: pass the module itself"
+        )
+    for hook, instead in _NEVER_CALLED.items():
+        if is_overridden(hook, module, LightningModule):
+            raise ValueError(
+                f"{name} overrides {hook}, which is never called where a module steps by itself: {instead}"
+            )
+    watched = getattr(module, "_wandb_hook_names", None)
+    if watched is not None and not all(name.startswith("gradients/") for name in watched):
+        raise ValueError(
+            "WandbLogger.watch was asked for parameters, which it reads when forward() is called, and no step here "
+            "calls it: write logger.watch(module, log='gradients', log_graph=False)"
+        )
+    unbuilt = {
+        "WandbLogger.watch found no weights": watched is not None and not watched,
+        **{
+            f"{type(callback).__name__} freezes layers": isinstance(callback, BaseFinetuning) and module.model is None
+            for callback in module.trainer.callbacks
+        },
+    }
+    for what, is_so in unbuilt.items():
+        if is_so:
+            raise ValueError(f"{what} before fit has built the model of {name}: call module.configure_model() first")
 
 
 def check_strategy(strategy: Any) -> None:

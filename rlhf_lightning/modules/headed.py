@@ -78,7 +78,7 @@ class HeadedModule(PostTrainingModule):
 
     def configure_model(self) -> None:
         """Builds the decoder and its head; a head that is stored with the model is loaded."""
-        if self.model is not None:
+        if self.is_configured:
             return
         super().configure_model()
         assert self.model is not None

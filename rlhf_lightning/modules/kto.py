@@ -179,12 +179,12 @@ class KTOModule(ReferencedModule):
 
     # Batches without partners.
 
-    def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
         """One step; rows of a batch without partners borrow one."""
         if isinstance(batch, ExampleBatch) and self.shares_constants:
             self._own = batch.examples
             batch = self._lend(batch)
-        super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx)
 
     def _lend(self, batch: ExampleBatch) -> ExampleBatch:
         """Gives rows the completion of an earlier batch, where no row of any rank has a partner."""

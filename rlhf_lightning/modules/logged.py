@@ -1,4 +1,4 @@
-"""What of a training step is logged: its own values, and none of an earlier step."""
+"""What is logged: of a training step its own values, and none of an earlier one; of a run, what it depends on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Container
 from typing import Any
 
 import lightning
+from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
+from torch import Tensor
 
 _STEP = "training_step"
+_PLAIN = (str, int, float, bool, type(None))
 
 
 def forget_others(trainer: lightning.Trainer, names: Container[str]) -> None:
@@ -26,3 +29,57 @@ def forget_others(trainer: lightning.Trainer, names: Container[str]) -> None:
     for result in (results or {}).values():
         if result.meta.fx == _STEP and result.meta.name.startswith("train/") and result.meta.name not in names:
             result.reset()
+
+
+def call_hooks(trainer: lightning.Trainer, name: str, *args: Any) -> None:
+    """Calls a hook of the callbacks, then the module's, where Lightning leaves it out in manual optimisation."""
+    _call_callback_hooks(trainer, name, *args)
+    _call_lightning_module_hook(trainer, name, *args)
+
+
+def log_settings(module: Any) -> None:
+    """Tells the loggers what a result depends on beside the module's options: optimizer, schedule and data.
+
+    Lightning logs the module's hyper-parameters alone.
+    """
+    trainer = module.trainer
+    settings: dict[str, Any] = {}
+    for optimizer in trainer.optimizers:
+        options = {name: _plain(value) for name, value in optimizer.defaults.items()}
+        rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        settings["optimizer"] = {"name": type(optimizer).__name__, **options, "lr": max(rates)}
+    for config in trainer.lr_scheduler_configs:
+        options = {k: v for k, v in vars(config.scheduler).items() if isinstance(v, _PLAIN) and not k.startswith("_")}
+        settings["lr_scheduler"] = {"name": type(config.scheduler).__name__, "interval": config.interval, **options}
+        settings["lr_scheduler"].pop("last_epoch", None)
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None:
+        settings["data"] = {"name": type(datamodule).__name__, **_public(datamodule)}
+    settings["ranks"] = trainer.world_size
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)
+
+
+def _public(datamodule: Any) -> dict[str, Any]:
+    """A datamodule's own options, sources by their names."""
+    found = {k: _plain(v) for k, v in vars(datamodule).items() if not k.startswith("_") and k not in _OF_LIGHTNING}
+    sources = found.pop("sources", None) or {}
+    named = {k: v if isinstance(v, _PLAIN) else [str(s) for s in v] for k, v in sources.items() if _is_named(v)}
+    return {k: v for k, v in found.items() if isinstance(v, _PLAIN) or k == "columns"} | named
+
+
+_OF_LIGHTNING = ("trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices", "report")
+
+
+def _is_named(source: Any) -> bool:
+    return isinstance(source, str) or (isinstance(source, list) and all(isinstance(item, str) for item in source))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else None
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return value if isinstance(value, _PLAIN) else f"{type(value).__module__}.{type(value).__qualname__}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import lightning
 import torch
@@ -21,14 +21,16 @@ from torch import Tensor
 
 from ..models.dropout import switch_off_dropout
 from ..sequences import Example, SequenceBatch, pack, plan_micro_batches
+from ..utils.keywords import CheckedKeywords
 from .distributed import Scores, concatenate, gather_scores, rows_before_this_rank, sum_over_ranks, world_size
 from .gradients import GradientSums
+from .hooks import wrap_hooks
 from .phases import PhaseClock
 
 ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
 
 
-class MicroBatchedModule(lightning.LightningModule):
+class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
     """A module whose loss is a sum over rows, divided by totals of the global batch.
 
     Args:
@@ -44,7 +46,14 @@ class MicroBatchedModule(lightning.LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.share_prefix = share_prefix
         self._sums: GradientSums | None = None  # of the step that is being made
+        self.hooks_reached: set[str] = set()  # which of the core's hooks have run, behind overrides or by themselves
+        # Of schedules, by id: the metric that they wait for, and whether it must be there.
+        self.scheduler_monitors: dict[int, tuple[str | None, bool]] = {}
         self.clock: PhaseClock | None = None  # set by a callback that wants to know where the time goes
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        wrap_hooks(cls)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Books the time of what runs within to one of ``phases.PHASES``, if anybody listens."""

@@ -10,6 +10,7 @@ Legend: E prompts of this rank, G completions of each, K reward functions, N sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -107,6 +108,7 @@ class OnPolicyModule(ReferencedModule):
         # What a checkpoint holds must not depend on code that only the script that made it has.
         self.hparams["rewards"] = plain_specs(rewards)
         self.hparams["process_reward"] = None if process_reward is None else plain_specs([process_reward])[0]
+        self._hparams_initial = deepcopy(self._hparams)  # which loggers write into files
         self.rewards = build_rewards(
             rewards, reward_weights, process=process_reward, timeout=reward_timeout, on_bad_value=on_bad_reward
         )
@@ -176,8 +178,8 @@ class OnPolicyModule(ReferencedModule):
 
     # One iteration.
 
-    def training_step(self, batch: ExampleBatch, batch_idx: int) -> None:
-        """Generates, scores, and makes every update of the iteration."""
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
+        """Generates, scores, and makes every update of the iteration; returns what is logged of it."""
         rollouts = self.rollout(self._checked(batch))
         everyone = in_canonical_order(gather_scores(self._rollout_rows(rollouts), self.device))
         failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()}, self.device)
@@ -189,8 +191,7 @@ class OnPolicyModule(ReferencedModule):
         values |= self.update(trees)
         self.last_rollouts = rollouts
         self.iteration += 1
-        self._log("train", values)
-        batch.mark_consumed()
+        return self._finish_batch(batch, values)
 
     def update(self, trees: Sequence[Example]) -> Scores:
         """Makes the optimizer steps of an iteration; returns loss and metrics over all of them."""
@@ -349,20 +350,18 @@ class OnPolicyModule(ReferencedModule):
 
     # Validation and prediction: what the policy writes, and its rewards.
 
-    def _collect(self, batch: ExampleBatch) -> None:
+    def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
         rollouts = self.rollout(self._checked(batch), stage="val")
         if rollouts.prompts:
-            self._rows.append(self._rollout_rows(rollouts))
+            self._rows.setdefault(loader, []).append(self._rollout_rows(rollouts))
         self.last_rollouts = rollouts
         batch.mark_consumed()
 
-    def _log_collected(self, stage: str) -> None:
-        rows = gather_scores(concatenate(self._rows), self.device)
-        self._rows = []
-        if rows:
-            self._log(stage, self._rollout_metrics(in_canonical_order(rows)))
+    def _collected(self, kept: list[Scores], counts: dict[str, float]) -> Scores:
+        rows = gather_scores(concatenate(kept), self.device)
+        return self._rollout_metrics(in_canonical_order(rows)) if rows else {}
 
-    def predict_step(self, batch: ExampleBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Completes prompts: one dictionary per row, with ``completions`` and the ``rewards`` of each."""
         rollouts = self.rollout(self._checked(batch), stage="predict")
         scores = self.combined(rollouts.rewards_EGK).tolist()

@@ -141,7 +141,7 @@ class PPOModule(OnPolicyModule):
 
     def configure_model(self) -> None:
         """Builds the policy, its reference, and the critic."""
-        if self.model is not None:
+        if self.is_configured:
             return
         super().configure_model()
         assert self.model is not None

@@ -328,7 +328,7 @@ class ProcessRewardModule(HeadedModule):
         both_N2 = torch.stack([scores_N, ends_N], dim=1)
         return torch.split(both_N2, scored_lengths(batch).tolist())
 
-    def predict_step(self, batch: ExampleBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Scores rows.
 
         Returns:

@@ -11,6 +11,7 @@ from ..models import AdapterReference, FrozenReference, Reference, evaluating, f
 from ..models.reference import trained_beside_adapters
 from ..sequences import ExampleBatch, SequenceBatch
 from ..strategies import FSDP2Strategy
+from ..utils.progress import progress
 from .base import PostTrainingModule
 from .checks import check_choice
 from .distributed import Scores, copy_from_first_rank, gather_objects
@@ -51,7 +52,7 @@ class ReferencedModule(PostTrainingModule):
 
     def configure_model(self) -> None:
         """Builds the policy, then its reference."""
-        if self.model is not None:
+        if self.is_configured:
             return
         super().configure_model()
         assert self.model is not None
@@ -137,7 +138,7 @@ class ReferencedModule(PostTrainingModule):
             )
         rank, world = self.global_rank, self.trainer.world_size
         table: dict[str, Scores] = {}
-        for examples in datamodule.all_examples():
+        for examples in progress(datamodule.all_examples(), "scoring the reference, batches"):
             own = self._checked(ExampleBatch(examples[rank::world]))
             autocast = self.trainer.precision_plugin.forward_context()
             with autocast, evaluating(self.model), torch.no_grad():

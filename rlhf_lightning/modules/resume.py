@@ -47,6 +47,7 @@ class ResumableModule(MicroBatchedModule):
         self._loaded_random: dict[str, Any] | None = None
         self._redo_random = False
         self._was_stopped = False
+        self.step_before_batch = 0  # optimizer steps before the batch that is being trained on
         self._loaded_metrics: dict[str, Tensor] = {}
 
     # Random states.
@@ -70,6 +71,7 @@ class ResumableModule(MicroBatchedModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Puts them back once more in the middle of an epoch, where a loader that begins anew may have drawn."""
+        self.step_before_batch = self.trainer.global_step
         if self._loaded_random is None:
             return
         if self._redo_random and batch_idx > 0:

@@ -330,7 +330,7 @@ class RewardModule(EnsembleModule):
     def _sequence_rewards(self, batch: SequenceBatch) -> Sequence[Tensor]:
         return self.centred(self.rewards(batch)).unbind()
 
-    def predict_step(self, batch: ExampleBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Rewards of rows with any number of completions.
 
         Returns:

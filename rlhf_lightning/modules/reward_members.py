@@ -90,7 +90,7 @@ class EnsembleModule(HeadedModule):
 
     def configure_model(self) -> None:
         """Builds the decoder with its adapters and heads; what is stored with the model is loaded."""
-        if self.model is not None:
+        if self.is_configured:
             return
         super().configure_model()
         stored = self.model_source if self.init == "pretrained" else None

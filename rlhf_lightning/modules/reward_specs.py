@@ -77,7 +77,14 @@ def build_rewards(
 
 def plain_specs(rewards: Sequence[RewardSpec]) -> list[str | dict[str, Any]]:
     """The same rewards as values that a checkpoint can hold: functions by their names."""
-    return [spec if isinstance(spec, str | dict) else _name(spec) for spec in rewards]
+    return [spec if isinstance(spec, str | dict) else _path(spec) for spec in rewards]
+
+
+def _path(function: RewardFunction) -> str:
+    """The dotted path of a function that can be imported by it, and the name of any other."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    importable = module not in (None, "__main__") and name and "<" not in name and inspect.isfunction(function)
+    return f"{module}.{name}" if importable else _name(function)
 
 
 def _read(spec: RewardSpec) -> tuple[RewardFunction, float | None, str | None]:

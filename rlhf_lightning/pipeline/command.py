@@ -15,7 +15,7 @@ import transformers
 from rich.console import Console
 
 from ..rollouts.rewards._loading import find_own_modules
-from ..usage import UsageError
+from ..usage import UsageError, explain
 from .config import load_pipeline
 from .report import results_table, write_report
 from .runner import run_pipeline
@@ -26,7 +26,7 @@ _EXPECTED_WARNINGS = (".*does not have many workers.*", ".*number of training ba
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"pipeline: {message}")
+        raise UsageError(f"pipeline: {explain(message, (action.dest for action in self._actions))}")
 
 
 def run_command(args: Sequence[str]) -> None:
@@ -39,7 +39,9 @@ def run_command(args: Sequence[str]) -> None:
         SystemExit: 130 after Ctrl-C.
     """
     parser = _Parser(
-        prog="rlhf-lightning pipeline", description="Runs the stages of a YAML file that are not done yet."
+        prog="rlhf-lightning pipeline",
+        description="Runs the stages of a YAML file that are not done yet.",
+        allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", required=True, help="the pipeline; configs/... may be one of the package")
     parser.add_argument("--run_dir", help="where everything is written, instead of the file's run_dir")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import _yaml
-from ..packaged import packaged_config
+from ..packaged import nearest_config, packaged_config
 from ..usage import UsageError, did_you_mean, one_line
 
 _EXACT = "rlhf_lightning.rollouts.verifiers.exact_answer"
@@ -148,7 +148,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str 
     """
     file = packaged_config(path) or Path(path)
     if not file.is_file():
-        raise UsageError(f"there is no file {str(path)!r}")
+        raise UsageError(f"there is no file {str(path)!r}{nearest_config(path)}")
     try:
         config = OmegaConf.create(_yaml.plain(_yaml.load(file.read_text(encoding="utf-8"), str(file))))
         if not isinstance(config, DictConfig):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.markup import escape
 from rich.table import Table
 
 from .. import _yaml
@@ -44,7 +45,7 @@ def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
 
 def results_table(pipeline: Pipeline, manifest: Manifest) -> Table:
     """The results as a table for the terminal."""
-    table = Table(title=pipeline.title, title_justify="left")
+    table = Table(title=escape(pipeline.title), title_justify="left")
     for heading in ("stage", "what it did", "validation", "test", "seconds"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
     for row in summarize(pipeline, manifest)["stages"]:

@@ -18,6 +18,7 @@ from ..models import load_causal_lm, load_tokenizer
 from ..rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams, derive_seed
 from ..usage import did_you_mean
 from ..utils.files import write_atomically
+from ..utils.progress import progress
 from .config import Evaluation, SampleStage
 
 PAIRS, ANSWERS = "pairs.jsonl", "test_answers.jsonl"
@@ -54,7 +55,7 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
     examples = read_prompts(stage.prompts, tokenizer)
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
-    for start in range(0, len(examples), _PROMPTS_AT_ONCE):
+    for start in progress(range(0, len(examples), _PROMPTS_AT_ONCE), f"sampling, {_PROMPTS_AT_ONCE} prompts at once"):
         part = examples[start : start + _PROMPTS_AT_ONCE]
         seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(part))]
         groups = answer_prompts(engine, part, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds)

@@ -20,6 +20,7 @@ MARKER = ".rlhf_lightning"
 # What the hidden names of an unfinished file or folder, of a folder that makes room, and of a lock end with.
 PARTIAL, REPLACED, LOCK = ".rlhf_lightning.partial", ".rlhf_lightning.old", ".rlhf_lightning.lock"
 _held: dict[Path, int] = {}  # places that this process keeps others out of, with the file that is locked
+_made: set[Path] = set()  # folders that were made for these files, and go with them if nothing else came
 
 
 def hidden_beside(place: Path, suffix: str) -> Path:
@@ -171,12 +172,17 @@ def hold(place: Path) -> None:
         place: a file or folder, which may be missing.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or a file is where its folder should be.
     """
     place = place.expanduser().absolute()
     if place in _held:
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
+    missing = {folder for folder in place.parents if not folder.exists()}
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{str(place)!r} cannot be written ({error.strerror}): choose another folder") from error
+    _made.update(missing)
     path = hidden_beside(place, LOCK)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -201,6 +207,12 @@ def release(place: Path) -> None:
     if descriptor is not None:
         hidden_beside(place, LOCK).unlink(missing_ok=True)
         os.close(descriptor)
+    for folder in (folder for folder in place.parents if folder in _made):
+        try:
+            folder.rmdir()
+        except OSError:
+            break
+        _made.discard(folder)
 
 
 def check_on_all_ranks(trainer: Any, check: Callable[[], object]) -> None:

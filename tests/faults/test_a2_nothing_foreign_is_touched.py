@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -314,3 +316,18 @@ def test_a_stage_that_runs_again_removes_what_it_wrote_and_nothing_else(
     with pytest.raises(ValueError, match=r"stage 'data': .*holds 'notes\.txt', which this package did not write"):
         run(tmp_path, pipeline(tmp_path, model, max_steps=1))
     assert content(tmp_path / "run") == before
+
+
+def test_later_checkpoints_of_another_run_are_not_replaced(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    """A whole one is refused; one from which nobody can resume is moved aside."""
+    model, folder = tiny_model_folder("llama"), tmp_path / "checkpoints"
+    fit(model, [TrainingCheckpoint(str(folder), every_n_steps=1)], max_steps=2)
+    shutil.copy(folder / "step=2.ckpt", folder / "step=3.ckpt")
+    before = content(folder)
+    with pytest.raises(ValueError, match=r"step=3.ckpt' was not made by this run, which would replace it when it gets"):
+        fit(model, [TrainingCheckpoint(str(folder))], max_steps=4, ckpt_path=folder / "step=2.ckpt")
+    assert content(folder) == before
+    os.truncate(folder / "step=3.ckpt", 100)
+    fit(model, [TrainingCheckpoint(str(folder), every_n_steps=1)], max_steps=3, ckpt_path=folder / "step=2.ckpt")
+    assert (folder / "step=3.ckpt.damaged").read_bytes() == before["step=3.ckpt"][:100]
+    assert zipfile.is_zipfile(folder / "step=3.ckpt")

@@ -23,7 +23,10 @@ def load_attribute(path: str) -> Any:
     find_own_modules()
     module, _, name = path.rpartition(".")
     if not module:
-        raise ValueError(f"{path!r} is not a dotted path: write package.module.name")
+        raise ValueError(
+            f"{path!r} is not a dotted path: write package.module.name, or pass the function itself (of one that no "
+            "module holds, a checkpoint keeps the name alone: load_from_checkpoint(path, rewards=[function]))"
+        )
     try:
         return getattr(import_module(module), name)
     except ImportError as error:

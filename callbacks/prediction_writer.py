@@ -1,0 +1,97 @@
+"""Predictions as JSON Lines, in the order of the rows, over any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import IO, Any
+
+import lightning
+
+from ..modules.checkpoint_io import check_place
+from ..modules.distributed import gather_objects
+from ..utils.files import PARTIAL, check_on_all_ranks, hidden_beside
+
+_MISSING = object()
+
+
+class PredictionWriter(lightning.Callback):
+    """Writes what ``predict`` returns, a line of JSON for each row; ``rlhf-lightning predict --output`` uses it.
+
+    Rows come in the order of the source, however many ranks share them. The file appears when all are there; until then
+    they are in a hidden one beside it.
+
+    Args:
+        path: the file, which must not be there yet.
+
+    Raises:
+        ValueError: it is there, or cannot be written.
+
+    Example::
+
+        writer = PredictionWriter("scores.jsonl")
+        lightning.Trainer(callbacks=[writer]).predict(module, data, return_predictions=False)
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).expanduser()
+        self.num_rows = 0
+        self._file: IO[str] | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Makes sure that the file can be written."""
+        if stage == "predict" and not getattr(trainer, "fast_dev_run", False):
+            check_on_all_ranks(trainer, self._check_path)
+
+    def _check_path(self) -> None:
+        if self.path.exists():
+            raise ValueError(f"output {str(self.path)!r} is there already: remove it, or write to another file")
+        check_place(self.path.parent, "predictions")
+
+    def on_predict_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the rows of a global batch: of each, a rank has every so many."""
+        ranks: list[list[Any]] = gather_objects(list(outputs or ()))
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = hidden_beside(self.path, PARTIAL).open("w", encoding="utf-8")
+        for row in chain.from_iterable(zip_longest(*ranks, fillvalue=_MISSING)):
+            if row is not _MISSING:
+                self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+                self.num_rows += 1
+
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Puts the file in its place."""
+        if self._file is not None:
+            self._file.close()
+            hidden_beside(self.path, PARTIAL).replace(self.path)
+            self._file = None
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves nothing half-written."""
+        if self._file is not None:
+            self._file.close()
+            hidden_beside(self.path, PARTIAL).unlink(missing_ok=True)
+            self._file = None
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON has it: what is not a finite number becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,79 @@
+"""Keyword arguments that are misspelt, or known from elsewhere: what to write instead, in one line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any, Self
+
+_BATCH = "the datamodule's global_batch_size (and the module's micro_batch_tokens for memory)"
+# Options of other trainers, and where they are here.
+INSTEAD = {
+    "lr": "optimizer (in Python optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5); in YAML optimizer.init_args.lr)",
+    "learning_rate": "optimizer (in Python optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5); in YAML "
+    "optimizer.init_args.lr)",
+    "weight_decay": "optimizer (an argument of torch.optim.AdamW)",
+    "warmup_ratio": "lr_scheduler (warmup_steps of rlhf_lightning.modules.WarmupSchedule)",
+    "batch_size": _BATCH,
+    "per_device_train_batch_size": _BATCH,
+    "train_batch_size": _BATCH,
+    "gradient_accumulation_steps": "nothing: global_batch_size is one step, micro_batch_tokens splits it",
+    "max_seq_length": "the datamodule's max_length",
+    "max_prompt_length": "the datamodule's max_length",
+    "num_train_epochs": "the trainer's max_epochs",
+    "ref_model": "reference",
+    "peft_config": "lora",
+    "lora_config": "lora",
+    "load_in_4bit": "quantization='nf4'",
+    "bf16": "the trainer's precision='bf16-mixed'",
+    "fp16": "the trainer's precision='16-mixed'",
+    "reward_funcs": "rewards",
+    "train_dataset": "train",
+    "eval_dataset": "val",
+    "dataset": "train",
+}
+
+
+def advise(name: str, allowed: Iterable[str]) -> str:
+    """``"; did you mean 'beta'?"``, ``"; use ..."`` for what other trainers call something, or nothing.
+
+    Example:
+        >>> advise("betta", ["beta", "gamma"])
+        "; did you mean 'beta'?"
+    """
+    last = name.rpartition(".")[2]
+    names = list(allowed)
+    if last in INSTEAD:
+        return f"; use {INSTEAD[last]}"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class CheckedKeywords:
+    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's own message names another class."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Looks at the names of the keyword arguments.
+
+        Raises:
+            TypeError: one of them is unknown.
+        """
+        allowed = _keywords(cls)
+        for name in kwargs if allowed is not None else ():
+            if name not in allowed:
+                raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, allowed)}")
+        return super().__new__(cls)
+
+
+def _keywords(cls: type) -> set[str]:
+    """What the ``__init__`` of a class takes, and those that it hands its ``**kwargs`` on to."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found - {"self"}
