@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.loggers import WandbLogger
 
 from ..modules import PostTrainingModule
 from ..modules.checkpoint_io import check_place
+from ..modules.position import has_validation
 from ..utils.files import check_on_all_ranks, hold, recover, release, write_atomically
 
 _RECORDED = {"step", "monitor", "value"}  # what the file beside an export says, and nothing else
@@ -30,7 +31,8 @@ class ModelExport(lightning.Callback):
         folder: where to; ``{step}`` in its name becomes the number of optimizer steps, so that every export stays.
         monitor: the logged metric by which the best model is chosen, after each validation; without one, the model is
             written when training ends.
-        mode: whether more or less of the metric is better.
+        mode: whether more (``max``) or less (``min``) of the metric is better; if left out, its name says so, such as
+            ``val/loss`` or ``val/accuracy``.
         merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
         every_n_steps: write it every so many optimizer steps as well, at least 1; not with ``monitor``.
         log_artifact: also hand every folder that is written to W&B, as a version of an artifact of type ``model`` with
@@ -48,13 +50,15 @@ class ModelExport(lightning.Callback):
         self,
         folder: str,
         monitor: str | None = None,
-        mode: Literal["max", "min"] = "max",
+        mode: Literal["max", "min"] | None = None,
         merge_adapter: bool = False,
         every_n_steps: int | None = None,
         log_artifact: bool = False,
     ) -> None:
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode is {mode!r}; it must be max or min")
+        if mode not in ("max", "min", None):
+            raise ValueError(
+                f"mode is {mode!r}; it must be max or min, or null for the direction that monitor suggests"
+            )
         if every_n_steps is not None and (
             isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
         ):
@@ -66,7 +70,7 @@ class ModelExport(lightning.Callback):
             )
         self.folder = Path(folder)
         self.monitor = monitor
-        self.mode = mode
+        self.mode = direction_of(monitor) if mode is None and monitor is not None else mode
         self.merge_adapter = merge_adapter
         self.every_n_steps = every_n_steps
         self.log_artifact = log_artifact
@@ -112,8 +116,17 @@ class ModelExport(lightning.Callback):
                 )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Starts counting where training starts."""
+        """Starts counting where training starts.
+
+        Raises:
+            ValueError: a metric of validation is to choose, and there are no validation rows.
+        """
         self._last_step = trainer.global_step
+        if self.monitor is not None and not has_validation(trainer):
+            raise ValueError(
+                f"monitor is {self.monitor!r}, and there are no validation rows by which to choose: set the "
+                "datamodule's val, or leave monitor out to export the model of the last step"
+            )
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,9 +154,11 @@ class ModelExport(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the model as it is at the end, unless a metric has chosen one."""
         if self.monitor is not None and self.best_value is None:
-            raise ValueError(
-                f"{self.monitor!r} was never measured, so no model was exported: give the datamodule val rows"
+            rank_zero_warn(
+                f"{self.monitor!r} was never measured in {trainer.global_step} steps: the model is exported as it is "
+                "now; validate more often (trainer.val_check_interval)"
             )
+            self._write(trainer, pl_module)
         if self.monitor is None and self.step != trainer.global_step:
             self._write(trainer, pl_module)
 
@@ -200,6 +215,32 @@ class ModelExport(lightning.Callback):
         artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=record)
         artifact.add_dir(str(folder))
         run.log_artifact(artifact, aliases=["latest", f"step-{self.step}"])
+
+
+# Words of a metric's name by which it is known whether more of it is better.
+_MORE = {"accuracy", "accuracies", "reward", "rewards", "margin", "margins", "f1", "auc"}
+_LESS = {"loss", "perplexity", "nll", "kl", "error", "errors", "mse", "mae", "brier", "failures"}
+_NEITHER = {"std", "rejected", "min", "max", "ratio"}
+
+
+def direction_of(monitor: str) -> Literal["max", "min"]:
+    """Whether more or less of a metric is better, by its name.
+
+    Raises:
+        ValueError: the name does not say.
+
+    Example:
+        >>> direction_of("val/loss"), direction_of("val/rewards/accuracies")
+        ('min', 'max')
+    """
+    words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
+    if words & _LESS and not words & _NEITHER:
+        return "min"
+    if words & _MORE and not words & _NEITHER:
+        return "max"
+    raise ValueError(
+        f"monitor is {monitor!r}, whose name does not say whether more of it is better: set mode to max or min"
+    )
 
 
 def _is_trial(trainer: Any) -> bool:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from . import _yaml
 from ._noise import quiet
 from .modules import PostTrainingModule
+from .modules.distributed import is_peer_loss, rank_prefix
 from .packaged import packaged_config
 from .rollouts.rewards._loading import find_own_modules
 from .usage import UsageError, did_you_mean, explain
@@ -235,7 +236,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"rlhf-lightning: {_said(error)}", file=sys.stderr)
+        print(f"rlhf-lightning: {rank_prefix()}{_said(error)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
         print("rlhf-lightning: interrupted", file=sys.stderr)
@@ -245,6 +246,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _said(error: Exception) -> str:
     """An error in one line; of one that nobody foresaw also its kind, and how to find its place."""
     text = explain(str(error))
+    if isinstance(error, RuntimeError) and is_peer_loss(error):
+        return f"another rank has ended, and says why ({' '.join(str(error).split())[:120]})"
     if isinstance(error, UsageError | ValueError | OSError | ImportError | MisconfigurationException):
         return text or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from . import _yaml
 from .callbacks.answers import Verifier, load_verifier, read_prompts
 from .models import load_causal_lm, load_tokenizer
+from .modules.checks import check_single_process
 from .pipeline.manifest import input_hashes
 from .rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams
 from .rollouts.rewards._loading import find_own_modules
@@ -332,6 +333,7 @@ def run_command(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
     parser.add_class_arguments(LabelOptions, as_group=False)
     given = _yaml.plain(parser.instantiate(parser.parse_args([*args])))
+    check_single_process("label-steps")
     options = LabelOptions(**{option.name: given[option.name] for option in fields(LabelOptions)})
     transformers.utils.logging.disable_progress_bar()
     find_own_modules()

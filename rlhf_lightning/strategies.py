@@ -287,7 +287,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Opens a checkpoint on every rank; what a rank does not need of a file stays on the disk."""
-        path = Path(self.broadcast(checkpoint_path))
+        path = Path(checkpoint_path)
         if path.is_dir():
             raise ValueError(
                 f"the checkpoint {str(path)!r} is a folder, as ModelParallelStrategy's distributed checkpoints are; "

@@ -6,7 +6,8 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from ..utils.files import PARTIAL, REPLACED, check_replaceable, hidden_beside, mark, recover
 from .reference import ADAPTER_COPY
@@ -80,7 +82,8 @@ def save_pretrained(
     write = _model_writer(model, convert) if adapted is None else _adapter_writer(adapted)
     writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
     if _is_writer():
-        _replace(target, kind, lambda place: [each(place) for each in writers])
+        with _without_progress_bars():
+            _replace(target, kind, lambda place: [each(place) for each in writers])
     if _is_distributed():
         dist.barrier()
     return target
@@ -337,6 +340,18 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hides transformers' bars: within those of a trainer, in a notebook, they would call each other without end."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _is_writer() -> bool:

@@ -25,9 +25,10 @@ from ..models.backbone import make_steady
 from ..models.export import export_kind
 from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
 from ..utils.files import check_replaceable
+from .agreement import RankAgreement
 from .checkpoint_io import prepare_checkpoints
 from .checks import check_module, check_module_options, check_trainer, longest_sequence, trainer_dtype
-from .distributed import Scores, concatenate, gather_scores, sum_over_ranks
+from .distributed import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks, world_size
 from .gradients import clip_gradients, loss_scale, sum_gradients
 from .hooks import check_optimizers, step_schedulers
 from .logged import call_hooks, forget_others, log_settings
@@ -225,7 +226,7 @@ class PostTrainingModule(ResumableModule):
                 logger.begin("fit" if run is None else run.value)
         trainer: Any = self.trainer
         present = {type(callback) for callback in trainer.callbacks}
-        return [make() for make in (ResumePosition, StopOnSignal) if make not in present]
+        return [make() for make in (RankAgreement, ResumePosition, StopOnSignal) if make not in present]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -240,6 +241,10 @@ class PostTrainingModule(ResumableModule):
         if self._layout is None:
             self._layout = resolve_layout(self.model, self._requested_layout)
         return self._layout
+
+    def settle_layout(self) -> None:
+        """Decides it."""
+        assert self.layout
 
     def token_stats(self, batch: SequenceBatch, model: nn.Module | None = None, **options: Any) -> TokenStats:
         """Log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""
@@ -371,6 +376,9 @@ class PostTrainingModule(ResumableModule):
             return
         self.zero_grad()
         rows = ", ".join(example.row_id for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
+        # The norm is the same on all ranks: each says whose rows are whose.
+        if world_size() > 1:
+            rows = "; ".join(f"of rank {n}: {part}" for n, part in enumerate(gather_objects(rows)) if part)
         raise ValueError(
             f"the gradient's norm is {float(grad_norm)} in step {self.trainer.global_step + 1} (rows {rows}); the "
             "weights are still those of the step before: look at these rows, or lower the learning rate"
@@ -408,7 +416,11 @@ class PostTrainingModule(ResumableModule):
         self._log_loaders("test", len(self.trainer.num_test_batches))
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Scores rows: one dictionary per row, ``row_id`` and every score."""
+        """Scores rows: one dictionary per row, ``row_id`` and every score.
+
+        On several ranks, these are rows of this rank, every ``world_size``-th of a batch: ``PredictionWriter`` puts
+        those of all ranks in order.
+        """
         examples = self._checked(batch)
         rows = self.score_examples(examples)
         names = [name for name in rows if name != ROW_KEY]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -82,9 +84,10 @@ def check_trainer(trainer: Any) -> None:
     """Refuses trainer flags that a module which steps by itself cannot honour.
 
     Raises:
-        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set, the strategy is none of ours, or one of
-            Lightning's tuners is at work.
+        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set, the strategy is none of ours, its
+            ranks are not those that were launched, or one of Lightning's tuners is at work.
     """
+    check_launch(trainer)
     check_strategy(trainer.strategy)
     check_tuners(trainer.callbacks)
     check_callbacks(trainer.callbacks)
@@ -98,6 +101,53 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; leave it out and set the module's "
             "max_grad_norm instead (it clips the norm of the global batch's gradient)"
+        )
+
+
+def launched_processes() -> tuple[str, int] | None:
+    """The launcher that started this process as one of several, and how many there are; ``None`` where none did."""
+    if TorchElasticEnvironment.detect():
+        launcher, number = "torchrun", os.environ.get("WORLD_SIZE", "1")
+    else:
+        # What srun says to the processes of a step; a batch script alone has no such variable.
+        launcher, number = "srun", os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    return (launcher, int(number)) if number.isdecimal() and int(number) > 1 else None
+
+
+def check_launch(trainer: Any) -> None:
+    """Refuses a trainer that would run once in each of several processes, or wait for machines that nobody names.
+
+    Raises:
+        ValueError: the trainer's ranks are not those that were launched.
+    """
+    launched, ranks, nodes = launched_processes(), trainer.world_size, trainer.num_nodes
+    if launched is not None and launched[1] != ranks:
+        launcher, number = launched
+        raise ValueError(
+            f"{launcher} started {number} processes, and trainer.devices and trainer.num_nodes make {ranks}: set "
+            f"--trainer.devices to the processes of a machine and --trainer.num_nodes to the machines (together "
+            f"{number}), or start without {launcher}"
+        )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    alone = isinstance(environment, LightningEnvironment) and environment.main_address in ("127.0.0.1", "localhost")
+    if launched is None and nodes > 1 and alone and os.environ.get("NODE_RANK", "0") == "0":
+        raise ValueError(
+            f"trainer.num_nodes is {nodes}, and nothing says where the other machines are: start this command on each "
+            f"with torchrun --nnodes={nodes} --nproc-per-node=... --rdzv-endpoint=HOST:PORT, or set MASTER_ADDR, "
+            "MASTER_PORT and NODE_RANK there; on one machine set --trainer.num_nodes=1"
+        )
+
+
+def check_single_process(command: str) -> None:
+    """Refuses several processes of a command that would all do the same, into the same files.
+
+    Raises:
+        ValueError: a launcher has started several.
+    """
+    launched = launched_processes()
+    if launched is not None:
+        raise ValueError(
+            f"{command} runs in one process, and {launched[0]} started {launched[1]}: start it without {launched[0]}"
         )
 
 

@@ -5,6 +5,7 @@ Under FSDP2 each begins with ``meet``, since ranks may still be in the middle of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,6 +63,19 @@ def gather_objects(value: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
+
+
+def rank_prefix() -> str:
+    """``"rank 1: "`` in one of several processes, for messages that any of them may print; nothing in a single one."""
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
+    return f"rank {rank}: " if rank is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def is_peer_loss(error: RuntimeError) -> bool:
+    """Whether an error comes from a collective that another rank has left."""
+    said = str(error).lower()
+    signs = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
+    return isinstance(error, dist.DistError) or any(sign in said for sign in signs)
 
 
 def rows_before_this_rank(count: int) -> int:

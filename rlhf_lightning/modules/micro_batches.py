@@ -71,6 +71,9 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
             switch_off_dropout(self)
         return self
 
+    def settle_layout(self) -> None:
+        """Decides how batches run; every rank calls it, before the first batch."""
+
     # What a method defines.
 
     @property

@@ -362,7 +362,7 @@ class OnPolicyModule(ReferencedModule):
         return self._rollout_metrics(in_canonical_order(rows)) if rows else {}
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Completes prompts: one dictionary per row, with ``completions`` and the ``rewards`` of each."""
+        """Completes prompts: one dictionary per row of this rank, with ``completions`` and the ``rewards`` of each."""
         rollouts = self.rollout(self._checked(batch), stage="predict")
         scores = self.combined(rollouts.rewards_EGK).tolist()
         return [

@@ -83,6 +83,21 @@ def validation_is_due(trainer: lightning.Trainer) -> bool:
         trainer.should_stop = should_stop
 
 
+def set_up_validation(trainer: lightning.Trainer) -> None:
+    """Makes the validation batches known, as Lightning does where the first epoch is one that is validated."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.enable_validation and loop._combined_loader is None:
+        trainer.validating = True
+        loop.setup_data()
+        trainer.training = True
+
+
+def has_validation(trainer: lightning.Trainer) -> bool:
+    """Whether a run has validation rows; every rank calls it, when training starts."""
+    set_up_validation(trainer)
+    return trainer.enable_validation and sum(trainer.fit_loop.epoch_loop.val_loop._max_batches or ()) > 0
+
+
 class ResumePosition(lightning.Callback):
     """Saves what Lightning's counters do not say of a run's position, and puts its loops back there.
 
@@ -136,7 +151,7 @@ class ResumePosition(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Tells the loops what comes next, which Lightning would guess from the counters."""
         loop = trainer.fit_loop.epoch_loop
-        self._set_up_validation(trainer)
+        set_up_validation(trainer)
         position = self._resumed
         if position is None:
             return
@@ -162,11 +177,3 @@ class ResumePosition(lightning.Callback):
         loop = trainer.fit_loop
         loop._restarting = loop.epoch_loop.restarting = False
         loop._resuming_from_checkpoint = True
-
-    def _set_up_validation(self, trainer: lightning.Trainer) -> None:
-        """Makes the validation batches known, as Lightning does where the first epoch is one that is validated."""
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        if trainer.enable_validation and loop._combined_loader is None:
-            trainer.validating = True
-            loop.setup_data()
-            trainer.training = True

@@ -14,6 +14,7 @@ from typing import NoReturn
 import transformers
 from rich.console import Console
 
+from ..modules.checks import check_single_process
 from ..rollouts.rewards._loading import find_own_modules
 from ..usage import UsageError, explain
 from .config import load_pipeline
@@ -47,6 +48,7 @@ def run_command(args: Sequence[str]) -> None:
     parser.add_argument("--run_dir", help="where everything is written, instead of the file's run_dir")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as stages.dpo.trainer.max_epochs=2")
     parsed = parser.parse_intermixed_args(args)
+    check_single_process("pipeline")
     find_own_modules()
     pipeline = load_pipeline(parsed.config, parsed.overrides, parsed.run_dir)
     console = Console()

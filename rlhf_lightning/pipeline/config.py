@@ -25,7 +25,7 @@ class Export:
     """Which model of a fit stage is written: the last, or the best by a metric of its validation."""
 
     monitor: str | None = None
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] | None = None
     merge_adapter: bool = False
 
 

@@ -70,26 +70,26 @@ def test_without_a_metric_the_last_model_is_exported(tiny_model_folder, tmp_path
 
 
 def test_nan_is_never_the_best(tiny_model_folder, tmp_path):
-    export = ModelExport(str(tmp_path / "model"), monitor="val/quality")
+    export = ModelExport(str(tmp_path / "model"), monitor="val/quality", mode="max")
     fit(tiny_model_folder(), export, [float("nan"), 0.1])
     assert (export.best_value, export.step) == (pytest.approx(0.1), 2)
 
 
 def test_a_metric_that_is_not_logged_is_named_with_those_that_are(tiny_model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"monitor is 'val/nonsense'.*logged: .*val/loss"):
-        fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/nonsense"), [0.0])
+        fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/nonsense", mode="min"), [0.0])
     assert not (tmp_path / "model").exists()
 
 
 def test_a_metric_without_validation_is_an_error(tiny_model_folder, tmp_path):
-    with pytest.raises(ValueError, match="never measured"):
+    with pytest.raises(ValueError, match="monitor is 'val/loss', and there are no validation rows by which to choose"):
         fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/loss"), [0.0], val=False)
 
 
 def test_a_resumed_run_keeps_a_better_model(tmp_path):
-    first = ModelExport(str(tmp_path), monitor="m")
+    first = ModelExport(str(tmp_path), monitor="m", mode="max")
     first.best_value, first.step = 0.9, 5
-    second = ModelExport(str(tmp_path), monitor="m")
+    second = ModelExport(str(tmp_path), monitor="m", mode="max")
     second.load_state_dict(first.state_dict())
     fitting = {"state": SimpleNamespace(fn="fit"), "sanity_checking": False}
     trainer = SimpleNamespace(**fitting, callback_metrics={"m": torch.tensor(0.8)})
