@@ -120,7 +120,8 @@ def check_launch(trainer: Any) -> None:
     Raises:
         ValueError: the trainer's ranks are not those that were launched.
     """
-    launched, ranks, nodes = launched_processes(), trainer.world_size, trainer.num_nodes
+    launched, nodes = launched_processes(), trainer.num_nodes
+    ranks = trainer.num_devices * nodes  # the trainer's own word: its environment repeats the launcher's
     if launched is not None and launched[1] != ranks:
         launcher, number = launched
         raise ValueError(

@@ -178,7 +178,6 @@ def test_f5_the_number_of_ranks_is_checked_under_every_strategy(strategy, monkey
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
-    trainer.strategy._num_nodes = 1
     with pytest.raises(ValueError, match=r"torchrun started 4 processes, and .* make 2: .*\(together 4\)"):
         check_launch(trainer)
 
