@@ -16,7 +16,7 @@ DEV     := $(VENV)/.installed-dev-$(KEY)
 PARITY  := $(VENV)/.installed-parity-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install dev test test-slow invariance parity test-gpu benchmark benchmark-gpu lint type format clean
+.PHONY: help quickstart install isolation dev test test-slow invariance parity test-gpu benchmark benchmark-gpu lint type format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,11 @@ quickstart: install ## run the whole pipeline on the embedded task (CONFIG=anoth
 
 # An installation with more extras serves for less.
 install: $(or $(wildcard $(PARITY)),$(wildcard $(DEV)),$(RUNTIME)) ## install the package into .venv
+
+isolation: ## install bubblewrap, which keeps programs of completions apart (where apt-get may)
+	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		timeout 300 sh -c 'apt-get -qq update && apt-get -qq install -y bubblewrap' >/dev/null 2>&1; } || \
+		echo "bubblewrap is not installed and apt-get cannot install it here: its tests are skipped"
 
 dev: $(or $(wildcard $(PARITY)),$(DEV)) ## install the package and the developers' tools into .venv
 

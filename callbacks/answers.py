@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..datamodules import PromptDataModule
 from ..rollouts import Completion, Engine, SamplingParams
+from ..rollouts.verifiers import check_verdicts
 from ..sequences import Example
 
 Verifier = Callable[..., Sequence[float | None]]
@@ -94,6 +95,9 @@ def answer_prompts(
 
     Returns:
         One list per prompt with ``num_samples`` answers.
+
+    Raises:
+        ValueError: the verifier's rewards are not one finite number or ``None`` each; NaN counts as ``None``.
     """
     sampling = sampling or SamplingParams(temperature=0.0)
     prompts = [example.root.tokens.tolist() for example in examples]
@@ -102,8 +106,7 @@ def answer_prompts(
     names = sorted({name for example in examples for name in example.fields} - {"prompt"})
     columns: dict[str, list[Any]] = {name: [example.fields.get(name) for example, _ in pairs] for name in names}
     texts = [example.fields.get("prompt") for example, _ in pairs]
-    rewards = list(verifier(texts, [sample.text for _, sample in pairs], **columns)) if pairs else []
-    if len(rewards) != len(pairs):
-        raise ValueError(f"the verifier gave {len(rewards)} rewards for {len(pairs)} completions: one each is needed")
+    given = verifier(texts, [sample.text for _, sample in pairs], **columns) if pairs else []
+    rewards = check_verdicts(given, len(pairs))
     answers = [Answer(*pair, reward) for pair, reward in zip(pairs, rewards, strict=True)]
     return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]

@@ -28,7 +28,7 @@ from .rollouts.rewards._loading import find_own_modules
 from .rollouts.step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions
 from .sequences import Example
 from .usage import UsageError, explain
-from .utils.files import write_atomically
+from .utils.files import json_line, write_atomically
 
 _PROMPTS_AT_ONCE = 16
 _COUNTED = (TOO_LONG, "cut off", "without steps", "alike", UNJUDGED)
@@ -151,7 +151,10 @@ def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> 
     engine = _engine(options, tokenizer)
     examples = read_prompts(options.prompts, tokenizer, limit=options.limit)
     settings = {name: value for name, value in asdict(options).items() if name not in _NOT_RESULTS}
-    journal = _Journal(Path(options.output).expanduser(), {**settings, "files": input_hashes(settings)})
+    origin = {**settings, "files": input_hashes(settings)}
+    if isinstance(engine, RemoteEngine):
+        origin["served model"] = engine.served_model()
+    journal = _Journal(Path(options.output).expanduser(), origin)
     while part := examples[journal.done : journal.done + _PROMPTS_AT_ONCE]:
         journal.append(len(part), *_labelled(part, options, engine, tokenizer, verify))
         say(f"{journal.done} of {len(examples)} prompts: {len(journal.rows)} solutions labelled")
@@ -254,10 +257,14 @@ class _Journal:
 
     def _read(self, origin: dict[str, Any]) -> None:
         content = self.path.read_bytes()
+        # What a crash leaves behind the last line: a part of the next, or zeros where the disk had got no further.
         whole = content[: content.rfind(b"\n") + 1]
+        parts = whole.split(b"\n")[:-1]
+        if parts and not parts[-1].strip(b"\0"):
+            whole = whole[: -len(parts.pop()) - 1]
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        lines = [json.loads(line) for line in whole.split(b"\n") if line]
+        lines = [self._parsed(number, part) for number, part in enumerate(parts, start=1)]
         if not lines:
             self._write(origin)
             return
@@ -269,6 +276,21 @@ class _Journal:
             )
         for line in lines[1:]:
             self._count(line)
+
+    def _parsed(self, number: int, part: bytes) -> dict[str, Any]:
+        try:
+            line: dict[str, Any] = json.loads(part)
+            if number > 1:
+                sum([line["prompts"], *line["left_out"].values()])
+                [row["labels"] for row in line["rows"]]
+            elif not isinstance(line, dict):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"line {number} of {str(self.path)!r} is damaged ({type(error).__name__}): cut the file before that "
+                "line, or remove it to begin anew"
+            ) from None
+        return line
 
     def append(self, num_prompts: int, rows: list[dict[str, Any]], left_out: dict[str, int]) -> None:
         line = {"prompts": num_prompts, "left_out": left_out, "rows": rows}
@@ -283,7 +305,7 @@ class _Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_line(line))
             file.flush()
             os.fsync(file.fileno())
 
@@ -296,8 +318,7 @@ class _Journal:
                 f"no solution of {self.done} prompts could be labelled ({reasons or 'none at all'}): raise "
                 "sampling.max_new_tokens, use another model, or look at what the verifier reads"
             )
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_atomically(self.target, text)
+        write_atomically(self.target, "".join(map(json_line, self.rows)))
         self.path.unlink()
         given = [label for row in self.rows for label in row["labels"]]
         return {

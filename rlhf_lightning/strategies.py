@@ -293,7 +293,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"the checkpoint {str(path)!r} is a folder, as ModelParallelStrategy's distributed checkpoints are; "
                 "strategy 'fsdp2' reads single files: resume with the strategy that wrote it"
             )
-        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only is not False)
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

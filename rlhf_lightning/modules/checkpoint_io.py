@@ -68,7 +68,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "ckpt_path='last' takes the newest that is whole"
             )
         place = (lambda storage, _: storage) if map_location is None else map_location
-        return super().load_checkpoint(path, place, weights_only)
+        # Lightning reads one from an address as whatever objects it holds, code included, unless told not to.
+        return super().load_checkpoint(path, place, True if weights_only is None else weights_only)
 
 
 def damage(path: str | Path) -> str | None:

@@ -58,7 +58,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     advice = "restore it, or delete it: the stages then run again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the manifest {str(path)!r} is damaged ({str(error).splitlines()[0]}): {advice}") from error
     stages = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from inspect import signature
@@ -17,7 +17,7 @@ from ..callbacks.answers import Answer, answer_prompts, load_verifier, read_prom
 from ..models import load_causal_lm, load_tokenizer
 from ..rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams, derive_seed
 from ..usage import did_you_mean
-from ..utils.files import write_atomically
+from ..utils.files import json_line, write_atomically
 from ..utils.progress import progress
 from .config import Evaluation, SampleStage
 
@@ -71,19 +71,27 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
             f"no prompt of {stage.prompts!r} got both a better and a worse completion (mean reward {mean:.2f}): "
             "raise num_samples or sampling.temperature, or sample from another model"
         )
-    write_atomically(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(folder / PAIRS, "".join(map(json_line, rows)))
     cut_off = sum(answer.completion.finish_reason == "length" for answer in answers)
     return {"samples": len(answers), "mean_reward": mean, "pairs": len(rows), "cut_off": cut_off}
 
 
 def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
     """The best and the worst of a prompt's answers as a row, if one is better than the other."""
-    ended = [a for a in group if a.reward is not None and a.completion.finish_reason == "stop" and a.completion.text]
+    ended = [
+        answer
+        for answer in group
+        if answer.reward is not None
+        and math.isfinite(answer.reward)
+        and answer.completion.finish_reason == "stop"
+        and answer.completion.text
+    ]
     if not ended:
         return None
     best = max(ended, key=lambda answer: answer.reward or 0.0)
     worst = min(ended, key=lambda answer: answer.reward or 0.0)
-    if best.reward == worst.reward:
+    # A text is no worse than itself, whatever a verifier that changes its mind says of it.
+    if best.reward == worst.reward or best.completion.text == worst.completion.text:
         return None
     texts = {"chosen": best.completion.text, "rejected": worst.completion.text}
     return {"prompt": best.example.fields["prompt"], **texts} | {
@@ -104,10 +112,10 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     if not rewards:
         raise ValueError(f"no reward for any of the prompts {evaluation.prompts!r}: they lack what the verifier reads")
     lines = [
-        json.dumps({"prompt": a.example.fields["prompt"], "completion": a.completion.text, "reward": a.reward})
+        json_line({"prompt": a.example.fields["prompt"], "completion": a.completion.text, "reward": a.reward})
         for a in answers
     ]
-    write_atomically(answers_file, "\n".join(lines) + "\n")
+    write_atomically(answers_file, "".join(lines))
     return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}
 
 

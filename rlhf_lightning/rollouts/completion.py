@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 
 
+def readable(text: str) -> str:
+    r"""A text that can be written as UTF-8: JSON may hold halves of characters, which no tokenizer takes.
+
+    Example:
+        >>> readable("a\ud83d\ude00b\ud800") == "a\N{GRINNING FACE}b\N{REPLACEMENT CHARACTER}"
+        True
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 @dataclass(frozen=True)
 class Completion:
     """What a model wrote after a prompt.

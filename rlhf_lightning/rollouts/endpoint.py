@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import queue
+import re
 import threading
 import time
 import urllib.error
@@ -24,6 +25,7 @@ _LONGEST_PAUSE = 30.0
 # that it cannot do this at all.
 _PASSING = (408, 425, 429)
 _FINAL_FAILURES = (501, 505)
+_KEY = re.compile(r"[!-~]+")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -62,11 +64,12 @@ class Endpoint:
     A request that finds no server, gets no answer in time, half an answer, or one of the statuses 408, 425, 429 and
     5xx is repeated after a pause, which doubles each time up to half a minute; a server's ``Retry-After`` is honoured
     up to that. Anything else is final. Redirects are not followed; proxies of the environment are used, but for the
-    machine itself.
+    machine itself. The key is in no message, even where the server repeats it.
 
     Args:
-        url: such as ``http://localhost:8000`` or ``https://host/v1``; an address without a path gets ``/v1``.
-        api_key: sent as a bearer token; ``None`` for none.
+        url: such as ``http://localhost:8000`` or ``https://host/v1``; an address without a path gets ``/v1``. It holds
+            no user, password or query: addresses are written into records and messages.
+        api_key: sent as a bearer token, of visible ASCII characters; ``None`` for none.
         timeout: seconds without a byte after which a request is given up, above 0.
         max_retries: further attempts after the first, at least 0.
         backoff: seconds before the second attempt, at least 0.
@@ -90,10 +93,15 @@ class Endpoint:
         max_retries: int = 4,
         backoff: float = 0.5,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
+        parts = _split(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             rest = url.rpartition("://")[2] or "localhost:8000"
             raise ValueError(f"url={url!r} is not allowed: write it with http:// or https://, as http://{rest}")
+        if api_key is not None and not _KEY.fullmatch(api_key):
+            raise ValueError(
+                f"the api_key has {len(api_key)} characters, of which some are no visible ASCII (a line break, a "
+                "blank): write the key alone"
+            )
         for name, value, valid, allowed in (
             ("timeout", timeout, 0 < timeout < math.inf, "above 0 seconds"),
             ("max_retries", max_retries, max_retries >= 0, "at least 0; 4 is usual"),
@@ -106,36 +114,46 @@ class Endpoint:
         self.max_retries = max_retries
         self.backoff = backoff
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._api_key = api_key
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         proxies = [urllib.request.ProxyHandler({})] if parts.hostname in _LOOPBACK else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
-    def get(self, path: str) -> dict[str, Any]:
+    def get(self, path: str, stopped: threading.Event | None = None) -> dict[str, Any]:
         """Fetches an object from a path below the base address, such as ``models``."""
-        return self._request(path, None)
+        return self._request(path, None, stopped)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, Any], stopped: threading.Event | None = None) -> dict[str, Any]:
         """Sends an object to a path below the base address, and returns the one that comes back.
+
+        Args:
+            path: such as ``completions``.
+            body: the object.
+            stopped: once it is set, no further attempt is made.
 
         Raises:
             ServerError: after the last attempt.
         """
-        return self._request(path, json.dumps(body).encode())
+        return self._request(path, json.dumps(body).encode(), stopped)
 
-    def _request(self, path: str, data: bytes | None) -> dict[str, Any]:
+    def _request(self, path: str, data: bytes | None, stopped: threading.Event | None) -> dict[str, Any]:
         request = urllib.request.Request(f"{self.url}/{path}", data, self._headers)
         for attempt in range(self.max_retries + 1):
             try:
                 return self._attempt(request)
             except _FailedAttemptError as failed:
+                said = self._without_key(str(failed))
                 if not failed.passing:
-                    raise ServerError(str(failed), failed.status) from None
-                if attempt == self.max_retries:
+                    raise ServerError(said, failed.status) from None
+                pause = min(max(self.backoff * 2.0**attempt, failed.pause), _LONGEST_PAUSE)
+                if attempt == self.max_retries or _is_stopped(pause, stopped):
                     tried = f"{attempt + 1} attempts" if attempt else "1 attempt"
-                    raise ServerError(f"{failed} ({tried})", failed.status) from None
-                time.sleep(min(max(self.backoff * 2.0**attempt, failed.pause), _LONGEST_PAUSE))
+                    raise ServerError(f"{said} ({tried})", failed.status) from None
         raise AssertionError("unreachable")
+
+    def _without_key(self, text: str) -> str:
+        return text if self._api_key is None else text.replace(self._api_key, "***")
 
     def _attempt(self, request: urllib.request.Request) -> dict[str, Any]:
         try:
@@ -191,6 +209,31 @@ class Endpoint:
         )
 
 
+def _is_stopped(pause: float, stopped: threading.Event | None) -> bool:
+    """Waits for so many seconds, or until nobody waits for an answer any more."""
+    if stopped is not None:
+        return stopped.wait(pause)
+    time.sleep(pause)
+    return False
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    """Takes an address apart that holds nothing that is not to be seen."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        hidden = (
+            "@" in parts.netloc or "@" in url.rpartition("://")[2].partition("/")[0] or parts.query or parts.fragment
+        )
+    except ValueError as error:
+        raise ValueError(f"url is not allowed: {error}") from None
+    if hidden:
+        raise ValueError(
+            "the url holds a user, a password or a query, which would be written into records and messages: write the "
+            "address alone, put the key into an environment variable, and name that in api_key_variable"
+        )
+    return parts
+
+
 def _detail(content: bytes) -> str:
     """What a refusal says, in whichever of the usual places it says it."""
     try:
@@ -208,7 +251,9 @@ def _seconds(text: str | None) -> float:
     return float(text) if text and text.strip().isdigit() else 0.0
 
 
-def in_parallel(call: Callable[[T], R], items: Sequence[T], limit: int) -> list[R]:
+def in_parallel(
+    call: Callable[[T], R], items: Sequence[T], limit: int, stopped: threading.Event | None = None
+) -> list[R]:
     """Calls a function of every item, some at a time in threads.
 
     The threads are daemons: neither an error nor Ctrl-C waits for calls that are still under way.
@@ -217,6 +262,7 @@ def in_parallel(call: Callable[[T], R], items: Sequence[T], limit: int) -> list[
         call: what to call.
         items: one per call.
         limit: calls at once, at least 1.
+        stopped: set as soon as a call has raised or nobody waits any more, for calls that are still under way.
 
     Returns:
         The results, in the order of the items.
@@ -230,7 +276,7 @@ def in_parallel(call: Callable[[T], R], items: Sequence[T], limit: int) -> list[
     """
     waiting = iter(enumerate(items))
     lock = threading.Lock()
-    stopped = threading.Event()
+    stopped = stopped or threading.Event()
     done: queue.SimpleQueue[tuple[int, R | None, Exception | None]] = queue.SimpleQueue()
 
     def work() -> None:

@@ -224,7 +224,7 @@ def _seeds(
         seed = int(torch.randint(2**62, ())) if params.seed is None and not params.greedy else params.seed or 0
         return [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(num_prompts)]
     shape = sorted({len(row) for row in seeds})
-    if len(seeds) != num_prompts or shape != [num_samples]:
+    if len(seeds) != num_prompts or any(length != num_samples for length in shape):
         raise ValueError(
             f"seeds has {len(seeds)} rows of lengths {shape}: it must have one row per prompt ({num_prompts}) and one"
             f" seed per sample ({num_samples})"

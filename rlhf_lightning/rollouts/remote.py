@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from ..usage import did_you_mean, one_line
-from .completion import Completion, FinishReason
+from .completion import Completion, FinishReason, readable
 from .endpoint import Endpoint, ServerError, in_parallel
 from .generation import Prompts, _seeds
+from .remote_answers import UnusableError, spoken_tokens
 from .sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _PATHS: Final[dict[str, str]] = {"completions": "completions", "chat": "chat/com
 _STOPPED: Final = ("stop", "tool_calls", "function_call")
 # Servers differ in how wide a seed they take; all of them take this.
 _SEED_MASK: Final = (1 << 31) - 1
-_TOKEN_PREFIX: Final = "token_id:"  # how vLLM writes tokens as numbers
+_ROUNDING: Final = 1e-4  # a log-probability of 0 may come out above it by this much
 
 
 class RemoteEngine:
@@ -151,7 +152,13 @@ class RemoteEngine:
             for prompt, row in zip(written, numbered, strict=True)
             for seed in row[:distinct]
         ]
-        samples = in_parallel(lambda body: self._sample(body, params), bodies, self.max_concurrency)
+        stopped = threading.Event()
+        try:
+            samples = in_parallel(
+                lambda body: self._sample(body, params, stopped), bodies, self.max_concurrency, stopped
+            )
+        except ServerError as error:
+            raise self._without_model(error, settings) if error.status == 404 else error from None
         grouped = [samples[first : first + distinct] for first in range(0, len(samples), distinct)]
         return [group * (num_samples // distinct) for group in grouped]
 
@@ -244,6 +251,21 @@ class RemoteEngine:
         length = own[0].get("max_model_len") if len(own) == 1 else None
         return max(length - sampling.max_new_tokens, 0) if isinstance(length, int) else None
 
+    def served_model(self) -> dict[str, Any]:
+        """What the server says of the model that is asked: its name, and what stands behind the name where it says so.
+
+        Raises:
+            ServerError: nobody answers, or there are several models and none was chosen.
+        """
+        name = self._model()
+        try:
+            found = next((model for model in self._listed() if model["id"] == name), {})
+        except ServerError as error:
+            if error.status is None:  # nobody answers at all
+                raise
+            found = {}
+        return {"id": name, "root": found.get("root")}
+
     def _model(self) -> str:
         if self.model is None:
             names = self._served()
@@ -261,15 +283,14 @@ class RemoteEngine:
         models = listed if isinstance(listed, list) else []
         return [model for model in models if isinstance(model, dict) and "id" in model]
 
-    def _sample(self, body: Mapping[str, Any], params: SamplingParams) -> Completion:
-        try:
-            answer = self.endpoint.post(_PATHS[self.api], body)
-        except ServerError as error:
-            raise self._without_model(error, body) if error.status == 404 else error from None
+    def _sample(self, body: Mapping[str, Any], params: SamplingParams, stopped: threading.Event) -> Completion:
+        answer = self.endpoint.post(_PATHS[self.api], body, stopped)
         try:
             choice = answer["choices"][0]
             text = choice["message"].get("content") if self.api == "chat" else choice["text"]
-            ended, spoken = choice.get("finish_reason"), _spoken(choice, self.api)
+            ended, spoken = choice.get("finish_reason"), spoken_tokens(choice, self.api)
+        except UnusableError as error:
+            raise ServerError(f"the server at {self.endpoint.url} {error}") from None
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             raise ServerError(
                 f"the server at {self.endpoint.url} answers without the choices of api={self.api!r}: "
@@ -280,7 +301,7 @@ class RemoteEngine:
         finish: FinishReason = "length" if ended == "length" else "stop"
         token_ids, logprobs = spoken
         sampled, of_model = self._logprobs(token_ids, logprobs, params)
-        return Completion(token_ids, _before_stop(str(text or ""), params), sampled, finish, of_model)
+        return Completion(token_ids, _before_stop(readable(str(text or "")), params), sampled, finish, of_model)
 
     def _logprobs(
         self, token_ids: list[int], logprobs: list[float] | None, params: SamplingParams
@@ -293,11 +314,12 @@ class RemoteEngine:
                 f"the server at {self.endpoint.url} returns no log-probabilities, which are needed here: use one that "
                 "does, such as vLLM, or do without logprobs and model_logprobs"
             )
-        if (token_ids and len(token_ids) != len(logprobs)) or not all(map(math.isfinite, logprobs)):
+        if (token_ids and len(token_ids) != len(logprobs)) or not all(value <= _ROUNDING for value in logprobs):
             raise ServerError(
                 f"the server at {self.endpoint.url} returns {len(logprobs)} log-probabilities for {len(token_ids)} "
-                f"tokens, or some that are no numbers: {one_line(logprobs, 80)}"
+                f"tokens, or some that are no numbers up to 0: {one_line(logprobs, 80)}"
             )
+        logprobs = [min(value, 0.0) for value in logprobs]
         # A greedy draw is certain.
         sampled = [0.0] * len(logprobs) if params.greedy else logprobs if self.logprobs else []
         return sampled, logprobs if params.model_logprobs else None
@@ -338,28 +360,6 @@ def _unmodified(params: SamplingParams) -> bool:
         params.repetition_penalty,
         params.min_new_tokens,
     )
-
-
-def _spoken(choice: Mapping[str, Any], api: Api) -> tuple[list[int], list[float] | None]:
-    """Token ids (none where the server does not name them) and log-probabilities of a choice."""
-    reported = choice.get("logprobs")
-    tokens: list[Any] = []
-    logprobs: list[float] | None = None
-    if reported and api == "chat" and reported.get("content") is not None:
-        tokens = [entry["token"] for entry in reported["content"]]
-        logprobs = [_number(entry["logprob"]) for entry in reported["content"]]
-    elif reported and api == "completions" and reported.get("token_logprobs") is not None:
-        tokens = reported.get("tokens") or []
-        logprobs = [_number(value) for value in reported["token_logprobs"]]
-    if choice.get("token_ids") is not None:
-        return [int(token) for token in choice["token_ids"]], logprobs
-    if tokens and all(str(token).startswith(_TOKEN_PREFIX) for token in tokens):
-        return [int(str(token).removeprefix(_TOKEN_PREFIX)) for token in tokens], logprobs
-    return [], logprobs
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _before_stop(text: str, params: SamplingParams) -> str:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
+from .completion import readable
 from .generation import Engine
 from .sampling import SamplingParams, derive_seed
+from .verifiers import check_verdicts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +109,7 @@ def sample_solutions(
         rest = {name: value for name, value in row.items() if name not in _OF_A_SOLUTION}
         seen: set[tuple[str, ...]] = set()
         for number, completion in enumerate(group):
-            steps = [step for step in completion.text.split(step_separator) if step]
+            steps = [step for step in readable(completion.text).split(step_separator) if step]
             ended = completion.finish_reason == "stop"
             cut_off += not ended
             empty += ended and not steps
@@ -258,6 +260,7 @@ class _Labeller:
                 f"row {row_id} has the columns {sorted(row)}; it needs a prompt, and completions (a list of steps) or "
                 "completion (a text of at least one step)"
             )
+        steps = [readable(step) for step in steps]
         step_ids = [_ids(self.tokenizer, step + self.separator, add_special_tokens=False) for step in steps]
         prompt_ids = list(self.prompt_tokens(row)) if self.prompt_tokens else _prompt_ids(self.tokenizer, prompt)
         return _Solution(row_id, row, steps, prompt_ids, step_ids)
@@ -309,9 +312,7 @@ class _Labeller:
         names = {name for solution in solutions for name in solution.row} - {"prompt", "completions", "completion"}
         columns = {name: [solution.row.get(name) for solution in solutions] for name in sorted(names)}
         rewards = self.verify([solution.row["prompt"] for solution in solutions], list(texts), **columns)
-        if len(rewards) != len(texts):
-            raise ValueError(f"the verifier returned {len(rewards)} rewards for {len(texts)} completions")
-        return rewards
+        return check_verdicts(rewards, len(texts))
 
 
 def _given_up(solution: _Solution, count: int) -> bool:

@@ -10,25 +10,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from numbers import Real
+from typing import Any, Final
 
-# `A:` only where a word begins, so that `USA:` is none.
-_MARKER = re.compile(r"#+|(?<!\w)A:|\\boxed\s*\{")
-_CURRENCY = re.compile(r"([-+]?)\s*\\?[$€£¥]\s*")
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_DECIMAL = re.compile(rf"[-+]?(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]{{1,3}})?", re.IGNORECASE)
-# A model that repeats a digit without end has not written a number; Python refuses to read more than 4,300 of them.
-_MAX_LENGTH = 200
-_RATIO = re.compile(rf"([-+]?{_INTEGER})\s*/\s*({_INTEGER})")
+from .numbers_in_text import plain_text, read_number, take_unit
+
+# `A:` only where a word begins, so that `USA:` is none; `#` not within `C#` or `&#8722;`.
+_MARKER: Final = re.compile(r"(?<![\w&])#+|(?<!\w)A:\**|\\f?boxed\s*\{")
+# A heading speaks of something else: a word first, perhaps behind the number of a section.
+_HEADING: Final = re.compile(r"[ \t]+(?:[*_`]*\s*)(?:\d+[.):]\s+)?(?:[^\W\d_]{2,})")
+_ANSWER: Final = re.compile(r"\banswer\b", re.IGNORECASE)
+_LABEL: Final = re.compile(r"(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]\s*", re.IGNORECASE)
+_VARIABLE: Final = re.compile(r"[A-Za-z]\s*=\s*(?!=)")
 
 
 def final_answer(text: str) -> str | None:
     r"""Finds the final answer of a solution: what stands after its last marker.
 
     Markers are a run of ``#`` (``#26``, ``#### 26``), ``A:`` and ``\boxed{...}``. The answer reaches to the end of the
-    line, or to the brace that closes ``\boxed{`` (without which the solution was cut off, and has no answer).
+    line, or to the brace that closes ``\boxed{`` (without which the solution was cut off, and has no answer). After
+    another marker, a heading (``### Check``, and ``#### Check`` with text below) is none,
+    unless it speaks of an answer.
 
     Args:
         text: a solution.
@@ -41,6 +44,8 @@ def final_answer(text: str) -> str | None:
         ('26', None)
     """
     markers = list(_MARKER.finditer(text))
+    while len(markers) > 1 and _is_heading(text, markers[-1]):
+        del markers[-1]
     if not markers:
         return None
     rest = text[markers[-1].end() :]
@@ -48,14 +53,27 @@ def final_answer(text: str) -> str | None:
     return answer.strip() or None
 
 
+def _is_heading(text: str, marker: re.Match[str]) -> bool:
+    """Whether a run of ``#`` begins a line that is a heading of Markdown."""
+    if not marker.group().startswith("#") or text[: marker.start()].rpartition("\n")[2].strip():
+        return False
+    line, _, below = text[marker.end() :].partition("\n")
+    if not _HEADING.match(line) or _ANSWER.search(line):
+        return False
+    # Four of them may mark an answer in words, too, unless they stand above something.
+    return len(marker.group()) < 4 or bool(below.strip())
+
+
 def exact_answer(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Sequence[Any]
 ) -> list[float | None]:
     r"""Rewards completions whose final answer is the right one: 1 if it is, 0 if it is not or if there is none.
 
-    Numbers are compared as numbers, exactly: ``1,000``, ``1000``, ``1000.0`` and ``$1000`` are equal, and so are
-    ``0.5`` and ``1/2``. Anything else is compared as text, without regard to case and spacing; ``18 eggs`` is not
-    ``18``.
+    Numbers are compared as numbers, exactly: ``1,000``, ``1{,}000``, ``1000.0``, ``$1000`` and ``10^3`` are equal, and
+    so are ``0.5``, ``1/2`` and ``\frac{1}{2}``, ``1 1/2`` and ``1.5``; a currency or a percent sign is left out where
+    only one side has it, and must agree where both have one. Anything else is compared as text, without regard to case
+    and spacing. Marks of Markdown and LaTeX around the answer (``**42**``, ``$42$``, ``\text{Paris}``), a label
+    (``Answer:``), ``x =`` and a full stop are no part of it; words are: ``18 eggs`` is not ``18``.
 
     Args:
         prompts: one text per row; not read.
@@ -79,6 +97,40 @@ def exact_answer(
     return [_reward(completion, right) for completion, right in zip(completions, answer, strict=True)]
 
 
+def check_verdicts(found: Any, num_samples: int) -> list[float | None]:
+    """What a verifier returned, as one finite number or ``None`` per completion.
+
+    NaN, which tables and NumPy put where there is no number, says as little as ``None``.
+
+    Args:
+        found: what it returned.
+        num_samples: how many completions it was given.
+
+    Raises:
+        ValueError: there are more or fewer, or one is no finite number.
+
+    Example:
+        >>> check_verdicts([1, float("nan"), None], 3)
+        [1.0, None, None]
+    """
+    verdicts = list(found)
+    if len(verdicts) != num_samples:
+        raise ValueError(f"the verifier gave {len(verdicts)} rewards for {num_samples} completions: one each is needed")
+    return [_verdict(number, value) for number, value in enumerate(verdicts)]
+
+
+def _verdict(number: int, value: Any) -> float | None:
+    if value is not None and not isinstance(value, Real) and getattr(value, "ndim", None) == 0:
+        value = value.item()  # a tensor or array without dimensions
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return None
+    if not isinstance(value, Real) or math.isinf(value):
+        raise ValueError(
+            f"the verifier gave {value!r} for completion {number}: return a finite number, or None for no verdict"
+        )
+    return float(value)
+
+
 def _reward(completion: str, right: Any) -> float | None:
     # NaN is what a reader of tables puts where a number is missing.
     if right is None or (isinstance(right, float) and math.isnan(right)):
@@ -92,25 +144,25 @@ def _reward(completion: str, right: Any) -> float | None:
 
 
 def _equal(given: str, reference: str) -> bool:
+    given, reference = _bare(given), _bare(reference)
+    if "=" not in reference:
+        given = _VARIABLE.sub("", given, count=1) if _VARIABLE.match(given) else given
     number, right = _number(given), _number(reference)
     if number is not None and right is not None:
-        return number == right
+        (value, unit), (right_value, right_unit) = number, right
+        return value == right_value and (unit == right_unit or not unit or not right_unit)
     return given.casefold().split() == reference.casefold().split()
 
 
-def _number(text: str) -> Fraction | None:
-    """The number that a text is, exactly; None if it is not a number."""
-    if len(text) > _MAX_LENGTH:
-        return None
-    text = text.replace("\N{MINUS SIGN}", "-").rstrip(" .%\\")
-    text = _CURRENCY.sub(r"\1", text, count=1) if _CURRENCY.match(text) else text
-    if _DECIMAL.fullmatch(text):
-        return Fraction(Decimal(text.replace(",", "")))
-    ratio = _RATIO.fullmatch(text)
-    if ratio is None:
-        return None
-    numerator, denominator = (int(part.replace(",", "")) for part in ratio.groups())
-    return Fraction(numerator, denominator) if denominator else None
+def _bare(answer: str) -> str:
+    answer = plain_text(answer)
+    return plain_text(answer[label.end() :]) if (label := _LABEL.match(answer)) else answer
+
+
+def _number(text: str) -> tuple[Fraction, str] | None:
+    text, unit = take_unit(text)
+    value = read_number(text)
+    return None if value is None else (value, unit)
 
 
 def _until_closing_brace(text: str) -> str:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,16 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    r"""A row as a line of JSON Lines; halves of characters, which UTF-8 has not, are written as JSON's escapes.
+
+    Example:
+        >>> json_line({"a": 1}), json_line({"a": "\ud800"})
+        ('{"a": 1}\n', '{"a": "\\ud800"}\n')
+    """
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 # Whose a folder is.

@@ -107,8 +107,8 @@ def test_log_probabilities_of_completions():
     by_name, served = ask(completion("a", logprobs=reported), ["p"], sampling=PLAIN, logprobs=True)
     assert by_name == [[Completion([5, 1], "a", [-0.5, -2.0], "stop")]]
     assert (served.bodies[0]["logprobs"], served.bodies[0]["return_tokens_as_token_ids"]) == (1, True)
-    by_number, _ = ask(completion("a", logprobs=reported, token_ids=[8, 9]), ["p"], sampling=PLAIN, logprobs=True)
-    assert by_number[0][0].token_ids == [8, 9]
+    by_number, _ = ask(completion("a", logprobs=reported, token_ids=[5, 1]), ["p"], sampling=PLAIN, logprobs=True)
+    assert by_number[0][0].token_ids == [5, 1]
     words = {"tokens": ["a", ""], "token_logprobs": [-0.5, -2]}
     unnamed, _ = ask(completion("a", logprobs=words), ["p"], sampling=PLAIN, logprobs=True, dialect="openai")
     assert unnamed == [[Completion([], "a", [-0.5, -2.0], "stop")]]

@@ -11,17 +11,19 @@ import sys
 from typing import Any
 
 # A word of two letters or more that is no LaTeX command: prose, not a formula.
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 def parse_gold(math_verify: Any, gold: str) -> list[Any]:
     """The reference answer as expressions, empty if it is none."""
     gold = gold.rpartition("####")[2].strip()
+    is_formula = bool(gold) and not WORD.search(gold)
+    # A bare formula is taken for prose unless it is marked as one: of `2\sqrt{2}` the first number is read.
+    as_formula: list[Any] = math_verify.parse(f"${gold}$", parsing_timeout=None) if is_formula else []
+    if "\\" in gold and "$" not in gold and as_formula:
+        return as_formula
     parsed: list[Any] = math_verify.parse(gold, parsing_timeout=None)
-    if not parsed and gold and not _WORD.search(gold):
-        # A bare formula is taken for prose unless it is marked as one.
-        parsed = math_verify.parse(f"${gold}$", parsing_timeout=None)
-    return parsed
+    return parsed or as_formula
 
 
 def is_right(math_verify: Any, gold: list[Any], completion: str, boxed_only: bool) -> bool:

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import os
+import math
 import re
-import secrets
-import select
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Final, Literal
+from contextlib import ExitStack
+from typing import Any, Final
 
 from ._columns import read_column
+from .sandbox import IsolationChoice, Judge, resolve_isolation, run_script
+from .sandbox.isolation import Limits
 
-_SCRIPT: Final = Path(__file__).with_name("_sandbox.py")
 _FENCED: Final = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL)
-_STARTUP_SECONDS: Final = 20.0
-_FILE_MB: Final = 8
-_NAMESPACES: Final = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child=SIGKILL")
-
-
-@functools.cache
-def network_isolation() -> Literal["namespace", "guard"]:
-    """How programs are kept from the network on this machine.
-
-    ``namespace``: in network and process namespaces of their own, made by ``unshare``, where there is no network and
-    nothing outlives the program. ``guard``: where the system does not allow that, by the interpreter's audit hook
-    alone, which stops Python code but not compiled code that a program might load.
-
-    Returns:
-        Which of the two.
-
-    Example:
-        >>> network_isolation() in ("namespace", "guard")
-        True
-    """
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        return "guard"
-    try:
-        done = subprocess.run([unshare, *_NAMESPACES, "true"], capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "guard"
-    return "namespace" if done.returncode == 0 else "guard"
+_SCRIPT_KEYS: Final = frozenset({"input", "output"})
+_CALL_KEYS: Final = frozenset({"call", "args", "kwargs", "output"})
 
 
 def extract_program(completion: str, *, require_fence: bool = False) -> str | None:
@@ -77,33 +42,51 @@ def extract_program(completion: str, *, require_fence: bool = False) -> str | No
 class CodeTestsReward:
     """Rewards a completion whose program passes the row's tests.
 
-    A test is either Python code that raises where the program is wrong (``assert add(1, 2) == 3``), run after the
-    program in its names, or a mapping with ``input`` and ``output``: what the program must print for that input, up to
-    white space at the ends of lines and of the text.
+    **It runs what the model wrote.** A program runs in a process of its own that the operating system keeps from files,
+    network and processes that are not the program's (``isolation``, and what each of its values means:
+    :func:`~rlhf_lightning.rollouts.rewards.sandbox.resolve_isolation`). Nothing in that process decides the reward:
+    tests, inputs to come and expected values are outside, and what the program prints or returns is compared there.
 
-    Each completion runs in a process of its own with limits on wall time, processor time, memory and size of files, in
-    an empty temporary folder, without environment variables, without network (see ``network_isolation``), and with an
-    audit hook that refuses starting processes and writing elsewhere. Its verdict cannot be had by exiting early. This
-    stops accidents and lazy cheating, not a determined attacker: run untrusted models in a container.
+    A test is one of
+
+    - ``{"input": text, "output": text}``: what the program prints for an input. Blanks at the ends of lines and empty
+      lines at the end are not compared; the program must end without an error.
+    - ``{"call": name, "args": [...], "kwargs": {...}, "output": value}``: what a function of the program returns, equal
+      as data, tuples being lists; ``Class.method`` calls a method of a new object.
+    - Python code that raises where the program is wrong (``assert add(1, 2) == 3``). It runs outside, where the
+      program's functions and classes can be called by their names with plain values (numbers, text, lists, sets,
+      dictionaries, dates, arrays) and functions of the test's, and return plain values. An object of another kind stays
+      in the program: its methods can be called; it equals no plain value, whatever the program says. What a test passes
+      *to* the program is no secret from it: expected values belong on the other side of ``==``.
+
+    A program that does not end in time has failed, as has one that takes more memory, files, processes or output than
+    it may, or that leaves the tests without an answer.
 
     Args:
-        tests_column: the column with each row's tests: a list, or one test; a row without tests cannot be scored.
-        passed: reward of a completion that passes all tests.
-        failed: reward of one that does not, or that has no program.
-        partial_credit: reward the share of tests passed, between the two.
-        require_fence: the program must be in a fenced block; else a completion without one is a program as a whole.
-        timeout: seconds for a program and its tests, above 0; for each input and output by itself.
-        memory_mb: megabytes of address space, at least 64.
+        tests_column: the column with a test or a list of tests per row; a row without any cannot be scored.
+        passed: reward for passing all tests.
+        failed: reward for passing none, or for no program.
+        partial_credit: give a share of the reward for a share of the tests, instead of ``failed`` for any failure.
+        require_fence: only a fenced block of Python is a program; otherwise a completion without one is taken whole.
+        timeout: seconds for a program and its tests, above 0; for each input by itself. After an input that takes
+            longer, the others are not tried.
+        memory_mb: megabytes of address space, and of memory for all its processes, at least 64.
+        disk_mb: megabytes of files, at least 1.
+        processes: processes and threads at a time, at least 1.
         num_workers: programs that run at a time, at least 1.
+        isolation: ``bubblewrap``, ``landlock``, ``none``, or ``auto`` for the first of bubblewrap and landlock that
+            works on this machine.
 
     Raises:
-        ValueError: for numbers out of range.
+        ValueError: for numbers out of range, or an isolation that this machine does not have.
 
     Example:
         >>> programs = ["def f(x): return x + 1", "def f(x): return x"]
-        >>> CodeTestsReward()(["p", "p"], programs, tests=["assert f(1) == 2"] * 2)
+        >>> CodeTestsReward()(["p", "p"], programs, tests=["assert f(1) == 2"] * 2)  # doctest: +SKIP
         [1.0, 0.0]
     """
+
+    bounds_its_time = True
 
     def __init__(
         self,
@@ -114,129 +97,91 @@ class CodeTestsReward:
         require_fence: bool = False,
         timeout: float = 5.0,
         memory_mb: int = 512,
+        disk_mb: int = 64,
+        processes: int = 32,
         num_workers: int = 2,
+        isolation: IsolationChoice = "auto",
     ) -> None:
-        if not timeout > 0:
+        if not 0 < timeout < math.inf:
             raise ValueError(f"timeout={timeout} is not above 0: 5.0 is usual")
         if memory_mb < 64:
             raise ValueError(f"memory_mb={memory_mb} is below 64: an interpreter alone needs that much address space")
-        if num_workers < 1:
-            raise ValueError(f"num_workers={num_workers} is below 1: use 1 or more")
+        for name, value in (("disk_mb", disk_mb), ("processes", processes), ("num_workers", num_workers)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is below 1: use 1 or more")
+        resolve_isolation(isolation)
         self.tests_column = tests_column
         self.passed = passed
         self.failed = failed
         self.partial_credit = partial_credit
         self.require_fence = require_fence
         self.timeout = timeout
-        self.memory_mb = memory_mb
+        self.limits = Limits(memory_mb, disk_mb, processes, cpu_seconds=int(timeout) + 2)
         self.num_workers = num_workers
+        self.isolation = isolation
         self.required_columns = (tests_column,)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """Scores each completion."""
-        tests = read_column(columns, self.tests_column, self)
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            return list(pool.map(self._score, completions, tests))
+        tests = [_tests(value) for value in read_column(columns, self.tests_column, self)]
+        with ExitStack() as stack:
+            judge = None
+            if any("input" not in test for row in tests for test in row):
+                judge = stack.enter_context(Judge(self.isolation, self.limits, self.timeout, self.num_workers))
+            pool = stack.enter_context(ThreadPoolExecutor(self.num_workers))
+            return list(pool.map(lambda completion, row: self._score(completion, row, judge), completions, tests))
 
-    def _score(self, completion: str, tests: Any) -> float | None:
+    def _score(self, completion: str, tests: Sequence[str | Mapping[str, Any]], judge: Judge | None) -> float | None:
         if not tests:
             return None
-        tests = [tests] if isinstance(tests, str | Mapping) else list(tests)
         program = extract_program(completion, require_fence=self.require_fence)
         if program is None:
             return self.failed
-        snippets = [test for test in tests if isinstance(test, str)]
-        pairs = [test for test in tests if not isinstance(test, str)]
-        num_passed = self._run(program, snippets)[0] if snippets else 0
-        for pair in pairs:
-            if not isinstance(pair, Mapping) or not {"input", "output"} <= set(pair):
-                raise ValueError(f"test {pair!r} is neither code nor a mapping with 'input' and 'output'")
-            ended, printed = self._run(program, [], text=str(pair["input"]))[1:]
-            num_passed += ended and _lines(printed) == _lines(str(pair["output"]))
+        scripts = [test for test in tests if isinstance(test, Mapping) and "input" in test]
+        calls = [test for test in tests if isinstance(test, str) or "input" not in test]
+        num_passed = 0
+        if calls:
+            assert judge is not None  # there is one as soon as any row has such a test
+            num_passed += sum(judge.run(program, calls))
+        if self.partial_credit or num_passed == len(calls):
+            num_passed += self._run_scripts(program, scripts)
         share = num_passed / len(tests)
         if not self.partial_credit:
             share = float(num_passed == len(tests))
         return self.failed + share * (self.passed - self.failed)
 
-    def _run(self, program: str, tests: Sequence[str], text: str = "") -> tuple[int, bool, str]:
-        """Number of tests passed, whether the program ended without an error, and what it printed."""
-        token = secrets.token_hex(16)
-        job = {
-            "token": token,
-            "program": program,
-            "tests": list(tests),
-            "memory_mb": self.memory_mb,
-            "cpu_seconds": int(self.timeout) + 2,
-            "file_mb": _FILE_MB,
-        }
-        with tempfile.TemporaryDirectory(prefix="program-") as outer:
-            folder = Path(outer) / "work"
-            folder.mkdir()
-            (Path(outer) / "input").write_text(text)
-            printed = Path(outer) / "printed"
-            with (Path(outer) / "input").open("rb") as stdin, printed.open("wb") as stdout:
-                reports = _run_sandbox(job, folder, stdin, stdout, self.timeout)
-            words = [line.removeprefix(token).strip() for line in reports.splitlines() if line.startswith(token)]
-            if "ready" not in words:
-                raise RuntimeError(f"the sandbox does not start with memory_mb={self.memory_mb}")
-            return words.count("passed"), "ran" in words, printed.read_text(errors="replace")
+    def _run_scripts(self, program: str, tests: Sequence[Mapping[str, Any]]) -> int:
+        """How many inputs a program prints the right output for, as far as they are tried."""
+        num_passed = 0
+        for test in tests:
+            outcome = run_script(program, str(test["input"]), self.isolation, self.limits, self.timeout)
+            is_right = outcome.ended and _lines(outcome.printed) == _lines(str(test["output"]))
+            num_passed += is_right
+            if outcome.timed_out or not (is_right or self.partial_credit):
+                break
+        return num_passed
+
+
+def _tests(value: Any) -> list[str | Mapping[str, Any]]:
+    """A row's tests.
+
+    Raises:
+        ValueError: for what is no test.
+    """
+    tests = [value] if isinstance(value, str | Mapping) else [] if value is None else list(value)
+    return [test if isinstance(test, str) else _mapping(test) for test in tests]
+
+
+def _mapping(test: Any) -> dict[str, Any]:
+    """A test without the nulls that tables put where a row has no such column."""
+    if isinstance(test, Mapping):
+        given = {key: value for key, value in test.items() if value is not None or key == "output"}
+        if given.keys() == _SCRIPT_KEYS or {"call", "output"} <= given.keys() <= _CALL_KEYS:
+            return given
+    raise ValueError(
+        f"test {test!r} is neither code nor a mapping with 'input' and 'output', or with 'call', 'args' and 'output'"
+    )
 
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def _run_sandbox(job: Mapping[str, Any], folder: Path, stdin: Any, stdout: Any, timeout: float) -> str:
-    """Starts the sandbox, gives it the job, and collects its reports until it ends or time is up."""
-    job_read, job_write = os.pipe()
-    report_read, report_write = os.pipe()
-    command = [sys.executable, "-I", "-B", str(_SCRIPT), str(job_read), str(report_write)]
-    if network_isolation() == "namespace":
-        command = [str(shutil.which("unshare")), *_NAMESPACES, *command]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            pass_fds=(job_read, report_write),
-            start_new_session=True,
-        )
-    except BaseException:
-        os.close(job_write)
-        os.close(report_read)
-        raise
-    finally:
-        os.close(job_read)
-        os.close(report_write)
-    try:
-        with os.fdopen(job_write, "wb") as stream:
-            stream.write(json.dumps(job).encode())
-        return _collect(report_read, str(job["token"]), timeout)
-    except BrokenPipeError:
-        return ""
-    finally:
-        os.close(report_read)
-        # All of its session: in namespaces, its end is the end of everything in them.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _collect(report_fd: int, token: str, timeout: float) -> str:
-    poll = select.poll()
-    poll.register(report_fd, select.POLLIN)
-    received = b""
-    deadline = time.monotonic() + _STARTUP_SECONDS
-    is_ready = False
-    while poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-        chunk = os.read(report_fd, 65536)
-        if not chunk:
-            break
-        # What a program writes here without the token is dropped; what it floods here is not kept either.
-        received = (received + chunk)[: 2**20]
-        if not is_ready and token.encode() in received:
-            is_ready = True
-            deadline = time.monotonic() + timeout
-    return received.decode(errors="replace")

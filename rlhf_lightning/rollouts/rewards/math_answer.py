@@ -7,10 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from ..numbers_in_text import strip_marks
+from ..verifiers import final_answer
 from ._columns import read_column
 from ._line_worker import LineWorker, LineWorkerDiedError
+from ._math_worker import WORD
 from ._time_limit import CallTimeoutError
 
+_MINUS: Final = "\N{MINUS SIGN}"
 _SCRIPT: Final = Path(__file__).with_name("_math_worker.py")
 
 
@@ -18,9 +22,10 @@ class MathAnswerReward:
     r"""Rewards a completion whose final answer equals the row's, as a number or as an expression.
 
     The package ``math-verify`` finds the answer (in ``\boxed{}``, in LaTeX, or as the last number) and compares it
-    with the reference: ``0.5`` is ``\frac{1}{2}``, ``(x+1)^2`` is ``x^2+2x+1``. Where a row has ``####``, the reference
-    is what follows it. Comparing happens in a process of its own with limits on time and memory, because an answer such
-    as ``9^{9^{9}}`` would never come back; one that cannot be compared within the limits is wrong.
+    with the reference: ``0.5`` is ``\frac{1}{2}``, ``(x+1)^2`` is ``x^2+2x+1``. Where a row or the end of a completion
+    has ``####``, the answer is what follows it on its line. Comparing happens in a process of its own with limits on
+    time and memory, because an answer such as ``9^{9^{9}}`` would never come back; one that cannot be compared within
+    the limits is wrong.
 
     Args:
         answer_column: the column with the reference answers, text or numbers; a row whose reference is missing or is no
@@ -39,6 +44,8 @@ class MathAnswerReward:
         >>> MathAnswerReward()(["p", "p"], [r"so \boxed{0.5}", "it is 3"], answer=["1/2", 2])
         [1.0, 0.0]
     """
+
+    bounds_its_time = True
 
     def __init__(
         self,
@@ -67,10 +74,22 @@ class MathAnswerReward:
         golds = read_column(columns, self.answer_column, self)
         return [self._score(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
 
+    def _answer(self, completion: str) -> str:
+        """What follows the mark, as a formula unless it is in words; without a mark, all of it."""
+        answer = final_answer(completion) if "####" in completion and not self.boxed_only else None
+        if answer is None:
+            return completion.replace(_MINUS, "-")
+        answer = strip_marks(answer)
+        return answer if WORD.search(answer) else f"${answer}$"
+
     def _score(self, completion: str, gold: Any) -> float | None:
         if gold is None:
             return None
-        question = {"gold": str(gold), "completion": completion, "boxed_only": self.boxed_only}
+        question = {
+            "gold": str(gold).replace(_MINUS, "-"),
+            "completion": self._answer(completion),
+            "boxed_only": self.boxed_only,
+        }
         try:
             verdict = self._worker.ask(question)
         except (CallTimeoutError, LineWorkerDiedError):

@@ -207,7 +207,8 @@ class RewardSet:
     columns that it names, or all of them if it takes ``**columns``. Where that raises or takes longer than ``timeout``,
     it is called again for each sample by itself with ``sample_timeout``, and only the samples on which it fails again
     are lost: NaN in the result, counted, and reported once per function and kind of error in the log. A function that
-    knows which samples it failed on may return an exception in the place of their values.
+    knows which samples it failed on may return an exception in the place of their values. One with a true attribute
+    ``bounds_its_time`` is left to end by itself: it says what an answer that takes too long is worth.
 
     A ``StepReward`` counts as the mean over the steps of each completion.
 
@@ -356,7 +357,8 @@ class RewardSet:
             except SystemExit as error:
                 raise RuntimeError(f"called sys.exit({error.code!r})") from error
 
-        values: list[Any] = call_with_limit(call, seconds)
+        bounds_its_time = getattr(reward.function, "bounds_its_time", False)
+        values: list[Any] = call_with_limit(call, None if bounds_its_time else seconds)
         return values
 
     def _raise_if_bad(self, error: Exception) -> None:

@@ -1,0 +1,6 @@
+"""Running programs that nobody has read: kept by the operating system, judged from outside."""
+
+from .isolation import Isolation, IsolationChoice, resolve_isolation
+from .runs import Judge, run_script
+
+__all__ = ["Isolation", "IsolationChoice", "Judge", "resolve_isolation", "run_script"]
