@@ -471,7 +471,8 @@ def test_loggers_get_the_rates_and_what_a_run_depends_on(tiny_model_folder: Fold
     )
     run = trainer(LearningRateMonitor("step"), logger=logger, log_every_n_steps=1)
     run.fit(module, rows("sft", max_length=64))
-    assert logger.metrics["lr-AdamW"] == [0.25, 0.125]
+    rates = [values for name, values in logger.metrics.items() if name in ("lr-AdamW/pg1", "lr-AdamW/pg2")]
+    assert rates == [[0.25, 0.125]] * 2  # with weight decay, and norms and biases without
     assert logger.settings["optimizer"]["name"] == "AdamW"
     assert (logger.settings["optimizer"]["lr"], logger.settings["optimizer"]["weight_decay"]) == (0.25, 0.125)
     assert logger.settings["lr_scheduler"] == {"name": "StepLR", "interval": "step", "step_size": 1, "gamma": 0.5}

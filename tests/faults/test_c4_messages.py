@@ -67,6 +67,7 @@ def test_options_on_the_command_line(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["fit", "--config", "."], "is not a file: give --config with a YAML file"),
         (["fit", "--config", "configs/dpo/defalt.yaml"], "did you mean 'configs/dpo/default.yaml'?"),
         (
             ["pipeline", "--config", "configs/pipelines/quikstart.yaml"],
