@@ -34,11 +34,13 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs a layer of transformers and recomputes it in the backward pass, in the mode that its parts are in.
 
     Args:
-        function: what transformers makes of a layer's ``forward``: a ``partial`` whose first argument is the layer.
+        function: what transformers makes of a layer's ``forward``: a ``partial`` whose first argument is the layer; or
+            a method of the layer, as models outside of transformers pass.
         args: of the layer.
         kwargs: of the layer.
     """
-    layer: nn.Module = function.args[0]  # type: ignore[attr-defined]
+    bound: Any = function
+    layer: nn.Module = bound.args[0] if hasattr(bound, "args") else bound.__self__
     if any(part.training for part in layer.children()):
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
