@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning
 import torch
 
@@ -25,6 +27,8 @@ class GenerationAccuracy(lightning.Callback):
         limit: use the first so many prompts, at least 1; all if left out.
         name: logged as ``val/<name>``.
         before_training: also measure before the first step.
+        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name; by default those of
+            the trainer's datamodule.
 
     Example::
 
@@ -41,6 +45,7 @@ class GenerationAccuracy(lightning.Callback):
         limit: int | None = None,
         name: str = "accuracy",
         before_training: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.prompts = prompts
         self.verifier = load_verifier(verifier)
@@ -48,6 +53,7 @@ class GenerationAccuracy(lightning.Callback):
         self.limit = limit
         self.name = f"val/{name}"
         self.before_training = before_training
+        self.chat_template_kwargs = chat_template_kwargs
         self._examples: list[Example] | None = None
         self._measured: tuple[int, int] | None = None  # which module, at which step
 
@@ -76,7 +82,12 @@ class GenerationAccuracy(lightning.Callback):
                 f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}"
             )
         if self._examples is None:
-            self._examples = read_prompts(self.prompts, pl_module.tokenizer, limit=self.limit)
+            settings = self.chat_template_kwargs
+            if settings is None:
+                settings = getattr(getattr(trainer, "datamodule", None), "chat_template_kwargs", None)
+            self._examples = read_prompts(
+                self.prompts, pl_module.tokenizer, limit=self.limit, chat_template_kwargs=settings
+            )
         own = self._examples[trainer.global_rank :: trainer.world_size]
         engine = LocalEngine(pl_module.model, pl_module.tokenizer)
         groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)

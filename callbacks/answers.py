@@ -57,7 +57,11 @@ def load_verifier(path: str) -> Verifier:
 
 
 def read_prompts(
-    source: str | list[str], tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
+    source: str | list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Example]:
     """Reads and tokenises the prompts of a source, just as the datamodules do.
 
@@ -65,10 +69,11 @@ def read_prompts(
         source: whatever ``PromptDataModule`` reads.
         tokenizer: the model's.
         limit: the first so many, at least 1; all if left out.
+        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1 (null reads all prompts)")
-    data = PromptDataModule(predict=source, tokenizer=tokenizer)
+    data = PromptDataModule(predict=source, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
     data.setup("predict")
     examples = [example for batch in data.predict_dataloader() for example in batch.examples]
     return examples[:limit]

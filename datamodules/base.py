@@ -57,6 +57,8 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         columns: our name of a column -> its name in the rows.
         transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
             row to be left out; in YAML its dotted path. :mod:`~rlhf_lightning.datamodules.transforms` has some.
+        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
+            ``chat_template_kwargs``, which win by name.
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
@@ -86,6 +88,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
         transform: Transform | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
@@ -114,6 +117,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         self.on_bad_row = on_bad_row
         self.columns = columns
         self.transform = transform
+        self.chat_template_kwargs = chat_template_kwargs
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -165,7 +169,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
     def rows(self) -> RowTokenizer:
         """What makes token trees of rows."""
         if self._rows is None:
-            self._rows = RowTokenizer(self.tokenizer)
+            self._rows = RowTokenizer(self.tokenizer, self.chat_template_kwargs)
         return self._rows
 
     def prepare_data(self) -> None:

@@ -12,7 +12,7 @@ from .files import RowSource
 from .formats import preference
 from .reading import OnBadRow
 from .sources import Source
-from .tokenization import OnTooLong, TokenizerSource
+from .tokenization import OnTooLong, TokenizerSource, has_equal_sequences
 
 
 class PreferenceDataModule(ExampleDataModule):
@@ -38,6 +38,8 @@ class PreferenceDataModule(ExampleDataModule):
         columns: our name of a column -> its name in the rows.
         transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
             row to be left out; in YAML its dotted path.
+        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
+            ``chat_template_kwargs``, which win by name.
         pair_by: how much each rating counts, where pairs are to be made of rated rows that follow one another and have
             the same prompt (``{"helpfulness": 1.0}``); those that it rates alike make none. With ``streaming``, nobody
             knows how many pairs there will be.
@@ -70,6 +72,7 @@ class PreferenceDataModule(ExampleDataModule):
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
         transform: Transform | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         pair_by: dict[str, float] | None = None,
         seed: int = 0,
         shuffle: bool = True,
@@ -91,6 +94,7 @@ class PreferenceDataModule(ExampleDataModule):
             on_bad_row=on_bad_row,
             columns=columns,
             transform=transform,
+            chat_template_kwargs=chat_template_kwargs,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
@@ -109,7 +113,7 @@ class PreferenceDataModule(ExampleDataModule):
         """Makes the example of one row."""
         row = preference(columns)
         root = self.rows.answers(row)
-        if len({child.tokens.tobytes() for child in root.children}) < len(root.children):
+        if has_equal_sequences(root):
             raise ValueError(
                 "chosen and rejected have the same tokens: a pair needs two completions that differ in them"
             )

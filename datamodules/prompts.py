@@ -15,9 +15,10 @@ class PromptDataModule(ExampleDataModule):
     """A prompt, and whatever the reward functions want to know about it.
 
     Rows are as in :func:`~rlhf_lightning.datamodules.formats.prompt_only`. The prompt becomes a root without children;
-    the fields are all other columns and ``prompt`` as it was written. ``max_length`` is the prompt's own length, and
-    ``truncate_end``, which would cut the question off, is not allowed. The other arguments are those of
-    :class:`~rlhf_lightning.datamodules.base.ExampleDataModule`.
+    the fields are all other columns and ``prompt`` as it was written, with a chat's ``tools`` and
+    ``chat_template_kwargs`` (those of the datamodule included), for rewards that render it again. ``max_length`` is the
+    prompt's own length, and ``truncate_end``, which would cut the question off, is not allowed. The other arguments are
+    those of :class:`~rlhf_lightning.datamodules.base.ExampleDataModule`.
 
     Example:
         ``PromptDataModule(train="sums:prompts?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
@@ -28,4 +29,7 @@ class PromptDataModule(ExampleDataModule):
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
         """Makes the example of one row."""
         row = prompt_only(columns)
-        return [Example(row_id, Segment(np.asarray(self.rows.prompt(row))), row.fields)]
+        settings = self.rows.chat.merged(row.template) if not isinstance(row.prompt, str) else row.template
+        tools = {"tools": settings.pop("tools")} if settings.get("tools") else {}
+        fields = {**row.fields, **tools, **({"chat_template_kwargs": settings} if settings else {})}
+        return [Example(row_id, Segment(np.asarray(self.rows.prompt(row))), fields)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from ..sequences.example import Example
 from .base import ExampleDataModule
@@ -10,14 +10,15 @@ from .derived import Transform
 from .formats import demonstration
 from .reading import OnBadRow
 from .sources import Source
-from .tokenization import OnTooLong, TokenizerSource
+from .tokenization import OnTooLong, TokenizerSource, Turns
 
 
 class SFTDataModule(ExampleDataModule):
     """What is to be imitated: prompts with completions, conversations, or text.
 
     Rows are as in :func:`~rlhf_lightning.datamodules.formats.demonstration`. A prompt with its completion becomes a
-    root with one child, a conversation or a text one segment; weight 1 says which tokens are learnt.
+    root with one child, a conversation one sequence and a text one segment;
+    weight 1 says which tokens are learnt.
 
     Args:
         train: source of the training rows.
@@ -34,8 +35,12 @@ class SFTDataModule(ExampleDataModule):
         columns: our name of a column -> its name in the rows.
         transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
             row to be left out; in YAML its dotted path.
+        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
+            ``chat_template_kwargs``, which win by name.
         completion_only_loss: learn completions only; otherwise their prompts too, from the second token.
-        assistant_only_loss: learn of a conversation only what the assistant says; otherwise all but the first token.
+        assistant_only_loss: learn of a conversation only what the assistant says, each turn in the context in which it
+            is generated; otherwise all but the first token of the conversation as it is rendered.
+        turns: of the assistant in a conversation that are learnt: ``all``, or the ``last``.
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
@@ -65,8 +70,10 @@ class SFTDataModule(ExampleDataModule):
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
         transform: Transform | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         completion_only_loss: bool = True,
         assistant_only_loss: bool = True,
+        turns: Turns = "all",
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
@@ -87,6 +94,7 @@ class SFTDataModule(ExampleDataModule):
             on_bad_row=on_bad_row,
             columns=columns,
             transform=transform,
+            chat_template_kwargs=chat_template_kwargs,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
@@ -95,7 +103,12 @@ class SFTDataModule(ExampleDataModule):
             shuffle_buffer=shuffle_buffer,
         )
         self.completion_only_loss = completion_only_loss
+        if turns not in get_args(Turns):
+            raise ValueError(f"turns={turns!r}, expected one of {', '.join(get_args(Turns))}")
+        if turns == "last" and not assistant_only_loss:
+            raise ValueError("turns='last' says which answers are learnt: set assistant_only_loss=True with it")
         self.assistant_only_loss = assistant_only_loss
+        self.turns = turns
 
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
         """Makes the example of one row."""
@@ -105,5 +118,5 @@ class SFTDataModule(ExampleDataModule):
                 row, assistant_only=self.assistant_only_loss, prompt_loss=not self.completion_only_loss
             )
         else:
-            root = self.rows.whole(row, assistant_only=self.assistant_only_loss)
+            root = self.rows.whole(row, assistant_only=self.assistant_only_loss, turns=self.turns)
         return [Example(row_id, root, row.fields)]

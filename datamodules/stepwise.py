@@ -35,6 +35,8 @@ class StepwiseDataModule(ExampleDataModule):
         columns: our name of a column -> its name in the rows.
         transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
             row to be left out; in YAML its dotted path.
+        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
+            ``chat_template_kwargs``, which win by name.
         step_separator: what ends each step; its last token is where the step is judged.
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
@@ -67,6 +69,7 @@ class StepwiseDataModule(ExampleDataModule):
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
         transform: Transform | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         step_separator: str = "\n",
         seed: int = 0,
         shuffle: bool = True,
@@ -88,6 +91,7 @@ class StepwiseDataModule(ExampleDataModule):
             on_bad_row=on_bad_row,
             columns=columns,
             transform=transform,
+            chat_template_kwargs=chat_template_kwargs,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,

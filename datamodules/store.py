@@ -12,6 +12,7 @@ import numpy as np
 from ..sequences.example import Example, Segment
 
 _UNSCORED, _BINARY, _FRACTIONAL = 0, 1, 2
+_CONTINUED = -1  # in place of the number of children, of a segment that has none and whose sequence goes on
 
 
 class ExampleStore(Sequence[Example]):
@@ -92,7 +93,7 @@ class ExampleStore(Sequence[Example]):
         self._first_token.append(len(self._tokens))
         self._first_binary.append(len(self._binary))
         self._first_fractional.append(len(self._fractional))
-        self._num_children.append(len(segment.children))
+        self._num_children.append(_CONTINUED if segment.continued else len(segment.children))
         weights = segment.weights
         if weights is None:
             self._kind.append(_UNSCORED)
@@ -116,4 +117,6 @@ class ExampleStore(Sequence[Example]):
         elif self._kind[here] == _FRACTIONAL:
             at = self._first_fractional[here]
             weights = np.frombuffer(self._fractional[at : at + stop - start], np.float32).copy()
-        return Segment(tokens, weights, tuple(self._build(segments) for _ in range(self._num_children[here])))
+        continued = self._num_children[here] == _CONTINUED
+        children = () if continued else tuple(self._build(segments) for _ in range(self._num_children[here]))
+        return Segment(tokens, weights, children, continued=continued)

@@ -6,7 +6,8 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
-from ..sequences.example import Example, Segment
+from ..sequences.branching import split_answer, with_answer
+from ..sequences.example import Example
 from .base import ExampleDataModule
 from .derived import Transform
 from .formats import unpaired
@@ -40,6 +41,8 @@ class UnpairedDataModule(ExampleDataModule):
         columns: our name of a column -> its name in the rows.
         transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
             row to be left out; in YAML its dotted path.
+        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
+            ``chat_template_kwargs``, which win by name.
         partners: give each example the completion of another prompt of its batch, for the KL estimate.
         seed: what the order of training rows depends on, with the epoch; at least 0.
         shuffle: whether training rows come in another order each epoch.
@@ -70,6 +73,7 @@ class UnpairedDataModule(ExampleDataModule):
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
         transform: Transform | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         partners: bool = True,
         seed: int = 0,
         shuffle: bool = True,
@@ -91,6 +95,7 @@ class UnpairedDataModule(ExampleDataModule):
             on_bad_row=on_bad_row,
             columns=columns,
             transform=transform,
+            chat_template_kwargs=chat_template_kwargs,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
@@ -122,32 +127,33 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
     another prompt, so that partners depend neither on the order of the batch nor on how it is sharded.
 
     Args:
-        examples: the whole batch, each with its completion as first child.
+        examples: the whole batch, each with its completion as its only sequence.
         seed: what the order depends on.
         max_length: tokens that prompt and partner together may have; a longer partner is passed over.
 
     Returns:
-        The examples in the order in which they came. Those that have a partner have it as second child and its row id
-        as field ``partner``; where there is none (all prompts are equal), an example comes back as it was.
+        The examples in the order in which they came. Those that have a partner have it as second sequence and its row
+        id as field ``partner``; where there is none (all prompts are equal), an example comes back as it was.
 
     Example:
+        >>> from rlhf_lightning.sequences import Segment
         >>> rows = [Example(f"rows:{i}", Segment([i], children=(Segment([10 * i], [1]),))) for i in (1, 2)]
         >>> [[child.tokens.tolist() for child in e.root.children] for e in mismatch(rows)]
         [[[10], [20]], [[20], [10]]]
     """
     order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
     coupled = list(examples)
-    if len({example.root.tokens.tobytes() for example in examples}) < 2:
+    answers = [split_answer(example) for example in examples]
+    if len({prompt.tobytes() for prompt, _ in answers}) < 2:
         return coupled
     for place, index in enumerate(order):
-        example = examples[index]
-        prompt = example.root.tokens
-        for other in (examples[order[(place + step) % len(order)]] for step in range(1, len(order))):
-            completion = other.root.children[0]
+        example, (prompt, _) = examples[index], answers[index]
+        for other in (order[(place + step) % len(order)] for step in range(1, len(order))):
+            unrelated, completion = answers[other]
             fits = max_length is None or len(prompt) + len(completion.tokens) <= max_length
-            if fits and other.root.tokens.tobytes() != prompt.tobytes():
-                root = Segment(prompt, example.root.weights, (example.root.children[0], completion))
-                coupled[index] = Example(example.row_id, root, {**example.fields, "partner": other.row_id})
+            if fits and unrelated.tobytes() != prompt.tobytes():
+                fields = {**example.fields, "partner": examples[other].row_id}
+                coupled[index] = Example(example.row_id, with_answer(example.root, prompt, completion), fields)
                 break
     return coupled
 

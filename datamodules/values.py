@@ -188,23 +188,6 @@ def end_step(step: str, separator: str) -> str:
     return bare + separator
 
 
-def check_encodable(text: str) -> str:
-    """Returns a text that has an encoding; JSON can write halves of characters (lone surrogates), which have none.
-
-    Raises:
-        ValueError: which half, and where.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = repr(text[error.start])
-        raise ValueError(
-            f"character {error.start + 1} of a text is {half}, half of a surrogate pair: write the whole character, or "
-            "leave it out"
-        ) from None
-    return text
-
-
 def short(value: Any, limit: int = 40) -> str:
     """A value as it is shown in a message."""
     text = repr(value)

@@ -58,6 +58,7 @@ class LabelOptions:
             at most, what the model has room for (with --url, as far as the server says so).
         on_too_long: drop what is longer, which is counted, or error.
         limit: the first so many prompts, at least 1; all if left out.
+        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name.
         seed: every sample is a function of this, the row's id and the sample's number.
         dtype: of the model's weights; not with --url.
         dialect: of the server: vllm states all sampling settings, openai only the standard ones.
@@ -83,6 +84,7 @@ class LabelOptions:
     max_length: int | None = None
     on_too_long: OnTooLong = "drop"
     limit: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     dialect: Literal["vllm", "openai"] = "vllm"
@@ -149,7 +151,9 @@ def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> 
     verify = load_verifier(options.verifier)
     tokenizer = _tokenizer(options)
     engine = _engine(options, tokenizer)
-    examples = read_prompts(options.prompts, tokenizer, limit=options.limit)
+    examples = read_prompts(
+        options.prompts, tokenizer, limit=options.limit, chat_template_kwargs=options.chat_template_kwargs
+    )
     settings = {name: value for name, value in asdict(options).items() if name not in _NOT_RESULTS}
     origin = {**settings, "files": input_hashes(settings)}
     if isinstance(engine, RemoteEngine):

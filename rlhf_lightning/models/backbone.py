@@ -47,26 +47,26 @@ class HiddenStates(NamedTuple):
     """Hidden states of a batch in the layout in which they were computed.
 
     Args:
-        states: ``(T, D)`` packed or ``(S, L, D)`` padded, after the final norm.
-        start: ``(S,)`` column of each sequence's first token; ``None`` if packed.
+        states: ``(T, D)`` packed or ``(P, L, D)`` padded, after the final norm.
+        start: ``(P,)`` column of each path's first token; ``None`` if packed.
     """
 
     states: Tensor
     start: Tensor | None
 
-    def read(self, flat_index: Tensor, sequence_index: Tensor, depth: Tensor) -> Tensor:
+    def read(self, flat_index: Tensor, path_number: Tensor, depth: Tensor) -> Tensor:
         """Reads ``(R, D)`` states.
 
         Args:
             flat_index: ``(R,)`` positions in the forest.
-            sequence_index: ``(R,)`` the sequences that the positions belong to.
-            depth: ``(R,)`` the positions along these sequences.
+            path_number: ``(R,)`` the paths that the positions belong to.
+            depth: ``(R,)`` the positions along these paths.
         """
         if self.start is None:
             return gather_rows(self.states, flat_index)
-        columns = depth + self.start[sequence_index]
+        columns = depth + self.start[path_number]
         flat = self.states.flatten(0, 1)
-        return gather_rows(flat, sequence_index * self.states.shape[1] + columns)
+        return gather_rows(flat, path_number * self.states.shape[1] + columns)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -140,7 +140,7 @@ def token_stats(
         TokenStats of ``(N,)`` tensors, in the order of ``batch.target_ids``.
     """
     hidden = hidden_states(model, batch, layout)
-    read, target_ids, which = [batch.source_index, batch.sequence_index, batch.source_depth], batch.target_ids, None
+    read, target_ids, which = [batch.source_index, batch.source_path, batch.source_depth], batch.target_ids, None
     if batch.distinct is not None and layout == "packed":
         chosen, which = batch.distinct
         read, target_ids = [index[chosen] for index in read], target_ids[chosen]
@@ -293,10 +293,10 @@ def _own_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _path_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Sequence index and depth of every entry of ``batch.path_index``."""
-    sequence = torch.repeat_interleave(torch.arange(batch.num_sequences, device=batch.lengths.device), batch.lengths)
+    """Path number and depth of every entry of ``batch.path_index``."""
+    path = torch.repeat_interleave(torch.arange(batch.num_paths, device=batch.lengths.device), batch.lengths)
     first = batch.lengths.cumsum(0) - batch.lengths
-    return sequence, torch.arange(len(sequence), device=sequence.device) - first[sequence]
+    return path, torch.arange(len(path), device=path.device) - first[path]
 
 
 def probe_batch(model: nn.Module) -> SequenceBatch:

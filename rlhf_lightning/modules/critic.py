@@ -74,7 +74,7 @@ class Critic(nn.Module):
         if self._layout is None:
             self._layout = resolve_layout(self.model, self._requested_layout)
         hidden = hidden_states(self.model, batch, self._layout)
-        states_ND = hidden.read(batch.source_index, batch.sequence_index, batch.source_depth)
+        states_ND = hidden.read(batch.source_index, batch.source_path, batch.source_depth)
         return self.values(states_ND if self.pooling == "last" else means_so_far(states_ND, batch.sequence_index))
 
 

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from ..losses.kto import COUPLED, KTOLossType, kto_kl, kto_loss, validate_kto_loss
 from ..models import evaluating, num_positions
-from ..sequences import Example, ExampleBatch, Segment, SequenceBatch
+from ..sequences import (
+    Example,
+    ExampleBatch,
+    Segment,
+    SequenceBatch,
+    grow_tree,
+    split_answer,
+    unfold_tree,
+    with_answer,
+)
 from .checks import check_fraction
 from .distributed import Scores, gather_objects, sum_over_ranks
 from .referenced import ReferencedModule
@@ -195,11 +204,11 @@ class KTOModule(ReferencedModule):
         positions = num_positions(self.model)
         lent = []
         for example in batch.examples:
-            tokens, children = example.root.tokens, example.root.children
+            tokens, _ = split_answer(example)
             fits = positions is None or len(tokens) + len(completion) <= positions
-            if fits and len(children) == 1 and tokens.tolist() != prompt:
+            if fits and not _has_partner(example) and tokens.tolist() != prompt:
                 partner = Segment(np.asarray(completion), np.ones(len(completion), np.float32))
-                root = Segment(tokens, example.root.weights, (*children, partner))
+                root = with_answer(example.root, tokens, partner)
                 example = Example(example.row_id, root, {**example.fields, "partner": row_id, _BORROWED: True})
             lent.append(example)
         return ExampleBatch(lent, on_consumed=batch.mark_consumed)
@@ -240,7 +249,7 @@ class KTOModule(ReferencedModule):
                     f"row {example.row_id} has the label {label!r}; it must be true or false: use UnpairedDataModule, "
                     "which reads prompt, completion and label, or splits pairs"
                 )
-            if len(example.root.children) not in (1, 2) or len(scored) > 2 or 0 in scored:
+            if not example.root.children or len(scored) > 2 or 0 in scored:
                 raise ValueError(
                     f"row {example.row_id} has {len(scored)} sequences with {scored} scored tokens; it needs a "
                     "completion and at most one partner, with at least one each: use UnpairedDataModule"
@@ -269,14 +278,14 @@ class KTOModule(ReferencedModule):
 
 
 def _has_partner(example: Example) -> bool:
-    return len(example.root.children) > 1
+    return len(example.sequences) > 1
 
 
 def _only(example: Example, number: int) -> Example:
     """An example with one of its completions alone."""
     if not _has_partner(example):
         return example
-    root = Segment(example.root.tokens, example.root.weights, (example.root.children[number],))
+    root = grow_tree([unfold_tree(example.root)[number]], example.root.tokens)
     return Example(example.row_id, root, example.fields)
 
 
@@ -288,6 +297,5 @@ def _first_sequences(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
 
 def _offer(example: Example) -> tuple[str, list[int], list[int]]:
     """What another prompt may borrow of an example: row id, prompt, completion."""
-    path = next(example.root.paths())
-    completion = [int(token) for segment in path[1:] for token in segment.tokens]
-    return example.row_id, example.root.tokens.tolist(), completion
+    prompt, completion = split_answer(example)
+    return example.row_id, prompt.tolist(), completion.tokens.tolist()

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
-from ..datamodules.formats import Row
-from ..datamodules.tokenization import RowTokenizer
 from ..losses.process_reward import Aggregation
-from ..models import num_positions
-from ..models.heads import read_head_options, read_head_state, with_padding_token
+from ..models.heads import read_head_options, read_head_state
 from ..models.loading import _locate
-from ..rollouts.completion import decode
-from ..sequences import Segment
 from .checks import check_choice, check_count, check_not_negative
-from .headed import HeadedModule
 from .process_reward import ProcessRewardModule
 from .reward import RewardModule
-from .scoring import score_texts
+from .reward_scorers import PackedScorer, PaddedScorer, exactly, frozen, move, row_templates
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES: dict[str, torch.dtype] = {
@@ -52,6 +44,7 @@ class RewardModelReward:
             with several attributes, the one that counts, in place of their weighted sum.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
         dtype: of the weights.
+        chat_template_kwargs: handed to the reward model's chat template beside the rows' own, which win by name.
 
     Raises:
         ValueError: the folder holds no reward model, or an option is out of range.
@@ -68,6 +61,7 @@ class RewardModelReward:
         label: str | None = None,
         micro_batch_tokens: int = 8192,
         dtype: Dtype = "float32",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_not_negative("uncertainty_penalty", uncertainty_penalty, "0 is the ensemble's plain mean")
         check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
@@ -76,12 +70,13 @@ class RewardModelReward:
         model = _locate(model, what="reward model")
         options, labels = _reward_options(model)
         chosen = _label_weights(model, labels, label, options)
-        self.scorer: _Packed | _Padded
+        self.scorer: PackedScorer | PaddedScorer
         if options is None:
-            self.scorer = _Padded(model, chosen.index(1.0), micro_batch_tokens, _DTYPES[dtype])
+            self.scorer = PaddedScorer(model, chosen.index(1.0), micro_batch_tokens, _DTYPES[dtype])
         else:
             given = {"attributes": labels, "attribute_weights": chosen, "micro_batch_tokens": micro_batch_tokens}
-            self.scorer = _Packed(RewardModule.from_pretrained(model, **given), _DTYPES[dtype])
+            self.scorer = PackedScorer(RewardModule.from_pretrained(model, **given), _DTYPES[dtype])
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         members = 1 if options is None else int(options.get("num_models", 1))
         if uncertainty_penalty and members == 1:
             raise ValueError(
@@ -99,6 +94,8 @@ class RewardModelReward:
         completions: Sequence[str],
         prompt_ids: Sequence[Sequence[int]] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> list[float | Exception]:
         """Scores each completion; an exception stands where one cannot be scored.
 
@@ -107,7 +104,10 @@ class RewardModelReward:
             completions: texts.
             prompt_ids: the prompts' tokens, where the texts have been sampled from them.
             completion_ids: the completions' tokens.
+            tools: that the prompts' chats have.
+            chat_template_kwargs: the rows' settings of the chat template.
         """
+        templates = row_templates(len(completions), self.chat_template_kwargs, tools, chat_template_kwargs)
         tokens = [(None, None)] * len(completions) if prompt_ids is None or completion_ids is None else []
         pairs: Any = tokens or zip(prompt_ids or (), completion_ids or (), strict=True)
         samples = list(zip(prompts, completions, pairs, strict=True))
@@ -116,7 +116,7 @@ class RewardModelReward:
         places = []
         for number, (prompt, completion, ids) in enumerate(samples):
             try:
-                segments.append(self.scorer.encode(prompt, completion, *ids))
+                segments.append(self.scorer.encode(prompt, completion, templates[number], *ids))
                 places.append(number)
                 rewards.append(0.0)
             except ValueError as error:
@@ -124,110 +124,6 @@ class RewardModelReward:
         for number, members_M in zip(places, self.scorer.score(segments), strict=True):
             rewards[number] = float(members_M.mean() - self.uncertainty_penalty * members_M.std(correction=0))
         return rewards
-
-
-class _Packed:
-    """A ``RewardModule`` that scores prompts with completions."""
-
-    def __init__(self, module: RewardModule, dtype: torch.dtype) -> None:
-        self.module = _frozen(module, dtype)
-        self.rows = RowTokenizer(module.tokenizer)
-        self._other: PreTrainedTokenizerBase | None = None
-        self._same_tokens = False
-
-    def attach(self, policy: Any) -> None:
-        _move(self.module, policy.device)
-        if self._other is not policy.tokenizer:
-            self._other = policy.tokenizer
-            self._same_tokens = _same_tokens(self.rows.tokenizer, policy.tokenizer)
-
-    def encode(
-        self, prompt: Any, completion: str, prompt_ids: Sequence[int] | None, completion_ids: Sequence[int] | None
-    ) -> tuple[Segment, Segment]:
-        """A prompt and a completion, closed by the end-of-sequence token."""
-        sampled = self._same_tokens and prompt_ids is not None and completion_ids is not None
-        if sampled and decode(self.rows.tokenizer, completion_ids or ()) == completion:
-            root, ids = Segment(list(prompt_ids or ())), list(completion_ids or ())
-            ids = ids if ids[-1:] == [self.rows.eos] else [*ids, self.rows.eos]
-            found = root, Segment(ids, [1.0] * len(ids))
-        else:
-            answer: Any = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
-            root = self.rows.answers(Row(prompt, (answer,)))
-            found = root, root.children[0]
-        _check_length(len(found[0].tokens) + len(found[1].tokens), num_positions(self.module.model))
-        return found
-
-    def score(self, segments: Sequence[tuple[Segment, Segment]]) -> list[Tensor]:
-        """``(M,)`` rewards by the members of the ensemble, for each."""
-        with _exactly(self.module.device):
-            values = score_texts(self.module, segments, self.module._sequence_rewards)
-        return [self.module.combined(value).float() for value in values]
-
-
-class _Padded:
-    """A sequence classifier of transformers, of any architecture."""
-
-    def __init__(self, folder: str, output: int, budget: int, dtype: torch.dtype) -> None:
-        try:
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise ValueError(f"cannot load the sequence classifier {folder!r} ({reason})") from error
-        self.model, info = loaded
-        if info["missing_keys"]:
-            raise ValueError(
-                f"the sequence classifier {folder!r} lacks the weights {sorted(info['missing_keys'])[:3]}: export it "
-                "again, its head included"
-            )
-        self.model.eval().requires_grad_(False)
-        self.tokenizer = with_padding_token(tokenizer)
-        self.tokenizer.padding_side = "right"
-        if self.model.config.pad_token_id is None:  # by which decoders find the last token
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.output, self.budget = output, budget
-
-    def attach(self, policy: Any) -> None:
-        with torch.inference_mode(False):
-            self.model.to(policy.device)
-
-    def encode(self, prompt: Any, completion: str, *ids: Any) -> dict[str, list[int]]:
-        """What the tokenizer makes of a pair, or of a chat."""
-        if isinstance(prompt, str):
-            encoded = self.tokenizer(prompt, completion, verbose=False)
-        elif self.tokenizer.chat_template is None:
-            raise ValueError("the prompt holds chat messages and the reward model's tokenizer has no chat template")
-        else:
-            chat = [*prompt, {"role": "assistant", "content": completion}]
-            text = str(self.tokenizer.apply_chat_template(chat, tokenize=False))
-            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        limit = min(self.tokenizer.model_max_length, num_positions(self.model) or self.tokenizer.model_max_length)
-        _check_length(len(encoded["input_ids"]), limit)
-        return dict(encoded)
-
-    @torch.no_grad()
-    def score(self, encoded: Sequence[dict[str, list[int]]]) -> list[Tensor]:
-        """``(1,)`` the logit of each."""
-        order = sorted(range(len(encoded)), key=lambda n: len(encoded[n]["input_ids"]))
-        values: list[Tensor] = [torch.empty(0)] * len(encoded)
-        part: list[int] = []
-        for n in order:
-            if part and (len(part) + 1) * len(encoded[n]["input_ids"]) > self.budget:
-                self._score_part(part, encoded, values)
-                part = []
-            part.append(n)
-        if part:
-            self._score_part(part, encoded, values)
-        return values
-
-    def _score_part(self, part: Sequence[int], encoded: Sequence[dict[str, list[int]]], values: list[Tensor]) -> None:
-        batch = self.tokenizer.pad([encoded[n] for n in part], return_tensors="pt").to(self.model.device)
-        with _exactly(self.model.device):
-            logits = self.model(**batch).logits[:, self.output].float().cpu()
-        for n, logit in zip(part, logits, strict=True):
-            values[n] = logit[None]
 
 
 class ProcessModelReward:
@@ -241,6 +137,7 @@ class ProcessModelReward:
         aggregation: ``min``, ``product``, ``last`` or ``mean``; the model's own by default.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
         dtype: of the weights.
+        chat_template_kwargs: handed to the model's chat template beside the rows' own, which win by name.
 
     Raises:
         ValueError: the folder holds no process reward model, or an option is out of range.
@@ -256,31 +153,44 @@ class ProcessModelReward:
         aggregation: Aggregation | None = None,
         micro_batch_tokens: int = 8192,
         dtype: Dtype = "float32",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_choice("dtype", dtype, _DTYPES)
         options: dict[str, Any] = {} if aggregation is None else {"aggregation": aggregation}
         model = _locate(model, what="process reward model")
         found = ProcessRewardModule.from_pretrained(model, micro_batch_tokens=micro_batch_tokens, **options)
-        self.module = _frozen(found, _DTYPES[dtype])
+        self.module = frozen(found, _DTYPES[dtype])
         self.step_separator = found.step_separator
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def attach(self, module: Any) -> None:
         """Goes to a policy's device."""
-        _move(self.module, module.device)
+        move(self.module, module.device)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[Any]:
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> list[Any]:
         """Scores each completion."""
+        templates = row_templates(len(completions), self.chat_template_kwargs, tools, chat_template_kwargs)
         places = [n for n, completion in enumerate(completions) if any(completion.split(self.step_separator))]
         found: list[Any] = [None] * len(completions)
         if places:
-            with _exactly(self.module.device):
-                scores = self._scores([prompts[n] for n in places], [completions[n] for n in places])
+            with exactly(self.module.device):
+                scores = self._scores(
+                    [prompts[n] for n in places], [completions[n] for n in places], [templates[n] for n in places]
+                )
             for n, score in zip(places, scores, strict=True):
                 found[n] = score
         return found
 
-    def _scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> Sequence[Any]:
-        scores: list[float] = self.module.score(prompts, completions)
+    def _scores(
+        self, prompts: Sequence[Any], completions: Sequence[str], templates: Sequence[dict[str, Any]]
+    ) -> Sequence[Any]:
+        scores: list[float] = self.module.score(prompts, completions, templates)
         return scores
 
 
@@ -295,6 +205,7 @@ class ProcessModelSteps(ProcessModelReward):
         baseline: what a step's probability has to exceed to be worth something.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
         dtype: of the weights.
+        chat_template_kwargs: handed to the model's chat template beside the rows' own, which win by name.
 
     Raises:
         ValueError: the folder holds no such model, or an option is out of range.
@@ -305,9 +216,16 @@ class ProcessModelSteps(ProcessModelReward):
     """
 
     def __init__(
-        self, model: str, baseline: float = 0.5, micro_batch_tokens: int = 8192, dtype: Dtype = "float32"
+        self,
+        model: str,
+        baseline: float = 0.5,
+        micro_batch_tokens: int = 8192,
+        dtype: Dtype = "float32",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(model, micro_batch_tokens=micro_batch_tokens, dtype=dtype)
+        super().__init__(
+            model, micro_batch_tokens=micro_batch_tokens, dtype=dtype, chat_template_kwargs=chat_template_kwargs
+        )
         if self.module.boundaries == "learned":
             raise ValueError(
                 f"the process reward model {model!r} finds steps by itself (boundaries='learned'), so that its rewards "
@@ -315,8 +233,10 @@ class ProcessModelSteps(ProcessModelReward):
             )
         self.baseline = baseline
 
-    def _scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> Sequence[Any]:
-        steps = self.module.score_steps(prompts, completions)
+    def _scores(
+        self, prompts: Sequence[Any], completions: Sequence[str], templates: Sequence[dict[str, Any]]
+    ) -> Sequence[Any]:
+        steps = self.module.score_steps(prompts, completions, templates)
         return [[score - self.baseline for score in scores] for scores in steps]
 
 
@@ -360,34 +280,3 @@ def _label_weights(
     if len(labels) > 1:
         raise ValueError(f"the classifier {folder!r} has the outputs {', '.join(labels)}: name one with label=")
     return [1.0]
-
-
-# What models have in common.
-
-
-def _frozen(module: Any, dtype: torch.dtype) -> Any:
-    module.requires_grad_(False).to(dtype)
-    module.settle()
-    return module
-
-
-def _move(module: HeadedModule, device: torch.device) -> None:
-    if module.device != device:
-        with torch.inference_mode(False):  # in which a validation may run
-            module.to(device)
-            module.settle()
-
-
-def _exactly(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast is the policy's, and off for the reward model: its precision is that of its weights."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def _same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    same_chat = one.chat_template == other.chat_template
-    return same_chat and one.eos_token_id == other.eos_token_id and one.get_vocab() == other.get_vocab()
-
-
-def _check_length(length: int, limit: int | None) -> None:
-    if limit is not None and length > limit:
-        raise ValueError(f"prompt and completion have {length} tokens, and the reward model reads {limit} at most")

@@ -267,7 +267,7 @@ class PPOModule(OnPolicyModule):
             stats = self.token_stats(batch, temperature=self.temperature, entropy=entropy)
             return stats, self.critic.own_values(batch)
         hidden = hidden_states(self.model, batch, self.layout)
-        hidden_ND = hidden.read(batch.source_index, batch.sequence_index, batch.source_depth)
+        hidden_ND = hidden.read(batch.source_index, batch.source_path, batch.source_depth)
         stats = fused_logprobs(
             hidden_ND, output_head(self.model), batch.target_ids, temperature=self.temperature, entropy=entropy
         )

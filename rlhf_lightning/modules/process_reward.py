@@ -22,7 +22,7 @@ from .checks import check_choice, check_fraction, check_not_negative
 from .distributed import Scores
 from .headed import HeadedModule
 from .rows import num_scored, scored_lengths, scored_positions
-from .scoring import Text, per_sequence, score_texts
+from .scoring import TemplateSettings, Text, per_sequence, score_texts, template_of
 
 StepHead = Literal["linear", "mlp", "tokens"]
 
@@ -170,7 +170,7 @@ class ProcessRewardModule(HeadedModule):
         """Per example: the sums of its losses, and what was right."""
         hidden = hidden_states(self.model, batch, self.layout)
         flat_N, depth_N = scored_positions(batch)
-        states_ND = hidden.read(flat_N, batch.sequence_index, depth_N)
+        states_ND = hidden.read(flat_N, batch.source_path, depth_N)
         logits_N = self._step_logits(states_ND)
         labels_N = logits_N.new_tensor([label for e in batch.examples for label in e.fields["labels"]])
         losses_N = step_bce_loss(logits_N, labels_N)
@@ -263,13 +263,20 @@ class ProcessRewardModule(HeadedModule):
 
     # What is asked of a process reward model.
 
-    def score_steps(self, prompts: Sequence[Text], completions: Sequence[str | Sequence[str]]) -> list[list[float]]:
+    def score_steps(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[str | Sequence[str]],
+        chat_template_kwargs: TemplateSettings = None,
+    ) -> list[list[float]]:
         """Probabilities of every step being right.
 
         Args:
             prompts: texts, or lists of chat messages.
             completions: as many; each a list of steps, or a text that is split at ``step_separator`` (empty steps are
                 left out). With ``boundaries="learned"``, steps of a text end where the model says so, and at its end.
+            chat_template_kwargs: handed to the chat template, ``tools`` among them: for all, or a list with one for
+                each.
 
         Returns:
             One list per completion, with one probability per step.
@@ -282,16 +289,21 @@ class ProcessRewardModule(HeadedModule):
                 f"given {len(prompts)} prompts and {len(completions)} completions; give two lists of one length"
             )
         rows = RowTokenizer(self.tokenizer)
-        segments = []
-        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            root = self._solution(rows, number, prompt, completion)
-            segments.append((root, root.children[0]))
-        values = score_texts(self, segments, self._sequence_steps)
+        trees = [
+            self._solution(rows, number, prompt, completion, template_of(chat_template_kwargs, number))
+            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        values = score_texts(self, trees, self._sequence_steps)
         return [_at_ends(value, self._finds_ends(c)) for value, c in zip(values, completions, strict=True)]
 
-    def score(self, prompts: Sequence[Text], completions: Sequence[str | Sequence[str]]) -> list[float]:
+    def score(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[str | Sequence[str]],
+        chat_template_kwargs: TemplateSettings = None,
+    ) -> list[float]:
         """One score per completion: its steps' probabilities, aggregated; see ``score_steps``."""
-        steps = self.score_steps(prompts, completions)
+        steps = self.score_steps(prompts, completions, chat_template_kwargs)
         index = torch.tensor([number for number, scores in enumerate(steps) for _ in scores], dtype=torch.long)
         values = torch.tensor([score for scores in steps for score in scores], dtype=torch.float64)
         if not steps:
@@ -303,17 +315,24 @@ class ProcessRewardModule(HeadedModule):
             scores_M, sequence_index_M, num_sequences=num_sequences, aggregation=self.aggregation
         )
 
-    def _solution(self, rows: RowTokenizer, number: int, prompt: Text, completion: str | Sequence[str]) -> Segment:
+    def _solution(
+        self,
+        rows: RowTokenizer,
+        number: int,
+        prompt: Text,
+        completion: str | Sequence[str],
+        template: dict[str, Any],
+    ) -> Segment:
         """A prompt with a solution, weighted at the ends of its steps (everywhere, where ends are to be found)."""
         if self._finds_ends(completion):
-            tokens = np.asarray(rows.tokenizer(completion, add_special_tokens=False)["input_ids"])
+            tokens = np.asarray(rows.continued(str(completion)))
             solution = Segment(tokens, np.ones(len(tokens), np.float32))
-            return Segment(np.asarray(rows.prompt(Row(prompt))), children=(solution,))
+            return Segment(np.asarray(rows.prompt(Row(prompt, (), {}, template))), children=(solution,))
         steps = completion.split(self.step_separator) if isinstance(completion, str) else list(completion)
         steps = [step for step in steps if step]
         if not steps:
             raise ValueError(f"completion {number} has no steps: give at least one character between separators")
-        return rows.steps(Row(prompt, tuple(steps)), self.step_separator)
+        return rows.steps(Row(prompt, tuple(steps), {}, template), self.step_separator)
 
     def _finds_ends(self, completion: str | Sequence[str]) -> bool:
         return self.boundaries == "learned" and isinstance(completion, str) and bool(completion)
@@ -322,7 +341,7 @@ class ProcessRewardModule(HeadedModule):
         """Per sequence, probabilities of its scored tokens being right, and logits of their being ends: ``(n, 2)``."""
         hidden = hidden_states(self.model, batch, self.layout)
         flat_N, depth_N = scored_positions(batch)
-        states_ND = hidden.read(flat_N, batch.sequence_index, depth_N)
+        states_ND = hidden.read(flat_N, batch.source_path, depth_N)
         scores_N = self._step_logits(states_ND).sigmoid()
         ends_N = self._read(states_ND, "boundary") if self.boundaries == "learned" else torch.ones_like(scores_N)
         both_N2 = torch.stack([scores_N, ends_N], dim=1)

@@ -40,7 +40,7 @@ from .reward_options import (
     ratings_of,
 )
 from .rows import check_pairs, num_scored, scored_positions
-from .scoring import Text, answer_segments, per_sequence, score_texts
+from .scoring import TemplateSettings, Text, answer_trees, per_sequence, score_texts
 
 
 class RewardModule(EnsembleModule):
@@ -171,10 +171,9 @@ class RewardModule(EnsembleModule):
         hidden = hidden_states(self.model, batch, self.layout)
         if self.pooling == "mean":
             flat_N, depth_N = scored_positions(batch)
-            states_ND = hidden.read(flat_N, batch.sequence_index, depth_N)
+            states_ND = hidden.read(flat_N, batch.source_path, depth_N)
             return pooled(states_ND, batch.sequence_index, batch.num_sequences)
-        sequence_S = torch.arange(batch.num_sequences, device=batch.lengths.device)
-        return hidden.read(batch.last_index, sequence_S, batch.lengths - 1)
+        return hidden.read(batch.last_index, batch.last_path, batch.lengths[batch.last_path] - 1)
 
     def combined(self, rewards: Tensor) -> Tensor:
         """The scalar reward: ``(..., K) -> (...)``."""
@@ -309,21 +308,34 @@ class RewardModule(EnsembleModule):
 
     # What is asked of a reward model.
 
-    def score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+    def score(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        chat_template_kwargs: TemplateSettings = None,
+    ) -> list[float]:
         """Rewards of completions, one for each; completions of one prompt share its computation.
 
         Args:
             prompts: texts, or lists of chat messages.
             completions: as many; texts, or lists of chat messages.
+            chat_template_kwargs: handed to the chat template, ``tools`` among them: for all, or a list with one for
+                each.
 
         Raises:
             ValueError: lists of different length, or an empty completion.
         """
-        return self.score_with_std(prompts, completions)[0]
+        return self.score_with_std(prompts, completions, chat_template_kwargs)[0]
 
-    def score_with_std(self, prompts: Sequence[Text], completions: Sequence[Text]) -> tuple[list[float], list[float]]:
+    def score_with_std(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        chat_template_kwargs: TemplateSettings = None,
+    ) -> tuple[list[float], list[float]]:
         """Rewards, and their standard deviation over the members (0 without an ensemble); see ``score``."""
-        values = score_texts(self, answer_segments(self.tokenizer, prompts, completions), self._sequence_rewards)
+        trees = answer_trees(self.tokenizer, prompts, completions, chat_template_kwargs)
+        values = score_texts(self, trees, self._sequence_rewards)
         members = [self.combined(value) for value in values]
         return [float(m.mean()) for m in members], [float(m.std(correction=0)) for m in members]
 

@@ -1,6 +1,6 @@
 """What several methods read from a packed batch to make their rows.
 
-Legend: S sequences, N scored tokens.
+Legend: P paths, S sequences, N scored tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from .distributed import Scores
 
 def num_scored(example: Example) -> list[int]:
     """Scored tokens of each sequence of an example."""
-    return [
-        sum(int((segment.weights > 0).sum()) for segment in path if segment.weights is not None)
-        for path in example.root.paths()
-    ]
+    return [len(weights) for weights in example.weights_per_sequence()]
 
 
 def check_pairs(examples: Sequence[Example]) -> None:
@@ -52,8 +49,8 @@ def scored_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
     """Where the scored tokens themselves are, not the tokens before them.
 
     Returns:
-        ``(N,)`` flat positions in the forest, and ``(N,)`` positions along their sequences.
+        ``(N,)`` flat positions in the forest, and ``(N,)`` positions along their paths.
     """
-    first_S = batch.lengths.cumsum(0) - batch.lengths
+    first_P = batch.lengths.cumsum(0) - batch.lengths
     depth_N = batch.source_depth + 1
-    return batch.path_index[first_S[batch.sequence_index] + depth_N], depth_N
+    return batch.path_index[first_P[batch.source_path] + depth_N], depth_N

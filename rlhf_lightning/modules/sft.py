@@ -46,14 +46,8 @@ class SFTModule(PostTrainingModule):
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
         """Weighted tokens of all sequences."""
-        weight = sum(
-            float(segment.weights.sum())
-            for example in examples
-            for path in example.root.paths()
-            for segment in path
-            if segment.weights is not None
-        )
-        return {"tokens": weight}
+        weights = (weights for example in examples for weights in example.weights_per_sequence())
+        return {"tokens": sum(float(part.sum()) for part in weights)}
 
     def scores(self, batch: SequenceBatch) -> Scores:
         """Per example: weighted loss, and the weighted count of tokens that the model would have chosen itself."""

@@ -37,6 +37,7 @@ class Evaluation:
     verifier: str = _EXACT
     max_new_tokens: int = 256
     limit: int | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     samples: int = 8  # how many the report shows
 
 
@@ -73,6 +74,7 @@ class SampleStage:
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_pairs: int | None = None
     seed: int | None = None
 

@@ -52,7 +52,7 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
         tokenizer = load_tokenizer(stage.model)
         engine = remote_engine(stage.server, tokenizer)
     verifier = load_verifier(stage.verifier)
-    examples = read_prompts(stage.prompts, tokenizer)
+    examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
     for start in progress(range(0, len(examples), _PROMPTS_AT_ONCE), f"sampling, {_PROMPTS_AT_ONCE} prompts at once"):
@@ -102,7 +102,9 @@ def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
 def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_file: Path) -> dict[str, float]:
     """Answers the test prompts greedily, writes the answers, and returns accuracy and number of rows."""
     model, tokenizer = _load(str(model_folder), dtype)
-    examples = read_prompts(evaluation.prompts, tokenizer, limit=evaluation.limit)
+    examples = read_prompts(
+        evaluation.prompts, tokenizer, limit=evaluation.limit, chat_template_kwargs=evaluation.chat_template_kwargs
+    )
     greedy = SamplingParams(max_new_tokens=evaluation.max_new_tokens, temperature=0.0)
     groups = answer_prompts(
         LocalEngine(model, tokenizer), examples, load_verifier(evaluation.verifier), sampling=greedy

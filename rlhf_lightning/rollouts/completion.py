@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import text_tokens
 from .sampling import SamplingParams, sample, uniforms
 
 if TYPE_CHECKING:
@@ -53,10 +54,8 @@ class Completion:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> str:
-    """The text of some tokens, special tokens left out and spaces left as they are."""
-    if tokenizer is None:
-        return ""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    """The text of tokens that continue a prompt: special tokens left out, and all blanks left as they are."""
+    return "" if tokenizer is None else text_tokens.decode(tokenizer, token_ids)
 
 
 class StopFinder:

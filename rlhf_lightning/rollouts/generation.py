@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from ..data.chat_template import ChatTemplate
+from ..data.text_tokens import prompt_tokens
 from ..models import base_model, num_positions
 from .completion import Completion, Track
 from .continuous import ContinuousBatch
@@ -61,8 +63,9 @@ class LocalEngine:
         model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its
             precision, on its device, with its attention function. It runs in evaluation mode without gradients, and
             every submodule's mode is put back.
-        tokenizer: turns string prompts into tokens, with its defaults, and tokens into text; without one, prompts are
-            token ids and texts are empty.
+        tokenizer: turns string prompts into tokens, as those of rows, and tokens into text, and says by its chat
+            template what ends an answer, beside the end-of-sequence tokens; without one, prompts are token ids and
+            texts are empty.
         max_batch_tokens: tokens of cache held at once, and tokens of one prefill; at least 1. A single row always fits.
 
     Example:
@@ -84,6 +87,7 @@ class LocalEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
+        self._template_ends: list[int] | None = None
         self._warned: set[str] = set()
 
     def generate(
@@ -161,14 +165,10 @@ class LocalEngine:
         return tokens
 
     def _encoded(self, number: int, prompt: str) -> tuple[int, ...]:
-        """A string's tokens as the tokenizer begins a text, but not as it ends one; those of an empty string: one."""
+        """A string's tokens as a row's prompt has them: opened once, as a chat that was rendered already is."""
         if self.tokenizer is None:
             raise ValueError(f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, give token ids")
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        tokens = tuple(self.tokenizer(prompt)["input_ids"]) if prompt else ()
-        if tokens and tokens[-1] == last and not prompt.endswith(self.tokenizer.eos_token):
-            tokens = tokens[:-1]
-        return tokens or tuple(token for token in (last if first is None else first,) if token is not None)
+        return tuple(prompt_tokens(self.tokenizer, prompt))
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
         """Tokens that a prompt may have so that at least one fits behind it; ``None`` where nothing says so."""
@@ -187,9 +187,11 @@ class LocalEngine:
         return min(params.max_new_tokens, positions - len(prompt))
 
     def _eos_token_ids(self) -> set[int]:
-        """The model's and the tokenizer's end-of-sequence tokens."""
+        """The model's and the tokenizer's end-of-sequence tokens, and those that end a turn of its chat template."""
         model: Any = base_model(self.model)
-        found: set[int] = set()
+        if self._template_ends is None:
+            self._template_ends = [] if self.tokenizer is None else ChatTemplate(self.tokenizer).end_tokens()
+        found = set(self._template_ends)
         for source in (getattr(model, "generation_config", None), model.config.get_text_config(), self.tokenizer):
             token = getattr(source, "eos_token_id", None)
             found.update([] if token is None else [token] if isinstance(token, int) else token)

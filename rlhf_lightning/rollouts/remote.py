@@ -7,6 +7,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+from ..data.chat_template import ChatTemplate
+from ..data.text_tokens import opening_tokens
 from ..usage import did_you_mean, one_line
 from .completion import Completion, FinishReason, readable
 from .endpoint import Endpoint, ServerError, in_parallel
@@ -46,7 +48,9 @@ class RemoteEngine:
     Args:
         url: the server, such as ``http://localhost:8000``; an address without a path gets ``/v1``.
         model: the name that the server knows it by; ``None`` takes the only one that it serves.
-        tokenizer: the model's; needed only with ``text_prompts``.
+        tokenizer: the model's; needed with ``text_prompts``. With it, a text that carries the token which the server
+            puts in front of every text already (a rendered chat) is sent without, and the end tokens of the chat
+            template end a sample too (``vllm``).
         api: ``completions`` continues text or token ids; ``chat`` answers text (one user message) or lists of messages,
             with the server's chat template.
         dialect: ``vllm`` states every sampling setting, because such a server takes those left out from the model's
@@ -182,7 +186,9 @@ class RemoteEngine:
         if not prompt:
             raise ValueError(f"prompt {number} is empty: write something to be completed")
         if isinstance(prompt, str):
-            return {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
+            if self.api == "chat":
+                return {"messages": [{"role": "user", "content": prompt}]}
+            return {"prompt": self._opened_once(prompt)}
         items: list[Any] = list(prompt)
         messages = all(isinstance(item, Mapping) for item in items)
         if messages != (self.api == "chat"):
@@ -194,10 +200,19 @@ class RemoteEngine:
         tokens = [int(item) for item in items]
         return {"prompt": self._as_text(number, tokens) if self.text_prompts else tokens}
 
+    def _opened_once(self, prompt: str) -> str:
+        """A text that the server opens itself: a chat that was rendered already has its first token in it."""
+        if self.tokenizer is None:
+            return prompt
+        opening: Any = self.tokenizer.convert_ids_to_tokens(opening_tokens(self.tokenizer))
+        return prompt.removeprefix("".join(opening)) or prompt
+
     def _as_text(self, number: int, tokens: list[int]) -> str:
         tokenizer: Any = self.tokenizer
-        for skip in (True, False):  # tokens that the tokenizer puts before every text must not be written out
-            text = str(tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+        # Tokens that the tokenizer puts before every text must not be written out.
+        opening = opening_tokens(tokenizer)
+        for start in (len(opening) if tokens[: len(opening)] == opening else 0, 0):
+            text = str(tokenizer.decode(tokens[start:], clean_up_tokenization_spaces=False))
             if list(tokenizer(text)["input_ids"]) == tokens:
                 return text
         raise ValueError(
@@ -212,7 +227,7 @@ class RemoteEngine:
             "top_k": (params.top_k or -1, -1),
             "min_p": (params.min_p, 0.0),
             "repetition_penalty": (params.repetition_penalty, 1.0),
-            "stop_token_ids": (list(params.stop_token_ids), []),
+            "stop_token_ids": (sorted({*params.stop_token_ids, *self._template_ends()}), []),
             "min_tokens": (params.min_new_tokens, 0),
         }
         if self.dialect == "vllm":
@@ -232,6 +247,12 @@ class RemoteEngine:
             body["logprobs"] = True if self.api == "chat" else 1
             body |= {"return_tokens_as_token_ids": True} if self.dialect == "vllm" else {}
         return body
+
+    def _template_ends(self) -> list[int]:
+        """What ends a turn beside the end-of-sequence token, where the server has to be told."""
+        if self.tokenizer is None or self.dialect != "vllm" or self.api == "chat":
+            return []
+        return [token for token in ChatTemplate(self.tokenizer).end_tokens() if token != self.tokenizer.eos_token_id]
 
     def _wants_logprobs(self, params: SamplingParams) -> bool:
         return params.model_logprobs or (self.logprobs and not params.greedy)

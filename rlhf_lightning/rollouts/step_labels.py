@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
+from ..data.chat_template import ChatTemplate
+from ..data.text_tokens import encode, prompt_tokens
 from .completion import readable
 from .generation import Engine
 from .sampling import SamplingParams, derive_seed
@@ -95,7 +97,7 @@ def sample_solutions(
     params = replace(sampling or SamplingParams(), seed=seed)
     limit = _Limit.of(engine, params, max_length, on_too_long)
     named = [(str(row.get("row_id", f"rows:{number}")), row) for number, row in enumerate(rows)]
-    encode = prompt_tokens or (lambda row: _prompt_ids(tokenizer, row["prompt"]))
+    encode = prompt_tokens or (lambda row: _prompt_ids(tokenizer, row))
     for row_id, row in named:
         if not row.get("prompt"):
             raise ValueError(f"row {row_id} has the columns {sorted(row)}; it needs a prompt")
@@ -261,8 +263,8 @@ class _Labeller:
                 "completion (a text of at least one step)"
             )
         steps = [readable(step) for step in steps]
-        step_ids = [_ids(self.tokenizer, step + self.separator, add_special_tokens=False) for step in steps]
-        prompt_ids = list(self.prompt_tokens(row)) if self.prompt_tokens else _prompt_ids(self.tokenizer, prompt)
+        step_ids = [encode(self.tokenizer, step + self.separator, continues=True) for step in steps]
+        prompt_ids = list(self.prompt_tokens(row)) if self.prompt_tokens else _prompt_ids(self.tokenizer, row)
         return _Solution(row_id, row, steps, prompt_ids, step_ids)
 
     def judge_answers(self, solutions: Sequence[_Solution]) -> None:
@@ -355,12 +357,10 @@ def _check_separator(step_separator: str) -> None:
         raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return _ids(tokenizer, prompt)
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return _ids(tokenizer, str(text), add_special_tokens=False)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    return [int(token) for token in tokenizer(text, **options)["input_ids"]]
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[int]:
+    if isinstance(row["prompt"], str):
+        return prompt_tokens(tokenizer, row["prompt"])
+    template = dict(row.get("chat_template_kwargs") or {})
+    if row.get("tools"):
+        template["tools"] = row["tools"]
+    return encode(tokenizer, ChatTemplate(tokenizer).context(row["prompt"], template))

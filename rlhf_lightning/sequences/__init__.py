@@ -2,7 +2,8 @@
 
 from .attention import ATTENTION_NAME, TreeGeometry, gather_rows, register_attention, tree_attention
 from .batch import PaddedBatch, SequenceBatch, pack
-from .example import Example, ExampleBatch, Segment
+from .branching import grow_tree, shared_length, split_answer, unfold_tree, with_answer
+from .example import Example, ExampleBatch, Segment, distinct_segments
 from .flex import FLEX_ATTENTION_NAME, register_flex_attention
 from .planning import example_cost, plan_micro_batches
 
@@ -15,11 +16,17 @@ __all__ = [
     "Segment",
     "SequenceBatch",
     "TreeGeometry",
+    "distinct_segments",
     "example_cost",
     "gather_rows",
+    "grow_tree",
     "pack",
     "plan_micro_batches",
     "register_attention",
     "register_flex_attention",
+    "shared_length",
+    "split_answer",
     "tree_attention",
+    "unfold_tree",
+    "with_answer",
 ]

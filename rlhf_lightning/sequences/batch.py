@@ -1,6 +1,7 @@
 """SequenceBatch: a forest of token segments laid out flat, depth first, without padding.
 
-Legend: T tokens in the forest, S sequences (root-to-leaf paths), N scored tokens (each once per sequence), E examples.
+Legend: T tokens in the forest, P root-to-leaf paths, S sequences (of one path or several), N scored tokens (each once
+per sequence), E examples.
 
 One integer per token is all the geometry there is: token ``j`` is visible to token ``i`` exactly when
 ``j <= i < subtree_end[j]``. Plain packing (no shared segment), shared prompts and search trees are the same case.
@@ -17,18 +18,18 @@ import torch
 from torch import Tensor
 
 from .attention import TreeGeometry
-from .example import Example, Segment
+from .example import Example, Path, Segment
 
 
 @dataclass
 class PaddedBatch:
-    """The same sequences as rows of a padded matrix, for models that packing does not reach.
+    """The same paths as rows of a padded matrix, for models that packing does not reach.
 
     Args:
-        input_ids: ``(S, L)``.
-        attention_mask: ``(S, L)``, 1 = token, 0 = padding.
-        position_ids: ``(S, L)``, the depth of each token along its own sequence; 0 at padding.
-        start: ``(S,)`` column of each sequence's first token.
+        input_ids: ``(P, L)``.
+        attention_mask: ``(P, L)``, 1 = token, 0 = padding.
+        position_ids: ``(P, L)``, the depth of each token along its own path; 0 at padding.
+        start: ``(P,)`` column of each path's first token.
     """
 
     input_ids: Tensor
@@ -46,15 +47,18 @@ class SequenceBatch:
         position_ids: ``(T,)`` depth of each token along its own path.
         geometry: who sees whom, for the registered attention.
         source_index: ``(N,)`` flat position of the token *before* each scored token: where its prediction is read.
-        source_depth: ``(N,)`` the same position counted along the sequence.
+        source_depth: ``(N,)`` the same position counted along the path.
+        source_path: ``(N,)`` the path on which each scored token is read; ascending.
         target_ids: ``(N,)`` the scored tokens.
         sequence_index: ``(N,)`` which sequence each scored token belongs to; ascending.
         weights: ``(N,)`` loss weights, above 0.
-        last_index: ``(S,)`` flat position of each sequence's last token.
-        lengths: ``(S,)`` tokens of each sequence, its prompt included.
+        last_index: ``(S,)`` flat position of each sequence's last token, on its last path.
+        last_path: ``(S,)`` the last path of each sequence.
+        lengths: ``(P,)`` tokens of each path, its prompt included.
+        path_sequence: ``(P,)`` which sequence each path belongs to; ascending.
         example_index: ``(S,)`` which example each sequence belongs to; ascending.
         examples: the examples, in the order in which they were packed.
-        path_index: flat positions of every sequence's tokens, sequence after sequence; ``(sum(lengths),)``.
+        path_index: flat positions of every path's tokens, path after path; ``(sum(lengths),)``.
         distinct: where several sequences score the same token at the same place, as rows of one prompt do that share a
             completion: which scored tokens to compute, ``(U,)``, and which of them each is, ``(N,)``.
     """
@@ -64,11 +68,14 @@ class SequenceBatch:
     geometry: TreeGeometry
     source_index: Tensor
     source_depth: Tensor
+    source_path: Tensor
     target_ids: Tensor
     sequence_index: Tensor
     weights: Tensor
     last_index: Tensor
+    last_path: Tensor
     lengths: Tensor
+    path_sequence: Tensor
     example_index: Tensor
     path_index: Tensor
     examples: list[Example] = field(default_factory=list)
@@ -80,9 +87,14 @@ class SequenceBatch:
         return self.input_ids.shape[0]
 
     @property
-    def num_sequences(self) -> int:
+    def num_paths(self) -> int:
         """Root-to-leaf paths."""
         return self.lengths.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """What losses compare and count: completions, conversations."""
+        return self.last_path.shape[0]
 
     @property
     def num_examples(self) -> int:
@@ -103,11 +115,11 @@ class SequenceBatch:
         return values_N.new_zeros(self.num_examples).index_add(0, self.example_index[self.sequence_index], values_N)
 
     def padded(self, *, side: Literal["right", "left"] = "right", extra: int = 0, pad_token_id: int = 0) -> PaddedBatch:
-        """The same sequences, prompts repeated, as rows with padding on one side.
+        """The same paths, prompts repeated, as rows with padding on one side.
 
         Args:
             side: where the padding goes.
-            extra: columns of padding beyond the longest sequence, at least 0.
+            extra: columns of padding beyond the longest path, at least 0.
             pad_token_id: what fills them; no result depends on it.
         """
         lengths = self.lengths.cpu()
@@ -151,11 +163,14 @@ class _Layout:
         self.size = 0
         self.source: list[np.ndarray] = []
         self.depth: list[np.ndarray] = []
+        self.path: list[np.ndarray] = []
         self.target: list[np.ndarray] = []
         self.weight: list[np.ndarray] = []
         self.sequence: list[np.ndarray] = []
         self.paths: list[np.ndarray] = []
-        self.example: list[int] = []
+        self.path_sequence: list[int] = []
+        self.last_path: list[int] = []  # per sequence
+        self.example: list[int] = []  # per sequence
 
     def place(self, node: _Node, parent: int = -1, depth: int = 0) -> None:
         """Lays out a node behind its ancestors, then its children."""
@@ -167,53 +182,67 @@ class _Layout:
         for child in node.children.values():
             self.place(child, number, depth + length)
 
-    def close(self, path: tuple[Segment, ...], nodes: list[_Node], example: int) -> None:
-        """Records a sequence and the tokens that it scores."""
-        flat = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in nodes])
-        weights = np.concatenate(
-            [np.zeros(len(s.tokens), np.float32) if s.weights is None else s.weights for s in path]
-        )
-        scored = np.flatnonzero(weights)
-        if len(scored) and scored[0] == 0:
-            raise ValueError("the first token of a tree has weight above 0, but no token before it: give it weight 0")
-        tokens = np.concatenate([s.tokens for s in path])
-        self.source.append(flat[scored - 1])
-        self.depth.append(scored - 1)
-        self.target.append(tokens[scored])
-        self.weight.append(weights[scored])
-        self.sequence.append(np.full(len(scored), len(self.paths)))
-        self.paths.append(flat)
+    def close(self, turns: list[_Turn], example: int) -> None:
+        """Records a sequence: its paths, and the tokens that it scores on them."""
+        number = len(self.example)
+        for tokens, weights, nodes in turns:
+            flat = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in nodes])
+            scored = np.flatnonzero(weights)
+            if len(scored) and scored[0] == 0:
+                raise ValueError(
+                    "the first token of a tree has weight above 0, but no token before it: give it weight 0"
+                )
+            self.source.append(flat[scored - 1])
+            self.depth.append(scored - 1)
+            self.path.append(np.full(len(scored), len(self.paths)))
+            self.target.append(tokens[scored])
+            self.weight.append(weights[scored])
+            self.sequence.append(np.full(len(scored), number))
+            self.paths.append(flat)
+            self.path_sequence.append(number)
+        self.last_path.append(len(self.paths) - 1)
         self.example.append(example)
+
+
+_Turn = tuple[np.ndarray, np.ndarray, list[_Node]]  # tokens, weights and nodes of a path
 
 
 def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
     """Merges the examples' trees where they begin alike, lays them out, and records every example's sequences."""
     layout = _Layout()
     everything = _Node(np.empty(0, np.int64))  # its children are the roots
-    found: list[tuple[tuple[Segment, ...], list[_Node], int]] = []
+    found: list[tuple[list[_Turn], int]] = []
     for number, example in enumerate(examples):
-        for path in example.root.paths():
-            if not share_prefix:
-                lone = _linear(path)
-                layout.roots.append(_Node(lone.tokens))
-                found.append(((lone,), [layout.roots[-1]], number))
-                continue
-            nodes = [everything]
-            for segment in path:
-                nodes.append(nodes[-1].child(segment))
-            found.append((path, nodes[1:], number))
+        for sequence in example.root.sequences():
+            turns: list[_Turn] = []
+            scored: set[Segment] = set()
+            for path in sequence:
+                tokens = np.concatenate([segment.tokens for segment in path])
+                weights = _weights(path, scored)
+                nodes = [everything] if share_prefix else [_Node(tokens)]
+                if share_prefix:
+                    for segment in path:
+                        nodes.append(nodes[-1].child(segment))
+                    nodes = nodes[1:]
+                else:
+                    layout.roots.append(nodes[0])
+                turns.append((tokens, weights, nodes))
+            found.append((turns, number))
     for root in (*layout.roots, *everything.children.values()):
         layout.place(root)
-    for path, nodes, number in found:
-        layout.close(path, nodes, number)
+    for turns, number in found:
+        layout.close(turns, number)
     return layout
 
 
-def _linear(path: tuple[Segment, ...]) -> Segment:
-    """A path as a tree of its own that shares nothing."""
-    tokens = np.concatenate([s.tokens for s in path])
-    weights = np.concatenate([np.zeros(len(s.tokens), np.float32) if s.weights is None else s.weights for s in path])
-    return Segment(tokens, weights)
+def _weights(path: Path, scored: set[Segment]) -> np.ndarray:
+    """The weights along a path, 0 where an earlier path of the sequence has scored a segment; notes those it scores."""
+    parts = [
+        np.zeros(len(segment.tokens), np.float32) if segment.weights is None or segment in scored else segment.weights
+        for segment in path
+    ]
+    scored.update(path)
+    return np.concatenate(parts)
 
 
 def pack(
@@ -256,11 +285,14 @@ def pack(
         geometry=TreeGeometry(layout.segments, device=device),
         source_index=tensor(layout.source),
         source_depth=tensor(layout.depth),
+        source_path=tensor(layout.path),
         target_ids=tensor(layout.target),
         sequence_index=tensor(layout.sequence),
         weights=tensor(layout.weight, torch.float32),
-        last_index=torch.tensor([path[-1] for path in layout.paths], device=device),
+        last_index=torch.tensor([layout.paths[number][-1] for number in layout.last_path], device=device),
+        last_path=torch.tensor(layout.last_path, device=device),
         lengths=torch.tensor(lengths, device=device),
+        path_sequence=torch.tensor(layout.path_sequence, device=device),
         example_index=torch.tensor(layout.example, device=device),
         path_index=tensor(layout.paths),
         examples=list(examples),

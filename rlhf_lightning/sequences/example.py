@@ -19,16 +19,26 @@ class Segment:
         tokens: token ids, at least one.
         weights: one loss weight per token (0 = the token is context, 1 = it counts); ``None`` means that none counts.
             The first token of a root has no token before it to be predicted from: its weight must be 0.
-        children: the segments that continue this one. A segment without children ends a *sequence*; the sequences of a
-            tree are its root-to-leaf paths in depth-first order.
+        children: the segments that continue this one. A segment without children ends a *path*; the paths of a tree
+            are taken in depth-first order.
+        continued: of a segment without children: the next path belongs to the same sequence. A *sequence* is what a
+            loss compares or counts (a completion, a conversation). It is one path, or several where its turns are
+            generated in contexts that do not extend one another; the last of them is its last turn. Each of its tokens
+            is scored once, on the first of its paths through it.
     """
 
     tokens: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32] | None
     children: tuple[Segment, ...]
+    continued: bool
 
     def __init__(
-        self, tokens: npt.ArrayLike, weights: npt.ArrayLike | None = None, children: Sequence[Segment] = ()
+        self,
+        tokens: npt.ArrayLike,
+        weights: npt.ArrayLike | None = None,
+        children: Sequence[Segment] = (),
+        *,
+        continued: bool = False,
     ) -> None:
         flat = np.asarray(tokens, dtype=np.int64)
         if flat.ndim != 1 or len(flat) == 0:
@@ -39,6 +49,7 @@ class Segment:
         object.__setattr__(self, "tokens", flat)
         object.__setattr__(self, "weights", counts)
         object.__setattr__(self, "children", tuple(children))
+        object.__setattr__(self, "continued", continued)
 
     def paths(self) -> Iterator[tuple[Segment, ...]]:
         """Yields each root-to-leaf path, depth first."""
@@ -48,10 +59,39 @@ class Segment:
             for rest in child.paths():
                 yield (self, *rest)
 
+    def sequences(self) -> Iterator[tuple[Path, ...]]:
+        """Yields the paths of each sequence, depth first.
+
+        Example:
+            >>> turns = Segment([1], children=(Segment([2], [1], continued=True), Segment([3], [1]), Segment([4], [1])))
+            >>> [len(sequence) for sequence in turns.sequences()]
+            [2, 1]
+        """
+        group: list[Path] = []
+        for path in self.paths():
+            group.append(path)
+            if not path[-1].continued:
+                yield tuple(group)
+                group = []
+        if group:
+            yield tuple(group)
+
     @property
     def num_tokens(self) -> int:
         """Tokens in this segment and all below it, each counted once."""
         return len(self.tokens) + sum(child.num_tokens for child in self.children)
+
+
+Path = tuple[Segment, ...]
+
+
+def distinct_segments(sequence: Sequence[Path]) -> list[Segment]:
+    """The segments of a sequence's paths, each once: what it scores.
+
+    Args:
+        sequence: the paths of one sequence.
+    """
+    return list(dict.fromkeys(segment for path in sequence for segment in path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +110,17 @@ class Example:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def sequences(self) -> list[tuple[Segment, ...]]:
-        """The root-to-leaf paths, depth first."""
-        return list(self.root.paths())
+    def sequences(self) -> list[tuple[Path, ...]]:
+        """The paths of each sequence, depth first."""
+        return list(self.root.sequences())
+
+    def weights_per_sequence(self) -> list[npt.NDArray[np.float32]]:
+        """The weights above 0 of each sequence's tokens."""
+        found = []
+        for sequence in self.root.sequences():
+            parts = [s.weights[s.weights > 0] for s in distinct_segments(sequence) if s.weights is not None]
+            found.append(np.concatenate(parts) if parts else np.empty(0, np.float32))
+        return found
 
     def content_hash(self) -> str:
         """A digest of tokens, weights and tree shape: equal for equal content, whatever the row is called."""
@@ -85,7 +133,7 @@ class Example:
                 digest.update(b"w" + segment.weights.tobytes())
             for child in segment.children:
                 feed(child)
-            digest.update(b")")
+            digest.update(b"+)" if segment.continued else b")")
 
         feed(self.root)
         return digest.hexdigest()

@@ -221,7 +221,7 @@ def test_peaks(name: str, precision: str, tf32: bool, expected: float | None) ->
 
 
 def lengths(rows: Sequence[Example]) -> list[list[int]]:
-    return [[sum(len(segment.tokens) for segment in path) for path in row.sequences] for row in rows]
+    return [[sum(len(segment.tokens) for segment in path) for path in row.root.paths()] for row in rows]
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -13,7 +13,8 @@ import torch
 from rlhf_lightning import DPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
 from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.modules import PostTrainingModule
-from rlhf_lightning.sequences import Example, Segment
+from rlhf_lightning.sequences import Example, Segment, grow_tree
+from rlhf_lightning.sequences.branching import WeightedPath
 
 from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
 
@@ -95,6 +96,42 @@ def rated(count: int) -> list[Example]:
     return [Example(e.row_id, e.root, {"good": n / 3, "long": None if n % 2 else 2.0}) for n, e in enumerate(rows)]
 
 
+def _turns(rng: np.random.Generator, prompt: np.ndarray) -> list[WeightedPath]:
+    """The paths of a conversation: behind every other turn what was said is shown otherwise than it was generated."""
+    paths, context = [], prompt
+    for number in range(int(rng.integers(1, 4))):
+        answer = _tokens(rng, 1, 7)
+        tokens = np.concatenate([context, answer])
+        paths.append((tokens, (np.arange(len(tokens)) >= len(context)).astype(np.float32)))
+        shown = answer[1:] if number % 2 == 0 else answer
+        context = np.concatenate([context, shown, _tokens(rng, 1, 5)])
+    return paths
+
+
+def conversations(count: int) -> list[Example]:
+    """Chats whose turns have contexts that do not extend one another."""
+    rng = np.random.default_rng(4)
+    return [Example(f"rows:{n}", grow_tree([_turns(rng, _tokens(rng, 2, 6))])) for n in range(count)]
+
+
+def chat_pairs(count: int) -> list[Example]:
+    """Prompts with a chosen and a rejected completion of one to three turns."""
+    rng, rows = np.random.default_rng(5), []
+    for n in range(count):
+        prompt = _tokens(rng, 2, 6)
+        rows.append(Example(f"rows:{n}", grow_tree([_turns(rng, prompt), _turns(rng, prompt)], prompt)))
+    return rows
+
+
+def labelled_chats(count: int) -> list[Example]:
+    """Completions of one to three turns, each with a label and another row's answer."""
+    rng, rows = np.random.default_rng(6), []
+    for n in range(count):
+        prompt = _tokens(rng, 2, 6)
+        rows.append(Example(f"rows:{n}", grow_tree([_turns(rng, prompt)], prompt), {"label": n % 3 != 0}))
+    return mismatch(rows)
+
+
 class MovedKTO(KTOModule):
     """A policy that is less sure of itself than its reference: a KL estimate of 0 would couple nothing."""
 
@@ -135,6 +172,11 @@ METHODS: dict[str, Method] = {
     "process-tokens": Method(
         ProcessRewardModule, solutions, {"labels": "soft", "head": "tokens", "boundaries": "learned"}
     ),
+    "sft-turns": Method(SFTModule, conversations),
+    "dpo-turns": Method(DPOModule, chat_pairs, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
+    "simpo-turns": Method(SimPOModule, chat_pairs, {"beta": 10.0}),
+    "kto-turns": Method(MovedKTO, labelled_chats),
+    "reward-turns": Method(RewardModule, chat_pairs, {"margin": 0.2, "num_models": 2}),
     "grpo": Method(FixedGRPO, prompts, rollouts(beta=0.1, entropy_coef=0.05, optimizer=LARGE_STEPS)),
     "grpo-coupled": Method(
         FixedGRPO,

@@ -200,7 +200,7 @@ def test_a_decoder_with_a_classifying_head(tmp_path: Path) -> None:
             logits = model(input_ids=torch.tensor([[*ids(prompt), *ids(text), EOS_ID]])).logits[0]
         expected.append(float(logits[1]))
     assert reward(PROMPTS, TEXTS) == pytest.approx(expected, abs=1e-5)
-    assert reward.scorer.__class__.__name__ == "_Packed"
+    assert reward.scorer.__class__.__name__ == "PackedScorer"
     with pytest.raises(ValueError, match="has the outputs bad, good: name one with label="):
         RewardModelReward(str(tmp_path))
     with pytest.raises(ValueError, match=re.escape("label is 'fine'; the outputs of ")):

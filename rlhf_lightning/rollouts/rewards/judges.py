@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ...data.chat_template import ChatTemplate
+from ...data.text_tokens import encode, prompt_tokens
 from ...models import evaluating, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
 from ...sequences import Example, Segment, pack, plan_micro_batches, register_attention
 from ..generation import Engine
@@ -62,7 +64,7 @@ class ModelJudge:
         name = register_attention()
         self.model = load_causal_lm(model, dtype=_DTYPES[dtype], attn_implementation=name, trainable=False)
         self.tokenizer = load_tokenizer(model)
-        self.answers = [self._encode(answer) for answer in answers]
+        self.answers = [encode(self.tokenizer, answer, continues=True) for answer in answers]
         if len(self.answers) != 2 or not all(self.answers) or self.answers[0] == self.answers[1]:
             raise ValueError(f"answers is {list(answers)}; it must be two texts of different tokens: ['yes', 'no']")
         self.micro_batch_tokens = micro_batch_tokens
@@ -99,21 +101,15 @@ class ModelJudge:
     def _example(self, number: int, question: str) -> Example:
         """A question with both answers."""
         if self.tokenizer.chat_template is None:
-            tokens = self._encode(question, add_special_tokens=True)
-            if tokens[-1:] == [self.tokenizer.eos_token_id]:
-                tokens = tokens[:-1]
+            tokens = prompt_tokens(self.tokenizer, question)
         else:
-            chat = [{"role": "user", "content": question}]
-            text = str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-            tokens = self._encode(text)
+            context = ChatTemplate(self.tokenizer).context([{"role": "user", "content": question}])
+            tokens = encode(self.tokenizer, context)
         length, limit = len(tokens) + max(map(len, self.answers)), num_positions(self.model)
         if limit is not None and length > limit:
             raise ValueError(f"the question has {length} tokens with its answer, and the judge reads {limit} at most")
         children = tuple(Segment(answer, [1.0] * len(answer)) for answer in self.answers)
         return Example(f"question:{number}", Segment(tokens, children=children))
-
-    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return [int(t) for t in self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]]
 
 
 class EngineJudge:

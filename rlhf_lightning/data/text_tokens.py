@@ -1,0 +1,150 @@
+"""Text as tokens and tokens as text, at the beginning of a sequence and in the middle of one.
+
+Many tokenizers put a blank before a text (Metaspace, the Prepend normalizer, a ByteLevel prefix) and take it off again
+when they decode. That is right where a sequence begins, and wrong for what continues one: ``1+2=`` and ``3`` would
+become ``1+2= 3``, and a sampled `` 3`` would be read as ``3``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+_CONTINUING: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]] = WeakKeyDictionary()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, continues: bool = False) -> list[int]:
+    """The tokens of a text, without any that the tokenizer puts around one.
+
+    Args:
+        tokenizer: any.
+        text: what is to be tokenised.
+        continues: the text continues another one: no blank is put before it.
+
+    Raises:
+        ValueError: the text holds half of a character (a lone surrogate).
+    """
+    if continues:
+        tokenizer = continuing(tokenizer)
+    return list(tokenizer(check_encodable(text), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of tokens that continue others: special tokens left out, and all blanks left where they are."""
+    return str(
+        continuing(tokenizer).decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts in front of every text: a beginning-of-sequence token, or nothing."""
+    bare, dressed = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
+    return dressed[:at]
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that a model is to continue.
+
+    They begin with what the tokenizer puts in front of every text, once: a chat that was rendered by hand may carry it
+    already. An empty text is the beginning-of-sequence token, or else the end-of-sequence token.
+    """
+    opening = opening_tokens(tokenizer)
+    tokens = encode(tokenizer, text) if text else []
+    if tokens[: len(opening)] != opening or not tokens:
+        tokens = opening + tokens
+    if tokens:
+        return tokens
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    token: Any = last if first is None else first
+    return [] if token is None else [int(token)]
+
+
+def continuing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer for what continues a text: it neither adds a blank in front nor takes one away.
+
+    Args:
+        tokenizer: any; one that does neither is returned as it is.
+    """
+    known = _CONTINUING.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):  # tokens may have been added since
+        known = len(tokenizer), _without_blank(tokenizer)
+        if known[1] is not tokenizer:
+            _CONTINUING[tokenizer] = known
+    return known[1]
+
+
+def shared_prefix(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning.
+
+    Example:
+        >>> shared_prefix("abc", "abx")
+        2
+    """
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
+
+
+def check_encodable(text: str) -> str:
+    """Returns a text that has an encoding; JSON can write halves of characters (lone surrogates), which have none.
+
+    Raises:
+        ValueError: which half, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = repr(text[error.start])
+        raise ValueError(
+            f"character {error.start + 1} of a text is {half}, half of a surrogate pair: write the whole character, or "
+            "leave it out"
+        ) from None
+    return text
+
+
+def _without_blank(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return tokenizer
+    parts = ("normalizer", "pre_tokenizer", "decoder")
+    described = {name: _described(getattr(backend, name)) for name in parts}
+    changed = {name: _plain(part) for name, part in described.items()}
+    if changed == described:
+        return tokenizer
+    whole = json.loads(backend.to_str())
+    other = copy.copy(tokenizer)
+    replaced: Any = other
+    replaced._tokenizer = Tokenizer.from_str(json.dumps({**whole, **changed}))
+    return other
+
+
+def _described(part: Any) -> Any:
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _plain(part: Any) -> Any:
+    """A part of a tokenizer without the blank that it puts in front of a text, or takes from one."""
+    if part is None:
+        return None
+    kind = part["type"]
+    if kind == "Prepend" or (kind == "Strip" and part.get("content") == " "):
+        return None
+    if kind == "Metaspace":
+        # Older files say it with add_prefix_space alone.
+        return {**{k: v for k, v in part.items() if k != "add_prefix_space"}, "prepend_scheme": "never"}
+    if kind == "ByteLevel":
+        return {**part, "add_prefix_space": False}
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if name in part:
+            inner = [_plain(item) for item in part[name]]
+            return {**part, name: [item for item in inner if item is not None]}
+    return part
