@@ -6,29 +6,25 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from ..utils.files import PARTIAL, REPLACED, check_replaceable, hidden_beside, mark, recover
-from .reference import ADAPTER_COPY
+from .adapters import tied_state
+from .merged_weights import merged_state, trained_adapter
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +39,7 @@ def save_pretrained(
     merge_adapter: bool = False,
     convert: Convert | None = None,
     beside: Callable[[Path], object] | None = None,
+    end_tokens: Sequence[int] | None = None,
 ) -> Path:
     """Writes a model and its tokenizer as a Hugging Face folder: safetensors, config, tokenizer, chat template.
 
@@ -64,6 +61,8 @@ def save_pretrained(
         convert: turns the model and its whole state dict into another model and its state dict, which is then written;
             not for an adapter alone.
         beside: writes more files into the folder, on the rank that writes.
+        end_tokens: the tokens that trained answers end with; by default the tokenizer's end-of-sequence token. They are
+            written into ``generation_config.json``, before those that the model had, so that generation ends there.
 
     Returns:
         The folder's absolute path.
@@ -79,7 +78,8 @@ def save_pretrained(
     kind = export_kind(model, merge_adapter=merge_adapter, with_head=beside is not None)
     _check_place(target, kind)
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
-    write = _model_writer(model, convert) if adapted is None else _adapter_writer(adapted)
+    ends = [tokenizer.eos_token_id] if end_tokens is None else list(end_tokens)
+    write = _model_writer(model, convert, ends) if adapted is None else _adapter_writer(adapted, ends)
     writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
     if _is_writer():
         with _without_progress_bars():
@@ -92,9 +92,9 @@ def save_pretrained(
 # What is written.
 
 
-def _adapter_writer(model: PeftModel) -> Callable[[Path], None]:
+def _adapter_writer(model: PeftModel, end_tokens: Sequence[Any]) -> Callable[[Path], None]:
     """Gathers the trained adapter; returns what writes it in peft's own layout."""
-    adapter = _trained_adapter(model)
+    adapter = trained_adapter(model)
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True
     for name, value in vars(config).items():
@@ -102,39 +102,36 @@ def _adapter_writer(model: PeftModel) -> Callable[[Path], None]:
             setattr(config, name, sorted(value))
     # No embedding is ever resized here, and the check for it would ask the hub.
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    state = {name: _whole(tensor) for name, tensor in state.items()}
+    state = {name: _whole(tensor) for name, tensor in (state | tied_state(model, adapter)).items()}
+    generation = _generation_config(cast(PreTrainedModel, model.get_base_model()), end_tokens)
 
     def write(place: Path) -> None:
         config.save_pretrained(str(place))
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        if generation is not None:
+            generation.save_pretrained(str(place))
+        # Copies, since a file of safetensors has no two names for the same memory, as tied modules have.
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
 
     return write
 
 
-def _model_writer(model: PreTrainedModel | PeftModel, convert: Convert | None) -> Callable[[Path], None]:
+def _model_writer(
+    model: PreTrainedModel | PeftModel, convert: Convert | None, end_tokens: Sequence[Any]
+) -> Callable[[Path], None]:
     """Gathers all weights, with an adapter added to them; returns what writes them in transformers' own layout."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if base is model and getattr(base, "quantization_method", None) is not None:
         raise ValueError("the model is quantised and has no adapter: there is nothing in it that its source lacks")
-    state = _merged_state(model) if isinstance(model, PeftModel) else base.state_dict()
+    state = merged_state(model) if isinstance(model, PeftModel) else base.state_dict()
     state = {name: _whole(tensor) for name, tensor in state.items()}
     if convert is not None:
         base, state = convert(base, state)
-    shell = _shell(base, state)
+    shell = _shell(base, state, end_tokens)
     return lambda place: shell.save_pretrained(place, state_dict=dict(state))
 
 
-def _trained_adapter(model: PeftModel) -> str:
-    names = [name for name in model.peft_config if name != ADAPTER_COPY]
-    if len(names) != 1:
-        raise ValueError(
-            f"the model has the adapters {names}: delete all but one, with delete_adapter, before an export"
-        )
-    return names[0]
-
-
-def _shell(base: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+def _shell(base: PreTrainedModel, state: dict[str, Tensor], end_tokens: Sequence[Any]) -> PreTrainedModel:
     """A second view of a model for ``save_pretrained``, which writes to the config of what it saves."""
     plain = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
     shell: Any = plain.__new__(plain)
@@ -146,15 +143,25 @@ def _shell(base: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     for name in ("hf_quantizer", "hf_device_map", "quantization_method", "_hf_peft_config_loaded"):
         shell.__dict__.pop(name, None)
     _settle_ties(shell, state)
-    if shell.can_generate():
-        try:
-            shell.generation_config.validate(strict=True)
-        except ValueError as error:
-            log.warning(
-                "the generation config is invalid and is left out of the export: %s", str(error).splitlines()[0]
-            )
-            shell.generation_config = GenerationConfig.from_model_config(shell.config)
+    if (generation := _generation_config(shell, end_tokens)) is not None:
+        shell.generation_config = generation
     return cast(PreTrainedModel, shell)
+
+
+def _generation_config(model: PreTrainedModel, end_tokens: Sequence[Any]) -> GenerationConfig | None:
+    """A copy of a model's generation config that ends where trained answers end, and where the model ended before."""
+    if not model.can_generate():  # type: ignore[no-untyped-call]
+        return None
+    config: Any = copy.deepcopy(model.generation_config)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        log.warning("the generation config is invalid and is left out of the export: %s", str(error).splitlines()[0])
+        config = GenerationConfig.from_model_config(model.config)
+    before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [int(token) for token in dict.fromkeys((*end_tokens, *before)) if token is not None]
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    return cast(GenerationConfig, config)
 
 
 def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
@@ -168,102 +175,6 @@ def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
     shell.config.tie_word_embeddings = False
     shell.config.get_text_config().tie_word_embeddings = False
     shell.all_tied_weights_keys = {}
-
-
-# Adding an adapter to weights, layer by layer, without touching the layers.
-
-
-def _merged_state(model: PeftModel) -> dict[str, Tensor]:
-    """The base model's state dict with the trained adapter added, under the names of a model without adapters."""
-    adapter = _trained_adapter(model)
-    base: Any = model.get_base_model()
-    replaced: dict[str, dict[str, Tensor]] = {}
-    for name, module in base.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in replaced):
-            continue
-        state = _replaced_state(name, module, adapter)
-        if state is not None:
-            replaced[name] = state
-    merged: dict[str, Tensor] = {}
-    for key, tensor in base.state_dict().items():
-        outer = next((name for name in replaced if key.startswith(f"{name}.")), None)
-        if outer is None:
-            merged[key] = tensor
-        else:
-            merged.update({f"{outer}.{k}": t for k, t in replaced[outer].items()})
-    return merged
-
-
-def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Tensor] | None:
-    """The plain state of a module that is not plain, and None for any other."""
-    if isinstance(module, ModulesToSaveWrapper):
-        return dict(module.modules_to_save[adapter].state_dict())
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        raise ValueError(
-            f"{name} is a {type(module).__name__}, which cannot be merged: export with merge_adapter=False"
-        )
-    if isinstance(module, BaseTunerLayer):
-        if _is_quantised(module.get_base_layer()):
-            return _merged_quantised(name, module, adapter)
-        try:
-            return _merged_plain(module, adapter)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(f"{name} cannot be merged ({reason}): export with merge_adapter=False") from error
-    return _dequantised(module) if _is_quantised(module) else None
-
-
-def _merged_plain(layer: Any, adapter: str) -> dict[str, Tensor]:
-    """Applies peft's own merge of every kind of LoRA, on a copy of one layer."""
-    layer = copy.deepcopy(layer)
-    for module in layer.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor):
-                setattr(module, key, nn.Parameter(parameter.full_tensor(), requires_grad=False))
-    plain: Any = layer
-    while isinstance(plain, BaseTunerLayer):  # adapters of single parameters are wrapped around each other
-        plain.merge(safe_merge=True, adapter_names=[adapter])
-        plain = getattr(plain, "base_layer")  # noqa: B009
-    return dict(plain.state_dict())
-
-
-def _merged_quantised(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
-    state = _dequantised(layer.get_base_layer())
-    if adapter not in layer.lora_A:
-        return state
-    if adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "lora_bias", {}).get(adapter):
-        raise ValueError(
-            f"{name} has a DoRA adapter or an adapter bias on quantised weights: export with merge_adapter=False"
-        )
-    delta = layer.get_delta_weight(adapter)
-    transposed = issubclass(getattr(layer.get_base_layer(), "source_cls", nn.Linear), Conv1D)
-    delta = delta.T if transposed else delta
-    # One rounding: the sum is formed in the adapter's precision.
-    state["weight"] = (state["weight"].to(delta.dtype) + delta).to(state["weight"].dtype)
-    return state
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return isinstance(module, Linear4bit | Linear8bitLt)
-
-
-def _dequantised(layer: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias of a bitsandbytes layer, in the layout of the layer that it stands for."""
-    module: Any = layer
-    if isinstance(layer, Linear4bit):
-        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
-        dtype = module.compute_dtype or weight.dtype
-    else:
-        scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
-        data = module.state.CB if module.state.CB is not None else module.weight.data
-        weight = int8_vectorwise_dequant(data, scales)
-        dtype = weight.dtype
-    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
-        weight = weight.T.contiguous()
-    state = {"weight": weight.to(dtype)}
-    if module.bias is not None:
-        state["bias"] = module.bias.data
-    return state
 
 
 # Where it is written.

@@ -7,19 +7,13 @@ training and in evaluation.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,15 +26,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..packaged import packaged_config
 from ..sequences import ATTENTION_NAME, register_attention
+from .adapters import LOADING_ERRORS, add_adapter, load_adapter, locate_base, lora_config
 from .dropout import recompute, set_dropout
 from .quantized import Quantization, quantization_config, steady_quantised_layers
-from .reference import ADAPTER_COPY
 from .skeleton import skeletons_wanted, weights_device
-from .stored import damaged_weights
+from .stored import damaged_weights, first_line, read_json
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What the libraries raise when a folder, a file in it or a hub id is not what it should be.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -62,13 +54,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     place = _locate(source, what="tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         adapter = find_adapter_config_file(place)
-        base = _read_json(adapter).get("base_model_name_or_path") if adapter else None
+        base = read_json(adapter).get("base_model_name_or_path") if adapter else None
         if base:
-            return load_tokenizer(base)
+            return load_tokenizer(locate_base(base, place))
         raise ValueError(
-            f"no tokenizer in {str(source)!r} ({_first_line(error)}): "
+            f"no tokenizer in {str(source)!r} ({first_line(error)}): "
             "pass as tokenizer a folder that holds tokenizer.json and tokenizer_config.json, or a hub id"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -129,7 +121,7 @@ def load_causal_lm(
         1081344
     """
     _check_options(dtype=dtype, init=init, quantization=quantization, lora=lora, trainable=trainable)
-    lora_config = _lora_config(lora) if lora is not None else None
+    config = lora_config(lora) if lora is not None else None
     place = _locate(model, what="model")
     adapter = find_adapter_config_file(place)
     if quantization is not None and trainable and lora is None and adapter is None:
@@ -151,14 +143,14 @@ def load_causal_lm(
                 f"{str(model)!r} holds an adapter, which is trained further: leave lora and init out, "
                 "or pass the base model's folder to start a new adapter"
             )
-        loaded = _load_adapter(place, adapter, load, trainable=trainable)
+        loaded = load_adapter(place, adapter, lambda base: load(_locate(base, what="base model")), trainable=trainable)
     elif init == "random":
         loaded = _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
     else:
         base = load(place)
         if trainable and lora is None and getattr(base, "quantization_method", None) is not None:
             raise ValueError(f"the weights in {str(model)!r} are quantised and stay frozen: pass lora={{'r': 16}}")
-        loaded = base if lora_config is None else _add_adapter(base, lora_config)
+        loaded = base if config is None else add_adapter(base, config, _written(model))
     if dropout:
         set_dropout(loaded, dropout)
     if gradient_checkpointing:
@@ -203,6 +195,11 @@ def _locate(source: str | Path, *, what: str) -> str:
     return text
 
 
+def _written(source: str | Path) -> str:
+    """What an adapter's config says of its base: what the user wrote, but for a home folder, which others lack."""
+    return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
+
+
 def _load_base(
     place: str,
     *,
@@ -229,8 +226,8 @@ def _load_base(
             partial(AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **arguments),
             attn_implementation,
         )
-    except _LOADING_ERRORS as error:
-        reason = damaged_weights(place) or _first_line(error)
+    except LOADING_ERRORS as error:
+        reason = damaged_weights(place) or first_line(error)
         raise ValueError(f"cannot load a causal language model from {place!r}: {reason}") from error
     model, report = loaded
     head = model.get_output_embeddings() if headless else None
@@ -266,9 +263,9 @@ def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | 
                 attn_implementation,
             )
         return model
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ValueError(
-            f"cannot build a causal language model from {place}/config.json: {_first_line(error)}"
+            f"cannot build a causal language model from {place}/config.json: {first_line(error)}"
         ) from error
 
 
@@ -279,78 +276,13 @@ def _read_config(place: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(place)
         return config
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         if folder.is_dir():
-            raise ValueError(f"cannot read {place}/config.json: {_first_line(error)}") from error
+            raise ValueError(f"cannot read {place}/config.json: {first_line(error)}") from error
         raise ValueError(
             f"{place!r} is no folder (looked for {str(folder.absolute())!r}) and could not be had from the hub "
-            f"({_first_line(error)}): pass an existing folder, or a hub id that is cached or can be reached"
+            f"({first_line(error)}): pass an existing folder, or a hub id that is cached or can be reached"
         ) from error
-
-
-def _lora_config(lora: Mapping[str, Any]) -> LoraConfig:
-    allowed = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-    for key in lora:
-        if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"use fields of peft's LoraConfig such as {'r'!r}"
-            raise ValueError(f"lora has no option {key!r}: {hint}")
-    options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora}
-    if options.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise ValueError(
-            f"lora's init_lora_weights is {options['init_lora_weights']!r}, which changes the frozen weights, so that "
-            "the exported adapter would not fit its base: use true or 'gaussian'"
-        )
-    if options["task_type"] != "CAUSAL_LM":
-        raise ValueError(f"lora's task_type is {options['task_type']!r}: leave it out, or write 'CAUSAL_LM'")
-    if "target_parameters" in lora and "target_modules" not in lora:
-        options["target_modules"] = None
-    try:
-        return LoraConfig(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora={dict(lora)!r} is refused by peft: {_first_line(error)}") from error
-
-
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Keeps back what peft 0.21 says about its own doings, which nobody can mend from outside."""
-    with warnings.catch_warnings():
-        # It asks transformers 5.23 by a name that has been replaced, and adds patterns of its own for fused experts.
-        warnings.filterwarnings("ignore", message=r".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys .*: \['\.\*[\\]+\.gate_up_proj'\]")
-        yield
-
-
-def _add_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    try:
-        with _quiet_peft():
-            return get_peft_model(base, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"cannot add a LoRA adapter to {type(base).__name__}: {_first_line(error)}") from error
-
-
-def _load_adapter(place: str, config_file: str, load: partial[PreTrainedModel], *, trainable: bool) -> PeftModel:
-    """Loads an adapter on its base model and, where it will be trained, a frozen copy of it."""
-    config = _read_json(config_file)
-    kind, base_source = config.get("peft_type"), config.get("base_model_name_or_path")
-    if kind != "LORA":
-        raise ValueError(f"the adapter in {place!r} is of type {kind!r}: only LORA adapters can be trained further")
-    if not base_source:
-        raise ValueError(f"the adapter in {place!r} names no base model: set base_model_name_or_path in {config_file}")
-    try:
-        base = load(_locate(base_source, what="base model"))
-    except ValueError as error:
-        raise ValueError(f"{error} (it is the base_model_name_or_path in {config_file})") from error
-    try:
-        with _quiet_peft():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, place, is_trainable=trainable)
-            if trainable:
-                model.load_adapter(place, adapter_name=ADAPTER_COPY, is_trainable=False)
-    except (*_LOADING_ERRORS, UserWarning) as error:
-        reason = damaged_weights(place) or _first_line(error)
-        raise ValueError(f"cannot load the adapter in {place!r} on {base_source!r}: {reason}") from error
-    return model
 
 
 def _enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
@@ -364,24 +296,8 @@ def _enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise ValueError(
-            f"{type(base).__name__} cannot checkpoint ({_first_line(error)}): leave gradient_checkpointing off"
+            f"{type(base).__name__} cannot checkpoint ({first_line(error)}): leave gradient_checkpointing off"
         ) from error
     for module in base.modules():
         if hasattr(module, "gradient_checkpointing"):
             module._gradient_checkpointing_func = recompute
-
-
-def _read_json(path: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error of a library says first, without its advice."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300].rstrip(".:") if lines else type(error).__name__

@@ -1,0 +1,265 @@
+"""LoRA adapters: which options are taken, how they are put on a model, loaded again, and kept tied."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .reference import ADAPTER_COPY
+from .stored import damaged_weights, first_line, read_json
+
+# What the libraries raise when a folder, a file in it or a hub id is not what it should be.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+
+# Options with which the adapter's layers compute something else than W x + (alpha / r) B A x in every row alike, or
+# with which the base model is another one than its folder holds: references, merges and exports would not fit.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+class TiedLinear(nn.Module):
+    """One of the two products of a LoRA adapter on an output projection that is tied to the embedding.
+
+    It has no weight of its own, so that both layers are trained as one wherever they are moved to.
+
+    Args:
+        source: the embedding layer.
+        name: its matrices, ``lora_embedding_A`` or ``lora_embedding_B``, of which the transpose of one is the weight.
+        adapter: whose.
+    """
+
+    bias = None
+
+    def __init__(self, source: nn.Module, name: str, adapter: str) -> None:
+        super().__init__()
+        self.__dict__["source"] = source  # no submodule: its weights are the embedding's
+        self.name = name
+        self.adapter = adapter
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, as a view of the embedding's."""
+        matrices: Mapping[str, Tensor] = getattr(self.__dict__["source"], self.name)
+        return matrices[self.adapter].t()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)``."""
+        return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
+
+
+def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
+    """Makes peft's config of the option ``lora``.
+
+    Args:
+        lora: arguments of ``LoraConfig``; ``target_modules`` is ``"all-linear"`` unless given.
+
+    Raises:
+        ValueError: for an option that does not exist, or whose adapter could not be exported, merged or trained on.
+    """
+    allowed = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    for key, value in lora.items():
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"use fields of peft's LoraConfig such as {'r'!r}"
+            raise ValueError(f"lora has no option {key!r}: {hint}")
+        if key in _UNSUPPORTED and value:
+            raise ValueError(
+                f"lora's {key} is {value!r}, with which the adapter could not be exported, merged or used as a "
+                "reference as it was trained: leave it out"
+            )
+    options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora}
+    if options.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError(
+            f"lora's init_lora_weights is {options['init_lora_weights']!r}, which changes the frozen weights, so that "
+            "the exported adapter would not fit its base: use true or 'gaussian'"
+        )
+    if options["task_type"] != "CAUSAL_LM":
+        raise ValueError(f"lora's task_type is {options['task_type']!r}: leave it out, or write 'CAUSAL_LM'")
+    if "target_parameters" in lora and "target_modules" not in lora:
+        options["target_modules"] = None
+    try:
+        return LoraConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora={dict(lora)!r} is refused by peft: {first_line(error)}") from error
+
+
+def add_adapter(base: PreTrainedModel, config: LoraConfig, source: str) -> PeftModel:
+    """Puts a new adapter on a model.
+
+    Args:
+        base: the model.
+        config: the adapter's.
+        source: what the exported adapter says its base is: a hub id, or a folder as the user wrote it.
+
+    Raises:
+        ValueError: the model cannot have such an adapter.
+    """
+    try:
+        with _quiet_peft():
+            model = get_peft_model(base, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot add a LoRA adapter to {type(base).__name__}: {first_line(error)}") from error
+    config.base_model_name_or_path = source
+    _tie(model, "default")
+    return cast(PeftModel, model)
+
+
+def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedModel], *, trainable: bool) -> PeftModel:
+    """Loads an adapter on its base model and, where it will be trained, a frozen copy of it.
+
+    A base that is a relative path is looked for from the working directory, and then from the adapter's folder and
+    those above it, so that a folder with both can be moved as a whole.
+
+    Args:
+        place: the adapter's folder or hub id.
+        config_file: its ``adapter_config.json``.
+        load: loads a base model by its name.
+        trainable: whether it will be trained further.
+
+    Raises:
+        ValueError: the adapter or its base cannot be loaded.
+    """
+    config = read_json(config_file)
+    kind, source = config.get("peft_type"), config.get("base_model_name_or_path")
+    if kind != "LORA":
+        raise ValueError(f"the adapter in {place!r} is of type {kind!r}: only LORA adapters can be trained further")
+    if not source:
+        raise ValueError(f"the adapter in {place!r} names no base model: set base_model_name_or_path in {config_file}")
+    unsupported = next((name for name in _UNSUPPORTED if config.get(name)), None)
+    if unsupported is not None and trainable:
+        raise ValueError(f"the adapter in {place!r} was made with {unsupported}, with which none is trained further")
+    source = locate_base(source, place)
+    try:
+        base = load(source)
+    except ValueError as error:
+        raise ValueError(f"{error} (it is the base_model_name_or_path in {config_file})") from error
+    _take_generation_config(base, place)
+    try:
+        with _quiet_peft():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = cast(PeftModel, PeftModel.from_pretrained(base, place, is_trainable=trainable))
+            _tie(model, "default")
+            if trainable:
+                _add_copy(model)
+    except (*LOADING_ERRORS, UserWarning) as error:
+        reason = damaged_weights(place) or first_line(error)
+        raise ValueError(f"cannot load the adapter in {place!r} on {source!r}: {reason}") from error
+    model.peft_config["default"].base_model_name_or_path = source
+    return model
+
+
+def locate_base(source: str, place: str | Path) -> str:
+    """Finds the base model of an adapter: as it is written, or beside the adapter's folder or one above it.
+
+    Args:
+        source: the adapter's ``base_model_name_or_path``.
+        place: the adapter's folder.
+
+    Returns:
+        The source as it is, or an absolute path where only the adapter's place says where it is.
+    """
+    path, folder = Path(source).expanduser(), Path(place).resolve()
+    if path.is_absolute() or path.exists() or not folder.is_dir():
+        return source
+    found = (above / path for above in (folder, *folder.parents) if (above / path / "config.json").is_file())
+    return str(next(found, source))
+
+
+def tied_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The weights that tied layers share, under the names that peft stores them by."""
+    tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedLinear)}
+    ending = f".{adapter}"
+    return {f"{n.removesuffix(ending)}.weight": m.weight for n, m in tied.items() if n.endswith(ending)}
+
+
+def _tie(model: Any, adapter: str) -> None:
+    """Gives the adapter of a tied output projection no weights but the embedding's.
+
+    peft makes them parameters of their own in the same memory, which part when the model is moved to another device,
+    and which an optimizer updates one after the other.
+    """
+    config = model.peft_config[adapter]
+    base = model.get_base_model()
+    source, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if not (config.ensure_weight_tying and getattr(config, "target_modules_to_tie", None)):
+        return
+    if not isinstance(source, LoraLayer) or not isinstance(head, LoraLayer):
+        return
+    if adapter not in head.lora_A:
+        # peft does not find the tied layers of a second adapter.
+        first = next(iter(head.lora_A))
+        layer: Any = head
+        layer.update_layer(adapter, head.r[first], head.lora_alpha[first], config)
+    leaf = next(name for name, module in base.named_modules() if module is source).rpartition(".")[2]
+    if leaf != "embed_tokens":
+        raise ValueError(
+            f"lora's ensure_weight_tying with target_modules: peft ties adapters of embeddings called embed_tokens, "
+            f"and this model's is {leaf!r}: use modules_to_save, or leave ensure_weight_tying out"
+        )
+    head.lora_A[adapter] = TiedLinear(source, "lora_embedding_B", adapter)
+    head.lora_B[adapter] = TiedLinear(source, "lora_embedding_A", adapter)
+    head.kwargs.pop("tied_adapter", None)
+
+
+def _add_copy(model: PeftModel) -> None:
+    """Adds a frozen copy of the adapter that was loaded.
+
+    Biases belong to the base model's layers and not to an adapter: peft allows one adapter with biases, and the
+    reference policy keeps them itself.
+    """
+    config = copy.deepcopy(model.peft_config["default"])
+    config.bias, config.inference_mode = "none", True
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.add_adapter(ADAPTER_COPY, config)
+    _tie(model, ADAPTER_COPY)
+    state = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in state.items():
+            parts = name.split(".")
+            if ADAPTER_COPY in parts:
+                own = ".".join("default" if part == ADAPTER_COPY else part for part in parts)
+                parameter.data = parameter.data.to(state[own].dtype)
+                parameter.copy_(state[own])
+            parameter.requires_grad_(name in trainable)
+
+
+def _take_generation_config(base: PreTrainedModel, place: str) -> None:
+    """Takes from an adapter's folder where its training ended answers."""
+    if (Path(place) / "generation_config.json").is_file() and base.can_generate():  # type: ignore[no-untyped-call]
+        base.generation_config = GenerationConfig.from_pretrained(place)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Keeps back what peft 0.21 says about its own doings, which nobody can mend from outside."""
+    with warnings.catch_warnings():
+        # It asks transformers 5.23 by a name that has been replaced, and adds patterns of its own for fused experts.
+        warnings.filterwarnings("ignore", message=r".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys .*: \['\.\*[\\]+\.gate_up_proj'\]")
+        yield
