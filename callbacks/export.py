@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from ..modules import PostTrainingModule
 from ..modules.checkpoint_io import check_place
+from ..modules.exports import check_merge
 from ..modules.position import has_validation
 from ..utils.files import check_on_all_ranks, hold, recover, release, write_atomically
 
@@ -94,8 +95,10 @@ class ModelExport(lightning.Callback):
         recover(Path(str(self.folder).replace("{step}", "*")).expanduser().absolute())
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Refuses, before anything is trained, to replace what is not an export of the same kind."""
+        """Refuses, before anything is trained, what could not be exported: over a foreign folder, or merged."""
         if isinstance(pl_module, PostTrainingModule) and not _is_trial(trainer):
+            if self.merge_adapter:
+                check_merge(pl_module)
             check_on_all_ranks(trainer, lambda: self._check_places(pl_module, trainer.global_step))
 
     def _check_places(self, module: PostTrainingModule, step: int) -> None:

@@ -163,7 +163,7 @@ def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedM
     try:
         with _quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = cast(PeftModel, PeftModel.from_pretrained(base, place, is_trainable=trainable))
+            model = PeftModel.from_pretrained(base, place, is_trainable=trainable)
             _tie(model, "default")
             if trainable:
                 _add_copy(model)
@@ -222,8 +222,9 @@ def _tie(model: Any, adapter: str) -> None:
             f"lora's ensure_weight_tying with target_modules: peft ties adapters of embeddings called embed_tokens, "
             f"and this model's is {leaf!r}: use modules_to_save, or leave ensure_weight_tying out"
         )
-    head.lora_A[adapter] = TiedLinear(source, "lora_embedding_B", adapter)
-    head.lora_B[adapter] = TiedLinear(source, "lora_embedding_A", adapter)
+    embedding: Any = source
+    head.lora_A[adapter] = TiedLinear(embedding, "lora_embedding_B", adapter)
+    head.lora_B[adapter] = TiedLinear(embedding, "lora_embedding_A", adapter)
     head.kwargs.pop("tied_adapter", None)
 
 
@@ -233,7 +234,7 @@ def _add_copy(model: PeftModel) -> None:
     Biases belong to the base model's layers and not to an adapter: peft allows one adapter with biases, and the
     reference policy keeps them itself.
     """
-    config = copy.deepcopy(model.peft_config["default"])
+    config: Any = copy.deepcopy(model.peft_config["default"])
     config.bias, config.inference_mode = "none", True
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.add_adapter(ADAPTER_COPY, config)
@@ -251,7 +252,7 @@ def _add_copy(model: PeftModel) -> None:
 
 def _take_generation_config(base: PreTrainedModel, place: str) -> None:
     """Takes from an adapter's folder where its training ended answers."""
-    if (Path(place) / "generation_config.json").is_file() and base.can_generate():  # type: ignore[no-untyped-call]
+    if (Path(place) / "generation_config.json").is_file() and base.can_generate():
         base.generation_config = GenerationConfig.from_pretrained(place)
 
 

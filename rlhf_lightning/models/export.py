@@ -150,7 +150,7 @@ def _shell(base: PreTrainedModel, state: dict[str, Tensor], end_tokens: Sequence
 
 def _generation_config(model: PreTrainedModel, end_tokens: Sequence[Any]) -> GenerationConfig | None:
     """A copy of a model's generation config that ends where trained answers end, and where the model ended before."""
-    if not model.can_generate():  # type: ignore[no-untyped-call]
+    if not model.can_generate():
         return None
     config: Any = copy.deepcopy(model.generation_config)
     try:

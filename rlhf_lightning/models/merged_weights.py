@@ -63,9 +63,10 @@ def check_mergeable(model: PeftModel) -> None:
     adapter = trained_adapter(model)
     seen = set()
     for name, module in model.get_base_model().named_modules():
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        layer: Any = module
+        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
-        inner: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        inner = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
         leaf = name.rpartition(".")[2]
         kind = (type(module), type(inner), getattr(inner, "bias", None) is None, leaf)
         if kind not in seen:

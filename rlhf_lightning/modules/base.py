@@ -29,6 +29,7 @@ from .agreement import RankAgreement
 from .checkpoint_io import prepare_checkpoints
 from .checks import check_module, check_module_options, check_trainer, longest_sequence, trainer_dtype
 from .distributed import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks, world_size
+from .exports import trained_end_tokens
 from .gradients import clip_gradients, loss_scale, sum_gradients
 from .hooks import check_optimizers, step_schedulers
 from .logged import call_hooks, forget_others, log_settings
@@ -485,7 +486,9 @@ class PostTrainingModule(ResumableModule):
             merge_adapter: add the adapter to the weights and write the whole model.
         """
         self.configure_model()
-        export_pretrained(self.model, self._export_tokenizer(), folder, merge_adapter=merge_adapter)
+        tokenizer = self._export_tokenizer()
+        ends = trained_end_tokens(self, tokenizer)
+        export_pretrained(self.model, tokenizer, folder, merge_adapter=merge_adapter, end_tokens=ends)
 
     def check_export(self, folder: str, *, merge_adapter: bool = False) -> None:
         """Refuses what ``save_pretrained`` would refuse to replace, before there is anything to lose.

@@ -28,6 +28,7 @@ from ..models.heads import (
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from .checks import check_choice, check_count
 from .distributed import Scores
+from .exports import check_merge
 from .micro_batches import prompt_keys
 from .reward_members import EnsembleKind, EnsembleModule
 from .reward_metrics import pair_metrics, rating_metrics, spread
@@ -391,10 +392,7 @@ class RewardModule(EnsembleModule):
         """
         self.configure_model()
         if merge_adapter and self.takes_turns:
-            raise ValueError(
-                f"merge_adapter is true, but ensemble 'adapters' has {self.num_models} adapters, which cannot become "
-                "one model: set merge_adapter=False, and load the folder with RewardModule.from_pretrained"
-            )
+            check_merge(self)
         complete = merge_adapter or not hasattr(self.model, "peft_config")
         if complete and self.head_kind == "linear" and self.num_models == 1 and self.pooling == "last":
             tokenizer = with_padding_token(self._export_tokenizer())
