@@ -213,8 +213,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         if hasattr(module, "_base"):
             module._base = theirs["base"]
         torch.set_rng_state(theirs["random"])
-        if hasattr(module, "remember_buffers"):
-            module.remember_buffers()
 
     def teardown(self) -> None:
         """Ends the agreement between ranks."""

@@ -7,10 +7,10 @@ from .backbone import (
     evaluating,
     hidden_states,
     num_positions,
-    resolve_layout,
     token_stats,
 )
 from .export import save_pretrained
+from .layout import resolve_layout
 from .loading import load_causal_lm, load_tokenizer
 from .logprob_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .reference import AdapterReference, FrozenReference, Reference, folder_fingerprint

@@ -1,15 +1,13 @@
 """Runs a decoder over a SequenceBatch and reads hidden states at chosen positions, whatever the layout.
 
-``layout="packed"`` runs the forest as one row through the registered attention; ``"padded"`` runs the same sequences as
-rows of a padded matrix; ``"auto"`` is packed where the model is seen to agree with its own padded forward on a small
-probe, and padded elsewhere (a model with its own attention, a recurrent layer, an unsupported mask), said once.
+``packed`` runs the forest as one row through the registered attention; ``padded`` runs the same sequences as rows of a
+padded matrix. ``layout.py`` says which of them a model can run in.
 
 Legend: T tokens in the forest, S sequences, L padded length, R positions read, N scored tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
@@ -19,25 +17,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..sequences import (
-    ATTENTION_NAME,
-    FLEX_ATTENTION_NAME,
-    Example,
-    PaddedBatch,
-    Segment,
-    SequenceBatch,
-    gather_rows,
-    pack,
-)
+from ..sequences import PaddedBatch, SequenceBatch, gather_rows
 from .logprob_head import TokenStats, fused_logprobs, output_head
 from .rotary import rotary_limit, steady_rotary
 
-log = logging.getLogger(__name__)
-
 Layout = Literal["packed", "padded"]
 
-# Relative disagreement above which the probe rejects the packed layout, per parameter dtype.
-_PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# Relative disagreement above which a computation counts as another one, per dtype in which it was made.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 # How many rows the check of the output projection reads, and the deviation of the logits that it looks at.
 _CHECKED_ROWS, _CHECKED_LOGITS = 4, 20.0
@@ -81,7 +68,10 @@ def decoder_of(model: nn.Module) -> nn.Module:
     base: Any = base_model(model)
     decoder: nn.Module | None = base.get_decoder() if hasattr(base, "get_decoder") else None
     inner: nn.Module = base.base_model
-    return inner if decoder is None or decoder is base else decoder
+    found = inner if decoder is None or decoder is base else decoder
+    if found is base:  # a class that names no decoder (Llama 4): the one model that it holds
+        found = next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)
+    return found
 
 
 def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> HiddenStates:
@@ -168,55 +158,6 @@ def num_positions(model: nn.Module) -> int | None:
     return None if positions is None else int(positions)
 
 
-def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]) -> Layout:
-    """Decides how a model is run: packed where a small probe shows that it agrees with the padded forward.
-
-    Args:
-        model: the model, on its device.
-        layout: ``auto`` probes and falls back with one warning; ``packed`` probes and refuses to go on.
-
-    Raises:
-        ValueError: ``packed`` was asked for and the model does not compute the same packed.
-    """
-    steady_rotary(base_model(model))
-    if layout == "padded":
-        return "padded"
-    reason = _why_not_packed(model)
-    if reason is None:
-        return "packed"
-    name = type(base_model(model)).__name__
-    if layout == "packed":
-        raise ValueError(f"layout is 'packed', but {name} cannot run packed: {reason}; use layout='auto' or 'padded'")
-    log.warning("%s runs in the padded layout: %s", name, reason)
-    return "padded"
-
-
-def _why_not_packed(model: nn.Module) -> str | None:
-    """The reason why a model cannot run packed, or None."""
-    config = base_model(model).config.get_text_config()
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in (ATTENTION_NAME, FLEX_ATTENTION_NAME):
-        return f"its attention implementation is {attention!r}, not {ATTENTION_NAME!r}"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"it has layers of type {sorted(kinds)}"
-    batch = probe_batch(model)
-    with evaluating(model), torch.no_grad():
-        try:
-            packed, padded = (
-                hidden_states(model, batch, kind).read(batch.path_index, *_path_positions(batch))
-                for kind in ("packed", "padded")
-            )
-        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
-            return f"the packed probe failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-    tolerance = _PROBE_TOLERANCE.get(next(model.parameters()).dtype, 6e-2)
-    if torch.is_autocast_enabled(packed.device.type):
-        tolerance = max(tolerance, _PROBE_TOLERANCE[torch.bfloat16])
-    difference = float((packed - padded).norm() / padded.norm().clamp_min(1e-30))
-    # A nan (an untrained quantised model, say) must not pass for agreement.
-    return None if difference <= tolerance else f"packed and padded hidden states differ by {difference:.1e}"
-
-
 def make_steady(model: nn.Module, *, longest: int | None = None, head: bool = True) -> None:
     """What has to be seen to before a model's first forward: its rotary frequencies, and its output projection.
 
@@ -247,20 +188,28 @@ def check_output_head(model: nn.Module) -> None:
     base, head = base_model(model), output_head(model)
     if head.weight.is_meta or isinstance(head.weight, DTensor):
         return
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn((_CHECKED_ROWS, head.weight.shape[1]), generator=generator).to(head.weight)
+    # In host memory whatever device the caller builds models on: a generator draws on its own device alone.
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn((_CHECKED_ROWS, head.weight.shape[1]), generator=generator, device="cpu", dtype=torch.float32)
+    hidden = drawn.to(device=head.weight.device, dtype=head.weight.dtype)
     with evaluating(model), torch.no_grad():
         # Logits as large as a soft cap is.
         hidden = hidden * (_CHECKED_LOGITS / (head.weight[:4096].float() @ hidden.float().T).std().clamp_min(1e-3))
-        found, expected = head.logits(hidden.to(head.weight.dtype)).float(), _own_logits(base, hidden)
-    name = type(base).__name__
+        name = type(base).__name__
+        try:
+            found, expected = head.logits(hidden.to(head.weight.dtype)).float(), _own_logits(base, hidden)
+        except (TypeError, LookupError, AttributeError, RuntimeError) as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{name} cannot be trained here: what it does with its decoder's hidden states is not known ({said})"
+            ) from error
     if found.shape != expected.shape:
         raise ValueError(
             f"{name} gives {expected.shape[-1]} logits and has an output projection of {found.shape[-1]} rows: it is "
             "none of the models that can be trained here"
         )
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    if not difference <= _PROBE_TOLERANCE.get(head.weight.dtype, 6e-2):
+    if not difference <= TOLERANCE.get(head.weight.dtype, 6e-2):
         raise ValueError(
             f"the logits of {name} are not its output projection with the scale {head.scale:g} and the soft cap "
             f"{head.softcap} (they differ by {difference:.1e}): the fused head does not know what this model does "
@@ -290,23 +239,6 @@ def _own_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
         else:
             decoder.forward = before
     return logits[0].float()
-
-
-def _path_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Path number and depth of every entry of ``batch.path_index``."""
-    path = torch.repeat_interleave(torch.arange(batch.num_paths, device=batch.lengths.device), batch.lengths)
-    first = batch.lengths.cumsum(0) - batch.lengths
-    return path, torch.arange(len(path), device=path.device) - first[path]
-
-
-def probe_batch(model: nn.Module) -> SequenceBatch:
-    """A small forest with a shared prompt, a deeper branch and a lone sequence, for comparing layouts."""
-    vocab = base_model(model).config.get_text_config().vocab_size
-    device = next(model.parameters()).device
-    tokens = [(7 * n * n + 3 * n + 1) % vocab for n in range(24)]
-    deep = Segment(tokens[9:12], children=(Segment(tokens[12:15]), Segment(tokens[15:16])))
-    tree = Segment(tokens[:5], children=(Segment(tokens[5:9]), deep))
-    return pack([Example("probe:0", tree), Example("probe:1", Segment(tokens[16:24]))], device=device)
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

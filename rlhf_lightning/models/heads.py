@@ -86,7 +86,7 @@ class RewardHead(nn.Module):
             members = []
             for member in range(num_models):
                 digest = blake2b(f"{seed}/{member}/{shape}".encode(), digest_size=8).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+                generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
                 # In one precision, whatever the default is: another precision draws other numbers.
                 draws = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
                 members.append(draws / math.sqrt(hidden_size + 1))

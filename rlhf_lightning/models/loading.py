@@ -25,9 +25,10 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..packaged import packaged_config
-from ..sequences import ATTENTION_NAME, register_attention
+from ..sequences import ATTENTION_NAME, FLEX_ATTENTION_NAME, register_attention
 from .adapters import LOADING_ERRORS, add_adapter, load_adapter, locate_base, lora_config
 from .dropout import recompute, set_dropout
+from .own_attention import EAGER, set_attention
 from .quantized import Quantization, quantization_config, steady_quantised_layers
 from .skeleton import skeletons_wanted, weights_device
 from .stored import damaged_weights, first_line, read_json
@@ -242,16 +243,15 @@ def _load_base(
 
 
 def _with_attention(build: Callable[..., Any], attn_implementation: str | None) -> Any:
-    """Builds a model with an attention of ours, or with its own where it looks no others up."""
+    """Builds a model with an attention of ours where its class supports that, else with its own eager one."""
     if attn_implementation is None:
         return build()
-    try:
+    if attn_implementation not in (ATTENTION_NAME, FLEX_ATTENTION_NAME):
         return build(attn_implementation=attn_implementation)
-    except KeyError as error:
-        # Older architectures (falcon, gptj) pick a class from a table of their own; they run in the padded layout.
-        if error.args != (attn_implementation,):
-            raise
-        return build()
+    # Classes without support take any name and add a mask of another form to their scores.
+    built = build(attn_implementation=EAGER)
+    set_attention(built[0] if isinstance(built, tuple) else built, attn_implementation)
+    return built
 
 
 def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:

@@ -23,8 +23,8 @@ def steady_rotary(base: nn.Module, longest: int | None = None) -> None:
     """Settles once which of LongRoPE's two sets of frequencies a model uses, for sequences of any length.
 
     Sequences that all fit into the positions that the model was first trained with get the set for these, as in
-    transformers; if one of them may be longer, all get the set for long sequences, as in vLLM. Every other model is
-    left alone, and so is one that is settled already.
+    transformers; if one of them may be longer, all get the set for long sequences, as in vLLM, and the config then says
+    so for exports: both of its sets are that one. Every other model is left alone, as is one that is settled already.
 
     Args:
         base: a transformers model without adapters around it.
@@ -70,9 +70,14 @@ def _settle(rotary: Any, kind: str, layer_type: str | None, longest: int | None)
     if kind != "longrope":
         return None
     prefix, named = ("", {}) if layer_type is None else (f"{layer_type}_", {"layer_type": layer_type})
-    parameters = rotary.config.rope_parameters
-    limit = int((parameters if layer_type is None else parameters[layer_type])["original_max_position_embeddings"])
+    parameters = rotary.config.rope_parameters if layer_type is None else rotary.config.rope_parameters[layer_type]
+    if list(parameters["short_factor"]) == list(parameters["long_factor"]):  # settled when it was trained
+        return None
+    limit = int(parameters["original_max_position_embeddings"])
     buffer = getattr(rotary, f"{prefix}inv_freq")
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](rotary.config, buffer.device, seq_len=longest or 1, **named)
     rotary.register_buffer(f"{prefix}inv_freq", frequencies.to(buffer.dtype), persistent=False)
+    if longest is not None and longest > limit:
+        # Stored with the model: whoever loads it, here or elsewhere, computes with what it was trained with.
+        parameters["short_factor"] = list(parameters["long_factor"])
     return limit

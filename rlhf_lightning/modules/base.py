@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import TokenStats, base_model, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
 from ..models import save_pretrained as export_pretrained
@@ -121,7 +121,6 @@ class PostTrainingModule(ResumableModule):
         self._layout: Literal["packed", "padded"] | None = None
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
-        self._exact_buffers: dict[str, Tensor] = {}
         self._is_configured = False
         # Of the running validation or test epoch, by the number of the data loader.
         self._rows: dict[int, list[Scores]] = {}
@@ -156,7 +155,6 @@ class PostTrainingModule(ResumableModule):
             )
         make_steady(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
         self.remember_base()
-        self.remember_buffers()
         self.train(self.training)
         self._is_configured = True
 
@@ -177,21 +175,25 @@ class PostTrainingModule(ResumableModule):
         super().unfreeze()
         return self
 
-    def remember_buffers(self) -> None:
-        """Keeps what the model's fp32 buffers hold before a precision rounds them; see settle."""
-        buffers = self.model.named_buffers()
-        self._exact_buffers = {name: b.clone() for name, b in buffers if b.dtype == torch.float32}
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves and converts the module as torch does, but rounds no fp32 buffer of a model that it holds.
+
+        Lightning's ``bf16-true`` and ``16-true`` convert everything. Rotary frequencies are kept in fp32 by the models
+        that have them: rounded, position 1000 is off by tenths of a radian. Here rather than in a hook of the trainer,
+        so that no override of a hook can undo it.
+        """
+        models = [model for model in self.modules() if isinstance(model, PreTrainedModel)]
+        owners = {id(owner): owner for model in models for owner in model.modules()}.values()
+        exact = [(owner._buffers, name, b) for owner in owners for name, b in owner._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for buffers, name, before in exact:
+            now = buffers[name]
+            if before.dtype == torch.float32 and now is not None and now.dtype != before.dtype:
+                buffers[name] = before.to(now.device)
+        return self
 
     def settle(self) -> None:
-        """Called when the module stands on its device and nothing has run yet.
-
-        Lightning's ``bf16-true`` and ``16-true`` round every buffer. Rotary frequencies are kept in fp32 by the models
-        that have them (rounded, position 1000 is off by tenths of a radian), so they are put back.
-        """
-        for name, exact in self._exact_buffers.items():
-            path, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(path)
-            owner.register_buffer(leaf, exact.to(self.device), persistent=leaf not in owner._non_persistent_buffers_set)
+        """Called when the module stands on its device and nothing has run yet."""
 
     def on_fit_start(self) -> None:
         """Checks what ``configure_optimizers`` returned, and tells the loggers what training depends on."""
@@ -240,12 +242,17 @@ class PostTrainingModule(ResumableModule):
     def layout(self) -> Literal["packed", "padded"]:
         """How batches run; decided once, when the model stands on its device."""
         if self._layout is None:
-            self._layout = resolve_layout(self.model, self._requested_layout)
+            self._layout = resolve_layout(self.model, self._requested_layout, *self.models_alike)
         return self._layout
 
     def settle_layout(self) -> None:
         """Decides it."""
         assert self.layout
+
+    @property
+    def models_alike(self) -> list[nn.Module]:
+        """Further models that run as the policy does."""
+        return []
 
     def token_stats(self, batch: SequenceBatch, model: nn.Module | None = None, **options: Any) -> TokenStats:
         """Log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""

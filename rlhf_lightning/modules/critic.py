@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import base_model, hidden_states, load_causal_lm, resolve_layout
+from ..models.backbone import make_steady
 from ..models.heads import (
     HeadKind,
     RewardHead,
@@ -116,6 +117,7 @@ def own_critic(
     dtype: torch.dtype,
     attention: Literal["sdpa", "flex"],
     layout: Literal["auto", "packed", "padded"],
+    longest: int | None = None,
     **options: Any,
 ) -> Critic:
     """A model of its own with a head: the head that is stored with it, or one whose values start at 0.
@@ -127,6 +129,7 @@ def own_critic(
         dtype: of the weights.
         attention: kernel of the packed layout.
         layout: how batches run.
+        longest: tokens that a sequence may have, where that is known; see ``steady_rotary``.
         options: of ``load_causal_lm``.
 
     Raises:
@@ -136,6 +139,7 @@ def own_critic(
     _check_head(source, stored)
     name = register_attention() if attention == "sdpa" else register_flex_attention()
     model = load_causal_lm(source, dtype=dtype, attn_implementation=name, headless=True, **options)
+    make_steady(model, longest=longest, head=False)
     freeze_output_projection(model)
     size = int(base_model(model).config.get_text_config().hidden_size)
     state = read_head_state(source)

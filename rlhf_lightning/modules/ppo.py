@@ -19,7 +19,7 @@ from ..models import TokenStats, base_model, evaluating, fused_logprobs, hidden_
 from ..rollouts.advantages import gae, moment_sums, whiten
 from ..rollouts.shaping import KLController, missing_eos_penalty, token_rewards
 from ..sequences import Example, SequenceBatch
-from .checks import trainer_dtype
+from .checks import longest_sequence, trainer_dtype
 from .critic import Critic, own_critic, shared_critic
 from .distributed import Scores, sum_over_ranks
 from .groups import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_sums
@@ -161,6 +161,7 @@ class PPOModule(OnPolicyModule):
                 gradient_checkpointing=self.gradient_checkpointing,
                 attention=self.attention,
                 layout=self._requested_layout,
+                longest=longest_sequence(self),
             )
         self.train(self.training)  # the critic, too
 

@@ -46,6 +46,11 @@ class ReferencedModule(PostTrainingModule):
         """The reference policy, or nothing where none is in memory."""
         return self._reference
 
+    @property
+    def models_alike(self) -> list[nn.Module]:
+        """The frozen copy, which runs in the policy's layout with the policy's attention."""
+        return [reference.model for reference in self._reference if isinstance(reference, FrozenReference)]
+
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
         """What a method keeps of the reference: rows that depend on a row's own content alone."""
         raise TypeError(f"{type(self).__name__} must define reference_rows(batch, model)")

@@ -68,7 +68,7 @@ class PaddedScorer:
     def __init__(self, folder: str, output: int, budget: int, dtype: torch.dtype) -> None:
         try:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
+                folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
             )
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, RuntimeError) as error:

@@ -17,12 +17,20 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..models import base_model
+from ..models.own_attention import EAGER, using_attention
 from .cache import PromptStates, SlotCache
 from .projection import computes_in_half
 
 # What a model without support for the layout may raise when it is tried on it.
 _UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 _PROBED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def special_token(model: PreTrainedModel) -> int:
+    """The padding token, which some models give positions of its own, or the first of the vocabulary."""
+    config = model.config.get_text_config()
+    token = getattr(config, "pad_token_id", None)
+    return int(token) if isinstance(token, int) and 0 <= token < int(config.vocab_size) else 0
 
 
 class Decoder:
@@ -46,10 +54,10 @@ class Decoder:
             The scores after each prompt, ``(P, V)``, and the keys and values of each layer.
         """
         width = max(map(len, prompts))
-        input_ids_PL = torch.zeros((len(prompts), width), dtype=torch.long)
-        mask_PL = torch.zeros((len(prompts), width), dtype=torch.long)
+        input_ids_PL = torch.zeros((len(prompts), width), dtype=torch.long, device="cpu")
+        mask_PL = torch.zeros((len(prompts), width), dtype=torch.long, device="cpu")
         for row, prompt in enumerate(prompts):
-            input_ids_PL[row, width - len(prompt) :] = torch.tensor(prompt)
+            input_ids_PL[row, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
             mask_PL[row, width - len(prompt) :] = 1
         positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
@@ -61,7 +69,7 @@ class Decoder:
     def step(self, tokens: Sequence[int], cache: SlotCache) -> Tensor:
         """Computes one more token of every row; returns the scores after it, ``(N, V)``."""
         cache.prepare()
-        logits_NV = self._forward(torch.tensor(tokens)[:, None], cache.mask(), cache.positions(), cache)
+        logits_NV = self._forward(torch.tensor(tokens, device="cpu")[:, None], cache.mask(), cache.positions(), cache)
         cache.end += 1
         return logits_NV
 
@@ -104,6 +112,7 @@ class Decoder:
         length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
         vocabulary = int(model.config.get_text_config().vocab_size)
         first = [(3 + 7 * i) % vocabulary for i in range(length + 3)]
+        first[1] = special_token(model)
         second = [(5 + 11 * i) % vocabulary for i in range(4)]
         expected = torch.cat((self._reference(first)[-4:], self._reference(second)[-3:]))
         logits_PV, prompts = self.prefill([first[:length], second[:2]])
@@ -120,6 +129,22 @@ class Decoder:
         spread = (expected.double() - expected.double().mean(-1, keepdim=True)).square().mean().sqrt()
         return float(error / (tolerance * spread))
 
+    def looks_back(self) -> bool:
+        """Whether the scores after a token are what they are without the tokens behind it."""
+        vocabulary = int(base_model(self.model).config.get_text_config().vocab_size)
+        tokens = [(3 + 7 * i) % vocabulary for i in range(9)]
+        try:
+            found, expected = self._reference(tokens)[:4].double(), self._reference(tokens[:4]).double()
+        except _UNSUPPORTED as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{type(base_model(self.model)).__name__} cannot be sampled from: {said}") from error
+        limit = 1e-3 if next(self.model.parameters()).dtype.itemsize >= 4 else 0.1
+        difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        return math.isnan(difference) or difference <= limit
+
     def _reference(self, tokens: Sequence[int]) -> Tensor:
-        logits: Tensor = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0]
+        """The model's own scores after every token: its eager attention, without padding and cache."""
+        with using_attention(base_model(self.model), EAGER):
+            output = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
+        logits: Tensor = output.logits[0]
         return logits

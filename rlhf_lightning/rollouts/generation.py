@@ -13,11 +13,12 @@ from torch import nn
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import prompt_tokens
 from ..models import base_model, num_positions
+from ..models.own_attention import EAGER, using_attention
 from .completion import Completion, Track
 from .continuous import ContinuousBatch
 from .decoder import Decoder
 from .packed import packed_linears
-from .plain import generate_plain
+from .plain import caches_exactly, generate_plain
 from .projection import exact_projection
 from .sampling import SamplingParams, derive_seed
 from .sharded import gathered
@@ -140,18 +141,36 @@ class LocalEngine:
         return [group * (num_samples // distinct) for group in grouped]
 
     def _run(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
-        decoder = Decoder(self.model)
+        decoder, model = Decoder(self.model), base_model(self.model)
         if decoder.agrees():
-            worth_it = max(track.limit for track in tracks) >= _PACKING_STEPS
-            with packed_linears(self.model) if worth_it else nullcontext():
-                ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
+            self._run_together(decoder, tracks, params, stop_ids)
             return
-        model = base_model(self.model)
-        self._warn_once(
-            f"{type(model).__name__} does not compute rows of different length in one batch as it computes them alone:"
-            " generating slowly, one prompt length at a time"
-        )
-        generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens)
+        if not decoder.looks_back():
+            raise ValueError(
+                f"{type(model).__name__} cannot be sampled from: an earlier token sees later ones; use a causal "
+                "language model (where the config has is_decoder, set it)"
+            )
+        # Perhaps it is its attention function alone that differs from the model's own.
+        with using_attention(model, EAGER):
+            if decoder.agrees():
+                self._run_together(decoder, tracks, params, stop_ids)
+                return
+            self._warn_once(
+                f"{type(model).__name__} does not compute rows of different length in one batch as it computes them"
+                " alone: generating slowly, one prompt length at a time"
+            )
+            use_cache = caches_exactly(model)
+            if not use_cache:
+                self._warn_once(f"{type(model).__name__} does not compute the same with its cache: generating without")
+            generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens, use_cache=use_cache)
+
+    def _run_together(
+        self, decoder: Decoder, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]
+    ) -> None:
+        """Makes all samples in one batch of rows of different length."""
+        worth_it = max(track.limit for track in tracks) >= _PACKING_STEPS
+        with packed_linears(self.model) if worth_it else nullcontext():
+            ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
 
     def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """A prompt's tokens: none is empty, and all are in the model's vocabulary."""

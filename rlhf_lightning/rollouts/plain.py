@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from .completion import Track, draw
+from .decoder import special_token
 from .sampling import SamplingParams
 
 
@@ -54,6 +55,8 @@ def generate_plain(
     params: SamplingParams,
     stop_ids: Sequence[int],
     max_batch_tokens: int,
+    *,
+    use_cache: bool = True,
 ) -> None:
     """Makes all samples; the results are in the tracks.
 
@@ -63,6 +66,7 @@ def generate_plain(
         params: the sampling settings.
         stop_ids: tokens that end a sample.
         max_batch_tokens: tokens of cache; one row always fits.
+        use_cache: whether the model's own cache computes what the model computes without; see ``caches_exactly``.
     """
     ordered = sorted(tracks, key=lambda track: (len(track.prompt), track.position))
     saved = model.generation_config
@@ -74,13 +78,18 @@ def generate_plain(
             longest = max(track.limit for track in group)
             rows = max(1, max_batch_tokens // (length + longest))
             for first in range(0, len(group), rows):
-                _loop(model, group[first : first + rows], params, stop_ids, longest)
+                _loop(model, group[first : first + rows], params, stop_ids, longest, use_cache)
     finally:
         model.generation_config = saved
 
 
 def _loop(
-    model: PreTrainedModel, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int], limit: int
+    model: PreTrainedModel,
+    tracks: Sequence[Track],
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    limit: int,
+    use_cache: bool,
 ) -> None:
     input_ids_NT = torch.tensor([track.prompt for track in tracks], device=next(model.parameters()).device)
     generate: Any = model.generate
@@ -88,6 +97,27 @@ def _loop(
         input_ids_NT,
         attention_mask=torch.ones_like(input_ids_NT),
         max_new_tokens=limit,
+        use_cache=use_cache,
         logits_processor=[_Chooser(tracks, params, stop_ids)],
         stopping_criteria=[_AllEnded(tracks)],
     )
+
+
+def caches_exactly(model: PreTrainedModel) -> bool:
+    """Whether a model's own cache gives the scores of whole forwards, on a few greedy tokens."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    tokens = [special_token(model) if i == 1 else (3 + 7 * i) % vocabulary for i in range(7)]
+    ids = torch.tensor([tokens], device=next(model.parameters()).device)
+    generate: Any = model.generate
+    saved = model.generation_config
+    model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False, num_beams=1)
+    try:
+        out = generate(ids, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, use_cache=True)
+        found = torch.cat(list(out.logits)).double()
+        expected = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[0, ids.shape[1] - 1 :].double()
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError):
+        return False
+    finally:
+        model.generation_config = saved
+    half = next(model.parameters()).dtype.itemsize < 4
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30)) <= (0.1 if half else 1e-3)

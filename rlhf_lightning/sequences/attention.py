@@ -76,19 +76,18 @@ class TreeGeometry:
             parent = segments[number][2]
             if parent >= 0:
                 ends[parent] = max(ends[parent], ends[number])
-        lengths = torch.tensor([length for _, length, _ in segments])
-        self.subtree_end = torch.repeat_interleave(torch.tensor(ends), lengths).to(device)
+        self.subtree_end = torch.from_numpy(np.repeat(ends, [length for _, length, _ in segments])).to(device)
 
     @property
     def depth(self) -> Tensor:
         """``(T,)`` position of each token along its own path."""
-        parts: list[Tensor] = []
+        parts: list[np.ndarray] = []
         after: list[int] = []
         for _, length, parent in self.segments:
             first = after[parent] if parent >= 0 else 0
-            parts.append(torch.arange(first, first + length))
+            parts.append(np.arange(first, first + length))
             after.append(first + length)
-        return torch.cat(parts).to(self.device)
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def _paths(self) -> list[np.ndarray]:
         """Flat positions of each segment's ancestors and of itself."""
@@ -225,15 +224,21 @@ def tree_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: ``(H,)`` attention sinks: one more logit per head that takes weight and gives no value.
         is_causal: for calls without ``tree`` and without mask.
-        kwargs: what other layers pass and this function has no use for.
+        kwargs: what other layers pass; nothing that attention depends on.
 
     Returns:
         ``(1, T, H, D)`` and no weights.
+
+    Raises:
+        NotImplementedError: a keyword that may change what attention is, or a mask that a layer made itself.
     """
+    _check_keywords(kwargs)
     if tree is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         out = _plain(query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal)
         return out.transpose(1, 2).contiguous(), None
+    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.numel() != 1):
+        raise NotImplementedError("the layer makes an attention mask of its own, which a packed forest does not read")
     # One look-up for all blocks: its backward pass fills and adds up one tensor, however many blocks there are.
     blocks = tree.blocks
     queries = _gathered(query, tree.query_index, [block.query_index for block in blocks])
@@ -245,6 +250,29 @@ def tree_attention(
         out = _plain(q, k, v, mask, dropout, scaling, softcap, s_aux, plain_causal)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return gather_rows(torch.cat(outputs), tree.slot)[None], None
+
+
+# Keywords that layers hand on and that change nothing about attention.
+_INERT = frozenset(
+    {
+        "cache_position",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+def _check_keywords(keywords: dict[str, Any]) -> None:
+    """Refuses what this attention would ignore: a bias of positions, chosen keys, the lengths of another packing."""
+    for name, value in keywords.items():
+        if name not in _INERT and value is not None and value is not False:
+            raise NotImplementedError(f"the layer passes {name!r}, which this attention does not know")
 
 
 def gather_rows(states: Tensor, index: Tensor) -> Tensor:

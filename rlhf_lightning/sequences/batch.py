@@ -124,11 +124,11 @@ class SequenceBatch:
         """
         lengths = self.lengths.cpu()
         width = int(lengths.max()) + extra
-        columns = torch.arange(width)
+        columns = torch.arange(width, device="cpu")
         start = torch.zeros_like(lengths) if side == "right" else width - lengths
         depth = columns[None, :] - start[:, None]
         mask = (depth >= 0) & (depth < lengths[:, None])
-        tokens = torch.full((len(lengths), width), pad_token_id, dtype=self.input_ids.dtype)
+        tokens = torch.full((len(lengths), width), pad_token_id, dtype=self.input_ids.dtype, device="cpu")
         tokens[mask] = self.input_ids.cpu()[self.path_index.cpu()]
         device = self.input_ids.device
         return PaddedBatch(
@@ -272,7 +272,7 @@ def pack(
         raise ValueError("cannot pack an empty list of examples")
     layout = _lay_out(examples, share_prefix)
 
-    def tensor(parts: list[np.ndarray], dtype: torch.dtype = torch.long) -> Tensor:
+    def tensor(parts: Sequence[np.ndarray | list[int]], dtype: torch.dtype = torch.long) -> Tensor:
         return torch.from_numpy(np.concatenate(parts)).to(dtype=dtype, device=device)
 
     lengths = [len(path) for path in layout.paths]
@@ -289,11 +289,11 @@ def pack(
         target_ids=tensor(layout.target),
         sequence_index=tensor(layout.sequence),
         weights=tensor(layout.weight, torch.float32),
-        last_index=torch.tensor([layout.paths[number][-1] for number in layout.last_path], device=device),
-        last_path=torch.tensor(layout.last_path, device=device),
-        lengths=torch.tensor(lengths, device=device),
-        path_sequence=torch.tensor(layout.path_sequence, device=device),
-        example_index=torch.tensor(layout.example, device=device),
+        last_index=tensor([[layout.paths[number][-1] for number in layout.last_path]]),
+        last_path=tensor([layout.last_path]),
+        lengths=tensor([lengths]),
+        path_sequence=tensor([layout.path_sequence]),
+        example_index=tensor([layout.example]),
         path_index=tensor(layout.paths),
         examples=list(examples),
         distinct=(tensor([first]), tensor([which.reshape(-1)])) if repeated else None,

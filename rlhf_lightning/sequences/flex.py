@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,6 +19,8 @@ from transformers.masking_utils import sdpa_mask
 from .attention import TreeGeometry, tree_attention
 
 FLEX_ATTENTION_NAME = "rlhf_tree_flex"
+
+_COMPILATIONS = 128  # of one process, at least
 
 
 def flex_mask(tree: TreeGeometry, window: int | None) -> BlockMask:
@@ -37,7 +40,15 @@ def flex_mask(tree: TreeGeometry, window: int | None) -> BlockMask:
 
 @cache
 def _kernel(compiled: bool) -> Any:
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    """The kernel, compiled once per kind of layer; never in silence the unfused one, which holds T x T scores.
+
+    Each kind of layer (heads, sizes, window, soft cap, with and without gradient) of each model is one compilation, and
+    torch gives up after ``recompile_limit`` of them: with ``fullgraph`` as an error.
+    """
+    if not compiled:
+        return flex_attention
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex_tree_attention(

@@ -1,0 +1,178 @@
+"""Decides how a model is run: packed, or padded, and with which attention.
+
+A small forest is run through the model's own eager attention, one sequence at a time and unpadded: that is what the
+model computes. The packed layout is used where it gives the same; else the padded one, with the registered attention
+where that gives the same, and with the model's own where not. A model that gives something else in every layout (one
+that looks ahead, say) is refused. Windows are tried shorter than the probe's sequences, too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..sequences import ATTENTION_NAME, FLEX_ATTENTION_NAME, Example, Segment, SequenceBatch, pack
+from .backbone import TOLERANCE, Layout, base_model, decoder_of, evaluating, hidden_states
+from .own_attention import (
+    EAGER,
+    attention_of,
+    distance,
+    is_switchable,
+    reaches,
+    set_attention,
+    short_reach,
+    single_precision,
+    using_attention,
+)
+from .rotary import steady_rotary
+
+log = logging.getLogger(__name__)
+
+_OURS = (ATTENTION_NAME, FLEX_ATTENTION_NAME)
+# What a model may raise that cannot run a layout.
+_UNSUPPORTED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+
+
+def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *alike: nn.Module) -> Layout:
+    """Decides how a model is run, and leaves it with the attention that this takes.
+
+    Args:
+        model: the model, on its device.
+        layout: ``auto`` takes the first that agrees with the model's own forward, with one warning where that is not
+            ``packed``; ``packed`` refuses to go on without it.
+        alike: models of the same kind that run in the same layout; they get the same attention.
+
+    Raises:
+        ValueError: ``packed`` was asked for and the model does not compute the same packed, or no layout gives what the
+            model computes of a sequence alone.
+    """
+    base = base_model(model)
+    steady_rotary(base)
+    name = type(base).__name__
+    reasons: list[str] = []
+    for kind, attention in _candidates(base, layout):
+        reason = _why_not(model, kind, attention)
+        if reason is None:
+            for other in (model, *alike):
+                set_attention(base_model(other), attention or EAGER)
+            if kind == "padded" and layout == "auto":
+                log.warning("%s runs in the padded layout: %s", name, reasons[0])
+            return kind
+        reasons.append(reason)
+        if layout == "packed":
+            raise ValueError(
+                f"layout is 'packed', but {name} cannot run packed: {reason}; use layout='auto' or 'padded'"
+            )
+    raise ValueError(f"{name} cannot be used here: {reasons[-1]}; use another model")
+
+
+def _candidates(base: nn.Module, layout: str) -> list[tuple[Layout, str | None]]:
+    """Layouts and attentions in the order in which they are tried; ``None`` is the one that a model was built with."""
+    own = attention_of(base)
+    if not is_switchable(base):
+        return [("packed", own), ("padded", own)] if layout != "padded" else [("padded", own)]
+    found: list[tuple[Layout, str | None]] = [("packed", own)] if layout != "padded" else []
+    return [*found, *dict.fromkeys((("padded", own), ("padded", EAGER)))]  # type: ignore[list-item]
+
+
+def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | None:
+    """The reason why a model cannot run in a layout with an attention, or None."""
+    base = base_model(model)
+    if layout == "packed":
+        if attention not in _OURS:
+            return f"its attention implementation is {attention!r}, not {ATTENTION_NAME!r}"
+        kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+        if others := kinds - {"full_attention", "sliding_attention"}:
+            return f"it has layers of type {sorted(others)}"
+    batch = probe_batch(model)
+    device = next(model.parameters()).device
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16])
+    with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        widened: AbstractContextManager[None] = single_precision(model)
+        if tolerance > TOLERANCE[torch.float32]:
+            try:
+                with widened:
+                    _alone(model, batch)
+                widened, tolerance = single_precision(model), TOLERANCE[torch.float32]
+            except _UNSUPPORTED:  # weights that a module other than their own computes with, or quantised ones
+                widened = nullcontext()
+        with widened:
+            return _disagreement(model, batch, layout, attention, tolerance)
+
+
+def _disagreement(
+    model: nn.Module, batch: SequenceBatch, layout: Layout, attention: str | None, tolerance: float
+) -> str | None:
+    """The first disagreement with the model's own forward, with its reach as it is and shortened, or None."""
+    base = base_model(model)
+    hidden = reaches(base, int(batch.lengths.max()))
+    seen: list[Tensor] = []
+    settings: list[Callable[[], AbstractContextManager[None]]] = [nullcontext]
+    if hidden:
+        settings.append(lambda: short_reach(base))
+    for setting in settings:
+        with setting():
+            try:
+                expected = _alone(model, batch)
+            except _UNSUPPORTED as error:
+                return f"its own forward failed ({_said(error)})"
+            if not _looks_back(model, batch, expected, tolerance):
+                return "an earlier token sees later ones: it is no causal language model as it is configured"
+            seen.append(expected)
+            try:
+                with using_attention(base, attention or EAGER):
+                    found = hidden_states(model, batch, layout).read(batch.path_index, *_path_positions(batch))
+            except _UNSUPPORTED as error:
+                return f"the {layout} probe failed ({_said(error)})"
+        # A nan (an untrained quantised model, say) must not pass for agreement.
+        if not (difference := distance(found, expected)) <= tolerance:
+            return f"{layout} hidden states differ from its own eager forward by {difference:.1e}"
+    if layout == "packed" and hidden and distance(seen[1], seen[0]) <= tolerance:
+        return f"its {hidden[0]} is longer than what can be tried"
+    return None
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def _alone(model: nn.Module, batch: SequenceBatch) -> Tensor:
+    """Hidden states of every sequence by the model's own eager attention, one at a time: rows as in ``path_index``."""
+    base, decoder = base_model(model), decoder_of(model)
+    with using_attention(base, EAGER):
+        rows = [
+            decoder(input_ids=batch.input_ids[path][None], use_cache=False).last_hidden_state[0]
+            for path in batch.path_index.split(batch.lengths.tolist())
+        ]
+    return torch.cat(rows)
+
+
+def _looks_back(model: nn.Module, batch: SequenceBatch, states: Tensor, tolerance: float) -> bool:
+    """Whether the first half of a sequence is what it is without the second."""
+    length = int(batch.lengths[0])
+    half = batch.path_index[: length // 2]
+    with using_attention(base_model(model), EAGER):
+        found = decoder_of(model)(input_ids=batch.input_ids[half][None], use_cache=False).last_hidden_state[0]
+    return distance(found, states[: len(half)]) <= tolerance
+
+
+def _path_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Path number and depth of every entry of ``batch.path_index``."""
+    path = torch.repeat_interleave(torch.arange(batch.num_paths, device=batch.lengths.device), batch.lengths)
+    first = batch.lengths.cumsum(0) - batch.lengths
+    return path, torch.arange(len(path), device=path.device) - first[path]
+
+
+def probe_batch(model: nn.Module) -> SequenceBatch:
+    """A small forest with a shared prompt, a deeper branch and a lone sequence, for comparing layouts."""
+    vocab = base_model(model).config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    tokens = [(7 * n * n + 3 * n + 1) % vocab for n in range(24)]
+    deep = Segment(tokens[9:12], children=(Segment(tokens[12:15]), Segment(tokens[15:16])))
+    tree = Segment(tokens[:5], children=(Segment(tokens[5:9]), deep))
+    return pack([Example("probe:0", tree), Example("probe:1", Segment(tokens[16:24]))], device=device)

@@ -1,0 +1,238 @@
+"""A pretended CUDA device: tensors that say ``cuda:0`` and compute on the CPU.
+
+What it refuses is what CUDA refuses whatever the kernel: a generator of another device, and operands of mixed devices.
+It knows nothing of kernels, memory, streams or speed. Everything it changes in torch is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _device
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+_aten: Any = torch.ops.aten
+# Operators that take tensors of both devices: copies between them, and indices in host memory.
+_MIXED = {_aten.copy_, _aten._to_copy, _aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
+
+
+class Pretended(Tensor):
+    """A tensor on the pretended device.
+
+    Args:
+        inner: what it holds, on the CPU.
+    """
+
+    inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Pretended:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device="cpu",
+        )
+        made.inner = inner
+        return made  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _Fetch.apply(self) if self.requires_grad else Tensor.detach(self).inner.clone()
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    __array__ = numpy
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        like = next((a for a in args if isinstance(a, Tensor)), None)
+        if like is not None:
+            return self.to(device=like.device, dtype=like.dtype)
+        place = kwargs.pop("device", next((a for a in args if isinstance(a, str | torch.device)), CUDA))
+        found = self.cpu() if _of_host(place) else self
+        rest = [a for a in args if not isinstance(a, str | torch.device)]
+        return Tensor.to(found, *rest, **kwargs) if rest or kwargs else found
+
+    def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=CUDA)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        copied = Pretended(self.inner.clone()).requires_grad_(self.requires_grad)
+        if getattr(self, "_is_param", False):
+            copied._is_param = True  # type: ignore[attr-defined]
+        return copied
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"Pretended({self.inner!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Fetch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        return tensor.inner.clone()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.to(CUDA)
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _of_host(device: Any) -> bool:
+    return device is not None and torch.device(device).type != "cuda"
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Runs an operator on what the tensors hold."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    here = [t for t in tensors if isinstance(t, Pretended)]
+    asked = kwargs.get("device")
+    # Inside C++ these tensors are the CPU's, which asks for "the device of the input" by that name.
+    goes_here = bool(here) or (asked is not None and not _of_host(asked))
+    if not goes_here:
+        return func(*args, **kwargs)
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    packet = func.overloadpacket
+    host = [tuple(t.shape) for t in tensors if not isinstance(t, Pretended) and t.dim() > 0]
+    if here and host and packet not in _MIXED:
+        raise RuntimeError(f"Expected all tensors to be on the same device: {func} was given {host} on cpu")
+    given = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
+    if asked is not None:
+        given["device"] = torch.device("cpu")
+    inner_args, inner_kwargs = tree_map(lambda x: x.inner if isinstance(x, Pretended) else x, (args, given))
+    out = func(*inner_args, **inner_kwargs)
+    if packet is _aten.copy_ and not isinstance(args[0], Pretended):
+        return args[0]
+    if packet in (_aten.set_, _aten.resize_):
+        return args[0]
+    wrapped = tree_map(lambda x: Pretended(x) if isinstance(x, Tensor) and not isinstance(x, Pretended) else x, out)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+class OnPretended(SingleDeviceStrategy):
+    """One process on the pretended device, placed by Lightning's own code."""
+
+    strategy_name = "pretended"
+
+    def __init__(self) -> None:
+        super().__init__(device="cuda:0", accelerator=_Accelerator())
+
+    @property
+    def root_device(self) -> torch.device:
+        return CUDA
+
+
+class _Accelerator(CPUAccelerator):
+    def setup_device(self, device: torch.device) -> None:
+        """There is none."""
+
+
+def _target(args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
+    """Where ``Tensor.to`` goes, and the dtype."""
+    given = [*args, *kwargs.values()]
+    like = next((a for a in given if isinstance(a, Tensor)), None)
+    if like is not None:
+        return like.device, like.dtype
+    device = next((a for a in given if isinstance(a, str | torch.device)), None)
+    return device, next((a for a in given if isinstance(a, torch.dtype)), None)
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[None]:
+    """Within it, ``cuda:0`` is there."""
+    tensor, product, move, autocast = torch.tensor, torch.mm, Tensor.to, torch.autocast
+    enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: Any = None, **kwargs: Any) -> Tensor:
+        # A product that the CPU does not have: of half precision, added up in single precision.
+        return product(a, b, **kwargs) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype), **kwargs)
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        device, dtype = _target(args, kwargs)
+        if device is None or _of_host(device) or isinstance(self, Pretended):
+            return move(self, *args, **kwargs)
+        if torch.is_grad_enabled() and self.requires_grad:
+            return move(self, device=CUDA, dtype=dtype)
+        # Threads that load weights do not see the mode of this one.
+        plain = self.detach().clone()
+        return Pretended(plain if dtype is None else move(plain, dtype))
+
+    def host(kind: Any) -> Any:
+        return "cpu" if kind in (None, "cuda") else kind
+
+    class Autocast(autocast):  # type: ignore[misc,valid-type]
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(host(device_type), *args, **kwargs)
+
+    def make(data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
+        stack = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, _device.DeviceContext)]
+        place = device or (stack[-1] if stack else "cpu")
+        if _of_host(place):
+            return tensor(data, dtype=dtype, device=place, **kwargs)
+        return tensor(data, dtype=dtype, device="cpu", **kwargs).to(CUDA)
+
+    def wrap(data: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        if isinstance(data, Tensor):
+            return data.to(device=device or data.device, dtype=dtype or data.dtype)
+        return make(data, dtype=dtype, device=device)
+
+    replaced = {
+        "torch.tensor": make,
+        "torch.as_tensor": wrap,
+        "torch.autocast": Autocast,
+        "torch.is_autocast_enabled": lambda kind=None: enabled(host(kind)),
+        "torch.get_autocast_dtype": lambda kind: dtype_of(host(kind)),
+        "torch.cuda._lazy_init": lambda: None,
+        "torch.cuda.current_device": lambda: 0,
+        "torch.mm": mm,
+        "torch.Tensor.to": to,
+        "torch.cuda.get_rng_state": lambda device=None: torch.get_rng_state(),
+        "torch.cuda.set_rng_state": lambda state, device=None: None,
+    }
+    _device._device_constructors()  # kept by torch: must hold the true functions
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(patch(name, value))
+        # New parameters in the place of old ones: those of another device cannot be put into these.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        stack.enter_context(_Mode())
+        yield
