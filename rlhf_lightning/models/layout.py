@@ -89,6 +89,9 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
         kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
         if others := kinds - {"full_attention", "sliding_attention"}:
             return f"it has layers of type {sorted(others)}"
+    chosen = vars(base.config.get_text_config()).get("index_topk")
+    if isinstance(chosen, int) and chosen > 0:
+        return f"it chooses the {chosen} keys that it reads (index_topk), and equal ones by where they lie in a batch"
     batch = probe_batch(model)
     device = next(model.parameters()).device
     tolerance = TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16])

@@ -130,7 +130,13 @@ class Decoder:
         return float(error / (tolerance * spread))
 
     def looks_back(self) -> bool:
-        """Whether the scores after a token are what they are without the tokens behind it."""
+        """Whether the scores after a token are what they are without the tokens behind it; tried once per model."""
+        known = _PROBED.setdefault(base_model(self.model), {})
+        if "looks back" not in known:
+            known["looks back"] = self._looks_back()
+        return known["looks back"]
+
+    def _looks_back(self) -> bool:
         vocabulary = int(base_model(self.model).config.get_text_config().vocab_size)
         tokens = [(3 + 7 * i) % vocabulary for i in range(9)]
         try:

@@ -18,7 +18,7 @@ from .completion import Completion, Track
 from .continuous import ContinuousBatch
 from .decoder import Decoder
 from .packed import packed_linears
-from .plain import caches_exactly, generate_plain
+from .plain import generate_plain, loops_exactly
 from .projection import exact_projection
 from .sampling import SamplingParams, derive_seed
 from .sharded import gathered
@@ -142,24 +142,30 @@ class LocalEngine:
 
     def _run(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
         decoder, model = Decoder(self.model), base_model(self.model)
-        if decoder.agrees():
-            self._run_together(decoder, tracks, params, stop_ids)
-            return
         if not decoder.looks_back():
             raise ValueError(
                 f"{type(model).__name__} cannot be sampled from: an earlier token sees later ones; use a causal "
                 "language model (where the config has is_decoder, set it)"
             )
+        sparse = bool(vars(model.config.get_text_config()).get("index_topk"))  # its choice depends on the batch
+        if not sparse and decoder.agrees():
+            self._run_together(decoder, tracks, params, stop_ids)
+            return
         # Perhaps it is its attention function alone that differs from the model's own.
         with using_attention(model, EAGER):
-            if decoder.agrees():
+            if not sparse and decoder.agrees():
                 self._run_together(decoder, tracks, params, stop_ids)
                 return
             self._warn_once(
                 f"{type(model).__name__} does not compute rows of different length in one batch as it computes them"
                 " alone: generating slowly, one prompt length at a time"
             )
-            use_cache = caches_exactly(model)
+            use_cache = not sparse and loops_exactly(model, use_cache=True)
+            if not use_cache and not loops_exactly(model, use_cache=False):
+                raise ValueError(
+                    f"{type(model).__name__} cannot be sampled from: transformers' own loop does not give it the "
+                    "scores of its forward; use another model"
+                )
             if not use_cache:
                 self._warn_once(f"{type(model).__name__} does not compute the same with its cache: generating without")
             generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens, use_cache=use_cache)

@@ -66,7 +66,7 @@ def generate_plain(
         params: the sampling settings.
         stop_ids: tokens that end a sample.
         max_batch_tokens: tokens of cache; one row always fits.
-        use_cache: whether the model's own cache computes what the model computes without; see ``caches_exactly``.
+        use_cache: whether the model's own cache computes what the model computes without; see ``loops_exactly``.
     """
     ordered = sorted(tracks, key=lambda track: (len(track.prompt), track.position))
     saved = model.generation_config
@@ -103,8 +103,13 @@ def _loop(
     )
 
 
-def caches_exactly(model: PreTrainedModel) -> bool:
-    """Whether a model's own cache gives the scores of whole forwards, on a few greedy tokens."""
+def loops_exactly(model: PreTrainedModel, *, use_cache: bool) -> bool:
+    """Whether transformers' loop gives the scores of a model's whole forwards, on a few greedy tokens.
+
+    Args:
+        model: the bare transformers model.
+        use_cache: with the model's own cache or without.
+    """
     vocabulary = int(model.config.get_text_config().vocab_size)
     tokens = [special_token(model) if i == 1 else (3 + 7 * i) % vocabulary for i in range(7)]
     ids = torch.tensor([tokens], device=next(model.parameters()).device)
@@ -112,7 +117,8 @@ def caches_exactly(model: PreTrainedModel) -> bool:
     saved = model.generation_config
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False, num_beams=1)
     try:
-        out = generate(ids, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, use_cache=True)
+        options = {"output_logits": True, "return_dict_in_generate": True, "use_cache": use_cache}
+        out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **options)
         found = torch.cat(list(out.logits)).double()
         expected = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[0, ids.shape[1] - 1 :].double()
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError):

@@ -6,6 +6,7 @@ The oracle is the model's own forward by its eager attention, one sequence at a 
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections import Counter
@@ -137,7 +138,7 @@ def test_a_type_agrees_or_is_refused(kind: str) -> None:
 def test_every_type_that_builds_small_agrees_or_is_refused() -> None:
     """Prints each type; ``pytest -s`` shows them."""
     begun, counts, wrong, built = time.monotonic(), Counter[str](), [], 0
-    for kind in all_types():
+    for kind in os.environ.get("RLHF_LIGHTNING_TYPES", "").split() or all_types():
         try:
             with at_most(20):
                 small_model(kind)
@@ -160,5 +161,5 @@ def test_every_type_that_builds_small_agrees_or_is_refused() -> None:
     print(
         f"{built} types built in {time.monotonic() - begun:.0f} s; [0] auto, [1] padded, [2] sampling: {dict(counts)}"
     )
-    assert built >= 110
+    assert built >= 110 or "RLHF_LIGHTNING_TYPES" in os.environ
     assert not wrong, wrong
