@@ -24,7 +24,7 @@ class Kept(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         models = [pl_module, *(r.model for r in getattr(pl_module, "references", ()))]
-        self.buffers = [b.clone() for m in models for name, b in m.named_buffers() if name.endswith("inv_freq")]
+        self.buffers = [b.clone() for m in models for name, b in m.named_buffers() if name.split(".")[-1] == "inv_freq"]
 
 
 class Forgetful(DPOModule):
