@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..models import base_model
-from ..models.own_attention import EAGER, using_attention
+from ..models.own_attention import EAGER, short_reach, using_attention
 from .cache import PromptStates, SlotCache
 from .projection import computes_in_half
 
@@ -134,6 +134,8 @@ class Decoder:
         known = _PROBED.setdefault(base_model(self.model), {})
         if "looks back" not in known:
             known["looks back"] = self._looks_back()
+            with short_reach(base_model(self.model)):
+                known["looks back"] &= self._looks_back()
         return known["looks back"]
 
     def _looks_back(self) -> bool:

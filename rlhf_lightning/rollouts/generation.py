@@ -147,20 +147,24 @@ class LocalEngine:
                 f"{type(model).__name__} cannot be sampled from: an earlier token sees later ones; use a causal "
                 "language model (where the config has is_decoder, set it)"
             )
-        sparse = bool(vars(model.config.get_text_config()).get("index_topk"))  # its choice depends on the batch
-        if not sparse and decoder.agrees():
+        if vars(model.config.get_text_config()).get("index_topk"):
+            raise ValueError(
+                f"{type(model).__name__} cannot be sampled from: it chooses the keys that it reads (index_topk), and equal "
+                "ones by where they lie in a batch; use another model"
+            )
+        if decoder.agrees():
             self._run_together(decoder, tracks, params, stop_ids)
             return
         # Perhaps it is its attention function alone that differs from the model's own.
         with using_attention(model, EAGER):
-            if not sparse and decoder.agrees():
+            if decoder.agrees():
                 self._run_together(decoder, tracks, params, stop_ids)
                 return
             self._warn_once(
                 f"{type(model).__name__} does not compute rows of different length in one batch as it computes them"
                 " alone: generating slowly, one prompt length at a time"
             )
-            use_cache = not sparse and loops_exactly(model, use_cache=True)
+            use_cache = loops_exactly(model, use_cache=True)
             if not use_cache and not loops_exactly(model, use_cache=False):
                 raise ValueError(
                     f"{type(model).__name__} cannot be sampled from: transformers' own loop does not give it the "
