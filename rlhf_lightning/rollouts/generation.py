@@ -149,8 +149,8 @@ class LocalEngine:
             )
         if vars(model.config.get_text_config()).get("index_topk"):
             raise ValueError(
-                f"{type(model).__name__} cannot be sampled from: it chooses the keys that it reads (index_topk), and equal "
-                "ones by where they lie in a batch; use another model"
+                f"{type(model).__name__} cannot be sampled from: it chooses the keys that it reads (index_topk), and "
+                "equal ones by where they lie in a batch; use another model"
             )
         if decoder.agrees():
             self._run_together(decoder, tracks, params, stop_ids)
