@@ -73,13 +73,9 @@ class Pretended(Tensor):
     __array__ = numpy
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        like = next((a for a in args if isinstance(a, Tensor)), None)
-        if like is not None:
-            return self.to(device=like.device, dtype=like.dtype)
-        place = kwargs.pop("device", next((a for a in args if isinstance(a, str | torch.device)), CUDA))
-        found = self.cpu() if _of_host(place) else self
-        rest = [a for a in args if not isinstance(a, str | torch.device)]
-        return Tensor.to(found, *rest, **kwargs) if rest or kwargs else found
+        device, dtype = _target(args, kwargs)
+        found = self.cpu() if _of_host(device) else self
+        return found if dtype is None else Tensor.to(found, dtype)
 
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=CUDA)
