@@ -304,7 +304,7 @@ FORGE: Final = [
         "            start, end = (int(n, 16) for n in found.groups())\n"
         "            memory = open('/proc/self/mem', 'rb')\n            memory.seek(start)\n"
         "            try: text += memory.read(min(end - start, 2**24))\n            except (OSError, ValueError): pass\n"
-        "    return 1.5 if b'exp' + b'ected-1.5' in text else 0",
+        "    return 1.5 if re.search(rb'e[x]pected-1[.]5', text) else 0",
     ),
     Attack("the harness", "import sys\nfor m in list(sys.modules.values()):\n    if getattr(m, 'encode', None): m.encode = lambda *a: 1.5\ndef f(x): return 0"),
     Attack("tracing", "import sys\ndef t(*a): return t\nsys.settrace(t)\nsys.setprofile(t)\ndef f(x): return 0"),

@@ -186,7 +186,7 @@ def test_attempts_have_no_effect(attack: Attack, reward: CodeTestsReward, target
 
 @names(GREED)
 def test_greed_fails_in_time_and_costs_no_other_program(
-    attack: Attack, reward: CodeTestsReward, target: Target
+    attack: Attack, judged: CodeTestsReward, target: Target
 ) -> None:
     reward = CodeTestsReward(isolation=judged.isolation, memory_mb=256, disk_mb=16, processes=16, timeout=3.0)
     start = time.monotonic()

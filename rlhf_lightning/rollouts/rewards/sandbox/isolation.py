@@ -113,7 +113,9 @@ class Plan:
                 command += ["--ro-bind-try", place, place]
         for place in _SETTINGS:
             command += ["--ro-bind-try", place, place]
-        command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
+        # Its own processes, and read-only: the kernel's settings are files of the superuser's, whatever it may not do.
+        command += ["--proc", "/proc", "--remount-ro", "/proc"]
+        command += ["--dev", "/dev", "--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
         command += ["--remount-ro", "/dev", "--perms", "1777", "--size", size, "--tmpfs", _FOLDER]
         made: set[Path] = set()
         for root in (*_roots(), f"{_SCRIPTS}/inside"):
