@@ -174,10 +174,10 @@ def tests(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
     return [Row("tests/gpu", OURS, lines[-1])]
 
 
-def sides_of(what: str) -> dict[str, list[str]]:
-    """Whom to measure, with the options of the script: TRL's only where it is installed, fused only with Liger."""
-    found = {OURS: []}
-    if importlib.util.find_spec("trl"):
+def sides_of(what: str, scale: Scale) -> dict[str, list[str]]:
+    """Whom to measure, with the options of the script: TRL's on a GPU where it is installed, fused only with Liger."""
+    found: dict[str, list[str]] = {OURS: []}
+    if scale.device == "cuda" and importlib.util.find_spec("trl"):
         found |= {"trl": [], "trl-4": []} if what != "grpo" else {"trl": []}
         if importlib.util.find_spec("liger_kernel") and what != "grpo":
             found["trl, Liger"] = ["--liger"]
@@ -211,10 +211,10 @@ def speed(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
     # Ours first: what there is no time for is a comparison.
     measured("sampling", "engine / transformers.generate", "gpu.py", ["--child", json.dumps([*scale, str(folder)])], 0)
     for what, products in (("sft", 6.0), ("dpo", 8.0)):
-        for side, options in sides_of(what).items():
+        for side, options in sides_of(what, scale).items():
             name = side.partition(",")[0]
             measured(what, side, "training.py", [what, "--side", name, *options, *train], products)
-    for side in sides_of("grpo"):
+    for side in sides_of("grpo", scale):
         measured("grpo", side, "online.py", ["--side", side, *online], 0)
     return rows
 
