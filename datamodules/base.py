@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..packaged import packaged_config
-from ..sequences.example import Example
+from ..sequences.example import Example, check_contract
 from ..utils.keywords import CheckedKeywords
 from .derived import Transform, TransformedRows
 from .files import RowSource
@@ -66,13 +66,16 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
             the batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows as they are needed instead of tokenising all of them first. A row that is too
             long, bad or left out then leaves its place in the batch empty.
-        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
+            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
 
     Raises:
         ValueError: for a value outside its range.
     """
 
     allowed_on_too_long: ClassVar[tuple[str, ...]] = get_args(OnTooLong)
+    # The name of the datamodule whose kind of rows these are: modules refuse others'. None: any module may take them.
+    contract: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -179,7 +182,13 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
                 self._open(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenises what a stage needs and is not there yet."""
+        """Reads and tokenises what a stage needs and is not there yet.
+
+        Raises:
+            ValueError: for a module that does not take rows of this contract, and for a row that cannot be used.
+        """
+        if self.trainer is not None:
+            check_contract(self.trainer.lightning_module, self.contract)
         splits = list(self.sources) if stage is None else _STAGES[stage]
         for split in splits:
             if self.sources[split] is not None and not (split == "train" and self.streaming):
@@ -298,6 +307,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
                 f"{self.global_batch_size}: set drop_last=False, or a global_batch_size of at most {loader.num_rows}"
             )
         loader.limit = self._limit(loader)
+        loader.contract = self.contract
         return loader
 
     def _limit(self, loader: BatchLoader) -> int | None:
@@ -319,7 +329,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
             # Over the whole split, so that no result depends on the evaluation batch size.
             self._coupled[split] = ExampleStore(couple(list(store)))
         placed = self._placed()
-        return ExampleLoader(
+        loader = ExampleLoader(
             self._coupled.get(split, store),
             self.eval_batch_size,
             shuffle=False,
@@ -327,6 +337,8 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
             rank=placed["rank"],
             world_size=placed["world_size"],
         )
+        loader.contract = self.contract
+        return loader
 
     def _store(self, split: Split) -> ExampleStore:
         if split not in self._stores:

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from .files import LeftOutError, RowSource
@@ -35,6 +36,10 @@ class TransformedRows(RowSource):
     def raw(self) -> Iterator[tuple[str, Any]]:
         """Yields the rows as they are stored."""
         return self.inner.raw()
+
+    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
+        """Yields the rows as they are stored, the source's parts in a random order."""
+        return self.inner.shuffled(draw)
 
     def parse(self, stored: Any) -> dict[str, Any]:
         """Makes a dictionary of a stored row and rewrites it."""

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from .values import RepeatedKeys, read_object, short
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-COMPRESSED = (".jsonl.gz", ".json.gz", ".csv.gz")
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED = tuple(text + packed for text in SUFFIXES[:3] for packed in _OPENERS)
 _BLOCK, _SAMPLED_BLOCKS = 1 << 20, 256
-ACCEPTED = ", ".join(SUFFIXES) + " (.gz for text)"
+ACCEPTED = ", ".join(SUFFIXES) + " (text also with .gz, .bz2 or .xz)"
 
 
 class LeftOutError(Exception):
@@ -53,6 +57,17 @@ class RowSource:
             yield f"{self.name}:{number}", stored
         if empty:
             raise ValueError(f"{self.name!r} has no rows: write at least one")
+
+    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
+        """Yields the rows with the parts of which the source is made in a random order, each part's rows in its own.
+
+        Parts are the files of a folder or a list, and the row groups of a Parquet file; a source without parts comes as
+        it is. Row ids are those of :meth:`raw`.
+
+        Args:
+            draw: decides on the order.
+        """
+        return self.raw()
 
     def parse(self, stored: Any) -> dict[str, Any]:
         """Makes a dictionary of a stored row.
@@ -119,15 +134,19 @@ class RowFile(RowSource):
         return digest.hexdigest()
 
     def _open(self) -> IO[bytes]:
-        # A gzip file opened in "rb" is an IO[bytes] in all but its declared type.
-        return cast(IO[bytes], gzip.open(self.path, "rb")) if self.path.suffix == ".gz" else self.path.open("rb")
+        packed = _OPENERS.get(self.path.suffix.lower())
+        # A compressed file opened in "rb" is an IO[bytes] in all but its declared type.
+        return self.path.open("rb") if packed is None else cast(IO[bytes], packed(self.path, "rb"))
 
     def _lines(self) -> Iterator[bytes]:
         with self._open() as file:
             try:
                 yield from file
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{self.name!r} is not a whole gzip file: {_one_line(error)}") from error
+            except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                if self.path.suffix.lower() not in _OPENERS:
+                    raise
+                kind = {".gz": "gzip", ".bz2": "bzip2"}.get(self.path.suffix.lower(), "xz")
+                raise ValueError(f"{self.name!r} is not a whole {kind} file: {_one_line(error)}") from error
 
 
 class JsonLines(RowFile):
@@ -218,21 +237,33 @@ class ParquetTable(RowFile):
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{self.name!r} is not a Parquet file: {_one_line(error)}") from error
 
-    def _stored(self) -> Iterator[tuple[int, Any]]:
-        number = 0
+    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
+        """Yields the rows with the file's row groups in a random order."""
         with self._file() as file:
-            _check_names(self.name, file.schema_arrow.names)
-            batches = file.iter_batches(batch_size=256)
-            while True:
-                try:
-                    rows = next(batches).to_pylist()
-                except StopIteration:
-                    return
-                except (pa.ArrowException, OSError) as error:
-                    raise ValueError(f"{self.name!r} breaks off behind row {number}: {_one_line(error)}") from error
-                for row in rows:
-                    number += 1
-                    yield number, row
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            starts = np.cumsum([0, *sizes]).tolist()
+            for group in draw.permutation(len(sizes)).tolist():
+                for number, row in self._rows(file, starts[group], [group]):
+                    yield f"{self.name}:{number}", row
+
+    def _stored(self) -> Iterator[tuple[int, Any]]:
+        with self._file() as file:
+            yield from self._rows(file, 0, None)
+
+    def _rows(self, file: pq.ParquetFile, number: int, groups: list[int] | None) -> Iterator[tuple[int, Any]]:
+        """The rows of some row groups, which begin behind row ``number``."""
+        _check_names(self.name, file.schema_arrow.names)
+        batches = file.iter_batches(batch_size=256, row_groups=groups)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{self.name!r} breaks off behind row {number}: {_one_line(error)}") from error
+            for row in rows:
+                number += 1
+                yield number, row
 
 
 class ArrowTable(RowFile):

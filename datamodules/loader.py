@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
@@ -66,6 +67,7 @@ class BatchLoader(ABC):
         self.world_size = world_size
         self.drop_last = drop_last
         self.limit = limit
+        self.contract: str | None = None  # of the datamodule that made the loader
         self._epoch = 0
         self._consumed = 0
         self._marks = False  # whether the consumer has ever marked a batch
@@ -106,7 +108,7 @@ class BatchLoader(ABC):
             consumed = partial(self._advance, current, stop, last)
             if last and not self._marks:
                 consumed()
-            yield ExampleBatch(examples, on_consumed=partial(self._marked, consumed))
+            yield ExampleBatch(examples, on_consumed=partial(self._marked, consumed), contract=self.contract)
             if not self._marks:
                 consumed()
 
@@ -176,7 +178,23 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         >>> sorted(epoch_order(4, seed=0, epoch=1).tolist())
         [0, 1, 2, 3]
     """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_rows)
+    return epoch_draws(seed, epoch).permutation(num_rows)
+
+
+def epoch_draws(seed: int, epoch: int) -> np.random.Generator:
+    """What an epoch's random choices are drawn from; no two pairs of seed and epoch have the same draws.
+
+    ``SeedSequence`` takes ``[2**32, 0]`` for ``[0, 1]``: of a seed of more than one of its words the digest is used.
+
+    Args:
+        seed: at least 0.
+        epoch: from 0.
+    """
+    entropy = [seed, epoch]
+    if max(entropy) >= 2**32:
+        digest = blake2b(f"{seed}/{epoch}".encode(), digest_size=32).digest()
+        entropy = [int.from_bytes(digest, "little")]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
 def by_prompt(order: npt.NDArray[np.int64], prompts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -301,7 +319,8 @@ class StreamLoader(BatchLoader):
         source: the rows, in a fixed order.
         make: makes the examples of one row, none if it is to be left out; called with the row's id and the stored row.
         batch_size: rows in a global batch, over all ranks; at least 1.
-        shuffle_buffer: rows among which the next one is drawn; below 2, rows come in the source's order.
+        shuffle_buffer: rows among which the next one is drawn; below 2, rows come in the source's order. A row moves
+            by about as many places; further only with its file or row group, whose order is another in each epoch.
         seed: what the draws depend on, with the epoch; at least 0.
         rank: this process, from 0.
         world_size: how many processes there are.
@@ -346,11 +365,11 @@ class StreamLoader(BatchLoader):
 
     def _rows(self, epoch: int) -> Iterator[tuple[str, Any]]:
         """The rows of an epoch in its order: each is drawn from a buffer that the next of the source then fills up."""
-        rows = self.source.raw()
         if self.shuffle_buffer < 2:
-            yield from rows
+            yield from self.source.raw()
             return
-        draw = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        draw = epoch_draws(self.seed, epoch)
+        rows = self.source.shuffled(draw.spawn(1)[0])
         buffer = list(islice(rows, self.shuffle_buffer))
         for row in rows:
             place = int(draw.integers(len(buffer)))

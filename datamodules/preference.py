@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from ..sequences.example import Example
 from .base import ExampleDataModule, Split
@@ -49,7 +49,8 @@ class PreferenceDataModule(ExampleDataModule):
         group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
             the batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows as they are needed instead of tokenising all of them first.
-        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
+            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -57,6 +58,8 @@ class PreferenceDataModule(ExampleDataModule):
     Example:
         ``PreferenceDataModule(train="pairs.jsonl", val="more.jsonl", tokenizer="configs/models/nano", max_length=512)``
     """
+
+    contract: ClassVar[str | None] = "PreferenceDataModule"
 
     def __init__(
         self,

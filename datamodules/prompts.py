@@ -24,6 +24,7 @@ class PromptDataModule(ExampleDataModule):
         ``PromptDataModule(train="sums:prompts?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
     """
 
+    contract: ClassVar[str | None] = "PromptDataModule"
     allowed_on_too_long: ClassVar[tuple[str, ...]] = ("drop", "truncate_start", "error")
 
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from ..sequences.example import Example
 from .base import ExampleDataModule
@@ -47,7 +47,8 @@ class SFTDataModule(ExampleDataModule):
         group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
             the batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows as they are needed instead of tokenising all of them first.
-        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
+            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -55,6 +56,8 @@ class SFTDataModule(ExampleDataModule):
     Example:
         ``SFTDataModule(train="sums:demonstrations?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
     """
+
+    contract: ClassVar[str | None] = "SFTDataModule"
 
     def __init__(
         self,

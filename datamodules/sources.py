@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qsl
 
+import numpy as np
+
 from .files import ACCEPTED, RowSource, is_row_file, open_file
 from .tasks import is_task, open_task
 from .values import describe_columns, is_missing
@@ -88,6 +90,12 @@ class JoinedRows(RowSource):
             for row_id, stored in part.raw():
                 yield row_id, (part, stored)
 
+    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
+        """Yields the rows with the parts in a random order, and the parts of these."""
+        for number in draw.permutation(len(self.parts)).tolist():
+            for row_id, stored in self.parts[number].shuffled(draw):
+                yield row_id, (self.parts[number], stored)
+
     def parse(self, stored: tuple[RowSource, Any]) -> dict[str, Any]:
         """Makes a dictionary of a stored row."""
         part, inner = stored
@@ -121,6 +129,10 @@ class RenamedRows(RowSource):
     def raw(self) -> Iterator[tuple[str, Any]]:
         """Yields the rows as they are stored."""
         return self.inner.raw()
+
+    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
+        """Yields the rows as they are stored, the source's parts in a random order."""
+        return self.inner.shuffled(draw)
 
     def parse(self, stored: Any) -> dict[str, Any]:
         """Makes a dictionary of a stored row and renames its columns."""
@@ -244,6 +256,10 @@ class _Again(JoinedRows):
 
     def raw(self) -> Iterator[tuple[str, Any]]:
         for row_id, stored in super().raw():
+            yield f"{row_id}#{self.time}", stored
+
+    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
+        for row_id, stored in super().shuffled(draw):
             yield f"{row_id}#{self.time}", stored
 
 

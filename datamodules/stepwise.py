@@ -44,7 +44,8 @@ class StepwiseDataModule(ExampleDataModule):
         group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
             the batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows as they are needed instead of tokenising all of them first.
-        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
+            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -53,6 +54,7 @@ class StepwiseDataModule(ExampleDataModule):
         ``StepwiseDataModule(train="sums:stepwise?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
     """
 
+    contract: ClassVar[str | None] = "StepwiseDataModule"
     allowed_on_too_long: ClassVar[tuple[str, ...]] = ("drop", "truncate_start", "error")
 
     def __init__(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 from ..sequences.branching import split_answer, with_answer
 from ..sequences.example import Example
@@ -50,7 +52,8 @@ class UnpairedDataModule(ExampleDataModule):
         group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
             the batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows as they are needed instead of tokenising all of them first.
-        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1.
+        shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
+            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -58,6 +61,8 @@ class UnpairedDataModule(ExampleDataModule):
     Example:
         ``UnpairedDataModule(train="sums:unpaired?rows=1000", tokenizer="configs/models/nano", global_batch_size=16)``
     """
+
+    contract: ClassVar[str | None] = "UnpairedDataModule"
 
     def __init__(
         self,
@@ -144,18 +149,73 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
     order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
     coupled = list(examples)
     answers = [split_answer(example) for example in examples]
-    if len({prompt.tobytes() for prompt, _ in answers}) < 2:
-        return coupled
+    numbers: dict[bytes, int] = {}
+    prompts = [numbers.setdefault(answers[index][0].tobytes(), len(numbers)) for index in order]
+    next_partner = NextPartner(prompts, [len(answers[index][1].tokens) for index in order])
     for place, index in enumerate(order):
         example, (prompt, _) = examples[index], answers[index]
-        for other in (order[(place + step) % len(order)] for step in range(1, len(order))):
-            unrelated, completion = answers[other]
-            fits = max_length is None or len(prompt) + len(completion.tokens) <= max_length
-            if fits and unrelated.tobytes() != prompt.tobytes():
-                fields = {**example.fields, "partner": examples[other].row_id}
-                coupled[index] = Example(example.row_id, with_answer(example.root, prompt, completion), fields)
-                break
+        found = next_partner(place, math.inf if max_length is None else max_length - len(prompt))
+        if found is not None:
+            other = order[found]
+            fields = {**example.fields, "partner": examples[other].row_id}
+            coupled[index] = Example(example.row_id, with_answer(example.root, prompt, answers[other][1]), fields)
     return coupled
+
+
+class NextPartner:
+    """Finds the next place, round the end, with another prompt and a completion that is short enough.
+
+    A tree over the places: each node knows the shortest completion below it, and the shortest one of any other prompt
+    than that one's. So a search takes steps by the logarithm of the number of places, also where nothing fits.
+
+    Args:
+        prompts: a number for each place's prompt.
+        lengths: of each place's completion.
+
+    Example:
+        >>> NextPartner([0, 0, 1], [5, 5, 9])(0, room=9), NextPartner([0, 0, 1], [5, 5, 9])(0, room=8)
+        (2, None)
+    """
+
+    def __init__(self, prompts: Sequence[int], lengths: Sequence[int]) -> None:
+        self.prompts = prompts
+        self.size = 1 << max(0, len(prompts) - 1).bit_length()
+        empty = (math.inf, -1, math.inf)
+        leaves = [(float(length), prompt, math.inf) for prompt, length in zip(prompts, lengths, strict=True)]
+        self._nodes = [empty] * self.size + leaves + [empty] * (self.size - len(leaves))
+        for node in range(self.size - 1, 0, -1):
+            self._nodes[node] = _shorter(self._nodes[2 * node], self._nodes[2 * node + 1])
+
+    def __call__(self, place: int, room: float) -> int | None:
+        """The place, or ``None`` where there is none.
+
+        Args:
+            place: whose partner is looked for.
+            room: the longest completion that fits.
+        """
+        prompt = self.prompts[place]
+        found = self._first(1, 0, self.size, place + 1, prompt, room)
+        return self._first(1, 0, self.size, 0, prompt, room) if found is None else found
+
+    def _first(self, node: int, start: int, stop: int, least: int, prompt: int, room: float) -> int | None:
+        """The first place from ``least`` among those of a node, which are ``start`` to ``stop``."""
+        shortest, of_prompt, other = self._nodes[node]
+        best = other if of_prompt == prompt else shortest
+        if stop <= least or best == math.inf or best > room:
+            return None
+        if stop - start == 1:
+            return start
+        middle = (start + stop) // 2
+        found = self._first(2 * node, start, middle, least, prompt, room)
+        return self._first(2 * node + 1, middle, stop, least, prompt, room) if found is None else found
+
+
+def _shorter(one: tuple[float, int, float], two: tuple[float, int, float]) -> tuple[float, int, float]:
+    """What a node knows of the places of two: the shortest, its prompt, and the shortest of another prompt."""
+    if two[0] < one[0]:
+        one, two = two, one
+    shortest, prompt, other = one
+    return shortest, prompt, min(other, two[2] if two[1] == prompt else two[0])
 
 
 def _draw(seed: int, row_id: str) -> bytes:

@@ -24,6 +24,7 @@ from ..models import save_pretrained as export_pretrained
 from ..models.backbone import make_steady
 from ..models.export import export_kind
 from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
+from ..sequences.example import check_contract
 from ..utils.files import check_replaceable
 from .agreement import RankAgreement
 from .checkpoint_io import prepare_checkpoints
@@ -70,6 +71,7 @@ class PostTrainingModule(ResumableModule):
     """
 
     default_learning_rate: ClassVar[float] = 1e-5
+    contracts: ClassVar[tuple[str, ...]] = ()  # datamodules whose rows it takes; () for any
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what the progress bar shows
 
     def __init__(
@@ -353,6 +355,7 @@ class PostTrainingModule(ResumableModule):
                 f"{type(self).__name__} was given a {type(batch).__name__}; it needs an ExampleBatch: use one of "
                 "rlhf_lightning.datamodules, or wrap your examples in rlhf_lightning.sequences.ExampleBatch"
             )
+        check_contract(self, batch.contract)
         positions = num_positions(self.model)
         embeddings: Any = base_model(self.model).get_input_embeddings()
         vocab_size = int(embeddings.weight.shape[0])

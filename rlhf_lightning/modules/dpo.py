@@ -55,6 +55,7 @@ class DPOModule(ReferencedModule):
 
     default_learning_rate: ClassVar[float] = 1e-6
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/accuracies", "rewards/margins")
+    contracts: ClassVar[tuple[str, ...]] = ("PreferenceDataModule",)
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ class KTOModule(ReferencedModule):
 
     default_learning_rate: ClassVar[float] = 1e-6
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "kl", "rewards/margins")
+    contracts: ClassVar[tuple[str, ...]] = ("UnpairedDataModule",)
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class OnPolicyModule(ReferencedModule):
 
     default_learning_rate: ClassVar[float] = 1e-6
     progress_metrics: ClassVar[tuple[str, ...]] = ("reward", "completions/mean_length")
+    contracts: ClassVar[tuple[str, ...]] = ("PromptDataModule",)
 
     def __init__(
         self,

@@ -69,6 +69,7 @@ class ProcessRewardModule(HeadedModule):
     method: ClassVar[str] = "process_reward"
     default_learning_rate: ClassVar[float] = 1e-5
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "step_accuracy", "first_error_f1")
+    contracts: ClassVar[tuple[str, ...]] = ("StepwiseDataModule",)
 
     def __init__(
         self,

@@ -101,6 +101,7 @@ class RewardModule(EnsembleModule):
     method: ClassVar[str] = "reward"
     default_learning_rate: ClassVar[float] = 1e-5
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/accuracies", "rewards/margins")
+    contracts: ClassVar[tuple[str, ...]] = ("PreferenceDataModule", "SFTDataModule")
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..losses.sft import SFTLossType, sft_loss, validate_sft_loss
-from ..sequences import Example, SequenceBatch
+from ..sequences import Example, ExampleBatch, SequenceBatch
 from .base import PostTrainingModule
 from .distributed import Scores
 
@@ -35,6 +35,7 @@ class SFTModule(PostTrainingModule):
     keeps_dropout: ClassVar[bool] = True
     default_learning_rate: ClassVar[float] = 2e-5
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy")
+    contracts: ClassVar[tuple[str, ...]] = ("SFTDataModule",)
 
     def __init__(
         self, model: str, *, loss_type: SFTLossType = "nll", label_smoothing: float = 0.0, **kwargs: Any
@@ -75,3 +76,13 @@ class SFTModule(PostTrainingModule):
         if self.loss_type != "nll" or self.label_smoothing > 0:
             values["nll"] = -rows["logps"].sum() / max(totals["tokens"], 1e-12)
         return values
+
+    def _checked(self, batch: ExampleBatch) -> list[Example]:
+        examples = super()._checked(batch)
+        for example in examples:
+            if all(segment.weights is None for path in example.root.paths() for segment in path):
+                raise ValueError(
+                    f"row {example.row_id} has no weights, so nothing of it is learnt: use SFTDataModule, or give the "
+                    "segments to be learnt weights of 1"
+                )
+        return examples

@@ -19,14 +19,14 @@ from ..utils.files import check_names, check_replaceable, hold, listed_names, ma
 from .config import FitStage, Pipeline, SampleStage
 from .fitting import HISTORY, StageCLI, run_fit
 from .manifest import Manifest, content_hash, input_hashes, stage_key, versions
-from .sampling import ANSWERS, PAIRS, evaluate, remote_engine, run_sample, sampling_params
+from .sampling import ANSWERS, PAIRS, SAMPLED, evaluate, remote_engine, run_sample, sampling_params
 
 Say = Callable[[str], None]
 
 # What a pipeline writes into its folder beside those of its stages, and what a stage may write into its own: nothing
 # else in either is ever replaced or deleted.
 _OF_RUN = ("manifest.json", "summary.json", "report.html")
-_OF_STAGE = ("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS)
+_OF_STAGE = ("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED)
 
 
 def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
@@ -131,7 +131,9 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
         manifest.stages[name]["ran"] = False
         say(f"{name}: finished before and unchanged")
         return
-    _clear(folder)
+    before = manifest.stages.get(name, {})
+    if not (isinstance(stage, SampleStage) and before.get("status") == "running" and before.get("key") == key):
+        _clear(folder)  # what was sampled before the same stage was interrupted stays
     started = time.time()
     record: dict[str, Any] = {"kind": stage.kind, "status": "running", "key": key, "seed": seed, "started": started}
     manifest.stages[name] = record | {"inputs": inputs, "config": config, "ran": True}
@@ -140,7 +142,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
     if isinstance(stage, FitStage):
         metrics = run_fit(stage, folder, seed, lambda line: say(f"{name}: {line}"))
     else:
-        metrics = run_sample(stage, folder, seed, pipeline.dtype)
+        metrics = run_sample(stage, folder, seed, pipeline.dtype, lambda line: say(f"{name}: {line}"))
     outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
     for place, digest in outputs.items():
         if digest is None:

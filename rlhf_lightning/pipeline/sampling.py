@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -21,12 +22,16 @@ from ..utils.files import json_line, write_atomically
 from ..utils.progress import progress
 from .config import Evaluation, SampleStage
 
-PAIRS, ANSWERS = "pairs.jsonl", "test_answers.jsonl"
-_PROMPTS_AT_ONCE = 256
+PAIRS, ANSWERS, SAMPLED = "pairs.jsonl", "test_answers.jsonl", "sampled.jsonl"
+_PROMPTS_AT_ONCE = 64
 
 
-def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[str, float]:
+def run_sample(
+    stage: SampleStage, folder: Path, seed: int, dtype: str, say: Callable[[str], None] = lambda line: None
+) -> dict[str, float]:
     """Samples completions and writes ranked pairs.
+
+    What is sampled is kept in ``sampled.jsonl``, part by part; a stage that was interrupted goes on behind it.
 
     Of the samples of a prompt that ended by themselves, the best by the verifier is chosen and the worst rejected, the
     first of equals each time; a prompt whose samples are all equally good gives no pair.
@@ -36,6 +41,7 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
         folder: where ``pairs.jsonl`` goes.
         seed: a sample is a function of this, its prompt's number and its own.
         dtype: of the model's weights.
+        say: shown one line per part.
 
     Returns:
         Counts, and the mean reward of the samples.
@@ -53,18 +59,22 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
         engine = remote_engine(stage.server, tokenizer)
     verifier = load_verifier(stage.verifier)
     examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
-    rows: list[dict[str, Any]] = []
-    answers: list[Answer] = []
-    for start in progress(range(0, len(examples), _PROMPTS_AT_ONCE), f"sampling, {_PROMPTS_AT_ONCE} prompts at once"):
-        part = examples[start : start + _PROMPTS_AT_ONCE]
-        seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(part))]
-        groups = answer_prompts(engine, part, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds)
-        answers += [answer for group in groups for answer in group]
-        rows += [pair for pair in map(ranked_pair, groups) if pair is not None]
+    parts = _read_parts(folder / SAMPLED)
+    rows = [pair for part in parts for pair in part["pairs"]]
+    rest = range(len(parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE)
+    for start in progress(rest, f"sampling, {_PROMPTS_AT_ONCE} prompts at once"):
         if stage.max_pairs is not None and len(rows) >= stage.max_pairs:
-            rows = rows[: stage.max_pairs]
             break
-    rewards = [answer.reward for answer in answers if answer.reward is not None]
+        prompts = examples[start : start + _PROMPTS_AT_ONCE]
+        seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(prompts))]
+        groups = answer_prompts(engine, prompts, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds)
+        parts.append(_summarise(groups))
+        with (folder / SAMPLED).open("a", encoding="utf-8") as file:
+            file.write(json_line(parts[-1]))
+        rows += parts[-1]["pairs"]
+        say(f"{start + len(prompts)} of {len(examples)} prompts, {len(rows)} pairs")
+    rows = rows[: stage.max_pairs]
+    rewards = [reward for part in parts for reward in part["rewards"]]
     mean = sum(rewards) / len(rewards) if rewards else 0.0
     if not rows:
         raise ValueError(
@@ -72,8 +82,31 @@ def run_sample(stage: SampleStage, folder: Path, seed: int, dtype: str) -> dict[
             "raise num_samples or sampling.temperature, or sample from another model"
         )
     write_atomically(folder / PAIRS, "".join(map(json_line, rows)))
-    cut_off = sum(answer.completion.finish_reason == "length" for answer in answers)
-    return {"samples": len(answers), "mean_reward": mean, "pairs": len(rows), "cut_off": cut_off}
+    (folder / SAMPLED).unlink(missing_ok=True)
+    counts = {name: sum(part[name] for part in parts) for name in ("samples", "cut_off")}
+    return {"samples": counts["samples"], "mean_reward": mean, "pairs": len(rows), "cut_off": counts["cut_off"]}
+
+
+def _summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    """What is kept of a part: its pairs, its rewards, and how many samples there were and were cut off."""
+    answers = [answer for group in groups for answer in group]
+    return {
+        "pairs": [pair for pair in map(ranked_pair, groups) if pair is not None],
+        "rewards": [float(answer.reward) for answer in answers if answer.reward is not None],
+        "samples": len(answers),
+        "cut_off": sum(answer.completion.finish_reason == "length" for answer in answers),
+    }
+
+
+def _read_parts(file: Path) -> list[dict[str, Any]]:
+    """The parts that an interrupted stage wrote; a last line that is not whole is taken off."""
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        file.write_bytes(b"".join(whole))
+    return [json.loads(line) for line in whole]
 
 
 def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:

@@ -150,10 +150,18 @@ class ExampleBatch:
         examples: this rank's examples.
         on_consumed: called once by whoever has finished with the batch; a loader counts its rows as consumed then, and
             not when the batch was fetched.
+        contract: the datamodule whose kind of rows these are, such as ``"PreferenceDataModule"``; ``None`` for one of
+            one's own.
     """
 
-    def __init__(self, examples: Sequence[Example], on_consumed: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        on_consumed: Callable[[], None] | None = None,
+        contract: str | None = None,
+    ) -> None:
         self.examples = list(examples)
+        self.contract = contract
         self._on_consumed = on_consumed
 
     def __len__(self) -> int:
@@ -167,3 +175,21 @@ class ExampleBatch:
         if self._on_consumed is not None:
             callback, self._on_consumed = self._on_consumed, None
             callback()
+
+
+def check_contract(module: object, contract: str | None) -> None:
+    """Refuses rows of a contract that a module does not learn from, whatever their trees look like.
+
+    Args:
+        module: one with ``contracts``, the names of the datamodules whose rows it takes; none or no such: all.
+        contract: the datamodule's name; ``None`` for rows of one's own making.
+
+    Raises:
+        ValueError: with the datamodule to use instead.
+    """
+    allowed = getattr(module, "contracts", ())
+    if contract is not None and allowed and contract not in allowed:
+        raise ValueError(
+            f"{type(module).__name__} does not take the rows of {contract}: use {' or '.join(allowed)}, or the module "
+            "whose rows these are"
+        )

@@ -181,7 +181,7 @@ def test_a_new_test_set_is_evaluated_without_training(written, tmp_path):
 def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, monkeypatch, capsys, error):
     real = runner.run_sample
 
-    def interrupted(stage, folder, seed, dtype):
+    def interrupted(stage, folder, seed, dtype, *others):
         real(stage, folder, seed, dtype)  # the output is there, the stage is not finished
         (folder / "pairs.jsonl").write_text("half a row")
         raise error
