@@ -28,7 +28,14 @@ from ..sequences.example import check_contract
 from ..utils.files import check_replaceable
 from .agreement import RankAgreement
 from .checkpoint_io import prepare_checkpoints
-from .checks import check_module, check_module_options, check_trainer, longest_sequence, trainer_dtype
+from .checks import (
+    check_module,
+    check_module_options,
+    check_trainer,
+    longest_sequence,
+    trainer_dtype,
+    warn_of_router_losses,
+)
 from .distributed import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks, world_size
 from .exports import trained_end_tokens
 from .gradients import clip_gradients, loss_scale, sum_gradients
@@ -200,6 +207,7 @@ class PostTrainingModule(ResumableModule):
     def on_fit_start(self) -> None:
         """Checks what ``configure_optimizers`` returned, and tells the loggers what training depends on."""
         check_optimizers(self)
+        warn_of_router_losses(self)
         self.settle()
         log_settings(self)
 

@@ -1,0 +1,93 @@
+"""A mixture of experts whose config asks for a loss on its routers is not trained without it in silence."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from rlhf_lightning import DPOModule, RewardModule, SFTModule
+from rlhf_lightning.models.routers import router_losses
+from rlhf_lightning.modules import PostTrainingModule
+from rlhf_lightning.sequences import ExampleBatch
+
+from ..helpers import save_tiny_model
+from ..invariance.harness import Batches, trainer
+from ..invariance.methods import demonstrations, pairs
+from ..modules.fixed_rollouts import FixedPPO, picky, prompts
+from ..modules.fixed_rollouts import options as rollouts
+
+ASKS = {"output_router_logits": True, "router_aux_loss_coef": 0.03}
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("asking"), "qwen3_moe", **ASKS))
+
+
+def said(module: PostTrainingModule, rows: list[Any]) -> list[str]:
+    """What a fit of one step warns of routers."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer("32-true", max_steps=1, num_sanity_val_steps=0).fit(module, Batches(ExampleBatch(rows)))
+    return [str(w.message) for w in caught if "router" in str(w.message)]
+
+
+METHODS: dict[str, tuple[type[PostTrainingModule], dict[str, Any], Any]] = {
+    "sft": (SFTModule, {}, demonstrations),
+    "adapter": (SFTModule, {"lora": {"r": 2, "target_modules": ["q_proj"]}}, demonstrations),
+    "from nothing": (SFTModule, {"init": "random"}, demonstrations),
+    "a frozen reference": (DPOModule, {}, pairs),
+    "a head": (RewardModule, {}, pairs),
+    "policy and critic": (FixedPPO, rollouts(rewards=[picky], reward_weights=None), prompts),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_router_loss_is_not_left_out_in_silence(asking: str, method: str) -> None:
+    kind, options, rows = METHODS[method]
+    lines = said(kind(asking, **options), rows(4))
+    assert len(lines) == 1, lines
+    assert "\n" not in lines[0]
+    for word in ("qwen3_moe", "router_aux_loss_coef: 0.03", "output_router_logits: true", kind.__name__, "Freeze"):
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"output_router_logits": True, "router_aux_loss_coef": 0.0}])
+def test_a_model_that_asks_for_none_is_trained_without_a_word(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = str(save_tiny_model(tmp_path, "qwen3_moe", **options))
+    assert said(SFTModule(folder), demonstrations(4)) == []
+
+
+def test_a_model_whose_decoder_is_frozen_is_trained_without_a_word(asking: str) -> None:
+    module = RewardModule(asking)
+    module.configure_model()
+    module.model.requires_grad_(False)
+    assert said(module, pairs(4)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("mixtral", {"router_aux_loss_coef": 0.5}, {"router_aux_loss_coef": 0.5}),
+        ("olmoe", {}, {"router_aux_loss_coef": 0.01}),
+        ("jetmoe", {"aux_loss_coef": 0.25}, {"aux_loss_coef": 0.25}),
+        ("dbrx", {"ffn_config": {"moe_loss_weight": 0.125}}, {"moe_loss_weight": 0.125}),
+        ("granitemoe", {"router_aux_loss_coef": None}, {}),
+        ("deepseek_v3", {"aux_loss_alpha": 0.5}, {"aux_loss_alpha": 0.5}),
+        ("llama", {}, {}),
+    ],
+)
+def test_coefficients_are_found_by_all_their_names(
+    kind: str, options: dict[str, Any], expected: dict[str, float]
+) -> None:
+    assert router_losses(AutoConfig.for_model(kind, output_router_logits=True, **options)) == expected
+    assert router_losses(AutoConfig.for_model(kind, output_router_logits=False, **options)) == {}
+
+
+def test_a_decoder_within_asks_too() -> None:
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config={"output_router_logits": True})
+    assert router_losses(config) == {"router_aux_loss_coef": 0.001}
