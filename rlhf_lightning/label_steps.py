@@ -22,7 +22,7 @@ from . import _yaml
 from .callbacks.answers import Verifier, load_verifier, read_prompts
 from .models import load_causal_lm, load_tokenizer
 from .modules.checks import check_single_process
-from .pipeline.manifest import input_hashes
+from .pipeline.inputs import input_hashes
 from .rollouts import Engine, LocalEngine, RemoteEngine, SamplingParams
 from .rollouts.rewards._loading import find_own_modules
 from .rollouts.step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from .. import __version__
-from ..packaged import packaged_config
 from ..utils.files import write_atomically
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "numpy")
-_SOURCES = ("model", "tokenizer", "value_model", "judge", "train", "val", "test", "predict", "prompts")
 
 
 class Manifest:
@@ -78,30 +75,6 @@ def content_hash(path: Path) -> str | None:
         return None
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def input_hashes(config: Any) -> dict[str, str]:
-    """Digests of the files and folders that a configuration reads: models, tokenizers, rows, prompts."""
-    found: dict[str, str] = {}
-    for source in _sources(config):
-        query = source.partition("?")[2]
-        candidates = (source, source.partition("?")[0], *(value for _, value in parse_qsl(query)))
-        for candidate in dict.fromkeys(candidates):
-            digest = content_hash(packaged_config(candidate) or Path(candidate).expanduser())
-            if digest is not None:
-                found[candidate] = digest
-    return found
-
-
-def _sources(config: Any) -> Iterator[str]:
-    items = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
-    for key, value in items:
-        if key in _SOURCES and isinstance(value, str):
-            yield value
-        elif key in _SOURCES and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            yield from value
-        else:
-            yield from _sources(value)
 
 
 def versions() -> dict[str, str]:

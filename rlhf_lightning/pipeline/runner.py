@@ -18,7 +18,8 @@ from ..usage import UsageError
 from ..utils.files import check_names, check_replaceable, hold, listed_names, mark, read_marker, release
 from .config import FitStage, Pipeline, SampleStage
 from .fitting import HISTORY, StageCLI, run_fit
-from .manifest import Manifest, content_hash, input_hashes, stage_key, versions
+from .inputs import input_hashes
+from .manifest import Manifest, content_hash, stage_key, versions
 from .sampling import ANSWERS, PAIRS, SAMPLED, evaluate, remote_engine, run_sample, sampling_params
 
 Say = Callable[[str], None]

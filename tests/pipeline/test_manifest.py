@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lightning.pipeline.manifest import Manifest, content_hash, input_hashes, stage_key, write_atomically
+from rlhf_lightning.pipeline.inputs import input_hashes
+from rlhf_lightning.pipeline.manifest import Manifest, content_hash, stage_key, write_atomically
 
 
 def test_content_hash_is_of_contents_and_names(tmp_path):

@@ -1,0 +1,157 @@
+"""What a configuration reads beside itself: files, folders, an adapter's base, and the source of named functions."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from ..packaged import packaged_config
+from ..rollouts.rewards._loading import find_own_modules
+from .manifest import content_hash
+
+# Options whose value is a folder or a task, if it is none of the hub's ids. Files are looked for under every option.
+_SOURCES = ("model", "tokenizer", "value_model", "judge", "train", "val", "test", "predict", "prompts")
+# Options that say where something is written.
+_WRITTEN = ("output", "dirpath", "save_dir", "default_root_dir", "log_dir", "folder", "filename", "root_dir")
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def input_hashes(config: Any) -> dict[str, str]:
+    """Digests of all that a configuration reads.
+
+    These are models (with the base model of an adapter), tokenizers, rows and prompts (with the folder that
+    ``GSM8K_DIR`` names), every other file that is named anywhere, and the source of every function and class of one's
+    own that is named by its dotted path, with the modules of one's own that it imports.
+
+    Returns:
+        By what the configuration calls them.
+    """
+    found: dict[str, str] = {}
+    for key, value in _values(config):
+        for name, path in _places(key, value):
+            digest = content_hash(path)
+            if digest is not None:
+                found[name] = digest
+        if _DOTTED.fullmatch(value) and not Path(value).exists():
+            files = own_sources(value)
+            if files:
+                digests = [f"{file.name}\0{content_hash(file)}\n" for file in files]
+                found[f"source of {value}"] = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return found
+
+
+def _values(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a configuration with the option that it belongs to."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _values(value, str(name))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _values(value, key)
+    elif isinstance(config, str):
+        yield key, config
+
+
+def _places(key: str, value: str) -> Iterator[tuple[str, Path]]:
+    """The files and folders that a text may mean, by what it calls them."""
+    name, _, query = value.partition("?")
+    # In a form "+" means a space; in a folder's name it means "+".
+    candidates = dict.fromkeys((value, name, *(part for _, part in parse_qsl(query.replace("+", "%2B")))))
+    for candidate in candidates if key not in _WRITTEN else ():
+        path = packaged_config(candidate) or Path(candidate).expanduser()
+        try:
+            known = path.is_file() or (key in _SOURCES and path.is_dir())
+        except (OSError, ValueError):  # a text that can be no path: too long, or with a zero byte
+            continue
+        if candidate and known:
+            yield candidate, path
+            yield from _bases(candidate, path)
+    if name.startswith("gsm8k:") and "path=" not in query and os.environ.get("GSM8K_DIR"):
+        yield "GSM8K_DIR", Path(os.environ["GSM8K_DIR"]).expanduser()
+
+
+def _bases(name: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The base model of an adapter, where it is here."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        return  # a damaged one is reported when it is loaded
+    if not isinstance(base, str) or not base:
+        return
+    for path in (packaged_config(base), Path(base).expanduser(), folder / base):
+        if path is not None and path.is_dir() and path.resolve() != folder.resolve():
+            yield f"base of {name}", path
+            yield from _bases(f"base of {name}", path)
+            return
+
+
+def own_sources(dotted: str) -> list[Path]:
+    """The source files of what a dotted path names, and of what they import, as far as they are one's own.
+
+    Nothing is imported or run. Installed packages and Python itself are left out: versions stand for them.
+
+    Args:
+        dotted: ``package.module.name``.
+
+    Returns:
+        The files in a fixed order, none where the path names nothing of one's own.
+    """
+    find_own_modules()
+    waiting, seen = [dotted.partition(".")[0]], set()
+    files: set[Path] = set()
+    while waiting:
+        root = waiting.pop()
+        if root in seen or root in sys.stdlib_module_names:
+            continue
+        seen.add(root)
+        for file in _files_of(root):
+            files.add(file)
+            waiting += _imports(file)
+    return sorted(files)
+
+
+def _files_of(root: str) -> list[Path]:
+    """The files of a top-level module or package of one's own, from where Python would import it."""
+    for entry in sys.path:
+        place = Path(entry or ".").resolve()
+        package, module = place / root, place / f"{root}.py"
+        if (package / "__init__.py").is_file() or (package.is_dir() and not module.is_file()):
+            files = sorted(package.rglob("*.py"))
+        else:
+            files = [module] if module.is_file() else []
+        if files:
+            return [] if any(package.is_relative_to(foreign) for foreign in _installed()) else files
+    return []
+
+
+def _installed() -> tuple[Path, ...]:
+    """Where Python, its packages and this one are."""
+    return (*(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")), _PACKAGE)
+
+
+def _imports(file: Path) -> list[str]:
+    """The top-level names of what a source file imports."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module.partition(".")[0])
+    return names
