@@ -34,7 +34,7 @@ from .checks import (
     check_trainer,
     longest_sequence,
     trainer_dtype,
-    warn_of_router_losses,
+    warn_of_config_losses,
 )
 from .distributed import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks, world_size
 from .exports import trained_end_tokens
@@ -207,7 +207,7 @@ class PostTrainingModule(ResumableModule):
     def on_fit_start(self) -> None:
         """Checks what ``configure_optimizers`` returned, and tells the loggers what training depends on."""
         check_optimizers(self)
-        warn_of_router_losses(self)
+        warn_of_config_losses(self)
         self.settle()
         log_settings(self)
 

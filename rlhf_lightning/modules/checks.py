@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedModel
 
-from ..models.routers import router_losses
+from ..models.config_losses import logit_losses, router_losses
 from ..strategies import FSDP2Strategy
 
 
@@ -256,19 +256,31 @@ def check_module(module: Any) -> None:
             raise ValueError(f"{what} before fit has built the model of {name}: call module.configure_model() first")
 
 
-def warn_of_router_losses(module: Any) -> None:
-    """Says, once per kind of model, that a loss on routers which its config asks for is not trained."""
+def warn_of_config_losses(module: Any) -> None:
+    """Says, once per kind of model, which losses that its config asks for are not trained."""
     models = [model for model in module.modules() if isinstance(model, PreTrainedModel)]
     trained = [model.config for model in models if any(p.requires_grad for p in model.parameters())]
-    asked = {(config.model_type, *router_losses(config).items()) for config in trained if router_losses(config)}
-    for kind, *losses in sorted(asked):
-        coefficients = ", ".join(f"{name}: {value:g}" for name, value in losses)
-        rank_zero_warn(
-            f"the config of {kind} asks for a loss on its routers (output_router_logits: true, {coefficients}), which "
-            f"{type(module).__name__} does not train: nothing keeps its experts equally used. Freeze the routers, or "
-            "train with lora on the attention's projections, so that they stay as they are; output_router_logits: "
-            "false in the model's config.json ends this warning"
-        )
+    on_routers = {(config.model_type, _written(router_losses(config))) for config in trained}
+    on_logits = {(config.model_type, _written(logit_losses(config))) for config in trained if module.predicts_tokens}
+    name = type(module).__name__
+    for kind, losses in sorted(on_routers):
+        if losses:
+            rank_zero_warn(
+                f"the config of {kind} asks for a loss on its routers (output_router_logits: true, {losses}), which "
+                f"{name} does not train: nothing keeps its experts equally used. Freeze the routers, or train with "
+                "lora on the attention's projections, so that they stay as they are; output_router_logits: false in "
+                "the model's config.json ends this warning"
+            )
+    for kind, losses in sorted(on_logits):
+        if losses:
+            rank_zero_warn(
+                f"the config of {kind} asks for a loss on the size of its logits ({losses}), which {name} does not "
+                "train; a coefficient of 0 in the model's config.json ends this warning"
+            )
+
+
+def _written(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name}: {value:g}" for name, value in losses.items())
 
 
 def check_strategy(strategy: Any) -> None:

@@ -1,4 +1,4 @@
-"""A mixture of experts whose config asks for a loss on its routers is not trained without it in silence."""
+"""A model whose config asks for a further loss, on its routers or logits, is not trained without it in silence."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule, RewardModule, SFTModule
-from rlhf_lightning.models.routers import router_losses
+from rlhf_lightning.models.config_losses import logit_losses, router_losses
 from rlhf_lightning.modules import PostTrainingModule
+from rlhf_lightning.modules.checks import warn_of_config_losses
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import save_tiny_model
@@ -29,11 +30,11 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def said(module: PostTrainingModule, rows: list[Any]) -> list[str]:
-    """What a fit of one step warns of routers."""
+    """What a fit of one step says about losses that a config asks for."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer("32-true", max_steps=1, num_sanity_val_steps=0).fit(module, Batches(ExampleBatch(rows)))
-    return [str(w.message) for w in caught if "router" in str(w.message)]
+    return [str(w.message) for w in caught if "the config of" in str(w.message)]
 
 
 METHODS: dict[str, tuple[type[PostTrainingModule], dict[str, Any], Any]] = {
@@ -91,3 +92,32 @@ def test_coefficients_are_found_by_all_their_names(
 def test_a_decoder_within_asks_too() -> None:
     config = AutoConfig.for_model("qwen3_vl_moe", text_config={"output_router_logits": True})
     assert router_losses(config) == {"router_aux_loss_coef": 0.001}
+
+
+BAMBA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+
+
+def test_a_loss_on_logits_is_not_left_out_in_silence() -> None:
+    config = AutoConfig.for_model("bamba", z_loss_coefficient=0.25, **BAMBA)
+    module = SFTModule("bamba")
+    module.model = AutoModelForCausalLM.from_config(config)
+    with pytest.warns(UserWarning, match=r"the config of bamba .*z_loss_coefficient: 0.25.* SFTModule does not train"):
+        warn_of_config_losses(module)
+
+
+def test_a_coefficient_of_zero_asks_for_no_loss_on_logits() -> None:
+    assert logit_losses(AutoConfig.for_model("bamba")) == logit_losses(AutoConfig.for_model("llama")) == {}
