@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -14,12 +15,19 @@ from ..packaged import packaged_config
 from ..sequences.example import Example, check_contract
 from ..utils.keywords import CheckedKeywords
 from .derived import Transform, TransformedRows
+from .example_cache import LEAST_ROWS, cache_folder, entry_name, read_entry, write_entry
 from .files import RowSource
 from .loader import BatchLoader, Couple, ExampleLoader, StreamLoader
 from .reading import OnBadRow, RowReader
 from .sources import Source, is_remote, open_source
 from .store import ExampleStore
 from .tokenization import OnTooLong, RowTokenizer, TokenizerSource
+
+# Options that decide on which rows are read, which the source stands for, or on how examples are served.
+_NOT_OF_EXAMPLES = (
+    *("train", "val", "test", "predict", "tokenizer", "columns", "transform", "pair_by", "partners", "seed", "shuffle"),
+    *("global_batch_size", "eval_batch_size", "drop_last", "group_by_prompt", "streaming", "shuffle_buffer"),
+)
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -342,8 +350,27 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
 
     def _store(self, split: Split) -> ExampleStore:
         if split not in self._stores:
-            self._stores[split] = self._reader(split).read_all()
+            reader = self._reader(split)
+            entry = self._entry(reader.source)
+            kept = None if entry is None else read_entry(entry)
+            if kept is None:
+                self._stores[split] = reader.read_all()
+                if entry is not None:
+                    write_entry(entry, self._stores[split], reader.report)
+            else:
+                self._stores[split], report = kept
+                reader.report.update(report)
+                rank_zero_info(f"{reader.describe()} (tokenized before)")
         return self._stores[split]
+
+    def _entry(self, source: RowSource) -> str | None:
+        """The name under which examples are kept; ``None`` where they are not."""
+        few = cache_folder() is None or (source.num_rows or 0) < LEAST_ROWS
+        if few or type(self).__module__.rpartition(".")[0] != __package__:
+            return None
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NOT_OF_EXAMPLES]
+        options = {name: getattr(self, name) for name in names[1:]}
+        return entry_name(source, self.tokenizer, {"class": type(self).__qualname__, **options})
 
 
 def _check_least(name: str, value: int, least: int) -> None:

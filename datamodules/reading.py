@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..sequences.example import Example
+from ..utils.progress import progress
 from .files import LeftOutError, RowSource
 from .store import ExampleStore
 from .tokenization import OnTooLong, TooLongError, fit, longest
@@ -86,7 +87,8 @@ class RowReader:
             ValueError: for the first bad row, and if no example is left.
         """
         store = ExampleStore()
-        for row_id, stored in self.source.raw():
+        rows = progress(self.source.raw(), f"tokenizing {self.source.name}", self.source.num_rows)
+        for row_id, stored in rows:
             for example in self.read(row_id, stored):
                 store.append(example)
         if not len(store):

@@ -12,6 +12,18 @@ import numpy as np
 from ..sequences.example import Example, Segment
 
 _UNSCORED, _BINARY, _FRACTIONAL = 0, 1, 2
+# The arrays of a store, by their types.
+_ARRAYS = {
+    "first_segment": "i8",
+    "first_token": "i8",
+    "first_binary": "i8",
+    "first_fractional": "i8",
+    "kind": "u1",
+    "num_children": "l",
+    "tokens": "i4",
+    "binary": "u1",
+    "fractional": "f4",
+}
 _CONTINUED = -1  # in place of the number of children, of a segment that has none and whose sequence goes on
 
 
@@ -87,6 +99,24 @@ class ExampleStore(Sequence[Example]):
         for fields in self._fields:
             digest.update(repr(sorted(fields.items(), key=lambda item: item[0])).encode())
         return digest.hexdigest()
+
+    def to_arrays(self) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], list[dict[str, Any]]]:
+        """All that the store holds: arrays by name, row ids, fields."""
+        arrays = {name: np.frombuffer(getattr(self, f"_{name}"), dtype) for name, dtype in _ARRAYS.items()}
+        return arrays, list(self._row_ids), [dict(fields) for fields in self._fields]
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, np.ndarray[Any, Any]], row_ids: list[str], fields: list[dict[str, Any]]
+    ) -> ExampleStore:
+        """Makes a store of what :meth:`to_arrays` returns."""
+        store = cls()
+        for name, dtype in _ARRAYS.items():
+            part = getattr(store, f"_{name}")
+            del part[:]
+            part.frombytes(arrays[name].astype(dtype, casting="equiv").tobytes())
+        store._row_ids, store._fields = row_ids, list(fields)
+        return store
 
     def _add(self, segment: Segment) -> None:
         self._tokens.frombytes(segment.tokens.astype(np.int32).tobytes())
