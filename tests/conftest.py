@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RLHF_LIGHTNING_CACHE"] = "0"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,18 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from .helpers import char_tokenizer, save_tiny_model
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Adds up what tests counted and recorded as a property that is a mapping, over tests and workers."""
+    counted: dict[str, Counter[str]] = {}
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        if getattr(report, "when", None) == "call":
+            for name, value in report.user_properties:
+                if isinstance(value, dict):
+                    counted.setdefault(name, Counter()).update(value)
+    for name, counts in counted.items():
+        terminalreporter.write_line(f"{name}: {', '.join(f'{key} {n}' for key, n in sorted(counts.items()))}")
 
 
 @pytest.fixture(autouse=True)
