@@ -252,7 +252,7 @@ def _said(error: Exception) -> str:
         return text or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return f"{text}: lower the module's micro_batch_tokens, which changes no result"
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+    return f"{type(error).__name__}{': ' * bool(text)}{text} (--debug shows where)"
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -60,7 +60,7 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         return one_line(f"{causes[0]} {explain(rest, options, classes)}" if rest else causes[0])
     if re.search(r"^argument of type '\w+' is not iterable|^unhashable type: ", message):
         return "a class_path is no text: write the name of a class behind it, such as class_path: DPOModule"
-    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.splitlines()[0]):
+    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.partition("\n")[0]):
         return f"no option {found[1]!r}{advise(found[1], options)}"
     if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):
         return f"no option {found[1]!r}{advise(found[1], options)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Before the first import of torch, transformers or wandb: all three read these once. One thread, because products this
@@ -32,6 +33,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                     counted.setdefault(name, Counter()).update(value)
     for name, counts in counted.items():
         terminalreporter.write_line(f"{name}: {', '.join(f'{key} {n}' for key, n in sorted(counts.items()))}")
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers_are_put_back() -> Iterator[None]:
+    """A pipeline that a test runs in its own process makes the libraries quiet for good."""
+    levels = {name: logging.getLogger(name).level for name in ("lightning", "lightning.pytorch", "lightning.fabric")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(autouse=True)

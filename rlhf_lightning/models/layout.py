@@ -38,6 +38,9 @@ _OURS = (ATTENTION_NAME, FLEX_ATTENTION_NAME)
 _UNSUPPORTED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
+_SINGLE = 1e-5  # what fp64 models can agree to with their own forward
+
+
 def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *alike: nn.Module) -> Layout:
     """Decides how a model is run, and leaves it with the attention that this takes.
 
@@ -94,7 +97,8 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
         return f"it chooses the {chosen} keys that it reads (index_topk), and equal ones by where they lie in a batch"
     batch = probe_batch(model)
     device = next(model.parameters()).device
-    tolerance = TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16])
+    # Eager attention takes its softmax, and RMS norms their squares, in fp32 whatever the weights' precision is.
+    tolerance = max(TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16]), _SINGLE)
     with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         widened: AbstractContextManager[None] = single_precision(model)
         if tolerance > TOLERANCE[torch.float32]:

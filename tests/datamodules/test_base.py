@@ -222,7 +222,7 @@ def test_a_row_that_is_no_row_of_the_contract_is_named() -> None:
 
 def test_the_base_class_says_what_is_missing() -> None:
     with pytest.raises(TypeError, match="ExampleDataModule does not say what its rows become"):
-        ExampleDataModule(train=ROWS).setup("fit")
+        ExampleDataModule(train=ROWS, tokenizer=chars()).setup("fit")
 
 
 @pytest.mark.parametrize("cls", ALL)

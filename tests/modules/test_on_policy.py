@@ -336,4 +336,5 @@ def test_schedule_counts_every_update(folder: str) -> None:
     run = trainer("32-true", max_steps=5)
     made = module(folder, num_updates=3, num_mini_batches=2)
     run.fit(made, PromptDataModule(train=rows, global_batch_size=4))
-    assert made._num_steps() == 5
+    # An iteration is made to its end: the limit of 5 is passed by its sixth update.
+    assert run.global_step == made._num_steps() == 6

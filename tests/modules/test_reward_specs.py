@@ -74,7 +74,7 @@ def test_a_function_of_steps() -> None:
 
 def test_plain_values_for_a_checkpoint() -> None:
     spec = {"class_path": EXACT}
-    assert plain_specs([scaled, EXACT, spec, partial(scaled, factor=2)]) == ["scaled", EXACT, spec, "scaled"]
+    assert plain_specs([scaled, EXACT, spec, partial(scaled, factor=2)]) == [f"{HERE}.scaled", EXACT, spec, "scaled"]
     assert plain_specs([Counted("a")]) == ["Counted"]
 
 

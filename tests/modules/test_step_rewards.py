@@ -33,6 +33,9 @@ class Words:
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
         return "".join(self.tokens[n] for n in token_ids)
 

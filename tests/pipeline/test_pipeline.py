@@ -187,11 +187,14 @@ def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, mo
         raise error
 
     monkeypatch.setattr(runner, "run_sample", interrupted)
-    with pytest.raises(SystemExit if error is KeyboardInterrupt else error) as exit_info:
+    with pytest.raises(SystemExit) as exit_info:
         run(written, tmp_path)
-    if error is KeyboardInterrupt:
-        assert exit_info.value.code == 130
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert exit_info.value.code == (130 if error is KeyboardInterrupt else 1)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert (
+        said[-1]
+        == f"rlhf-lightning: {'interrupted' if error is KeyboardInterrupt else 'RuntimeError (--debug shows where)'}"
+    )
     record = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
     assert [record[name]["status"] for name in ("sft", "pairs")] == ["finished", "running"]
     monkeypatch.setattr(runner, "run_sample", real)
