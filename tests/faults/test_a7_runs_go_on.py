@@ -289,6 +289,14 @@ def test_the_newest_checkpoint_is_that_of_the_latest_step(tiny_model_folder, tmp
     assert saver.newest() == tmp_path / "step=10.ckpt"
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, and a run keeps to that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_saves_says_how_to_continue_and_is_the_exit_status(signum, tiny_model_folder, tmp_path, caplog):
     class Presses(lightning.Callback):

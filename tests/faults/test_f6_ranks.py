@@ -29,12 +29,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_policy_that_ranks_draw_apart_is_its_own_reference(ranks: list[dict[str, Any]], strategy: str) -> None:
     assert [rank[f"{strategy}-loss"] for rank in ranks] == pytest.approx([math.log(2)] * 2, abs=1e-6)
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_ranks_drop_other_units_under_one_seed(ranks: list[dict[str, Any]], strategy: str) -> None:
     first, second = (rank[f"{strategy}-dropped"] for rank in ranks)

@@ -121,6 +121,7 @@ def scorer(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.getbasetemp() / "scorer0" / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HELD)
 def test_whatever_a_module_holds_is_placed(name: str, folder: str, scorer: str) -> None:
     module, rows, callbacks, options = held(name, folder, scorer)
