@@ -117,6 +117,17 @@ def test_every_method_and_datamodule_is_in_the_readme_and_in_methods() -> None:
         assert f"`{name}`" in (ROOT / "METHODS.md").read_text()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_equal_bits_are_promised_on_cpus_alone(document: str) -> None:
+    """Kernels of CUDA add up in any order."""
+    text = re.sub(r"\n\s*\n|\n\s*[-|] ", ". ", (ROOT / document).read_text())
+    sentences = re.split(r"(?<=\.)\s+", " ".join(text.split()))
+    promises = [s for s in sentences if re.search(r"\b(the|same|equal) bits\b|\bbit for bit\b|\bbit-?(exact|wise)", s)]
+    assert [sentence for sentence in promises if "on CPUs" not in sentence and "On CPUs" not in sentence] == []
+    if document == "README.md":
+        assert any("on CUDA" in sentence and "rounding" in sentence for sentence in promises)
+
+
 GROUP = {
     "rewards": ["rlhf_lightning.rollouts.verifiers.exact_answer"],
     "num_generations": 2,

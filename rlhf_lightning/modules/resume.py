@@ -30,7 +30,7 @@ _EDGE = 32  # values of each weight that a fingerprint looks at
 
 
 class ResumableModule(MicroBatchedModule):
-    """A module whose checkpoints are small, and continue bit for bit.
+    """A module whose checkpoints are small, and continue, on CPUs bit for bit.
 
     At another number of ranks a resumed run cannot be the same one to the bit: rank r takes the random state of rank r,
     and ranks that were not there before draw theirs from that of rank 0.

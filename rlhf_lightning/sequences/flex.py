@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -68,6 +69,9 @@ def flex_tree_attention(
     """Attention of a packed forest by FlexAttention; arguments and results are those of ``tree_attention``.
 
     Attention dropout is not something FlexAttention has: with it, ``tree_attention`` runs instead.
+
+    Raises:
+        RuntimeError: there are more kinds of layers than torch compiles.
     """
     if tree is None or dropout > 0:
         return tree_attention(
@@ -90,16 +94,23 @@ def flex_tree_attention(
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return torch.tanh(score / cap) * cap
 
-    out, aux = _kernel(query.is_cuda)(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=flex_mask(tree, sliding_window),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
+    try:
+        out, aux = _kernel(query.is_cuda)(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else capped,
+            block_mask=flex_mask(tree, sliding_window),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+    except FailOnRecompileLimitHit as error:  # torch's message is of many lines, and of its own options
+        raise RuntimeError(
+            f"FlexAttention has been compiled {torch._dynamo.config.recompile_limit} times in this process, once for "
+            "each kind of layer of each model, and torch would go on without its kernel: write attention: sdpa, or use "
+            "fewer models in one run"
+        ) from error
     if s_aux is not None:  # a sink is one more exponential in the denominator
         out = out * torch.sigmoid(aux.lse - s_aux.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2), None
