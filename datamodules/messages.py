@@ -126,32 +126,6 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
 # What tokenization does with messages in that form.
 
 
-def without_weights(messages: Messages) -> Messages:
-    """Returns messages as a template is to see them: without the key ``weight``.
-
-    Example:
-        >>> without_weights([{"role": "assistant", "content": "4", "weight": 0}])
-        [{'role': 'assistant', 'content': '4'}]
-    """
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-
-
-def with_text_arguments(messages: Messages) -> Messages:
-    """Returns messages whose calls have their arguments as JSON text, as some templates want them.
-
-    Example:
-        >>> call = {"function": {"name": "add", "arguments": {"a": 1}}}
-        >>> with_text_arguments([{"role": "assistant", "tool_calls": [call]}])[0]["tool_calls"]
-        [{'function': {'name': 'add', 'arguments': '{"a": 1}'}}]
-    """
-    return [
-        {**message, "tool_calls": [_text_arguments(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
-        for message in messages
-    ]
-
-
 def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -> None:
     """Checks that a chat template has left out nothing that a row says.
 
@@ -343,13 +317,6 @@ def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         return message
     return {**message, "content": "", "tool_calls": clean(calls)}
-
-
-def _text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    if not isinstance(function.get("arguments"), Mapping):
-        return dict(call)
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 # What a rendering must have.

@@ -58,6 +58,7 @@ class ChatTemplate:
         self.settings = dict(settings or {})
         self._endings: dict[str, str | None] = {}
         self._blocks: dict[str, bool] = {}
+        self._text_arguments: dict[str, bool] = {}
         self._ends: dict[str, list[int]] = {}
         self._controls: tuple[int, re.Pattern[str]] | None = None
         self._warned = False
@@ -275,11 +276,9 @@ class ChatTemplate:
         if self._wants_blocks(template, merged):
             written = [_in_blocks(message) for message in written]
         try:
-            try:
-                return self.tokenizer.apply_chat_template(written, **options, **merged)
-            except TypeError:
-                # Some templates put a call's arguments together from text.
-                return self.tokenizer.apply_chat_template(list(map(_with_text_arguments, written)), **options, **merged)
+            if self._wants_text_arguments(template, written, merged):
+                written = [_with_text_arguments(message) for message in written]
+            return self.tokenizer.apply_chat_template(written, **options, **merged)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses the row: {' '.join(str(error).split())}") from error
 
@@ -296,6 +295,19 @@ class ChatTemplate:
             except ValueError:
                 pass
         return self._blocks[template]
+
+    def _wants_text_arguments(self, template: str, messages: Messages, merged: dict[str, Any]) -> bool:
+        """Whether the template takes a call's arguments for text: it cannot join them, or shows them as Python does."""
+        arguments = [_arguments(call) for message in messages for call in message.get("tool_calls") or ()]
+        given = [each for each in arguments if not isinstance(each, str)]
+        if given and template not in self._text_arguments:
+            try:
+                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **merged))
+                if telling := [str(each) for each in given if each]:  # Python and JSON agree on {}
+                    self._text_arguments[template] = any(each in text for each in telling)
+            except TypeError:
+                self._text_arguments[template] = True
+        return self._text_arguments.get(template, False)
 
     def _template(self, merged: Settings) -> str:
         if self.tokenizer.chat_template is None and merged.get("chat_template") is None:
@@ -358,6 +370,10 @@ def _closing(opened: str) -> str:
 def _in_blocks(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    return call.get("function", call).get("arguments")
 
 
 def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Legend: T tokens in the forest, S sequences, L padded length, R positions read, 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -66,9 +66,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder that yields hidden states, without its output projection."""
     base: Any = base_model(model)
-    decoder: nn.Module | None = base.get_decoder() if hasattr(base, "get_decoder") else None
+    decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else None
     inner: nn.Module = base.base_model
-    found = inner if decoder is None or decoder is base else decoder
+    # transformers takes whatever is called decoder for one, of ModernBERT its output projection.
+    named_so = decoder is None or decoder is base or decoder is base.get_output_embeddings()
+    found: nn.Module = inner if named_so else decoder
     if found is base:  # a class that names no decoder (Llama 4): the one model that it holds
         found = next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)
     return found
@@ -197,7 +199,8 @@ def check_output_head(model: nn.Module) -> None:
         hidden = hidden * (_CHECKED_LOGITS / (head.weight[:4096].float() @ hidden.float().T).std().clamp_min(1e-3))
         name = type(base).__name__
         try:
-            found, expected = head.logits(hidden.to(head.weight.dtype)).float(), _own_logits(base, hidden)
+            found = head.logits(hidden.to(head.weight.dtype)).float()
+            expected, between = _own_logits(base, hidden)
         except (TypeError, LookupError, AttributeError, RuntimeError) as error:
             said = (str(error).splitlines() or [""])[0]
             raise ValueError(
@@ -209,12 +212,18 @@ def check_output_head(model: nn.Module) -> None:
             "none of the models that can be trained here"
         )
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    if not difference <= TOLERANCE.get(head.weight.dtype, 6e-2):
+    if difference <= TOLERANCE.get(head.weight.dtype, 6e-2):
+        return
+    if between:
         raise ValueError(
-            f"the logits of {name} are not its output projection with the scale {head.scale:g} and the soft cap "
-            f"{head.softcap} (they differ by {difference:.1e}): the fused head does not know what this model does "
-            "with its hidden states; use another model"
+            f"{name} passes its decoder's hidden states through {between[0]!r} before its output projection, and the "
+            "fused head reads them as they are: use another model"
         )
+    raise ValueError(
+        f"the logits of {name} are not its output projection with the scale {head.scale:g} and the soft cap "
+        f"{head.softcap} (they differ by {difference:.1e}): the fused head does not know what this model does "
+        "with its hidden states; use another model"
+    )
 
 
 class _Given(BaseModelOutputWithPast):
@@ -226,19 +235,29 @@ class _Given(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-def _own_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The logits that a model's own forward makes of hidden states ``(R, D)``."""
+def _own_logits(base: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, list[str]]:
+    """The logits that a model's own forward makes of hidden states ``(R, D)``, and the layers that they pass.
+
+    Layers are those with weights, the decoder and the output projection left out.
+    """
     decoder, ids = decoder_of(base), torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+    projection = base.get_output_embeddings()
+    known = {*decoder.modules(), *(projection.modules() if projection is not None else ())}
     before = decoder.__dict__.get("forward")
     decoder.forward = lambda *args, **kwargs: _Given(last_hidden_state=hidden[None])
-    try:
-        logits: Tensor = base(input_ids=ids, use_cache=False).logits
-    finally:
-        if before is None:
-            del decoder.forward
-        else:
-            decoder.forward = before
-    return logits[0].float()
+    passed: list[str] = []
+    with ExitStack() as stack:
+        for name, module in base.named_modules():
+            if next(module.parameters(), None) is not None and not known & set(module.modules()):
+                stack.callback(module.register_forward_pre_hook(lambda *_, name=name: passed.append(name)).remove)
+        try:
+            logits: Tensor = base(input_ids=ids, use_cache=False).logits
+        finally:
+            if before is None:
+                del decoder.forward
+            else:
+                decoder.forward = before
+    return logits[0].float(), passed
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
+from rlhf_lightning.data.chat_template import ChatTemplate
 from rlhf_lightning.datamodules import (
     ExampleDataModule,
     PreferenceDataModule,
@@ -23,13 +24,7 @@ from rlhf_lightning.datamodules import (
     UnpairedDataModule,
 )
 from rlhf_lightning.datamodules.formats import Row, demonstration, preference, prompt_only, stepwise, unpaired
-from rlhf_lightning.datamodules.messages import (
-    check_no_tools,
-    check_rendered,
-    check_text,
-    with_text_arguments,
-    without_weights,
-)
+from rlhf_lightning.datamodules.messages import check_no_tools, check_rendered, check_text
 from rlhf_lightning.datamodules.sources import open_source
 from rlhf_lightning.datamodules.values import is_missing
 
@@ -42,6 +37,13 @@ AGENT = (
     "{{ '!' + c['function']['name'] + (c['function']['arguments'] | tojson) }}{% endfor %}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
+
+# Shows what is in a message; and templates that take a call's arguments for text, or for what they are.
+KEYS = "{% for m in messages %}{{ m.keys() | sort | join(',') }}{% endfor %}"
+CALL = "{% for m in messages %}{% for c in m['tool_calls'] %}{% set f = c['function'] %}CALL{% endfor %}{% endfor %}"
+JOINS = CALL.replace("CALL", "{{ f['name'] + f['arguments'] }}")
+PRINTS = CALL.replace("CALL", "{{ f['name'] }}{{ f['arguments'] }}")
+DUMPS = CALL.replace("CALL", "{{ f['name'] + f['arguments'] | tojson }}")
 
 # Two tools, whose parameters have different keys: a table gives each the keys of the other, with null.
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "number"}}}}
@@ -464,7 +466,7 @@ def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None
 def test_weights_of_messages(message: dict[str, Any], key: str, value: Any, learned: bool) -> None:
     [read] = check_text([{**message, key: value}], "messages")
     assert read == (A if learned else {**A, "weight": 0})
-    assert without_weights([read]) == [A]  # type: ignore[list-item]
+    assert ChatTemplate(chars(KEYS)).render([read]) == "content,role"  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -486,8 +488,19 @@ def test_calls_are_read_alike(message: dict[str, Any]) -> None:
     assert not read.get("content")
     [call] = read["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": {"a": 1}}
-    [[written]] = [each["tool_calls"] for each in with_text_arguments([read])]
-    assert written["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    for template in (JOINS, PRINTS, DUMPS):
+        assert ChatTemplate(chars(template)).render([read]) == 'add{"a": 1}'
+
+
+def test_calls_without_arguments_are_read_alike() -> None:
+    """Whichever row comes first says nothing about those behind it."""
+    calls = [
+        {"function": {"name": "add", "arguments": arguments}} for arguments in ({}, {"a": 1}, {"b": None, "c": "x"})
+    ]
+    for template in (JOINS, PRINTS, DUMPS):
+        renderer = ChatTemplate(chars(template))
+        found = [renderer.render([{"role": "assistant", "content": "", "tool_calls": [call]}]) for call in calls]
+        assert found == ["add{}", 'add{"a": 1}', 'add{"b": null, "c": "x"}']
 
 
 def test_text_of_a_function_call_that_is_no_call_stays_text() -> None:
