@@ -59,7 +59,7 @@ class JSONLLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Appends a line; what is not a finite number is written as null."""
-        self._claim()
+        self.claim()
         row: dict[str, Any] = {"step": step} | ({} if self._run == "fit" else {"run": self._run})
         row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,12 +71,12 @@ class JSONLLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Makes sure that the file is a log and nobody else's; Lightning calls this when a run begins.
+        """See ``claim``; Lightning calls this when a run begins.
 
         Raises:
             ValueError: the file is something else, or another process writes to it.
         """
-        self._claim()
+        self.claim()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -84,7 +84,12 @@ class JSONLLogger(Logger):
         release(self.path)
         self._is_claimed = False
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
+        """Makes sure that the file is a log and nobody else's; on the rank that writes to it, before a run begins.
+
+        Raises:
+            ValueError: the file is something else, or another process writes to it.
+        """
         if self._is_claimed:
             return
         if self.path.is_dir() or (self.path.is_file() and not _is_history(self.path)):

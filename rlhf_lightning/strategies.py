@@ -21,7 +21,15 @@ from torch.optim import Optimizer
 from .models.backbone import base_model
 from .models.lockstep import Lockstep, meet, set_lockstep
 from .models.reference import FrozenReference
-from .models.sharding import ShardedRoot, check_can_shard, rank_mesh, shard_model, sharded_like, whole_tensor
+from .models.sharding import (
+    ShardedRoot,
+    check_can_shard,
+    check_runs_all_layers,
+    rank_mesh,
+    shard_model,
+    sharded_like,
+    whole_tensor,
+)
 from .models.skeleton import skeletons
 
 if TYPE_CHECKING:
@@ -189,6 +197,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             with _heard_by_all():
                 for model, _ in groups:
                     check_can_shard(model)
+                    if trainer.state.fn == "fit":
+                        check_runs_all_layers(model)
             for number, (model, heads) in enumerate(groups):
                 assert self._mesh is not None
                 options: dict[str, Any] = {"heads": heads, "number": number, "cpu_offload": self.cpu_offload}

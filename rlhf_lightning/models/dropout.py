@@ -77,6 +77,22 @@ def set_dropout(model: nn.Module, rate: float) -> None:
             module.config = _Rated(config, rate)  # type: ignore[assignment]
 
 
+def layers_left_out(model: nn.Module) -> float:
+    """At which rate a model leaves out whole layers as it is now, each forward others: 0 where it never does.
+
+    Args:
+        model: in the mode in which it will be run.
+    """
+    rates = [
+        float(value)
+        for module in model.modules()
+        if module.training
+        for name, value in vars(module).items()
+        if "layerdrop" in name and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return max(rates, default=0.0)
+
+
 class _Rated:
     """A config as a layer reads it that looks its rates up in every forward pass: all else is the config's own."""
 

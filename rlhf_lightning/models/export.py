@@ -76,16 +76,13 @@ def save_pretrained(
     """
     target = Path(folder).expanduser().resolve()
     kind = export_kind(model, merge_adapter=merge_adapter, with_head=beside is not None)
-    _check_place(target, kind)
+    _on_writer(lambda: check_replaceable(target, kind))
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
     ends = [tokenizer.eos_token_id] if end_tokens is None else list(end_tokens)
     write = _model_writer(model, convert, ends) if adapted is None else _adapter_writer(adapted, ends)
     writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
-    if _is_writer():
-        with _without_progress_bars():
-            _replace(target, kind, lambda place: [each(place) for each in writers])
-    if _is_distributed():
-        dist.barrier()
+    with _without_progress_bars():
+        _on_writer(lambda: _replace(target, kind, lambda place: [each(place) for each in writers]))
     return target
 
 
@@ -180,18 +177,19 @@ def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
 # Where it is written.
 
 
-def _check_place(target: Path, kind: str) -> None:
-    """Has the rank that writes look at the place, and raises what it found on every rank."""
+def _on_writer(act: Callable[[], object]) -> None:
+    """Has the rank that writes do something, and raises on every rank what went wrong there."""
     found: list[str | None] = [None]
+    cause: ValueError | None = None
     if _is_writer():
         try:
-            check_replaceable(target, kind)
+            act()
         except ValueError as error:
-            found = [str(error)]
+            found, cause = [str(error)], error
     if _is_distributed():
         dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
-        raise ValueError(found[0])
+        raise ValueError(found[0]) from cause
 
 
 def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: bool = False) -> str:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .backbone import base_model, decoder_of
+from .dropout import layers_left_out
 from .lockstep import lockstep
 from .pages import drop_file_pages
 
@@ -151,6 +152,21 @@ def check_can_shard(model: nn.Module) -> None:
         raise ValueError(
             "strategy is 'fsdp2' and the weights are quantised, but bitsandbytes packs a whole matrix with its scales, "
             "which cannot be split over ranks: use strategy 'ddp', or a model that is not quantised"
+        )
+
+
+def check_runs_all_layers(model: nn.Module) -> None:
+    """Refuses a model that is about to be trained with layers left out: each rank would wait for others' weights.
+
+    Raises:
+        ValueError: its rate of layerdrop is above 0.
+    """
+    rate = layers_left_out(model)
+    if rate > 0:
+        raise ValueError(
+            f"strategy is 'fsdp2' and the config of {type(base_model(model)).__name__} leaves out layers at random "
+            f"(layerdrop {rate:g}), on each rank others, whose weights no other rank would then gather: write "
+            "model.dropout: 0.1 or another rate for all its dropout, with which every layer runs, or use strategy 'ddp'"
         )
 
 

@@ -6,6 +6,7 @@ import socket
 
 import lightning
 
+from ..utils.files import check_on_all_ranks
 from .distributed import gather_objects, world_size
 from .micro_batches import MicroBatchedModule
 
@@ -16,9 +17,16 @@ class RankAgreement(lightning.Callback):
     - How batches run (``layout: auto``): a model is tried out, which is a collective where its weights are sharded; a
       rank that never has a row would leave the others waiting.
     - Which checkpoint is resumed: where machines have disks of their own, one may have a checkpoint that another lacks.
+    - Whether loggers may write to their files: the first rank looks, and all of them hear what it found.
 
     Every post-training module brings it along.
     """
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Asks the loggers that write to files of their own, such as ``JSONLLogger``."""
+        for logger in trainer.loggers:
+            if hasattr(logger, "claim"):
+                check_on_all_ranks(trainer, logger.claim)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Decides how batches run."""

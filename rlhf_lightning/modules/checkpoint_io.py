@@ -19,6 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ..utils.files import PARTIAL, hidden_beside
 
 
+class UnwrittenCheckpointError(ValueError):
+    """A checkpoint could not be written; those that were there are untouched."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to disk and renames it.
 
@@ -32,7 +36,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint; one of that name stays until the new one is complete."""
+        """Writes a checkpoint; one of that name stays until the new one is complete.
+
+        Raises:
+            UnwrittenCheckpointError: there is no room, say.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -48,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             fresh.unlink(missing_ok=True)
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise UnwrittenCheckpointError(
                 f"cannot write the checkpoint {str(target)!r} ({reason}): make room or choose another folder; "
                 "checkpoints that were there are untouched"
             ) from error
@@ -113,6 +121,20 @@ def prepare_checkpoints(trainer: lightning.Trainer) -> None:
             vars(callback)["on_train_batch_end"] = partial(_save_when_due, callback)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    vars(trainer)["save_checkpoint"] = partial(_save_heard_by_all, trainer)
+
+
+def _save_heard_by_all(trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+    """``Trainer.save_checkpoint``, which raises on every rank what went wrong where the file is written."""
+    cause: UnwrittenCheckpointError | None = None
+    try:
+        type(trainer).save_checkpoint(trainer, *args, **kwargs)
+    except UnwrittenCheckpointError as error:  # on the rank that writes: the others wait at the barrier behind it
+        cause = error
+        trainer.strategy.barrier("Trainer.save_checkpoint")
+    said = trainer.strategy.broadcast(None if cause is None else str(cause))
+    if said is not None:
+        raise UnwrittenCheckpointError(said) from cause
 
 
 def _has_lightnings_trigger(callback: ModelCheckpoint) -> bool:

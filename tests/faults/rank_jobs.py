@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import multiprocessing.connection
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import SFTModule
-from rlhf_lightning.callbacks import Throughput, TrainingCheckpoint
+from rlhf_lightning.callbacks import JSONLLogger, ModelExport, Throughput, TrainingCheckpoint
 from rlhf_lightning.datamodules import SFTDataModule
 from tests.helpers import leave_together
 
@@ -158,6 +161,41 @@ def forked(rank: int, model: Path, folder: Path, strategy: str) -> float:
     untrained.configure_model()
     assert max(float((v - untrained.state_dict()[k]).abs().max()) for k, v in trained.items()) > 0.01
     return max(float((value - exported.state_dict()[name]).abs().max()) for name, value in trained.items())
+
+
+def foreign_log(rank: int, model: Path, folder: Path, strategy: str) -> None:
+    """A run whose log would go into somebody else's file, which the first rank alone looks at."""
+    (folder / f"history-{rank}.jsonl").write_text("mine\n" if rank == 0 else "")
+    logger = JSONLLogger(str(folder / f"history-{rank}.jsonl"))
+    trainer_for(strategy, logger=logger).fit(SFTModule(str(model)), data())
+
+
+def no_room(rank: int, model: Path, folder: Path, strategy: str, what: str) -> None:
+    """A run that has no room for what the first rank writes alone."""
+    own = {"checkpoint": TrainingCheckpoint, "model": ModelExport, "lightning": ModelCheckpoint}
+    options: dict[str, Any] = {"every_n_train_steps": 1} if what == "lightning" else {"every_n_steps": 1}
+    saver = own[what](str(folder / "saved"), **options)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer = trainer_for(strategy, saver)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", _unless_in_memory(full))
+        patch.setattr("rlhf_lightning.models.export.mark", full)
+        trainer.fit(SFTModule(str(model)), data(val=None))
+
+
+def _unless_in_memory(full: Any) -> Any:
+    save = torch.save
+    return lambda value, file, **options: (save if isinstance(file, io.BytesIO) else full)(value, file, **options)
+
+
+def layers_left_out(rank: int, model: Path, folder: Path, strategy: str, dropout: float | None) -> int:
+    """A run of a model whose config leaves layers out."""
+    trainer = trainer_for(strategy)
+    trainer.fit(SFTModule(str(model), dropout=dropout), data(val=None))
+    return trainer.global_step
 
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT", signal.SIGUSR1: "SIGUSR1"}

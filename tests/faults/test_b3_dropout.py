@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule, KTOModule, RewardModule, SFTModule, SimPOModule
+from rlhf_lightning.models.dropout import layers_left_out
+from rlhf_lightning.models.sharding import check_runs_all_layers
 from rlhf_lightning.modules import PostTrainingModule
 from rlhf_lightning.sequences import Example, ExampleBatch, pack
 
@@ -20,6 +23,7 @@ from ..helpers import MAX_POSITIONS, VOCAB_SIZE, char_tokenizer, save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import demonstrations, labelled, pairs
 from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, picky, prompts, remainder
+from . import rank_jobs
 
 STILL = partial(torch.optim.SGD, lr=0.0)
 BUDGETS = (1, 40, 8192)
@@ -221,3 +225,49 @@ def test_policy_methods_drop_where_they_are_asked_to(tmp_path: Path) -> None:
 def test_a_rate_out_of_range_is_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^dropout is .*; it must be in \[0, 1\)"):
         SFTModule("model", dropout=value)
+
+
+@pytest.mark.parametrize(
+    ("build", "rate"),
+    [
+        (SFTModule, 0.5),
+        (partial(SFTModule, lora={"r": 2}), 0.5),
+        (partial(SFTModule, dropout=0.0), 0.0),
+        (partial(SFTModule, dropout=0.1), 0.0),
+        (partial(SFTModule, gradient_checkpointing=True, dropout=0.1), 0.0),
+        (DPOModule, 0.0),
+        (partial(DPOModule, gradient_checkpointing=True), 0.0),
+    ],
+)
+def test_which_models_leave_layers_out_as_they_are_trained(folders: dict[str, str], build: Any, rate: float) -> None:
+    module = build(folders["opt"])
+    module.configure_model()
+    assert layers_left_out(module) == rate
+    if rate:
+        with pytest.raises(ValueError, match=r"OPTForCausalLM leaves out layers at random \(layerdrop 0.5\)") as error:
+            check_runs_all_layers(module.model)
+        assert "\n" not in str(error.value)
+        module.eval()  # as in validation
+    check_runs_all_layers(module.model)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_share_weights_run_all_layers_or_refuse(folders: dict[str, str], tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([rank_jobs.__name__])
+
+    def ended(strategy: str, dropout: float | None) -> list[tuple[int | None, Any]]:
+        place = tmp_path / f"{strategy}-{dropout}"
+        place.mkdir()
+        job = "layers_left_out"
+        return rank_jobs.outcomes(
+            rank_jobs.start(processes, job, Path(folders["opt"]), place, strategy, dropout), place
+        )
+
+    for code, message in ended("fsdp2", None):
+        assert code == 1
+        assert "leaves out layers at random (layerdrop 0.5)" in message
+        assert "write model.dropout: 0.1" in message
+    assert ended("fsdp2", 0.1) == [(0, 3)] * 2
+    assert ended("ddp", None) == [(0, 3)] * 2

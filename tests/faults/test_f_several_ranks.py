@@ -131,6 +131,35 @@ def test_f3_all_ranks_resume_the_same_checkpoint_or_none(processes, strategy, ti
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_f7_a_log_that_is_somebody_elses_ends_all_ranks_with_the_reason(
+    processes, strategy, tiny_model_folder, tmp_path
+):
+    found = outcomes(start(processes, "foreign_log", tiny_model_folder(), tmp_path, strategy), tmp_path)
+    reason = f"{str(tmp_path / 'history-0.jsonl')!r} is no log of metrics, and none is added to it: choose another path"
+    assert found == [(1, reason)] * 2
+    assert (tmp_path / "history-0.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("what", ["checkpoint", "model", "lightning"])
+def test_f7_no_room_where_one_rank_writes_ends_all_ranks_with_the_reason(
+    processes, strategy, what, tiny_model_folder, tmp_path
+):
+    found = outcomes(start(processes, "no_room", tiny_model_folder(), tmp_path, strategy, what), tmp_path)
+    [(code, message), other] = found
+    assert code == 1
+    assert other == found[0]
+    kind = "model to" if what == "model" else "checkpoint"
+    assert message.startswith(f"cannot write the {kind} ")
+    assert "No space left on device" in message
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".ckpt" or path.name == "config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
 def test_f4_what_forked_processes_have_trained_is_exported(processes, strategy, tiny_model_folder, tmp_path):
     process = processes.Process(
