@@ -17,11 +17,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..sequences import PaddedBatch, SequenceBatch, gather_rows
+from ..sequences import SequenceBatch, gather_rows
 from .logprob_head import TokenStats, fused_logprobs, output_head
 from .rotary import rotary_limit, steady_rotary
 
 Layout = Literal["packed", "padded"]
+
+# The attribute of a decoder that leads to what records its routers, for a while; see ``routers.py``.
+ROUTER_RECORDER = "_router_recorder"
 
 # Relative disagreement above which a computation counts as another one, per dtype in which it was made.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -85,26 +88,31 @@ def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> Hid
         layout: ``packed`` or ``padded``.
     """
     decoder = decoder_of(model)
+    recorder = getattr(decoder, ROUTER_RECORDER, None)
+    options: dict[str, Any] = {} if recorder is None else {"output_router_logits": True}
     if layout == "padded":
-        return padded_hidden_states(decoder, batch.padded())
-    output = decoder(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        # A mask with four dimensions passes through mask creation untouched; the registered attention does not read it.
-        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.input_ids.device),
-        tree=batch.geometry,
-        use_cache=False,
-    )
-    return HiddenStates(output.last_hidden_state[0], None)
-
-
-def padded_hidden_states(decoder: nn.Module, padded: PaddedBatch) -> HiddenStates:
-    """Runs the decoder over padded rows, on either side padded."""
-    kwargs: dict[str, Any] = {}
-    if "position_ids" in decoder.forward.__code__.co_varnames or hasattr(decoder.forward, "__wrapped__"):
-        kwargs["position_ids"] = padded.position_ids
-    output = decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False, **kwargs)
-    return HiddenStates(output.last_hidden_state, padded.start)
+        padded = batch.padded()
+        if "position_ids" in decoder.forward.__code__.co_varnames or hasattr(decoder.forward, "__wrapped__"):
+            options["position_ids"] = padded.position_ids
+        output = decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False, **options)
+        hidden = HiddenStates(output.last_hidden_state, padded.start)
+    else:
+        output = decoder(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            # A mask with four dimensions passes through mask creation untouched; the registered attention does not
+            # read it.
+            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.input_ids.device),
+            tree=batch.geometry,
+            use_cache=False,
+            **options,
+        )
+        hidden = HiddenStates(output.last_hidden_state[0], None)
+    if recorder is not None:
+        # A token counts as often as paths run through it, padding not at all.
+        paths = torch.bincount(batch.path_index, minlength=batch.num_tokens)
+        recorder.add(output.router_logits, padded.attention_mask.flatten() if layout == "padded" else paths)
+    return hidden
 
 
 def token_stats(
@@ -240,24 +248,43 @@ def _own_logits(base: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, list[str
 
     Layers are those with weights, the decoder and the output projection left out.
     """
-    decoder, ids = decoder_of(base), torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-    projection = base.get_output_embeddings()
+    decoder, projection = decoder_of(base), base.get_output_embeddings()
     known = {*decoder.modules(), *(projection.modules() if projection is not None else ())}
-    before = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: _Given(last_hidden_state=hidden[None])
     passed: list[str] = []
     with ExitStack() as stack:
         for name, module in base.named_modules():
             if next(module.parameters(), None) is not None and not known & set(module.modules()):
                 stack.callback(module.register_forward_pre_hook(lambda *_, name=name: passed.append(name)).remove)
-        try:
-            logits: Tensor = base(input_ids=ids, use_cache=False).logits
-        finally:
-            if before is None:
-                del decoder.forward
-            else:
-                decoder.forward = before
+        logits: Tensor = own_output(base, hidden).logits
     return logits[0].float(), passed
+
+
+def own_output(base: PreTrainedModel, hidden: Tensor, **given: Any) -> Any:
+    """What a model's own forward makes of hidden states ``(R, D)`` and of what else a decoder may return.
+
+    Args:
+        base: the model; no layer of it runs.
+        hidden: in place of its decoder's. They are its logits where router logits are given, and no weight is read.
+        given: other outputs of the decoder, which is asked for them.
+    """
+    output = _Given(last_hidden_state=hidden[None])
+    replaced: list[tuple[nn.Module, Any]] = [(decoder_of(base), lambda *args, **kwargs: output)]
+    if given:
+        replaced.append((base.get_output_embeddings(), lambda states: states))
+    for name, value in given.items():
+        output[name] = value
+    ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+    before = [module.__dict__.get("forward") for module, _ in replaced]
+    for module, forward in replaced:
+        module.forward = forward
+    try:
+        return base(input_ids=ids, use_cache=False, **{f"output_{name}": True for name in given})
+    finally:
+        for (module, _), forward in zip(replaced, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

@@ -6,14 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedConfig
 
-# What coefficients of losses on routers are called, in transformers and in configs that models bring along.
-_OF_ROUTERS = (
-    "router_aux_loss_coef",
-    "aux_loss_coef",
-    "aux_loss_alpha",
-    "moe_loss_weight",
-    "router_z_loss_coef",
-)
+# What coefficients of losses on routers are called, in transformers and in configs that models bring along: of what
+# balances their loads, and of the size of their logits.
+OF_BALANCE = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight")
+_OF_ROUTERS = (*OF_BALANCE, "router_z_loss_coef")
 # Of the mean squared log-normaliser of the logits: Bamba.
 _OF_LOGITS = ("z_loss_coefficient",)
 

@@ -33,8 +33,8 @@ from .checks import (
     check_module_options,
     check_trainer,
     longest_sequence,
+    report_config_losses,
     trainer_dtype,
-    warn_of_config_losses,
 )
 from .distributed import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks, world_size
 from .exports import trained_end_tokens
@@ -45,6 +45,7 @@ from .micro_batches import ROW_KEY, in_canonical_order
 from .optimizers import build_optimizer, without_decay
 from .position import ResumePosition
 from .resume import ResumableModule
+from .router_loss import AUX_LOSS, RouterLoss, router_loss_of
 from .schedules import WarmupSchedule
 from .screen import prepare_screen
 from .stopping import StopOnSignal
@@ -68,6 +69,10 @@ class PostTrainingModule(ResumableModule):
         dropout: rate in training, in [0, 1), in place of all rates of the model's config and of ``lora``. ``None`` is
             off, so that a policy is trained as it is scored and ratios begin at 1; in ``SFTModule`` the config's rates.
         gradient_checkpointing: recompute activations in the backward pass.
+        router_aux_loss_coef: weight, at least 0, of the load-balancing loss of a mixture of experts, which is that of
+            the whole global batch (``losses.router``). ``None`` takes the coefficient of the model's config where its
+            ``output_router_logits`` is true, and is 0 otherwise. Above 0, a step of several micro-batches or ranks
+            takes one more forward. It is no part of ``loss``, and not computed in validation.
         max_grad_norm: clip the global gradient norm to this, above 0; ``None`` leaves it.
         optimizer: from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without weight decay.
             A weight decay that it brings is for matrices alone.
@@ -95,6 +100,7 @@ class PostTrainingModule(ResumableModule):
         quantization: Literal["nf4", "fp4", "int8"] | None = None,
         dropout: float | None = None,
         gradient_checkpointing: bool = False,
+        router_aux_loss_coef: float | None = None,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -111,6 +117,7 @@ class PostTrainingModule(ResumableModule):
             attention=attention,
             layout=layout,
             dropout=dropout,
+            router_aux_loss_coef=router_aux_loss_coef,
             max_grad_norm=max_grad_norm,
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -123,6 +130,8 @@ class PostTrainingModule(ResumableModule):
         self.quantization = quantization
         self.dropout = dropout
         self.gradient_checkpointing = gradient_checkpointing
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self._router_loss: RouterLoss | None = None
         self.max_grad_norm = max_grad_norm
         self._tokenizer_source = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -163,6 +172,7 @@ class PostTrainingModule(ResumableModule):
                 headless=not self.predicts_tokens,
             )
         make_steady(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
+        self._router_loss = router_loss_of(self.model, self.router_aux_loss_coef)
         self.remember_base()
         self.train(self.training)
         self._is_configured = True
@@ -171,6 +181,12 @@ class PostTrainingModule(ResumableModule):
     def is_configured(self) -> bool:
         """Whether the model has been built."""
         return self._is_configured
+
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The load-balancing loss of the policy's routers, where it is asked for and anything of it can be learnt."""
+        loss = self._router_loss
+        return loss if loss is not None and any(p.requires_grad for p in loss.model.parameters()) else None
 
     def freeze(self) -> Self:
         """Makes nothing trainable, as Lightning does; the model is built first, if it is not there yet."""
@@ -207,7 +223,7 @@ class PostTrainingModule(ResumableModule):
     def on_fit_start(self) -> None:
         """Checks what ``configure_optimizers`` returned, and tells the loggers what training depends on."""
         check_optimizers(self)
-        warn_of_config_losses(self)
+        report_config_losses(self)
         self.settle()
         log_settings(self)
 
@@ -330,7 +346,8 @@ class PostTrainingModule(ResumableModule):
             examples: this rank's part.
 
         Returns:
-            The detached rows of the whole global batch, its totals, and the gradient's norm and the learning rate.
+            The detached rows of the whole global batch, its totals, and what is logged beside them: the gradient's
+            norm, the learning rate, and the load-balancing loss where it is trained.
         """
         if self.attention == "flex" and self.device.type != "cuda":
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
@@ -349,7 +366,10 @@ class PostTrainingModule(ResumableModule):
             if loss_scale(self.trainer) >= scale:  # where fp16 overflowed, no step was made
                 step_schedulers(self, "step")
                 step_schedulers(self, "step", waiting=True)
-        return gather_scores(rows, self.device), totals, {"grad_norm": grad_norm, "learning_rate": rate}
+        progress = {"grad_norm": grad_norm, "learning_rate": rate}
+        if AUX_LOSS in totals:
+            progress[AUX_LOSS] = torch.tensor(totals.pop(AUX_LOSS), dtype=torch.float64)
+        return gather_scores(rows, self.device), totals, progress
 
     def _local_gradients(self) -> AbstractContextManager[None]:
         """Keeps DDP from averaging gradients on its own: a rank may run any number of micro-batches, none included."""

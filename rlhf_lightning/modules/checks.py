@@ -22,10 +22,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel
 
-from ..models.config_losses import logit_losses, router_losses
+from ..models import base_model
+from ..models.config_losses import OF_BALANCE, logit_losses, router_losses
 from ..strategies import FSDP2Strategy
 
 
@@ -70,6 +71,7 @@ def check_module_options(
     attention: str,
     layout: str,
     dropout: float | None,
+    router_aux_loss_coef: float | None,
     max_grad_norm: float | None,
 ) -> None:
     """Checks the options that all modules share."""
@@ -79,6 +81,10 @@ def check_module_options(
     check_positive("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
     if dropout is not None:
         check_fraction("dropout", dropout, "0 switches it off; null is off for all but SFT, which keeps the config's")
+    if router_aux_loss_coef is not None:
+        check_not_negative(
+            "router_aux_loss_coef", router_aux_loss_coef, "0.001 is usual; null is what the model's config asks for"
+        )
     if max_grad_norm is not None:
         check_positive("max_grad_norm", max_grad_norm, "null switches clipping off")
 
@@ -256,27 +262,55 @@ def check_module(module: Any) -> None:
             raise ValueError(f"{what} before fit has built the model of {name}: call module.configure_model() first")
 
 
-def warn_of_config_losses(module: Any) -> None:
-    """Says, once per kind of model, which losses that its config asks for are not trained."""
+def report_config_losses(module: Any) -> None:
+    """Says, once per kind of model, which losses that its config asks for are trained, and which are not."""
     models = [model for model in module.modules() if isinstance(model, PreTrainedModel)]
-    trained = [model.config for model in models if any(p.requires_grad for p in model.parameters())]
-    on_routers = {(config.model_type, _written(router_losses(config))) for config in trained}
-    on_logits = {(config.model_type, _written(logit_losses(config))) for config in trained if module.predicts_tokens}
+    trained = [model for model in models if any(p.requires_grad for p in model.parameters())]
+    balanced = _report_router_loss(module)
+    on_routers, on_logits = set(), set()
+    for model in trained:
+        losses = router_losses(model.config)
+        if id(model) in balanced:
+            losses = {name: value for name, value in losses.items() if name not in OF_BALANCE}
+        on_routers.add((model.config.model_type, _written(losses)))
+        if module.predicts_tokens:
+            on_logits.add((model.config.model_type, _written(logit_losses(model.config))))
     name = type(module).__name__
-    for kind, losses in sorted(on_routers):
-        if losses:
+    for kind, written in sorted(on_routers):
+        if written:
             rank_zero_warn(
-                f"the config of {kind} asks for a loss on its routers (output_router_logits: true, {losses}), which "
+                f"the config of {kind} asks for a loss on its routers (output_router_logits: true, {written}), which "
                 f"{name} does not train: nothing keeps its experts equally used. Freeze the routers, or train with "
                 "lora on the attention's projections, so that they stay as they are; output_router_logits: false in "
                 "the model's config.json ends this warning"
             )
-    for kind, losses in sorted(on_logits):
-        if losses:
+    for kind, written in sorted(on_logits):
+        if written:
             rank_zero_warn(
-                f"the config of {kind} asks for a loss on the size of its logits ({losses}), which {name} does not "
+                f"the config of {kind} asks for a loss on the size of its logits ({written}), which {name} does not "
                 "train; a coefficient of 0 in the model's config.json ends this warning"
             )
+
+
+def _report_router_loss(module: Any) -> set[int]:
+    """Says whether the routers' loads are balanced, and returns the models for which that is settled, by ``id``."""
+    given, loss = module.router_aux_loss_coef, module._router_loss
+    if loss is None and given != 0:
+        return set()
+    config = base_model(module.model).config
+    asked = {name: value for name, value in router_losses(config).items() if name in OF_BALANCE}
+    by = f"the config of {config.model_type} asks for it (output_router_logits: true, {_written(asked)})"
+    if not any(p.requires_grad for p in module.model.parameters()):
+        pass
+    elif loss is not None:
+        reason = by if given is None else f"router_aux_loss_coef is {given:g}"
+        rank_zero_info(
+            f"the load-balancing loss of {loss.routers.num_experts} experts, over the whole global batch, is added "
+            f"with the coefficient {loss.coef:g}, since {reason}; router_aux_loss_coef=0 leaves it out"
+        )
+    elif asked:
+        rank_zero_info(f"no load-balancing loss is added, since router_aux_loss_coef is 0, although {by}")
+    return {id(model) for model in module.model.modules()}
 
 
 def _written(losses: dict[str, float]) -> str:

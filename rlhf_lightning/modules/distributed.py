@@ -34,6 +34,16 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
     return dict(zip(values, vector.tolist(), strict=True))
 
 
+def sum_vector_over_ranks(vector: Tensor) -> Tensor:
+    """Adds a vector up over all ranks, in fp64."""
+    if world_size() == 1:
+        return vector
+    meet()
+    total = vector.to(torch.float64, copy=True)
+    dist.all_reduce(total)
+    return total.to(vector.dtype)
+
+
 def max_over_ranks(value: int, device: torch.device) -> int:
     """The largest of all ranks' numbers."""
     if world_size() == 1:

@@ -19,6 +19,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from ..losses.router import RouterSums, load_balancing_loss
 from ..models.dropout import switch_off_dropout
 from ..sequences import Example, SequenceBatch, pack, plan_micro_batches
 from ..utils.keywords import CheckedKeywords
@@ -26,6 +27,7 @@ from .distributed import Scores, concatenate, gather_scores, rows_before_this_ra
 from .gradients import GradientSums
 from .hooks import wrap_hooks
 from .phases import PhaseClock
+from .router_loss import AUX_LOSS, RouterLoss
 
 ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
 
@@ -73,6 +75,11 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
 
     def settle_layout(self) -> None:
         """Decides how batches run; every rank calls it, before the first batch."""
+
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The load-balancing loss that is added to the method's own, which couples all tokens of the global batch."""
+        return None
 
     # What a method defines.
 
@@ -122,14 +129,14 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         """Accumulates the gradient of the global batch's loss, this rank's part of it.
 
         Returns:
-            This rank's rows, detached, and the global totals.
+            This rank's rows, detached, and the global totals; among these the load-balancing loss, where it is trained.
         """
         if not self.drops:
             switch_off_dropout(self)  # whoever has switched modes since
         totals = sum_over_ranks(self.totals(examples), self.device)
         plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         batches = [[examples[n] for n in micro] for micro in plan]
-        if self.coupled and (len(batches) > 1 or world_size() > 1):
+        if (self.coupled or self.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
             return self._backward_coupled(batches, totals), totals
         known: list[Scores] = []
         if self.shares_constants:
@@ -139,25 +146,36 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         for n, micro in enumerate(batches):
             batch = self._pack(micro)
             constants = known[n] if known else self._constants(batch)
-            scores = self.scores(batch)
+            scores, routed = self._routed_scores(batch)
             loss = self.loss(in_canonical_order(constants | scores), totals)
-            self._backward_pass(loss)
+            # Routers that have a loss come here with the only micro-batch.
+            balance = self._router_share(routed, self._router_sums([routed], totals))
+            self._backward_pass(sum(balance, start=loss))
             self._count(batch)
             rows.append(constants | _detached(scores))
         return concatenate(rows), totals
 
     def _backward_coupled(self, batches: list[list[Example]], totals: dict[str, float]) -> Scores:
-        """Scores all rows without gradient, differentiates the loss by them globally, and runs backward."""
-        states, constants, scored = [], [], []
+        """Scores all rows without gradient, differentiates the loss by them globally, and runs backward.
+
+        What the routers of the whole batch do is known by then, too, if they have a loss.
+        """
+        states, constants, scored, routed = [], [], [], []
         for micro in batches:
             batch = self._pack(micro)
             constants.append(self._constants(batch))
             states.append(_random_state(self.device))
             with torch.no_grad():
-                scored.append(self.scores(batch))
+                scores, sums = self._routed_scores(batch)
+            scored.append(scores)
+            routed.append(sums)
         own = concatenate(c | s for c, s in zip(constants, scored, strict=True))
         everyone = gather_scores(own, self.device)
-        names = scored[0].keys() if scored else ()
+        whole = self._router_sums(routed, totals)
+        if not everyone:
+            return own
+        totals |= self._statistics(everyone, totals)
+        names = [name for name, value in scored[0].items() if value.is_floating_point()] if scored else []
         leaves = {name: value.clone().requires_grad_(name in names) for name, value in everyone.items()}
         with torch.enable_grad():
             loss = self.loss(in_canonical_order(leaves), totals)
@@ -168,15 +186,38 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
             mine = slice(place, place + len(constant[ROW_KEY]))
             place = mine.stop
             batch = self._pack(micro)
-            again = self.scores(batch)
+            again, sums = self._routed_scores(batch)
             parts = [
                 (again[name] * slope[mine]).sum()
                 for name, slope in zip(names, slopes, strict=True)
                 if slope is not None and again[name].requires_grad
             ]
-            self._backward_pass(torch.stack(parts).sum())
+            parts += self._router_share(sums, whole)
+            self._backward_pass(sum(parts[1:], start=parts[0]))
             self._count(batch)
         return own
+
+    def _routed_scores(self, batch: SequenceBatch) -> tuple[Scores, RouterSums | None]:
+        """Rows that carry gradient, and what the routers did with the batch's tokens, where that has a loss."""
+        if self.router_loss is None:
+            return self.scores(batch), None
+        self.settle_layout()  # not within: what is tried out is no part of the batch
+        with self.router_loss.recording() as recorder:
+            scores = self.scores(batch)
+        return scores, recorder.sums
+
+    def _router_sums(self, parts: Sequence[RouterSums | None], totals: dict[str, float]) -> RouterSums | None:
+        """What the routers did with the whole global batch; notes their loss among the totals."""
+        if self.router_loss is None:
+            return None
+        whole = self.router_loss.summed([part for part in parts if part is not None], self.device)
+        totals[AUX_LOSS] = float(load_balancing_loss(whole))
+        return whole
+
+    def _router_share(self, part: RouterSums | None, whole: RouterSums | None) -> list[Tensor]:
+        """What a micro-batch adds to the loss by its routers; nothing where that is no loss."""
+        loss = self.router_loss
+        return [] if loss is None or part is None or whole is None else [loss.share(part, whole)]
 
     @contextmanager
     def _summed_gradients(self) -> Iterator[None]:

@@ -205,11 +205,8 @@ class OnPolicyModule(ReferencedModule):
             progress.append(part_progress)
         if not rows:
             return {}
-        norms = torch.stack([part["grad_norm"] for part in progress])
-        return self._summary(concatenate(rows), totals) | {
-            "grad_norm": norms.mean(),
-            "learning_rate": progress[0]["learning_rate"],
-        }
+        means = {name: torch.stack([part[name] for part in progress]).mean() for name in progress[0]}
+        return self._summary(concatenate(rows), totals) | means | {"learning_rate": progress[0]["learning_rate"]}
 
     def _parts(self, trees: Sequence[Example]) -> Iterator[list[Example]]:
         """This rank's trees of each optimizer step; which prompts they are of does not depend on the ranks."""

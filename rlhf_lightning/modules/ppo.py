@@ -21,11 +21,12 @@ from ..rollouts.shaping import KLController, missing_eos_penalty, token_rewards
 from ..sequences import Example, SequenceBatch
 from .checks import longest_sequence, trainer_dtype
 from .critic import Critic, own_critic, shared_critic
-from .distributed import Scores, sum_over_ranks
+from .distributed import Scores, sum_over_ranks, sum_vector_over_ranks
 from .groups import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_sums
 from .on_policy import OnPolicyModule
 from .ppo_options import PPOOptions
 from .reward_specs import RewardSpec
+from .router_loss import RouterLoss
 from .step_rewards import at_tokens
 
 
@@ -139,6 +140,11 @@ class PPOModule(OnPolicyModule):
         """Whether only the critic learns yet."""
         return self.iteration < self.options.value_warmup_iterations
 
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The load-balancing loss of the policy's routers, once the policy learns."""
+        return None if self.warming else super().router_loss
+
     def configure_model(self) -> None:
         """Builds the policy, its reference, and the critic."""
         if self.is_configured:
@@ -201,14 +207,14 @@ class PPOModule(OnPolicyModule):
             steps_N = float(self.rewards.weights[-1]) * at_tokens(rollouts.steps, places_S, lengths_S)
             rewards_N, scores_S = rewards_N + steps_N, scores_S.index_add(0, index_N, steps_N)
         if options.whiten_rewards:
-            rewards_N = whiten(rewards_N, sums=self._global_sums(moment_sums(rewards_N)), shift_mean=False)
+            rewards_N = whiten(rewards_N, sums=sum_vector_over_ranks(moment_sums(rewards_N)), shift_mean=False)
         advantages_N, returns_N = gae(
             rewards_N, values_N=known["old_values"], gamma=options.gamma, gae_lambda=options.gae_lambda, **sequences
         )
         if options.whiten_advantages:
-            advantages_N = whiten(advantages_N, sums=self._global_sums(moment_sums(advantages_N)))
+            advantages_N = whiten(advantages_N, sums=sum_vector_over_ranks(moment_sums(advantages_N)))
         values = self._objective(scores_S, ended_S, known, kl_N, sequences)
-        sums = self._global_sums(explained_variance_sums(known["old_values"], returns_N=returns_N))
+        sums = sum_vector_over_ranks(explained_variance_sums(known["old_values"], returns_N=returns_N))
         values["explained_variance"] = explained_variance(sums)
         fixed = {"advantages": advantages_N, "returns": returns_N} | {n: known[n] for n in names[:2]}
         return attach(trees, fixed), {name: value for name, value in values.items() if value.isfinite()}
@@ -219,11 +225,6 @@ class PPOModule(OnPolicyModule):
             stats, values_N = self._policy_and_values(batch)
         found = {"old_logprobs": stats.logprobs, "old_values": values_N}
         return found | {"ref_logprobs": self.ref_logprobs(batch)} if self.has_reference else found
-
-    def _global_sums(self, sums: Tensor) -> Tensor:
-        """Adds a vector of sums up over the ranks."""
-        named = {str(n): float(value) for n, value in enumerate(sums.tolist())}
-        return torch.tensor(list(sum_over_ranks(named, self.device).values()), dtype=sums.dtype, device=self.device)
 
     def _objective(
         self, scores_S: Tensor, ended_S: Tensor, known: Scores, kl_N: Tensor | None, sequences: dict[str, Any]

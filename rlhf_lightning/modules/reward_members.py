@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from ..sequences import Example, SequenceBatch
 from .checks import check_choice, check_count
 from .distributed import Scores
 from .headed import HeadedModule
+from .router_loss import AUX_LOSS, RouterLoss
 
 EnsembleKind = Literal["heads", "adapters"]
 
@@ -121,12 +123,19 @@ class EnsembleModule(HeadedModule):
         outputs: Tensor = self.head(states_of(batch), member)
         return outputs
 
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The load-balancing loss; of members that take turns the mean, as the method's own loss is."""
+        loss = super().router_loss
+        return replace(loss, coef=loss.coef / self.num_models) if loss is not None and self.takes_turns else loss
+
     def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
         """Accumulates the gradient of the global batch's loss: of all members at once, or of one after the other."""
         if not self.takes_turns:
             return super().backward_examples(examples)
         parts: list[Scores] = []
         totals: dict[str, float] = {}
+        balance = 0.0
         for member in range(self.num_models):
             self._turn = member
             try:
@@ -135,7 +144,8 @@ class EnsembleModule(HeadedModule):
             finally:
                 self._turn = None
             parts.append(rows)
-        return self.joined(parts), totals
+            balance += totals.get(AUX_LOSS, 0.0) / self.num_models
+        return self.joined(parts), totals | ({AUX_LOSS: balance} if AUX_LOSS in totals else {})
 
     def joined(self, parts: Sequence[Scores]) -> Scores:
         """Rows of all members from the rows of each: of the same examples in the same order."""

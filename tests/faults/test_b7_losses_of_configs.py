@@ -1,10 +1,12 @@
-"""A model whose config asks for a further loss, on its routers or logits, is not trained without it in silence."""
+"""A further loss that a model's config asks for is trained, as that of its routers' loads, or said not to be."""
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf_lightning import DPOModule, RewardModule, SFTModule
 from rlhf_lightning.models.config_losses import logit_losses, router_losses
 from rlhf_lightning.modules import PostTrainingModule
-from rlhf_lightning.modules.checks import warn_of_config_losses
+from rlhf_lightning.modules.checks import report_config_losses
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import save_tiny_model
@@ -29,12 +31,32 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_model(tmp_path_factory.mktemp("asking"), "qwen3_moe", **ASKS))
 
 
-def said(module: PostTrainingModule, rows: list[Any]) -> list[str]:
-    """What a fit of one step says about losses that a config asks for."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer("32-true", max_steps=1, num_sanity_val_steps=0).fit(module, Batches(ExampleBatch(rows)))
-    return [str(w.message) for w in caught if "the config of" in str(w.message)]
+class Said(NamedTuple):
+    """What a fit of one step says about losses that a config asks for, and the one of the routers that it logs."""
+
+    warned: list[str]
+    noted: list[str]
+    aux_loss: float | None
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+
+    def fit(module: PostTrainingModule, rows: list[Any]) -> Said:
+        caplog.clear()
+        run = trainer("32-true", max_steps=1, num_sanity_val_steps=0)
+        with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.INFO):
+            warnings.simplefilter("always")
+            run.fit(module, Batches(ExampleBatch(rows)))
+        value = run.callback_metrics.get("train/aux_loss")
+        return Said(
+            [str(w.message) for w in caught if "the config of" in str(w.message)],
+            [message for message in caplog.messages if "load-balancing loss" in message],
+            None if value is None else float(value),
+        )
+
+    return fit
 
 
 METHODS: dict[str, tuple[type[PostTrainingModule], dict[str, Any], Any]] = {
@@ -48,26 +70,63 @@ METHODS: dict[str, tuple[type[PostTrainingModule], dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_router_loss_is_not_left_out_in_silence(asking: str, method: str) -> None:
+def test_a_router_loss_that_a_config_asks_for_is_trained(asking: str, method: str, said: Callable[..., Said]) -> None:
     kind, options, rows = METHODS[method]
-    lines = said(kind(asking, **options), rows(4))
-    assert len(lines) == 1, lines
-    assert "\n" not in lines[0]
-    for word in ("qwen3_moe", "router_aux_loss_coef: 0.03", "output_router_logits: true", kind.__name__, "Freeze"):
-        assert word in lines[0]
+    module = kind(asking, **options)
+    warned, noted, aux_loss = said(module, rows(4))
+    assert warned == []
+    assert len(noted) == 1, noted
+    assert "\n" not in noted[0]
+    for word in ("4 experts", "coefficient 0.03", "qwen3_moe", "output_router_logits: true", "router_aux_loss_coef=0"):
+        assert word in noted[0]
+    assert aux_loss is not None
+    assert 1.5 < aux_loss < 4  # two of four experts per token: 2 where all are used alike, 4 where two alone are
+    assert module.router_loss is not None
+    assert module.router_loss.coef == 0.03
+
+
+def test_an_option_stands_above_the_config(asking: str, tmp_path: Path, said: Callable[..., Said]) -> None:
+    warned, noted, aux_loss = said(SFTModule(asking, router_aux_loss_coef=0.0), demonstrations(4))
+    assert (warned, aux_loss) == ([], None)
+    assert len(noted) == 1
+    assert "no load-balancing loss is added, since router_aux_loss_coef is 0, although the config of" in noted[0]
+    folder = str(save_tiny_model(tmp_path, "qwen3_moe"))
+    warned, noted, aux_loss = said(SFTModule(folder, router_aux_loss_coef=0.2), demonstrations(4))
+    assert warned == []
+    assert len(noted) == 1
+    assert "with the coefficient 0.2, since router_aux_loss_coef is 0.2" in noted[0]
+    assert aux_loss is not None
+
+
+def test_what_is_not_trained_is_not_left_out_in_silence(
+    asking: str, said: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A critic's routers; and those of a policy whose own loss is another than the one that is known."""
+    options = rollouts(rewards=[picky], reward_weights=None, value_model=asking)
+    warned, noted, _ = said(FixedPPO(asking, **options), prompts(4))
+    assert (len(warned), len(noted)) == (1, 1)
+    monkeypatch.setattr("rlhf_lightning.modules.router_loss.find_routers", lambda model: None)
+    found = said(SFTModule(asking), demonstrations(4))
+    assert (len(found.warned), found.noted, found.aux_loss) == (1, [], None)
+    for line, kind in ((warned[0], FixedPPO), (found.warned[0], SFTModule)):
+        assert "\n" not in line
+        for word in ("qwen3_moe", "router_aux_loss_coef: 0.03", "output_router_logits: true", kind.__name__, "Freeze"):
+            assert word in line
 
 
 @pytest.mark.parametrize("options", [{}, {"output_router_logits": True, "router_aux_loss_coef": 0.0}])
-def test_a_model_that_asks_for_none_is_trained_without_a_word(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_model_that_asks_for_none_is_trained_without_a_word(
+    tmp_path: Path, options: dict[str, Any], said: Callable[..., Said]
+) -> None:
     folder = str(save_tiny_model(tmp_path, "qwen3_moe", **options))
-    assert said(SFTModule(folder), demonstrations(4)) == []
+    assert said(SFTModule(folder), demonstrations(4)) == ([], [], None)
 
 
-def test_a_model_whose_decoder_is_frozen_is_trained_without_a_word(asking: str) -> None:
+def test_a_model_whose_decoder_is_frozen_is_trained_without_a_word(asking: str, said: Callable[..., Said]) -> None:
     module = RewardModule(asking)
     module.configure_model()
     module.model.requires_grad_(False)
-    assert said(module, pairs(4)) == []
+    assert said(module, pairs(4)) == ([], [], None)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +175,7 @@ def test_a_loss_on_logits_is_not_left_out_in_silence() -> None:
     module = SFTModule("bamba")
     module.model = AutoModelForCausalLM.from_config(config)
     with pytest.warns(UserWarning, match=r"the config of bamba .*z_loss_coefficient: 0.25.* SFTModule does not train"):
-        warn_of_config_losses(module)
+        report_config_losses(module)
 
 
 def test_a_coefficient_of_zero_asks_for_no_loss_on_logits() -> None:

@@ -54,7 +54,7 @@ def trainer(precision: str = "64-true", **options: Any) -> lightning.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return lightning.Trainer(accelerator="cpu", precision=precision, **{"devices": 1, **quiet, **options})
+    return lightning.Trainer(accelerator="cpu", **{"precision": precision, "devices": 1, **quiet, **options})
 
 
 def step(

@@ -206,3 +206,14 @@ METHODS: dict[str, Method] = {
         ),
     ),
 }
+
+# Mixtures of experts with a loss on their routers, which compute in fp32 alone.
+_BALANCED = {"router_aux_loss_coef": 0.5, "optimizer": LARGE_STEPS}
+EXPERTS: dict[str, Method] = {
+    f"{name}-experts": Method(METHODS[name].module, METHODS[name].rows, METHODS[name].options | _BALANCED)
+    for name in ("sft", "dpo", "dpo-coupled", "kto", "process", "reward-adapters", "sft-turns", "grpo", "ppo")
+}
+# Adapters on the attention alone: what routers do depends on each member's hidden states.
+_ATTENTION = {"lora": {"r": 2, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}}
+EXPERTS["reward-adapters-experts"].options.update(_ATTENTION)
+EXPERTS["dpo-checkpointed-experts"] = Method(DPOModule, pairs, _BALANCED | {"gradient_checkpointing": True})

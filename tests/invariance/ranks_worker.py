@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers import leave_together
 from tests.invariance.harness import step, validate
-from tests.invariance.methods import METHODS
+from tests.invariance.methods import EXPERTS, METHODS
 
 
 def main(folder: str, target: str, num_rows: int, strategy: str, names: list[str]) -> None:
@@ -19,10 +19,12 @@ def main(folder: str, target: str, num_rows: int, strategy: str, names: list[str
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {}
     for name in names or METHODS:
-        method = METHODS[name]
+        method = (METHODS | EXPERTS)[name]
+        precision = "32-true" if name in EXPERTS else "64-true"
         rows = method.rows(num_rows)
         run = {"strategy": strategy, "devices": world, "use_distributed_sampler": False}
-        outcome = step(method, folder, rows[rank::world], trainer_options=run, micro_batch_tokens=60)
+        outcome = step(method, folder, rows[rank::world], precision, trainer_options=run, micro_batch_tokens=60)
+        run["precision"] = precision
         metrics = validate(method, folder, rows, 3, trainer_options=run, rank=rank, world=world)
         results[name] = {"updates": outcome.updates, "metrics": outcome.metrics, "validation": metrics}
     if rank == 0:
