@@ -17,8 +17,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from .reference import ADAPTER_COPY
+from .rotary import take_long_rotary
 from .stored import damaged_weights, first_line, read_json
 
 # What the libraries raise when a folder, a file in it or a hub id is not what it should be.
@@ -41,6 +43,13 @@ _UNSUPPORTED = (
     "use_qalora",
     "velora_config",
 )
+
+
+# Beside an adapter that was trained with other rotary frequencies than its base takes by itself.
+ROPE_PARAMETERS = "rope_parameters.json"
+_IF_THERE: dict[str, Any] = {
+    f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+}
 
 
 class TiedLinear(nn.Module):
@@ -160,6 +169,8 @@ def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedM
     except ValueError as error:
         raise ValueError(f"{error} (it is the base_model_name_or_path in {config_file})") from error
     _take_generation_config(base, place)
+    if cached_file(place, ROPE_PARAMETERS, **_IF_THERE):
+        take_long_rotary(base)
     try:
         with _quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")

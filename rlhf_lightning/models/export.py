@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -22,9 +23,10 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..utils.files import PARTIAL, REPLACED, check_replaceable, hidden_beside, mark, recover
-from .adapters import tied_state
+from ..utils.files import PARTIAL, REPLACED, check_replaceable, hidden_beside, mark, recover, write_atomically
+from .adapters import ROPE_PARAMETERS, tied_state
 from .merged_weights import merged_state, trained_adapter
+from .rotary import long_rotary_parameters
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +102,21 @@ def _adapter_writer(model: PeftModel, end_tokens: Sequence[Any]) -> Callable[[Pa
     # No embedding is ever resized here, and the check for it would ask the hub.
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     state = {name: _whole(tensor) for name, tensor in (state | tied_state(model, adapter)).items()}
-    generation = _generation_config(cast(PreTrainedModel, model.get_base_model()), end_tokens)
+    base = cast(PreTrainedModel, model.get_base_model())
+    generation, rotary = _generation_config(base, end_tokens), long_rotary_parameters(base)
+    if rotary is not None and _is_writer():
+        log.warning(
+            "the adapter was trained with LongRoPE's frequencies for long sequences: elsewhere, load its base "
+            "with the rope_parameters in %s beside it, or export the whole model (merge_adapter=True)",
+            ROPE_PARAMETERS,
+        )
 
     def write(place: Path) -> None:
         config.save_pretrained(str(place))
         if generation is not None:
             generation.save_pretrained(str(place))
+        if rotary is not None:
+            write_atomically(place / ROPE_PARAMETERS, json.dumps(rotary, indent=2) + "\n")
         # Copies, since a file of safetensors has no two names for the same memory, as tied modules have.
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -8,6 +8,7 @@ depend on those that it is batched with, and a token that is generated on the ke
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any, Final
 
 from torch import nn
@@ -35,19 +36,7 @@ def steady_rotary(base: nn.Module, longest: int | None = None) -> None:
     """
     if hasattr(base, _LIMIT):
         return
-    for rotary in base.modules():
-        kind: Any = getattr(rotary, "rope_type", None)
-        if isinstance(kind, str):
-            limit = _settle(rotary, kind, None, longest)
-            if limit is not None:
-                rotary.rope_type = _STEADY  # type: ignore[assignment]
-                object.__setattr__(base, _LIMIT, limit)
-        elif isinstance(kind, dict):  # a set of frequencies for every type of layer
-            for layer_type, name in kind.items():
-                limit = _settle(rotary, name, layer_type, longest)
-                if limit is not None:
-                    kind[layer_type] = _STEADY
-                    object.__setattr__(base, _LIMIT, limit)
+    _settle_all(base, longest)
     limit = rotary_limit(base)
     if limit is not None and longest is not None and longest > limit:
         log.warning(
@@ -63,6 +52,41 @@ def rotary_limit(base: nn.Module) -> int | None:
     """Tokens up to which the frequencies that were settled hold; ``None`` where nothing had to be, or no limit is."""
     limit: int | None = getattr(base, _LIMIT, None)
     return limit
+
+
+def long_rotary_parameters(base: nn.Module) -> dict[str, Any] | None:
+    """The config's rotary parameters where all sequences get the set for long ones, and the base's folder says else.
+
+    An adapter does not hold them: they are stored beside it, and ``take_long_rotary`` takes them up again.
+    """
+    if getattr(base, _LIMIT, 0) is not None:
+        return None
+    config: Any = base.config
+    return dict(config.get_text_config().rope_parameters)
+
+
+def take_long_rotary(base: nn.Module) -> None:
+    """Gives all sequences the set for long ones, with which an adapter of this base was trained."""
+    _settle_all(base, sys.maxsize)
+    if rotary_limit(base) is not None:
+        object.__setattr__(base, _LIMIT, None)
+
+
+def _settle_all(base: nn.Module, longest: int | None) -> None:
+    """Puts one set of frequencies in place in every layer that has two."""
+    for rotary in base.modules():
+        kind: Any = getattr(rotary, "rope_type", None)
+        if isinstance(kind, str):
+            limit = _settle(rotary, kind, None, longest)
+            if limit is not None:
+                rotary.rope_type = _STEADY  # type: ignore[assignment]
+                object.__setattr__(base, _LIMIT, limit)
+        elif isinstance(kind, dict):  # a set of frequencies for every type of layer
+            for layer_type, name in kind.items():
+                limit = _settle(rotary, name, layer_type, longest)
+                if limit is not None:
+                    kind[layer_type] = _STEADY
+                    object.__setattr__(base, _LIMIT, limit)
 
 
 def _settle(rotary: Any, kind: str, layer_type: str | None, longest: int | None) -> int | None:
