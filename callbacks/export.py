@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.loggers import WandbLogger
 
 from ..modules import PostTrainingModule
@@ -200,9 +200,8 @@ class ModelExport(lightning.Callback):
         folder.parent.mkdir(parents=True, exist_ok=True)
         pl_module.save_pretrained(str(folder), merge_adapter=self.merge_adapter)
         self.step = trainer.global_step
-        self._record(trainer, folder)
+        check_on_all_ranks(trainer, lambda: self._record(trainer, folder))
 
-    @rank_zero_only
     def _record(self, trainer: lightning.Trainer, folder: Path) -> None:
         record = {"step": self.step, "monitor": self.monitor, "value": self.best_value}
         write_atomically(folder.with_name(f"{folder.name}.json"), json.dumps(record) + "\n")

@@ -61,8 +61,10 @@ class PredictionWriter(lightning.Callback):
     ) -> None:
         """Writes the rows of a global batch: of each, a rank has every so many."""
         ranks: list[list[Any]] = gather_objects(list(outputs or ()))
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return
+        if not getattr(trainer, "fast_dev_run", False):
+            check_on_all_ranks(trainer, lambda: self._append(ranks))
+
+    def _append(self, ranks: list[list[Any]]) -> None:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = hidden_beside(self.path, PARTIAL).open("w", encoding="utf-8")
@@ -73,6 +75,9 @@ class PredictionWriter(lightning.Callback):
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Puts the file in its place."""
+        check_on_all_ranks(trainer, self._finish)
+
+    def _finish(self) -> None:
         if self._file is not None:
             self._file.close()
             hidden_beside(self.path, PARTIAL).replace(self.path)

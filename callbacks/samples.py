@@ -48,6 +48,16 @@ class SampleLogger(lightning.Callback):
         self.num_samples = num_samples
         self.screen = screen
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Refuses, on every rank, a module that writes nothing.
+
+        Raises:
+            ValueError: it is none of GRPO's and PPO's.
+        """
+        if not isinstance(pl_module, OnPolicyModule):
+            name = type(pl_module).__name__
+            raise ValueError(f"SampleLogger needs GRPOModule or PPOModule; {name} writes nothing: leave it out")
+
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
@@ -67,9 +77,7 @@ class SampleLogger(lightning.Callback):
 
     @rank_zero_only
     def _show(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        if not isinstance(module, OnPolicyModule):
-            name = type(module).__name__
-            raise ValueError(f"SampleLogger needs GRPOModule or PPOModule; {name} writes nothing: leave it out")
+        assert isinstance(module, OnPolicyModule)
         if module.last_rollouts is None:
             return
         columns = ["step", "prompt", "completion", "tokens", "ended", "reward", *module.rewards.names]

@@ -25,7 +25,7 @@ from .modules.distributed import is_peer_loss, rank_prefix
 from .packaged import packaged_config
 from .rollouts.rewards._loading import find_own_modules
 from .usage import UsageError, did_you_mean, explain
-from .utils.files import write_atomically
+from .utils.files import check_on_all_ranks, write_atomically
 
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
@@ -93,11 +93,15 @@ class SaveConfig(SaveConfigCallback):
         """Writes it, when everything has been checked."""
         folder = trainer.log_dir  # the same on all ranks, which it is asked of
         trial = getattr(trainer, "fast_dev_run", False)
-        if trial or self.already_saved or folder is None or not trainer.is_global_zero:
+        if trial or self.already_saved or folder is None:
             return
+        self.already_saved = True
+        check_on_all_ranks(trainer, lambda: self._write(Path(folder)))
+
+    def _write(self, folder: Path) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         for number in count():
-            path = Path(folder) / (f"config-{number}.yaml" if number else self.config_filename)
+            path = folder / (f"config-{number}.yaml" if number else self.config_filename)
             if not path.exists():
                 write_atomically(path, text)
                 if number:
@@ -105,7 +109,6 @@ class SaveConfig(SaveConfigCallback):
             elif not path.is_file() or path.read_bytes() != text.encode():
                 continue
             break
-        self.already_saved = True
 
 
 class PostTrainingCLI(LightningCLI):

@@ -165,8 +165,8 @@ def check_runs_all_layers(model: nn.Module) -> None:
     if rate > 0:
         raise ValueError(
             f"strategy is 'fsdp2' and the config of {type(base_model(model)).__name__} leaves out layers at random "
-            f"(layerdrop {rate:g}), on each rank others, whose weights no other rank would then gather: write "
-            "model.dropout: 0.1 or another rate for all its dropout, with which every layer runs, or use strategy 'ddp'"
+            f"(layerdrop {rate:g}), on each rank others, whose weights no other rank would then gather: set "
+            "one rate for all its dropout (--model.dropout=0.1), with which every layer runs, or use strategy 'ddp'"
         )
 
 

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import SFTModule
-from rlhf_lightning.callbacks import JSONLLogger, ModelExport, Throughput, TrainingCheckpoint
+from rlhf_lightning.callbacks import JSONLLogger, ModelExport, PredictionWriter, Throughput, TrainingCheckpoint
 from rlhf_lightning.datamodules import SFTDataModule
 from tests.helpers import leave_together
 
@@ -172,7 +172,7 @@ def foreign_log(rank: int, model: Path, folder: Path, strategy: str) -> None:
 
 def no_room(rank: int, model: Path, folder: Path, strategy: str, what: str) -> None:
     """A run that has no room for what the first rank writes alone."""
-    own = {"checkpoint": TrainingCheckpoint, "model": ModelExport, "lightning": ModelCheckpoint}
+    own = {"checkpoint": TrainingCheckpoint, "model": ModelExport, "record": ModelExport, "lightning": ModelCheckpoint}
     options: dict[str, Any] = {"every_n_train_steps": 1} if what == "lightning" else {"every_n_steps": 1}
     saver = own[what](str(folder / "saved"), **options)
 
@@ -182,8 +182,29 @@ def no_room(rank: int, model: Path, folder: Path, strategy: str, what: str) -> N
     trainer = trainer_for(strategy, saver)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", _unless_in_memory(full))
-        patch.setattr("rlhf_lightning.models.export.mark", full)
+        patch.setattr(f"rlhf_lightning.{EXPORTS[what == 'record']}", full)
         trainer.fit(SFTModule(str(model)), data(val=None))
+
+
+EXPORTS = ("models.export.mark", "callbacks.export.write_atomically")  # how an export begins, and ends
+
+
+class InTheWay(lightning.Callback):
+    """Puts a file where the first rank is about to make a folder."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.place.write_text("mine")
+
+
+def no_place(rank: int, model: Path, folder: Path, strategy: str) -> None:
+    """Predictions that cannot be written where they should go."""
+    writer = PredictionWriter(str(folder / "deep" / "scores.jsonl"))
+    rows = data(train=None, val=None, predict=ROWS)
+    trainer_for(strategy, writer, InTheWay(folder / "deep")).predict(SFTModule(str(model)), rows)
 
 
 def _unless_in_memory(full: Any) -> Any:

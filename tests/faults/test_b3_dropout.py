@@ -268,6 +268,6 @@ def test_ranks_that_share_weights_run_all_layers_or_refuse(folders: dict[str, st
     for code, message in ended("fsdp2", None):
         assert code == 1
         assert "leaves out layers at random (layerdrop 0.5)" in message
-        assert "write model.dropout: 0.1" in message
+        assert "(--model.dropout=0.1)" in message
     assert ended("fsdp2", 0.1) == [(0, 3)] * 2
     assert ended("ddp", None) == [(0, 3)] * 2

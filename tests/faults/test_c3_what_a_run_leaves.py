@@ -72,7 +72,8 @@ def test_predictions_of_several_ranks_are_put_back_in_order(tmp_path: Path, monk
     """Rank r has every third row of a global batch from r on; the last batch has one row."""
     ranks = iter([[[{"n": 0}, {"n": 3}], [{"n": 1}], [{"n": 2}]], [[{"n": 4, "x": float("nan")}], [], []]])
     monkeypatch.setattr(writer_file, "gather_objects", lambda own: next(ranks))
-    trainer: Any = SimpleNamespace(is_global_zero=True, fast_dev_run=False)
+    one = SimpleNamespace(broadcast=lambda value: value)
+    trainer: Any = SimpleNamespace(is_global_zero=True, fast_dev_run=False, strategy=one)
     writer = PredictionWriter(str(tmp_path / "x.jsonl"))
     module: Any = None
     for batch in range(2):

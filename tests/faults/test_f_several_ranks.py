@@ -144,7 +144,7 @@ def test_f7_a_log_that_is_somebody_elses_ends_all_ranks_with_the_reason(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("what", ["checkpoint", "model", "lightning"])
+@pytest.mark.parametrize("what", ["checkpoint", "model", "record", "lightning"])
 def test_f7_no_room_where_one_rank_writes_ends_all_ranks_with_the_reason(
     processes, strategy, what, tiny_model_folder, tmp_path
 ):
@@ -152,10 +152,21 @@ def test_f7_no_room_where_one_rank_writes_ends_all_ranks_with_the_reason(
     [(code, message), other] = found
     assert code == 1
     assert other == found[0]
-    kind = "model to" if what == "model" else "checkpoint"
-    assert message.startswith(f"cannot write the {kind} ")
     assert "No space left on device" in message
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".ckpt" or path.name == "config.json"]
+    if what != "record":
+        kind = "model to" if what == "model" else "checkpoint"
+        assert message.startswith(f"cannot write the {kind} ")
+        assert not [path for path in tmp_path.rglob("*") if path.suffix == ".ckpt" or path.name == "config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_f7_predictions_that_cannot_be_written_end_all_ranks_with_the_reason(processes, tiny_model_folder, tmp_path):
+    found = outcomes(start(processes, "no_place", tiny_model_folder(), tmp_path, "ddp"), tmp_path)
+    [(code, message), other] = found
+    assert code == 1
+    assert other == found[0]
+    assert f"File exists: {str(tmp_path / 'deep')!r}" in message
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import logging
@@ -163,6 +164,7 @@ def run_rank(method: str, model: str, folder: str, strategy: str, kind: str, num
 def start_rank(rank: int, port: int, *args: Any) -> None:
     """A rank without a launcher that looks after it, as some clusters start them."""
     os.environ.update(RANKS | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)})
+    faulthandler.enable()  # a library that aborts says where each thread was
     run_rank(*args)
 
 
