@@ -42,7 +42,7 @@ test-slow: dev ## run the slow tests: kills, ranks, sweeps
 
 invariance: dev ## run the tests of what must not change a result, and print them as a table
 	RLHF_LIGHTNING_ALL_RANKS=1 $(BIN)/python -m pytest -q -p tests.invariance.table tests/invariance \
-		tests/test_strategies.py tests/cluster tests/integration/test_resume.py tests/integration/test_resume_ranks.py $(ARGS)
+		tests/distributed tests/integration/test_resume.py $(ARGS)
 
 parity: $(PARITY) ## run the comparisons with TRL
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rlhf_lightning.rollouts import LocalEngine, SamplingParams
+from rlhf_lightning.inference import LocalEngine, SamplingParams
 
 EOS = 1
 

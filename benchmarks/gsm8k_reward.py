@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning import RewardModule, SFTModule
+from rlhf_lightning.core import WarmupSchedule
 from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule
-from rlhf_lightning.modules import WarmupSchedule
 from rlhf_lightning.sequences import Example
 
 MODEL = str(Path(__file__).resolve().parents[1] / "configs" / "models" / "small")

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 QUICKSTART = "configs/pipelines/quickstart.yaml"
-VERIFIER = "rlhf_lightning.rollouts.verifiers.exact_answer"
+VERIFIER = "rlhf_lightning.rewards.exact_answer"
 # What every seed has to reach.
 LEAST_SFT, MOST_SFT = 0.30, 0.75  # of the mean over the seeds
 LEAST_PAIR_ACCURACY, LEAST_STEP_F1, LEAST_GRPO = 0.90, 0.85, 0.90
@@ -86,7 +86,7 @@ def pipeline(groups: Sequence[str]) -> Any:
             "init_args": {
                 "rewards": [],
                 "process_reward": {
-                    "class_path": "rlhf_lightning.modules.model_rewards.ProcessModelSteps",
+                    "class_path": "rlhf_lightning.rewards.ProcessModelSteps",
                     "init_args": {"model": "${outputs.process_reward.model}"},
                 },
             }
@@ -190,7 +190,7 @@ def draw(run_dirs: Sequence[Path], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from rlhf_lightning.callbacks.history import read_history
+    from rlhf_lightning.loggers import read_history
     from rlhf_lightning.pipeline.figures import points
 
     needs = {"dpo": ["pairs"], "simpo": ["pairs"], "kto": ["pairs"], "grpo": [], "ppo_verifier": [], "ppo": ["reward"]}

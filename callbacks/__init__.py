@@ -1,16 +1,16 @@
 """Callbacks: what a model writes and how right it is, checkpoints, export, a log; guards, and what moves weights."""
 
-from .accuracy import GenerationAccuracy
-from .checkpoint import TrainingCheckpoint
-from .ema import WeightAverage
-from .export import ModelExport
-from .history import JSONLLogger
+from ..loggers import JSONLLogger
+from .generation_accuracy import GenerationAccuracy
 from .kl_guard import KLGuard
+from .model_export import ModelExport
 from .prediction_writer import PredictionWriter
 from .reference_sync import ReferenceSync
 from .reward_guard import RewardGuard
-from .samples import SampleLogger
+from .sample_logger import SampleLogger
 from .throughput import Throughput
+from .training_checkpoint import TrainingCheckpoint
+from .weight_average import WeightAverage
 
 __all__ = [
     "GenerationAccuracy",

@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import lightning
 
-from ..modules.checkpoint_io import check_place
-from ..modules.distributed import gather_objects
+from ..core.checkpoint_io import check_place
+from ..distributed.collectives import gather_objects
 from ..utils.files import PARTIAL, check_on_all_ranks, hidden_beside
 
 _MISSING = object()

@@ -8,9 +8,9 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from ..core.reference_module import ReferencedModule
 from ..models import AdapterReference, FrozenReference
 from ..models.reference import ADAPTER_COPY
-from ..modules.referenced import ReferencedModule
 
 
 class ReferenceSync(lightning.Callback):

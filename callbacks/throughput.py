@@ -10,10 +10,10 @@ import lightning
 import torch
 from torch import nn
 
+from ..core import PostTrainingModule
+from ..core.timing import PhaseClock, Work
+from ..distributed.collectives import gather_objects
 from ..models import base_model
-from ..modules import PostTrainingModule
-from ..modules.distributed import gather_objects
-from ..modules.phases import PhaseClock, Work
 
 # Products per second in units of 1e12, dense, by the makers' data sheets: bf16 or fp16, tf32, fp32. The first name that
 # occurs in what the driver calls the device counts.

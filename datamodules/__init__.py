@@ -1,11 +1,11 @@
 """Datamodules: rows from anywhere as batches of token trees, one class per data contract."""
 
+from ..data.loaders import BatchLoader, ExampleLoader, StreamLoader
+from ..data.sources import open_source
 from .base import ExampleDataModule
-from .loader import BatchLoader, ExampleLoader, StreamLoader
 from .preference import PreferenceDataModule
 from .prompts import PromptDataModule
 from .sft import SFTDataModule
-from .sources import open_source
 from .stepwise import StepwiseDataModule
 from .unpaired import UnpairedDataModule
 

@@ -11,17 +11,17 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..packaged import packaged_config
+from ..data.example_cache import LEAST_ROWS, cache_folder, entry_name, read_entry, write_entry
+from ..data.example_store import ExampleStore
+from ..data.files import RowSource
+from ..data.loaders import BatchLoader, Couple, ExampleLoader, StreamLoader
+from ..data.row_reader import OnBadRow, RowReader
+from ..data.sources import Source, is_remote, open_source
+from ..data.tokenization import OnTooLong, RowTokenizer, TokenizerSource
+from ..data.transformed_rows import Transform, TransformedRows
 from ..sequences.example import Example, check_contract
 from ..utils.keywords import CheckedKeywords
-from .derived import Transform, TransformedRows
-from .example_cache import LEAST_ROWS, cache_folder, entry_name, read_entry, write_entry
-from .files import RowSource
-from .loader import BatchLoader, Couple, ExampleLoader, StreamLoader
-from .reading import OnBadRow, RowReader
-from .sources import Source, is_remote, open_source
-from .store import ExampleStore
-from .tokenization import OnTooLong, RowTokenizer, TokenizerSource
+from ..utils.packaged_configs import packaged_config
 
 # Options that decide on which rows are read, which the source stands for, or on how examples are served.
 _NOT_OF_EXAMPLES = (
@@ -64,7 +64,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it; those skipped are counted and shown.
         columns: our name of a column -> its name in the rows.
         transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
-            row to be left out; in YAML its dotted path. :mod:`~rlhf_lightning.datamodules.transforms` has some.
+            row to be left out; in YAML its dotted path. :mod:`~rlhf_lightning.data.transforms` has some.
         chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
             ``chat_template_kwargs``, which win by name.
         seed: what the order of training rows depends on, with the epoch; at least 0.

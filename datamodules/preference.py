@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from ..data.files import RowSource
+from ..data.formats import preference
+from ..data.row_reader import OnBadRow
+from ..data.sources import Source
+from ..data.tokenization import OnTooLong, TokenizerSource, has_equal_sequences
+from ..data.transformed_rows import PairedRows, Transform
 from ..sequences.example import Example
 from .base import ExampleDataModule, Split
-from .derived import PairedRows, Transform
-from .files import RowSource
-from .formats import preference
-from .reading import OnBadRow
-from .sources import Source
-from .tokenization import OnTooLong, TokenizerSource, has_equal_sequences
 
 
 class PreferenceDataModule(ExampleDataModule):
     """A prompt with a chosen and a rejected completion.
 
-    Rows are as in :func:`~rlhf_lightning.datamodules.formats.preference`. The prompt becomes a root with two children,
+    Rows are as in :func:`~rlhf_lightning.data.formats.preference`. The prompt becomes a root with two children,
     chosen and rejected; a margin, if the row has one, is the field ``margin``. A rated completion becomes a root with
     one child and a field for each rating; or, with ``pair_by``, two of them become a pair, whose margin is by how much
     the better one is better.

@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..data.formats import prompt_only
 from ..sequences.example import Example, Segment
 from .base import ExampleDataModule
-from .formats import prompt_only
 
 
 class PromptDataModule(ExampleDataModule):
     """A prompt, and whatever the reward functions want to know about it.
 
-    Rows are as in :func:`~rlhf_lightning.datamodules.formats.prompt_only`. The prompt becomes a root without children;
+    Rows are as in :func:`~rlhf_lightning.data.formats.prompt_only`. The prompt becomes a root without children;
     the fields are all other columns and ``prompt`` as it was written, with a chat's ``tools`` and
     ``chat_template_kwargs`` (those of the datamodule included), for rewards that render it again. ``max_length`` is the
     prompt's own length, and ``truncate_end``, which would cut the question off, is not allowed. The other arguments are

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, get_args
 
+from ..data.formats import demonstration
+from ..data.row_reader import OnBadRow
+from ..data.sources import Source
+from ..data.tokenization import OnTooLong, TokenizerSource, Turns
+from ..data.transformed_rows import Transform
 from ..sequences.example import Example
 from .base import ExampleDataModule
-from .derived import Transform
-from .formats import demonstration
-from .reading import OnBadRow
-from .sources import Source
-from .tokenization import OnTooLong, TokenizerSource, Turns
 
 
 class SFTDataModule(ExampleDataModule):
     """What is to be imitated: prompts with completions, conversations, or text.
 
-    Rows are as in :func:`~rlhf_lightning.datamodules.formats.demonstration`. A prompt with its completion becomes a
+    Rows are as in :func:`~rlhf_lightning.data.formats.demonstration`. A prompt with its completion becomes a
     root with one child, a conversation one sequence and a text one segment;
     weight 1 says which tokens are learnt.
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from ..data.formats import stepwise
+from ..data.row_reader import OnBadRow
+from ..data.sources import Source
+from ..data.tokenization import OnTooLong, TokenizerSource
+from ..data.transformed_rows import Transform
 from ..sequences.example import Example
 from .base import ExampleDataModule
-from .derived import Transform
-from .formats import stepwise
-from .reading import OnBadRow
-from .sources import Source
-from .tokenization import OnTooLong, TokenizerSource
 
 
 class StepwiseDataModule(ExampleDataModule):
     """A prompt with a solution in steps, each labelled.
 
-    Rows are as in :func:`~rlhf_lightning.datamodules.formats.stepwise`. The prompt becomes a root with one child, all
+    Rows are as in :func:`~rlhf_lightning.data.formats.stepwise`. The prompt becomes a root with one child, all
     steps one after the other, each tokenised apart and ended by the separator. The last token of each step has weight 1
     and all others 0; the field ``labels`` has one number for each of them, in their order.
 

@@ -8,21 +8,21 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, ClassVar
 
+from ..data.formats import unpaired
+from ..data.loaders import Couple
+from ..data.row_reader import OnBadRow
+from ..data.sources import Source
+from ..data.tokenization import OnTooLong, TokenizerSource
+from ..data.transformed_rows import Transform
 from ..sequences.branching import split_answer, with_answer
 from ..sequences.example import Example
 from .base import ExampleDataModule
-from .derived import Transform
-from .formats import unpaired
-from .loader import Couple
-from .reading import OnBadRow
-from .sources import Source
-from .tokenization import OnTooLong, TokenizerSource
 
 
 class UnpairedDataModule(ExampleDataModule):
     """A prompt with one completion and a verdict on it; pairs are split into two.
 
-    Rows are as in :func:`~rlhf_lightning.datamodules.formats.unpaired`. The prompt becomes a root whose first child is
+    Rows are as in :func:`~rlhf_lightning.data.formats.unpaired`. The prompt becomes a root whose first child is
     the completion; the verdict is the field ``label``, true or false. With ``partners``, a second child is the
     completion of another prompt of the same global batch (in evaluation: of the whole split; see :func:`mismatch`) and
     the field ``partner`` its row id. The halves of a pair have the row ids ``<row id>/chosen`` and ``<row

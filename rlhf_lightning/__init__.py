@@ -1,6 +1,7 @@
 """RLHF in PyTorch Lightning: one LightningModule per method, paired with LightningDataModules."""
 
-from . import _noise  # noqa: F401  (first: it hides what is said when peft is imported)
+from .utils import quiet  # noqa: F401, I001  (first: it hides what is said when peft is imported)
+from .distributed.strategy import FSDP2Strategy
 from .modules import (
     DPOModule,
     GRPOModule,
@@ -11,7 +12,6 @@ from .modules import (
     SFTModule,
     SimPOModule,
 )
-from .strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
 __all__ = [

@@ -18,21 +18,21 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from . import _yaml
-from ._noise import quiet
-from .modules import PostTrainingModule
-from .modules.distributed import is_peer_loss, rank_prefix
-from .packaged import packaged_config
-from .rollouts.rewards._loading import find_own_modules
-from .usage import UsageError, did_you_mean, explain
+from .core import PostTrainingModule
+from .distributed.collectives import is_peer_loss, rank_prefix
+from .utils import yaml_parser
 from .utils.files import check_on_all_ranks, write_atomically
+from .utils.imports import find_own_modules
+from .utils.messages import UsageError, did_you_mean, explain
+from .utils.packaged_configs import packaged_config
+from .utils.quiet import quiet
 
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
 _CLASSES = (PostTrainingModule, lightning.LightningDataModule, lightning.Callback)
 # Subcommands of LightningCLI, and those with a module of their own.
 _ONE_METHOD = ("fit", "validate", "test", "predict")
-_COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".label_steps"}
+_COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".labeling.command"}
 _USAGE = """\
 usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
        rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [KEY=VALUE ...]
@@ -54,21 +54,23 @@ class Parser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": _yaml.MODE, "allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"parser_mode": yaml_parser.MODE, "allow_abbrev": False, **kwargs})
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parses a command line, or (then there are defaults) one option inside of another."""
         if args is not None and "defaults" in kwargs:
-            args = ["=".join((key, *map(_yaml.flow, value))) for key, *value in (arg.split("=", 1) for arg in args)]
+            args = [
+                "=".join((key, *map(yaml_parser.flow, value))) for key, *value in (arg.split("=", 1) for arg in args)
+            ]
         return super().parse_args(args, *others, **kwargs)
 
     def add_instantiator(self, instantiator: Any, *args: Any, **kwargs: Any) -> None:
         """Adds what builds objects of a class."""
-        super().add_instantiator(_yaml.with_plain_arguments(instantiator), *args, **kwargs)
+        super().add_instantiator(yaml_parser.with_plain_arguments(instantiator), *args, **kwargs)
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
         """Builds every object of a configuration."""
-        return _yaml.plain(super().instantiate_classes(*args, **kwargs))
+        return yaml_parser.plain(super().instantiate_classes(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ``UsageError`` instead of printing usage and leaving."""
@@ -153,7 +155,7 @@ class PostTrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Builds the trainer; of checkpoints that contradict each other, Lightning would not say what to write."""
         from .callbacks import ModelExport
-        from .callbacks.checkpoint import check_enabled
+        from .callbacks.training_checkpoint import check_enabled
 
         given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = given.get("callbacks") or []
@@ -167,7 +169,7 @@ class PostTrainingCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; Lightning would take the model as it is where there is no last checkpoint."""
-        from .callbacks.checkpoint import check_last
+        from .callbacks.training_checkpoint import check_last
 
         if subcommand != "fit" and self._get(self.config_init, "ckpt_path") == "last":
             check_last(self.trainer, subcommand)

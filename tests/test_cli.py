@@ -16,7 +16,7 @@ import yaml
 from rlhf_lightning import __version__, datamodules, modules
 from rlhf_lightning.cli import PostTrainingCLI, main
 from rlhf_lightning.modules import DPOModule
-from rlhf_lightning.usage import explain
+from rlhf_lightning.utils.messages import explain
 
 REPOSITORY = Path(__file__).parent.parent
 NANO = str(REPOSITORY / "configs/models/nano")

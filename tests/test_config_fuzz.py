@@ -29,7 +29,7 @@ MORE: dict[str, dict[str, Any]] = {
         "layout": "auto",
         "max_grad_norm": 1.0,
         "tokenizer": None,
-        "lr_scheduler": {"class_path": "rlhf_lightning.modules.WarmupSchedule", "init_args": {"warmup_steps": 3}},
+        "lr_scheduler": {"class_path": "rlhf_lightning.core.WarmupSchedule", "init_args": {"warmup_steps": 3}},
     },
     "data": {"max_length": 64, "columns": {"prompt": "p"}, "on_bad_row": "skip", "seed": 1, "streaming": True},
     "trainer": {"max_epochs": 1, "precision": "32-true", "val_check_interval": 0.5, "limit_train_batches": 2},

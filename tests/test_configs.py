@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_lightning import modules
+from rlhf_lightning import core
 from rlhf_lightning.cli import main
 from rlhf_lightning.pipeline import load_pipeline
-from rlhf_lightning.pipeline.fitting import StageCLI
+from rlhf_lightning.pipeline.fit_stage import StageCLI
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 METHODS = sorted(folder.name for folder in CONFIGS.iterdir() if (folder / "default.yaml").is_file())
@@ -48,7 +48,7 @@ def test_default_is_complete_and_commented(capsys, method):
         plain |= {"seed_everything"}
         if ": " in line and "#" not in line and "class_path" not in line:
             assert name in plain, f"{line!r} has no comment"
-    lora = inspect.signature(modules.PostTrainingModule).parameters["lora"]
+    lora = inspect.signature(core.PostTrainingModule).parameters["lora"]
     assert lora.default is None
 
 

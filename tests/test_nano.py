@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_lightning.datamodules.tasks import open_task
+from rlhf_lightning.data.tasks import open_task
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import rlhf_lightning
 from rlhf_lightning import callbacks, datamodules, modules
 from rlhf_lightning.cli import main
-from rlhf_lightning.modules import headed, on_policy, referenced
+from rlhf_lightning.core import headed_module, reference_module
+from rlhf_lightning.rl import on_policy_module
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -104,7 +105,16 @@ def test_what_documents_name_is_there(document: str) -> None:
             assert (ROOT / path).exists(), f"{document} names {path}"
     for path in re.findall(r"--config (configs/\S+?\.yaml)", text):
         assert (ROOT / path).is_file(), f"{document} names {path}"
-    places = (rlhf_lightning, modules, referenced, headed, on_policy, datamodules, callbacks, lightning)
+    places = (
+        rlhf_lightning,
+        modules,
+        reference_module,
+        headed_module,
+        on_policy_module,
+        datamodules,
+        callbacks,
+        lightning,
+    )
     for name in re.findall(r"`(\w+(?:Module|Export|Accuracy|Logger|Guard|Sync|Schedule))`", text):
         assert any(hasattr(place, name) for place in places), f"{document} names {name}"
 
@@ -129,7 +139,7 @@ def test_equal_bits_are_promised_on_cpus_alone(document: str) -> None:
 
 
 GROUP = {
-    "rewards": ["rlhf_lightning.rollouts.verifiers.exact_answer"],
+    "rewards": ["rlhf_lightning.rewards.exact_answer"],
     "num_generations": 2,
     "max_completion_length": 6,
 }

@@ -57,7 +57,7 @@ def byte_pairs(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def gsm8k_texts(folder: Path) -> Iterator[str]:
     """Questions and answers of the training file; the calculator's annotations are left out, as the datamodule does."""
-    from rlhf_lightning.datamodules.tasks import open_task
+    from rlhf_lightning.data.tasks import open_task
 
     for split in ("train", "validation"):
         for row in open_task(f"gsm8k:demonstrations?path={folder}&split={split}"):

@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_same_shape
+from ..utils.validation import check_choice, check_same_shape
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

@@ -10,7 +10,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_not_negative, check_positive, check_same_shape
+from ..utils.validation import check_choice, check_not_negative, check_positive, check_same_shape
 
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
 
@@ -37,9 +37,9 @@ def validate_kto_loss(
         >>> validate_kto_loss("kto", beta=0.1)
     """
     check_choice("loss_type", loss_type, LOSS_TYPES)
-    check_positive("beta", beta, usual=0.1)
-    check_not_negative("desirable_weight", desirable_weight, usual=1.0)
-    check_not_negative("undesirable_weight", undesirable_weight, usual=1.0)
+    check_positive("beta", beta, "0.1 is usual")
+    check_not_negative("desirable_weight", desirable_weight, "1.0 is usual")
+    check_not_negative("undesirable_weight", undesirable_weight, "1.0 is usual")
     if desirable_weight == 0 and undesirable_weight == 0:
         raise ValueError(
             "desirable_weight=0 and undesirable_weight=0 leave nothing to learn: set one above 0, usually 1"

@@ -12,7 +12,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_positive, check_same_shape
+from ..utils.validation import check_choice, check_positive, check_same_shape
 from .kl import bounded_exp
 from .policy_gradient import sequence_mean, sequence_sum
 
@@ -118,7 +118,7 @@ def off_policy_mask(
         ... )
         tensor([ True, False])
     """
-    check_positive("off_policy_mask_threshold", threshold, usual=0.5)
+    check_positive("off_policy_mask_threshold", threshold, "0.5 is usual")
     check_same_shape(
         "N",
         logprobs_N=logprobs_N,

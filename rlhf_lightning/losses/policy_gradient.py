@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_positive, check_same_shape
+from ..utils.validation import check_choice, check_positive, check_same_shape
 from .kl import bounded_exp
 
 PolicyLossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo", "luspo"]
@@ -151,7 +151,7 @@ def _clip_bounds(loss_type: PolicyLossType, epsilon: float, epsilon_high: float 
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon={epsilon} is outside (0, 1): the ratio is clipped at 1 - epsilon, 0.2 is usual")
     high = epsilon if epsilon_high is None else epsilon_high
-    check_positive("epsilon_high", high, usual=0.28)
+    check_positive("epsilon_high", high, "0.28 is usual")
     return 1 - epsilon, 1 + high
 
 
@@ -253,8 +253,8 @@ def policy_gradient_loss(
     if loss_type == "cispo":
         return -ratio_N.detach().clamp(max=bounds[1]) * advantages_N * logprobs_N
     if loss_type == "sapo":
-        check_positive("sapo_temperature_positive", sapo_temperature_positive, usual=1.0)
-        check_positive("sapo_temperature_negative", sapo_temperature_negative, usual=1.05)
+        check_positive("sapo_temperature_positive", sapo_temperature_positive, "1.0 is usual")
+        check_positive("sapo_temperature_negative", sapo_temperature_negative, "1.05 is usual")
         positive_N = 4 / sapo_temperature_positive * torch.sigmoid(sapo_temperature_positive * (ratio_N - 1))
         negative_N = 4 / sapo_temperature_negative * torch.sigmoid(sapo_temperature_negative * (ratio_N - 1))
         return -torch.where(advantages_N > 0, positive_N, negative_N) * advantages_N

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..utils.validation import check_same_shape
 from . import _stable
-from ._checks import check_same_shape
 from .preference_options import (
     COUPLED,
     F_DIVERGENCE_LOSSES,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-from ._checks import check_choice, check_label_smoothing, check_positive
+from ..utils.validation import check_choice, check_label_smoothing, check_positive
 
 PreferenceLossType = Literal[
     "sigmoid",
@@ -79,8 +79,8 @@ def check_arguments(
 ) -> None:
     """The checks of ``validate_preference_loss`` that hold for each loss of a list alone."""
     _check_names(loss_types, f_divergence_type)
-    check_positive("beta", beta, usual=0.1)
-    check_positive("discopop_tau", discopop_tau, usual=0.05)
+    check_positive("beta", beta, "0.1 is usual")
+    check_positive("discopop_tau", discopop_tau, "0.05 is usual")
     check_label_smoothing(label_smoothing)
     if "exo_pair" in loss_types and label_smoothing == 0:
         raise ValueError("loss_type 'exo_pair' needs label_smoothing above 0, got 0: use 0.001, as its paper does")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_choice, check_same_shape
+from ..utils.validation import check_choice, check_same_shape
 
 Aggregation = Literal["min", "product", "last", "mean"]
 

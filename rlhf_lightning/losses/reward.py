@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..utils.validation import check_choice, check_label_smoothing, check_positive
 from . import _stable
-from ._checks import check_choice, check_label_smoothing, check_positive
 
 RatingLossType = Literal["mse", "huber"]
 
@@ -102,7 +102,7 @@ def rao_kupper_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, *, tie_P: 
         >>> rao_kupper_loss(rewards, rewards, tie_P=torch.tensor([False, True]), threshold=math.log(2))
         tensor([1.0986, 1.0986])
     """
-    check_positive("threshold", threshold, usual=0.5)
+    check_positive("threshold", threshold, "0.5 is usual")
     _check_shapes(chosen_rewards, rejected_rewards, tie_P=tie_P)
     if tie_P.dtype != torch.bool:
         raise ValueError(f"tie_P has dtype {tie_P.dtype}: give bool, True for a tie")
@@ -217,7 +217,7 @@ def rating_loss(
         tensor([[4., 0.]])
     """
     check_choice("loss_type", loss_type, RATING_LOSS_TYPES)
-    check_positive("huber_delta", huber_delta, usual=1.0)
+    check_positive("huber_delta", huber_delta, "1.0 is usual")
     if rewards_BK.shape != ratings_BK.shape:
         shapes = f"rewards_BK has shape {tuple(rewards_BK.shape)} and ratings_BK {tuple(ratings_BK.shape)}"
         raise ValueError(f"{shapes}: give one rating (or NaN) per reward")

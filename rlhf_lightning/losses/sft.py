@@ -9,7 +9,7 @@ from typing import Final, Literal, get_args
 
 from torch import Tensor
 
-from ._checks import check_choice, check_same_shape
+from ..utils.validation import check_choice, check_same_shape
 
 SFTLossType = Literal["nll", "dft"]
 

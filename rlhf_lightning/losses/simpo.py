@@ -11,8 +11,8 @@ from typing import Final, Literal, get_args
 
 from torch import Tensor
 
+from ..utils.validation import check_choice, check_label_smoothing, check_not_negative, check_positive, check_same_shape
 from . import _stable
-from ._checks import check_choice, check_label_smoothing, check_not_negative, check_positive, check_same_shape
 
 SimPOLossType = Literal["simpo", "alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo"]
 
@@ -31,8 +31,8 @@ SMOOTHED: Final = frozenset({"simpo", "alphapo", "cpo"})
 
 def _check_arguments(loss_type: str, beta: float, gamma: float, alpha: float, label_smoothing: float) -> None:
     check_choice("loss_type", loss_type, LOSS_TYPES)
-    check_positive("beta", beta, usual=2.0 if loss_type in ("simpo", "alphapo") else 0.1)
-    check_not_negative("gamma", gamma, usual=1.0)
+    check_positive("beta", beta, "2.0 is usual" if loss_type in ("simpo", "alphapo") else "0.1 is usual")
+    check_not_negative("gamma", gamma, "1.0 is usual")
     check_label_smoothing(label_smoothing)
     if not -10 <= alpha <= 10:
         raise ValueError(f"alpha={alpha} is outside [-10, 10]: 0 is SimPO, 0.25 is usual")
@@ -70,7 +70,7 @@ def validate_simpo_loss(
             f"set it to 0, or use one of {', '.join(sorted(SMOOTHED))}"
         )
     if nll_weight is not None:
-        check_not_negative("nll_weight", nll_weight, usual=NLL_WEIGHTS[loss_type])
+        check_not_negative("nll_weight", nll_weight, f"{NLL_WEIGHTS[loss_type]} is usual")
 
 
 def alphapo_reward(mean_logps: Tensor, alpha: float) -> Tensor:

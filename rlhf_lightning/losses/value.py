@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_positive, check_same_shape
+from ..utils.validation import check_positive, check_same_shape
 
 
 class ValueClipCounts(NamedTuple):
@@ -25,7 +25,7 @@ def _squared_errors(
 ) -> tuple[Tensor, Tensor]:
     check_same_shape("N", values_N=values_N, old_values_N=old_values_N, returns_N=returns_N)
     if cliprange is not None:
-        check_positive("cliprange", cliprange, usual=0.2)
+        check_positive("cliprange", cliprange, "0.2 is usual")
     errors_N = (values_N - returns_N).square()
     if cliprange is None:
         return errors_N, errors_N

@@ -9,11 +9,11 @@ from .backbone import (
     num_positions,
     token_stats,
 )
-from .export import save_pretrained
+from .fused_logprobs import OutputHead, TokenStats, fused_logprobs, output_head
 from .layout import resolve_layout
 from .loading import load_causal_lm, load_tokenizer
-from .logprob_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .reference import AdapterReference, FrozenReference, Reference, folder_fingerprint
+from .saving import save_pretrained
 
 __all__ = [
     "AdapterReference",

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 
 from .reference import ADAPTER_COPY
 from .rotary import take_long_rotary
-from .stored import damaged_weights, first_line, read_json
+from .safetensors_io import damaged_weights, first_line, read_json
 
 # What the libraries raise when a folder, a file in it or a hub id is not what it should be.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)

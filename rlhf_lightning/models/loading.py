@@ -24,14 +24,14 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..packaged import packaged_config
 from ..sequences import ATTENTION_NAME, FLEX_ATTENTION_NAME, register_attention
+from ..utils.packaged_configs import packaged_config
 from .adapters import LOADING_ERRORS, add_adapter, load_adapter, locate_base, lora_config
 from .dropout import recompute, set_dropout
+from .meta_init import skeletons_wanted, weights_device
 from .own_attention import EAGER, set_attention
-from .quantized import Quantization, quantization_config, steady_quantised_layers
-from .skeleton import skeletons_wanted, weights_device
-from .stored import damaged_weights, first_line, read_json
+from .quantization import Quantization, quantization_config, steady_quantised_layers
+from .safetensors_io import damaged_weights, first_line, read_json
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

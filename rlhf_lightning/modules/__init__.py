@@ -1,15 +1,11 @@
-"""Modules: one LightningModule per method, on one core."""
+"""Methods: one LightningModule per method, on the core that ``rlhf_lightning.core`` holds."""
 
-from .base import PostTrainingModule
 from .dpo import DPOModule
 from .grpo import GRPOModule
 from .kto import KTOModule
-from .model_rewards import ProcessModelReward, ProcessModelSteps, RewardModelReward
 from .ppo import PPOModule
 from .process_reward import ProcessRewardModule
-from .referenced import ReferencedModule
 from .reward import RewardModule
-from .schedules import WarmupSchedule
 from .sft import SFTModule
 from .simpo import SimPOModule
 
@@ -18,14 +14,8 @@ __all__ = [
     "GRPOModule",
     "KTOModule",
     "PPOModule",
-    "PostTrainingModule",
-    "ProcessModelReward",
-    "ProcessModelSteps",
     "ProcessRewardModule",
-    "ReferencedModule",
-    "RewardModelReward",
     "RewardModule",
     "SFTModule",
     "SimPOModule",
-    "WarmupSchedule",
 ]

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.reference_module import ReferencedModule
+from ..core.sequence_rows import check_pairs, num_scored, pair_rows
+from ..distributed.collectives import Scores
 from ..losses.preference import (
     COUPLED,
     NORMALIZERS,
@@ -19,9 +22,6 @@ from ..losses.preference import (
     wpo_weights,
 )
 from ..sequences import Example, SequenceBatch
-from .distributed import Scores
-from .referenced import ReferencedModule
-from .rows import check_pairs, num_scored, pair_rows
 
 
 class DPOModule(ReferencedModule):

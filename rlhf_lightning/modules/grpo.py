@@ -12,22 +12,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.micro_batching import ROW_KEY, row_keys
+from ..distributed.collectives import Scores, gather_scores, rows_before_this_rank, sum_over_ranks
+from ..inference import derive_seed
 from ..losses.kl import KLEstimator, kl_per_token
 from ..losses.off_policy import EngineCorrection, top_entropy_mask, top_entropy_threshold
 from ..losses.policy_gradient import ImportanceLevel, PolicyLossType, aggregation_weights
-from ..rollouts import derive_seed
-from ..rollouts.advantages import Baseline, GroupAdvantages, ScaleRewards, gdpo_advantages, group_advantages
-from ..rollouts.shaping import kl_penalised_scores
+from ..rewards.specs import RewardSpec
+from ..rl.advantages import Baseline, GroupAdvantages, ScaleRewards, gdpo_advantages, group_advantages
+from ..rl.grpo_options import Aggregation, GRPOOptions
+from ..rl.on_policy_module import OnPolicyModule
+from ..rl.reward_shaping import kl_penalised_scores
+from ..rl.rollout_metrics import sampling_metrics
+from ..rl.rollouts import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_extremes, tree_sums
+from ..rl.step_rewards import process_advantages, steps_differ
 from ..sequences import Example, ExampleBatch, SequenceBatch
-from .checks import check_count
-from .distributed import Scores, gather_scores, rows_before_this_rank, sum_over_ranks
-from .groups import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_extremes, tree_sums
-from .grpo_options import Aggregation, GRPOOptions
-from .micro_batches import ROW_KEY, row_keys
-from .on_policy import OnPolicyModule
-from .reward_specs import RewardSpec
-from .rollout_metrics import sampling_metrics
-from .step_rewards import process_advantages, steps_differ
+from ..utils.validation import check_count
 
 
 class GRPOModule(OnPolicyModule):
@@ -38,7 +38,7 @@ class GRPOModule(OnPolicyModule):
               + \beta\, \mathrm{KL}_{i,t}, \qquad A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R) + 10^{-4}}
 
     with the mean and deviation of a prompt's G completions. ``losses.policy_gradient`` has the formula, paper and
-    departures of every ``loss_type`` and option, ``rollouts.advantages`` those of the advantages. With a process reward
+    departures of every ``loss_type`` and option, ``rl.advantages`` those of the advantages. With a process reward
     the advantage of a token is A_i plus the normalised rewards of the steps that end at it or later
     (``step_rewards.process_advantages``).
 
@@ -79,7 +79,7 @@ class GRPOModule(OnPolicyModule):
 
     Example::
 
-        module = GRPOModule("my-sft-model", rewards=["rlhf_lightning.rollouts.verifiers.exact_answer"])
+        module = GRPOModule("my-sft-model", rewards=["rlhf_lightning.rewards.exact_answer"])
         lightning.Trainer(max_steps=100).fit(module, PromptDataModule(train="prompts.jsonl", global_batch_size=16))
     """
 

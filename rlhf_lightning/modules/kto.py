@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.reference_module import ReferencedModule
+from ..core.sequence_rows import num_scored
+from ..distributed.collectives import Scores, gather_objects, sum_over_ranks
 from ..losses.kto import COUPLED, KTOLossType, kto_kl, kto_loss, validate_kto_loss
 from ..models import evaluating, num_positions
 from ..sequences import (
@@ -25,10 +28,7 @@ from ..sequences import (
     unfold_tree,
     with_answer,
 )
-from .checks import check_fraction
-from .distributed import Scores, gather_objects, sum_over_ranks
-from .referenced import ReferencedModule
-from .rows import num_scored
+from ..utils.validation import check_fraction
 
 _BORROWED = "_borrowed"  # the field of an example whose partner comes from an earlier batch
 

@@ -11,23 +11,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.router_loss import RouterLoss
+from ..core.trainer_checks import longest_sequence, trainer_dtype
+from ..distributed.collectives import Scores, sum_over_ranks, sum_vector_over_ranks
 from ..losses.kl import kl_per_token
 from ..losses.off_policy import entropy_bonus_loss
 from ..losses.policy_gradient import clip_statistics, importance_ratio, policy_gradient_loss
 from ..losses.value import explained_variance, explained_variance_sums, value_clipped, value_loss
 from ..models import TokenStats, base_model, evaluating, fused_logprobs, hidden_states, output_head
-from ..rollouts.advantages import gae, moment_sums, whiten
-from ..rollouts.shaping import KLController, missing_eos_penalty, token_rewards
+from ..models.critic import Critic, own_critic, shared_critic
+from ..rewards.specs import RewardSpec
+from ..rl.advantages import gae, moment_sums, whiten
+from ..rl.on_policy_module import OnPolicyModule
+from ..rl.ppo_options import PPOOptions
+from ..rl.reward_shaping import KLController, missing_eos_penalty, token_rewards
+from ..rl.rollouts import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_sums
+from ..rl.step_rewards import at_tokens
 from ..sequences import Example, SequenceBatch
-from .checks import longest_sequence, trainer_dtype
-from .critic import Critic, own_critic, shared_critic
-from .distributed import Scores, sum_over_ranks, sum_vector_over_ranks
-from .groups import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_sums
-from .on_policy import OnPolicyModule
-from .ppo_options import PPOOptions
-from .reward_specs import RewardSpec
-from .router_loss import RouterLoss
-from .step_rewards import at_tokens
 
 
 class PPOModule(OnPolicyModule):
@@ -38,7 +38,7 @@ class PPOModule(OnPolicyModule):
 
     Ouyang et al., 2022, arXiv:2203.02155: a completion's reward lands on its last sampled token, and every token pays
     ``kl_coef`` times its divergence from the reference; rewards of steps land where steps end.
-    ``rollouts.advantages.gae`` makes advantages and returns.
+    ``rl.advantages.gae`` makes advantages and returns.
 
     Departures: whitening and every normaliser are those of the global batch (the losses' of each mini-batch); a
     completion that could not be scored is left out; policy and critic are clipped and stepped together.

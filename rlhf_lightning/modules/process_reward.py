@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..datamodules.formats import Row
-from ..datamodules.tokenization import RowTokenizer
+from ..core.headed_module import HeadedModule
+from ..core.scoring import TemplateSettings, Text, per_sequence, score_texts, template_of
+from ..core.sequence_rows import num_scored, scored_lengths, scored_positions
+from ..data.formats import Row
+from ..data.tokenization import RowTokenizer
+from ..distributed.collectives import Scores
 from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_scores, step_bce_loss
 from ..metrics.functional import first_error_f1, first_errors
 from ..models import HiddenStates, OutputHead, hidden_states, output_head
 from ..sequences import Example, ExampleBatch, Segment, SequenceBatch
-from .checks import check_choice, check_fraction, check_not_negative
-from .distributed import Scores
-from .headed import HeadedModule
-from .rows import num_scored, scored_lengths, scored_positions
-from .scoring import TemplateSettings, Text, per_sequence, score_texts, template_of
+from ..utils.validation import check_choice, check_fraction, check_not_negative
 
 StepHead = Literal["linear", "mlp", "tokens"]
 

@@ -13,26 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..losses.reward import bradley_terry_loss, centering_penalty, magnitude_penalty, rao_kupper_loss, rating_loss
-from ..models import hidden_states
-from ..models import save_pretrained as export_pretrained
-from ..models.heads import (
-    HeadKind,
-    NoClassifier,
-    classifier_from,
-    head_files,
-    pooled,
-    whole,
-    with_padding_token,
-)
-from ..sequences import Example, ExampleBatch, SequenceBatch
-from .checks import check_choice, check_count
-from .distributed import Scores
-from .exports import check_merge
-from .micro_batches import prompt_keys
-from .reward_members import EnsembleKind, EnsembleModule
-from .reward_metrics import pair_metrics, rating_metrics, spread
-from .reward_options import (
+from ..core.exports import check_merge
+from ..core.micro_batching import prompt_keys
+from ..core.reward_ensemble import EnsembleKind, EnsembleModule
+from ..core.reward_options import (
     RewardLossType,
     attribute_options,
     bootstrap_weights,
@@ -40,8 +24,16 @@ from .reward_options import (
     check_reward_options,
     ratings_of,
 )
-from .rows import check_pairs, num_scored, scored_positions
-from .scoring import TemplateSettings, Text, answer_trees, per_sequence, score_texts
+from ..core.scoring import TemplateSettings, Text, answer_trees, per_sequence, score_texts
+from ..core.sequence_rows import check_pairs, num_scored, scored_positions
+from ..distributed.collectives import Scores
+from ..losses.reward import bradley_terry_loss, centering_penalty, magnitude_penalty, rao_kupper_loss, rating_loss
+from ..metrics.reward_model import pair_metrics, rating_metrics, spread
+from ..models import hidden_states
+from ..models import save_pretrained as export_pretrained
+from ..models.reward_head import HeadKind, NoClassifier, classifier_from, head_files, pooled, whole, with_padding_token
+from ..sequences import Example, ExampleBatch, SequenceBatch
+from ..utils.validation import check_choice, check_count
 
 
 class RewardModule(EnsembleModule):

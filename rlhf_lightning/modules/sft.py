@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..core.module import PostTrainingModule
+from ..distributed.collectives import Scores
 from ..losses.sft import SFTLossType, sft_loss, validate_sft_loss
 from ..sequences import Example, ExampleBatch, SequenceBatch
-from .base import PostTrainingModule
-from .distributed import Scores
 
 
 class SFTModule(PostTrainingModule):

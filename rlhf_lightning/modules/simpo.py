@@ -7,17 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..losses.simpo import (
-    NLL_WEIGHTS,
-    SimPOLossType,
-    alphapo_reward,
-    simpo_loss,
-    validate_simpo_loss,
-)
+from ..core.module import PostTrainingModule
+from ..core.sequence_rows import check_pairs, num_scored, pair_rows, scored_lengths
+from ..distributed.collectives import Scores
+from ..losses.simpo import NLL_WEIGHTS, SimPOLossType, alphapo_reward, simpo_loss, validate_simpo_loss
 from ..sequences import Example, ExampleBatch, SequenceBatch
-from .base import PostTrainingModule
-from .distributed import Scores
-from .rows import check_pairs, num_scored, pair_rows, scored_lengths
 
 
 class SimPOModule(PostTrainingModule):

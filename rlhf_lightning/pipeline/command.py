@@ -14,9 +14,9 @@ from typing import NoReturn
 import transformers
 from rich.console import Console
 
-from ..modules.checks import check_single_process
-from ..rollouts.rewards._loading import find_own_modules
-from ..usage import UsageError, explain
+from ..core.trainer_checks import check_single_process
+from ..utils.imports import find_own_modules
+from ..utils.messages import UsageError, explain
 from .config import load_pipeline
 from .report import results_table, write_report
 from .runner import run_pipeline

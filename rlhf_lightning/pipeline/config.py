@@ -12,11 +12,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .. import _yaml
-from ..packaged import nearest_config, packaged_config
-from ..usage import UsageError, did_you_mean, one_line
+from ..utils import yaml_parser
+from ..utils.messages import UsageError, did_you_mean, one_line
+from ..utils.packaged_configs import nearest_config, packaged_config
 
-_EXACT = "rlhf_lightning.rollouts.verifiers.exact_answer"
+_EXACT = "rlhf_lightning.rewards.exact_answer"
 T = TypeVar("T")
 
 
@@ -61,7 +61,7 @@ class FitStage:
 class SampleStage:
     """Completions of prompts, verified; of each prompt with a better and a worse one a preference pair.
 
-    With ``server``, options of ``rollouts.RemoteEngine``, they come from there, and of ``model`` only the tokenizer is
+    With ``server``, options of ``inference.RemoteEngine``, they come from there, and of ``model`` only the tokenizer is
     read.
     """
 
@@ -152,14 +152,14 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str 
     if not file.is_file():
         raise UsageError(f"there is no file {str(path)!r}{nearest_config(path)}")
     try:
-        config = OmegaConf.create(_yaml.plain(_yaml.load(file.read_text(encoding="utf-8"), str(file))))
+        config = OmegaConf.create(yaml_parser.plain(yaml_parser.load(file.read_text(encoding="utf-8"), str(file))))
         if not isinstance(config, DictConfig):
             raise UsageError(f"{str(path)!r} is not a mapping: a pipeline has stages")
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UsageError(f"{override!r} is not an override: write key=value, such as stages.dpo.seed=1")
-            OmegaConf.update(config, key, _yaml.plain(_yaml.load(value)), force_add=True)
+            OmegaConf.update(config, key, yaml_parser.plain(yaml_parser.load(value)), force_add=True)
         if run_dir is not None:
             config.run_dir = str(run_dir)
         others = _choose_policies(config)

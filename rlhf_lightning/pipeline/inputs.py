@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from ..packaged import packaged_config
-from ..rollouts.rewards._loading import find_own_modules
+from ..utils.imports import find_own_modules
+from ..utils.packaged_configs import packaged_config
 from .manifest import content_hash
 
 # Options whose value is a folder or a task, if it is none of the hub's ids. Files are looked for under every option.

@@ -10,14 +10,14 @@ import jinja2
 from rich.markup import escape
 from rich.table import Table
 
-from .. import _yaml
-from ..callbacks.history import read_history
+from ..loggers import read_history
+from ..utils import yaml_parser
 from ..utils.files import write_atomically
 from .config import FitStage, Pipeline
 from .figures import comparison_figure, points, stage_figure
-from .fitting import HISTORY
+from .fit_stage import HISTORY
 from .manifest import Manifest
-from .sampling import ANSWERS, PAIRS
+from .sample_stage import ANSWERS, PAIRS
 
 _NUM_PAIRS = 3
 
@@ -79,7 +79,7 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
         summary=summary,
         stages=stages,
         comparisons=comparisons,
-        config=_yaml.dump(pipeline.source),
+        config=yaml_parser.dump(pipeline.source),
     )
     write_atomically(pipeline.run_dir / "report.html", page)
     return pipeline.run_dir / "report.html"
@@ -98,7 +98,7 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
         "figure": stage_figure(history, _exported_step(manifest, name)) if history else None,
         "answers": _lines(folder / ANSWERS, shown),
         "pairs": _lines(folder / PAIRS, _NUM_PAIRS),
-        "config": _yaml.dump(record["config"]),
+        "config": yaml_parser.dump(record["config"]),
     }
 
 

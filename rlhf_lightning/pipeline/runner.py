@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from ..callbacks.answers import load_verifier
-from ..modules.checkpoint_io import check_place
-from ..usage import UsageError
+from ..core.checkpoint_io import check_place
+from ..evaluation.answers import load_verifier
 from ..utils.files import check_names, check_replaceable, hold, listed_names, mark, read_marker, release
+from ..utils.messages import UsageError
 from .config import FitStage, Pipeline, SampleStage
-from .fitting import HISTORY, StageCLI, run_fit
+from .fit_stage import HISTORY, StageCLI, run_fit
 from .inputs import input_hashes
 from .manifest import Manifest, content_hash, stage_key, versions
-from .sampling import ANSWERS, PAIRS, SAMPLED, evaluate, remote_engine, run_sample, sampling_params
+from .sample_stage import ANSWERS, PAIRS, SAMPLED, evaluate, remote_engine, run_sample, sampling_params
 
 Say = Callable[[str], None]
 

@@ -1,11 +1,11 @@
 """Sequences: rows as token trees, packed batches of them, micro-batch planning, and the attention that they need."""
 
-from .attention import ATTENTION_NAME, TreeGeometry, gather_rows, register_attention, tree_attention
 from .batch import PaddedBatch, SequenceBatch, pack
 from .branching import grow_tree, shared_length, split_answer, unfold_tree, with_answer
 from .example import Example, ExampleBatch, Segment, distinct_segments
-from .flex import FLEX_ATTENTION_NAME, register_flex_attention
-from .planning import example_cost, plan_micro_batches
+from .flex_attention import FLEX_ATTENTION_NAME, register_flex_attention
+from .micro_batch_plan import example_cost, plan_micro_batches
+from .tree_attention import ATTENTION_NAME, TreeGeometry, gather_rows, register_attention, tree_attention
 
 __all__ = [
     "ATTENTION_NAME",

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import TreeGeometry
 from .example import Example, Path, Segment
+from .tree_attention import TreeGeometry
 
 
 @dataclass

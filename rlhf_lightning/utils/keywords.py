@@ -14,7 +14,7 @@ INSTEAD = {
     "learning_rate": "optimizer (in Python optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5); in YAML "
     "optimizer.init_args.lr)",
     "weight_decay": "optimizer (an argument of torch.optim.AdamW)",
-    "warmup_ratio": "lr_scheduler (warmup_steps of rlhf_lightning.modules.WarmupSchedule)",
+    "warmup_ratio": "lr_scheduler (warmup_steps of rlhf_lightning.core.WarmupSchedule)",
     "batch_size": _BATCH,
     "per_device_train_batch_size": _BATCH,
     "train_batch_size": _BATCH,

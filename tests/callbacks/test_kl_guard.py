@@ -16,7 +16,7 @@ from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
-from ..modules.fixed_rollouts import prompts
+from ..rl.fixed_rollouts import prompts
 
 
 def watch(guard: KLGuard, values: Sequence[float]) -> int | None:

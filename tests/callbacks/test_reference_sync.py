@@ -17,7 +17,7 @@ from rlhf_lightning.sequences import ExampleBatch
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import demonstrations, pairs
-from ..modules.fixed_rollouts import FixedGRPO, options, prompts
+from ..rl.fixed_rollouts import FixedGRPO, options, prompts
 
 ALPHA = 0.3
 

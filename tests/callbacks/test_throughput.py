@@ -15,14 +15,14 @@ from lightning.pytorch.loggers import Logger
 from rlhf_lightning import DPOModule, SFTModule
 from rlhf_lightning.callbacks import Throughput, throughput
 from rlhf_lightning.callbacks.throughput import flops_per_token, peak_flops_of
-from rlhf_lightning.modules import phases
-from rlhf_lightning.modules.phases import PHASES, PhaseClock, Work
+from rlhf_lightning.core import timing
+from rlhf_lightning.core.timing import PHASES, PhaseClock, Work
 from rlhf_lightning.sequences import Example, ExampleBatch, plan_micro_batches
 
 from ..helpers import save_tiny_model, tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import pairs
-from ..modules.fixed_rollouts import FixedGRPO, fixed_completions, options, prompts
+from ..rl.fixed_rollouts import FixedGRPO, fixed_completions, options, prompts
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ BUSY = {"data": 2, "generate": 16, "score": 8, "forward_backward": 36, "step": 0
 
 def test_phases_are_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
     hands = Hands()
-    monkeypatch.setattr(phases.time, "perf_counter", hands)
+    monkeypatch.setattr(timing.time, "perf_counter", hands)
     clock = PhaseClock(CPU)
     for _ in range(2):
         busy(clock, hands)
@@ -116,7 +116,7 @@ def test_phases_are_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_batch_that_never_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     hands = Hands()
-    monkeypatch.setattr(phases.time, "perf_counter", hands)
+    monkeypatch.setattr(timing.time, "perf_counter", hands)
     clock = PhaseClock(CPU)
     busy(clock, hands)
     clock.begin()  # the loader had nothing left
@@ -127,7 +127,7 @@ def test_a_batch_that_never_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_exception_leaves_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     hands = Hands()
-    monkeypatch.setattr(phases.time, "perf_counter", hands)
+    monkeypatch.setattr(timing.time, "perf_counter", hands)
     clock = PhaseClock(CPU)
     clock.begin()
     with pytest.raises(KeyError), clock.phase("score"):
@@ -157,7 +157,7 @@ def test_events_on_cuda(monkeypatch: pytest.MonkeyPatch, most_marks: int) -> Non
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    monkeypatch.setattr(phases, "_MOST_MARKS", most_marks)
+    monkeypatch.setattr(timing, "_MOST_MARKS", most_marks)
     clock = PhaseClock(torch.device("cuda"))
     busy(clock, hands)
     busy(clock, hands)

@@ -10,19 +10,13 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from rlhf_lightning.callbacks import (
-    GenerationAccuracy,
-    JSONLLogger,
-    ModelExport,
-    SampleLogger,
-    Throughput,
-)
-from rlhf_lightning.callbacks.history import read_history
+from rlhf_lightning.callbacks import GenerationAccuracy, JSONLLogger, ModelExport, SampleLogger, Throughput
+from rlhf_lightning.loggers import read_history
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment
 
 from ..helpers import char_tokenizer, save_tiny_model
 from ..invariance.harness import Batches, trainer
-from ..modules.fixed_rollouts import FixedGRPO, fixed_completions, options
+from ..rl.fixed_rollouts import FixedGRPO, fixed_completions, options
 from .wandb_files import artifacts, axes, history
 
 AXIS = "trainer/global_step"

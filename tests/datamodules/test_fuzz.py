@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_lightning.data.sources import MemoryRows
 from rlhf_lightning.datamodules import (
     ExampleDataModule,
     ExampleLoader,
@@ -24,7 +25,6 @@ from rlhf_lightning.datamodules import (
     StreamLoader,
     UnpairedDataModule,
 )
-from rlhf_lightning.datamodules.sources import MemoryRows
 from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.sequences.example import Example, Segment
 

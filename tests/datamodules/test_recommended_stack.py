@@ -12,10 +12,10 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from rlhf_lightning.core.reward_options import ratings_of
+from rlhf_lightning.data.sources import is_remote
 from rlhf_lightning.datamodules import ExampleDataModule, UnpairedDataModule
-from rlhf_lightning.datamodules.sources import is_remote
-from rlhf_lightning.modules.reward_options import ratings_of
-from rlhf_lightning.rollouts.verifiers import exact_answer
+from rlhf_lightning.rewards.exact_answer import exact_answer
 from rlhf_lightning.sequences.example import Example, Segment
 
 from .toys import UNMARKED, chars, complaint, ids

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_lightning import DPOModule, SFTModule
-from rlhf_lightning.modules.distributed import Scores
+from rlhf_lightning.distributed.collectives import Scores
 from rlhf_lightning.sequences import ExampleBatch, SequenceBatch
 from tests.helpers import leave_together
 from tests.invariance.harness import Batches, trainer

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from lightning import Callback, LightningDataModule, LightningModule
 
-from rlhf_lightning import _yaml, callbacks, datamodules, modules
+from rlhf_lightning import callbacks, datamodules, modules
 from rlhf_lightning.cli import Parser, PostTrainingCLI, main
 from rlhf_lightning.datamodules import PromptDataModule
 from rlhf_lightning.pipeline import load_pipeline
 from rlhf_lightning.pipeline.config import FitStage
-from rlhf_lightning.pipeline.fitting import StageCLI
+from rlhf_lightning.pipeline.fit_stage import StageCLI
+from rlhf_lightning.utils import yaml_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -192,7 +193,7 @@ GIVEN: dict[str, Any] = {
 
 
 METHODS = {
-    "grpo": ("GRPOModule", "PromptDataModule", {"rewards": ["rlhf_lightning.rollouts.verifiers.exact_answer"]}),
+    "grpo": ("GRPOModule", "PromptDataModule", {"rewards": ["rlhf_lightning.rewards.exact_answer"]}),
     "process_reward": ("ProcessRewardModule", "StepwiseDataModule", {}),
 }
 
@@ -323,10 +324,10 @@ def test_the_dumper_and_the_loader_agree() -> None:
         for text in [*MANY, "", "\n", "a: b\n", "é\x7f\u2028", "-", "?", "0o7", "+1", "1e-3", "0b1"]
     }
     value["numbers"] = [0, -1, 1.5, 1e-5, 1e300, 2**70, True, False, None, float("inf")]
-    assert _yaml.load(_yaml.dump(value), "file") == value
-    assert only_plain(_yaml.plain(_yaml.load(_yaml.dump(value), "file")))
-    flowing = _yaml.flow(repr([value["numbers"][:-1], TEXTS, "a\nb", "it's"]))
-    assert _yaml.load(flowing) == [value["numbers"][:-1], TEXTS, "a\nb", "it's"]
+    assert yaml_parser.load(yaml_parser.dump(value), "file") == value
+    assert only_plain(yaml_parser.plain(yaml_parser.load(yaml_parser.dump(value), "file")))
+    flowing = yaml_parser.flow(repr([value["numbers"][:-1], TEXTS, "a\nb", "it's"]))
+    assert yaml_parser.load(flowing) == [value["numbers"][:-1], TEXTS, "a\nb", "it's"]
 
 
 # What is parsed reads no rows.
@@ -373,7 +374,7 @@ def test_print_config_opens_no_rows(
                 "--print_config",
             ]
         )
-    assert _yaml.load(capsys.readouterr().out)["data"]["init_args"]["train"] == str(file)
+    assert yaml_parser.load(capsys.readouterr().out)["data"]["init_args"]["train"] == str(file)
     assert str(file) not in seen
 
 

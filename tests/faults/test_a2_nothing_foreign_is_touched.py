@@ -16,9 +16,9 @@ import yaml
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import JSONLLogger, ModelExport, TrainingCheckpoint
-from rlhf_lightning.callbacks.history import read_history
 from rlhf_lightning.cli import main
 from rlhf_lightning.datamodules import SFTDataModule
+from rlhf_lightning.loggers import read_history
 from rlhf_lightning.pipeline import load_pipeline, run_pipeline
 from rlhf_lightning.utils.files import (
     LOCK,

@@ -14,7 +14,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
+from rlhf_lightning.data.cell_checks import is_missing
 from rlhf_lightning.data.chat_template import ChatTemplate
+from rlhf_lightning.data.formats import Row, demonstration, preference, prompt_only, stepwise, unpaired
+from rlhf_lightning.data.messages import check_no_tools, check_rendered, check_text
+from rlhf_lightning.data.sources import open_source
 from rlhf_lightning.datamodules import (
     ExampleDataModule,
     PreferenceDataModule,
@@ -23,10 +27,6 @@ from rlhf_lightning.datamodules import (
     StepwiseDataModule,
     UnpairedDataModule,
 )
-from rlhf_lightning.datamodules.formats import Row, demonstration, preference, prompt_only, stepwise, unpaired
-from rlhf_lightning.datamodules.messages import check_no_tools, check_rendered, check_text
-from rlhf_lightning.datamodules.sources import open_source
-from rlhf_lightning.datamodules.values import is_missing
 
 from ..datamodules.toys import UNMARKED, chars, complaint
 

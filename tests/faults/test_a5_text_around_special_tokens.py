@@ -10,12 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_lightning.data.formats import Row
 from rlhf_lightning.data.text_tokens import decode
+from rlhf_lightning.data.tokenization import RowTokenizer
 from rlhf_lightning.datamodules import PromptDataModule
-from rlhf_lightning.datamodules.formats import Row
-from rlhf_lightning.datamodules.tokenization import RowTokenizer
-from rlhf_lightning.modules import RewardModelReward, RewardModule
-from rlhf_lightning.rollouts import LocalEngine, RemoteEngine, SamplingParams
+from rlhf_lightning.inference import LocalEngine, RemoteEngine, SamplingParams
+from rlhf_lightning.modules import RewardModule
+from rlhf_lightning.rewards import RewardModelReward
 from tests.templates import FAMILIES, family_tokenizer, spell
 
 EVERY = pytest.mark.parametrize("name", FAMILIES)

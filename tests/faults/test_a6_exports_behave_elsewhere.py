@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import ModelExport
+from rlhf_lightning.data.tokenization import RowTokenizer
 from rlhf_lightning.datamodules import SFTDataModule
-from rlhf_lightning.datamodules.tokenization import RowTokenizer
+from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.models import load_causal_lm, load_tokenizer, save_pretrained
 from rlhf_lightning.models.reference import ADAPTER_COPY, AdapterReference
-from rlhf_lightning.rollouts import LocalEngine, SamplingParams
 
 from ..helpers import EOS_ID, VOCAB_SIZE, char_tokenizer, save_tiny_model
-from ..models.test_export import logits, reload, shake
+from ..models.test_saving import logits, reload, shake
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True`:UserWarning",

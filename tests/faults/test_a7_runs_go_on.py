@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rlhf_lightning import GRPOModule, SFTModule
 from rlhf_lightning.callbacks import TrainingCheckpoint
 from rlhf_lightning.cli import main
+from rlhf_lightning.core.stopping import StopOnSignal
 from rlhf_lightning.datamodules import PromptDataModule, SFTDataModule
-from rlhf_lightning.modules.stopping import StopOnSignal
 from tests.integration.test_resume import LORA, Metrics, Noise, assert_same, digits, ignore_totals
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")]

@@ -14,7 +14,7 @@ import yaml
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import ModelExport
-from rlhf_lightning.callbacks.export import direction_of
+from rlhf_lightning.callbacks.model_export import direction_of
 from rlhf_lightning.datamodules import SFTDataModule
 from rlhf_lightning.pipeline.config import load_pipeline
 

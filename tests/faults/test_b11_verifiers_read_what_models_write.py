@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_lightning.callbacks.answers import Answer
-from rlhf_lightning.pipeline.sampling import ranked_pair
-from rlhf_lightning.rollouts import Completion
-from rlhf_lightning.rollouts.rewards import MathAnswerReward
-from rlhf_lightning.rollouts.verifiers import check_verdicts, exact_answer
+from rlhf_lightning.evaluation.answers import Answer
+from rlhf_lightning.inference import Completion
+from rlhf_lightning.pipeline.sample_stage import ranked_pair
+from rlhf_lightning.rewards import MathAnswerReward
+from rlhf_lightning.rewards.exact_answer import check_verdicts, exact_answer
 from rlhf_lightning.sequences import Example, Segment
 
 

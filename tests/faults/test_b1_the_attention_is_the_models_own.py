@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.inference.engine import LocalEngine
+from rlhf_lightning.inference.sampling import SamplingParams
 from rlhf_lightning.models import resolve_layout, token_stats
 from rlhf_lightning.models.backbone import make_steady
 from rlhf_lightning.models.own_attention import set_attention
-from rlhf_lightning.rollouts.generation import LocalEngine
-from rlhf_lightning.rollouts.sampling import SamplingParams
 from rlhf_lightning.sequences import Example, Segment, SequenceBatch, pack, register_attention
 
 from .small_models import REACH, VOCAB, TooLong, all_types, at_most, small_model

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from rlhf_lightning import DPOModule
 from rlhf_lightning.callbacks import ReferenceSync
-from rlhf_lightning.modules.referenced import ReferencedModule
+from rlhf_lightning.core.reference_module import ReferencedModule
 from rlhf_lightning.sequences import Example, ExampleBatch, pack
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import pairs
-from ..modules.fixed_rollouts import FixedGRPO, prompts, remainder
 from ..modules.naive import logps, sequences
+from ..rl.fixed_rollouts import FixedGRPO, prompts, remainder
 
 FAST = partial(torch.optim.SGD, lr=5.0)
 

@@ -14,15 +14,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule, KTOModule, RewardModule, SFTModule, SimPOModule
+from rlhf_lightning.core import PostTrainingModule
+from rlhf_lightning.distributed.fsdp2 import check_runs_all_layers
 from rlhf_lightning.models.dropout import layers_left_out
-from rlhf_lightning.models.sharding import check_runs_all_layers
-from rlhf_lightning.modules import PostTrainingModule
 from rlhf_lightning.sequences import Example, ExampleBatch, pack
 
 from ..helpers import MAX_POSITIONS, VOCAB_SIZE, char_tokenizer, save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import demonstrations, labelled, pairs
-from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, picky, prompts, remainder
+from ..rl.fixed_rollouts import FixedGRPO, FixedPPO, picky, prompts, remainder
 from . import rank_jobs
 
 STILL = partial(torch.optim.SGD, lr=0.0)

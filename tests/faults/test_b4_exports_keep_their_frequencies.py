@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.models import base_model, load_causal_lm, num_positions, save_pretrained
 from rlhf_lightning.models.backbone import make_steady
-from rlhf_lightning.modules.critic import own_critic
+from rlhf_lightning.models.critic import own_critic
 
 from ..helpers import MAX_POSITIONS, char_tokenizer, save_tiny_model
-from ..models.test_export import logits, shake
+from ..models.test_saving import logits, shake
 
 ORIGINAL, LONG_FACTOR = 14, [1.5, 2.0, 3.0, 4.0]
 # By hand: 1 / (factor theta ^ (2 i / d)) of heads of 8 numbers.

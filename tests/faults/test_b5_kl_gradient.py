@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.losses.policy_gradient import LOSS_TYPES
-from rlhf_lightning.modules.grpo_options import GRPOOptions
+from rlhf_lightning.rl.grpo_options import GRPOOptions
 
 LENGTH, VOCAB = 3, 3
 EVERY = torch.tensor(list(product(range(VOCAB), repeat=LENGTH)))  # all 27 sequences

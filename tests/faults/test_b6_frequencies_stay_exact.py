@@ -15,7 +15,7 @@ from rlhf_lightning.sequences import ExampleBatch
 
 from ..invariance.harness import Batches
 from ..invariance.methods import pairs, prompts, rollouts
-from ..modules.fixed_rollouts import FixedPPO
+from ..rl.fixed_rollouts import FixedPPO
 
 
 class Kept(lightning.Callback):

@@ -12,16 +12,16 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule, RewardModule, SFTModule
+from rlhf_lightning.core import PostTrainingModule
+from rlhf_lightning.core.trainer_checks import report_config_losses
 from rlhf_lightning.models.config_losses import logit_losses, router_losses
-from rlhf_lightning.modules import PostTrainingModule
-from rlhf_lightning.modules.checks import report_config_losses
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import demonstrations, pairs
-from ..modules.fixed_rollouts import FixedPPO, picky, prompts
-from ..modules.fixed_rollouts import options as rollouts
+from ..rl.fixed_rollouts import FixedPPO, picky, prompts
+from ..rl.fixed_rollouts import options as rollouts
 
 ASKS = {"output_router_logits": True, "router_aux_loss_coef": 0.03}
 
@@ -105,7 +105,7 @@ def test_what_is_not_trained_is_not_left_out_in_silence(
     options = rollouts(rewards=[picky], reward_weights=None, value_model=asking)
     warned, noted, _ = said(FixedPPO(asking, **options), prompts(4))
     assert (len(warned), len(noted)) == (1, 1)
-    monkeypatch.setattr("rlhf_lightning.modules.router_loss.find_routers", lambda model: None)
+    monkeypatch.setattr("rlhf_lightning.core.router_loss.find_routers", lambda model: None)
     found = said(SFTModule(asking), demonstrations(4))
     assert (len(found.warned), found.noted, found.aux_loss) == (1, [], None)
     for line, kind in ((warned[0], FixedPPO), (found.warned[0], SFTModule)):

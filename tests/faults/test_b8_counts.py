@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from rlhf_lightning import PPOModule, RewardModule
+from rlhf_lightning.core import WarmupSchedule
 from rlhf_lightning.datamodules import PromptDataModule
-from rlhf_lightning.modules import WarmupSchedule
-from rlhf_lightning.modules.critic import means_so_far
+from rlhf_lightning.models.critic import means_so_far
 from rlhf_lightning.sequences import Example, Segment, pack
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import trainer
-from ..modules.fixed_rollouts import FixedGRPO, remainder
+from ..rl.fixed_rollouts import FixedGRPO, remainder
 
 ROWS = [{"prompt": f"{n}+{n}="} for n in range(5)]
 

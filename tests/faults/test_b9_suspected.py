@@ -12,16 +12,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from rlhf_lightning import DPOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.core import WarmupSchedule
+from rlhf_lightning.core.gradients import GradientSums, clip_gradients
 from rlhf_lightning.losses.value import value_clipped, value_loss
-from rlhf_lightning.models.logprob_head import OutputHead, fused_logprobs
-from rlhf_lightning.modules import WarmupSchedule
-from rlhf_lightning.modules.gradients import GradientSums, clip_gradients
+from rlhf_lightning.models.fused_logprobs import OutputHead, fused_logprobs
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import demonstrations, pairs
-from ..modules.fixed_rollouts import remainder
+from ..rl.fixed_rollouts import remainder
 
 
 @pytest.fixture(scope="module")

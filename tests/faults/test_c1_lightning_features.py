@@ -29,8 +29,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from rlhf_lightning import DPOModule, GRPOModule, SFTModule
+from rlhf_lightning.core.hooks import CORE_HOOKS
 from rlhf_lightning.datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule
-from rlhf_lightning.modules.hooks import CORE_HOOKS
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import tiny_model

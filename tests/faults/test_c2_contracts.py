@@ -16,7 +16,7 @@ from rlhf_lightning.sequences import Example, Segment
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 NANO = str(Path(__file__).parents[2] / "configs/models/nano")
-EXACT = {"rewards": ["rlhf_lightning.rollouts.verifiers.exact_answer"]}
+EXACT = {"rewards": ["rlhf_lightning.rewards.exact_answer"]}
 OWN = {
     "SFTModule": ("SFTDataModule",),
     "RewardModule": ("PreferenceDataModule", "SFTDataModule"),  # rated completions are rows of either

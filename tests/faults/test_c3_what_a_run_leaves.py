@@ -13,9 +13,9 @@ import pytest
 from rlhf_lightning import DPOModule
 from rlhf_lightning.callbacks import PredictionWriter
 from rlhf_lightning.callbacks import prediction_writer as writer_file
-from rlhf_lightning.callbacks.history import read_history
 from rlhf_lightning.cli import PostTrainingCLI, main
 from rlhf_lightning.datamodules import PreferenceDataModule
+from rlhf_lightning.loggers import read_history
 
 Folder = Callable[[str], Path]
 PAIRS = [{"prompt": f"{n}+1=", "chosen": f"{n + 1}", "rejected": f"{n}"} for n in range(5)]

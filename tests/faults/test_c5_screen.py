@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
 from rlhf_lightning import DPOModule
+from rlhf_lightning.core.progress_bar import OneLineProgressBar
 from rlhf_lightning.datamodules import PreferenceDataModule
-from rlhf_lightning.modules.screen import OneLineProgressBar
 from rlhf_lightning.utils import progress as progress_file
 from rlhf_lightning.utils.progress import progress
 

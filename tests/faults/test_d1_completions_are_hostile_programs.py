@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 import rlhf_lightning
-from rlhf_lightning.rollouts.rewards import CodeTestsReward
-from rlhf_lightning.rollouts.rewards.sandbox import isolation as isolations
-from rlhf_lightning.rollouts.rewards.sandbox import runs
-from rlhf_lightning.rollouts.rewards.sandbox.isolation import Plan
+from rlhf_lightning.rewards import CodeTestsReward
+from rlhf_lightning.rewards.sandbox import isolation as isolations
+from rlhf_lightning.rewards.sandbox import runs
+from rlhf_lightning.rewards.sandbox.isolation import Plan
 
 from .hostile import FORGE, GREED, KERNEL, NETWORK, NO_EFFECT, READ, SURVIVE, WRITE, Attack
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning import label_steps
-from rlhf_lightning.label_steps import LabelOptions, label_prompts
+from rlhf_lightning.inference import LocalEngine, SamplingParams
+from rlhf_lightning.labeling import command
+from rlhf_lightning.labeling.command import LabelOptions, label_prompts
+from rlhf_lightning.labeling.step_labels import label_steps as label_rows
 from rlhf_lightning.pipeline.manifest import Manifest
-from rlhf_lightning.rollouts import LocalEngine, SamplingParams
-from rlhf_lightning.rollouts.step_labels import label_steps as label_rows
 from rlhf_lightning.utils.files import json_line
 
 from ..helpers import char_tokenizer, tiny_model
-from ..rollouts.served import completion, serve
-from ..test_label_steps import LONG, PROBLEMS, Scripted, rows_of
+from ..inference.served import completion, serve
+from ..labeling.test_command import LONG, PROBLEMS, Scripted, rows_of
 
 TOKENIZER = char_tokenizer()
 
@@ -25,14 +25,14 @@ TOKENIZER = char_tokenizer()
 @pytest.fixture
 def label(tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Labels steps of problems, two prompts at once, with a scripted engine or a server."""
-    monkeypatch.setattr(label_steps, "_PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(command, "_PROMPTS_AT_ONCE", 2)
     folder = str(tiny_model_folder())
 
     def run(problems: list[dict[str, Any]], engine: Any = None, url: str | None = None) -> list[dict[str, Any]]:
         source, output = tmp_path / "problems.jsonl", tmp_path / "steps.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in problems))
         if engine is not None:
-            monkeypatch.setattr(label_steps, "_engine", lambda options, tokenizer: engine)
+            monkeypatch.setattr(command, "_engine", lambda options, tokenizer: engine)
         options = LabelOptions(
             str(source), str(output), None if url else folder, url, tokenizer=folder, num_solutions=2, num_completions=2
         )
@@ -77,7 +77,7 @@ def test_labels_of_two_models_are_not_mixed(label: Any) -> None:
             return {"data": [{**served_now, "created": number}]}
         text = TOKENIZER.decode(body["prompt"])
         if text.startswith("2+") and served_now["id"] == "first" and served_now["root"] == "a" and stops:
-            from ..rollouts.served import Answer
+            from ..inference.served import Answer
 
             return Answer(400, {"error": "no"})
         return completion("#3" if text.endswith("so\n") else "so\n#4")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.rollouts import RemoteEngine, SamplingParams
-from rlhf_lightning.rollouts.endpoint import Endpoint, ServerError, in_parallel
+from rlhf_lightning.inference import RemoteEngine, SamplingParams
+from rlhf_lightning.inference.http_client import Endpoint, ServerError, in_parallel
 
-from ..rollouts.served import Answer, completion, said, serve
+from ..inference.served import Answer, completion, said, serve
 
 PLAIN = SamplingParams(max_new_tokens=4, seed=5)
 

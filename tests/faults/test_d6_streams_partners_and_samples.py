@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_lightning.data.loaders import epoch_draws, epoch_order
 from rlhf_lightning.datamodules import StreamLoader, open_source
-from rlhf_lightning.datamodules.loader import epoch_draws, epoch_order
 from rlhf_lightning.datamodules.unpaired import NextPartner, mismatch
-from rlhf_lightning.pipeline import load_pipeline, run_pipeline, sampling
+from rlhf_lightning.pipeline import load_pipeline, run_pipeline, sample_stage
 from rlhf_lightning.sequences import Example, Segment
 
 ROWS = [{"prompt": f"{number}", "completion": "x"} for number in range(7)]
@@ -175,9 +175,9 @@ def test_partners_of_a_whole_split_take_no_quadratic_time(fits: bool) -> None:
 
 
 def test_an_interrupted_sample_stage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_PROMPTS_AT_ONCE", 8)
-    monkeypatch.setattr(sampling, "_load", lambda folder, dtype: (None, tokenizer))
-    monkeypatch.setattr(sampling, "LocalEngine", lambda model, tokenizer: None)
+    monkeypatch.setattr(sample_stage, "_PROMPTS_AT_ONCE", 8)
+    monkeypatch.setattr(sample_stage, "_load", lambda folder, dtype: (None, tokenizer))
+    monkeypatch.setattr(sample_stage, "LocalEngine", lambda model, tokenizer: None)
     from .. import helpers
 
     tokenizer = helpers.char_tokenizer()
@@ -193,11 +193,11 @@ def test_an_interrupted_sample_stage_goes_on(tmp_path: Path, monkeypatch: pytest
             texts = [f"{seed % 97}" for seed in own]
             completions = [sampling_completion(text) for text in texts]
             groups.append(
-                [sampling.Answer(example, c, float(n)) for n, c in enumerate(completions)]  # type: ignore[attr-defined]
+                [sample_stage.Answer(example, c, float(n)) for n, c in enumerate(completions)]  # type: ignore[attr-defined]
             )
         return groups
 
-    monkeypatch.setattr(sampling, "answer_prompts", answer)
+    monkeypatch.setattr(sample_stage, "answer_prompts", answer)
     stage = {"kind": "sample", "model": "m", "prompts": "sums:prompts?rows=30", "num_samples": 2}
 
     def run(folder: str) -> list[dict[str, Any]]:
@@ -232,6 +232,6 @@ def test_an_interrupted_sample_stage_goes_on(tmp_path: Path, monkeypatch: pytest
 
 
 def sampling_completion(text: str) -> Any:
-    from rlhf_lightning.rollouts import Completion
+    from rlhf_lightning.inference import Completion
 
     return Completion(token_ids=[5], logprobs=[0.0], text=text, finish_reason="stop")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lightning import _yaml
-from rlhf_lightning.modules.checkpoint_io import AtomicCheckpointIO
-from rlhf_lightning.strategies import FSDP2Strategy
+from rlhf_lightning.core.checkpoint_io import AtomicCheckpointIO
+from rlhf_lightning.distributed.strategy import FSDP2Strategy
+from rlhf_lightning.utils import yaml_parser
 
 
 class Bomb:
@@ -72,5 +72,5 @@ def test_nor_does_one_from_an_address(checkpoint: Path, monkeypatch: pytest.Monk
 def test_yaml_makes_plain_values(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception, match="could not determine a constructor"):
-        _yaml.load(text)
+        yaml_parser.load(text)
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from rlhf_lightning import datamodules
-from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule, base, example_cache
-from rlhf_lightning.datamodules.reading import RowReader
+from rlhf_lightning.data import example_cache
+from rlhf_lightning.data.row_reader import RowReader
+from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule, base
 from rlhf_lightning.utils import progress
 
 from ..helpers import char_tokenizer

@@ -20,8 +20,8 @@ import torch
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.cli import main
-from rlhf_lightning.modules.checks import check_launch
-from rlhf_lightning.modules.distributed import is_peer_loss
+from rlhf_lightning.core.trainer_checks import check_launch
+from rlhf_lightning.distributed.collectives import is_peer_loss
 
 from . import rank_jobs
 from .rank_jobs import ROWS, outcomes, start

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models import load_causal_lm
 from rlhf_lightning.models.layout import resolve_layout
-from rlhf_lightning.sequences import flex
+from rlhf_lightning.sequences import flex_attention
 
 from ..helpers import save_tiny_model
-from ..sequences.test_attention import geometry
+from ..sequences.test_tree_attention import geometry
 
 TREE = geometry()
 TORCH_LIMIT = 8  # of compilations of one function, behind which torch runs it unfused
@@ -41,9 +41,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=found))
-    make = flex._kernel.__wrapped__
+    make = flex_attention._kernel.__wrapped__
     kernels: dict[bool, Any] = {}
-    monkeypatch.setattr(flex, "_kernel", lambda _: kernels.get(True) or kernels.setdefault(True, make(True)))
+    monkeypatch.setattr(flex_attention, "_kernel", lambda _: kernels.get(True) or kernels.setdefault(True, make(True)))
     yield found
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.reset()
@@ -55,14 +55,14 @@ def attend(softcap: float | None, window: int | None = None, heads: int = 2, dty
     q, k, v = (torch.ones(1, heads, size, 8, dtype=dtype) for _ in range(3))
     options: dict[str, Any] = {"scaling": 0.3, "tree": TREE, "sliding_window": window, "softcap": softcap}
     with torch.no_grad():
-        out, _ = flex.flex_tree_attention(nn.Module(), q, k, v, None, **options)
+        out, _ = flex_attention.flex_tree_attention(nn.Module(), q, k, v, None, **options)
     return out
 
 
 def test_behind_the_last_compilation_is_an_error_in_one_line(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flex, "_COMPILATIONS", 1)
+    monkeypatch.setattr(flex_attention, "_COMPILATIONS", 1)
     torch._dynamo.config.recompile_limit = 1
     attend(softcap=None)
     assert compiler.graphs == 1
@@ -79,10 +79,10 @@ def test_a_probe_behind_the_last_compilation_says_so(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A model that comes after it runs padded, with one line in the log; where packed is asked for, not at all."""
-    monkeypatch.setattr(flex, "_COMPILATIONS", 1)
+    monkeypatch.setattr(flex_attention, "_COMPILATIONS", 1)
     torch._dynamo.config.recompile_limit = 1
     attend(softcap=1.5)
-    name = flex.register_flex_attention()
+    name = flex_attention.register_flex_attention()
     model = load_causal_lm(str(save_tiny_model(tmp_path, "llama")), dtype=torch.float32, attn_implementation=name)
     with pytest.raises(
         ValueError, match=r"cannot run packed: the packed probe failed .*FlexAttention has been"

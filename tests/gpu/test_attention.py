@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.sequences import Example, Segment, pack
-from rlhf_lightning.sequences.attention import TreeGeometry, tree_attention
-from rlhf_lightning.sequences.flex import flex_tree_attention
+from rlhf_lightning.sequences.flex_attention import flex_tree_attention
+from rlhf_lightning.sequences.tree_attention import TreeGeometry, tree_attention
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 

@@ -13,13 +13,13 @@ from rlhf_lightning import GRPOModule, PPOModule, RewardModule
 from rlhf_lightning.callbacks import ReferenceSync, WeightAverage
 from rlhf_lightning.models.backbone import check_output_head
 from rlhf_lightning.models.layout import probe_batch
-from rlhf_lightning.modules.model_rewards import RewardModelReward
+from rlhf_lightning.rewards.learned import RewardModelReward
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import tiny_model
 from ..invariance.harness import Batches
 from ..invariance.methods import METHODS
-from ..modules.fixed_rollouts import prompts
+from ..rl.fixed_rollouts import prompts
 from .pretended import OnPretended, pretended_cuda
 from .steps import EIGHT, save_model
 

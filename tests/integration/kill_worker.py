@@ -22,7 +22,7 @@ import torch
 from rlhf_lightning import DPOModule, GRPOModule, PPOModule, SFTModule
 from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint
 from rlhf_lightning.datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule
-from rlhf_lightning.rollouts.rewards._line_worker import LineWorker
+from rlhf_lightning.rewards._line_worker import LineWorker
 
 LORA = {"r": 2, "lora_dropout": 0.2}
 PAIRS = [{"prompt": f"{n}+{n}=?", "chosen": f"#{2 * n}", "rejected": f"#{2 * n + 1} no"} for n in range(7)]

@@ -16,8 +16,8 @@ from ..helpers import save_tiny_model
 from .test_bad_input import written
 
 HERE = "tests.integration.test_bad_rollouts"
-EXACT = "rlhf_lightning.rollouts.verifiers.exact_answer"
-LEARNED = "rlhf_lightning.modules.model_rewards"
+EXACT = "rlhf_lightning.rewards.exact_answer"
+LEARNED = "rlhf_lightning.rewards.learned"
 ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(4)]
 
 pytestmark = pytest.mark.filterwarnings("ignore")

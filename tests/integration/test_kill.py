@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_lightning.modules.checkpoint_io import damage
+from rlhf_lightning.core.checkpoint_io import damage
 from rlhf_lightning.utils.files import REPLACED, hidden_beside
 
 from . import kill_worker

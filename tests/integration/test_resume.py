@@ -26,6 +26,7 @@ from rlhf_lightning import (
     SimPOModule,
 )
 from rlhf_lightning.callbacks import ReferenceSync, TrainingCheckpoint
+from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules import (
     PreferenceDataModule,
     PromptDataModule,
@@ -33,7 +34,6 @@ from rlhf_lightning.datamodules import (
     StepwiseDataModule,
     UnpairedDataModule,
 )
-from rlhf_lightning.modules import PostTrainingModule
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")]
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from rlhf_lightning import DPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
+from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules.unpaired import mismatch
-from rlhf_lightning.modules import PostTrainingModule
 from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
 
-from ..modules.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
+from ..rl.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
 
 VOCAB = 60
 # Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.

@@ -122,7 +122,7 @@ def test_bounded_exp_is_exp_up_to_its_bound_and_a_line_beyond() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "k4"}, r"unknown kl estimator 'k4'.*k1, k2, k3"),
+        ({"estimator": "k4"}, r"kl estimator is 'k4'; it must be one of k1, k2, k3"),
         ({"ref_logprobs_N": torch.zeros(1)}, r"ref_logprobs_N has shape \(1,\)|logprobs_N has shape"),
     ],
 )

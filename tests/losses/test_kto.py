@@ -87,12 +87,12 @@ def test_only_kto_reads_the_kl() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "kot"}, "unknown loss_type 'kot' (did you mean 'kto'?): use one of kto, apo_zero_unpaired"),
-        ({"beta": 0.0}, "beta=0.0 is not a finite number above 0: 0.1 is usual"),
-        ({"desirable_weight": -1.0}, "desirable_weight=-1.0 is not a finite number of at least 0: 1.0 is usual"),
+        ({"loss_type": "kot"}, "loss_type is 'kot'; it must be one of kto, apo_zero_unpaired; did you mean 'kto'?"),
+        ({"beta": 0.0}, "beta is 0.0; it must be above 0 (0.1 is usual)"),
+        ({"desirable_weight": -1.0}, "desirable_weight is -1.0; it must be at least 0 (1.0 is usual)"),
         (
             {"undesirable_weight": float("inf")},
-            "undesirable_weight=inf is not a finite number of at least 0: 1.0 is usual",
+            "undesirable_weight is inf; it must be at least 0 and finite (1.0 is usual)",
         ),
         (
             {"desirable_weight": 0.0, "undesirable_weight": 0.0},

@@ -71,7 +71,7 @@ class TestEngineCorrection:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"mode": "sequence"}, "unknown engine correction 'sequence'"),
+            ({"mode": "sequence"}, "engine correction is 'sequence'; it must be one of"),
             ({"minimum": 3.0}, "minimum=3.0 and maximum=3.0 bound no weight"),
             ({"minimum": -1.0}, "minimum=-1.0 and maximum=3.0"),
         ],
@@ -107,7 +107,7 @@ class TestOffPolicyMask:
         assert want == [True, True, True, True, True, True, True, False]
 
     def test_refuses_a_threshold_of_zero(self) -> None:
-        with pytest.raises(ValueError, match="off_policy_mask_threshold=0 is not a finite number above 0"):
+        with pytest.raises(ValueError, match="off_policy_mask_threshold is 0; it must be above 0"):
             off_policy_mask(
                 TRAINER,
                 sampling_logprobs_N=ENGINE,

@@ -337,24 +337,28 @@ def test_wpo_weights_are_those_of_the_full_distributions() -> None:
 MESSAGES = [
     (
         {"loss_type": "sigmiod"},
-        "unknown loss_type 'sigmiod' (did you mean 'sigmoid'?): use one of sigmoid, hinge, ipo, exo_pair, nca_pair, "
-        "robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, sigmoid_norm",
+        "loss_type is 'sigmiod'; it must be one of sigmoid, hinge, ipo, exo_pair, nca_pair, "
+        "robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, sigmoid_norm; did you mean "
+        "'sigmoid'?",
     ),
     ({"loss_type": []}, "loss_type is an empty list: name at least one loss, such as 'sigmoid'"),
     (
         {"f_divergence_type": "forward"},
-        "unknown f_divergence_type 'forward' (did you mean 'forward_kl'?): use one of reverse_kl, forward_kl, "
-        "js_divergence, alpha_divergence",
+        "f_divergence_type is 'forward'; it must be one of reverse_kl, forward_kl, js_divergence, alpha_divergence; "
+        "did you mean 'forward_kl'?",
     ),
     (
         {"loss_type": "nca_pair", "f_divergence_type": "forward_kl"},
         "f_divergence_type 'forward_kl' is not defined for loss_type 'nca_pair': use 'reverse_kl', or one of discopop, "
         "exo_pair, hinge, ipo, robust, sft, sigmoid, sigmoid_norm",
     ),
-    ({"beta": -0.1}, "beta=-0.1 is not a finite number above 0: 0.1 is usual"),
-    ({"beta": float("nan")}, "beta=nan is not a finite number above 0: 0.1 is usual"),
-    ({"discopop_tau": 0.0}, "discopop_tau=0.0 is not a finite number above 0: 0.05 is usual"),
-    ({"label_smoothing": 0.5}, "label_smoothing=0.5 is outside [0, 0.5): use 0, or the rate of wrong labels"),
+    ({"beta": -0.1}, "beta is -0.1; it must be above 0 (0.1 is usual)"),
+    ({"beta": float("nan")}, "beta is nan; it must be above 0 and finite (0.1 is usual)"),
+    ({"discopop_tau": 0.0}, "discopop_tau is 0.0; it must be above 0 (0.05 is usual)"),
+    (
+        {"label_smoothing": 0.5},
+        "label_smoothing is 0.5; it must be in [0, 0.5) (0 is none; else the rate of wrong labels)",
+    ),
     (
         {"loss_type": "exo_pair"},
         "loss_type 'exo_pair' needs label_smoothing above 0, got 0: use 0.001, as its paper does",
@@ -390,7 +394,7 @@ def test_refusals(options: dict[str, object], message: str) -> None:
 
 def test_the_loss_itself_refuses_what_it_cannot_compute() -> None:
     pairs = make_pairs(2)
-    with pytest.raises(ValueError, match=r"^beta=0 is not a finite number above 0: 0\.1 is usual$"):
+    with pytest.raises(ValueError, match=r"^beta is 0; it must be above 0 \(0\.1 is usual\)$"):
         loss_of(pairs, "sigmoid", beta=0)
     message = (
         "chosen_logps has shape (2,) and rejected_logps (2, 1): give all of chosen_logps, rejected_logps, "

@@ -137,7 +137,7 @@ def test_aggregation(aggregation: str, oracle: Callable[[list[float]], float]) -
         ),
         (
             lambda: aggregate_step_scores(torch.ones(1), torch.tensor([0]), num_sequences=1, aggregation="prod"),
-            "unknown aggregation 'prod' (did you mean 'product'?): use one of min, product, last, mean",
+            "aggregation is 'prod'; it must be one of min, product, last, mean; did you mean 'product'?",
         ),
         (
             lambda: aggregate_step_scores(torch.ones(1), torch.tensor([1]), num_sequences=2),

@@ -162,7 +162,7 @@ REWARDS = torch.zeros(2)
         ),
         (
             lambda: bradley_terry_loss(REWARDS, REWARDS, label_smoothing=0.6),
-            "label_smoothing=0.6 is outside [0, 0.5): use 0, or the rate of wrong labels",
+            "label_smoothing is 0.6; it must be in [0, 0.5) (0 is none; else the rate of wrong labels)",
         ),
         (
             lambda: rao_kupper_loss(REWARDS, REWARDS, tie_P=torch.zeros(2), threshold=0.5),
@@ -170,15 +170,15 @@ REWARDS = torch.zeros(2)
         ),
         (
             lambda: rao_kupper_loss(REWARDS, REWARDS, tie_P=torch.zeros(2, dtype=torch.bool), threshold=0.0),
-            "threshold=0.0 is not a finite number above 0: 0.5 is usual",
+            "threshold is 0.0; it must be above 0 (0.5 is usual)",
         ),
         (
             lambda: rating_loss(REWARDS, REWARDS, loss_type="hubert"),
-            "unknown loss_type 'hubert' (did you mean 'huber'?): use one of mse, huber",
+            "loss_type is 'hubert'; it must be one of mse, huber; did you mean 'huber'?",
         ),
         (
             lambda: rating_loss(REWARDS, REWARDS, huber_delta=-1.0),
-            "huber_delta=-1.0 is not a finite number above 0: 1.0 is usual",
+            "huber_delta is -1.0; it must be above 0 (1.0 is usual)",
         ),
         (
             lambda: rating_loss(REWARDS, REWARDS[:, None]),

@@ -144,19 +144,22 @@ def test_smoothing_changes_the_losses_said_to_read_it(loss_type: str) -> None:
     [
         (
             {"loss_type": "sinpo"},
-            "unknown loss_type 'sinpo' (did you mean 'simpo'?): use one of simpo, alphapo, cpo, cpo_hinge, cpo_ipo, "
-            "orpo",
+            "loss_type is 'sinpo'; it must be one of simpo, alphapo, cpo, cpo_hinge, cpo_ipo, orpo; "
+            "did you mean 'simpo'?",
         ),
-        ({"beta": 0.0}, "beta=0.0 is not a finite number above 0: 2.0 is usual"),
-        ({"loss_type": "cpo", "beta": -1.0}, "beta=-1.0 is not a finite number above 0: 0.1 is usual"),
-        ({"gamma": -0.5}, "gamma=-0.5 is not a finite number of at least 0: 1.0 is usual"),
+        ({"beta": 0.0}, "beta is 0.0; it must be above 0 (2.0 is usual)"),
+        ({"loss_type": "cpo", "beta": -1.0}, "beta is -1.0; it must be above 0 (0.1 is usual)"),
+        ({"gamma": -0.5}, "gamma is -0.5; it must be at least 0 (1.0 is usual)"),
         ({"alpha": 11.0}, "alpha=11.0 is outside [-10, 10]: 0 is SimPO, 0.25 is usual"),
-        ({"label_smoothing": -0.1}, "label_smoothing=-0.1 is outside [0, 0.5): use 0, or the rate of wrong labels"),
+        (
+            {"label_smoothing": -0.1},
+            "label_smoothing is -0.1; it must be in [0, 0.5) (0 is none; else the rate of wrong labels)",
+        ),
         (
             {"loss_type": "orpo", "label_smoothing": 0.1},
             "label_smoothing=0.1 changes nothing in loss_type 'orpo': set it to 0, or use one of alphapo, cpo, simpo",
         ),
-        ({"nll_weight": -1.0}, "nll_weight=-1.0 is not a finite number of at least 0: 0.0 is usual"),
+        ({"nll_weight": -1.0}, "nll_weight is -1.0; it must be at least 0 (0.0 is usual)"),
     ],
 )
 def test_refusals(options: dict[str, object], message: str) -> None:
@@ -166,7 +169,7 @@ def test_refusals(options: dict[str, object], message: str) -> None:
 
 def test_the_loss_itself_refuses_what_it_cannot_compute() -> None:
     chosen, rejected = draw()
-    with pytest.raises(ValueError, match=r"^beta=0 is not a finite number above 0: 2\.0 is usual$"):
+    with pytest.raises(ValueError, match=r"^beta is 0; it must be above 0 \(2\.0 is usual\)$"):
         loss_of("simpo", chosen, rejected, beta=0)
     message = (
         "chosen_logps has shape (4,) and rejected_logps (3,): give all of chosen_logps, rejected_logps, "

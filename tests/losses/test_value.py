@@ -84,7 +84,7 @@ class TestExplainedVariance:
 
 def test_refuses_a_range_of_zero_and_unequal_shapes() -> None:
     one = torch.ones(1)
-    with pytest.raises(ValueError, match=r"^cliprange=0.0 is not a finite number above 0: 0.2 is usual$"):
+    with pytest.raises(ValueError, match=r"^cliprange is 0\.0; it must be above 0 \(0\.2 is usual\)$"):
         value_loss(one, old_values_N=one, returns_N=one, cliprange=0.0)
     with pytest.raises(ValueError, match="shape"):
         value_loss(torch.ones(2), old_values_N=one, returns_N=torch.ones(2))

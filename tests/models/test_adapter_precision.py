@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_lightning.distributed.fsdp2 import check_one_dtype, decoder_blocks
 from rlhf_lightning.models import load_causal_lm
-from rlhf_lightning.models.sharding import check_one_dtype, decoder_blocks
 
+from ..distributed.sharding_jobs import on_ranks, run_job
 from ..helpers import save_tiny_model
-from ..sharding_jobs import on_ranks, run_job
 
 METHODS = ("sft", "dpo")
 Jobs = dict[str, dict[str, Any]]

@@ -16,7 +16,16 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from rlhf_lightning.models import load_causal_lm, load_tokenizer
 from rlhf_lightning.models.reference import AdapterReference
 
-from ..helpers import ARCHITECTURES, EOS, EOS_ID, PAD_ID, VOCAB_SIZE, char_tokenizer, save_tiny_model, tiny_config
+from ..helpers import (
+    ARCHITECTURES,
+    EOS,
+    EOS_ID,
+    PAD_ID,
+    VOCAB_SIZE,
+    char_tokenizer,
+    save_tiny_model,
+    tiny_config,
+)
 
 Folder = Callable[..., Path]
 LORA = {"r": 4, "lora_alpha": 8}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.modules import PostTrainingModule
+from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.sequences import Example, ExampleBatch
 
 from ..invariance.harness import Batches, trainer

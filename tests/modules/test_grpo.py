@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import GRPOModule
-from rlhf_lightning.rollouts import Completion
+from rlhf_lightning.inference import Completion
 from rlhf_lightning.sequences import Example
 
 from ..helpers import save_tiny_model
-from .fixed_rollouts import FixedGRPO, fixed_completions, options, picky, prompts, remainder
+from ..rl.fixed_rollouts import FixedGRPO, fixed_completions, options, picky, prompts, remainder
 from .naive import Step, assert_gradient, naive_model, step
 
 GROUP, ROWS = 5, 6
@@ -389,7 +389,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"reference": "precomputed"}, "reference is 'precomputed'; it must be one of auto, frozen, adapter"),
     ({"rewards": []}, "rewards is empty; give at least one"),
     ({"rewards": "a.b"}, "it must be a list: write ['a.b']"),
-    ({"rewards": ["rlhf_lightning.rollouts.verifiers.exact"]}, "has nothing called 'exact'"),
+    ({"rewards": ["rlhf_lightning.rewards.exact_answer.exact"]}, "has nothing called 'exact'"),
     ({"reward_weights": [1.0]}, "weights has 1 entries for 2 rewards"),
 ]
 

@@ -17,7 +17,7 @@ from rlhf_lightning import PPOModule, ProcessRewardModule, RewardModule
 from rlhf_lightning.sequences import Example
 
 from ..helpers import EOS_ID, save_tiny_model
-from .fixed_rollouts import FixedPPO, fixed_completions, options, picky, prompts, remainder
+from ..rl.fixed_rollouts import FixedPPO, fixed_completions, options, picky, prompts, remainder
 from .naive import assert_gradient, naive_model, states, step
 
 GROUP, ROWS = 2, 6

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_lightning import ProcessRewardModule, RewardModule
+from rlhf_lightning.core.reward_options import bootstrap_weights
 from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule
-from rlhf_lightning.modules.reward_options import bootstrap_weights
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment
 
 from ..helpers import char_tokenizer, save_tiny_model, tiny_config, tiny_model

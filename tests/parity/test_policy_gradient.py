@@ -24,7 +24,7 @@ from rlhf_lightning.losses.policy_gradient import (
     importance_ratio,
     policy_gradient_loss,
 )
-from rlhf_lightning.rollouts.advantages import combine_rewards, gdpo_advantages, group_advantages
+from rlhf_lightning.rl.advantages import combine_rewards, gdpo_advantages, group_advantages
 
 pytest.importorskip("trl")
 

@@ -10,7 +10,7 @@ import yaml
 
 from rlhf_lightning.pipeline import load_pipeline
 from rlhf_lightning.pipeline.config import FitStage, SampleStage
-from rlhf_lightning.usage import UsageError
+from rlhf_lightning.utils.messages import UsageError
 
 PLAIN: dict[str, Any] = {
     "run_dir": "runs/x",

@@ -222,7 +222,7 @@ def test_a_policy_is_rewarded_by_the_model_of_an_earlier_stage(written, tmp_path
         "export": {},
         "evaluate": False,
     }
-    reward = {"class_path": "rlhf_lightning.modules.model_rewards.RewardModelReward"}
+    reward = {"class_path": "rlhf_lightning.rewards.RewardModelReward"}
     reward["init_args"] = {"model": "${outputs.reward.model}"}
     policy = {"model": "${outputs.sft.model}", "rewards": [reward], "max_completion_length": 4}
     written["stages"]["grpo"] = {

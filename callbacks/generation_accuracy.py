@@ -1,0 +1,100 @@
+"""Accuracy of what a model writes, which no loss on given texts can tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+
+from ..core import PostTrainingModule
+from ..distributed.collectives import sum_over_ranks
+from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
+from ..inference import LocalEngine, SamplingParams
+from ..sequences import Example
+
+
+class GenerationAccuracy(lightning.Callback):
+    """Logs ``val/accuracy``: the mean reward of greedy completions, after every validation and before training.
+
+    Each rank answers its own share of the prompts. What is logged before the first step goes to the loggers alone:
+    early stopping and ``ModelExport`` compare what comes after training has begun.
+
+    Args:
+        prompts: source of the prompts, as ``PromptDataModule`` takes it; rows need the columns that the verifier reads.
+        verifier: dotted path of a reward function, called as ``fn(prompts, completions, **columns)``.
+        max_new_tokens: tokens of a completion at most, at least 1.
+        limit: use the first so many prompts, at least 1; all if left out.
+        name: logged as ``val/<name>``.
+        before_training: also measure before the first step.
+        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name; by default those of
+            the trainer's datamodule.
+
+    Example::
+
+        accuracy = GenerationAccuracy("sums:prompts?split=validation&rows=200", max_new_tokens=64)
+        stop = EarlyStopping("val/accuracy", mode="max", patience=3)
+        lightning.Trainer(callbacks=[accuracy, stop], val_check_interval=8).fit(module, data)
+    """
+
+    def __init__(
+        self,
+        prompts: str | list[str],
+        verifier: str = "rlhf_lightning.rewards.exact_answer",
+        max_new_tokens: int = 256,
+        limit: int | None = None,
+        name: str = "accuracy",
+        before_training: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.prompts = prompts
+        self.verifier = load_verifier(verifier)
+        self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.limit = limit
+        self.name = f"val/{name}"
+        self.before_training = before_training
+        self.chat_template_kwargs = chat_template_kwargs
+        self._examples: list[Example] | None = None
+        self._measured: tuple[int, int] | None = None  # which module, at which step
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Measures the model that training starts from."""
+        if not self.before_training or trainer.global_step > 0 or self._measured == (id(pl_module), 0):
+            return
+        value = self.measure(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics({self.name: value}, step=0)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Measures the model that has just been validated."""
+        if not trainer.sanity_checking:
+            value = self.measure(trainer, pl_module)
+            pl_module.log(self.name, value, prog_bar=True, on_epoch=True, batch_size=1)
+
+    def measure(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> float:
+        """Answers the prompts and returns the mean reward over all ranks.
+
+        Raises:
+            ValueError: the module is none of ours, or the verifier gives no reward to any prompt.
+        """
+        if not isinstance(pl_module, PostTrainingModule):
+            raise ValueError(
+                f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}"
+            )
+        if self._examples is None:
+            settings = self.chat_template_kwargs
+            if settings is None:
+                settings = getattr(getattr(trainer, "datamodule", None), "chat_template_kwargs", None)
+            self._examples = read_prompts(
+                self.prompts, pl_module.tokenizer, limit=self.limit, chat_template_kwargs=settings
+            )
+        own = self._examples[trainer.global_rank :: trainer.world_size]
+        engine = LocalEngine(pl_module.model, pl_module.tokenizer)
+        groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)
+        rewards = [answer.reward for group in groups for answer in group if answer.reward is not None]
+        sums = {"reward": float(sum(rewards)), "rows": float(len(rewards))}
+        totals = sum_over_ranks(sums, torch.device(pl_module.device))
+        if not totals["rows"]:
+            raise ValueError(f"no reward for any of the prompts {self.prompts!r}: they lack what the verifier reads")
+        self._measured = (id(pl_module), trainer.global_step)
+        return totals["reward"] / totals["rows"]

@@ -1,0 +1,259 @@
+"""Export of a trained model as a plain Hugging Face folder, while training goes on or when it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.loggers import WandbLogger
+
+from ..core import PostTrainingModule
+from ..core.checkpoint_io import check_place
+from ..core.exports import check_merge
+from ..core.position import has_validation
+from ..utils.files import check_on_all_ranks, hold, recover, release, write_atomically
+
+_RECORDED = {"step", "monitor", "value"}  # what the file beside an export says, and nothing else
+
+
+class ModelExport(lightning.Callback):
+    """Writes the model and its tokenizer as a folder that ``from_pretrained`` loads.
+
+    The folder appears whole or not at all, and an earlier one stays until then; what a killed run left half-written is
+    cleaned up when the next one starts. ``<folder>.json`` beside it says at which step it was written, and with which
+    value of the monitored metric. A trainer may have several of these callbacks, each with a folder of its own.
+
+    Args:
+        folder: where to; ``{step}`` in its name becomes the number of optimizer steps, so that every export stays.
+        monitor: the logged metric by which the best model is chosen, after each validation; without one, the model is
+            written when training ends.
+        mode: whether more (``max``) or less (``min``) of the metric is better; if left out, its name says so, such as
+            ``val/loss`` or ``val/accuracy``.
+        merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
+        every_n_steps: write it every so many optimizer steps as well, at least 1; not with ``monitor``.
+        log_artifact: also hand every folder that is written to W&B, as a version of an artifact of type ``model`` with
+            the aliases ``latest`` and ``step-<number>``; offline it is copied and goes up with ``wandb sync``.
+
+    Raises:
+        ValueError: options that contradict each other; in training, a metric that is not logged.
+
+    Example::
+
+        lightning.Trainer(callbacks=[ModelExport("runs/best", monitor="val/loss", mode="min")]).fit(module, data)
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] | None = None,
+        merge_adapter: bool = False,
+        every_n_steps: int | None = None,
+        log_artifact: bool = False,
+    ) -> None:
+        if mode not in ("max", "min", None):
+            raise ValueError(
+                f"mode is {mode!r}; it must be max or min, or null for the direction that monitor suggests"
+            )
+        if every_n_steps is not None and (
+            isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
+        ):
+            raise ValueError(f"every_n_steps is {every_n_steps!r}; it must be a whole number of at least 1, or null")
+        if every_n_steps is not None and monitor is not None:
+            raise ValueError(
+                f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: leave one out, or use two ModelExport "
+                "callbacks with a folder each"
+            )
+        self.folder = Path(folder)
+        self.monitor = monitor
+        self.mode = direction_of(monitor) if mode is None and monitor is not None else mode
+        self.merge_adapter = merge_adapter
+        self.every_n_steps = every_n_steps
+        self.log_artifact = log_artifact
+        self.best_value: float | None = None
+        self.step: int | None = None
+        self._last_step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes the state of several of these callbacks."""
+        return self._generate_state_key(folder=str(self.folder), monitor=self.monitor, mode=self.mode)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Makes sure that the folder can be written and is no other run's, and cleans up after one that was killed."""
+        if stage == "fit" and not _is_trial(trainer):
+            check_on_all_ranks(trainer, self._prepare_place)
+
+    def _prepare_place(self) -> None:
+        check_place(self.folder.parent, "the model")
+        hold(self.folder)
+        recover(Path(str(self.folder).replace("{step}", "*")).expanduser().absolute())
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuses, before anything is trained, what could not be exported: over a foreign folder, or merged."""
+        if isinstance(pl_module, PostTrainingModule) and not _is_trial(trainer):
+            if self.merge_adapter:
+                check_merge(pl_module)
+            check_on_all_ranks(trainer, lambda: self._check_places(pl_module, trainer.global_step))
+
+    def _check_places(self, module: PostTrainingModule, step: int) -> None:
+        before, numbered, after = self.folder.name.partition("{step}")
+        places = [self.folder]
+        if numbered:
+            pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}(\.json)?")
+            found = [(path, pattern.fullmatch(path.name)) for path in sorted(self.folder.parent.glob("*"))]
+            numbers = {int(match[1]) for _, match in found if match is not None}
+            places = [self.folder.with_name(f"{before}{n}{after}") for n in sorted(numbers) if n > step]
+        for place in places:
+            module.check_export(str(place), merge_adapter=self.merge_adapter)
+            record = place.with_name(f"{place.name}.json")
+            if record.exists() and not _is_record(record):
+                raise ValueError(
+                    f"{str(record)!r} is there already and was not written by ModelExport, which would replace it: "
+                    "move it away, or choose another folder"
+                )
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Starts counting where training starts.
+
+        Raises:
+            ValueError: a metric of validation is to choose, and there are no validation rows.
+        """
+        self._last_step = trainer.global_step
+        if self.monitor is not None and not has_validation(trainer):
+            raise ValueError(
+                f"monitor is {self.monitor!r}, and there are no validation rows by which to choose: set the "
+                "datamodule's val, or leave monitor out to export the model of the last step"
+            )
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the model if the batch has passed a multiple of ``every_n_steps``."""
+        every = self.every_n_steps
+        if every is not None and trainer.global_step // every > self._last_step // every:
+            self._write(trainer, pl_module)
+        self._last_step = trainer.global_step
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes the model if it is the best so far; of equals the first is kept."""
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise ValueError(f"monitor is {self.monitor!r}, which is not logged at validation (logged: {logged})")
+        value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):
+            return
+        if self.best_value is None or (value > self.best_value if self.mode == "max" else value < self.best_value):
+            self.best_value = value
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes the model as it is at the end, unless a metric has chosen one."""
+        if self.monitor is not None and self.best_value is None:
+            rank_zero_warn(
+                f"{self.monitor!r} was never measured in {trainer.global_step} steps: the model is exported as it is "
+                "now; validate more often (trainer.val_check_interval)"
+            )
+            self._write(trainer, pl_module)
+        if self.monitor is None and self.step != trainer.global_step:
+            self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes it where a run is resumed that was killed after its last step, and has nothing left to train."""
+        if self.monitor is None and not (self.step == trainer.global_step and self._place(trainer).is_dir()):
+            self._write(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets other runs write to the folder."""
+        release(self.folder)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Lets other runs write to the folder."""
+        release(self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know so as not to replace a better model."""
+        return {"best_value": self.best_value, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up where an earlier run was."""
+        self.best_value, self.step = state_dict["best_value"], state_dict["step"]
+
+    def _place(self, trainer: lightning.Trainer) -> Path:
+        return Path(str(self.folder).replace("{step}", str(trainer.global_step)))
+
+    def _write(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not isinstance(pl_module, PostTrainingModule):
+            raise ValueError(f"ModelExport needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+        if _is_trial(trainer):
+            return
+        folder = self._place(trainer)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        pl_module.save_pretrained(str(folder), merge_adapter=self.merge_adapter)
+        self.step = trainer.global_step
+        check_on_all_ranks(trainer, lambda: self._record(trainer, folder))
+
+    def _record(self, trainer: lightning.Trainer, folder: Path) -> None:
+        record = {"step": self.step, "monitor": self.monitor, "value": self.best_value}
+        write_atomically(folder.with_name(f"{folder.name}.json"), json.dumps(record) + "\n")
+        for logger in trainer.loggers if self.log_artifact else ():
+            if isinstance(logger, WandbLogger):
+                self._log_artifact(logger, folder, record)
+
+    def _log_artifact(self, logger: WandbLogger, folder: Path, record: dict[str, Any]) -> None:
+        import wandb  # there if its logger is
+
+        run: Any = logger.experiment
+        name = re.sub(r"[^\w.-]+", "-", self.folder.name.replace("{step}", "")).strip("-_.") or "model"
+        artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=record)
+        artifact.add_dir(str(folder))
+        run.log_artifact(artifact, aliases=["latest", f"step-{self.step}"])
+
+
+# Words of a metric's name by which it is known whether more of it is better.
+_MORE = {"accuracy", "accuracies", "reward", "rewards", "margin", "margins", "f1", "auc"}
+_LESS = {"loss", "perplexity", "nll", "kl", "error", "errors", "mse", "mae", "brier", "failures"}
+_NEITHER = {"std", "rejected", "min", "max", "ratio"}
+
+
+def direction_of(monitor: str) -> Literal["max", "min"]:
+    """Whether more or less of a metric is better, by its name.
+
+    Raises:
+        ValueError: the name does not say.
+
+    Example:
+        >>> direction_of("val/loss"), direction_of("val/rewards/accuracies")
+        ('min', 'max')
+    """
+    words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
+    if words & _LESS and not words & _NEITHER:
+        return "min"
+    if words & _MORE and not words & _NEITHER:
+        return "max"
+    raise ValueError(
+        f"monitor is {monitor!r}, whose name does not say whether more of it is better: set mode to max or min"
+    )
+
+
+def _is_trial(trainer: Any) -> bool:
+    """Whether the trainer only tries everything once (``fast_dev_run``), which writes and deletes nothing."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file beside an export is one of ours."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.keys() == _RECORDED

@@ -1,0 +1,236 @@
+"""An average of the weights along the way, which is what is measured and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..core import PostTrainingModule
+from ..distributed.fsdp2 import sharded_like, sharded_units
+
+
+class WeightAverage(lightning.Callback):
+    r"""Keeps an exponential moving average of the trained weights, and shows it wherever the model is looked at.
+
+    Papers: Polyak & Juditsky, 1992; Averaging Weights Leads to Wider Optima (Izmailov et al., 2018, arXiv:1803.05407);
+    the bias correction is Adam's (Kingma & Ba, 2015, arXiv:1412.6980, section 3). After optimizer step t,
+
+    .. math:: a_t = a_{t-1} + \frac{1 - d}{1 - d^t} (w_t - a_{t-1}),
+        \qquad\text{so}\qquad a_t = \frac{1 - d}{1 - d^t} \sum_{k=1}^{t} d^{t-k} w_k
+
+    so no warm-up is needed: the first average is the first weights, and what training started from is not in it. With
+    d = 1 the factor is 1 / t: the plain mean.
+
+    Training goes on with its own weights. Validation (``GenerationAccuracy`` and ``SampleLogger`` included), test and
+    predict of the same trainer, and ``save_pretrained`` (``ModelExport``) see the average. A checkpoint holds both, and
+    a resumed run goes on with both. What is averaged is what is trained: with LoRA the adapter, never a reference;
+    every optimizer step counts, also where a batch makes several of them. Where weights are sharded (``fsdp2``), so is
+    their average; checkpoints hold it whole, and move between strategies and numbers of ranks.
+
+    Departure from Lightning's ``EMAWeightAveraging``: that one copies the whole module, frozen weights and references
+    included, counts batches, shows training weights to what runs when validation ends, and cannot be sharded.
+
+    Args:
+        decay: d, in [0, 1]; about the last 1 / (1 - d) steps are in the average.
+        start_step: optimizer steps that are left out at the beginning, at least 0.
+
+    Raises:
+        ValueError: a number out of range; a module that is none of ours, or a checkpoint whose average is of other
+            weights.
+
+    Example::
+
+        callbacks = [WeightAverage(decay=0.99), ModelExport("runs/dpo/model")]
+        lightning.Trainer(callbacks=callbacks).fit(module, data)
+    """
+
+    def __init__(self, decay: float = 0.999, start_step: int = 0) -> None:
+        if isinstance(decay, bool) or not 0 <= decay <= 1:
+            raise ValueError(f"decay is {decay!r}; it must be in [0, 1] (0.99 averages about 100 steps, 1 all of them)")
+        if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
+            raise ValueError(f"start_step is {start_step!r}; it must be a whole number of at least 0")
+        self.decay = decay
+        self.start_step = start_step
+        self.num_steps = 0  # of the optimizer, those before start_step included
+        self.average: dict[str, Tensor] = {}
+        self._is_loaded = False  # from a checkpoint: whole, and on the CPU
+        self._module: PostTrainingModule | None = None
+        self._own: dict[str, Tensor] | None = None  # the weights that train, while the average is in their place
+        self._hook: Any = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Forgets the average of another module, and lets exports of this one see its own."""
+        if not isinstance(pl_module, PostTrainingModule):
+            raise ValueError(f"WeightAverage needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+        if self._module is pl_module:
+            return
+        self.num_steps, self.average, self._is_loaded, self._module = 0, {}, False, pl_module
+        attributes = vars(pl_module)
+        attributes.pop("save_pretrained", None)  # of an earlier average
+        export = pl_module.save_pretrained
+
+        @wraps(export)
+        def averaged(*args: Any, **kwargs: Any) -> None:
+            with self.shown():
+                export(*args, **kwargs)
+
+        attributes["save_pretrained"] = averaged
+
+    # Training.
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Puts a loaded average beside the weights that it is of, and counts the optimizer's own steps."""
+        self._place()
+        self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._step())
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self.num_steps += 1
+        count = self.num_steps - self.start_step
+        if count < 1:
+            return
+        trained = self._trained()
+        # A checkpoint that was made without this callback has no average: it begins where the run goes on.
+        if not self.average:
+            self.average = {name: _exact(weight).clone() for name, weight in trained.items()}
+            self.start_step = self.num_steps - 1
+            return
+        factor = 1 / count if self.decay == 1 else (1 - self.decay) / (1 - self.decay**count)
+        for name, weight in trained.items():
+            self.average[name].lerp_(_exact(weight), factor)
+
+    def _place(self) -> None:
+        if self.average:
+            self.average = _placed(self.average, self._trained())
+        self._is_loaded = False
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        assert self._module is not None
+        return {name: weight for name, weight in self._module.named_parameters() if weight.requires_grad}
+
+    # Looking.
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Puts the average in the place of the weights for a while; nothing happens where there is none yet."""
+        nested = self._own is not None
+        self._show()
+        try:
+            yield
+        finally:
+            if not nested:
+                self._hide()
+
+    def _show(self) -> None:
+        if not self.average or self._own is not None:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # what is made in it could not train again
+            trained = self._sharded()
+            if self._is_loaded:  # a checkpoint is validated without training
+                self._place()
+            self._own = {name: weight.detach().clone() for name, weight in trained.items()}
+            _put(trained, self.average)
+
+    def _hide(self) -> None:
+        if self._own is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            _put(self._sharded(), self._own)
+        self._own = None
+
+    def _sharded(self) -> dict[str, nn.Parameter]:
+        assert self._module is not None
+        for unit in sharded_units(self._module):
+            unit.reshard()  # it may hold what it has gathered for the last forward
+        return self._trained()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Shows the average."""
+        self._show()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Goes back to the weights that train, before checkpoints are made: Lightning calls those last."""
+        self._hide()
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Shows the average."""
+        self._show()
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Goes back to the weights that train."""
+        self._hide()
+
+    def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Shows the average."""
+        self._show()
+
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Goes back to the weights that train."""
+        self._hide()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Goes back to the weights that train; a checkpoint may follow."""
+        self._hide()
+        self._unhook()
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stops counting; the average stays, for exports and for what the same trainer measures."""
+        self._unhook()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    # Resuming.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, and how many steps there were."""
+        return {"num_steps": self.num_steps, "start_step": self.start_step, "average": dict(self.average)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up where an earlier run was."""
+        self.num_steps, self.average = state_dict["num_steps"], dict(state_dict["average"])
+        self._is_loaded = True
+        if self.average:
+            self.start_step = state_dict["start_step"]
+
+
+def _put(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, weight in trained.items():
+        weight.copy_(values[name])
+
+
+def _exact(weight: Tensor) -> Tensor:
+    """At least fp32: in half a precision, a thousandth of a step would be rounded away."""
+    value = weight.detach()
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _placed(average: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """A loaded average on the devices, and in the shards, of the weights."""
+    wrong = sorted(average.keys() ^ trained.keys()) or sorted(
+        name for name, weight in trained.items() if average[name].shape != weight.shape
+    )
+    if wrong:
+        raise ValueError(
+            f"the checkpoint's average is not one of the weights that are trained here ({len(wrong)} differ, the first "
+            f"{wrong[0]!r}): use the options that it was made with, or leave WeightAverage out"
+        )
+    placed: dict[str, Tensor] = {}
+    for name, weight in trained.items():
+        value = average[name]
+        if isinstance(weight, DTensor) and not isinstance(value, DTensor):
+            placed[name] = sharded_like(value, weight)
+        else:
+            placed[name] = value.to(weight.device, copy=True)
+    return placed

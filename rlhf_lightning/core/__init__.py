@@ -1,0 +1,7 @@
+"""Core: what all methods share: micro-batching, gradients over ranks, checkpoints and resuming, checks, logging."""
+
+from .lr_schedules import WarmupSchedule
+from .module import PostTrainingModule
+from .reference_module import ReferencedModule
+
+__all__ = ["PostTrainingModule", "ReferencedModule", "WarmupSchedule"]

@@ -1,0 +1,42 @@
+"""What goes along with a module's model when it is exported, and whether it can be exported as it is to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..data.tokenization import RowTokenizer
+from ..models.merged_weights import check_mergeable
+
+
+def trained_end_tokens(module: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that answers end with in what the datamodule makes of rows, or would make of them.
+
+    Args:
+        module: a ``PostTrainingModule``.
+        tokenizer: what is exported with it.
+    """
+    trainer = module._trainer
+    rows = None if trainer is None else getattr(getattr(trainer, "datamodule", None), "rows", None)
+    return (rows if isinstance(rows, RowTokenizer) else RowTokenizer(tokenizer)).end_tokens
+
+
+def check_merge(module: Any) -> None:
+    """Checks that an adapter can be added to the weights, before it is trained; every rank calls it.
+
+    Args:
+        module: a ``PostTrainingModule``.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    module.configure_model()
+    if isinstance(module.model, PeftModel):
+        if getattr(module, "takes_turns", False):
+            raise ValueError(
+                f"merge_adapter is true, but ensemble 'adapters' has {module.num_models} adapters, which cannot become "
+                "one model: set merge_adapter=False, and load the folder with RewardModule.from_pretrained"
+            )
+        check_mergeable(module.model)

@@ -1,0 +1,56 @@
+"""What several methods read from a packed batch to make their rows.
+
+Legend: P paths, S sequences, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributed.collectives import Scores
+from ..sequences import Example, SequenceBatch
+
+
+def num_scored(example: Example) -> list[int]:
+    """Scored tokens of each sequence of an example."""
+    return [len(weights) for weights in example.weights_per_sequence()]
+
+
+def check_pairs(examples: Sequence[Example]) -> None:
+    """Raises unless every example has two sequences, the chosen one first, each with a scored token.
+
+    Raises:
+        ValueError: the row, what it has, and which datamodule makes pairs.
+    """
+    for example in examples:
+        scored = num_scored(example)
+        if len(scored) != 2 or 0 in scored:
+            raise ValueError(
+                f"row {example.row_id} has {len(scored)} sequences with {scored} scored tokens; a pair has two with at "
+                "least one each: use PreferenceDataModule"
+            )
+
+
+def pair_rows(name: str, values_S: Tensor) -> Scores:
+    """Splits values of sequences, chosen and rejected in turn, into rows: ``{}`` in the name becomes either word."""
+    values = values_S.view(-1, 2)
+    return {name.format("chosen"): values[:, 0], name.format("rejected"): values[:, 1]}
+
+
+def scored_lengths(batch: SequenceBatch) -> Tensor:
+    """``(S,)`` how many scored tokens each sequence has."""
+    return torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
+
+
+def scored_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Where the scored tokens themselves are, not the tokens before them.
+
+    Returns:
+        ``(N,)`` flat positions in the forest, and ``(N,)`` positions along their paths.
+    """
+    first_P = batch.lengths.cumsum(0) - batch.lengths
+    depth_N = batch.source_depth + 1
+    return batch.path_index[first_P[batch.source_path] + depth_N], depth_N

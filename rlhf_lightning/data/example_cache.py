@@ -1,0 +1,183 @@
+"""Tokenised examples on disk: a set of rows is tokenised once, and again when anything that it depends on changes.
+
+An entry's name is a digest of the rows themselves, the tokenizer, the options, and the code that makes examples; where
+one of these cannot be told exactly (a transform or a datamodule of one's own, a template that writes today's date),
+nothing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from hashlib import blake2b
+from importlib.metadata import version
+from inspect import isfunction
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..sequences import example
+from .example_store import ExampleStore
+from .files import RowFile, RowSource
+from .sources import JoinedRows, MemoryRows, RenamedRows
+from .transformed_rows import PairedRows, TransformedRows
+
+# Fewer rows are tokenised faster than they are looked up.
+LEAST_ROWS = 2000
+_MOST_ENTRIES = 16
+_ENTRY = re.compile(r"[0-9a-f]{64}\.npz")
+_PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow", "numpy")
+_OWN = __name__.rpartition(".")[0]
+
+
+def cache_folder() -> Path | None:
+    """Where entries are: ``RLHF_LIGHTNING_CACHE``, or the user's cache folder; ``None`` where the variable is 0."""
+    chosen = os.environ.get("RLHF_LIGHTNING_CACHE")
+    if chosen is None:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_lightning"
+    return None if chosen in ("", "0") else Path(chosen).expanduser()
+
+
+def entry_name(source: RowSource, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str | None:
+    """The name of an entry; ``None`` where what examples depend on cannot be told exactly.
+
+    Args:
+        source: the rows.
+        tokenizer: what they are tokenised by.
+        options: all else that an example depends on, as plain values.
+    """
+    rows, words = _digest_of_rows(source), _digest_of_tokenizer(tokenizer)
+    if rows is None or words is None:
+        return None
+    try:
+        content = json.dumps([rows, words, _code(), options], sort_keys=True)
+    except TypeError:
+        return None
+    return blake2b(content.encode(), digest_size=32).hexdigest()
+
+
+def read_entry(name: str) -> tuple[ExampleStore, dict[str, int]] | None:
+    """The examples of an entry and the report on them; ``None`` where there is none, or a damaged one."""
+    folder = cache_folder()
+    path = None if folder is None else folder / f"{name}.npz"
+    if path is None or not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        about = json.loads(arrays.pop("about").tobytes())
+        if about["digest"] != _digest_of_arrays(arrays):
+            return None
+        store = ExampleStore.from_arrays(arrays, about["row_ids"], about["fields"])
+        os.utime(path)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+    return store, about["report"]
+
+
+def write_entry(name: str, store: ExampleStore, report: Mapping[str, int]) -> None:
+    """Keeps examples under a name, unless their fields cannot be written exactly; a full disk is no error."""
+    folder = cache_folder()
+    arrays, row_ids, fields = store.to_arrays()
+    try:
+        about = {"row_ids": row_ids, "fields": fields, "report": dict(report), "digest": _digest_of_arrays(arrays)}
+        written = json.dumps(about)
+    except (TypeError, ValueError):
+        return
+    again = json.loads(written)["fields"]
+    if folder is None or any(repr(one) != repr(two) for one, two in zip(again, fields, strict=True)):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.savez(file, allow_pickle=False, about=np.frombuffer(written.encode(), np.uint8), **arrays)
+            Path(partial).replace(folder / f"{name}.npz")
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        entries = sorted((file for file in folder.iterdir() if _ENTRY.fullmatch(file.name)), key=_used)
+        for old in entries[:-_MOST_ENTRIES]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def _used(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # another process removed it
+        return 0.0
+
+
+def _digest_of_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    digest = blake2b(digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].dtype}{len(arrays[name])}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_rows(source: RowSource) -> Any:
+    """All that decides on a source's rows and their names; ``None`` where that cannot be told."""
+    if isinstance(source, RowFile):
+        with source.path.open("rb") as file:
+            digest = blake2b(digest_size=32)
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return [type(source).__name__, source.name, source.path.suffix.lower(), digest.hexdigest()]
+    if isinstance(source, JoinedRows):
+        parts = [_digest_of_rows(part) for part in source.parts]
+        return None if None in parts else [type(source).__name__, source.name, parts, getattr(source, "time", 0)]
+    if isinstance(source, MemoryRows):
+        if not isinstance(source.rows, list):
+            return None
+        try:
+            return [source.name, blake2b(json.dumps(source.rows).encode(), digest_size=32).hexdigest()]
+        except TypeError:
+            return None
+    inner = getattr(source, "inner", None)
+    rows = None if inner is None else _digest_of_rows(inner)
+    if rows is None:
+        return None
+    if isinstance(source, RenamedRows):
+        return ["renamed", sorted(source.columns.items()), rows]
+    if isinstance(source, PairedRows):
+        return ["paired", list(source.weights.items()), rows]
+    if isinstance(source, TransformedRows) and isfunction(source.transform):
+        function = source.transform
+        if function.__module__.startswith(f"{_OWN}.") and function.__closure__ is None:
+            return ["transformed", function.__module__, function.__qualname__, rows]
+    return None
+
+
+def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All that decides on tokens; ``None`` for a tokenizer or a template whose work depends on anything else."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = tokenizer.chat_template
+    known = type(tokenizer).__module__.startswith("transformers.")
+    if backend is None or not known or "strftime_now" in json.dumps(template):
+        return None
+    # Settings are attributes as well: add_bos_token, the special tokens, a longest length.
+    settings = {key: repr(value) for key, value in vars(tokenizer).items() if key != "_tokenizer"}
+    return [type(tokenizer).__qualname__, backend.to_str(), template, settings]
+
+
+@cache
+def _code() -> list[str]:
+    """The code that makes examples: a digest of our own, and the versions of what it calls."""
+    room = Path(__file__).parent
+    rooms = (room, room.parent / "datamodules")
+    files = [file for room in rooms for file in room.rglob("*.py")] + [Path(example.__file__)]
+    digest = blake2b(digest_size=32)
+    for file in sorted(files):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return [digest.hexdigest(), *(version(name) for name in _PACKAGES)]

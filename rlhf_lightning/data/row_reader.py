@@ -1,0 +1,123 @@
+"""From the rows of a source to the examples that are kept, with what happened to the others on record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from ..sequences.example import Example
+from ..utils.progress import progress
+from .cell_checks import one_line
+from .example_store import ExampleStore
+from .files import LeftOutError, RowSource
+from .tokenization import OnTooLong, TooLongError, fit, longest
+
+OnBadRow = Literal["error", "skip"]
+
+_SHOWN_BAD_ROWS = 3
+
+
+class RowReader:
+    """Makes the examples of rows, brings them within a length, and counts.
+
+    Args:
+        source: the rows.
+        make: makes the examples of one row; called with the row's id and its columns.
+        max_length: tokens that a sequence may have; ``None`` = any number.
+        on_too_long: what to do with a longer one.
+        on_bad_row: ``error`` at a row that cannot be used, or ``skip`` it.
+        opening: tokens that a cut start of a text keeps.
+
+    Attributes:
+        report: ``rows`` read, ``examples`` made of them, ``kept``, ``dropped`` (too long), ``truncated`` (and kept),
+            ``bad`` (rows skipped), ``left_out`` (rows, by the transform), ``tokens`` (shared ones once) and the
+            ``longest`` sequence among those kept.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        make: Callable[[str, dict[str, Any]], list[Example]],
+        *,
+        max_length: int | None = None,
+        on_too_long: OnTooLong = "drop",
+        on_bad_row: OnBadRow = "error",
+        opening: Sequence[int] = (),
+    ) -> None:
+        self.source = source
+        self.make = make
+        self.max_length = max_length
+        self.on_too_long = on_too_long
+        self.on_bad_row = on_bad_row
+        self.opening = opening
+        names = ("rows", "examples", "kept", "dropped", "truncated", "bad", "left_out", "tokens", "longest")
+        self.report = dict.fromkeys(names, 0)
+
+    def read(self, row_id: str, stored: Any) -> list[Example]:
+        """Makes what is kept of one stored row.
+
+        Raises:
+            ValueError: ``<file>:<line>: what is wrong, what is expected``, unless bad rows are skipped.
+        """
+        self.report["rows"] += 1
+        try:
+            examples = self.make(row_id, self.source.parse(stored))
+            fitted = [fit(example, self.max_length, self.on_too_long, self.opening) for example in examples]
+        except LeftOutError:
+            self.report["left_out"] += 1
+            return []
+        except TooLongError as error:
+            raise ValueError(one_line(f"{row_id}: {error}")) from error
+        except ValueError as error:
+            message = one_line(f"{row_id}: {error}")
+            if self.on_bad_row == "error":
+                raise ValueError(message) from error
+            self.report["bad"] += 1
+            if self.report["bad"] <= _SHOWN_BAD_ROWS:
+                rank_zero_warn(f"skipped {message}")
+            return []
+        return self._count(fitted)
+
+    def read_all(self) -> ExampleStore:
+        """Makes the examples of all rows.
+
+        Raises:
+            ValueError: for the first bad row, and if no example is left.
+        """
+        store = ExampleStore()
+        rows = progress(self.source.raw(), f"tokenizing {self.source.name}", self.source.num_rows)
+        for row_id, stored in rows:
+            for example in self.read(row_id, stored):
+                store.append(example)
+        if not len(store):
+            raise ValueError(f"no example is left: {self.describe()}")
+        rank_zero_info(self.describe())
+        return store
+
+    def describe(self) -> str:
+        """The report in one line."""
+        report = self.report
+        parts = [f"{report['rows']} rows", f"{report['kept']} of {report['examples']} examples kept"]
+        if report["dropped"]:
+            parts.append(f"{report['dropped']} dropped as longer than max_length={self.max_length}")
+        if report["truncated"]:
+            parts.append(f"{report['truncated']} cut to max_length={self.max_length} ({self.on_too_long})")
+        if report["bad"]:
+            parts.append(f"{report['bad']} bad rows skipped")
+        if report["left_out"]:
+            parts.append(f"{report['left_out']} rows left out by the transform")
+        parts.append(f"{report['tokens']} tokens, longest sequence {report['longest']}")
+        return f"{self.source.name}: {', '.join(parts)}"
+
+    def _count(self, fitted: list[tuple[Example | None, bool]]) -> list[Example]:
+        kept = [example for example, _ in fitted if example is not None]
+        report = self.report
+        report["examples"] += len(fitted)
+        report["kept"] += len(kept)
+        report["dropped"] += len(fitted) - len(kept)
+        report["truncated"] += sum(cut for _, cut in fitted)
+        report["tokens"] += sum(example.root.num_tokens for example in kept)
+        report["longest"] = max([report["longest"], *(longest(example.root) for example in kept)])
+        return kept

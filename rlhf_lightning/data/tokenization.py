@@ -1,0 +1,337 @@
+"""Rows in normal form become token trees: prompt and completions apart, chats turn by turn as the template has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..sequences.branching import WeightedPath, Weights, grow_tree
+from ..sequences.example import Segment
+from .cell_checks import end_step
+from .chat_template import ChatTemplate, Turn, is_begun, with_turn
+from .formats import Row
+from .lengths import OnTooLong, TooLongError, fit, has_equal_sequences, longest
+from .messages import Messages, check_no_tools, check_rendered
+from .text_tokens import encode, opening_tokens, prompt_tokens
+
+if TYPE_CHECKING:
+    TokenizerSource: TypeAlias = str | PreTrainedTokenizerBase
+else:
+    # No class is among them: the command line would open a file named here as the configuration of an object of it.
+    TokenizerSource = str
+
+__all__ = ["OnTooLong", "RowTokenizer", "TooLongError", "Turns", "fit", "has_equal_sequences", "longest"]
+
+Turns = Literal["all", "last"]
+
+
+class RowTokenizer:
+    """Makes token trees of rows.
+
+    A prompt and its completions are tokenised apart: joint tokenisation lets a completion change the prompt's last
+    token, and generation never sees that token. Whatever the tokenizer puts in front of a text (a beginning-of-sequence
+    token) goes in front of the prompt, and no blank in front of what continues it; an empty prompt is the
+    beginning-of-sequence token, or else the end-of-sequence token. The end-of-sequence token closes every completion
+    once and is scored.
+
+    Of a chat, each turn of the assistant is scored in the context in which it is generated: behind what the template
+    makes of everything before it, generation prompt included. Turns whose contexts extend one another are one path;
+    where the template renders earlier turns otherwise (reasoning left out, say), paths fork. A turn ends with the first
+    token of the vocabulary's added ones that the template writes behind its content; where there is none, the
+    end-of-sequence token is added. What the template writes after that is context: no model is asked to generate it.
+
+    Args:
+        tokenizer: with an end-of-sequence token, and with a chat template if rows hold messages.
+        chat_template_kwargs: handed to the chat template beside a row's own, which win by name.
+
+    Raises:
+        ValueError: if the tokenizer has no end-of-sequence token.
+
+    Example:
+        ``RowTokenizer(tokenizer).answers(Row("2+2=", ("4",)))`` is a segment of the prompt's tokens with one child, the
+        tokens of ``4`` and of the end of the sequence, each of weight 1.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-sequence token: set tokenizer.eos_token to the one that ends an answer"
+            )
+        self.tokenizer = tokenizer
+        self.eos = cast(int, tokenizer.eos_token_id)
+        self.opening = opening_tokens(tokenizer)
+        self.chat = ChatTemplate(tokenizer, chat_template_kwargs)
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """What a text begins with that a cut should leave: what the tokenizer opens it with, or a template may."""
+        bos = self.tokenizer.bos_token_id
+        return self.opening or ([] if bos is None else [cast(int, bos)])
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that trained answers end with: those of the chat template, then the end-of-sequence token."""
+        return list(dict.fromkeys([*self.chat.end_tokens(), self.eos]))
+
+    def answers(self, row: Row, *, assistant_only: bool = True, prompt_loss: bool = False) -> Segment:
+        """Makes the tree of a prompt with its completions.
+
+        Args:
+            row: with at least one completion.
+            assistant_only: give weight 0 to what others than the assistant say within a completion of several messages.
+            prompt_loss: score the prompt too, from its second token.
+
+        Returns:
+            The prompt with one child per completion; or, where the turns of a completion have contexts that do not
+            begin with the prompt, what they have in common, with one sequence per completion.
+
+        Raises:
+            ValueError: for a completion without anything to learn, and for a template's errors.
+        """
+        if all(isinstance(completion, str) for completion in row.completions):
+            prompt = np.asarray(self.prompt(row))
+            children = [self._text_answer(cast(str, completion), bool(row.prompt)) for completion in row.completions]
+            return Segment(prompt, _all_but_first(len(prompt)) if prompt_loss else None, children)
+        history = cast(Messages, row.prompt)
+        sequences = [self._completion(row, cast(Messages, c), assistant_only) for c in row.completions]
+        trunk = sequences[0][0][0][: _first_scored(sequences[0][0][1])]
+        if not history:
+            trunk = np.asarray(self.prompt(row))
+        if prompt_loss:
+            for (_, weights), *_ in sequences:
+                weights[1 : len(trunk)] = 1.0
+        return grow_tree(sequences, trunk)
+
+    def whole(self, row: Row, *, assistant_only: bool = True, turns: Turns = "all") -> Segment:
+        """Makes the tree of a row that is all text or all conversation.
+
+        Args:
+            row: without completions.
+            assistant_only: score only what the assistant says in a conversation; otherwise all but the first token of
+                the conversation as the template renders it, in one piece.
+            turns: of the assistant that are scored: ``all``, or the ``last``.
+
+        Returns:
+            One segment, closed by the end-of-sequence token or the template's own; or a tree, where turns have contexts
+            that do not extend one another.
+
+        Raises:
+            ValueError: if nothing in it is scored.
+        """
+        if isinstance(row.prompt, str):
+            check_no_tools(row.template)
+            tokens = np.asarray(self._closed(prompt_tokens(self.tokenizer, row.prompt)))
+            paths = [(tokens, np.ones(len(tokens), np.float32))]
+        elif assistant_only:
+            spoken = [n for n, message in enumerate(row.prompt) if _is_learnt(message)]
+            spoken = spoken[-1:] if turns == "last" else spoken
+            paths = self._turns(row.prompt, spoken, row.template, marked=True)
+        else:
+            paths = [self._rendering(row.prompt, row.template)]
+        for _, weights in paths:
+            weights[0] = 0.0  # nothing comes before it
+        paths = [_trimmed(path) for path in paths if path[1].any()]
+        if not paths:
+            raise ValueError("no token to learn from: expected a message of role 'assistant' with some content")
+        return grow_tree([paths])
+
+    def prompt(self, row: Row) -> list[int]:
+        """The tokens of a row's prompt, as they are fed to a model that is to answer it."""
+        if isinstance(row.prompt, str):
+            check_no_tools(row.template)
+        if isinstance(row.prompt, str) or not row.prompt:
+            return prompt_tokens(self.tokenizer, cast(str, row.prompt or ""))
+        text = self.chat.context(row.prompt, row.template)
+        check_rendered(row.prompt, self.chat.merged(row.template), text)
+        return encode(self.tokenizer, text)
+
+    def steps(self, row: Row, separator: str) -> Segment:
+        """Makes the tree of a prompt with a solution in steps.
+
+        Args:
+            row: whose completions are the steps, as strings.
+            separator: what ends each step.
+
+        Returns:
+            The prompt with one child, the steps one after the other; the last token of each step has weight 1, all
+            others 0, so that the scored tokens are the places where the row's labels belong, in their order.
+        """
+        prompt = self.prompt(row)
+        tokens: list[int] = []
+        weights: list[float] = []
+        for step in row.completions:
+            ids = self.continued(end_step(cast(str, step), separator))
+            tokens += ids
+            weights += [0.0] * (len(ids) - 1) + [1.0]
+        return Segment(np.asarray(prompt), None, (Segment(np.asarray(tokens), np.asarray(weights, np.float32)),))
+
+    def continued(self, text: str) -> list[int]:
+        """The tokens of a text that continues another one."""
+        return encode(self.tokenizer, text, continues=True)
+
+    def ended(self, token_ids: Sequence[int], *, chat: bool, template: Mapping[str, Any] | None = None) -> list[int]:
+        """Sampled tokens as a trained answer has them: with its end, once, whatever ended them.
+
+        Args:
+            token_ids: an answer's, with or without the token that ended it.
+            chat: whether it answers a chat, so that the template says how it ends.
+            template: the row's settings for the template.
+
+        Example:
+            With a template that ends turns by ``<end_of_turn>``, the tokens of ``4``, ``4<end_of_turn>`` and ``4<eos>``
+            all become those of ``4<end_of_turn>``.
+        """
+        own_ends = set(self.chat.end_tokens()) if chat else set()
+        stop = next((n for n, token in enumerate(token_ids) if token in own_ends | {self.eos}), len(token_ids))
+        rest = [token for token in token_ids[stop:] if token not in own_ends | {self.eos}]
+        if str(self.tokenizer.decode(rest)).strip():  # words follow: this is no end
+            return self._closed(list(token_ids))
+        if stop < len(token_ids) and token_ids[stop] in own_ends - {self.eos}:
+            return list(token_ids[: stop + 1])
+        body, end = list(token_ids[:stop]), self._end(template) if chat else [self.eos]
+        if len(end) > 1 and body[1 - len(end) :] == end[:-1]:
+            body = body[: 1 - len(end)]
+        return body + end
+
+    def _end(self, template: Mapping[str, Any] | None) -> list[int]:
+        """The tokens with which the template ends an answer."""
+        text, ended = self.chat.cut(self.chat.ending(template) or "", template)
+        tokens = self.continued(text) if text else []
+        return tokens if ended else [*tokens, self.eos]
+
+    def _closed(self, tokens: list[int]) -> list[int]:
+        return tokens if tokens[-1:] == [self.eos] else [*tokens, self.eos]
+
+    def _text_answer(self, completion: str, continues: bool) -> Segment:
+        tokens = self._closed(encode(self.tokenizer, completion, continues=continues))
+        return Segment(np.asarray(tokens), np.ones(len(tokens), np.float32))
+
+    def _completion(self, row: Row, completion: Messages, assistant_only: bool) -> list[WeightedPath]:
+        """The paths of a completion: one for each turn of the assistant."""
+        history, begun = cast(Messages, row.prompt), None
+        if is_begun(history) and is_begun(completion[:1]):
+            # The prompt ends with the first words of the answer.
+            begun = str(history[-1]["content"])
+            *history, joined = with_turn(history, completion[0])
+            completion = [joined, *completion[1:]]
+        messages = [*history, *completion]
+        mixed = any(message["role"] != "assistant" for message in completion)
+        if mixed and not assistant_only:
+            everything = self._behind_prompt(row, messages)
+            if everything is not None:
+                return [everything]
+        spoken = [n for n in range(len(history), len(messages)) if _is_learnt(messages[n])]
+        paths = self._turns(messages, spoken, row.template, marked=mixed, begun=(len(history), begun))
+        paths = [path for path in paths if path[1].any()]
+        if not paths:
+            raise ValueError("no token to learn from: expected a message of role 'assistant' with some content")
+        if not history:
+            # With nothing before it the conversation has to start from a token of its own.
+            start = np.asarray(self.prompt(row))
+            unscored = np.zeros(len(start), np.float32)
+            paths = [(np.concatenate([start, t]), np.concatenate([unscored, w])) for t, w in paths]
+        return paths
+
+    def _behind_prompt(self, row: Row, messages: Messages) -> WeightedPath | None:
+        """All that a rendered conversation has behind its prompt; ``None`` where it does not begin with the prompt."""
+        prompt = self.prompt(row)
+        tokens, weights = self._rendering(messages, row.template)
+        if not row.prompt:
+            return np.concatenate([prompt, tokens]), np.concatenate([np.zeros(len(prompt), np.float32), weights])
+        if tokens[: len(prompt)].tolist() != prompt:
+            return None
+        weights[: len(prompt)] = 0.0
+        return tokens, weights
+
+    def _rendering(self, messages: Messages, template: dict[str, Any]) -> WeightedPath:
+        """A conversation as the template renders it, all of it scored but for messages of weight 0."""
+        text, ended = self.chat.cut(self.chat.render(messages, template), template)
+        tokens = encode(self.tokenizer, text)
+        weights = np.ones(len(tokens), np.float32)
+        for number, message in enumerate(messages):
+            if message.get("weight") == 0:
+                start = encode(self.tokenizer, self.chat.render(messages[:number], template)) if number else []
+                stop = encode(self.tokenizer, self.chat.render(messages[: number + 1], template))
+                if tokens[: len(start)] != start or tokens[: len(stop)] != stop[: len(tokens)]:
+                    raise ValueError(
+                        f"message {number + 1} has weight 0, and the chat template renders it otherwise when others "
+                        "follow it, so that its tokens cannot be found: set assistant_only_loss=True"
+                    )
+                weights[len(start) : len(stop)] = 0.0
+        if not ended and tokens[-1:] != [self.eos]:
+            tokens, weights = [*tokens, self.eos], np.append(weights, weights[-1])
+        return np.asarray(tokens), weights
+
+    def _turns(
+        self,
+        messages: Messages,
+        spoken: Sequence[int],
+        template: dict[str, Any],
+        *,
+        marked: bool,
+        begun: tuple[int, str | None] = (0, None),
+    ) -> list[WeightedPath]:
+        """Turns of a conversation, each behind its context.
+
+        Args:
+            messages: the conversation.
+            spoken: which of them are learnt.
+            template: the row's settings.
+            marked: whether the template's marks, if it has any, say which tokens of a turn are scored.
+            begun: a message, and the words with which it begins that belong to its context.
+        """
+        paths, text = [], None
+        for number in spoken:
+            so_far = messages[: number + 1]
+            turn = self.chat.turn(so_far, template, begun=begun[1] if number == begun[0] else None)
+            paths.append(self._path(turn, self.chat.marks(so_far, template) if marked else None))
+            text = turn.context + turn.answer
+        if text is not None:
+            check_rendered(messages[: spoken[-1] + 1], self.chat.merged(template), text)
+        return paths
+
+    def _path(self, turn: Turn, marks: tuple[list[int], list[int]] | None) -> WeightedPath:
+        """The tokens of a turn behind its context; marks are tokens of the rendering, and which are scored."""
+        context = encode(self.tokenizer, turn.context) if turn.context else []
+        tokens = encode(self.tokenizer, turn.context + turn.answer)
+        if tokens[: len(context)] != context:
+            tokens = context + self.continued(turn.answer)
+        weights = [0.0] * len(context) + [1.0] * (len(tokens) - len(context))
+        if marks is not None and marks[0][: len(tokens)] == tokens:
+            weights[len(context) :] = [float(mark) for mark in marks[1][len(context) : len(tokens)]]
+            if len(weights) > 1 and turn.ended:
+                weights[-1] = max(weights[-1], weights[-2])
+        if not turn.ended and tokens[-1:] != [self.eos]:
+            tokens, weights = [*tokens, self.eos], [*weights, weights[-1]]
+        return np.asarray(tokens), np.asarray(weights, np.float32)
+
+
+def _is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether a message is the assistant's, and counts."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _trimmed(path: WeightedPath) -> WeightedPath:
+    """A path up to its last scored token: what stands behind it cannot change a loss."""
+    tokens, weights = path
+    stop = _last_scored(weights) + 1
+    return tokens[:stop], weights[:stop]
+
+
+def _first_scored(weights: Weights) -> int:
+    return int(np.flatnonzero(weights)[0])
+
+
+def _last_scored(weights: Weights) -> int:
+    return int(np.flatnonzero(weights)[-1])
+
+
+def _all_but_first(length: int) -> Weights:
+    weights = np.ones(length, np.float32)
+    weights[0] = 0.0
+    return weights

@@ -1,0 +1,114 @@
+"""The few collectives that the modules need; each does nothing in a single process.
+
+Under FSDP2 each begins with ``meet``, since ranks may still be in the middle of different numbers of micro-batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .lockstep import meet
+
+Scores = dict[str, Tensor]
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Adds counts up over all ranks."""
+    if world_size() == 1:
+        return dict(values)
+    meet()
+    vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(vector)
+    return dict(zip(values, vector.tolist(), strict=True))
+
+
+def sum_vector_over_ranks(vector: Tensor) -> Tensor:
+    """Adds a vector up over all ranks, in fp64."""
+    if world_size() == 1:
+        return vector
+    meet()
+    total = vector.to(torch.float64, copy=True)
+    dist.all_reduce(total)
+    return total.to(vector.dtype)
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers."""
+    if world_size() == 1:
+        return value
+    meet()
+    largest = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather_scores(scores: Scores, device: torch.device) -> Scores:
+    """Concatenates the rows of all ranks, also of none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
+    if world_size() == 1:
+        return scores
+    meet()
+    parts: list[Scores] = [{} for _ in range(world_size())]
+    dist.all_gather_object(parts, {name: value.cpu() for name, value in scores.items()})
+    filled = [part for part in parts if part]
+    return {name: torch.cat([part[name] for part in filled]).to(device) for name in (filled[0] if filled else ())}
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Collects one small picklable object per rank, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    meet()
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def rank_prefix() -> str:
+    """``"rank 1: "`` in one of several processes, for messages that any of them may print; nothing in a single one."""
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
+    return f"rank {rank}: " if rank is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def is_peer_loss(error: RuntimeError) -> bool:
+    """Whether an error comes from a collective that another rank has left."""
+    said = str(error).lower()
+    signs = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
+    return isinstance(error, dist.DistError) or any(sign in said for sign in signs)
+
+
+def rows_before_this_rank(count: int) -> int:
+    """Where this rank's rows begin in what ``gather_scores`` returns."""
+    if world_size() == 1:
+        return 0
+    meet()
+    counts = [0] * world_size()
+    dist.all_gather_object(counts, count)
+    return sum(counts[: dist.get_rank()])
+
+
+def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Gives every rank the values of the first; sharded tensors have one value already."""
+    if world_size() == 1:
+        return
+    meet()
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor):
+            dist.broadcast(tensor.data, src=0)
+
+
+def concatenate(parts: Iterable[Scores]) -> Scores:
+    """Concatenates rows: ``[{name: (e, ...)}] -> {name: (E, ...)}``."""
+    parts = list(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}

@@ -1,0 +1,50 @@
+"""Whole weights for a while, where FSDP2 has sharded a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from .fsdp2 import sharded_units
+from .lockstep import lockstep, meet
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Gathers the sharded weights of a model once, and keeps them until the context ends.
+
+    Forwards inside need no communication, so ranks may run different numbers of them: each generates until its own rows
+    have ended. All ranks enter and leave together. Without sharded modules nothing happens.
+
+    Args:
+        model: any module; those that ``fully_shard`` has treated take part.
+    """
+    sharded: list[Any] = list(sharded_units(model))
+    agreement = lockstep() if sharded else None
+    if sharded:
+        meet()
+    # torch sets this switch by a public method and reads it nowhere; only the attribute tells what to put back.
+    switches: list[tuple[Any, Any]] = []
+    for module in sharded:
+        state: Any = module._get_fsdp_state()
+        # Until its first forward a root does not know that it is one, and never shards after a forward from then on.
+        is_new_root = module is model and getattr(state, "_auto_reshard_after_forward", True)
+        # One group per module up to torch 2.12; one of them may be empty.
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in filter(None, groups):
+            switches.append((group, None if is_new_root else group.post_forward_mesh_info))
+    try:
+        for module in sharded:
+            module.unshard()
+        for group, _ in switches:
+            group.post_forward_mesh_info = None
+        with nullcontext() if agreement is None else agreement.held():
+            yield
+    finally:
+        for group, info in switches:
+            group.post_forward_mesh_info = info
+        for module in sharded:
+            module.reshard()

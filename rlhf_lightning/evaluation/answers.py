@@ -1,0 +1,117 @@
+"""What a model answers to prompts, and what a verifier says of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..datamodules import PromptDataModule
+from ..inference import Completion, Engine, SamplingParams
+from ..rewards.exact_answer import check_verdicts
+from ..sequences import Example
+
+Verifier = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion with its reward.
+
+    Attributes:
+        example: the prompt, with the row's other columns.
+        completion: what the model wrote.
+        reward: what the verifier gave; ``None`` where it had nothing to say.
+    """
+
+    example: Example
+    completion: Completion
+    reward: float | None
+
+
+def load_verifier(path: str) -> Verifier:
+    """Imports a reward function by its dotted path.
+
+    Args:
+        path: such as ``rlhf_lightning.rewards.exact_answer``, or one of your own modules.
+
+    Raises:
+        ValueError: there is no such function.
+
+    Example:
+        >>> load_verifier("rlhf_lightning.rewards.exact_answer").__name__
+        'exact_answer'
+    """
+    module, _, name = path.rpartition(".")
+    advice = "write the dotted path of a function, such as rlhf_lightning.rewards.exact_answer"
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"verifier {path!r} cannot be imported ({error}): {advice}") from error
+    if not callable(found):
+        raise ValueError(f"verifier {path!r} is a {type(found).__name__}: {advice}")
+    return found  # type: ignore[no-any-return]
+
+
+def read_prompts(
+    source: str | list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[Example]:
+    """Reads and tokenises the prompts of a source, just as the datamodules do.
+
+    Args:
+        source: whatever ``PromptDataModule`` reads.
+        tokenizer: the model's.
+        limit: the first so many, at least 1; all if left out.
+        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1 (null reads all prompts)")
+    data = PromptDataModule(predict=source, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
+    data.setup("predict")
+    examples = [example for batch in data.predict_dataloader() for example in batch.examples]
+    return examples[:limit]
+
+
+def answer_prompts(
+    engine: Engine,
+    examples: Sequence[Example],
+    verifier: Verifier,
+    *,
+    num_samples: int = 1,
+    sampling: SamplingParams | None = None,
+    seeds: Sequence[Sequence[int]] | None = None,
+) -> list[list[Answer]]:
+    """Samples completions of prompts and has them verified.
+
+    Args:
+        engine: samples completions of token ids.
+        examples: prompts, from ``read_prompts``.
+        verifier: called as ``fn(prompts, completions, **columns)``, where columns are the rows' other fields.
+        num_samples: completions per prompt, at least 1.
+        sampling: how they are drawn; greedily by default.
+        seeds: one per prompt and sample, in place of those derived from the sampling's.
+
+    Returns:
+        One list per prompt with ``num_samples`` answers.
+
+    Raises:
+        ValueError: the verifier's rewards are not one finite number or ``None`` each; NaN counts as ``None``.
+    """
+    sampling = sampling or SamplingParams(temperature=0.0)
+    prompts = [example.root.tokens.tolist() for example in examples]
+    groups = engine.generate(prompts, num_samples, sampling, seeds=seeds)
+    pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
+    names = sorted({name for example in examples for name in example.fields} - {"prompt"})
+    columns: dict[str, list[Any]] = {name: [example.fields.get(name) for example, _ in pairs] for name in names}
+    texts = [example.fields.get("prompt") for example, _ in pairs]
+    given = verifier(texts, [sample.text for _, sample in pairs], **columns) if pairs else []
+    rewards = check_verdicts(given, len(pairs))
+    answers = [Answer(*pair, reward) for pair, reward in zip(pairs, rewards, strict=True)]
+    return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]

@@ -1,0 +1,158 @@
+"""The model as a decoder: prompts in, caches and scores out; and whether the shared batch layout suits the model.
+
+Legend: N rows of the running batch, P prompts, L tokens of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..models import base_model
+from ..models.own_attention import EAGER, short_reach, using_attention
+from .kv_cache import PromptStates, SlotCache
+from .projection import computes_in_half
+
+# What a model without support for the layout may raise when it is tried on it.
+_UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
+_PROBED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def special_token(model: PreTrainedModel) -> int:
+    """The padding token, which some models give positions of its own, or the first of the vocabulary."""
+    config = model.config.get_text_config()
+    token = getattr(config, "pad_token_id", None)
+    return int(token) if isinstance(token, int) and 0 <= token < int(config.vocab_size) else 0
+
+
+class Decoder:
+    """Runs a causal language model on prompts and then token by token, with its rows in one ``SlotCache``.
+
+    Args:
+        model: a causal language model of transformers, bare or with adapters around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        accepted = inspect.signature(base_model(model).forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PromptStates]:
+        """Computes prompts, padded on the left to the longest.
+
+        Returns:
+            The scores after each prompt, ``(P, V)``, and the keys and values of each layer.
+        """
+        width = max(map(len, prompts))
+        input_ids_PL = torch.zeros((len(prompts), width), dtype=torch.long, device="cpu")
+        mask_PL = torch.zeros((len(prompts), width), dtype=torch.long, device="cpu")
+        for row, prompt in enumerate(prompts):
+            input_ids_PL[row, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
+            mask_PL[row, width - len(prompt) :] = 1
+        positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        padded = min(map(len, prompts)) < width
+        logits_PV = self._forward(input_ids_PL, mask_PL if padded else None, positions_PL, cache)
+        layers: list[Any] = cache.layers
+        return logits_PV, [(layer.keys, layer.values) for layer in layers]
+
+    def step(self, tokens: Sequence[int], cache: SlotCache) -> Tensor:
+        """Computes one more token of every row; returns the scores after it, ``(N, V)``."""
+        cache.prepare()
+        logits_NV = self._forward(torch.tensor(tokens, device="cpu")[:, None], cache.mask(), cache.positions(), cache)
+        cache.end += 1
+        return logits_NV
+
+    def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        arguments = dict(self._options)
+        if self._takes_positions:
+            arguments["position_ids"] = positions.to(self.device)
+        output = self.model(
+            input_ids=input_ids.to(self.device),
+            attention_mask=None if mask is None else mask.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            **arguments,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def agrees(self) -> bool:
+        """Whether rows of different length, of which one joins late, get the scores of plain forwards without a cache.
+
+        Tried once per model and attention function, on a few tokens: masks, positions and caches are the model's own
+        code, and some models (recurrent layers, caches of their own) cannot share a batch this way.
+        """
+        model = base_model(self.model)
+        known = _PROBED.setdefault(model, {})
+        attention = str(getattr(model.config, "_attn_implementation", None))
+        if attention not in known:
+            try:
+                error = self._probe(model)
+            except _UNSUPPORTED:
+                error = math.inf
+            if math.isnan(error):
+                return True  # broken weights tell nothing about the layout; sampling will name them
+            known[attention] = error <= 1.0
+        return known[attention]
+
+    def _probe(self, model: PreTrainedModel) -> float:
+        """The error of the shared layout on two short rows, as a multiple of what rounding may cause."""
+        window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+        length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        first = [(3 + 7 * i) % vocabulary for i in range(length + 3)]
+        first[1] = special_token(model)
+        second = [(5 + 11 * i) % vocabulary for i in range(4)]
+        expected = torch.cat((self._reference(first)[-4:], self._reference(second)[-3:]))
+        logits_PV, prompts = self.prefill([first[:length], second[:2]])
+        cache = SlotCache(prompts, num_rows=2, num_columns=length + 4)
+        cache.admit(prompts, 0, length, copies=1)
+        first_rows, second_rows = [logits_PV[0], self.step([first[length]], cache)[0]], [logits_PV[1]]
+        cache.admit(prompts, 1, 2, copies=1)
+        for i in range(2):
+            logits_NV = self.step([first[length + 1 + i], second[2 + i]], cache)
+            first_rows.append(logits_NV[0])
+            second_rows.append(logits_NV[1])
+        tolerance = 0.1 if computes_in_half(model) else 1e-3
+        error = (torch.stack(first_rows + second_rows).double() - expected.double()).square().mean().sqrt()
+        spread = (expected.double() - expected.double().mean(-1, keepdim=True)).square().mean().sqrt()
+        return float(error / (tolerance * spread))
+
+    def looks_back(self) -> bool:
+        """Whether the scores after a token are what they are without the tokens behind it; tried once per model."""
+        known = _PROBED.setdefault(base_model(self.model), {})
+        if "looks back" not in known:
+            known["looks back"] = self._looks_back()
+            with short_reach(base_model(self.model)):
+                known["looks back"] &= self._looks_back()
+        return known["looks back"]
+
+    def _looks_back(self) -> bool:
+        vocabulary = int(base_model(self.model).config.get_text_config().vocab_size)
+        tokens = [(3 + 7 * i) % vocabulary for i in range(9)]
+        try:
+            found, expected = self._reference(tokens)[:4].double(), self._reference(tokens[:4]).double()
+        except _UNSUPPORTED as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{type(base_model(self.model)).__name__} cannot be sampled from: {said}") from error
+        limit = 1e-3 if next(self.model.parameters()).dtype.itemsize >= 4 else 0.1
+        difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        return math.isnan(difference) or difference <= limit
+
+    def _reference(self, tokens: Sequence[int]) -> Tensor:
+        """The model's own scores after every token: its eager attention, without padding and cache."""
+        with using_attention(base_model(self.model), EAGER):
+            output = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
+        logits: Tensor = output.logits[0]
+        return logits

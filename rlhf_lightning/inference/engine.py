@@ -1,0 +1,263 @@
+"""Sampling completions from a causal language model that lives in this process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from ..data.chat_template import ChatTemplate
+from ..data.text_tokens import prompt_tokens
+from ..distributed.unshard import gathered
+from ..models import base_model, num_positions
+from ..models.own_attention import EAGER, using_attention
+from .completion import Completion, Track
+from .continuous_batching import ContinuousBatch
+from .cpu_linear import packed_linears
+from .decoder import Decoder
+from .hf_generate import generate_plain, loops_exactly
+from .projection import exact_projection
+from .sampling import SamplingParams, derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Packing the weights takes as long as a few steps with them.
+_PACKING_STEPS = 8
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+
+class Engine(Protocol):
+    """What samples completions: in this process, or elsewhere."""
+
+    def generate(
+        self,
+        prompts: Prompts,
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Completion]]:
+        """Samples completions: one list per prompt, in order, with ``num_samples`` each."""
+        ...
+
+
+class LocalEngine:
+    """Samples from a model of this process, with its weights of this moment.
+
+    Every distinct prompt is computed once, whatever the number of its samples, and its keys and values are copied to
+    them; finished rows leave the batch and waiting prompts take their place, within ``max_batch_tokens``. A sample is a
+    function of the model, its prompt, the settings and its seed: the uniform of each step is hashed from (seed, step),
+    so neither neighbours nor budget nor order change it, up to rounding in the model's own products.
+
+    Rows of different length share a batch padded on the left. Whether the model computes the same scores that way as it
+    does alone is tried once on a few tokens; where it does not (recurrent layers, caches of its own), prompts of one
+    length at a time go through transformers' own loop, with the same samples and one warning. Weights sharded by FSDP2
+    are gathered once per call, so that ranks need not generate equally long; every rank must call, if with no prompts.
+
+    Args:
+        model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its
+            precision, on its device, with its attention function. It runs in evaluation mode without gradients, and
+            every submodule's mode is put back.
+        tokenizer: turns string prompts into tokens, as those of rows, and tokens into text, and says by its chat
+            template what ends an answer, beside the end-of-sequence tokens; without one, prompts are token ids and
+            texts are empty.
+        max_batch_tokens: tokens of cache held at once, and tokens of one prefill; at least 1. A single row always fits.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1, eos_token_id=2)
+        >>> engine = LocalEngine(LlamaForCausalLM(config), None)
+        >>> samples = engine.generate([[5, 6, 7]], num_samples=4, sampling=SamplingParams(max_new_tokens=3, seed=0))
+        >>> len(samples), len(samples[0]), samples[0][0].finish_reason in ("stop", "length")
+        (1, 4, True)
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, *, max_batch_tokens: int = 65536
+    ) -> None:
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens={max_batch_tokens} is not allowed: it must be at least 1")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        self._template_ends: list[int] | None = None
+        self._warned: set[str] = set()
+
+    def generate(
+        self,
+        prompts: Prompts,
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Completion]]:
+        """Samples completions of prompts.
+
+        Args:
+            prompts: strings, or token ids; an empty string becomes the beginning- or end-of-sequence token.
+            num_samples: samples per prompt, at least 1.
+            sampling: the settings; by default ``SamplingParams()``.
+            seeds: one per prompt and sample, in place of those derived from (seed, prompt number, sample number).
+
+        Returns:
+            One list per prompt, in order, with ``num_samples`` completions.
+
+        Raises:
+            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` has not one seed per sample.
+        """
+        params = sampling or SamplingParams()
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} is not allowed: it must be at least 1")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop} needs text: give the engine a tokenizer, or use stop_token_ids")
+        numbered_prompts: Any = enumerate(prompts)
+        token_prompts = [self._tokens(number, prompt) for number, prompt in numbered_prompts]
+        # Samples that are certain to be equal are made once.
+        distinct = 1 if params.greedy else num_samples
+        numbered = _seeds(seeds, len(token_prompts), num_samples, params)
+        stop_ids = sorted(self._eos_token_ids() | set(params.stop_token_ids))
+        stops = frozenset(stop_ids)
+        tracks = [
+            Track(
+                prompt, (row, column), numbered[row][column], self._limit(prompt, params), params, stops, self.tokenizer
+            )
+            for row, prompt in enumerate(token_prompts)
+            for column in range(distinct)
+        ]
+        # A rank without prompts takes part in the gathering, too.
+        with torch.no_grad(), evaluation_mode(self.model), gathered(self.model), exact_projection(self.model):
+            if tracks:
+                self._run(tracks, params, stop_ids)
+        completions = [track.completion() for track in tracks]
+        grouped = [completions[first : first + distinct] for first in range(0, len(completions), distinct)]
+        return [group * (num_samples // distinct) for group in grouped]
+
+    def _run(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
+        decoder, model = Decoder(self.model), base_model(self.model)
+        if not decoder.looks_back():
+            raise ValueError(
+                f"{type(model).__name__} cannot be sampled from: an earlier token sees later ones; use a causal "
+                "language model (where the config has is_decoder, set it)"
+            )
+        if vars(model.config.get_text_config()).get("index_topk"):
+            raise ValueError(
+                f"{type(model).__name__} cannot be sampled from: it chooses the keys that it reads (index_topk), and "
+                "equal ones by where they lie in a batch; use another model"
+            )
+        if decoder.agrees():
+            self._run_together(decoder, tracks, params, stop_ids)
+            return
+        # Perhaps it is its attention function alone that differs from the model's own.
+        with using_attention(model, EAGER):
+            if decoder.agrees():
+                self._run_together(decoder, tracks, params, stop_ids)
+                return
+            self._warn_once(
+                f"{type(model).__name__} does not compute rows of different length in one batch as it computes them"
+                " alone: generating slowly, one prompt length at a time"
+            )
+            use_cache = loops_exactly(model, use_cache=True)
+            if not use_cache and not loops_exactly(model, use_cache=False):
+                raise ValueError(
+                    f"{type(model).__name__} cannot be sampled from: transformers' own loop does not give it the "
+                    "scores of its forward; use another model"
+                )
+            if not use_cache:
+                self._warn_once(f"{type(model).__name__} does not compute the same with its cache: generating without")
+            generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens, use_cache=use_cache)
+
+    def _run_together(
+        self, decoder: Decoder, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]
+    ) -> None:
+        """Makes all samples in one batch of rows of different length."""
+        worth_it = max(track.limit for track in tracks) >= _PACKING_STEPS
+        with packed_linears(self.model) if worth_it else nullcontext():
+            ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
+
+    def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """A prompt's tokens: none is empty, and all are in the model's vocabulary."""
+        tokens = self._encoded(number, prompt) if isinstance(prompt, str) else tuple(int(token) for token in prompt)
+        if not tokens:
+            raise ValueError(f"prompt {number} has no tokens: give it one, for instance the tokenizer's first or last")
+        vocabulary = base_model(self.model).config.get_text_config().vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise ValueError(f"prompt {number} has the token {wrong}: the model's tokens are 0 to {vocabulary - 1}")
+        return tokens
+
+    def _encoded(self, number: int, prompt: str) -> tuple[int, ...]:
+        """A string's tokens as a row's prompt has them: opened once, as a chat that was rendered already is."""
+        if self.tokenizer is None:
+            raise ValueError(f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, give token ids")
+        return tuple(prompt_tokens(self.tokenizer, prompt))
+
+    def longest_prompt(self, sampling: SamplingParams) -> int | None:
+        """Tokens that a prompt may have so that at least one fits behind it; ``None`` where nothing says so."""
+        positions = num_positions(self.model)
+        return None if positions is None else positions - 1
+
+    def _limit(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
+        """New tokens at most: what is asked for, or what the model's positions leave."""
+        positions = num_positions(self.model)
+        if positions is None:
+            return params.max_new_tokens
+        if len(prompt) >= positions:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens leaves no room in the model's {positions} positions: shorten it"
+            )
+        return min(params.max_new_tokens, positions - len(prompt))
+
+    def _eos_token_ids(self) -> set[int]:
+        """The model's and the tokenizer's end-of-sequence tokens, and those that end a turn of its chat template."""
+        model: Any = base_model(self.model)
+        if self._template_ends is None:
+            self._template_ends = [] if self.tokenizer is None else ChatTemplate(self.tokenizer).end_tokens()
+        found = set(self._template_ends)
+        for source in (getattr(model, "generation_config", None), model.config.get_text_config(), self.tokenizer):
+            token = getattr(source, "eos_token_id", None)
+            found.update([] if token is None else [token] if isinstance(token, int) else token)
+        if not found:
+            self._warn_once(
+                "neither the model nor the tokenizer names an end-of-sequence token: completions end at their limit"
+            )
+        return found
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switches all of a model to evaluation and back, each submodule to the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _seeds(
+    seeds: Sequence[Sequence[int]] | None, num_prompts: int, num_samples: int, params: SamplingParams
+) -> list[list[int]]:
+    if seeds is None:
+        seed = int(torch.randint(2**62, ())) if params.seed is None and not params.greedy else params.seed or 0
+        return [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(num_prompts)]
+    shape = sorted({len(row) for row in seeds})
+    if len(seeds) != num_prompts or any(length != num_samples for length in shape):
+        raise ValueError(
+            f"seeds has {len(seeds)} rows of lengths {shape}: it must have one row per prompt ({num_prompts}) and one"
+            f" seed per sample ({num_samples})"
+        )
+    return [list(row) for row in seeds]

@@ -1,0 +1,59 @@
+"""What a server's answer says of the tokens of a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ..utils.messages import one_line
+
+_TOKEN_PREFIX: Final = "token_id:"  # how vLLM writes tokens as numbers
+
+
+class UnusableError(Exception):
+    """Token ids or log-probabilities that cannot be those of a sample."""
+
+
+def spoken_tokens(choice: Mapping[str, Any], api: str) -> tuple[list[int], list[float] | None]:
+    """Reads token ids (none where the server does not name them) and log-probabilities of a choice.
+
+    Args:
+        choice: one of an answer's ``choices``.
+        api: ``completions`` or ``chat``.
+
+    Raises:
+        UnusableError: an id is no whole number from 0, or the log-probabilities are of other tokens.
+        KeyError: an entry lacks what it should have; ``TypeError``, ``AttributeError`` and ``ValueError`` likewise.
+    """
+    reported = choice.get("logprobs")
+    tokens: list[Any] = []
+    logprobs: list[float] | None = None
+    if reported and api == "chat" and reported.get("content") is not None:
+        tokens = [entry["token"] for entry in reported["content"]]
+        logprobs = [_number(entry["logprob"]) for entry in reported["content"]]
+    elif reported and api == "completions" and reported.get("token_logprobs") is not None:
+        tokens = reported.get("tokens") or []
+        logprobs = [_number(value) for value in reported["token_logprobs"]]
+    given = None if choice.get("token_ids") is None else [_token_id(token) for token in choice["token_ids"]]
+    if tokens and all(str(token).startswith(_TOKEN_PREFIX) for token in tokens):
+        named = [_token_id(str(token).removeprefix(_TOKEN_PREFIX)) for token in tokens]
+        if given not in (None, named):
+            raise UnusableError(
+                f"returns log-probabilities of other tokens ({one_line(named, 60)}) than those of the completion "
+                f"({one_line(given, 60)})"
+            )
+        return named, logprobs
+    return given or [], logprobs
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, str) and value.isdecimal() and value.isascii():
+        return int(value)
+    if type(value) is not int or value < 0:
+        raise UnusableError(f"returns the token id {value!r}, which is no whole number from 0")
+    return value
+
+
+def _number(value: Any) -> float:
+    return float(value) if type(value) in (int, float) else math.nan

@@ -1,0 +1,1 @@
+"""Labelling: datasets made from what a model samples, such as step labels for process reward models."""

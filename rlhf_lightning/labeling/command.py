@@ -1,0 +1,376 @@
+"""``rlhf-lightning label-steps``: prompts in; solutions in steps, each with a label, out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..core.trainer_checks import check_single_process
+from ..evaluation.answers import Verifier, load_verifier, read_prompts
+from ..inference import Engine, LocalEngine, RemoteEngine, SamplingParams
+from ..models import load_causal_lm, load_tokenizer
+from ..pipeline.inputs import input_hashes
+from ..sequences import Example
+from ..utils import yaml_parser
+from ..utils.files import json_line, write_atomically
+from ..utils.imports import find_own_modules
+from ..utils.messages import UsageError, explain
+from .step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions
+
+_PROMPTS_AT_ONCE = 16
+_COUNTED = (TOO_LONG, "cut off", "without steps", "alike", UNJUDGED)
+# How a run is carried out cannot change what it finds, and neither can what only ends it: it goes on with drop.
+_NOT_RESULTS = ("output", "max_concurrency", "timeout", "api_key_variable", "on_too_long")
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    r"""What is labelled, by what, and how.
+
+    Args:
+        prompts: what ``PromptDataModule`` reads: a file, folder, hub id or task such as sums:prompts?rows=100.
+        output: a JSON Lines file that is not there yet.
+        model: a folder or hub id; with --url the name that the server knows, or nothing for the only one there.
+        url: a server of the OpenAI protocol, such as http://localhost:8000, instead of a model in this process.
+        tokenizer: folder or hub id, by default the model's; needed with --url unless --model is one.
+        verifier: dotted path of the reward function that checks whole solutions against the rows' columns.
+        num_solutions: solutions sampled per prompt; 0 labels those in the rows (completions, completion or response).
+        num_completions: completions of each prefix, at least 1.
+        labels: soft is the share of completions that are right, hard is 1 if any is.
+        step_separator: what ends each step; \n stands for a line's end.
+        sampling: of solutions and completions; it has no seed of its own.
+        success: a reward of at least this much is a right answer.
+        skip_after_failure: a wrong solution's steps behind one that no completion could save get 0, unsampled.
+        max_length: tokens of a prompt, or of a prompt and all steps but the last, at most; at least 1. By default, and
+            at most, what the model has room for (with --url, as far as the server says so).
+        on_too_long: drop what is longer, which is counted, or error.
+        limit: the first so many prompts, at least 1; all if left out.
+        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name.
+        seed: every sample is a function of this, the row's id and the sample's number.
+        dtype: of the model's weights; not with --url.
+        dialect: of the server: vllm states all sampling settings, openai only the standard ones.
+        text_prompts: send prompts as text, to a server that takes no token ids.
+        api_key_variable: the environment variable that holds the server's key.
+        max_concurrency: requests to the server at once, at least 1.
+        timeout: seconds after which a silent request is given up.
+    """
+
+    prompts: str | list[str]
+    output: str
+    model: str | None = None
+    url: str | None = None
+    tokenizer: str | None = None
+    verifier: str = "rlhf_lightning.rewards.exact_answer"
+    num_solutions: int = 4
+    num_completions: int = 8
+    labels: Literal["soft", "hard"] = "soft"
+    step_separator: str = "\\n"
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    success: float = 0.5
+    skip_after_failure: bool = False
+    max_length: int | None = None
+    on_too_long: OnTooLong = "drop"
+    limit: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dialect: Literal["vllm", "openai"] = "vllm"
+    text_prompts: bool = False
+    api_key_variable: str | None = None
+    max_concurrency: int = 16
+    timeout: float = 600.0
+
+    @property
+    def separator(self) -> str:
+        """The separator itself, however it was written on a command line."""
+        return self.step_separator.replace("\\n", "\n").replace("\\t", "\t")
+
+    def check(self) -> None:
+        """Refuses what can be seen to be wrong before a model is loaded.
+
+        Raises:
+            ValueError: naming the option, its value and what is allowed.
+        """
+        if Path(self.output).expanduser().exists():
+            raise ValueError(f"output {self.output!r} is there already: remove it, or write to another file")
+        if self.model is None and self.url is None:
+            raise ValueError("nothing says what writes the solutions: give --model with a folder, or --url of a server")
+        if self.url is not None and self.tokenizer is None and self.model is None:
+            raise ValueError("with --url alone nothing says how text becomes tokens: give --tokenizer, the model's")
+        for name, least in (("num_solutions", 0), ("num_completions", 1), ("max_length", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.sampling.seed is not None:
+            raise ValueError(f"sampling.seed is {self.sampling.seed}: write --seed, which is that of all samples")
+        if not self.step_separator:
+            raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
+
+
+def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Samples solutions of prompts and labels their steps by completing each prefix and checking the answers.
+
+    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935); the formula and where it is departed from are in
+    :func:`~rlhf_lightning.labeling.step_labels.label_steps`. The rows written are what ``StepwiseDataModule`` reads.
+
+    The output is written when all is done, as a whole. Until then results are collected in a hidden file beside it,
+    from which the same call goes on if it was interrupted.
+
+    Args:
+        options: what, by what, and how.
+        say: takes a line about every part that is done.
+
+    Returns:
+        Numbers of prompts, solutions and steps; means of the labels (``mean_label``) and of last steps' (``right``);
+        numbers of prompts and solutions that were too long, cut off, without steps, alike or without verdict, and so
+        left out.
+
+    Raises:
+        ValueError: an option is not allowed, no solution could be labelled, or, with ``on_too_long="error"``, something
+            is too long; what was done before is kept, and the same call goes on from there.
+
+    Example:
+        >>> options = LabelOptions("sums:prompts?rows=50", "steps.jsonl", "runs/quickstart/sft/model")
+        >>> label_prompts(options)["solutions"]  # doctest: +SKIP
+        141
+    """
+    options.check()
+    verify = load_verifier(options.verifier)
+    tokenizer = _tokenizer(options)
+    engine = _engine(options, tokenizer)
+    examples = read_prompts(
+        options.prompts, tokenizer, limit=options.limit, chat_template_kwargs=options.chat_template_kwargs
+    )
+    settings = {name: value for name, value in asdict(options).items() if name not in _NOT_RESULTS}
+    origin = {**settings, "files": input_hashes(settings)}
+    if isinstance(engine, RemoteEngine):
+        origin["served model"] = engine.served_model()
+    journal = _Journal(Path(options.output).expanduser(), origin)
+    while part := examples[journal.done : journal.done + _PROMPTS_AT_ONCE]:
+        journal.append(len(part), *_labelled(part, options, engine, tokenizer, verify))
+        say(f"{journal.done} of {len(examples)} prompts: {len(journal.rows)} solutions labelled")
+    return journal.finish()
+
+
+def _labelled(
+    part: Sequence[Example],
+    options: LabelOptions,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    verify: Verifier,
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The labelled solutions of some prompts, and how many were left out for which reason."""
+    common: dict[str, Any] = {
+        "step_separator": options.separator,
+        "sampling": options.sampling,
+        "max_length": options.max_length,
+        "on_too_long": options.on_too_long,
+        "seed": options.seed,
+    }  # fmt: skip
+    tokens = {example.row_id: example.root.tokens.tolist() for example in part}
+    rows = [{**example.fields, "row_id": example.row_id} for example in part]
+    cut_off = empty = alike = too_long = 0
+    left_out: Counter[str] = Counter()
+    if options.num_solutions:
+        rows, cut_off, empty, alike, too_long = sample_solutions(
+            rows,
+            engine,
+            tokenizer,
+            num_solutions=options.num_solutions,
+            prompt_tokens=lambda row: tokens[row["row_id"]],
+            **common,
+        )
+        tokens = {row["row_id"]: tokens[row["row_id"].rpartition("/")[0]] for row in rows}
+    labelled = label_steps(
+        rows,
+        engine,
+        tokenizer,
+        verify,
+        num_samples=options.num_completions,
+        labels=options.labels,
+        success=options.success,
+        skip_after_failure=options.skip_after_failure,
+        prompt_tokens=lambda row: tokens[row["row_id"]],
+        left_out=left_out,
+        **common,
+    )
+    written = [{name: value for name, value in row.items() if name != "row_id"} for row in labelled]
+    counts = too_long + left_out[TOO_LONG], cut_off, empty, alike, left_out[UNJUDGED]
+    return written, dict(zip(_COUNTED, counts, strict=True))
+
+
+def _tokenizer(options: LabelOptions) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(str(options.tokenizer or options.model))
+    except ValueError as error:
+        if options.tokenizer or options.url is None:
+            raise
+        raise ValueError(
+            f"--model={options.model} is a name that the server knows, and no tokenizer: give --tokenizer, the model's"
+        ) from error
+
+
+def _engine(options: LabelOptions, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    if options.url is not None:
+        return RemoteEngine(
+            options.url,
+            options.model,
+            tokenizer=tokenizer,
+            dialect=options.dialect,
+            text_prompts=options.text_prompts,
+            api_key_variable=options.api_key_variable,
+            max_concurrency=options.max_concurrency,
+            timeout=options.timeout,
+        )
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: nn.Module = load_causal_lm(str(options.model), dtype=getattr(torch, options.dtype), trainable=False)
+    return LocalEngine(model.to(place), tokenizer)
+
+
+class _Journal:
+    """What has been labelled so far, in a hidden file beside the output, line by line.
+
+    The first line says what it is a result of; a last line that was cut off is dropped, and its prompts done again.
+    """
+
+    def __init__(self, target: Path, origin: dict[str, Any]) -> None:
+        self.target = target
+        self.path = target.with_name(f".{target.name}.journal")
+        self.done = 0
+        self.rows: list[dict[str, Any]] = []
+        self.left_out = dict.fromkeys(_COUNTED, 0)
+        origin = json.loads(json.dumps(origin, default=str))
+        if self.path.exists():
+            self._read(origin)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._write(origin)
+
+    def _read(self, origin: dict[str, Any]) -> None:
+        content = self.path.read_bytes()
+        # What a crash leaves behind the last line: a part of the next, or zeros where the disk had got no further.
+        whole = content[: content.rfind(b"\n") + 1]
+        parts = whole.split(b"\n")[:-1]
+        if parts and not parts[-1].strip(b"\0"):
+            whole = whole[: -len(parts.pop()) - 1]
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        lines = [self._parsed(number, part) for number, part in enumerate(parts, start=1)]
+        if not lines:
+            self._write(origin)
+            return
+        changed = [name for name in {**origin, **lines[0]} if origin.get(name) != lines[0].get(name)]
+        if changed:
+            raise ValueError(
+                f"output {str(self.target)!r} was begun with other {' and '.join(changed)}: go on as it was begun, "
+                f"write to another file, or remove {self.path}"
+            )
+        for line in lines[1:]:
+            self._count(line)
+
+    def _parsed(self, number: int, part: bytes) -> dict[str, Any]:
+        try:
+            line: dict[str, Any] = json.loads(part)
+            if number > 1:
+                sum([line["prompts"], *line["left_out"].values()])
+                [row["labels"] for row in line["rows"]]
+            elif not isinstance(line, dict):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"line {number} of {str(self.path)!r} is damaged ({type(error).__name__}): cut the file before that "
+                "line, or remove it to begin anew"
+            ) from None
+        return line
+
+    def append(self, num_prompts: int, rows: list[dict[str, Any]], left_out: dict[str, int]) -> None:
+        line = {"prompts": num_prompts, "left_out": left_out, "rows": rows}
+        self._write(line)
+        self._count(line)
+
+    def _count(self, line: dict[str, Any]) -> None:
+        self.done += line["prompts"]
+        self.rows += line["rows"]
+        for reason, number in line["left_out"].items():
+            self.left_out[reason] += number
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> dict[str, float]:
+        """Writes the output, removes the journal, and returns counts and means."""
+        if not self.rows:
+            self.path.unlink()
+            reasons = ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
+            raise ValueError(
+                f"no solution of {self.done} prompts could be labelled ({reasons or 'none at all'}): raise "
+                "sampling.max_new_tokens, use another model, or look at what the verifier reads"
+            )
+        write_atomically(self.target, "".join(map(json_line, self.rows)))
+        self.path.unlink()
+        given = [label for row in self.rows for label in row["labels"]]
+        return {
+            "prompts": self.done,
+            "solutions": len(self.rows),
+            "steps": len(given),
+            "mean_label": sum(given) / len(given),
+            "right": sum(row["labels"][-1] for row in self.rows) / len(self.rows),
+            **self.left_out,
+        }
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_mode": yaml_parser.MODE, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        names = (action.dest for action in self._actions)
+        raise UsageError(f"label-steps: {explain(message, names)}") from ex
+
+
+def run_command(args: Sequence[str]) -> None:
+    """Runs ``rlhf-lightning label-steps``.
+
+    Args:
+        args: those of :class:`LabelOptions`, or ``--config FILE`` with them.
+
+    Raises:
+        SystemExit: 130 after Ctrl-C.
+    """
+    description = (label_prompts.__doc__ or "").partition("\n")[0]
+    parser = _Parser(prog="rlhf-lightning label-steps", description=description, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
+    parser.add_class_arguments(LabelOptions, as_group=False)
+    given = yaml_parser.plain(parser.instantiate(parser.parse_args([*args])))
+    check_single_process("label-steps")
+    options = LabelOptions(**{option.name: given[option.name] for option in fields(LabelOptions)})
+    transformers.utils.logging.disable_progress_bar()
+    find_own_modules()
+    started = time.time()
+    try:
+        found = label_prompts(options, lambda line: print(f"[{time.time() - started:6.1f} s] {line}", flush=True))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command goes on from the last line above ({options.output})", file=sys.stderr)
+        raise SystemExit(130) from None
+    left_out = ", ".join(f"{found[reason]} {reason}" for reason in _COUNTED if found[reason]) or "none"
+    print(
+        f"{found['solutions']} solutions of {found['prompts']} prompts in {found['steps']} steps: mean label "
+        f"{found['mean_label']:.2f}, {found['right']:.0%} right; left out: {left_out}"
+    )
+    print(f"rows: {options.output}")

@@ -1,0 +1,366 @@
+"""Labels for steps of solutions that nobody has labelled: finish each prefix many times, and count right answers."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+
+from ..data.chat_template import ChatTemplate
+from ..data.text_tokens import encode, prompt_tokens
+from ..inference.completion import readable
+from ..inference.engine import Engine
+from ..inference.sampling import SamplingParams, derive_seed
+from ..rewards.exact_answer import check_verdicts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# ``verify(prompts, completions, **columns)`` returns one reward per completion, or None where it has nothing to say.
+Verifier = Callable[..., Sequence[float | None]]
+# Tokens of a row's prompt, where the tokenizer's own way with a text or a chat is not what is wanted.
+PromptTokens = Callable[[Mapping[str, Any]], Sequence[int]]
+OnTooLong = Literal["drop", "error"]
+
+# Why a row may be left out of what ``label_steps`` yields.
+TOO_LONG: Final = "too long"
+UNJUDGED: Final = "without verdict"
+
+_ROWS_AT_ONCE = 32
+# What a row may have of another solution than the sampled one.
+_OF_A_SOLUTION = ("completion", "response", "completions", "label", "labels")
+
+
+class Solutions(NamedTuple):
+    """Sampled solutions, and how many were left out.
+
+    Attributes:
+        rows: one per solution, as ``label_steps`` takes them: the prompt's row with ``completions`` and a ``row_id``.
+        cut_off: did not end by themselves.
+        empty: had no steps.
+        alike: repeated another solution of the same prompt.
+        too_long: prompts (not solutions) that leave the engine no room.
+    """
+
+    rows: list[dict[str, Any]]
+    cut_off: int
+    empty: int
+    alike: int
+    too_long: int
+
+
+def sample_solutions(
+    rows: Iterable[Mapping[str, Any]],
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_solutions: int = 4,
+    step_separator: str = "\n",
+    sampling: SamplingParams | None = None,
+    prompt_tokens: PromptTokens | None = None,
+    max_length: int | None = None,
+    on_too_long: OnTooLong = "drop",
+    seed: int = 0,
+) -> Solutions:
+    r"""Has a model solve problems several times, in steps that are then to be labelled.
+
+    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935), section 4: several solutions per problem, without those
+    that are alike. Departure: solutions that were cut off are left out, too, since their last step is not one.
+
+    A solution is a function of the model, the settings and (``seed``, the row's id, the solution's number).
+
+    Args:
+        rows: with ``prompt``, text or chat messages; ``row_id`` if there is one, else the row's number names it.
+        engine: what solves them.
+        tokenizer: the engine's.
+        num_solutions: per prompt, at least 1.
+        step_separator: what ends each step; at least one character.
+        sampling: its own seed is not read.
+        prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
+        max_length: tokens of a prompt at most, at least 1; never more than the engine says that it takes.
+        on_too_long: ``drop`` a row with a longer one and count it, or ``error``.
+        seed: see above.
+
+    Raises:
+        ValueError: an option out of range, a row without a prompt, or, with ``error``, one that is too long.
+
+    Example:
+        >>> sample_solutions([{"prompt": "1+2=?", "answer": "3"}], engine, tokenizer).rows[0]  # doctest: +SKIP
+        {'prompt': '1+2=?', 'answer': '3', 'row_id': 'rows:0/2', 'completions': ['1+2=3', '#3']}
+    """
+    if num_solutions < 1:
+        raise ValueError(f"num_solutions is {num_solutions}; it must be at least 1 (4 to 16 are usual)")
+    _check_separator(step_separator)
+    params = replace(sampling or SamplingParams(), seed=seed)
+    limit = _Limit.of(engine, params, max_length, on_too_long)
+    named = [(str(row.get("row_id", f"rows:{number}")), row) for number, row in enumerate(rows)]
+    encode = prompt_tokens or (lambda row: _prompt_ids(tokenizer, row))
+    for row_id, row in named:
+        if not row.get("prompt"):
+            raise ValueError(f"row {row_id} has the columns {sorted(row)}; it needs a prompt")
+    encoded = [(row_id, row, list(encode(row))) for row_id, row in named]
+    fitting = [(row_id, row, ids) for row_id, row, ids in encoded if limit.allows(row_id, len(ids), "its prompt has")]
+    seeds = [[derive_seed(seed, row_id, "solution", n) for n in range(num_solutions)] for row_id, _, _ in fitting]
+    groups = engine.generate([ids for _, _, ids in fitting], num_solutions, params, seeds=seeds)
+    found: list[dict[str, Any]] = []
+    cut_off = empty = alike = 0
+    for (row_id, row, _), group in zip(fitting, groups, strict=True):
+        rest = {name: value for name, value in row.items() if name not in _OF_A_SOLUTION}
+        seen: set[tuple[str, ...]] = set()
+        for number, completion in enumerate(group):
+            steps = [step for step in readable(completion.text).split(step_separator) if step]
+            ended = completion.finish_reason == "stop"
+            cut_off += not ended
+            empty += ended and not steps
+            alike += ended and tuple(steps) in seen
+            if ended and steps and tuple(steps) not in seen:
+                seen.add(tuple(steps))
+                found.append({**rest, "row_id": f"{row_id}/{number}", "completions": steps})
+    return Solutions(found, cut_off, empty, alike, len(encoded) - len(fitting))
+
+
+@dataclass
+class _Solution:
+    """A row on its way: its steps as tokens, and what became of each."""
+
+    row_id: str
+    row: Mapping[str, Any]
+    steps: list[str]
+    prompt_ids: list[int]
+    step_ids: list[list[int]]
+    labels: list[float | None] = field(default_factory=list)
+
+    def prefix_ids(self, count: int) -> list[int]:
+        """The tokens of the prompt and the first steps."""
+        return self.prompt_ids + [token for ids in self.step_ids[:count] for token in ids]
+
+    def longest_prefix(self) -> tuple[str, int, str]:
+        """The row, the tokens of the longest prefix that is completed (none of a single step), and what they are."""
+        count = len(self.steps) - 1
+        said = f"its prompt and first {count} steps have"
+        return self.row_id, len(self.prefix_ids(count)) if count else 0, said
+
+
+def label_steps(
+    rows: Iterable[Mapping[str, Any]],
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    verify: Verifier,
+    *,
+    num_samples: int = 8,
+    labels: Literal["soft", "hard"] = "soft",
+    step_separator: str = "\n",
+    sampling: SamplingParams | None = None,
+    success: float = 0.5,
+    skip_after_failure: bool = False,
+    prompt_tokens: PromptTokens | None = None,
+    max_length: int | None = None,
+    on_too_long: OnTooLong = "drop",
+    left_out: Counter[str] | None = None,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    r"""Labels each step by how often a model that goes on from there arrives at the right answer.
+
+    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935). With N = ``num_samples`` completions of the prompt and
+    the steps up to i, of which c_i are right:
+
+        soft  y_i = c_i / N        hard  y_i = 1 if c_i > 0 else 0
+
+    The last step is labelled by the solution's own answer, since nothing is left to sample. Departure: with
+    ``skip_after_failure``, the steps of a *wrong* solution behind one that no sample could save get 0 without being
+    sampled (as in the search for the first error of OmegaPRM, Luo et al., 2024, arXiv:2406.06592). The steps of a right
+    one are all sampled: its own answer shows that what looked lost could be saved.
+
+    A sample is a function of the model, the settings and (``seed``, the row's id, the step's number, the sample's).
+
+    Args:
+        rows: ``prompt`` (text or chat messages) and ``completions`` (the steps), or ``completion`` or ``response``,
+            which is split at the separator; ``row_id`` if there is one, else the row's number names it. What the
+            verifier reads (``answer``) is in further columns.
+        engine: what completes prefixes.
+        tokenizer: the engine's.
+        verify: called as ``verify(prompts, completions, **columns)`` with whole solutions; one reward each, ``None``
+            where it has nothing to say.
+        num_samples: N, at least 1.
+        labels: ``soft`` or ``hard``.
+        step_separator: what ends each step; at least one character.
+        sampling: of the completions; its own seed is not read.
+        success: a reward of at least this much is a right answer.
+        skip_after_failure: see above.
+        prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
+        max_length: tokens of a prompt and all steps but the last at most, at least 1; never more than the engine says
+            that it takes.
+        on_too_long: ``drop`` a longer row, or ``error``.
+        left_out: counts the rows that are left out, under ``"too long"`` and ``"without verdict"``.
+        seed: see above.
+
+    Yields:
+        The rows in their order, with ``completions`` (the steps), ``labels`` and all other columns: what
+        ``StepwiseDataModule`` reads. Rows that are too long, or that the verifier cannot judge, are left out; one
+        warning in the end says how many, unless ``left_out`` counts them.
+
+    Raises:
+        ValueError: an option out of range, a row without prompt or steps, or, with ``error``, one that is too long.
+
+    Example:
+        >>> from rlhf_lightning.rewards.exact_answer import exact_answer
+        >>> rows = [{"prompt": "1+2=?", "completions": ["1+2=3", "#3"], "answer": "3"}]
+        >>> next(label_steps(rows, engine, tokenizer, exact_answer))["labels"]  # doctest: +SKIP
+        [0.75, 1.0]
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1 (8 is usual)")
+    if labels not in ("soft", "hard"):
+        raise ValueError(f"labels is {labels!r}; it must be one of soft, hard")
+    _check_separator(step_separator)
+    params = replace(sampling or SamplingParams(), seed=seed)
+    limit = _Limit.of(engine, params, max_length, on_too_long)
+    labeller = _Labeller(engine, tokenizer, verify, num_samples, step_separator, params, success, prompt_tokens, seed)
+    numbered, lost = enumerate(rows), Counter[str]() if left_out is None else left_out
+    while part := [labeller.read(number, row) for number, row in islice(numbered, _ROWS_AT_ONCE)]:
+        chunk = [solution for solution in part if limit.allows(*solution.longest_prefix())]
+        labeller.judge_answers(chunk)
+        judged = [solution for solution in chunk if solution.labels]
+        lost.update({TOO_LONG: len(part) - len(chunk), UNJUDGED: len(chunk) - len(judged)})
+        labeller.judge_prefixes(judged, skip_after_failure=skip_after_failure)
+        for solution in judged:
+            values = [float(value or 0.0) for value in solution.labels]
+            if labels == "hard":
+                values = [float(value > 0) for value in values]
+            rest = {k: v for k, v in solution.row.items() if k not in ("completion", "response")}
+            yield {**rest, "completions": solution.steps, "labels": values}
+    if left_out is None and lost.total():
+        reasons = f"{lost[TOO_LONG]} are too long, and the verifier has nothing to say about {lost[UNJUDGED]}"
+        warnings.warn(f"{lost.total()} rows were left out: {reasons}", stacklevel=2)
+
+
+@dataclass
+class _Labeller:
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    verify: Verifier
+    num_samples: int
+    separator: str
+    sampling: SamplingParams
+    success: float
+    prompt_tokens: PromptTokens | None
+    seed: int
+
+    def read(self, number: int, row: Mapping[str, Any]) -> _Solution:
+        """Takes a row apart."""
+        row_id = str(row.get("row_id", f"rows:{number}"))
+        prompt, steps = row.get("prompt"), row.get("completions")
+        if steps is None:
+            text = row.get("completion") if row.get("completion") is not None else row.get("response")
+            steps = text.split(self.separator) if isinstance(text, str) else None
+        steps = [step for step in steps or () if step]
+        if not prompt or not steps or not all(isinstance(step, str) for step in steps):
+            raise ValueError(
+                f"row {row_id} has the columns {sorted(row)}; it needs a prompt, and completions (a list of steps) or "
+                "completion (a text of at least one step)"
+            )
+        steps = [readable(step) for step in steps]
+        step_ids = [encode(self.tokenizer, step + self.separator, continues=True) for step in steps]
+        prompt_ids = list(self.prompt_tokens(row)) if self.prompt_tokens else _prompt_ids(self.tokenizer, row)
+        return _Solution(row_id, row, steps, prompt_ids, step_ids)
+
+    def judge_answers(self, solutions: Sequence[_Solution]) -> None:
+        """Labels last steps by the solutions' answers; a solution that cannot be judged gets no labels at all."""
+        if not solutions:
+            return
+        texts = [self._text(solution, len(solution.steps)) for solution in solutions]
+        for solution, reward in zip(solutions, self._rewards(solutions, texts), strict=True):
+            if reward is not None:
+                solution.labels = [None] * (len(solution.steps) - 1) + [float(reward >= self.success)]
+
+    def judge_prefixes(self, solutions: Sequence[_Solution], *, skip_after_failure: bool) -> None:
+        """Labels all steps but the last ones by sampling."""
+        tasks = [(solution, count) for solution in solutions for count in range(1, len(solution.steps))]
+        if not skip_after_failure:
+            self._sample(tasks)
+            return
+        for count in range(1, max((len(s.steps) for s in solutions), default=1)):
+            self._sample([task for task in tasks if task[1] == count and not _given_up(task[0], count)])
+
+    def _sample(self, tasks: Sequence[tuple[_Solution, int]]) -> None:
+        """Completes prefixes and sets the labels of the steps that they end with."""
+        if not tasks:
+            return
+        prompts = [solution.prefix_ids(count) for solution, count in tasks]
+        seeds = [
+            [derive_seed(self.seed, solution.row_id, count, sample) for sample in range(self.num_samples)]
+            for solution, count in tasks
+        ]
+        groups = self.engine.generate(prompts, self.num_samples, self.sampling, seeds=seeds)
+        owners = [solution for solution, _ in tasks for _ in range(self.num_samples)]
+        texts = [
+            self._text(solution, count) + completion.text
+            for (solution, count), group in zip(tasks, groups, strict=True)
+            for completion in group
+        ]
+        rewards = self._rewards(owners, texts)
+        for n, (solution, count) in enumerate(tasks):
+            mine = rewards[n * self.num_samples : (n + 1) * self.num_samples]
+            right = sum(reward is not None and reward >= self.success for reward in mine)
+            solution.labels[count - 1] = right / self.num_samples
+
+    def _text(self, solution: _Solution, count: int) -> str:
+        return "".join(step + self.separator for step in solution.steps[:count])
+
+    def _rewards(self, solutions: Sequence[_Solution], texts: Sequence[str]) -> Sequence[float | None]:
+        names = {name for solution in solutions for name in solution.row} - {"prompt", "completions", "completion"}
+        columns = {name: [solution.row.get(name) for solution in solutions] for name in sorted(names)}
+        rewards = self.verify([solution.row["prompt"] for solution in solutions], list(texts), **columns)
+        return check_verdicts(rewards, len(texts))
+
+
+def _given_up(solution: _Solution, count: int) -> bool:
+    """Whether a wrong solution has a step before the last of ``count`` that no sample could save."""
+    return solution.labels[-1] == 0.0 and 0.0 in solution.labels[: count - 1]
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """How long a text that is to be completed may be, and what happens to a longer one."""
+
+    tokens: int | None
+    on_too_long: OnTooLong
+
+    @classmethod
+    def of(cls, engine: Engine, params: SamplingParams, max_length: int | None, on_too_long: OnTooLong) -> _Limit:
+        """What was asked for, or what the engine takes, if it says so."""
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for what the engine takes")
+        if on_too_long not in get_args(OnTooLong):
+            raise ValueError(f"on_too_long is {on_too_long!r}; it must be one of {', '.join(get_args(OnTooLong))}")
+        ask: Callable[[SamplingParams], int | None] | None = getattr(engine, "longest_prompt", None)
+        limits = [limit for limit in (max_length, ask(params) if ask else None) if limit is not None]
+        return cls(min(limits, default=None), on_too_long)
+
+    def allows(self, row_id: str, length: int, said: str) -> bool:
+        """Whether there is room behind so many tokens of a row."""
+        if self.tokens is None or length <= self.tokens:
+            return True
+        if self.on_too_long == "drop":
+            return False
+        raise ValueError(
+            f"row {row_id} is too long: {said} {length} tokens, and at most {self.tokens} can be completed: shorten "
+            "it, or set on_too_long to drop"
+        )
+
+
+def _check_separator(step_separator: str) -> None:
+    if not step_separator:
+        raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[int]:
+    if isinstance(row["prompt"], str):
+        return prompt_tokens(tokenizer, row["prompt"])
+    template = dict(row.get("chat_template_kwargs") or {})
+    if row.get("tools"):
+        template["tools"] = row["tools"]
+    return encode(tokenizer, ChatTemplate(tokenizer).context(row["prompt"], template))

@@ -1,0 +1,141 @@
+"""A plain log of metrics, one line of JSON per call: what the pipeline's report draws its curves from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger
+
+from .utils.files import hold, release
+
+
+class JSONLLogger(Logger):
+    """Appends ``{"step": 10, "train/loss": 0.7}`` to a file whenever metrics are logged.
+
+    A later run goes on in the same file, behind an empty line. Rows of ``validate``, ``test`` and ``predict`` say so
+    (``"run": "validate"``), so that they never pass for those of training.
+
+    Args:
+        path: the file; its folder is made. A file that is no such log is refused when a run begins.
+
+    Example::
+
+        lightning.Trainer(logger=JSONLLogger("runs/history.jsonl"), log_every_n_steps=10)
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._begins = True
+        self._run = "fit"
+        self._is_claimed = False
+
+    def begin(self, run: str) -> None:
+        """Says what is logged from now on: that of ``fit``, ``validate``, ``test`` or ``predict``."""
+        self._run = run
+
+    @property
+    def name(self) -> str:
+        """What Lightning calls the run."""
+        return self.path.stem
+
+    @property
+    def version(self) -> int:
+        """Every run of a file is the same one."""
+        return 0
+
+    @property
+    def save_dir(self) -> str:
+        """The file's folder."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Appends a line; what is not a finite number is written as null."""
+        self.claim()
+        row: dict[str, Any] = {"step": step} | ({} if self._run == "fit" else {"run": self._run})
+        row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            if self._begins and file.tell():  # after another run, which may have been killed within a line
+                file.write("\n\n")
+            file.write(json.dumps(row) + "\n")
+        self._begins = False
+
+    @rank_zero_only
+    def save(self) -> None:
+        """See ``claim``; Lightning calls this when a run begins.
+
+        Raises:
+            ValueError: the file is something else, or another process writes to it.
+        """
+        self.claim()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Lets other runs write to the file; Lightning calls this when a run ends."""
+        release(self.path)
+        self._is_claimed = False
+
+    def claim(self) -> None:
+        """Makes sure that the file is a log and nobody else's; on the rank that writes to it, before a run begins.
+
+        Raises:
+            ValueError: the file is something else, or another process writes to it.
+        """
+        if self._is_claimed:
+            return
+        if self.path.is_dir() or (self.path.is_file() and not _is_history(self.path)):
+            raise ValueError(f"{str(self.path)!r} is no log of metrics, and none is added to it: choose another path")
+        hold(self.path)
+        self._is_claimed = True
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the config is saved as YAML."""
+
+
+def _is_history(path: Path) -> bool:
+    """Whether a file begins like a log, or is empty."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = next((line for line in file if line.strip()), None)
+    if first is None:
+        return True
+    try:
+        row = json.loads(first)
+    except json.JSONDecodeError:
+        opening = '{"step": '
+        return first.startswith(opening) or opening.startswith(first.strip())  # killed within its first line
+    return isinstance(row, dict) and "step" in row
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """Reads what ``JSONLLogger`` wrote; a file that is not there is an empty history.
+
+    A line that was cut off is left out. Where a run was resumed, what it logged takes the place of what had been logged
+    of the same steps and later ones.
+    """
+    path = Path(path)
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    begins = False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        begins |= not line.strip()  # between two runs
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if "run" in row:  # a look at the model, which takes the place of nothing
+                rows.append(row)
+                continue
+            if begins and row["step"] is not None:
+                rows = [r for r in rows if "run" in r or r["step"] is None or r["step"] < row["step"]]
+                begins = False
+            rows.append(row)
+    return rows

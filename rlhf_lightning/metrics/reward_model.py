@@ -1,0 +1,61 @@
+"""What is logged of a reward model, from the rows of a whole batch.
+
+Legend: E examples, K attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..distributed.collectives import Scores
+from .functional import attribute_correlation, expected_calibration_error
+
+
+def spread(rewards: Tensor) -> Scores:
+    """Mean, standard deviation, least and greatest of rewards of any shape."""
+    values = {f"rewards/{name}": getattr(rewards, name)() for name in ("mean", "min", "max")}
+    return values | ({"rewards/std": rewards.std(correction=0)} if rewards.numel() > 1 else {})
+
+
+def pair_metrics(rewards_E2: Tensor, tie_E: Tensor, *, calibration: bool) -> Scores:
+    """Means of chosen and rejected rewards and of their margin; accuracy over the pairs that are no ties.
+
+    Args:
+        rewards_E2: chosen and rejected.
+        tie_E: bool.
+        calibration: also compute how far the confidence in the better one is from its accuracy.
+    """
+    chosen, rejected = rewards_E2.unbind(dim=1)
+    values = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+    }
+    decided = (chosen - rejected)[~tie_E]
+    if len(decided):
+        values["rewards/accuracies"] = (decided > 0).double().mean()
+        if calibration:
+            values["calibration_error"] = expected_calibration_error(decided.abs().sigmoid(), decided > 0)
+    return values
+
+
+def rating_metrics(rewards_EK: Tensor, ratings_EK: Tensor, names: Sequence[str]) -> Scores:
+    """Mean squared error and correlation of every attribute, over the rows where it was rated.
+
+    Args:
+        rewards_EK: what the model says.
+        ratings_EK: NaN where a rating is missing.
+        names: of the attributes.
+    """
+    rewards_EK = rewards_EK.double()
+    correlations = attribute_correlation(rewards_EK, ratings_EK)
+    values = {}
+    for k, name in enumerate(names):
+        error = (rewards_EK[:, k] - ratings_EK[:, k])[~ratings_EK[:, k].isnan()]
+        if len(error):
+            values[f"mse/{name}"] = error.square().mean()
+        if not correlations[k].isnan():
+            values[f"correlation/{name}"] = correlations[k]
+    return values

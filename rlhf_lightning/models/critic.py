@@ -1,0 +1,183 @@
+"""What predicts the returns: a head on the policy's hidden states, or a model of its own.
+
+Legend: N scored tokens, D hidden size, M members of an ensemble, K attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..sequences import SequenceBatch, register_attention, register_flex_attention
+from . import base_model, hidden_states, load_causal_lm, resolve_layout
+from .backbone import make_steady
+from .reward_head import (
+    HeadKind,
+    RewardHead,
+    freeze_output_projection,
+    load_head,
+    read_head_options,
+    read_head_state,
+)
+
+
+class Critic(nn.Module):
+    """Values of states: of the hidden states of the policy, or of a model of its own.
+
+    Args:
+        head: from hidden states to one number, or to those of a reward model.
+        model: the critic's own model; ``None`` where it reads the policy's hidden states.
+        layout: how batches run through the own model.
+        pooling: what a value is read from: the ``last`` state, or, as a reward model with this pooling does, the
+            ``mean`` of the completion's states so far (before there are any, the state of the prompt).
+        attribute_weights: of a reward model's attributes in its reward.
+        member_means: ``(M, K)`` what a reward model takes from the rewards of the members of an ensemble.
+    """
+
+    def __init__(
+        self,
+        head: RewardHead,
+        model: nn.Module | None = None,
+        layout: Literal["auto", "packed", "padded"] = "auto",
+        *,
+        pooling: Literal["last", "mean"] = "last",
+        attribute_weights: list[float] | None = None,
+        member_means: list[list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.model = model
+        self.pooling = pooling
+        members, attributes = head.weight.shape[:2]
+        # No buffers, which a trainer's precision would round.
+        self._weights = [1 / attributes] * attributes if attribute_weights is None else attribute_weights
+        self._means = [[0.0] * attributes] * members if member_means is None else member_means
+        self._requested_layout = layout
+        self._layout: Literal["packed", "padded"] | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it reads the policy's hidden states."""
+        return self.model is None
+
+    def values(self, hidden_ND: Tensor) -> Tensor:
+        """``(N, D) -> (N,)``: the mean over members of the weighted attributes, as a reward model's reward is."""
+        values_NMK: Tensor = self.head(hidden_ND)
+        centred_NMK = values_NMK - values_NMK.new_tensor(self._means)
+        return (centred_NMK @ values_NMK.new_tensor(self._weights)).mean(dim=1)
+
+    def own_values(self, batch: SequenceBatch) -> Tensor:
+        """``(N,)`` values of the states before the scored tokens, by the critic's own model."""
+        assert self.model is not None
+        if self._layout is None:
+            self._layout = resolve_layout(self.model, self._requested_layout)
+        hidden = hidden_states(self.model, batch, self._layout)
+        states_ND = hidden.read(batch.source_index, batch.source_path, batch.source_depth)
+        return self.values(states_ND if self.pooling == "last" else means_so_far(states_ND, batch.sequence_index))
+
+
+def means_so_far(states_ND: Tensor, sequence_index_N: Tensor) -> Tensor:
+    """The mean of each sequence's states up to each, the first left out: it is the prompt's, and stands for itself.
+
+    Args:
+        states_ND: before each scored token of a completion, sequence after sequence.
+        sequence_index_N: the sequence of each.
+
+    Returns:
+        ``(N, D)``, in at least fp32.
+
+    Example:
+        >>> means_so_far(torch.tensor([[9.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 0, 1])).flatten().tolist()
+        [9.0, 1.0, 2.0, 5.0]
+    """
+    states = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
+    lengths_S = torch.bincount(sequence_index_N)
+    first_N = (lengths_S.cumsum(0) - lengths_S)[sequence_index_N]
+    depth_N = torch.arange(len(states), device=states.device) - first_N
+    # Sums within each sequence: rows of a padded matrix, since a difference of sums over all would cancel.
+    rows = states.new_zeros(len(lengths_S), int(lengths_S.max()) if len(lengths_S) else 0, states.shape[1])
+    rows[sequence_index_N, depth_N] = torch.where(depth_N[:, None] > 0, states, 0.0)
+    sums_ND = rows.cumsum(dim=1)[sequence_index_N, depth_N]
+    return torch.where(depth_N[:, None] > 0, sums_ND / depth_N.clamp(min=1)[:, None], states)
+
+
+def shared_critic(hidden_size: int, *, kind: HeadKind, seed: int, dtype: torch.dtype) -> Critic:
+    """A head on the policy's hidden states; its values start at 0."""
+    return Critic(_silent(RewardHead(hidden_size, kind=kind, seed=seed, dtype=dtype)))
+
+
+def own_critic(
+    source: str,
+    *,
+    kind: HeadKind,
+    seed: int,
+    dtype: torch.dtype,
+    attention: Literal["sdpa", "flex"],
+    layout: Literal["auto", "packed", "padded"],
+    longest: int | None = None,
+    **options: Any,
+) -> Critic:
+    """A model of its own with a head: the head that is stored with it, or one whose values start at 0.
+
+    Args:
+        source: Hugging Face id or folder; that of a reward model, too: values start as its rewards would be.
+        kind: of the head, where none is stored.
+        seed: of the head's first inner weights.
+        dtype: of the weights.
+        attention: kernel of the packed layout.
+        layout: how batches run.
+        longest: tokens that a sequence may have, where that is known; see ``steady_rotary``.
+        options: of ``load_causal_lm``.
+
+    Raises:
+        ValueError: the folder holds a head that gives no value.
+    """
+    stored = read_head_options(source)
+    _check_head(source, stored)
+    name = register_attention() if attention == "sdpa" else register_flex_attention()
+    model = load_causal_lm(source, dtype=dtype, attn_implementation=name, headless=True, **options)
+    make_steady(model, longest=longest, head=False)
+    freeze_output_projection(model)
+    size = int(base_model(model).config.get_text_config().hidden_size)
+    state = read_head_state(source)
+    members, attributes = state["weight"].shape[:2] if state else (1, 1)
+    head = RewardHead(
+        size,
+        kind=stored.get("head", kind if not state else "linear"),
+        num_outputs=attributes,
+        num_models=members,
+        seed=seed,
+        dtype=dtype,
+    )
+    if not load_head(head, source):
+        _silent(head)
+    return Critic(
+        head,
+        model,
+        layout,
+        pooling=stored.get("pooling", "last"),
+        attribute_weights=stored.get("attribute_weights"),
+        member_means=stored.get("member_means"),
+    )
+
+
+def _check_head(source: str, stored: Mapping[str, Any]) -> None:
+    """Refuses what no value can be read from."""
+    if stored and stored.get("method") != "reward":
+        raise ValueError(
+            f"value_model {source!r} holds a {stored.get('method')} model: give a reward model, or a language model"
+        )
+    if stored.get("ensemble") == "adapters" and stored.get("num_models", 1) > 1:
+        raise ValueError(
+            f"value_model {source!r} is an ensemble of {stored['num_models']} adapters, which no critic can be: give "
+            "a reward model with ensemble='heads' or num_models=1, or a language model"
+        )
+
+
+def _silent(head: RewardHead) -> RewardHead:
+    with torch.no_grad():
+        head.weight.zero_()
+    return head

@@ -1,0 +1,192 @@
+"""The ``fit`` stage: the command line's own machinery, with an export and a log of metrics added."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import Logger
+from peft import PeftModel, set_peft_model_state_dict
+
+from ..callbacks import JSONLLogger, ModelExport
+from ..cli import PostTrainingCLI
+from ..core import PostTrainingModule
+from ..core.headed_module import HeadedModule
+from ..models import load_causal_lm
+from ..models.safetensors_io import read_weights
+from ..utils import yaml_parser
+from ..utils.files import write_atomically
+from .config import FitStage
+from .figures import TRAIN_SECONDS
+
+HISTORY = "history.jsonl"
+
+
+class Progress(lightning.Callback):
+    """Says how training goes, whenever it has been validated.
+
+    Args:
+        say: shown one line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Says it, of validations while training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            shown = [f"{name} {values[name]:.3f}" for name in ("val/loss", "val/accuracy") if name in values]
+            self.say(f"step {trainer.global_step}: {', '.join(shown)}")
+
+
+class Stopwatch(lightning.Callback):
+    """Logs with every validation how long training has taken: batches alone, neither validations nor their samples."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Starts."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stops."""
+        self.seconds += time.perf_counter() - self._began
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Logs it."""
+        pl_module.log(TRAIN_SECONDS, self.seconds, on_epoch=True, batch_size=1)
+
+
+class StageCLI(PostTrainingCLI):
+    """Everything a fit stage needs, built and not yet run.
+
+    Args:
+        stage: the stage.
+        folder: where it writes.
+        seed: its seed.
+        callbacks: added to those configured.
+    """
+
+    def __init__(self, stage: FitStage, folder: Path, seed: int, callbacks: Sequence[lightning.Callback] = ()) -> None:
+        self.folder = folder
+        written = {"seed_everything": seed}
+        written |= {key: getattr(stage, key) for key in ("model", "data", "trainer") if getattr(stage, key)}
+        self.export = ModelExport(str(folder / "model"), **vars(stage.export))
+        args = [argument for file in stage.config for argument in ("--config", file)]
+        super().__init__(
+            [*args, "--config", yaml_parser.dump(written)],
+            run=False,
+            trainer_defaults={
+                "callbacks": [self.export, *callbacks],
+                "default_root_dir": str(folder),
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stderr.isatty(),
+                "num_sanity_val_steps": 0,
+            },
+        )
+        self.written = written
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"trainer.devices make {self.trainer.world_size} processes, and a pipeline runs in one: set devices: "
+                "1, or run this stage by `rlhf-lightning fit`"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Adds the log of metrics to the loggers that are configured."""
+        configured = self.config_init["trainer"].get("logger")
+        others = [configured] if isinstance(configured, Logger) else configured or []
+        loggers = [JSONLLogger(str(self.folder / HISTORY)), *(others if isinstance(others, list) else [])]
+        return super().instantiate_trainer(logger=loggers, **kwargs)
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """The whole configuration, defaults included."""
+        merged: dict[str, Any] = yaml_parser.plain(yaml_parser.load(self.parser.dump(self.config, skip_none=False)))
+        return merged
+
+
+def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Trains, exports, and measures: validation before and after, and the test set where the data has one.
+
+    Args:
+        stage: the stage.
+        folder: an empty folder, which gets ``model/``, ``history.jsonl``, ``config.yaml`` and ``stage.yaml``.
+        seed: the stage's seed.
+        say: shown one line per validation.
+
+    Returns:
+        The metrics: ``val_before/*``, ``val/*`` and ``test/*`` of the exported model.
+
+    Raises:
+        KeyboardInterrupt: training was interrupted.
+    """
+    cli = StageCLI(stage, folder, seed, [Progress(say), Stopwatch()])
+    write_atomically(folder / "stage.yaml", yaml_parser.dump(cli.written))
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    assert isinstance(module, PostTrainingModule)
+    sources = getattr(data, "sources", {})
+    metrics: dict[str, float] = {}
+    try:
+        if sources.get("val") is not None:
+            metrics |= _named("val_before", trainer.validate(module, datamodule=data, verbose=False))
+        trainer.fit(module, datamodule=data)
+        if cli.export.monitor is not None:
+            load_exported(module, folder / "model")
+        if sources.get("val") is not None:
+            # The exported model is not the one of the last step: its figures have no place in that step's curves.
+            loggers, trainer.loggers = trainer.loggers, []
+            metrics |= _named("val", trainer.validate(module, datamodule=data, verbose=False))
+            trainer.loggers = loggers
+        if sources.get("test") is not None:
+            metrics |= _named("test", trainer.test(module, datamodule=data, verbose=False))
+    except SystemExit as error:  # what Lightning makes of Ctrl-C; that of another signal stays its exit status
+        if error.code not in (1, 128 + signal.SIGINT):
+            raise
+        raise KeyboardInterrupt from error
+    finally:
+        finish_wandb()
+    return metrics | {"steps": float(trainer.global_step), "exported_step": float(cli.export.step or 0)}
+
+
+def load_exported(module: PostTrainingModule, folder: Path) -> None:
+    """Puts the weights of an exported folder back into the module that exported it, its head included.
+
+    What an export does not hold stays as it is: the critic of a PPO policy, which validation does not read.
+
+    Raises:
+        ValueError: a file is damaged or missing, or the folder holds a merged adapter.
+    """
+    if isinstance(module.model, PeftModel):
+        if not (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                "export.monitor with merge_adapter leaves no adapter to measure again: set merge_adapter: false"
+            )
+        set_peft_model_state_dict(module.model, read_weights(folder / "adapter_model.safetensors"))
+    else:
+        # Not file by file: transformers writes some weights (of experts) under other names than a model has them.
+        stored = load_causal_lm(folder, dtype=module.model.dtype, trainable=False, headless=not module.predicts_tokens)
+        module.model.load_state_dict(stored.state_dict())
+    if isinstance(module, HeadedModule):
+        module.load_beside(str(folder))
+
+
+def finish_wandb() -> None:
+    """Closes the run of Weights & Biases, if one is open: the next stage is another one."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
+
+
+def _named(prefix: str, results: Any) -> dict[str, float]:
+    values = {f"{prefix}/{name.partition('/')[2]}": float(value) for name, value in results[0].items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,0 +1,191 @@
+"""The ``sample`` stage and the evaluation of exported models: a model answers prompts, a verifier the answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.answers import Answer, answer_prompts, load_verifier, read_prompts
+from ..inference import Engine, LocalEngine, RemoteEngine, SamplingParams, derive_seed
+from ..models import load_causal_lm, load_tokenizer
+from ..utils.files import json_line, write_atomically
+from ..utils.messages import did_you_mean
+from ..utils.progress import progress
+from .config import Evaluation, SampleStage
+
+PAIRS, ANSWERS, SAMPLED = "pairs.jsonl", "test_answers.jsonl", "sampled.jsonl"
+_PROMPTS_AT_ONCE = 64
+
+
+def run_sample(
+    stage: SampleStage, folder: Path, seed: int, dtype: str, say: Callable[[str], None] = lambda line: None
+) -> dict[str, float]:
+    """Samples completions and writes ranked pairs.
+
+    What is sampled is kept in ``sampled.jsonl``, part by part; a stage that was interrupted goes on behind it.
+
+    Of the samples of a prompt that ended by themselves, the best by the verifier is chosen and the worst rejected, the
+    first of equals each time; a prompt whose samples are all equally good gives no pair.
+
+    Args:
+        stage: the stage.
+        folder: where ``pairs.jsonl`` goes.
+        seed: a sample is a function of this, its prompt's number and its own.
+        dtype: of the model's weights.
+        say: shown one line per part.
+
+    Returns:
+        Counts, and the mean reward of the samples.
+
+    Raises:
+        ValueError: no prompt gave a pair.
+    """
+    params = sampling_params(stage.sampling)
+    engine: Engine
+    if stage.server is None:
+        model, tokenizer = _load(stage.model, dtype)
+        engine = LocalEngine(model, tokenizer)
+    else:
+        tokenizer = load_tokenizer(stage.model)
+        engine = remote_engine(stage.server, tokenizer)
+    verifier = load_verifier(stage.verifier)
+    examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
+    parts = _read_parts(folder / SAMPLED)
+    rows = [pair for part in parts for pair in part["pairs"]]
+    rest = range(len(parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE)
+    for start in progress(rest, f"sampling, {_PROMPTS_AT_ONCE} prompts at once"):
+        if stage.max_pairs is not None and len(rows) >= stage.max_pairs:
+            break
+        prompts = examples[start : start + _PROMPTS_AT_ONCE]
+        seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(prompts))]
+        groups = answer_prompts(engine, prompts, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds)
+        parts.append(_summarise(groups))
+        with (folder / SAMPLED).open("a", encoding="utf-8") as file:
+            file.write(json_line(parts[-1]))
+        rows += parts[-1]["pairs"]
+        say(f"{start + len(prompts)} of {len(examples)} prompts, {len(rows)} pairs")
+    rows = rows[: stage.max_pairs]
+    rewards = [reward for part in parts for reward in part["rewards"]]
+    mean = sum(rewards) / len(rewards) if rewards else 0.0
+    if not rows:
+        raise ValueError(
+            f"no prompt of {stage.prompts!r} got both a better and a worse completion (mean reward {mean:.2f}): "
+            "raise num_samples or sampling.temperature, or sample from another model"
+        )
+    write_atomically(folder / PAIRS, "".join(map(json_line, rows)))
+    (folder / SAMPLED).unlink(missing_ok=True)
+    counts = {name: sum(part[name] for part in parts) for name in ("samples", "cut_off")}
+    return {"samples": counts["samples"], "mean_reward": mean, "pairs": len(rows), "cut_off": counts["cut_off"]}
+
+
+def _summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    """What is kept of a part: its pairs, its rewards, and how many samples there were and were cut off."""
+    answers = [answer for group in groups for answer in group]
+    return {
+        "pairs": [pair for pair in map(ranked_pair, groups) if pair is not None],
+        "rewards": [float(answer.reward) for answer in answers if answer.reward is not None],
+        "samples": len(answers),
+        "cut_off": sum(answer.completion.finish_reason == "length" for answer in answers),
+    }
+
+
+def _read_parts(file: Path) -> list[dict[str, Any]]:
+    """The parts that an interrupted stage wrote; a last line that is not whole is taken off."""
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        file.write_bytes(b"".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
+    """The best and the worst of a prompt's answers as a row, if one is better than the other."""
+    ended = [
+        answer
+        for answer in group
+        if answer.reward is not None
+        and math.isfinite(answer.reward)
+        and answer.completion.finish_reason == "stop"
+        and answer.completion.text
+    ]
+    if not ended:
+        return None
+    best = max(ended, key=lambda answer: answer.reward or 0.0)
+    worst = min(ended, key=lambda answer: answer.reward or 0.0)
+    # A text is no worse than itself, whatever a verifier that changes its mind says of it.
+    if best.reward == worst.reward or best.completion.text == worst.completion.text:
+        return None
+    texts = {"chosen": best.completion.text, "rejected": worst.completion.text}
+    return {"prompt": best.example.fields["prompt"], **texts} | {
+        name: value for name, value in best.example.fields.items() if name not in ("prompt", *texts)
+    }
+
+
+def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_file: Path) -> dict[str, float]:
+    """Answers the test prompts greedily, writes the answers, and returns accuracy and number of rows."""
+    model, tokenizer = _load(str(model_folder), dtype)
+    examples = read_prompts(
+        evaluation.prompts, tokenizer, limit=evaluation.limit, chat_template_kwargs=evaluation.chat_template_kwargs
+    )
+    greedy = SamplingParams(max_new_tokens=evaluation.max_new_tokens, temperature=0.0)
+    groups = answer_prompts(
+        LocalEngine(model, tokenizer), examples, load_verifier(evaluation.verifier), sampling=greedy
+    )
+    answers = [group[0] for group in groups]
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    if not rewards:
+        raise ValueError(f"no reward for any of the prompts {evaluation.prompts!r}: they lack what the verifier reads")
+    lines = [
+        json_line({"prompt": a.example.fields["prompt"], "completion": a.completion.text, "reward": a.reward})
+        for a in answers
+    ]
+    write_atomically(answers_file, "".join(lines))
+    return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}
+
+
+def sampling_params(written: dict[str, Any]) -> SamplingParams:
+    """Makes sampling settings of a mapping.
+
+    Raises:
+        ValueError: for an unknown key or a value out of range.
+    """
+    allowed = [f.name for f in fields(SamplingParams) if f.name != "seed"]
+    for key in written:
+        if key not in allowed:
+            raise ValueError(f"sampling has no key {key!r}{did_you_mean(str(key), allowed)}")
+    try:
+        return SamplingParams(**written)
+    except TypeError as error:  # a text where a number belongs
+        raise ValueError(f"sampling is {written!r}, of which a value is of the wrong kind: {error}") from error
+
+
+def remote_engine(written: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> RemoteEngine:
+    """Makes the engine of a server of a mapping.
+
+    Raises:
+        ValueError: for an unknown key or a value out of range.
+    """
+    allowed = [name for name in signature(RemoteEngine).parameters if name != "tokenizer"]
+    for key in written:
+        if key not in allowed:
+            raise ValueError(f"server has no key {key!r}{did_you_mean(str(key), allowed)}")
+    if "url" not in written:
+        raise ValueError("server has no url: write where it listens, such as url: http://localhost:8000")
+    return RemoteEngine(**written, tokenizer=tokenizer)
+
+
+def _load(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: nn.Module = load_causal_lm(folder, dtype=getattr(torch, dtype), trainable=False)
+    return model.to(place), load_tokenizer(folder)

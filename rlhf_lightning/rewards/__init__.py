@@ -1,0 +1,34 @@
+"""Reward functions: ``fn(prompts, completions, **columns) -> one number or None per completion``."""
+
+from .code_tests import CodeTestsReward
+from .constitution import ConstitutionReward, Principle
+from .exact_answer import exact_answer
+from .format import FormatReward
+from .judges import EngineJudge, ModelJudge
+from .learned import ProcessModelReward, ProcessModelSteps, RewardModelReward
+from .length import LengthReward, SoftOverlongReward
+from .math_answer import MathAnswerReward
+from .repetition import RepetitionReward
+from .reward_set import RewardFunction, RewardScores, RewardSet, StepReward, resolve_reward
+
+__all__ = [
+    "CodeTestsReward",
+    "ConstitutionReward",
+    "EngineJudge",
+    "FormatReward",
+    "LengthReward",
+    "MathAnswerReward",
+    "ModelJudge",
+    "Principle",
+    "ProcessModelReward",
+    "ProcessModelSteps",
+    "RepetitionReward",
+    "RewardFunction",
+    "RewardModelReward",
+    "RewardScores",
+    "RewardSet",
+    "SoftOverlongReward",
+    "StepReward",
+    "exact_answer",
+    "resolve_reward",
+]

@@ -1,0 +1,187 @@
+"""Whether the program in a completion passes the row's tests."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, Final
+
+from ._columns import read_column
+from .sandbox import IsolationChoice, Judge, resolve_isolation, run_script
+from .sandbox.isolation import Limits
+
+_FENCED: Final = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_SCRIPT_KEYS: Final = frozenset({"input", "output"})
+_CALL_KEYS: Final = frozenset({"call", "args", "kwargs", "output"})
+
+
+def extract_program(completion: str, *, require_fence: bool = False) -> str | None:
+    r"""The last fenced block of Python in a completion, or all of it.
+
+    Args:
+        completion: what a model wrote.
+        require_fence: a completion without a fenced block has no program.
+
+    Returns:
+        The program, or ``None`` for none.
+
+    Example:
+        >>> fence = "`" * 3
+        >>> extract_program(f"Here:\n{fence}python\nx = 1\n{fence}\nDone.")
+        'x = 1\n'
+    """
+    blocks = _FENCED.findall(completion)
+    if blocks:
+        return str(blocks[-1])
+    return None if require_fence else completion
+
+
+class CodeTestsReward:
+    """Rewards a completion whose program passes the row's tests.
+
+    **It runs what the model wrote.** A program runs in a process of its own that the operating system keeps from files,
+    network and processes that are not the program's (``isolation``, and what each of its values means:
+    :func:`~rlhf_lightning.rewards.sandbox.resolve_isolation`). Nothing in that process decides the reward:
+    tests, inputs to come and expected values are outside, and what the program prints or returns is compared there.
+
+    A test is one of
+
+    - ``{"input": text, "output": text}``: what the program prints for an input. Blanks at the ends of lines and empty
+      lines at the end are not compared; the program must end without an error.
+    - ``{"call": name, "args": [...], "kwargs": {...}, "output": value}``: what a function of the program returns, equal
+      as data, tuples being lists; ``Class.method`` calls a method of a new object.
+    - Python code that raises where the program is wrong (``assert add(1, 2) == 3``). It runs outside, where the
+      program's functions and classes can be called by their names with plain values (numbers, text, lists, sets,
+      dictionaries, dates, arrays) and functions of the test's, and return plain values. An object of another kind stays
+      in the program: its methods can be called; it equals no plain value, whatever the program says. What a test passes
+      *to* the program is no secret from it: expected values belong on the other side of ``==``.
+
+    A program that does not end in time has failed, as has one that takes more memory, files, processes or output than
+    it may, or that leaves the tests without an answer.
+
+    Args:
+        tests_column: the column with a test or a list of tests per row; a row without any cannot be scored.
+        passed: reward for passing all tests.
+        failed: reward for passing none, or for no program.
+        partial_credit: give a share of the reward for a share of the tests, instead of ``failed`` for any failure.
+        require_fence: only a fenced block of Python is a program; otherwise a completion without one is taken whole.
+        timeout: seconds for a program and its tests, above 0; for each input by itself. After an input that takes
+            longer, the others are not tried.
+        memory_mb: megabytes of address space, and of memory for all its processes, at least 64.
+        disk_mb: megabytes of files, at least 1.
+        processes: processes and threads at a time, at least 1.
+        num_workers: programs that run at a time, at least 1.
+        isolation: ``bubblewrap``, ``landlock``, ``none``, or ``auto`` for the first of bubblewrap and landlock that
+            works on this machine.
+
+    Raises:
+        ValueError: for numbers out of range, or an isolation that this machine does not have.
+
+    Example:
+        >>> programs = ["def f(x): return x + 1", "def f(x): return x"]
+        >>> CodeTestsReward()(["p", "p"], programs, tests=["assert f(1) == 2"] * 2)  # doctest: +SKIP
+        [1.0, 0.0]
+    """
+
+    bounds_its_time = True
+
+    def __init__(
+        self,
+        tests_column: str = "tests",
+        passed: float = 1.0,
+        failed: float = 0.0,
+        partial_credit: bool = False,
+        require_fence: bool = False,
+        timeout: float = 5.0,
+        memory_mb: int = 512,
+        disk_mb: int = 64,
+        processes: int = 32,
+        num_workers: int = 2,
+        isolation: IsolationChoice = "auto",
+    ) -> None:
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout={timeout} is not above 0: 5.0 is usual")
+        if memory_mb < 64:
+            raise ValueError(f"memory_mb={memory_mb} is below 64: an interpreter alone needs that much address space")
+        for name, value in (("disk_mb", disk_mb), ("processes", processes), ("num_workers", num_workers)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is below 1: use 1 or more")
+        resolve_isolation(isolation)
+        self.tests_column = tests_column
+        self.passed = passed
+        self.failed = failed
+        self.partial_credit = partial_credit
+        self.require_fence = require_fence
+        self.timeout = timeout
+        self.limits = Limits(memory_mb, disk_mb, processes, cpu_seconds=int(timeout) + 2)
+        self.num_workers = num_workers
+        self.isolation = isolation
+        self.required_columns = (tests_column,)
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+        """Scores each completion."""
+        tests = [_tests(value) for value in read_column(columns, self.tests_column, self)]
+        with ExitStack() as stack:
+            judge = None
+            if any("input" not in test for row in tests for test in row):
+                judge = stack.enter_context(Judge(self.isolation, self.limits, self.timeout, self.num_workers))
+            pool = stack.enter_context(ThreadPoolExecutor(self.num_workers))
+            return list(pool.map(lambda completion, row: self._score(completion, row, judge), completions, tests))
+
+    def _score(self, completion: str, tests: Sequence[str | Mapping[str, Any]], judge: Judge | None) -> float | None:
+        if not tests:
+            return None
+        program = extract_program(completion, require_fence=self.require_fence)
+        if program is None:
+            return self.failed
+        scripts = [test for test in tests if isinstance(test, Mapping) and "input" in test]
+        calls = [test for test in tests if isinstance(test, str) or "input" not in test]
+        num_passed = 0
+        if calls:
+            assert judge is not None  # there is one as soon as any row has such a test
+            num_passed += sum(judge.run(program, calls))
+        if self.partial_credit or num_passed == len(calls):
+            num_passed += self._run_scripts(program, scripts)
+        share = num_passed / len(tests)
+        if not self.partial_credit:
+            share = float(num_passed == len(tests))
+        return self.failed + share * (self.passed - self.failed)
+
+    def _run_scripts(self, program: str, tests: Sequence[Mapping[str, Any]]) -> int:
+        """How many inputs a program prints the right output for, as far as they are tried."""
+        num_passed = 0
+        for test in tests:
+            outcome = run_script(program, str(test["input"]), self.isolation, self.limits, self.timeout)
+            is_right = outcome.ended and _lines(outcome.printed) == _lines(str(test["output"]))
+            num_passed += is_right
+            if outcome.timed_out or not (is_right or self.partial_credit):
+                break
+        return num_passed
+
+
+def _tests(value: Any) -> list[str | Mapping[str, Any]]:
+    """A row's tests.
+
+    Raises:
+        ValueError: for what is no test.
+    """
+    tests = [value] if isinstance(value, str | Mapping) else [] if value is None else list(value)
+    return [test if isinstance(test, str) else _mapping(test) for test in tests]
+
+
+def _mapping(test: Any) -> dict[str, Any]:
+    """A test without the nulls that tables put where a row has no such column."""
+    if isinstance(test, Mapping):
+        given = {key: value for key, value in test.items() if value is not None or key == "output"}
+        if given.keys() == _SCRIPT_KEYS or {"call", "output"} <= given.keys() <= _CALL_KEYS:
+            return given
+    raise ValueError(
+        f"test {test!r} is neither code nor a mapping with 'input' and 'output', or with 'call', 'args' and 'output'"
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]

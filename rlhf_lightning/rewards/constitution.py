@@ -1,0 +1,195 @@
+"""A reward for keeping to a list of principles, each with a weight and a check; some are judged by a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..utils.imports import load_attribute
+from .judges import resolve_judge
+
+Predicate = Callable[[str, str], bool | float | None]
+
+QUESTION = (
+    "Someone was asked:\n{prompt}\n\nThey answered:\n{completion}\n\nIs this true of the answer: {statement}\n"
+    "Reply with yes or no.\n"
+)
+
+
+_CHECKS = ("require", "forbid", "predicate", "statement")
+
+
+@dataclass(frozen=True)
+class Principle:
+    """One rule that completions should keep, given by exactly one of its four checks.
+
+    Args:
+        name: what the rule is called in messages.
+        weight: how much it counts, above 0.
+        require: a regular expression that must be found in the completion.
+        forbid: a regular expression that must not be found in it.
+        predicate: a function of prompt and completion, or the dotted path of one, that says how well the rule is kept:
+            true, false, a number from 0 to 1, or ``None`` where the rule does not apply.
+        statement: a sentence that should be true of the completion, for a model to judge.
+
+    Raises:
+        ValueError: for none or several checks, an expression that does not compile, or a weight of 0 or below.
+    """
+
+    name: str
+    weight: float = 1.0
+    require: str | None = None
+    forbid: str | None = None
+    predicate: str | Predicate | None = None
+    statement: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _CHECKS if getattr(self, name) is not None]
+        if len(given) != 1:
+            have = " and ".join(given) or "no check"
+            raise ValueError(f"principle {self.name!r} has {have}: give exactly one of {', '.join(_CHECKS)}")
+        if not self.weight > 0:
+            raise ValueError(f"principle {self.name!r} has the weight {self.weight}: write a number above 0")
+        pattern = self.require if self.require is not None else self.forbid
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"principle {self.name!r}: {pattern!r} is not a regular expression: {error}"
+                ) from error
+
+    def check(self) -> Predicate:
+        """The principle as a function of prompt and completion."""
+        if self.require is not None:
+            required = re.compile(self.require, re.DOTALL)
+            return lambda prompt, completion: required.search(completion) is not None
+        if self.forbid is not None:
+            forbidden = re.compile(self.forbid, re.DOTALL)
+            return lambda prompt, completion: forbidden.search(completion) is None
+        loaded = load_attribute(self.predicate) if isinstance(self.predicate, str) else self.predicate
+        if not callable(loaded):
+            raise ValueError(f"principle {self.name!r}: {self.predicate!r} is not a function of prompt and completion")
+        predicate: Predicate = loaded
+        return predicate
+
+
+class ConstitutionReward:
+    """The weighted share of a list of principles that a completion keeps.
+
+    Paper: after Constitutional AI (Bai et al., 2022, arXiv:2212.08073). sum_i w_i kept_i / sum_i w_i over the
+    principles that apply, kept_i from 0 to 1. Departure: a principle may be a predicate, which is cheap and
+    reproducible; those with a statement are put to a model, the judge.
+
+    Args:
+        principles: at least one, with different names; a ``Principle``, or a dictionary of its arguments.
+        judge: for principles with a statement: the folder or hub id of a language model, whose verdict is how much more
+            probable ``yes`` is than ``no`` (``ModelJudge``); an engine or anything with its method ``generate``, whose
+            answers are read (``EngineJudge``); either of these judges, for their options; or ``class_path`` and
+            ``init_args``.
+        question: what the judge is asked, with the fields ``prompt``, ``completion`` and ``statement``.
+
+    Raises:
+        ValueError: for no principles, two of the same name, or a statement without a judge.
+
+    Example:
+        >>> polite = Principle("polite", weight=3.0, require="please")
+        >>> short = Principle("short", predicate=lambda prompt, completion: len(completion) < 20)
+        >>> ConstitutionReward([polite, short])(["p", "p"], ["please wait", "wait"])
+        [1.0, 0.25]
+    """
+
+    def __init__(
+        self, principles: Sequence[Principle | Mapping[str, Any]], judge: Any = None, question: str = QUESTION
+    ) -> None:
+        if not principles:
+            raise ValueError("principles is empty: give at least one principle")
+        self.principles = [_principle(given) for given in principles]
+        names = [principle.name for principle in self.principles]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"two principles are called {repeated!r}: give each its own name")
+        self._checks = [(p, p.check()) for p in self.principles if p.statement is None]
+        self._judged = [p for p in self.principles if p.statement is not None]
+        if self._judged and judge is None:
+            raise ValueError(
+                f"principle {self._judged[0].name!r} has a statement: give a judge, such as a model's folder"
+            )
+        try:
+            question.format(prompt="", completion="", statement="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"question has the wrong field {error}: its fields are {{prompt}}, {{completion}} and {{statement}}"
+            ) from error
+        self.question = question
+        self.judge = resolve_judge(judge) if self._judged else None
+
+    def attach(self, module: Any) -> None:
+        """Takes the judge to a policy's device."""
+        attach = getattr(self.judge, "attach", None)
+        if callable(attach):
+            attach(module)
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any
+    ) -> list[float | Exception | None]:
+        """Scores each completion; one to which no principle applies cannot be scored.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: as many.
+            columns: the rows' other columns, which are not read.
+
+        Returns:
+            Numbers from 0 to 1, ``None`` where no principle applies, and what went wrong where a check failed.
+        """
+        samples = list(zip(prompts, completions, strict=True))
+        kept: list[list[tuple[Principle, float]]] = [[] for _ in samples]
+        failed: dict[int, Exception] = {}
+        for number, (prompt, completion) in enumerate(samples):
+            try:
+                kept[number] = self._checked(prompt, completion)
+            except Exception as error:  # a user's predicate: it costs its own sample
+                failed[number] = error
+        asked = [(n, principle) for n in range(len(samples)) if n not in failed for principle in self._judged]
+        questions = [self._question(principle, *samples[n]) for n, principle in asked]
+        verdicts = self.judge(questions) if self.judge is not None and questions else []
+        for (number, principle), verdict in zip(asked, verdicts, strict=True):
+            if isinstance(verdict, Exception):
+                failed.setdefault(number, ValueError(f"principle {principle.name!r}: {verdict}"))
+            else:
+                kept[number].append((principle, verdict))
+        return [failed[number] if number in failed else _share(kept[number]) for number in range(len(samples))]
+
+    def _checked(self, prompt: Any, completion: str) -> list[tuple[Principle, float]]:
+        """How well the principles that need no judge are kept, those that do not apply left out."""
+        found = []
+        for principle, check in self._checks:
+            verdict = check(prompt, completion)
+            if verdict is None:
+                continue
+            if not 0 <= verdict <= 1:
+                raise ValueError(f"principle {principle.name!r} returned {verdict!r}: return a number from 0 to 1")
+            found.append((principle, float(verdict)))
+        return found
+
+    def _question(self, principle: Principle, prompt: Any, completion: str) -> str:
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return self.question.format(prompt=prompt, completion=completion, statement=principle.statement)
+
+
+def _principle(given: Principle | Mapping[str, Any]) -> Principle:
+    if isinstance(given, Principle):
+        return given
+    try:
+        return Principle(**given)
+    except TypeError as error:
+        raise ValueError(f"a principle is {given!r}: {' '.join(str(error).split())}") from error
+
+
+def _share(kept: Sequence[tuple[Principle, float]]) -> float | None:
+    total = sum(principle.weight for principle, _ in kept)
+    return sum(principle.weight * verdict for principle, verdict in kept) / total if total else None

@@ -1,0 +1,282 @@
+"""Learned reward models as reward functions. Their weights are frozen, and part of no module and no checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig
+
+from ..losses.process_reward import Aggregation
+from ..models.loading import _locate
+from ..models.reward_head import read_head_options, read_head_state
+from ..modules.process_reward import ProcessRewardModule
+from ..modules.reward import RewardModule
+from ..utils.validation import check_choice, check_count, check_not_negative
+from .scorers import PackedScorer, PaddedScorer, exactly, frozen, move, row_templates
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class RewardModelReward:
+    """The reward that a learned reward model gives to a completion.
+
+    An ensemble's reward is its mean less ``uncertainty_penalty`` standard deviations over its members, so that a policy
+    does not go where they disagree (Coste et al., 2023, arXiv:2310.02743: uncertainty-weighted optimisation).
+
+    What ``RewardModule`` exported, and sequence classifiers on a decoder with one linear layer, run packed, and read
+    what they were trained on: prompt, completion, end-of-sequence token (one that was cut off gets it). These are the
+    sampled tokens themselves, where the policy's tokenizer is the reward model's (vocabulary and chat template) and the
+    tokens are the completion's text; else the texts, tokenised as the reward model's training data. Other sequence
+    classifiers of transformers run padded, on pairs of prompt and completion as their tokenizer writes them, or on the
+    chat as their template does. A sample that is too long for the reward model counts as failed.
+
+    Args:
+        model: folder or hub id of a reward model that was exported, or of any sequence classifier.
+        uncertainty_penalty: at least 0; only for ensembles.
+        label: of a classifier with several outputs, the name of the one whose logit is the reward; of a reward model
+            with several attributes, the one that counts, in place of their weighted sum.
+        micro_batch_tokens: tokens per forward, at least 1; changes no result.
+        dtype: of the weights.
+        chat_template_kwargs: handed to the reward model's chat template beside the rows' own, which win by name.
+
+    Raises:
+        ValueError: the folder holds no reward model, or an option is out of range.
+
+    Example::
+
+        GRPOModule("my-sft-model", rewards=[RewardModelReward("my-reward-model")])
+    """
+
+    def __init__(
+        self,
+        model: str,
+        uncertainty_penalty: float = 0.0,
+        label: str | None = None,
+        micro_batch_tokens: int = 8192,
+        dtype: Dtype = "float32",
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        check_not_negative("uncertainty_penalty", uncertainty_penalty, "0 is the ensemble's plain mean")
+        check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
+        check_choice("dtype", dtype, _DTYPES)
+        self.uncertainty_penalty = uncertainty_penalty
+        model = _locate(model, what="reward model")
+        options, labels = _reward_options(model)
+        chosen = _label_weights(model, labels, label, options)
+        self.scorer: PackedScorer | PaddedScorer
+        if options is None:
+            self.scorer = PaddedScorer(model, chosen.index(1.0), micro_batch_tokens, _DTYPES[dtype])
+        else:
+            given = {"attributes": labels, "attribute_weights": chosen, "micro_batch_tokens": micro_batch_tokens}
+            self.scorer = PackedScorer(RewardModule.from_pretrained(model, **given), _DTYPES[dtype])
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        members = 1 if options is None else int(options.get("num_models", 1))
+        if uncertainty_penalty and members == 1:
+            raise ValueError(
+                f"uncertainty_penalty is {uncertainty_penalty}, but {model!r} is no ensemble: use 0, or train a "
+                "RewardModule with num_models=4"
+            )
+
+    def attach(self, module: Any) -> None:
+        """Goes to a policy's device, and finds out whether its tokens are the reward model's."""
+        self.scorer.attach(module)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> list[float | Exception]:
+        """Scores each completion; an exception stands where one cannot be scored.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: texts.
+            prompt_ids: the prompts' tokens, where the texts have been sampled from them.
+            completion_ids: the completions' tokens.
+            tools: that the prompts' chats have.
+            chat_template_kwargs: the rows' settings of the chat template.
+        """
+        templates = row_templates(len(completions), self.chat_template_kwargs, tools, chat_template_kwargs)
+        tokens = [(None, None)] * len(completions) if prompt_ids is None or completion_ids is None else []
+        pairs: Any = tokens or zip(prompt_ids or (), completion_ids or (), strict=True)
+        samples = list(zip(prompts, completions, pairs, strict=True))
+        rewards: list[float | Exception] = []
+        segments: list[Any] = []
+        places = []
+        for number, (prompt, completion, ids) in enumerate(samples):
+            try:
+                segments.append(self.scorer.encode(prompt, completion, templates[number], *ids))
+                places.append(number)
+                rewards.append(0.0)
+            except ValueError as error:
+                rewards.append(error)
+        for number, members_M in zip(places, self.scorer.score(segments), strict=True):
+            rewards[number] = float(members_M.mean() - self.uncertainty_penalty * members_M.std(correction=0))
+        return rewards
+
+
+class ProcessModelReward:
+    """The score that a process reward model gives to a whole completion: its steps' probabilities, aggregated.
+
+    A completion without steps cannot be scored. For rewards of the steps themselves give ``ProcessModelSteps`` as
+    ``process_reward``.
+
+    Args:
+        model: folder or hub id of a process reward model that was exported.
+        aggregation: ``min``, ``product``, ``last`` or ``mean``; the model's own by default.
+        micro_batch_tokens: tokens per forward, at least 1; changes no result.
+        dtype: of the weights.
+        chat_template_kwargs: handed to the model's chat template beside the rows' own, which win by name.
+
+    Raises:
+        ValueError: the folder holds no process reward model, or an option is out of range.
+
+    Example::
+
+        GRPOModule("my-sft-model", rewards=[ProcessModelReward("my-process-model", aggregation="product")])
+    """
+
+    def __init__(
+        self,
+        model: str,
+        aggregation: Aggregation | None = None,
+        micro_batch_tokens: int = 8192,
+        dtype: Dtype = "float32",
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        check_choice("dtype", dtype, _DTYPES)
+        options: dict[str, Any] = {} if aggregation is None else {"aggregation": aggregation}
+        model = _locate(model, what="process reward model")
+        found = ProcessRewardModule.from_pretrained(model, micro_batch_tokens=micro_batch_tokens, **options)
+        self.module = frozen(found, _DTYPES[dtype])
+        self.step_separator = found.step_separator
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    def attach(self, module: Any) -> None:
+        """Goes to a policy's device."""
+        move(self.module, module.device)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> list[Any]:
+        """Scores each completion."""
+        templates = row_templates(len(completions), self.chat_template_kwargs, tools, chat_template_kwargs)
+        places = [n for n, completion in enumerate(completions) if any(completion.split(self.step_separator))]
+        found: list[Any] = [None] * len(completions)
+        if places:
+            with exactly(self.module.device):
+                scores = self._scores(
+                    [prompts[n] for n in places], [completions[n] for n in places], [templates[n] for n in places]
+                )
+            for n, score in zip(places, scores, strict=True):
+                found[n] = score
+        return found
+
+    def _scores(
+        self, prompts: Sequence[Any], completions: Sequence[str], templates: Sequence[dict[str, Any]]
+    ) -> Sequence[Any]:
+        scores: list[float] = self.module.score(prompts, completions, templates)
+        return scores
+
+
+class ProcessModelSteps(ProcessModelReward):
+    """The probability that a process reward model gives to every step, less ``baseline``; a ``process_reward``.
+
+    Without a baseline of a half or so every further step would be worth something to PPO, right or not. GRPO's
+    normalisation takes any baseline out.
+
+    Args:
+        model: folder or hub id of a process reward model that was exported, not one with ``boundaries="learned"``.
+        baseline: what a step's probability has to exceed to be worth something.
+        micro_batch_tokens: tokens per forward, at least 1; changes no result.
+        dtype: of the weights.
+        chat_template_kwargs: handed to the model's chat template beside the rows' own, which win by name.
+
+    Raises:
+        ValueError: the folder holds no such model, or an option is out of range.
+
+    Example::
+
+        PPOModule("my-sft-model", rewards=[], process_reward=ProcessModelSteps("my-process-model"))
+    """
+
+    def __init__(
+        self,
+        model: str,
+        baseline: float = 0.5,
+        micro_batch_tokens: int = 8192,
+        dtype: Dtype = "float32",
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model, micro_batch_tokens=micro_batch_tokens, dtype=dtype, chat_template_kwargs=chat_template_kwargs
+        )
+        if self.module.boundaries == "learned":
+            raise ValueError(
+                f"the process reward model {model!r} finds steps by itself (boundaries='learned'), so that its rewards "
+                "have no tokens to land on: use ProcessModelReward, or a model trained with a step_separator"
+            )
+        self.baseline = baseline
+
+    def _scores(
+        self, prompts: Sequence[Any], completions: Sequence[str], templates: Sequence[dict[str, Any]]
+    ) -> Sequence[Any]:
+        steps = self.module.score_steps(prompts, completions, templates)
+        return [[score - self.baseline for score in scores] for scores in steps]
+
+
+# Folders.
+
+
+def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The options of what ``RewardModule`` can load (``None`` for other classifiers), and the names of its outputs."""
+    stored = read_head_options(folder)
+    if stored:
+        if stored.get("method") != RewardModule.method:
+            raise ValueError(
+                f"{folder!r} holds a {stored.get('method')} model, no reward model: a process reward model is used by "
+                "ProcessModelReward or ProcessModelSteps"
+            )
+        return stored, list(stored["attributes"])
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder!r} holds no model ({str(error).splitlines()[0]}): give a reward model") from error
+    architecture = str((getattr(config, "architectures", None) or ["unknown architecture"])[0])
+    if not architecture.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"{folder!r} holds no reward model but a {architecture}: give what RewardModule exported, or a sequence "
+            "classifier"
+        )
+    labels = [str(config.id2label[n]) for n in sorted(config.id2label)]
+    return ({} if read_head_state(folder) else None), labels
+
+
+def _label_weights(
+    folder: str, labels: Sequence[str], label: str | None, options: Mapping[str, Any] | None
+) -> list[float]:
+    """How much each output counts."""
+    if label is not None:
+        if label not in labels:
+            raise ValueError(f"label is {label!r}; the outputs of {folder!r} are {', '.join(labels)}")
+        return [float(name == label) for name in labels]
+    if options and "attribute_weights" in options:
+        return [float(weight) for weight in options["attribute_weights"]]
+    if len(labels) > 1:
+        raise ValueError(f"the classifier {folder!r} has the outputs {', '.join(labels)}: name one with label=")
+    return [1.0]

@@ -1,0 +1,375 @@
+"""Running several reward functions on a batch, so that one that fails costs the samples that it fails on."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..utils.imports import load_attribute
+from ._time_limit import CallTimeoutError, call_with_limit
+
+RewardFunction = Callable[..., Sequence[Any]]
+
+_RESERVED: Final = ("prompts", "completions")
+
+log = logging.getLogger(__name__)
+
+
+class RewardScores(NamedTuple):
+    """What the functions said about a batch.
+
+    Attributes:
+        values: (num_samples, num_functions), NaN where a function could not score a sample.
+        names: of the functions, in the order of the columns.
+        failures: by function, on how many samples it raised, ran out of time or returned what is not a number; samples
+            for which it returned ``None`` are none of these.
+        errors: by function that failed, its first message.
+        steps: by function of steps, one list of rewards per sample, empty where there are none.
+    """
+
+    values: npt.NDArray[np.float64]
+    names: tuple[str, ...]
+    failures: dict[str, int]
+    errors: dict[str, str]
+    steps: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class StepReward:
+    """A function that rewards every step of a completion, and not the completion as a whole.
+
+    Args:
+        function: returns, for each completion, a list with one number per step, or ``None``.
+        separator: what stands between steps; empty steps are left out.
+
+    Example:
+        >>> def lengths(completions): return [[len(step) for step in text.split(";")] for text in completions]
+        >>> scores = RewardSet([StepReward(lengths, ";")])(["p", "p"], ["a;abc", "ab"])
+        >>> scores.values.tolist(), scores.steps
+        ([[2.0], [2.0]], {'lengths': [[1.0, 3.0], [2.0]]})
+    """
+
+    function: RewardFunction
+    separator: str = "\n"
+
+    def split(self, completion: str) -> list[str]:
+        """The steps of a completion."""
+        return [step for step in completion.split(self.separator) if step]
+
+
+class _BadValueError(ValueError):
+    """A function returned what is no reward."""
+
+
+def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
+    """A reward function from itself, or from the dotted path of a function or of a class without required arguments.
+
+    Args:
+        spec: a function, or ``package.module.name``.
+
+    Returns:
+        The function; for a class, an instance of it.
+
+    Raises:
+        ValueError: for a path that leads nowhere, or to what cannot be called.
+
+    Example:
+        >>> resolve_reward("rlhf_lightning.rewards.FormatReward")([""], ["<think>1</think>2"])
+        [1.0]
+    """
+    found = load_attribute(spec) if isinstance(spec, str) else spec
+    if inspect.isclass(found):
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(f"reward {spec!r} needs arguments: give class_path and init_args ({error})") from error
+    if not callable(found):
+        raise ValueError(f"reward {spec!r} is a {type(found).__name__}: give a function or the dotted path of one")
+    function: RewardFunction = found
+    return function
+
+
+def _name(function: RewardFunction) -> str:
+    inner = getattr(function, "func", function)  # functools.partial
+    return getattr(inner, "__name__", None) or type(inner).__name__
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return tuple(result)
+
+
+def _short(value: Any) -> str:
+    """A value and its type on one line."""
+    return f"{' '.join(repr(value).split())[:60]} ({type(value).__name__})"
+
+
+class _Reward:
+    """One function with its name and what it wants to be called with."""
+
+    def __init__(self, given: RewardFunction | StepReward, name: str) -> None:
+        self.of_steps = given if isinstance(given, StepReward) else None
+        self.function = function = _inner(given)
+        self.name = name
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except ValueError as error:
+            raise ValueError(f"reward {name!r} does not say what arguments it takes: wrap it in a function") from error
+        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.accepted = {p.name for p in by_name}
+        needed = [p.name for p in by_name if p.default is p.empty and p.name not in _RESERVED]
+        self.required = (*needed, *getattr(function, "required_columns", ()))
+
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        missing = [name for name in self.required if name not in columns]
+        if missing:
+            have = ", ".join(sorted(columns)) or "none"
+            raise ValueError(f"reward {self.name!r} needs the column {missing[0]!r}: the rows have {have}")
+
+    def call(self, arguments: Mapping[str, Sequence[Any]], samples: Sequence[int]) -> list[Any]:
+        """The function's own values for some of the samples, as many as asked for."""
+        wanted = {key: values for key, values in arguments.items() if self.takes_all or key in self.accepted}
+        returned = self.function(**{key: [values[n] for n in samples] for key, values in wanted.items()})
+        try:
+            values = list(returned)
+        except TypeError:
+            values = None
+        if values is None or isinstance(returned, str | bytes | Mapping):
+            one = "number" if self.of_steps is None else "list of numbers"
+            raise _BadValueError(
+                f"reward {self.name!r} returned {_short(returned)}: return a list of one {one} or None per completion"
+            )
+        if len(values) != len(samples):
+            raise _BadValueError(
+                f"reward {self.name!r} returned {len(values)} values for {len(samples)} completions: return one each"
+            )
+        return values
+
+    def numbers(self, value: Any, sample: int, completion: str) -> list[float]:
+        """What a value says of a sample: one number, or one per step; nothing for None.
+
+        Raises:
+            Exception: the value itself where it is one: the function has failed on this sample.
+            _BadValueError: the value is no reward.
+        """
+        if value is None:
+            return []
+        if isinstance(value, Exception):
+            raise value
+        if self.of_steps is None:
+            number = _finite(value)
+            if number is None:
+                raise _BadValueError(
+                    f"reward {self.name!r} returned {_short(value)} for sample {sample}: "
+                    "return a finite number, or None if unscorable"
+                )
+            return [number]
+        parts = value.tolist() if hasattr(value, "tolist") else value
+        found = [_finite(part) for part in parts] if isinstance(parts, list | tuple) else None
+        count = len(self.of_steps.split(completion))
+        if found is None or None in found or len(found) != count:
+            raise _BadValueError(
+                f"reward {self.name!r} returned {_short(value)} for the {count} steps of sample {sample}: "
+                "return a list with one finite number per step, or None if unscorable"
+            )
+        return [number for number in found if number is not None]
+
+
+def _inner(given: RewardFunction | StepReward) -> RewardFunction:
+    return given.function if isinstance(given, StepReward) else given
+
+
+def _finite(value: Any) -> float | None:
+    """A value as a number, and None for what is no finite one."""
+    # A tensor or array without dimensions.
+    number = value.item() if not isinstance(value, Real) and getattr(value, "ndim", None) == 0 else value
+    return float(number) if isinstance(number, Real) and math.isfinite(number) else None
+
+
+class RewardSet:
+    """Several reward functions with weights, called on a batch.
+
+    A function is called once for the batch, by keyword, with those of ``prompts``, ``completions`` and the row's
+    columns that it names, or all of them if it takes ``**columns``. Where that raises or takes longer than ``timeout``,
+    it is called again for each sample by itself with ``sample_timeout``, and only the samples on which it fails again
+    are lost: NaN in the result, counted, and reported once per function and kind of error in the log. A function that
+    knows which samples it failed on may return an exception in the place of their values. One with a true attribute
+    ``bounds_its_time`` is left to end by itself: it says what an answer that takes too long is worth.
+
+    A ``StepReward`` counts as the mean over the steps of each completion.
+
+    Args:
+        rewards: functions, dotted paths of functions or classes, or ``StepReward`` of these.
+        weights: one per function, finite; ``None`` for 1 each. They are not applied here.
+        names: one per function, all different, for metrics; ``None`` takes the functions' own.
+        timeout: seconds that a call for the batch may take, above 0; ``None`` for no limit.
+        sample_timeout: the same for a call for one sample.
+        on_bad_value: what happens where a function returns the wrong number of values, a string, NaN or an infinity:
+            ``error`` raises, ``skip`` counts it as failed on those samples.
+
+    Raises:
+        ValueError: for no functions, or lists that do not match.
+
+    Example:
+        >>> def length(completions): return [float(len(text)) for text in completions]
+        >>> def picky(completions): return [1.0 / (len(text) - 1) for text in completions]
+        >>> scores = RewardSet([length, picky], weights=[1.0, 0.5])(["p", "p"], ["a", "abc"])
+        >>> scores.values.tolist(), scores.failures
+        ([[1.0, nan], [3.0, 0.5]], {'length': 0, 'picky': 1})
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[str | RewardFunction | StepReward],
+        *,
+        weights: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
+        timeout: float | None = 60.0,
+        sample_timeout: float | None = 10.0,
+        on_bad_value: Literal["error", "skip"] = "error",
+    ) -> None:
+        if isinstance(rewards, str) or not rewards:
+            raise ValueError(f"rewards={rewards!r}: give a list of at least one function or dotted path")
+        for name, given in (("weights", weights), ("names", names)):
+            if given is not None and len(given) != len(rewards):
+                raise ValueError(f"{name} has {len(given)} entries for {len(rewards)} rewards: give one each")
+        for name, seconds in (("timeout", timeout), ("sample_timeout", sample_timeout)):
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ValueError(f"{name}={seconds} is not a finite number above 0: null turns it off")
+        if on_bad_value not in ("error", "skip"):
+            raise ValueError(f"unknown on_bad_value {on_bad_value!r}: use one of error, skip")
+        functions = [spec if isinstance(spec, StepReward) else resolve_reward(spec) for spec in rewards]
+        self.names = _unique(_name(_inner(function)) for function in functions) if names is None else tuple(names)
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names={list(self.names)} has one name twice: give each function its own")
+        self.weights = np.ones(len(functions)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if not np.isfinite(self.weights).all():
+            raise ValueError(f"weights={self.weights.tolist()}: all must be finite numbers")
+        self.timeout = timeout
+        self.sample_timeout = sample_timeout
+        self.on_bad_value = on_bad_value
+        self._rewards = [_Reward(function, name) for function, name in zip(functions, self.names, strict=True)]
+        self._reported: set[tuple[str, str]] = set()
+
+    @property
+    def functions(self) -> list[RewardFunction]:
+        """The functions, in order."""
+        return [reward.function for reward in self._rewards]
+
+    @property
+    def step_separators(self) -> list[str | None]:
+        """What separates the steps that each function rewards; ``None`` for a function of whole completions."""
+        return [None if reward.of_steps is None else reward.of_steps.separator for reward in self._rewards]
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> RewardScores:
+        """Scores every completion with every function.
+
+        Args:
+            prompts: one per completion.
+            completions: what to score.
+            columns: the rows' other columns, each with one value per completion.
+
+        Returns:
+            The scores, and what went wrong on the way.
+
+        Raises:
+            ValueError: for a column that a function needs and the rows do not have, lengths that do not match, or,
+                with ``on_bad_value="error"``, for a value that is no reward.
+        """
+        columns = {key: given for key, given in (columns or {}).items() if key not in _RESERVED}
+        for key, given in {"prompts": prompts, **columns}.items():
+            if len(given) != len(completions):
+                raise ValueError(f"{key!r} has {len(given)} values for {len(completions)} completions: give one each")
+        arguments: dict[str, Sequence[Any]] = {"prompts": prompts, "completions": completions, **columns}
+        # Before the first call: an answer column that is missing should not cost the time of a slow judge.
+        for reward in self._rewards:
+            reward.check_columns(columns)
+        values = np.full((len(completions), len(self._rewards)), np.nan)
+        failures: dict[str, int] = {}
+        errors: dict[str, str] = {}
+        steps: dict[str, list[list[float]]] = {}
+        for column, reward in enumerate(self._rewards):
+            found, problems = self._score(reward, arguments, len(completions))
+            values[:, column] = [sum(numbers) / len(numbers) if numbers else math.nan for numbers in found]
+            if reward.of_steps is not None:
+                steps[reward.name] = found
+            failures[reward.name] = len(problems)
+            if problems:
+                errors[reward.name] = self._report(reward.name, problems, len(completions))
+        return RewardScores(values, self.names, failures, errors, steps)
+
+    def _score(
+        self, reward: _Reward, arguments: Mapping[str, Sequence[Any]], num_samples: int
+    ) -> tuple[list[list[float]], list[Exception]]:
+        """One list of numbers per sample, and what went wrong."""
+        if num_samples == 0:
+            return [], []
+        problems: list[Exception] = []
+        try:
+            raw = self._call(reward, arguments, range(num_samples), self.timeout)
+        except Exception as error:
+            self._raise_if_bad(error)
+            if num_samples == 1 and not isinstance(error, CallTimeoutError):
+                return [[]], [error]
+            raw = []
+            for sample in range(num_samples):
+                try:
+                    raw += self._call(reward, arguments, [sample], self.sample_timeout)
+                except Exception as sample_error:
+                    self._raise_if_bad(sample_error)
+                    problems.append(sample_error)
+                    raw.append(None)
+        found: list[list[float]] = []
+        for sample, value in enumerate(raw):
+            try:
+                found.append(reward.numbers(value, sample, arguments["completions"][sample]))
+            except Exception as error:
+                self._raise_if_bad(error)
+                problems.append(error)
+                found.append([])
+        return found, problems
+
+    def _call(
+        self, reward: _Reward, arguments: Mapping[str, Sequence[Any]], samples: Sequence[int], seconds: float | None
+    ) -> list[Any]:
+        def call() -> list[Any]:
+            try:
+                return reward.call(arguments, samples)
+            except SystemExit as error:
+                raise RuntimeError(f"called sys.exit({error.code!r})") from error
+
+        bounds_its_time = getattr(reward.function, "bounds_its_time", False)
+        values: list[Any] = call_with_limit(call, None if bounds_its_time else seconds)
+        return values
+
+    def _raise_if_bad(self, error: Exception) -> None:
+        if isinstance(error, _BadValueError) and self.on_bad_value == "error":
+            raise error
+
+    def _report(self, name: str, problems: Sequence[Exception], num_samples: int) -> str:
+        first = problems[0]
+        kind = type(first).__name__
+        message = " ".join(f"{kind}: {first}".split())
+        if (name, kind) not in self._reported:
+            self._reported.add((name, kind))
+            log.warning("reward %r failed on %d of %d samples: %s", name, len(problems), num_samples, message)
+        return message

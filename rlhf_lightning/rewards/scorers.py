@@ -1,0 +1,173 @@
+"""What scores prompts with completions for learned rewards: reward models of ours, packed, and any others, padded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..core.headed_module import HeadedModule
+from ..core.scoring import answered, score_texts
+from ..data.chat_template import ChatTemplate, with_turn
+from ..data.tokenization import RowTokenizer, longest
+from ..inference.completion import decode
+from ..models import num_positions
+from ..models.reward_head import with_padding_token
+from ..modules.reward import RewardModule
+from ..sequences import Segment
+
+
+class PackedScorer:
+    """A ``RewardModule`` that scores prompts with completions."""
+
+    def __init__(self, module: RewardModule, dtype: torch.dtype) -> None:
+        self.module = frozen(module, dtype)
+        self.rows = RowTokenizer(module.tokenizer)
+        self._other: PreTrainedTokenizerBase | None = None
+        self._same_tokens = False
+
+    def attach(self, policy: Any) -> None:
+        """Goes to a policy's device, and finds out whether its tokens are the reward model's."""
+        move(self.module, policy.device)
+        if self._other is not policy.tokenizer:
+            self._other = policy.tokenizer
+            self._same_tokens = _same_tokens(self.rows.tokenizer, policy.tokenizer)
+
+    def encode(
+        self,
+        prompt: Any,
+        completion: str,
+        template: dict[str, Any],
+        prompt_ids: Sequence[int] | None,
+        completion_ids: Sequence[int] | None,
+    ) -> Segment:
+        """A prompt with a completion, ended as in training."""
+        sampled = self._same_tokens and prompt_ids is not None and completion_ids is not None
+        if sampled and decode(self.rows.tokenizer, completion_ids or ()) == completion:
+            ids = self.rows.ended(completion_ids or (), chat=not isinstance(prompt, str), template=template)
+            tree = Segment(list(prompt_ids or ()), None, (Segment(ids, [1.0] * len(ids)),))
+        else:
+            tree = self.rows.answers(answered(prompt, completion, template))
+        _check_length(longest(tree), num_positions(self.module.model))
+        return tree
+
+    def score(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """``(M,)`` rewards by the members of the ensemble, for each."""
+        with exactly(self.module.device):
+            values = score_texts(self.module, segments, self.module._sequence_rewards)
+        return [self.module.combined(value).float() for value in values]
+
+
+class PaddedScorer:
+    """A sequence classifier of transformers, of any architecture."""
+
+    def __init__(self, folder: str, output: int, budget: int, dtype: torch.dtype) -> None:
+        try:
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise ValueError(f"cannot load the sequence classifier {folder!r} ({reason})") from error
+        self.model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(
+                f"the sequence classifier {folder!r} lacks the weights {sorted(info['missing_keys'])[:3]}: export it "
+                "again, its head included"
+            )
+        self.model.eval().requires_grad_(False)
+        self.tokenizer = with_padding_token(tokenizer)
+        self.tokenizer.padding_side = "right"
+        if self.model.config.pad_token_id is None:  # by which decoders find the last token
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.output, self.budget = output, budget
+
+    def attach(self, policy: Any) -> None:
+        """Goes to a policy's device."""
+        with torch.inference_mode(False):
+            self.model.to(policy.device)
+
+    def encode(self, prompt: Any, completion: str, template: dict[str, Any], *ids: Any) -> dict[str, list[int]]:
+        """What the tokenizer makes of a pair, or of a chat."""
+        if isinstance(prompt, str):
+            encoded = self.tokenizer(prompt, completion, verbose=False)
+        elif self.tokenizer.chat_template is None:
+            raise ValueError("the prompt holds chat messages and the reward model's tokenizer has no chat template")
+        else:
+            turn = {"role": "assistant", "content": completion}
+            text = ChatTemplate(self.tokenizer).render(with_turn(prompt, turn), template)
+            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        limit = min(self.tokenizer.model_max_length, num_positions(self.model) or self.tokenizer.model_max_length)
+        _check_length(len(encoded["input_ids"]), limit)
+        return dict(encoded)
+
+    @torch.no_grad()
+    def score(self, encoded: Sequence[dict[str, list[int]]]) -> list[Tensor]:
+        """``(1,)`` the logit of each."""
+        order = sorted(range(len(encoded)), key=lambda n: len(encoded[n]["input_ids"]))
+        values: list[Tensor] = [torch.empty(0)] * len(encoded)
+        part: list[int] = []
+        for n in order:
+            if part and (len(part) + 1) * len(encoded[n]["input_ids"]) > self.budget:
+                self._score_part(part, encoded, values)
+                part = []
+            part.append(n)
+        if part:
+            self._score_part(part, encoded, values)
+        return values
+
+    def _score_part(self, part: Sequence[int], encoded: Sequence[dict[str, list[int]]], values: list[Tensor]) -> None:
+        batch = self.tokenizer.pad([encoded[n] for n in part], return_tensors="pt").to(self.model.device)
+        with exactly(self.model.device):
+            logits = self.model(**batch).logits[:, self.output].float().cpu()
+        for n, logit in zip(part, logits, strict=True):
+            values[n] = logit[None]
+
+
+def row_templates(
+    count: int,
+    common: Mapping[str, Any],
+    tools: Sequence[Any] | None,
+    settings: Sequence[Mapping[str, Any] | None] | None,
+) -> list[dict[str, Any]]:
+    """What each row hands to the chat template: its own settings beside those common to all, and its tools."""
+    found = [{**common, **((settings[n] if settings is not None else None) or {})} for n in range(count)]
+    for template, own in zip(found, tools or (), strict=False):
+        if own:
+            template["tools"] = own
+    return found
+
+
+def frozen(module: Any, dtype: torch.dtype) -> Any:
+    """A module with frozen weights of a type."""
+    module.requires_grad_(False).to(dtype)
+    module.settle()
+    return module
+
+
+def move(module: HeadedModule, device: torch.device) -> None:
+    """Moves a module to a device, if it is on another one."""
+    if module.device != device:
+        with torch.inference_mode(False):  # in which a validation may run
+            module.to(device)
+            module.settle()
+
+
+def exactly(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is the policy's, and off for the reward model: its precision is that of its weights."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    same_chat = one.chat_template == other.chat_template
+    return same_chat and one.eos_token_id == other.eos_token_id and one.get_vocab() == other.get_vocab()
+
+
+def _check_length(length: int, limit: int | None) -> None:
+    if limit is not None and length > limit:
+        raise ValueError(f"prompt and completion have {length} tokens, and the reward model reads {limit} at most")

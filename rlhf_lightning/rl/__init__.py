@@ -1,0 +1,1 @@
+"""Reinforcement learning: on-policy rollouts, their rewards and advantages, and what GRPO and PPO share."""

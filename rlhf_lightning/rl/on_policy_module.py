@@ -1,0 +1,401 @@
+"""What GRPO and PPO have in common: a batch of prompts is one iteration, from the first sampled token to the last step.
+
+Nothing is left half-done at a batch boundary, so a checkpoint there resumes exactly. A sample is a function of the
+weights, its prompt and a seed hashed from (seed, iteration, row, attempt, sample number): not of its neighbours, of a
+memory budget, or of the number of ranks.
+
+Legend: E prompts of this rank, G completions of each, K reward functions, N sampled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..core.micro_batching import ROW_KEY, in_canonical_order, row_keys
+from ..core.module import PostTrainingModule
+from ..core.reference_module import ReferencedModule
+from ..distributed.collectives import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks
+from ..inference import Completion, LocalEngine, SamplingParams, derive_seed
+from ..models import evaluating, num_positions
+from ..rewards import RewardScores
+from ..rewards.specs import RewardSpec, build_rewards, plain_specs
+from ..sequences import Example, ExampleBatch, SequenceBatch, plan_micro_batches
+from ..utils.validation import check_choice, check_count, check_positive
+from .advantages import combine_rewards
+from .reward_failures import FailureWatch
+from .rollout_metrics import rollout_metrics
+from .rollouts import Rollouts, num_tokens
+from .step_rewards import StepsAtTokens, place_steps
+
+
+class OnPolicyModule(ReferencedModule):
+    """A module that learns from its own completions: generates, has them scored, and updates.
+
+    Args:
+        model: Hugging Face id or folder.
+        rewards: reward functions: each a function, the dotted path of a function or class, or a dictionary with
+            ``class_path``, and ``init_args``, ``weight`` and ``name`` if wanted. Called with the texts as ``prompts``
+            and ``completions``, the tokens as ``prompt_ids`` and ``completion_ids``, and the rows' other columns.
+        reward_weights: one per reward; 1 by default.
+        process_reward: a function that rewards steps, written as a reward is; it returns a list with one number per
+            step, or ``None``, for each completion. Steps are what its attribute ``step_separator`` separates, a line
+            break by default. A step's reward lands on the token that completes its separator, that of the last step on
+            the last token. ``rewards`` may be empty beside it.
+        num_generations: G, completions per prompt, at least 1.
+        max_completion_length: tokens of a completion at most, at least 1.
+        min_completion_length: no completion ends before so many tokens; a filter, too.
+        temperature: of sampling, and of the policy that is trained, above 0.
+        top_p: see ``SamplingParams``; filters make the sampled distribution another than the trained one.
+        top_k: see ``SamplingParams``.
+        min_p: see ``SamplingParams``.
+        repetition_penalty: see ``SamplingParams``.
+        stop: strings that end a completion, beside the end-of-sequence token.
+        num_updates: passes over the completions of an iteration, at least 1.
+        num_mini_batches: optimizer steps of each pass, each on as many of the prompts; at least 1.
+        generation_batch_tokens: tokens of cache while generating; a memory knob that changes no result.
+        reward_timeout: seconds for a reward function and a batch, above 0; ``None`` for no limit.
+        on_bad_reward: ``error`` where a reward function returns what is no reward, or ``skip`` the sample. One that
+            raises or is late costs its own samples alone; they are counted in ``rewards/<name>/failures``. One that
+            fails on every sample of 3 iterations in a row ends the run.
+        seed: what samples depend on, beside weights and prompts.
+        reference: ``frozen`` or ``adapter`` as in ``ReferencedModule``; ``auto``: only where the loss needs one.
+        kwargs: options of ``PostTrainingModule``.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-6
+    progress_metrics: ClassVar[tuple[str, ...]] = ("reward", "completions/mean_length")
+    contracts: ClassVar[tuple[str, ...]] = ("PromptDataModule",)
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        rewards: Sequence[RewardSpec],
+        reward_weights: list[float] | None = None,
+        process_reward: RewardSpec | None = None,
+        num_generations: int = 8,
+        max_completion_length: int = 64,
+        min_completion_length: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: list[str] | None = None,
+        num_updates: int = 1,
+        num_mini_batches: int = 1,
+        generation_batch_tokens: int = 65536,
+        reward_timeout: float | None = 60.0,
+        on_bad_reward: Literal["error", "skip"] = "error",
+        seed: int = 0,
+        reference: Literal["auto", "frozen", "adapter"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        check_choice("reference", reference, ("auto", "frozen", "adapter"))
+        check_choice("on_bad_reward", on_bad_reward, ("error", "skip"))
+        check_count("num_generations", num_generations, "8 is usual for GRPO, 1 for PPO")
+        check_count("max_completion_length", max_completion_length, "how many tokens a good answer may need")
+        check_positive("temperature", temperature, "1.0 is usual; greedy completions teach nothing")
+        check_count("num_updates", num_updates, "1 stays on policy")
+        check_count("num_mini_batches", num_mini_batches, "1 takes all prompts in one step")
+        check_count("generation_batch_tokens", generation_batch_tokens, "65536 is a good start")
+        super().__init__(model, reference=reference, **kwargs)
+        # What a checkpoint holds must not depend on code that only the script that made it has.
+        self.hparams["rewards"] = plain_specs(rewards)
+        self.hparams["process_reward"] = None if process_reward is None else plain_specs([process_reward])[0]
+        self._hparams_initial = deepcopy(self._hparams)  # which loggers write into files
+        self.rewards = build_rewards(
+            rewards, reward_weights, process=process_reward, timeout=reward_timeout, on_bad_value=on_bad_reward
+        )
+        self.failing = FailureWatch()
+        self.has_process_reward = process_reward is not None
+        self.num_generations = num_generations
+        self.max_completion_length = max_completion_length
+        self.temperature = temperature
+        self.sampling = SamplingParams(
+            max_new_tokens=max_completion_length,
+            min_new_tokens=min_completion_length,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,  # not used: every sample has its own
+        )
+        self.num_updates = num_updates
+        self.num_mini_batches = num_mini_batches
+        self.generation_batch_tokens = generation_batch_tokens
+        self.seed = seed
+        self.iteration = 0
+        self.last_rollouts: Rollouts | None = None  # for whoever wants to look at samples
+        self._engine: LocalEngine | None = None
+
+    # What a method defines.
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss or the rewards compare with a reference policy."""
+        return False
+
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
+        """Makes of rollouts what is trained on; every rank calls it.
+
+        Returns:
+            Trees with their constants attached (see ``groups``), and what is to be logged of the iteration.
+        """
+        raise TypeError(f"{type(self).__name__} must define prepare(rollouts)")
+
+    # The model and its reference.
+
+    def configure_model(self) -> None:
+        """Builds the policy, and a reference where one is used or asked for."""
+        if self.uses_reference or self.reference_kind != "auto":
+            super().configure_model()
+        else:
+            PostTrainingModule.configure_model(self)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference to compare with."""
+        return bool(self.references)
+
+    def _num_steps(self) -> int:
+        """Steps of the run: a batch makes ``num_mini_batches`` in each pass, or as many as it has prompts if fewer."""
+        batches, most = super()._num_steps(), self.trainer.max_steps
+        sizes = getattr(self.trainer.train_dataloader, "batch_sizes", None) or [self.num_mini_batches]
+        steps = 0
+        for number in range(batches):
+            steps += self.num_updates * min(self.num_mini_batches, sizes[number % len(sizes)])
+            if 0 <= most <= steps:  # an iteration is made to its end
+                break
+        return steps
+
+    # One iteration.
+
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
+        """Generates, scores, and makes every update of the iteration; returns what is logged of it."""
+        rollouts = self.rollout(self._checked(batch))
+        everyone = in_canonical_order(gather_scores(self._rollout_rows(rollouts), self.device))
+        failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()}, self.device)
+        self.failing.look(self.rewards.names, everyone["rewards"], failures, rollouts.errors)
+        with self.phase("score"):
+            trees, values = self.prepare(rollouts)
+        lost = {f"rewards/{name}/failures": torch.tensor(count) for name, count in failures.items()}
+        values = self._rollout_metrics(everyone) | lost | values
+        values |= self.update(trees)
+        self.last_rollouts = rollouts
+        self.iteration += 1
+        return self._finish_batch(batch, values)
+
+    def update(self, trees: Sequence[Example]) -> Scores:
+        """Makes the optimizer steps of an iteration; returns loss and metrics over all of them."""
+        rows, totals, progress = [], dict.fromkeys(self.totals([]), 0.0), []
+        for part in self._parts(trees):
+            part_rows, part_totals, part_progress = self.optimize(part)
+            if part_rows:
+                rows.append(part_rows)
+            totals = {name: count + part_totals[name] for name, count in totals.items()}
+            progress.append(part_progress)
+        if not rows:
+            return {}
+        means = {name: torch.stack([part[name] for part in progress]).mean() for name in progress[0]}
+        return self._summary(concatenate(rows), totals) | means | {"learning_rate": progress[0]["learning_rate"]}
+
+    def _parts(self, trees: Sequence[Example]) -> Iterator[list[Example]]:
+        """This rank's trees of each optimizer step; which prompts they are of does not depend on the ranks."""
+        everyone = {row for rows in gather_objects([tree.fields["prompt_id"] for tree in trees]) for row in rows}
+        for number in range(self.num_updates):
+            order = sorted(everyone, key=partial(derive_seed, self.seed, self.iteration, number))
+            for part in range(self.num_mini_batches):
+                bounds = [len(order) * edge // self.num_mini_batches for edge in (part, part + 1)]
+                chosen = set(order[slice(*bounds)])
+                if chosen:
+                    yield [tree for tree in trees if tree.fields["prompt_id"] in chosen]
+
+    def rollout(self, prompts: Sequence[Example], stage: str = "train", attempt: int = 0) -> Rollouts:
+        """Samples completions of prompts and has them scored; every rank calls it, if with no prompts.
+
+        Args:
+            prompts: this rank's.
+            stage: ``train`` makes samples depend on the iteration; any other, on the stage alone.
+            attempt: another number gives other samples.
+        """
+        for function in self.rewards.functions:
+            attach = getattr(function, "attach", None)
+            if callable(attach):  # a model: it needs to know where it stands and what tokens mean
+                attach(self)
+        moment = self.iteration if stage == "train" else stage
+        with self.phase("generate"):
+            completions = self.generate(prompts, [derive_seed(self.seed, moment, e.row_id, attempt) for e in prompts])
+        samples = [(prompt, sample) for prompt, group in zip(prompts, completions, strict=True) for sample in group]
+        if self.clock is not None:
+            self.clock.count_generated([len(sample.token_ids) for _, sample in samples])
+        names = sorted({name for prompt in prompts for name in prompt.fields} - {"prompt"})
+        columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
+        columns["prompt_ids"] = [prompt.root.tokens.tolist() for prompt, _ in samples]
+        columns["completion_ids"] = [sample.token_ids for _, sample in samples]
+        texts = [self.prompt_text(prompt) for prompt, _ in samples]
+        shape = len(prompts), self.num_generations, len(self.rewards.names)
+        if not samples:
+            failures = dict.fromkeys(self.rewards.names, 0)
+            return Rollouts([], [], torch.zeros(shape, dtype=torch.float64, device=self.device), failures)
+        with self.phase("score"):
+            scores = self.rewards(texts, [sample.text for _, sample in samples], columns)
+        values = torch.from_numpy(scores.values).reshape(shape).to(self.device)
+        steps = self._steps(completions, scores)
+        return Rollouts(list(prompts), completions, values, scores.failures, scores.errors, steps)
+
+    def _steps(self, completions: Sequence[Sequence[Completion]], scores: RewardScores) -> list[list[StepsAtTokens]]:
+        """Rewards of steps, if any were asked for, on the tokens where they end."""
+        if not self.has_process_reward:
+            return []
+        separator, rewards = self.rewards.step_separators[-1], iter(scores.steps[self.rewards.names[-1]])
+        assert separator is not None
+        return [[place_steps(next(rewards), c, separator, self.tokenizer) for c in group] for group in completions]
+
+    def generate(self, prompts: Sequence[Example], seeds: Sequence[int]) -> list[list[Completion]]:
+        """Samples G completions of each prompt with the policy as it is.
+
+        Args:
+            prompts: this rank's.
+            seeds: one per prompt; those of its samples are hashed from it.
+        """
+        if self._engine is None:
+            self._engine = LocalEngine(self.model, self.tokenizer, max_batch_tokens=self.generation_batch_tokens)
+        seeds_EG = [[derive_seed(seed, sample) for sample in range(self.num_generations)] for seed in seeds]
+        tokens = [prompt.root.tokens.tolist() for prompt in prompts]
+        return self._engine.generate(tokens, self.num_generations, self.sampling, seeds=seeds_EG or None)
+
+    def prompt_text(self, prompt: Example) -> Any:
+        """A prompt as it was written, text or messages; without that, as text made of its tokens."""
+        written = prompt.fields.get("prompt")
+        tokens = prompt.root.tokens.tolist()
+        return self.tokenizer.decode(tokens, skip_special_tokens=True) if written is None else written
+
+    @torch.no_grad()
+    def per_token(
+        self, trees: Sequence[Example], names: Sequence[str], values_of: Callable[[SequenceBatch], Scores]
+    ) -> Scores:
+        """Values of all tokens of trees, without gradient, in micro-batches and evaluation mode.
+
+        Args:
+            trees: this rank's.
+            names: of the values.
+            values_of: from a packed batch to ``{name: (n,)}``, in the order of its scored tokens.
+
+        Returns:
+            ``{name: (N,)}``, tree after tree.
+        """
+        found: dict[str, list[Tensor]] = {name: [torch.empty(0, device=self.device)] * len(trees) for name in names}
+        plan = plan_micro_batches(trees, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
+        with evaluating(self.model):
+            for micro in plan:
+                values = values_of(self._pack([trees[n] for n in micro]))
+                sizes = [num_tokens(trees[n]) for n in micro]
+                for name in names:
+                    for n, part in zip(micro, values[name].split(sizes), strict=True):
+                        found[name][n] = part
+        return {name: torch.cat([torch.empty(0, device=self.device), *parts]) for name, parts in found.items()}
+
+    def ref_logprobs(self, batch: SequenceBatch) -> Tensor:
+        """``(n,)`` log-probs of a batch's scored tokens under the reference."""
+        with self.references[0].scoring() as model:
+            return self.token_stats(batch, model, temperature=self.temperature).logprobs
+
+    # What is logged of rollouts.
+
+    def _rollout_rows(self, rollouts: Rollouts) -> Scores:
+        return {
+            ROW_KEY: row_keys(rollouts.prompts, self.device),
+            "rewards": rollouts.rewards_EGK,
+            "lengths": rollouts.lengths_EG(),
+            "ended": rollouts.ended_EG(),
+        }
+
+    def _rollout_metrics(self, rows: Scores) -> Scores:
+        scores_EG = self.combined(rows["rewards"])
+        return rollout_metrics(
+            rows["rewards"], scores_EG, names=self.rewards.names, lengths_EG=rows["lengths"], ended_EG=rows["ended"]
+        )
+
+    def combined(self, rewards_EGK: Tensor) -> Tensor:
+        """``(E, G)`` the weighted sum of what the rewards gave to whole completions; NaN where none could score.
+
+        With a process reward alone it is the weighted mean over the steps. This is what is logged.
+        """
+        outcomes_EGK, weights_K = self.outcomes(rewards_EGK)
+        if not len(weights_K):
+            return float(self.rewards.weights[-1]) * rewards_EGK[:, :, -1]
+        return combine_rewards(outcomes_EGK.flatten(0, 1), weights_K=weights_K).view(rewards_EGK.shape[:2])
+
+    def outcome_scores(self, rewards_EGK: Tensor) -> Tensor:
+        """``(E, G)`` what completions are worth as a whole: ``combined``, but 0 where the steps alone are rewarded."""
+        only_steps = len(self.rewards.names) == self.has_process_reward
+        return self.combined(rewards_EGK) * (0.0 if only_steps else 1.0)
+
+    def outcomes(self, rewards_EGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards of whole completions, those of steps left out, and their weights."""
+        weights_K = torch.from_numpy(self.rewards.weights).to(rewards_EGK.device)
+        count = len(weights_K) - self.has_process_reward
+        return rewards_EGK[:, :, :count], weights_K[:count]
+
+    # Validation and prediction: what the policy writes, and its rewards.
+
+    def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
+        rollouts = self.rollout(self._checked(batch), stage="val")
+        if rollouts.prompts:
+            self._rows.setdefault(loader, []).append(self._rollout_rows(rollouts))
+        self.last_rollouts = rollouts
+        batch.mark_consumed()
+
+    def _collected(self, kept: list[Scores], counts: dict[str, float]) -> Scores:
+        rows = gather_scores(concatenate(kept), self.device)
+        return self._rollout_metrics(in_canonical_order(rows)) if rows else {}
+
+    def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Completes prompts: one dictionary per row of this rank, with ``completions`` and the ``rewards`` of each."""
+        rollouts = self.rollout(self._checked(batch), stage="predict")
+        scores = self.combined(rollouts.rewards_EGK).tolist()
+        return [
+            {"row_id": prompt.row_id, "completions": [sample.text for sample in group], "rewards": scores[n]}
+            for n, (prompt, group) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True))
+        ]
+
+    # Checkpoints and checks.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the number of the next iteration, and which rewards have been failing."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["on_policy"] = {"iteration": self.iteration, "failing": dict(self.failing.in_a_row)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what ``on_save_checkpoint`` added."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("on_policy", {})
+        self.iteration = state.get("iteration", 0)
+        self.failing.in_a_row = dict(state.get("failing", {}))
+
+    def _checked(self, batch: ExampleBatch) -> list[Example]:
+        examples = super()._checked(batch)
+        positions = num_positions(self.model)
+        for example in examples:
+            if example.root.children:
+                raise ValueError(
+                    f"row {example.row_id} already has {len(example.root.children)} completions; "
+                    f"{type(self).__name__} writes its own: use PromptDataModule"
+                )
+            length = len(example.root.tokens)
+            if positions is not None and length + self.max_completion_length > positions:
+                raise ValueError(
+                    f"row {example.row_id} has {length} tokens, and with max_completion_length="
+                    f"{self.max_completion_length} they exceed the model's {positions} positions: set the datamodule's "
+                    f"max_length to {max(positions - self.max_completion_length, 1)}, or lower max_completion_length"
+                )
+        return examples

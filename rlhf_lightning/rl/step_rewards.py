@@ -1,0 +1,137 @@
+"""Rewards of the steps of a completion, on the tokens at which steps end.
+
+A step ends at the token that completes its separator, and the last one with the completion.
+
+Legend: E prompts, G completions of each, S completions that are trained on, N their tokens, M steps of them all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..distributed.collectives import gather_scores
+from ..inference import Completion
+from ..inference.completion import decode
+from .advantages import ScaleRewards, gae, group_advantages
+
+StepsAtTokens = list[tuple[int, float]]  # (the token at which a step ends, its reward)
+
+
+def place_steps(
+    rewards: Sequence[float], completion: Completion, separator: str, tokenizer: PreTrainedTokenizerBase | None
+) -> StepsAtTokens:
+    """Puts the rewards of a completion's steps on the tokens at which they end.
+
+    Args:
+        rewards: one per step, as ``completion.text`` split at the separator has them, empty ones left out; or none.
+        completion: its text and its tokens.
+        separator: what stands between steps.
+        tokenizer: turns the tokens into text.
+    """
+    if not rewards:
+        return []
+    last = len(completion.token_ids) - 1
+    ends: list[int] = []
+    end = 0
+    for part in completion.text.split(separator):
+        end += len(part) + len(separator)
+        if part:
+            ends.append(_token_at(completion, end, tokenizer))
+    ends[-1] = last
+    return list(zip(ends, rewards, strict=True))
+
+
+def _token_at(completion: Completion, end: int, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The token with which the text has its first ``end`` characters."""
+    text, tokens = completion.text[:end], completion.token_ids
+
+    def is_there(count: int) -> bool:
+        return decode(tokenizer, tokens[:count]).startswith(text)
+
+    return min(max(bisect_left(range(len(tokens)), True, key=is_there), 1), len(tokens)) - 1
+
+
+def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], places_S: Tensor, lengths_S: Tensor) -> Tensor:
+    """``(N,)`` rewards of steps on their tokens, 0 elsewhere, in fp64.
+
+    Args:
+        steps: of every completion of the rollouts, E lists of G.
+        places_S: which of them are trained on.
+        lengths_S: their tokens.
+
+    Example:
+        >>> steps = [[[(0, 0.5), (2, 1.0)], [(0, -1.0)]]]
+        >>> at_tokens(steps, torch.tensor([1, 0]), torch.tensor([2, 3])).tolist()
+        [-1.0, 0.0, 0.5, 0.0, 1.0]
+    """
+    flat = [sample for group in steps for sample in group]
+    values = torch.zeros(int(lengths_S.sum()), dtype=torch.float64)
+    start = 0
+    for place, length in zip(places_S.tolist(), lengths_S.tolist(), strict=True):
+        for token, value in flat[place]:
+            values[start + token] += value
+        start += length
+    return values.to(places_S.device)
+
+
+def steps_differ(steps: Sequence[Sequence[StepsAtTokens]], device: torch.device) -> Tensor:
+    """``(E,)`` whether two steps of a group have different rewards: without, the group teaches nothing."""
+    found = [len({value for sample in group for _, value in sample}) > 1 for group in steps]
+    return torch.tensor(found, dtype=torch.bool, device=device)
+
+
+def process_advantages(
+    steps: Sequence[Sequence[StepsAtTokens]],
+    places_S: Tensor,
+    index_N: Tensor,
+    *,
+    scale_rewards: ScaleRewards = "group",
+    eps: float = 1e-4,
+) -> Tensor:
+    """``(N,)`` the advantage of each token, from the steps that end at it or later.
+
+    Paper: DeepSeekMath (Shao et al., 2024, arXiv:2402.03300), section 4.1.3: with r the rewards of all steps of all
+    completions of a prompt, the sum of (r - mean) / (std + eps) over the steps that end at the token or later.
+
+    Args:
+        steps: of every completion of the rollouts, E lists of G.
+        places_S: which of them are trained on.
+        index_N: the sequence of each token.
+        scale_rewards: what to divide by: the deviation of the group's steps, of all steps of the global batch, or
+            nothing; every rank calls it.
+        eps: added to the deviation.
+
+    Example:
+        >>> steps = [[[(0, 1.0), (1, 0.0)], [(0, 2.0)]]]
+        >>> process_advantages(steps, torch.tensor([0, 1]), torch.tensor([0, 0, 1]), scale_rewards="none").tolist()
+        [-1.0, -1.0, 1.0]
+    """
+    device = places_S.device
+    values = [value for group in steps for sample in group for _, value in sample]
+    groups = [number for number, group in enumerate(steps) for sample in group for _ in sample]
+    rewards_M = torch.tensor(values, dtype=torch.float64, device=device)
+    index_M = torch.tensor(groups, dtype=torch.long, device=device)
+    scale: ScaleRewards = "group" if scale_rewards == "group" else "none"
+    normalised_M = group_advantages(
+        rewards_M, group_index_S=index_M, num_groups=len(steps), scale_rewards=scale, eps=eps
+    ).advantages_S
+    if scale_rewards == "batch":
+        everyone_M = gather_scores({"rewards": rewards_M}, device)["rewards"]
+        normalised_M = normalised_M / (everyone_M.std() + eps if len(everyone_M) > 1 else 1.0)
+    rest = iter(normalised_M.tolist())
+    normalised = [[[(token, next(rest)) for token, _ in sample] for sample in group] for group in steps]
+    lengths_S = torch.bincount(index_N, minlength=len(places_S))
+    rewards_N = at_tokens(normalised, places_S, lengths_S)
+    return gae(
+        rewards_N,
+        values_N=torch.zeros_like(rewards_N),
+        sequence_index_N=index_N,
+        num_sequences=len(places_S),
+        gamma=1.0,
+        gae_lambda=1.0,
+    ).advantages_N

@@ -1,0 +1,105 @@
+"""What a parser has to say about a mistake, in one line: the key, its value, what is allowed, the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from .keywords import advise
+from .packaged_configs import nearest_config
+
+_LIMIT = 1000
+# What is said of each type that a value may have and is not even like.
+_COMMONPLACES = "Expected an? |Does not validate against|Not a valid subclass|a class path|a dict"
+
+
+class UsageError(Exception):
+    """A mistake on the command line or in a YAML file."""
+
+
+def one_line(text: object, limit: int = _LIMIT) -> str:
+    """A text without line breaks, cut where it stops being read."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'beta'?"``, or nothing.
+
+    Example:
+        >>> did_you_mean("betta", ["beta", "gamma"])
+        "; did you mean 'beta'?"
+    """
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
+    """Says in one line what jsonargparse says in a page; anything else stays as it is, in one line.
+
+    Args:
+        message: its message.
+        options: those that the parser knows, to name the nearest to an unknown one.
+        classes: those that can be named without their path, for the same purpose.
+
+    Example:
+        >>> explain("Option 'betta' is not accepted", ["beta"])
+        "no option 'betta'; did you mean 'beta'?"
+    """
+    if found := re.search(r"Expected a dot import path string: (\S+)", message):
+        return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
+    if found := re.search(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.*)", message):
+        choices = found[2].rstrip(".").split(", ")
+        return f"{_key(message)}several classes are called {found[1]}: write {' or '.join(choices)}"
+    if found := re.search(r"class_path '([^']+)':\s*(No module named .*|.* is available\..*)", message):
+        return f"{_key(message)}cannot import {found[1]!r}: {found[2]}"
+    causes = re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE)
+    if causes and "Union subtypes" in message:  # of the types that a value may have, one came close
+        rest = message.partition(causes[0])[2].strip() if causes[0].endswith(":") else ""
+        return one_line(f"{causes[0]} {explain(rest, options, classes)}" if rest else causes[0])
+    if re.search(r"^argument of type '\w+' is not iterable|^unhashable type: ", message):
+        return "a class_path is no text: write the name of a class behind it, such as class_path: DPOModule"
+    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.partition("\n")[0]):
+        return f"no option {found[1]!r}{advise(found[1], options)}"
+    if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):
+        return f"no option {found[1]!r}{advise(found[1], options)}"
+    if found := re.search(r"File does not exist: (.*)", message):
+        return f"there is no file {found[1]}{nearest_config(found[1].strip(chr(39)))}"
+    if found := re.search(r"Path is not a file: (.*)", message):
+        return f"{found[1]} is not a file: give --config with a YAML file"
+    if found := re.search(r"arguments are required: (.*)", message):
+        # An option may be listed with its short form: `-c/--config`.
+        missing = [name.split("/")[-1].lstrip("-").split(".")[-1] for name in found[1].split(", ")]
+        if "config" in missing:
+            return "nothing says what to do: give --config with a file"
+        return f"nothing says what {' and '.join(missing)} should be: give --config with a file, or --{missing[0]}=..."
+    return _wrong_value(message) or one_line(message)
+
+
+def _wrong_value(message: str) -> str | None:
+    """What is said of a value of the wrong type: the key, the value, the types that were tried."""
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    expected = re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", message, flags=re.MULTILINE)
+    if value is None or not expected:
+        return None
+    allowed: list[str] = []
+    hint = ""
+    for kind in expected:
+        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+        names = re.findall(r"'([^']*)'", choices[1]) if choices else []
+        hint = hint or did_you_mean(value[1], names)
+        name = f"one of {', '.join(names)}" if names else _type_name(kind)
+        if name not in allowed:
+            allowed.append(name)
+    return one_line(f"{_key(message)}{value[1]!r} is not allowed: expected {' or '.join(allowed)}{hint}")
+
+
+def _type_name(kind: str) -> str:
+    kind = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", kind)
+    return "null" if kind == "NoneType" else kind.replace("typing.", "")
+
+
+def _key(message: str) -> str:
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    return f"{keys[-1]}: " if keys else ""

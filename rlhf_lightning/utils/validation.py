@@ -1,0 +1,77 @@
+"""Checks of options and arguments: one line with the value, what is allowed, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises unless ``value`` is one of ``allowed``; suggests the nearest.
+
+    Example:
+        >>> check_choice("loss_type", "sigmod", ("sigmoid", "hinge"))
+        Traceback (most recent call last):
+        ValueError: loss_type is 'sigmod'; it must be one of sigmoid, hinge; did you mean 'sigmoid'?
+    """
+    names = list(allowed)
+    if value in names:
+        return
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(names)}{hint}")
+
+
+def _refuse(name: str, value: object, bound: str, instead: str) -> None:
+    finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
+    raise ValueError(f"{name} is {value!r}; it must be {bound}{finite} ({instead})")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_positive(name: str, value: float, instead: str) -> None:
+    """Raises unless ``value`` is a finite number above 0; ``instead`` says what is usual."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        _refuse(name, value, "above 0", instead)
+
+
+def check_not_negative(name: str, value: float, instead: str) -> None:
+    """Raises unless ``value`` is a finite number of at least 0."""
+    if not _is_number(value) or not 0 <= value < math.inf:
+        _refuse(name, value, "at least 0", instead)
+
+
+def check_fraction(name: str, value: float, instead: str) -> None:
+    """Raises unless ``value`` is in [0, 1)."""
+    if not _is_number(value) or not 0 <= value < 1:
+        _refuse(name, value, "in [0, 1)", instead)
+
+
+def check_count(name: str, value: int, instead: str) -> None:
+    """Raises unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1 ({instead})")
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raises unless the rate of flipped labels is in [0, 0.5): from 0.5 on labels say nothing or the opposite."""
+    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 0.5:
+        _refuse("label_smoothing", label_smoothing, "in [0, 0.5)", "0 is none; else the rate of wrong labels")
+
+
+def check_same_shape(dims: str, **tensors: Tensor | None) -> None:
+    """Raises unless all given tensors have the first one's shape, one axis for each of ``dims``: none broadcasts."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given))
+    for name, tensor in given.items():
+        if tensor.shape != given[first].shape or tensor.ndim != len(dims):
+            other = first if name != first else name
+            raise ValueError(
+                f"{other} has shape {tuple(given[other].shape)} and {name} {tuple(tensor.shape)}: "
+                f"give all of {', '.join(given)} the shape ({', '.join(dims)}{',' if len(dims) == 1 else ''})"
+            )

@@ -1,0 +1,99 @@
+"""Measuring an export again: the module that wrote it computes what it computed then, heads and all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning import ProcessRewardModule, RewardModule, SFTModule
+from rlhf_lightning.core import PostTrainingModule
+from rlhf_lightning.pipeline.fit_stage import load_exported
+from rlhf_lightning.sequences import Example, Segment
+
+PROMPTS, TEXTS = ["1+1=", "what?", "1+1="], ["2\n#2", "no\nidea", "3 or\nso"]
+LORA = {"r": 2}
+CASES: dict[str, tuple[type[PostTrainingModule], str, dict[str, Any]]] = {
+    "classifier": (RewardModule, "llama", {}),
+    "classifier of attributes": (RewardModule, "gpt2", {"attributes": ["a", "b"], "attribute_weights": [1.0, 2.0]}),
+    "mlp": (RewardModule, "llama", {"head": "mlp"}),
+    "pooled": (RewardModule, "qwen3", {"pooling": "mean"}),
+    "heads": (RewardModule, "llama", {"num_models": 3}),
+    "adapter": (RewardModule, "llama", {"lora": LORA}),
+    "adapters": (RewardModule, "llama", {"num_models": 2, "ensemble": "adapters", "lora": LORA}),
+    "steps": (ProcessRewardModule, "llama", {}),
+    "steps and outcome": (ProcessRewardModule, "llama", {"head": "mlp", "outcome_head": True}),
+    "steps by tokens": (ProcessRewardModule, "llama", {"head": "tokens", "label_tokens": ["+", "-"]}),
+    "steps of an adapter": (ProcessRewardModule, "llama", {"lora": LORA}),
+    "language model": (SFTModule, "gemma2", {}),
+    "experts": (SFTModule, "qwen3_moe", {}),
+    "language model's adapter": (SFTModule, "llama", {"lora": LORA}),
+}
+
+
+def move(module: Any, seed: int) -> None:
+    """Moves every trainable weight, as training would, and the running means of an ensemble."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    if isinstance(module, RewardModule) and module.num_models > 1:
+        module.remember_means(torch.randn(2, 2, module.num_models, 1, generator=generator))
+
+
+def scores(module: Any) -> list[Any]:
+    if isinstance(module, SFTModule):
+        rows = [Example(f"rows:{n}", Segment([5, 6, 7 + n], [0.0, 1.0, 1.0])) for n in range(2)]
+        return module.score_examples(rows)["logps"].tolist()
+    found = module.score(PROMPTS, TEXTS)
+    if isinstance(module, ProcessRewardModule):
+        return [*found, *(score for steps in module.score_steps(PROMPTS, TEXTS) for score in steps)]
+    return [*found, *(value for pair in module.score_with_std(PROMPTS, TEXTS) for value in pair)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_module_takes_back_what_it_exported(name: str, tiny_model_folder: Any, tmp_path: Path) -> None:
+    cls, arch, options = CASES[name]
+    module: Any = cls(str(tiny_model_folder(arch)), **options)
+    module.configure_model()
+    module.eval()
+    move(module, seed=1)
+    expected = scores(module)
+    module.save_pretrained(str(tmp_path / "model"))
+    move(module, seed=2)
+    assert scores(module) != pytest.approx(expected, rel=1e-3)
+    load_exported(module, tmp_path / "model")
+    assert scores(module) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pooled", "adapter", "adapters", "steps", "language model"])
+def test_what_is_damaged_is_named(name: str, tiny_model_folder: Any, tmp_path: Path) -> None:
+    cls, arch, options = CASES[name]
+    module = cls(str(tiny_model_folder(arch)), **options)
+    module.save_pretrained(str(tmp_path / "model"))
+    for file in sorted((tmp_path / "model").glob("*.safetensors")):
+        content = file.read_bytes()
+        file.write_bytes(content[:-8])
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged .*; copy or export it again") as error:
+            load_exported(module, tmp_path / "model")
+        assert "\n" not in str(error.value)
+        file.write_bytes(content)
+    load_exported(module, tmp_path / "model")
+
+
+def test_a_head_that_is_missing(tiny_model_folder: Any, tmp_path: Path) -> None:
+    module = RewardModule(str(tiny_model_folder()), pooling="mean")
+    module.save_pretrained(str(tmp_path / "model"))
+    (tmp_path / "model/reward_head.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model' holds no head: export it again"):
+        load_exported(module, tmp_path / "model")
+
+
+def test_a_merged_adapter_cannot_be_taken_back(tiny_model_folder: Any, tmp_path: Path) -> None:
+    module = SFTModule(str(tiny_model_folder()), lora=LORA)
+    module.save_pretrained(str(tmp_path / "model"), merge_adapter=True)
+    with pytest.raises(ValueError, match="leaves no adapter to measure again: set merge_adapter: false"):
+        load_exported(module, tmp_path / "model")

@@ -1,0 +1,73 @@
+"""When a reward function that fails ends the run, and what every rank says then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_lightning.rl import reward_failures
+from rlhf_lightning.rl.reward_failures import FailureWatch
+
+NAMES = ("a", "b")
+NAN = float("nan")
+
+
+def rewards(*columns: float) -> Tensor:
+    """The same reward of each function for two prompts with three completions."""
+    return torch.tensor(columns, dtype=torch.float64).expand(2, 3, len(columns))
+
+
+def look(watch: FailureWatch, values: Tensor, failed: tuple[float, float]) -> None:
+    watch.look(NAMES, values, dict(zip(NAMES, failed, strict=True)), {"b": "RuntimeError: away"})
+
+
+def test_three_in_a_row_of_one_function() -> None:
+    watch = FailureWatch()
+    look(watch, rewards(1.0, NAN), (0, 6))
+    look(watch, rewards(1.0, NAN), (0, 12))  # groups were replaced, and failed again
+    assert watch.in_a_row == {"a": 0, "b": 2}
+    with pytest.raises(
+        ValueError, match=r"^reward 'b' failed on every sample of 3 iterations in a row, .*Error: away: m"
+    ):
+        look(watch, rewards(1.0, NAN), (0, 6))
+
+
+@pytest.mark.parametrize(
+    ("values", "failed"),
+    [
+        (rewards(1.0, 1.0), (0, 0)),
+        (rewards(1.0, 1.0), (0, 6)),  # those that failed were replaced
+        (rewards(1.0, NAN), (0, 5)),  # it had nothing to say about the sixth
+        (rewards(1.0, NAN), (0, 0)),
+    ],
+)
+def test_what_ends_the_row(values: Tensor, failed: tuple[float, float]) -> None:
+    watch = FailureWatch()
+    for _ in range(3):
+        look(watch, rewards(1.0, NAN), (0, 6))
+        look(watch, rewards(1.0, NAN), (0, 6))
+        look(watch, values, failed)
+        assert watch.in_a_row == {"a": 0, "b": 0}
+
+
+def test_an_iteration_without_prompts_says_nothing() -> None:
+    watch = FailureWatch()
+    for _ in range(5):
+        look(watch, rewards(NAN, NAN)[:0], (0, 0))
+    assert watch.in_a_row == {}
+
+
+def test_a_rank_without_samples_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are those of all ranks; the message comes from the first that has one."""
+    monkeypatch.setattr(
+        reward_failures, "gather_objects", lambda errors: [{}, {"a": "KeyError: 7"}, {"a": "other"}, errors]
+    )
+    watch, said = FailureWatch(), set()
+    watch.in_a_row = {"a": 2, "b": 0}
+    for errors in ({}, {"a": "mine"}):
+        watch.in_a_row["a"] = 2
+        with pytest.raises(ValueError, match="KeyError: 7") as error:
+            watch.look(NAMES, rewards(NAN, 1.0), {"a": 6.0, "b": 0.0}, errors)
+        said.add(str(error.value))
+    assert len(said) == 1

@@ -1,0 +1,91 @@
+"""The registered attentions against softmax on the dense mask, the definition of a packed forest's geometry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.sequences import Example, Segment, pack
+from rlhf_lightning.sequences.flex_attention import flex_tree_attention
+from rlhf_lightning.sequences.tree_attention import TreeGeometry, tree_attention
+
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+
+
+def geometry() -> TreeGeometry:
+    def leaf(count: int) -> Segment:
+        return Segment([1] * count)
+
+    inner = Segment([1] * 4, children=(leaf(3), Segment([1] * 2, children=(leaf(5), leaf(1)))))
+    trees = [Segment([1] * 6, children=(leaf(7), inner, leaf(2))), leaf(9), leaf(1), leaf(8)]
+    return pack([Example(f"rows:{n}", tree) for n, tree in enumerate(trees)]).geometry
+
+
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softcap: float | None, sinks: Tensor | None, scale: float
+) -> Tensor:
+    k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weight = scores.exp() * visible
+    total = weight.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp().view(1, -1, 1, 1)
+    return ((weight / total) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("attention", [tree_attention, flex_tree_attention])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention(window: int | None, softcap: float | None, with_sinks: bool, attention: Any) -> None:
+    tree = geometry()
+    size = len(tree.subtree_end)
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if attention is tree_attention else torch.float32
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    q, k, v = draw(1, HEADS, size, SIZE), draw(1, KV_HEADS, size, SIZE), draw(1, KV_HEADS, size, SIZE)
+    sinks = draw(HEADS) if with_sinks else None
+    options = {"scaling": 0.3, "tree": tree, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    expected = naive(q, k, v, tree.dense_mask(window), softcap, sinks, 0.3)
+    if attention is flex_tree_attention:  # no backward pass on the CPU
+        with torch.no_grad():
+            found, _ = attention(nn.Module(), q, k, v, None, **options)
+        assert torch.allclose(found, expected, atol=1e-5)
+        return
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    expected = naive(q, k, v, tree.dense_mask(window), softcap, sinks, 0.3)
+    found, _ = attention(nn.Module(), q, k, v, None, **options)
+    assert torch.allclose(found, expected, atol=1e-12)
+    slope = torch.randn(found.shape, generator=generator, dtype=dtype)
+    for a, b in zip(
+        torch.autograd.grad((found * slope).sum(), (q, k, v)),
+        torch.autograd.grad((expected * slope).sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+def test_depth_counts_along_the_path() -> None:
+    tree = Segment([1, 2], children=(Segment([3]), Segment([4], children=(Segment([5, 6]),))))
+    batch = pack([Example("rows:0", tree), Example("rows:1", Segment([7, 8]))])
+    assert batch.geometry.depth.tolist() == batch.position_ids.tolist() == [0, 1, 2, 2, 3, 4, 0, 1]
+
+
+def test_dropout_zero_and_one_forward_without_a_tree() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, HEADS, 5, SIZE, generator=generator) for _ in range(3))
+    for attention in (tree_attention, flex_tree_attention):
+        found, weights = attention(nn.Module(), q, k, v, None)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        assert torch.allclose(found, expected, atol=1e-6)
+        assert weights is None
