@@ -14,6 +14,9 @@ from pathlib import Path
 Figures = dict[str, float]
 FIGURES = ("seconds", "tokens_per_s", "peak_mib")  # what every run says; it may say more
 OURS = "ours"
+# glibc gives the buffers of a step back and pages them in again in the next one, which can take most of a step where
+# logits are large; both sides are told to keep them.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**12)}
 
 
 def run_child(script: str, arguments: Sequence[str], threads: int, timeout: float | None = None) -> Figures:
@@ -24,7 +27,7 @@ def run_child(script: str, arguments: Sequence[str], threads: int, timeout: floa
         subprocess.TimeoutExpired: it took more than ``timeout`` seconds.
     """
     root = str(Path(__file__).resolve().parents[1])
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root} | KEEP_MEMORY
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=timeout)
     for line in done.stdout.splitlines():
