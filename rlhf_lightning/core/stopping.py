@@ -113,10 +113,12 @@ class StopOnSignal(lightning.Callback):
             raise SIGTERMException
 
     def _agree(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> bool:
-        self.signum = max_over_ranks(self.signum, module.device)
-        if self.signum:
+        # A signal may arrive while ranks agree: the result must not take the place of what the handler noted meanwhile.
+        agreed = max_over_ranks(self.signum, module.device)
+        if agreed:
+            self.signum = agreed
             trainer._signal_connector.received_sigterm = True
-        return bool(self.signum)
+        return bool(agreed)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,16 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..utils.files import PARTIAL, REPLACED, check_replaceable, hidden_beside, mark, recover, write_atomically
+from ..utils.files import (
+    PARTIAL,
+    REPLACED,
+    check_replaceable,
+    discard,
+    hidden_beside,
+    mark,
+    recover,
+    write_atomically,
+)
 from .adapters import ROPE_PARAMETERS, tied_state
 from .merged_weights import merged_state, trained_adapter
 from .rotary import long_rotary_parameters
@@ -235,7 +244,11 @@ def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
             ) from error
         raise
     _flush_entry(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        # Under the name of what is incomplete: half a folder is never put back in the place of a whole one.
+        with suppress(OSError):
+            old.rename(fresh)
+            discard(fresh)
 
 
 def _flush(folder: Path) -> None:

@@ -151,6 +151,16 @@ def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in found} - {MARKER}
 
 
+def discard(folder: Path) -> None:
+    """Deletes a folder that the package wrote, its list last: what a killed process leaves is still known as ours."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
 def recover(folder: Path) -> None:
     """Cleans up after a process that was killed while it replaced a folder.
 
@@ -169,7 +179,7 @@ def recover(folder: Path) -> None:
             if suffix == REPLACED and not place.exists():
                 left.rename(place)
             else:
-                shutil.rmtree(left)
+                discard(left)
 
 
 # One run in one place.

@@ -186,7 +186,7 @@ def no_room(rank: int, model: Path, folder: Path, strategy: str, what: str) -> N
         trainer.fit(SFTModule(str(model)), data(val=None))
 
 
-EXPORTS = ("models.export.mark", "callbacks.export.write_atomically")  # how an export begins, and ends
+EXPORTS = ("models.saving.mark", "callbacks.model_export.write_atomically")  # how an export begins, and ends
 
 
 class InTheWay(lightning.Callback):

@@ -8,6 +8,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning
@@ -19,6 +20,7 @@ from rlhf_lightning.callbacks import JSONLLogger, ModelExport, TrainingCheckpoin
 from rlhf_lightning.cli import main
 from rlhf_lightning.datamodules import SFTDataModule
 from rlhf_lightning.loggers import read_history
+from rlhf_lightning.models.saving import _replace
 from rlhf_lightning.pipeline import load_pipeline, run_pipeline
 from rlhf_lightning.utils.files import (
     LOCK,
@@ -115,6 +117,37 @@ def test_what_a_killed_process_left_is_known_by_its_list(tmp_path: Path) -> None
     mark(hidden_beside(tmp_path / "x", PARTIAL), "model")
     recover(tmp_path / "x")
     assert not hidden_beside(tmp_path / "x", PARTIAL).exists()
+
+
+@pytest.mark.parametrize("deleted", [0, 1, 2, 3])
+def test_killed_while_it_deletes_the_replaced_folder(deleted: int, tmp_path: Path, monkeypatch) -> None:
+    """Half of the old folder is never put back in the place of the whole one, and never stays for ever."""
+    target = tmp_path / "model"
+
+    def write(text: str) -> Callable[[Path], object]:
+        return lambda place: [(place / name).write_text(text) for name in ("a", "b", "c")]
+
+    _replace(target, "model", write("old"))
+    unlink, left = Path.unlink, deleted
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt) if deleted < 3 else nullcontext():
+            _replace(target, "model", write("new"))
+    assert not hidden_beside(target, REPLACED).exists()
+    assert {path.name: path.read_text() for path in target.iterdir() if path.name != MARKER} == dict.fromkeys(
+        "abc", "new"
+    )
+    shutil.rmtree(target)
+    recover(target)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_is_held_by_one_process(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -20,6 +21,8 @@ import torch
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.cli import main
+from rlhf_lightning.core import stopping
+from rlhf_lightning.core.stopping import StopOnSignal
 from rlhf_lightning.core.trainer_checks import check_launch
 from rlhf_lightning.distributed.collectives import is_peer_loss
 
@@ -62,6 +65,25 @@ def test_f1_a_signal_stops_all_ranks_with_a_checkpoint(processes, strategy, sign
         assert steps[0] >= 2
     ranks = start(processes, "continued", tiny_model_folder(), folder, strategy, steps[0] + 3)
     assert outcomes(ranks, folder) == [(0, steps[0] + 3)] * 2
+
+
+def test_f1_a_signal_that_arrives_while_ranks_agree_is_not_lost(monkeypatch):
+    """The handler runs when the collective returns, before its result is kept: most signals on a busy machine."""
+    stop = StopOnSignal()
+    trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False))
+    module = SimpleNamespace(device=torch.device("cpu"))
+
+    def max_over_ranks(signum, device):
+        if not signum:
+            stop.note(signal.SIGTERM, None)
+        return signum
+
+    monkeypatch.setattr(stopping, "max_over_ranks", max_over_ranks)
+    stop.on_train_batch_end(trainer, module)
+    assert not trainer._signal_connector.received_sigterm
+    stop.on_train_batch_end(trainer, module)
+    assert trainer._signal_connector.received_sigterm
+    assert stop.signum == signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -1,0 +1,206 @@
+"""Measures the source: rooms and the imports between them, size, depth of inheritance, comments, docstrings.
+
+    python benchmarks/house.py             # the numbers
+    python benchmarks/house.py --picture   # the rooms, one floor a line, with what each imports
+
+The floors are those that ``CONTRIBUTING.md`` lists and ``tests/test_house.py`` holds the code to.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "rlhf_lightning"
+# Ground first: a room imports from its own floor and from those below.
+FLOORS = (
+    "utils",
+    "losses",
+    "sequences",
+    "data",
+    "models",
+    "distributed",
+    "metrics",
+    "core",
+    "inference",
+    "rewards",
+    "rl",
+    "datamodules",
+    "evaluation",
+    "loggers",
+    "callbacks",
+    "modules",
+    "cli",
+    "pipeline",
+    "labeling",
+)
+METHODS = ("sft", "reward", "process_reward", "dpo", "simpo", "kto", "grpo", "ppo")
+Graph = dict[str, set[str]]
+
+
+def sources() -> dict[str, Path]:
+    """The modules of the package by their dotted names."""
+    found = {}
+    for top in (ROOT / PACKAGE, ROOT / "datamodules", ROOT / "callbacks"):
+        for path in sorted(top.rglob("*.py")):
+            inside = path.relative_to(ROOT).with_suffix("").parts
+            parts = inside if inside[0] == PACKAGE else (PACKAGE, *inside)
+            if parts[:2] in ((PACKAGE, "datamodules"), (PACKAGE, "callbacks")) and inside[0] == PACKAGE:
+                continue  # through the link
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(files: dict[str, Path]) -> Graph:
+    """The modules of the package that each module imports, also inside of functions."""
+    graph: Graph = {}
+    for name, path in files.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{origin}.{alias.name}"
+                graph[name] |= {full} if full in files else {origin} & files.keys()
+    return graph
+
+
+def room(module: str) -> str:
+    """The room of a module: the first folder or file below the package, nothing for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def upward(graph: Graph) -> list[tuple[str, str]]:
+    """Imports from a floor above, as pairs of modules."""
+    level = {name: number for number, name in enumerate(FLOORS)}
+    return sorted(
+        (name, other)
+        for name, others in graph.items()
+        for other in others
+        if room(name) in level and room(other) in level and level[room(other)] > level[room(name)]
+    )
+
+
+def closure(graph: Graph, start: str) -> set[str]:
+    """A module and all that it imports, however indirectly; packages' faces are not followed."""
+    found, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += graph.get(name, set())
+    return found
+
+
+def length(node: ast.AST) -> int:
+    """Lines of a function or class without its docstring."""
+    lines = (node.end_lineno or 0) - node.lineno + 1  # type: ignore[attr-defined]
+    text = ast.get_docstring(node, clean=False)  # type: ignore[arg-type]
+    return lines - (text.count("\n") + 1 if text else 0)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions and methods of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """All docstrings of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def comment_lines(path: Path) -> int:
+    """Lines that are a comment and nothing else."""
+    with tokenize.open(path) as file:
+        tokens = tokenize.generate_tokens(file.readline)
+        return sum(token.type == tokenize.COMMENT and token.line.strip().startswith("#") for token in tokens)
+
+
+def code_lines(path: Path) -> int:
+    """Lines that are neither empty, nor a comment, nor of a docstring."""
+    text = path.read_text(encoding="utf-8")
+    written = sum(bool(line.strip()) and not line.strip().startswith("#") for line in text.splitlines())
+    of_docstrings = sum(sum(bool(line.strip()) for line in text.splitlines()) for text in docstrings(path))
+    return written - of_docstrings
+
+
+def depth(files: dict[str, Path]) -> tuple[int, str]:
+    """The longest chain of the package's own classes, and the class at its end."""
+    bases: dict[str, list[str]] = {}
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = [base.id for base in node.bases if isinstance(base, ast.Name)]
+
+    def below(name: str) -> int:
+        return 1 + max((below(base) for base in bases[name] if base in bases), default=0)
+
+    return max((below(name), name) for name in bases)
+
+
+def lines(paths: Iterable[Path]) -> int:
+    """Lines of files, all counted."""
+    return sum(path.read_text(encoding="utf-8").count("\n") for path in paths)
+
+
+def numbers() -> dict[str, str]:
+    """What is measured, by name."""
+    files = sources()
+    graph = imports(files)
+    texts = [text for path in files.values() for text in docstrings(path)]
+    comments, code = (sum(map(count, files.values())) for count in (comment_lines, code_lines))
+    chain, name = depth(files)
+    found = {
+        "files of modules/": str(sum(room(module) == "modules" and module.count(".") == 2 for module in files)),
+        "files, lines in all": f"{len(files)}, {lines(files.values())}",
+        "rooms, arrows between them": f"{len({room(m) for m in files} - {''})}, {len(arrows(graph))}",
+        "imports from a floor above": str(len(upward(graph))),
+        "depth of inheritance": f"{chain} ({name})",
+        "comment lines per code line": f"{comments / code:.3f}",
+        "docstrings, of which begin with 'What'": f"{len(texts)}, {sum(text.startswith('What ') for text in texts)}",
+    }
+    for method in ("sft", "dpo", "grpo"):
+        reached = closure(graph, f"{PACKAGE}.modules.{method}") - {PACKAGE}
+        found[f"import closure of {method}"] = f"{len(reached)} files, {lines(files[m] for m in reached)} lines"
+    return found
+
+
+def arrows(graph: Graph) -> Counter[tuple[str, str]]:
+    """How often a room imports from another one."""
+    pairs = ((room(name), room(other)) for name, others in graph.items() for other in others)
+    return Counter((one, two) for one, two in pairs if one != two and one in FLOORS and two in FLOORS)
+
+
+def picture() -> str:
+    """The floors as text, top first, each with the rooms that it imports from."""
+    files = sources()
+    found = arrows(imports(files))
+    sizes = Counter(room(module) for module in files)
+    rows = []
+    for name in reversed(FLOORS):
+        below = [two for two in reversed(FLOORS) if (name, two) in found]
+        rows.append(f"{name:12s} {sizes[name]:3d} files   uses {', '.join(below) or 'nothing'}")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--picture"]:
+        print(picture())
+    elif sys.argv[1:]:
+        raise SystemExit(f"unknown argument {sys.argv[1]!r}: allowed is --picture")
+    else:
+        print("\n".join(f"{name:40s} {value}" for name, value in numbers().items()))

@@ -1,0 +1,67 @@
+"""The house: imports go down only, `modules/` holds methods only, files and functions stay short."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("house", ROOT / "benchmarks" / "house.py")
+assert _spec is not None
+assert _spec.loader is not None
+house = importlib.util.module_from_spec(_spec)
+sys.modules["house"] = house
+_spec.loader.exec_module(house)
+
+# Learned rewards are frozen reward modules: they go down once the model that these hold stands in `models/`.
+UP = {
+    ("rlhf_lightning.rewards.learned", "rlhf_lightning.modules.process_reward"),
+    ("rlhf_lightning.rewards.learned", "rlhf_lightning.modules.reward"),
+    ("rlhf_lightning.rewards.scorers", "rlhf_lightning.modules.reward"),
+}
+LONG_FILES = {
+    "rlhf_lightning/core/module.py": "every hook of the core, in the order in which Lightning calls them",
+    "rlhf_lightning/data/loaders.py": "three loaders and the state that a run is resumed from",
+    "rlhf_lightning/modules/process_reward.py": "the docstring of its options",
+    "rlhf_lightning/rl/on_policy_module.py": "the docstring of its options",
+}
+LONG_FUNCTIONS = {
+    "rlhf_lightning/models/fused_logprobs.py::forward": "one pass over the tiles, and what its backward needs",
+    "rlhf_lightning/modules/grpo.py::__init__": "one line for each option",
+    "rlhf_lightning/rl/on_policy_module.py::__init__": "one line for each option",
+}
+
+
+def test_imports_go_down_only():
+    graph = house.imports(house.sources())
+    assert {house.room(name) for name in graph} - {"", "__main__"} == set(house.FLOORS)
+    assert set(house.upward(graph)) == UP
+
+
+def test_an_import_from_above_would_be_found():
+    assert house.upward(
+        {"rlhf_lightning.utils.files": {"rlhf_lightning.data.files"}, "rlhf_lightning.data.files": set()}
+    )
+
+
+def test_modules_are_the_methods():
+    files = {path.stem for path in (ROOT / "rlhf_lightning" / "modules").glob("*.py")}
+    assert files == {"__init__", *house.METHODS}
+
+
+def test_files_are_short():
+    long = {str(p.relative_to(ROOT)) for p in house.sources().values() if p.read_text().count("\n") > 400}
+    assert long == set(LONG_FILES)
+
+
+def test_functions_are_short():
+    files = house.sources().values()
+    long = {f"{p.relative_to(ROOT)}::{f.name}" for p in files for f in house.functions(p) if house.length(f) > 60}
+    assert long == set(LONG_FUNCTIONS)
+
+
+def test_contributing_lists_the_floors():
+    text = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text())
+    assert "ground first: " + ", ".join(f"`{floor}`" for floor in house.FLOORS) in text
