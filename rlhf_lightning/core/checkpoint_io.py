@@ -32,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Example::
 
-        lightning.Trainer(plugins=[AtomicCheckpointIO()])  # what fit does by itself
+        lightning.Trainer(plugins=[AtomicCheckpointIO()])  # fit does this by default
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

@@ -88,7 +88,7 @@ class PostTrainingModule(ResumableModule):
         lr_scheduler: function from an optimizer to a scheduler, stepped once per optimizer step.
 
     Raises:
-        ValueError: an option out of range, in one line that says what to write instead.
+        ValueError: an option is out of range; the message names a valid value.
     """
 
     default_learning_rate: ClassVar[float] = 1e-5

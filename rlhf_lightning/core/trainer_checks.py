@@ -1,4 +1,4 @@
-"""Checks of trainers, callbacks, strategies and modules, each with one line that says what to write instead."""
+"""Checks of trainers, callbacks, strategies and modules, with error messages of one line that name a replacement."""
 
 from __future__ import annotations
 
