@@ -12,7 +12,7 @@ from ..models.merged_weights import check_mergeable
 
 
 def trained_end_tokens(module: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens that answers end with in the datamodule's tokenized rows, or by default of the tokenizer.
+    """Returns the tokens that answers end with: those of the datamodule's rows, else of the tokenizer.
 
     Args:
         module: a ``PostTrainingModule``.

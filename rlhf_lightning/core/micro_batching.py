@@ -170,7 +170,7 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
 
         GradCache (Gao et al., 2021, arXiv:2101.06983): scores all rows without gradient, differentiates the loss with
         respect to them, then recomputes each micro-batch with gradient and backpropagates its slice. Departures: rows
-        are gathered over ranks, and the sums of the routers over the whole batch are cached in the same way.
+        are gathered over ranks, and the routers' sums over the whole batch are taken in the first pass too.
         """
         # First pass: scores without gradient; the random state is kept so that dropout repeats in the second pass.
         states, constants, scored, routed = [], [], [], []

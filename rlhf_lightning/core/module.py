@@ -129,6 +129,8 @@ class PostTrainingModule(ResumableModule):
             router_aux_loss_coef=router_aux_loss_coef,
             max_grad_norm=max_grad_norm,
         )
+
+        # The batch, not Lightning, decides when to step: manual optimization.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.automatic_optimization = False
         self.model: Any = None

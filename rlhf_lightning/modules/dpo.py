@@ -84,6 +84,7 @@ class DPOModule(ReferencedModule):
             ld_alpha=ld_alpha,
             use_weighting=use_weighting,
         )
+
         super().__init__(model, reference=reference, **kwargs)
         self.beta = beta
         self.loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)

@@ -115,6 +115,7 @@ class GRPOModule(OnPolicyModule):
         dynamic_sampling: int = 0,
         **kwargs: Any,
     ) -> None:
+        # Options are checked before the model is set up, so that errors come first.
         check_count("num_generations", num_generations, "8 is usual")
         if num_generations < 2:
             raise ValueError("num_generations is 1, and a group of one has no advantage over itself: use 2 or more")
@@ -143,6 +144,7 @@ class GRPOModule(OnPolicyModule):
             off_policy_mask_threshold=off_policy_mask_threshold,
             dynamic_sampling=dynamic_sampling,
         )
+
         super().__init__(model, rewards=rewards, num_generations=num_generations, **kwargs)
         self.options = options
         self._replaced = 0.0

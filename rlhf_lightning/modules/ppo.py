@@ -106,6 +106,7 @@ class PPOModule(OnPolicyModule):
         entropy_coef: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        # Options are checked before the model is set up, so that errors come first.
         options = PPOOptions(
             value_head=value_head,
             value_lr_ratio=value_lr_ratio,
@@ -124,6 +125,7 @@ class PPOModule(OnPolicyModule):
             entropy_coef=entropy_coef,
         )
         controller = KLController(kl_coef, target=kl_target, horizon=kl_horizon)
+
         super().__init__(model, rewards=rewards, num_generations=num_generations, num_updates=num_updates, **kwargs)
         self.options = options
         self.controller = controller
@@ -296,6 +298,7 @@ class PPOModule(OnPolicyModule):
             assert found is not None
             fixed[name] = found
 
+        # Both losses take the ratio and the values relative to the policy and critic before the updates.
         sequences: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
         policy: dict[str, Any] = {"advantages_N": fixed["advantages"], **options.clipping, **sequences}
         policy_N = policy_gradient_loss(
@@ -304,6 +307,7 @@ class PPOModule(OnPolicyModule):
         critic = {"old_values_N": fixed["old_values"], "returns_N": fixed["returns"]}
         value_N = value_loss(values_N, cliprange=options.cliprange_value, **critic)
 
+        # For metrics only: the approximate KL is half the mean squared log-ratio.
         with torch.no_grad():
             ratio_N = importance_ratio(stats.logprobs, old_logprobs_N=fixed["old_logprobs"], **sequences)
             clipped = clip_statistics(ratio_N, **policy)

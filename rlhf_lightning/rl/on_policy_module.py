@@ -106,15 +106,18 @@ class OnPolicyModule(ReferencedModule):
         check_count("num_mini_batches", num_mini_batches, "1 takes all prompts in one step")
         check_count("generation_batch_tokens", generation_batch_tokens, "65536 is a good start")
         super().__init__(model, reference=reference, **kwargs)
+
         # Checkpoints must load without the script that defined the reward functions, so store plain specs.
         self.hparams["rewards"] = plain_specs(rewards)
         self.hparams["process_reward"] = None if process_reward is None else plain_specs([process_reward])[0]
         self._hparams_initial = deepcopy(self._hparams)  # the copy that loggers write
+
         self.rewards = build_rewards(
             rewards, reward_weights, process=process_reward, timeout=reward_timeout, on_bad_value=on_bad_reward
         )
         self.failing = FailureWatch()
         self.has_process_reward = process_reward is not None
+
         self.num_generations = num_generations
         self.max_completion_length = max_completion_length
         self.temperature = temperature
@@ -239,6 +242,8 @@ class OnPolicyModule(ReferencedModule):
         samples = [(prompt, sample) for prompt, group in zip(prompts, completions, strict=True) for sample in group]
         if self.clock is not None:
             self.clock.count_generated([len(sample.token_ids) for _, sample in samples])
+
+        # Reward functions get one value per sample, so a prompt's columns are repeated for its completions.
         names = sorted({name for prompt in prompts for name in prompt.fields} - {"prompt"})
         columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
         columns["prompt_ids"] = [prompt.root.tokens.tolist() for prompt, _ in samples]
