@@ -35,7 +35,7 @@ from .hooks import wrap_hooks
 from .router_loss import AUX_LOSS, RouterLoss
 from .timing import PhaseClock
 
-ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
+ROW_KEY = "_row"  # hash of a row's id, which gives rows a canonical order on any number of ranks
 
 
 class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
@@ -73,7 +73,7 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         return self.keeps_dropout if self.dropout is None else self.dropout > 0
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode as torch does, and switches dropout off in all submodules unless it is active."""
+        """Sets the mode as torch does; without dropout, the models within stay in evaluation mode."""
         super().train(mode)
         if mode and not self.drops:
             switch_off_dropout(self)

@@ -60,7 +60,7 @@ class StopOnSignal(lightning.Callback):
             # A raw write: buffered streams may be locked by the code that the signal interrupts.
             os.write(2, b"\nstopping after this batch; Ctrl-C again stops at once, without a checkpoint\n")
 
-    # Lightning registers SIGTERM alone, and restores all handlers at the end.
+    # Lightning registers only SIGTERM, and restores all handlers at the end.
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Registers the handlers of SIGINT and SIGUSR1."""

@@ -33,7 +33,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         state: Any = module._get_fsdp_state()
         # Before its first forward a root does not know that it is one; afterwards it never reshards after a forward.
         is_new_root = module is model and getattr(state, "_auto_reshard_after_forward", True)
-        # Up to torch 2.12 there is one group per module; it may be None.
+        # Up to torch 2.12 there is one group per module; a group may be None.
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for group in filter(None, groups):
             switches.append((group, None if is_new_root else group.post_forward_mesh_info))
