@@ -1,4 +1,4 @@
-"""Core: what all methods share: micro-batching, gradients over ranks, checkpoints and resuming, checks, logging."""
+"""Core of all methods: micro-batching, gradients over ranks, checkpoints and resuming, checks, logging."""
 
 from .lr_schedules import WarmupSchedule
 from .module import PostTrainingModule

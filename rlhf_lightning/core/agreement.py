@@ -1,4 +1,4 @@
-"""What all ranks of a run have to have in common before its first batch."""
+"""Checks and decisions that all ranks of a run must share before its first batch."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from .micro_batching import MicroBatchedModule
 
 
 class RankAgreement(lightning.Callback):
-    """Decides on all ranks at once what would otherwise be decided by the first that needs it, and compares the rest.
+    """Makes decisions on all ranks together that a single rank would otherwise make alone, and compares their state.
 
-    - How batches run (``layout: auto``): a model is tried out, which is a collective where its weights are sharded; a
-      rank that never has a row would leave the others waiting.
-    - Which checkpoint is resumed: where machines have disks of their own, one may have a checkpoint that another lacks.
-    - Whether loggers may write to their files: the first rank looks, and all of them hear what it found.
+    - The layout of batches (``layout: auto``): probing a model is a collective where its weights are sharded, so a
+      rank without rows would leave the others waiting.
+    - The checkpoint to resume from: machines with local disks may not all have it.
+    - Whether loggers may write to their files: rank 0 checks, and its result is raised on all ranks.
 
-    Every post-training module brings it along.
+    Added automatically by every post-training module.
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Asks the loggers that write to files of their own, such as ``JSONLLogger``."""
+        """Checks that loggers with files of their own, such as ``JSONLLogger``, may write to them."""
         for logger in trainer.loggers:
             if hasattr(logger, "claim"):
                 check_on_all_ranks(trainer, logger.claim)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Decides how batches run."""
+        """Decides the layout of batches."""
         self._decide(pl_module)
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Compares what is resumed."""
+        """Compares the resumed checkpoint between ranks."""
         self._compare(trainer)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Compares what is resumed."""
+        """Compares the resumed checkpoint between ranks."""
         self._compare(trainer)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Does both, where nothing is trained."""
+        """Compares the checkpoint and decides the layout, unless validation is part of ``fit``."""
         if trainer.state.fn == "validate":
             self._begin(trainer, pl_module)
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Does both."""
+        """Compares the checkpoint and decides the layout."""
         self._begin(trainer, pl_module)
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Does both."""
+        """Compares the checkpoint and decides the layout."""
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there."""
+"""Atomic checkpoint files: complete or absent."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from ..utils.files import PARTIAL, hidden_beside
 
 
 class UnwrittenCheckpointError(ValueError):
-    """A checkpoint could not be written; those that were there are untouched."""
+    """Raised when a checkpoint could not be written; existing checkpoints are untouched."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, flushes it to disk and renames it.
+    """Writes a checkpoint to a temporary file in its folder, flushes it to disk and renames it.
 
-    Lightning's own writes to the folder for temporary files and moves the result, which is a copy where that is another
-    disk: a process that is killed then leaves half a checkpoint under the full name. Post-training modules put this in
-    the place of Lightning's default; a ``CheckpointIO`` of your own is left alone.
+    Lightning's default writes to the system's temporary folder and moves the result, which is a copy where that is
+    another disk: a process that is killed then leaves half a checkpoint under the final name. Post-training modules
+    replace Lightning's default with this class; a custom ``CheckpointIO`` is kept.
 
     Example::
 
-        lightning.Trainer(plugins=[AtomicCheckpointIO()])  # what fit does by itself
+        lightning.Trainer(plugins=[AtomicCheckpointIO()])  # fit does this by default
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint; one of that name stays until the new one is complete.
+        """Writes a checkpoint; an existing one of that name is kept until the new one is complete.
 
         Raises:
-            UnwrittenCheckpointError: there is no room, say.
+            UnwrittenCheckpointError: the file cannot be written, for example on a full disk.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -76,12 +76,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "ckpt_path='last' takes the newest that is whole"
             )
         place = (lambda storage, _: storage) if map_location is None else map_location
-        # Lightning reads one from an address as whatever objects it holds, code included, unless told not to.
+        # By default Lightning unpickles arbitrary objects, code included, from a URL.
         return super().load_checkpoint(path, place, True if weights_only is None else weights_only)
 
 
 def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint file, told by its checksums; ``None`` where nothing is."""
+    """Returns the damage that a checkpoint file's checksums show, or ``None`` where it is intact."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -91,10 +91,10 @@ def damage(path: str | Path) -> str | None:
 
 
 def check_place(folder: Path, what: str) -> None:
-    """Refuses a folder that cannot be written, before hours have gone into what should be written there.
+    """Refuses a folder that cannot be written, before a long run computes its contents.
 
     Raises:
-        ValueError: there is something in its way, or it is read-only.
+        ValueError: a file is in its way, or it is read-only.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():
@@ -109,14 +109,14 @@ def check_place(folder: Path, what: str) -> None:
 
 
 def prepare_checkpoints(trainer: lightning.Trainer) -> None:
-    """Puts ``AtomicCheckpointIO`` in the place of Lightning's default, and keeps back advice that is none here.
+    """Replaces Lightning's default ``CheckpointIO`` with ``AtomicCheckpointIO`` and adapts ``ModelCheckpoint``.
 
-    Lightning's ``ModelCheckpoint`` would rather have the weights from before a step that a module makes by itself; what
-    a resumed run needs are those after it.
+    Hides the warning of ``ModelCheckpoint`` that advises saving the weights from before a manual optimizer step: a
+    resumed run needs those after it.
     """
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     for callback in trainer.checkpoint_callbacks:
-        # A subclass with a hook of its own knows what it does.
+        # A subclass that overrides the hook keeps its own.
         if isinstance(callback, ModelCheckpoint) and _has_lightnings_trigger(callback):
             vars(callback)["on_train_batch_end"] = partial(_save_when_due, callback)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -125,11 +125,11 @@ def prepare_checkpoints(trainer: lightning.Trainer) -> None:
 
 
 def _save_heard_by_all(trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
-    """``Trainer.save_checkpoint``, which raises on every rank what went wrong where the file is written."""
+    """Runs ``Trainer.save_checkpoint`` and raises a write error of one rank on all ranks."""
     cause: UnwrittenCheckpointError | None = None
     try:
         type(trainer).save_checkpoint(trainer, *args, **kwargs)
-    except UnwrittenCheckpointError as error:  # on the rank that writes: the others wait at the barrier behind it
+    except UnwrittenCheckpointError as error:  # on the rank that writes: the others wait at the barrier that follows
         cause = error
         trainer.strategy.barrier("Trainer.save_checkpoint")
     said = trainer.strategy.broadcast(None if cause is None else str(cause))
@@ -146,15 +146,15 @@ def _save_when_due(
 ) -> None:
     """``ModelCheckpoint.on_train_batch_end`` for batches that make any number of steps.
 
-    Lightning looks whether the number of steps is a multiple of ``every_n_train_steps``, which a batch may step over,
-    and of modules that step by themselves it forgets ``train_time_interval``.
+    Lightning tests whether the number of steps is a multiple of ``every_n_train_steps``, which a batch of several steps
+    may skip, and ignores ``train_time_interval`` in manual optimization.
     """
     every, interval = callback._every_n_train_steps, callback._train_time_interval
     due = every >= 1 and trainer.global_step // every > pl_module.step_before_batch // every
     if interval is not None and callback._last_time_checked is not None:
         late = time.monotonic() - callback._last_time_checked >= interval.total_seconds()
         due = trainer.strategy.broadcast(late)  # clocks differ between ranks
-    callback._every_n_train_steps = int(due)  # of which every step is a multiple, or none
+    callback._every_n_train_steps = int(due)  # 1: every step is a multiple; 0: off
     try:
         ModelCheckpoint.on_train_batch_end(callback, trainer, pl_module, outputs, batch, batch_idx)
     finally:

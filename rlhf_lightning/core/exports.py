@@ -1,4 +1,4 @@
-"""What goes along with a module's model when it is exported, and whether it can be exported as it is to be."""
+"""End tokens that are exported with a model, and the check that an adapter can be merged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..models.merged_weights import check_mergeable
 
 
 def trained_end_tokens(module: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that answers end with in what the datamodule makes of rows, or would make of them.
+    """Returns the tokens that answers end with: those of the datamodule's rows, else of the tokenizer.
 
     Args:
         module: a ``PostTrainingModule``.
-        tokenizer: what is exported with it.
+        tokenizer: the tokenizer that is exported with it.
     """
     trainer = module._trainer
     rows = None if trainer is None else getattr(getattr(trainer, "datamodule", None), "rows", None)
@@ -24,13 +24,13 @@ def trained_end_tokens(module: Any, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def check_merge(module: Any) -> None:
-    """Checks that an adapter can be added to the weights, before it is trained; every rank calls it.
+    """Checks that an adapter can be merged into the weights, before it is trained; every rank calls it.
 
     Args:
         module: a ``PostTrainingModule``.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the adapter cannot be merged.
     """
     module.configure_model()
     if isinstance(module.model, PeftModel):

@@ -1,7 +1,7 @@
-"""What happens to gradients between the backward passes of a step and the optimizer: sums, over ranks too, and a norm.
+"""Gradient accumulation, reduction over ranks and clipping, between the backward passes of a step and the optimizer.
 
-All of it is computed in at least fp32, whatever the weights are in, so that neither the number of micro-batches nor
-that of ranks rounds a sum more often than once.
+All sums are taken in at least fp32, whatever the dtype of the weights, so that they are rounded once, for any number of
+micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 
 
 class GradientSums:
-    """Adds gradients of weights in half a precision up in fp32, from the second backward pass of a step on.
+    """Accumulates gradients of bf16 and fp16 weights in fp32, from the second backward pass of a step on.
 
-    A step of one pass costs nothing; of several, a number in fp32 per such weight instead of one in its own precision,
-    in which what a later pass adds would be rounded away.
+    A step of one pass costs nothing. Several passes hold an fp32 buffer per such weight in place of its gradient, since
+    sums in half precision would round away later passes.
 
     Args:
-        parameters: those that are trained; others than in half a precision are left to torch.
+        parameters: trained parameters; those of other dtypes are accumulated by torch.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -39,7 +39,7 @@ class GradientSums:
         self._handles: list[RemovableHandle] = []
 
     def begin_pass(self) -> None:
-        """Says that another backward pass comes."""
+        """Announces another backward pass; the second one switches to fp32 accumulation."""
         self._passes += 1
         if self._passes == 2:
             for parameter in self.parameters:
@@ -48,7 +48,7 @@ class GradientSums:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._take))
 
     def end(self) -> None:
-        """Leaves the sums, rounded once, as the gradients."""
+        """Rounds the sums once and stores them as the gradients."""
         for handle in self._handles:
             handle.remove()
         for parameter, total in self._sums.items():
@@ -66,23 +66,27 @@ class GradientSums:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-    """Adds gradients up over all ranks, in flat buckets; sharded parameters have their part of the sum already.
+    """Sums gradients over all ranks in flat buckets; FSDP2 has already reduced those of sharded parameters.
 
     Losses are divided by global totals before the backward pass, so the sum is the gradient of the global batch,
-    however many micro-batches each rank ran, none included. A parameter without gradient counts as zero, and one that
-    has none on any rank keeps none, so that an optimizer leaves it alone as it would on one rank.
+    however many micro-batches each rank ran, zero included. A missing gradient counts as zero; a parameter without
+    gradient on every rank keeps none, so that the optimizer skips it as it would on one rank.
     """
     if world_size() == 1:
         return
+
     meet()
     agreement = lockstep()
     if agreement is not None:
         agreement.drop_unreached()
+
+    # All ranks must reduce the same parameters: those with a gradient on any rank.
     whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     if not whole:
         return
     used = torch.tensor([parameter.grad is not None for parameter in whole], device=whole[0].device).int()
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
+
     bucket: list[Tensor] = []
 
     def flush() -> None:
@@ -107,18 +111,18 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
 
 
 def loss_scale(trainer: Any) -> float:
-    """By which ``manual_backward`` multiplies the loss of a trainer's module; 1 but in fp16."""
+    """Returns the factor by which ``manual_backward`` scales the loss; 1 except in fp16."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scales gradients down so that their global norm is at most ``limit``; returns the norm that they had.
+    """Clips the global norm of gradients to ``limit`` and returns the norm before clipping.
 
     Args:
-        parameters: those without gradient count as 0; sharded and whole ones may be mixed.
-        limit: above 0; infinite to leave them as they are.
+        parameters: sharded and whole parameters; a missing gradient counts as 0.
+        limit: above 0; infinite to measure the norm alone.
 
     Returns:
         The norm, in at least fp32.
@@ -126,16 +130,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     grads: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros(())
+
     sharded = [isinstance(grad, DTensor) for grad in grads]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    # Parts may lie in host memory; what is added up over ranks lies where they compute.
+    # Offloaded shards lie in host memory, but the reduction over ranks needs the device that computes.
     meshes = [torch.device(grad.device_mesh.device_type) for grad in grads if isinstance(grad, DTensor)]
     device = meshes[0] if meshes else local[0].device
     wide = [torch.promote_types(part.dtype, torch.float32) for part in local]
     norms = (torch.linalg.vector_norm(part, dtype=dtype) for part, dtype in zip(local, wide, strict=True))
     squares = [norm.square().to(device) for norm in norms]
-    # Shards are added up over the ranks, each of their copies for its part, so that all ranks find the same number;
-    # what is whole is the same on each, and counts once.
+
+    # Squares of shards are summed over ranks and divided by the number of copies; whole gradients are equal on all
+    # ranks and count once.
     zero = squares[0].new_zeros(())
     of_shards = sum((s / copies_of(g) for s, g, is_part in zip(squares, grads, sharded, strict=True) if is_part), zero)
     of_whole = sum((s for s, is_part in zip(squares, sharded, strict=True) if not is_part), zero)
@@ -143,12 +149,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         of_shards = of_shards.clone()
         meet()
         dist.all_reduce(of_shards)
+
     norm: Tensor = (of_shards + of_whole).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch does
     for part, dtype in zip(local, wide, strict=True):
         own = factor.to(part.device, dtype)
         if part.dtype == dtype:
             part.mul_(own)
-        else:  # of half a precision, the product is rounded and not the factor
+        else:  # in half precision, round the product and not the factor
             part.copy_(part.to(dtype).mul_(own))
     return norm

@@ -1,4 +1,4 @@
-"""What reward models have in common: a scalar head on a decoder, kept beside it in folders."""
+"""Base class of reward models: a scalar head on a decoder, stored in the same folder."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class HeadedModule(PostTrainingModule):
 
     Args:
         model: Hugging Face id or folder: of a language model, or of a model with a stored head, which is loaded.
-        seed: what the head's first weights are drawn from.
+        seed: seed of the head's initial weights.
         kwargs: options of ``PostTrainingModule``.
     """
 
-    method: ClassVar[str]  # what a folder says that it holds
+    method: ClassVar[str]  # name of the method in an exported folder
 
     def __init__(self, model: str, *, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
@@ -39,34 +39,34 @@ class HeadedModule(PostTrainingModule):
         self.head: Any = None
 
     def head_shape(self) -> dict[str, Any]:
-        """Arguments of ``RewardHead``; none where there is no head."""
+        """Returns the arguments of ``RewardHead``; an empty dictionary builds no head."""
         raise TypeError(f"{type(self).__name__} must define head_shape()")
 
     def options(self) -> Mapping[str, Any]:
-        """What ``from_pretrained`` builds the module with again."""
+        """Returns the options that are stored with the head, from which ``from_pretrained`` rebuilds the module."""
         raise TypeError(f"{type(self).__name__} must define options()")
 
     @property
     def predicts_tokens(self) -> bool:
-        """The head stands in the place of the output projection."""
+        """Always false here: the head replaces the output projection."""
         return False
 
     @property
     def exports_head(self) -> bool:
-        """Whether a head is written beside the model: always here."""
+        """Whether a head is written with the model; always true here."""
         return True
 
     @classmethod
     def from_pretrained(cls, folder: str, **options: Any) -> Self:
-        """Loads a model with its head, ready to score: one that was exported, or a sequence classifier of transformers.
+        """Loads an exported model with its head, or a sequence classifier of transformers, in evaluation mode.
 
         Args:
-            folder: what ``save_pretrained`` wrote; for an outcome reward model also a folder or hub id of a sequence
-                classifier whose head is a linear layer ``score`` without bias.
-            options: of the module, in place of the stored ones.
+            folder: folder written by ``save_pretrained``; for an outcome reward model also a folder or hub id of a
+                sequence classifier whose head is a linear layer ``score`` without bias.
+            options: options of the module that override the stored ones.
 
         Raises:
-            ValueError: the folder holds no head, or one of another kind of model.
+            ValueError: the folder holds no head, or the head of another method.
         """
         stored = read_head_options(folder) or _classifier_options(folder)
         if stored.pop("method", None) != cls.method:
@@ -77,7 +77,7 @@ class HeadedModule(PostTrainingModule):
         return module.eval()
 
     def configure_model(self) -> None:
-        """Builds the decoder and its head; a head that is stored with the model is loaded."""
+        """Builds the decoder and its head, and loads a head that is stored with the model."""
         if self.is_configured:
             return
         super().configure_model()
@@ -93,42 +93,42 @@ class HeadedModule(PostTrainingModule):
             load_head(self.head, self.model_source)
 
     def head_outputs(self, states_SD: Tensor) -> Tensor:
-        """``(S, D) -> (S, M, K)``."""
+        """Applies the head: ``(S, D) -> (S, M, K)``."""
         outputs: Tensor = self.head(states_SD)
         return outputs
 
     def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
-        """Writes the language model or its adapter, with its head beside it.
+        """Writes the language model or its adapter, with its head in the same folder.
 
         The head is in ``reward_head.safetensors`` and its options in ``reward_head.json``; ``from_pretrained`` loads
         them.
 
         Args:
-            folder: where to; it appears once it is complete, and replaces one that was there.
-            merge_adapter: add the adapter to the weights and write the whole model.
+            folder: destination; written atomically, replacing an existing export.
+            merge_adapter: merge the adapter into the weights and write the whole model.
         """
         self.configure_model()
         files = self.files_beside()
         export_pretrained(self.model, self._export_tokenizer(), folder, merge_adapter=merge_adapter, beside=files)
 
     def load_beside(self, folder: str) -> None:
-        """Reads back what ``files_beside`` wrote, or the head of a sequence classifier.
+        """Loads the files that ``files_beside`` wrote, or the head of a sequence classifier.
 
         Args:
-            folder: what ``save_pretrained`` of this module, or of one like it, wrote.
+            folder: folder written by ``save_pretrained`` of a module with the same options.
 
         Raises:
-            ValueError: the folder holds no head, or another one.
+            ValueError: the folder holds no head, or one of another shape.
         """
         if self.head is not None and not load_head(self.head, folder):
             raise ValueError(f"{folder!r} holds no head: export it again")
 
     def files_beside(self) -> Callable[[Path], None]:
-        """Gathers what is stored beside the decoder, on every rank; returns what writes it."""
+        """Gathers the head on every rank and returns a function that writes it to a folder."""
         return head_files(self.head, {"method": self.method, **self.options()})
 
 
 def _classifier_options(folder: str) -> dict[str, Any]:
-    """The options of an outcome reward model that is stored as a sequence classifier."""
+    """Returns the options of an outcome reward model that is stored as a sequence classifier."""
     weight = read_head_state(folder).get("weight")
     return {} if weight is None else {"method": "reward", "num_attributes": weight.shape[1]}

@@ -1,8 +1,8 @@
 """Hooks of the core that run even where a subclass overrides them without ``super()``.
 
-What a module needs at the start of a run, at the end of a validation or in a checkpoint hangs on Lightning's hooks, and
-a subclass that overrides one and forgets ``super()`` would lose it without a word. So every override of such a hook
-outside the package is followed by the core's own, unless it has called that itself.
+Modules set up runs, collect validation rows and fill checkpoints in Lightning's hooks, and a subclass that overrides
+one without calling ``super()`` would lose that silently. So after every override outside the package the core's own
+hook is called, unless the override has called it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ CORE_HOOKS = (
     *("on_validation_epoch_start", "on_validation_epoch_end", "on_test_epoch_start", "on_test_epoch_end"),
     *("on_save_checkpoint", "on_load_checkpoint"),
 )
-# What an override may do in its own way, but for what is checked or made up for afterwards.
+# Steps may be overridden without super(); their result is checked and the batch is counted as used.
 CORE_STEPS = ("training_step", "validation_step", "test_step")
 
 
 def wrap_hooks(cls: type) -> None:
-    """Makes the core's hooks run behind overrides of a class that leave them out; called for every new subclass."""
+    """Wraps the hooks of a class so that the core's own always run; called for every new subclass."""
     is_own = cls.__module__.partition(".")[0] == _PACKAGE
     for name in (*CORE_HOOKS, *CORE_STEPS, "configure_optimizers"):
         hook = vars(cls).get(name)
@@ -43,7 +43,7 @@ def wrap_hooks(cls: type) -> None:
 
 
 def _noted(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Takes note that the core's hook has run."""
+    """Wraps a hook of the core so that it records its call."""
 
     @wraps(hook)
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def _noted(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _followed(hook: Callable[..., Any], name: str, cls: type) -> Callable[..., Any]:
-    """Runs the core's hook behind an override that has not called it."""
+    """Wraps an override so that the core's hook runs after it, unless the override has called it."""
 
     @wraps(hook)
     def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,10 +71,10 @@ def _followed(hook: Callable[..., Any], name: str, cls: type) -> Callable[..., A
 
 
 def _checked_step(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Counts the batch of an override as used, and refuses a training step that computes a loss and makes no step.
+    """Wraps an overridden step: counts its batch as used, and refuses a training step that returns a loss only.
 
     Raises:
-        ValueError: it returned something, and nothing was trained.
+        ValueError: the override returned a value and made no optimizer step.
     """
 
     @wraps(hook)
@@ -99,7 +99,7 @@ def _checked_step(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _with_monitors(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps what an overridden ``configure_optimizers`` says of monitored metrics, which Lightning drops here."""
+    """Wraps ``configure_optimizers`` to keep the monitored metrics, which Lightning drops in manual optimization."""
 
     @wraps(hook)
     def configured(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,19 +119,19 @@ def _take_monitors(value: Any, found: dict[int, tuple[str | None, bool]]) -> Any
     scheduler = value.get("lr_scheduler")
     if isinstance(scheduler, dict):
         return value | {"lr_scheduler": _take_monitors(scheduler, found)}
-    if isinstance(scheduler, ReduceLROnPlateau):  # Lightning takes its monitor from beside it
+    if isinstance(scheduler, ReduceLROnPlateau):  # its monitor is the dictionary's other key
         found[id(scheduler)] = value.get("monitor"), True
         return {k: v for k, v in value.items() if k != "monitor"}
     return value
 
 
 def step_schedulers(module: Any, interval: str, *, waiting: bool = False) -> None:
-    """Steps the schedulers whose turn it is: by their own interval and frequency, with the metric that they monitor.
+    """Steps the schedulers that are due by their interval and frequency, with the metric that they monitor.
 
     Args:
-        module: whose optimizer has just made a step, or whose epoch has just ended.
+        module: module whose optimizer has just made a step, or whose epoch has just ended.
         interval: ``step`` (of the optimizer) or ``epoch``.
-        waiting: those that wait for a metric, in place of all others.
+        waiting: step only the schedulers that monitor a metric; by default only the others.
 
     Raises:
         ValueError: a monitored metric has not been logged.
@@ -156,10 +156,10 @@ def step_schedulers(module: Any, interval: str, *, waiting: bool = False) -> Non
 
 
 def check_optimizers(module: Any) -> None:
-    """Refuses what an overridden ``configure_optimizers`` returns and no step could use.
+    """Refuses results of ``configure_optimizers`` that a step cannot use.
 
     Raises:
-        ValueError: no optimizer or several, or a ``ReduceLROnPlateau`` without a metric.
+        ValueError: no optimizer or several, a ``ReduceLROnPlateau`` without a metric, or an unknown interval.
     """
     trainer, name = module.trainer, type(module).__name__
     count = sum(bool(optimizer.param_groups) for optimizer in trainer.optimizers)

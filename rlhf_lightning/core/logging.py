@@ -1,4 +1,4 @@
-"""What is logged: of a training step its own values, and none of an earlier one; of a run, what it depends on."""
+"""Logging helpers: no repeated values of earlier steps, hooks of manual optimization, hyper-parameters of a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def forget_others(trainer: lightning.Trainer, names: Container[str]) -> None:
-    """Takes values of earlier training steps out of what Lightning is about to log as this one's.
+    """Resets logged values of earlier training steps that this step does not log again.
 
-    Lightning keeps everything that was logged within an epoch, and hands it to the loggers with every step until it is
-    logged anew. A metric that a batch cannot say anything about (rewards of rejected completions, where there are none)
-    would so repeat its last value; and a resumed run, which has none to repeat, would log something else than the run
-    that was not interrupted. What callbacks monitor (``trainer.callback_metrics``) keeps the last value.
+    Lightning keeps every value logged within an epoch and passes it to the loggers with each step until it is logged
+    anew. A metric that a batch does not define (rewards of rejected completions in a batch without any) would repeat
+    its last value, and a resumed run, which has none to repeat, would log differently from an uninterrupted one.
+    Monitored values (``trainer.callback_metrics``) are kept.
 
     Args:
-        trainer: in the middle of a training step.
-        names: what the step logs itself.
+        trainer: trainer in the middle of a training step.
+        names: names that the step logs.
     """
     results: Any = trainer._results
     for result in (results or {}).values():
@@ -32,16 +32,13 @@ def forget_others(trainer: lightning.Trainer, names: Container[str]) -> None:
 
 
 def call_hooks(trainer: lightning.Trainer, name: str, *args: Any) -> None:
-    """Calls a hook of the callbacks, then the module's, where Lightning leaves it out in manual optimisation."""
+    """Calls a hook of the callbacks and of the module that Lightning skips in manual optimization."""
     _call_callback_hooks(trainer, name, *args)
     _call_lightning_module_hook(trainer, name, *args)
 
 
 def log_settings(module: Any) -> None:
-    """Tells the loggers what a result depends on beside the module's options: optimizer, schedule and data.
-
-    Lightning logs the module's hyper-parameters alone.
-    """
+    """Logs the settings of optimizer, schedule and data; Lightning logs only the module's hyper-parameters."""
     trainer = module.trainer
     settings: dict[str, Any] = {}
     for optimizer in trainer.optimizers:
@@ -61,7 +58,7 @@ def log_settings(module: Any) -> None:
 
 
 def _public(datamodule: Any) -> dict[str, Any]:
-    """A datamodule's own options, sources by their names."""
+    """Returns a datamodule's public options, with sources by their names."""
     found = {k: _plain(v) for k, v in vars(datamodule).items() if not k.startswith("_") and k not in _OF_LIGHTNING}
     sources = found.pop("sources", None) or {}
     named = {k: v if isinstance(v, _PLAIN) else [str(s) for s in v] for k, v in sources.items() if _is_named(v)}

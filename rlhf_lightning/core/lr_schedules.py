@@ -58,11 +58,11 @@ class WarmupSchedule(LRScheduler):
         super().__init__(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, without the length: a run that goes on for longer has its own."""
+        """Returns the position without the length, which a resumed run may change."""
         return {name: value for name, value in super().state_dict().items() if name != "total_steps"}
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Fills the length of the run in; the first step's rate, set before it was known, is set again."""
+        """Sets the length of the run, and recomputes the first step's rate, which was set before it was known."""
         self.total_steps = total_steps
         if self.last_epoch == 0:
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
@@ -83,5 +83,5 @@ class WarmupSchedule(LRScheduler):
         return self.min_ratio + (1 - self.min_ratio) * fall
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rates of the current step."""
+        """Returns the learning rates of the current step."""
         return [base * self._factor(self.last_epoch) for base in self.base_lrs]

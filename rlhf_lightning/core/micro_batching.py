@@ -1,9 +1,8 @@
-"""Micro-batches under global normalisers: what a method defines, and the passes that never depend on the split.
+"""Micro-batching under global normalisers: the interface of a method, and passes that are independent of the split.
 
-A method adds three things: ``constants`` (what is computed once without gradient, such as a reference's log-probs),
-``scores`` (what is computed with gradient) and ``loss`` (a pure function of both, divided by global totals). All three
-speak in *rows*: tensors whose first dimension is the example. That is what makes micro-batches, ranks, gathered losses
-and validation the same few lines for all methods.
+A method defines ``constants`` (computed once without gradient, such as a reference's log-probs), ``scores`` (computed
+with gradient) and ``loss`` (a pure function of both, divided by global totals). All three use *rows*: tensors whose
+first dimension is the example. So micro-batches, ranks, gathered losses and validation share one implementation.
 
 Legend: E examples.
 """
@@ -36,59 +35,59 @@ from .hooks import wrap_hooks
 from .router_loss import AUX_LOSS, RouterLoss
 from .timing import PhaseClock
 
-ROW_KEY = "_row"  # the hash of a row's id: the canonical order of rows, on any number of ranks
+ROW_KEY = "_row"  # hash of a row's id, which gives rows a canonical order on any number of ranks
 
 
 class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
     """A module whose loss is a sum over rows, divided by totals of the global batch.
 
     Args:
-        micro_batch_tokens: most tokens per forward, above 0.
+        micro_batch_tokens: maximum number of tokens per forward, above 0.
         share_prefix: compute a prompt once for all its completions.
     """
 
-    keeps_dropout: ClassVar[bool] = False  # whether the rates of the model's config hold where no other is given
+    keeps_dropout: ClassVar[bool] = False  # whether dropout=None means the rates of the model's config
     dropout: float | None = None
 
     def __init__(self, *, micro_batch_tokens: int, share_prefix: bool) -> None:
         super().__init__()
         self.micro_batch_tokens = micro_batch_tokens
         self.share_prefix = share_prefix
-        self._sums: GradientSums | None = None  # of the step that is being made
-        self.hooks_reached: set[str] = set()  # which of the core's hooks have run, behind overrides or by themselves
-        # Of schedules, by id: the metric that they wait for, and whether it must be there.
+        self._sums: GradientSums | None = None  # of the running step
+        self.hooks_reached: set[str] = set()  # names of the core's hooks that have run
+        # By the id of a scheduler: the monitored metric, and whether it is required.
         self.scheduler_monitors: dict[int, tuple[str | None, bool]] = {}
-        self.clock: PhaseClock | None = None  # set by a callback that wants to know where the time goes
+        self.clock: PhaseClock | None = None  # set by callbacks that measure time
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         wrap_hooks(cls)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Books the time of what runs within to one of ``phases.PHASES``, if anybody listens."""
+        """Measures the time of a block as one of ``timing.PHASES``; does nothing without a clock."""
         return nullcontext() if self.clock is None else self.clock.phase(name)
 
     @property
     def drops(self) -> bool:
-        """Whether anything is dropped in training; where nothing is, the policy is trained as it is scored."""
+        """Whether dropout is active in training; if not, the policy is trained as it is scored."""
         return self.keeps_dropout if self.dropout is None else self.dropout > 0
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode like torch's; the models within stay in evaluation mode where nothing is to be dropped."""
+        """Sets the mode as torch does; without dropout, the models within stay in evaluation mode."""
         super().train(mode)
         if mode and not self.drops:
             switch_off_dropout(self)
         return self
 
     def settle_layout(self) -> None:
-        """Decides how batches run; every rank calls it, before the first batch."""
+        """Decides the layout of batches; called on every rank before the first batch."""
 
     @property
     def router_loss(self) -> RouterLoss | None:
-        """The load-balancing loss that is added to the method's own, which couples all tokens of the global batch."""
+        """The load-balancing loss to add to the method's own; it couples all tokens of the global batch."""
         return None
 
-    # What a method defines.
+    # The interface of a method.
 
     @property
     def coupled(self) -> bool:
@@ -96,11 +95,11 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         return False
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Counts that the loss is divided by, of these examples; they are added up over all ranks."""
+        """Returns the counts of these examples that the loss is divided by; they are summed over all ranks."""
         return {"examples": float(len(examples))}
 
     def constants(self, batch: SequenceBatch) -> Scores:
-        """Rows that carry no gradient; called without gradient, once per micro-batch."""
+        """Computes rows that carry no gradient; called once per micro-batch, under ``torch.no_grad``."""
         return {}
 
     @property
@@ -109,53 +108,57 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         return False
 
     def statistics(self, constants: Scores, totals: dict[str, float]) -> dict[str, float]:
-        """Numbers that the loss needs of the constants of *all* rows; they are added to the totals.
+        """Computes statistics of the constants of *all* rows that the loss needs; they are added to the totals.
 
-        With them a loss that couples rows by a constant alone (KTO's KL estimate) needs no second pass.
+        A loss that couples rows by its constants alone (KTO's KL estimate) needs no second pass then.
         """
         return {}
 
     def remember(self, rows: Scores, totals: dict[str, float]) -> None:
-        """Takes note of a global batch after its step (a running estimate, say); the same on every rank."""
+        """Updates running estimates after the step of a global batch; called with the same rows on every rank."""
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """Rows that carry gradient."""
+        """Computes rows that carry gradient."""
         raise TypeError(f"{type(self).__name__} must define scores(batch)")
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """The rows' share of the loss: a sum over them, divided by the global totals."""
+        """Computes the rows' share of the loss: a sum over them, divided by the global totals."""
         raise TypeError(f"{type(self).__name__} must define loss(rows, totals)")
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """What is logged, from the rows of a whole global batch or validation set."""
+        """Computes logged metrics from the rows of a whole global batch or validation set."""
         return {}
 
     # The passes.
 
     def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
-        """Accumulates the gradient of the global batch's loss, this rank's part of it.
+        """Accumulates this rank's part of the gradient of the global batch's loss.
 
         Returns:
-            This rank's rows, detached, and the global totals; among these the load-balancing loss, where it is trained.
+            This rank's rows, detached, and the global totals, which include the load-balancing loss where it is
+            trained.
         """
         if not self.drops:
-            switch_off_dropout(self)  # whoever has switched modes since
+            switch_off_dropout(self)  # a caller may have switched modes since
         totals = sum_over_ranks(self.totals(examples), self.device)
         plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         batches = [[examples[n] for n in micro] for micro in plan]
         if (self.coupled or self.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
             return self._backward_coupled(batches, totals), totals
+
+        # Statistics of the global batch need the constants of every micro-batch before the first loss.
         known: list[Scores] = []
         if self.shares_constants:
             known = [self._constants(self._pack(micro)) for micro in batches]
             totals |= self._statistics(gather_scores(concatenate(known), self.device), totals)
+
         rows = []
         for n, micro in enumerate(batches):
             batch = self._pack(micro)
             constants = known[n] if known else self._constants(batch)
             scores, routed = self._routed_scores(batch)
             loss = self.loss(in_canonical_order(constants | scores), totals)
-            # Routers that have a loss come here with the only micro-batch.
+            # With a router loss there is a single micro-batch here, so its sums are those of the global batch.
             balance = self._router_share(routed, self._router_sums([routed], totals))
             self._backward_pass(sum(balance, start=loss))
             self._count(batch)
@@ -163,10 +166,13 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         return concatenate(rows), totals
 
     def _backward_coupled(self, batches: list[list[Example]], totals: dict[str, float]) -> Scores:
-        """Scores all rows without gradient, differentiates the loss by them globally, and runs backward.
+        """Backpropagates a loss that couples the rows of the global batch, by gradient caching.
 
-        What the routers of the whole batch do is known by then, too, if they have a loss.
+        GradCache (Gao et al., 2021, arXiv:2101.06983): scores all rows without gradient, differentiates the loss with
+        respect to them, then recomputes each micro-batch with gradient and backpropagates its slice. Departures: rows
+        are gathered over ranks, and the routers' sums over the whole batch are taken in the first pass too.
         """
+        # First pass: scores without gradient; the random state is kept so that dropout repeats in the second pass.
         states, constants, scored, routed = [], [], [], []
         for micro in batches:
             batch = self._pack(micro)
@@ -176,6 +182,8 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
                 scores, sums = self._routed_scores(batch)
             scored.append(scores)
             routed.append(sums)
+
+        # The gradient of the loss with respect to the scores of all ranks, computed on every rank.
         own = concatenate(c | s for c, s in zip(constants, scored, strict=True))
         everyone = gather_scores(own, self.device)
         whole = self._router_sums(routed, totals)
@@ -187,6 +195,8 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         with torch.enable_grad():
             loss = self.loss(in_canonical_order(leaves), totals)
             slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if scored else ()
+
+        # Second pass: the dot product of scores and cached gradients has the same gradient as the loss.
         place = rows_before_this_rank(len(own.get(ROW_KEY, ())))
         for micro, constant, state in zip(batches, constants, states, strict=True):
             _set_random_state(state, self.device)
@@ -205,16 +215,16 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         return own
 
     def _routed_scores(self, batch: SequenceBatch) -> tuple[Scores, RouterSums | None]:
-        """Rows that carry gradient, and what the routers did with the batch's tokens, where that has a loss."""
+        """Computes rows that carry gradient, and the routers' sums over the batch where they have a loss."""
         if self.router_loss is None:
             return self.scores(batch), None
-        self.settle_layout()  # not within: what is tried out is no part of the batch
+        self.settle_layout()  # before recording, as the layout probe is not part of the batch
         with self.router_loss.recording() as recorder:
             scores = self.scores(batch)
         return scores, recorder.sums
 
     def _router_sums(self, parts: Sequence[RouterSums | None], totals: dict[str, float]) -> RouterSums | None:
-        """What the routers did with the whole global batch; notes their loss among the totals."""
+        """Sums the routers' statistics over the global batch and adds their loss to the totals."""
         if self.router_loss is None:
             return None
         whole = self.router_loss.summed([part for part in parts if part is not None], self.device)
@@ -222,13 +232,13 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         return whole
 
     def _router_share(self, part: RouterSums | None, whole: RouterSums | None) -> list[Tensor]:
-        """What a micro-batch adds to the loss by its routers; nothing where that is no loss."""
+        """Returns a micro-batch's share of the load-balancing loss in a list, empty where none is trained."""
         loss = self.router_loss
         return [] if loss is None or part is None or whole is None else [loss.share(part, whole)]
 
     @contextmanager
     def _summed_gradients(self) -> Iterator[None]:
-        """Adds up what the backward passes within give, and leaves the sums as gradients."""
+        """Accumulates the gradients of the backward passes in the context with ``GradientSums``."""
         self._sums = GradientSums(self.parameters())
         try:
             yield
@@ -259,7 +269,7 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
 
     @torch.no_grad()
     def score_examples(self, examples: Sequence[Example]) -> Scores:
-        """Scores examples without gradient, in micro-batches: rows in the order of ``examples``."""
+        """Scores examples without gradient in micro-batches, and returns rows in the order of ``examples``."""
         return self.in_micro_batches(examples, lambda batch: self._constants(batch) | self.scores(batch))
 
     def in_micro_batches(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Scores]) -> Scores:
@@ -271,14 +281,14 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
 
 
 def row_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
-    """``(E,)`` hashes of row ids."""
+    """Hashes row ids: ``(E,)``."""
     digests = [blake2b(example.row_id.encode(), digest_size=8).digest() for example in examples]
     keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
     return torch.tensor(keys, dtype=torch.long, device=device)
 
 
 def prompt_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
-    """``(E,)`` hashes of prompts: equal where the tokens are."""
+    """Hashes the tokens of prompts: ``(E,)``."""
     digests = [blake2b(example.root.tokens.tobytes(), digest_size=8).digest() for example in examples]
     keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
     return torch.tensor(keys, dtype=torch.long, device=device)
@@ -289,7 +299,7 @@ def _detached(rows: Scores) -> Scores:
 
 
 def in_canonical_order(rows: Scores) -> Scores:
-    """Sorts rows by their id, so that no tie and no rounding depends on how they came together."""
+    """Sorts rows by their id, so that neither ties nor rounding depend on how they were split."""
     order = torch.argsort(rows[ROW_KEY], stable=True)
     return {name: value[order] for name, value in rows.items()}
 

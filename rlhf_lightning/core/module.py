@@ -1,4 +1,4 @@
-"""The core that every method stands on: one batch is one optimizer step, whatever it is split into."""
+"""Base class of all methods: one batch is one optimizer step, however it is split."""
 
 from __future__ import annotations
 
@@ -67,32 +67,33 @@ class PostTrainingModule(ResumableModule):
     Args:
         model: Hugging Face id or folder: weights, config, or a PEFT adapter.
         init: ``"pretrained"`` loads weights; ``"random"`` draws them from the config.
-        tokenizer: id or folder, where it is not the model's.
-        micro_batch_tokens: most tokens per forward, above 0; a memory knob that changes no result.
-        attention: kernel of the packed layout: ``"sdpa"``, or ``"flex"``: FlexAttention, which trains on CUDA alone.
+        tokenizer: id or folder, if not the model's.
+        micro_batch_tokens: maximum number of tokens per forward, above 0; affects memory, not results.
+        attention: kernel of the packed layout: ``"sdpa"``, or ``"flex"``: FlexAttention, which trains only on CUDA.
         layout: ``"packed"``, ``"padded"``, or ``"auto"``: packed where a probe shows that the model supports it.
-        share_prefix: compute a prompt once for all its completions; changes no result.
+        share_prefix: compute a prompt once for all its completions; does not affect results.
         lora: arguments of ``peft.LoraConfig`` (``{"r": 16}``); ``None`` trains all weights.
         quantization: ``"nf4"``, ``"fp4"`` or ``"int8"`` weights by bitsandbytes; needs ``lora``.
-        dropout: rate in training, in [0, 1), in place of all rates of the model's config and of ``lora``. ``None`` is
-            off, so that a policy is trained as it is scored and ratios begin at 1; in ``SFTModule`` the config's rates.
+        dropout: rate in training, in [0, 1), which replaces all rates of the model's config and of ``lora``. ``None``
+            is off, so that a policy is trained as it is scored and ratios begin at 1; in ``SFTModule`` it keeps the
+            config's rates.
         gradient_checkpointing: recompute activations in the backward pass.
-        router_aux_loss_coef: weight, at least 0, of the load-balancing loss of a mixture of experts, which is that of
-            the whole global batch (``losses.router``). ``None`` takes the coefficient of the model's config where its
+        router_aux_loss_coef: weight, at least 0, of the load-balancing loss of a mixture of experts, taken over the
+            whole global batch (``losses.router``). ``None`` takes the coefficient of the model's config where its
             ``output_router_logits`` is true, and is 0 otherwise. Above 0, a step of several micro-batches or ranks
-            takes one more forward. It is no part of ``loss``, and not computed in validation.
-        max_grad_norm: clip the global gradient norm to this, above 0; ``None`` leaves it.
-        optimizer: from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without weight decay.
-            A weight decay that it brings is for matrices alone.
-        lr_scheduler: from an optimizer to a scheduler, stepped once per optimizer step.
+            takes one more forward. It is not part of the logged ``loss``, and not computed in validation.
+        max_grad_norm: clip the global gradient norm to this, above 0; ``None`` does not clip.
+        optimizer: function from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without
+            weight decay. Its weight decay is applied to matrices only.
+        lr_scheduler: function from an optimizer to a scheduler, stepped once per optimizer step.
 
     Raises:
-        ValueError: an option out of range, in one line that says what to write instead.
+        ValueError: an option is out of range; the message names a valid value.
     """
 
     default_learning_rate: ClassVar[float] = 1e-5
-    contracts: ClassVar[tuple[str, ...]] = ()  # datamodules whose rows it takes; () for any
-    progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what the progress bar shows
+    contracts: ClassVar[tuple[str, ...]] = ()  # datamodules whose rows are accepted; () for any
+    progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # metrics in the progress bar
 
     def __init__(
         self,
@@ -128,6 +129,8 @@ class PostTrainingModule(ResumableModule):
             router_aux_loss_coef=router_aux_loss_coef,
             max_grad_norm=max_grad_norm,
         )
+
+        # The batch, not Lightning, decides when to step: manual optimization.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.automatic_optimization = False
         self.model: Any = None
@@ -148,7 +151,7 @@ class PostTrainingModule(ResumableModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._is_configured = False
-        # Of the running validation or test epoch, by the number of the data loader.
+        # Rows and totals of the running validation or test epoch, by the index of the data loader.
         self._rows: dict[int, list[Scores]] = {}
         self._row_totals: dict[int, dict[str, float]] = {}
 
@@ -156,14 +159,13 @@ class PostTrainingModule(ResumableModule):
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether the model's output projection is used; a checkpoint without one will do where it is not."""
+        """Whether the model's output projection is used; if not, the checkpoint need not have one."""
         return True
 
     def configure_model(self) -> None:
-        """Builds the model once, with the dtype that the trainer's precision asks for.
+        """Builds the model once, in the dtype of the trainer's precision.
 
-        Called by ``fit``, and before it by whoever wants to see or freeze weights. A subclass may build ``self.model``
-        itself.
+        Called by ``fit``; call it earlier to inspect or freeze weights. A subclass may build ``self.model`` itself.
         """
         if self.is_configured:
             return
@@ -192,28 +194,27 @@ class PostTrainingModule(ResumableModule):
 
     @property
     def router_loss(self) -> RouterLoss | None:
-        """The load-balancing loss of the policy's routers, where it is asked for and anything of it can be learnt."""
+        """The load-balancing loss of the policy's routers, if it is requested and the policy is trainable."""
         loss = self._router_loss
         return loss if loss is not None and any(p.requires_grad for p in loss.model.parameters()) else None
 
     def freeze(self) -> Self:
-        """Makes nothing trainable, as Lightning does; the model is built first, if it is not there yet."""
+        """Freezes all parameters as Lightning does, building the model first if needed."""
         self.configure_model()
         super().freeze()
         return self
 
     def unfreeze(self) -> Self:
-        """Makes everything trainable, as Lightning does; the model is built first, if it is not there yet."""
+        """Unfreezes all parameters as Lightning does, building the model first if needed."""
         self.configure_model()
         super().unfreeze()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves and converts the module as torch does, but rounds no fp32 buffer of a model that it holds.
+        """Moves and converts the module as torch does, but keeps the fp32 buffers of its models in fp32.
 
-        Lightning's ``bf16-true`` and ``16-true`` convert everything. Rotary frequencies are kept in fp32 by the models
-        that have them: rounded, position 1000 is off by tenths of a radian. Here rather than in a hook of the trainer,
-        so that no override of a hook can undo it.
+        Lightning's ``bf16-true`` and ``16-true`` convert everything. Models keep rotary frequencies in fp32: rounded,
+        position 1000 is off by tenths of a radian. Done here rather than in a hook, so that no override can undo it.
         """
         models = [model for model in self.modules() if isinstance(model, PreTrainedModel)]
         owners = {id(owner): owner for model in models for owner in model.modules()}.values()
@@ -226,33 +227,33 @@ class PostTrainingModule(ResumableModule):
         return self
 
     def settle(self) -> None:
-        """Called when the module stands on its device and nothing has run yet."""
+        """Places state that is not part of the module on its device; called before the first batch of any run."""
 
     def on_fit_start(self) -> None:
-        """Checks what ``configure_optimizers`` returned, and tells the loggers what training depends on."""
+        """Checks the result of ``configure_optimizers``, calls ``settle``, and logs the run's settings."""
         check_optimizers(self)
         report_config_losses(self)
         self.settle()
         log_settings(self)
 
     def on_train_epoch_end(self) -> None:
-        """Steps the schedules that go by epochs and wait for a metric, which validation may have logged."""
+        """Steps epoch-wise schedulers that monitor a metric, which validation may have logged."""
         step_schedulers(self, "epoch", waiting=True)
 
     def on_validation_start(self) -> None:
-        """See settle."""
+        """Calls ``settle`` before the first batch."""
         self.settle()
 
     def on_test_start(self) -> None:
-        """See settle."""
+        """Calls ``settle`` before the first batch."""
         self.settle()
 
     def on_predict_start(self) -> None:
-        """See settle."""
+        """Calls ``settle`` before the first batch."""
         self.settle()
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Checks the trainer's flags, before Lightning's own checks, and adds what every run of this module needs."""
+        """Checks the trainer's flags before Lightning's own checks, and returns the callbacks that every run needs."""
         check_trainer(self.trainer)
         check_module(self)
         prepare_checkpoints(self.trainer)
@@ -267,37 +268,37 @@ class PostTrainingModule(ResumableModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer: the one that was given, else the model's."""
+        """The given tokenizer, else the model's."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._tokenizer_source or self.model_source)
         return self._tokenizer
 
     @property
     def layout(self) -> Literal["packed", "padded"]:
-        """How batches run; decided once, when the model stands on its device."""
+        """The layout of batches; decided once, when the model is on its device."""
         if self._layout is None:
             self._layout = resolve_layout(self.model, self._requested_layout, *self.models_alike)
         return self._layout
 
     def settle_layout(self) -> None:
-        """Decides it."""
+        """Decides the layout of batches."""
         assert self.layout
 
     @property
     def models_alike(self) -> list[nn.Module]:
-        """Further models that run as the policy does."""
+        """Further models that run in the policy's layout."""
         return []
 
     def token_stats(self, batch: SequenceBatch, model: nn.Module | None = None, **options: Any) -> TokenStats:
-        """Log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""
+        """Computes log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""
         return token_stats(self.model if model is None else model, batch, self.layout, **options)
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
-        """What the optimizer is built on: parameters, or groups of them with the factor ``lr_ratio`` of the rate."""
+        """Groups parameters for the optimizer; a group's ``lr_ratio`` multiplies its learning rate."""
         return list(parameters)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds the injected optimizer on the trainable parameters, and the scheduler on it."""
+        """Builds the optimizer on the trainable parameters, and its scheduler."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(
@@ -327,11 +328,11 @@ class PostTrainingModule(ResumableModule):
     # One batch, one step.
 
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
-        """Runs a batch of examples: micro-batches, one clipped step, metrics of the global batch.
+        """Trains on a batch of examples: micro-batches, one clipped step, metrics of the global batch.
 
         Returns:
-            What callbacks get as ``outputs``: ``loss`` and everything else that is logged of the step, by its name
-            without ``train/``; nothing where a streamed batch has lost all its rows.
+            The ``outputs`` of callbacks: ``loss`` and all other logged values of the step, by their names without
+            ``train/``; ``None`` where a streamed batch has lost all its rows.
         """
         rows, totals, progress = self.optimize(self._checked(batch))
         values = self._summary(rows, totals) | progress if rows else {}
@@ -340,7 +341,7 @@ class PostTrainingModule(ResumableModule):
         return self._finish_batch(batch, values)
 
     def _finish_batch(self, batch: ExampleBatch, values: Scores) -> Scores | None:
-        """Logs what a batch came to, steps schedules of epochs after the last one, and counts the batch as used."""
+        """Logs a batch's values, steps epoch-wise schedulers after the last batch, and counts the batch as used."""
         self._log("train", values)
         if self.trainer.is_last_batch:
             step_schedulers(self, "epoch")
@@ -354,8 +355,8 @@ class PostTrainingModule(ResumableModule):
             examples: this rank's part.
 
         Returns:
-            The detached rows of the whole global batch, its totals, and what is logged beside them: the gradient's
-            norm, the learning rate, and the load-balancing loss where it is trained.
+            The detached rows of the whole global batch, its totals, and further logged values: the gradient's norm,
+            the learning rate, and the load-balancing loss where it is trained.
         """
         if self.attention == "flex" and self.device.type != "cuda":
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
@@ -371,7 +372,7 @@ class PostTrainingModule(ResumableModule):
             optimizer.step()
             call_hooks(self.trainer, "on_before_zero_grad", optimizer.optimizer)
             optimizer.zero_grad()
-            if loss_scale(self.trainer) >= scale:  # where fp16 overflowed, no step was made
+            if loss_scale(self.trainer) >= scale:  # after an fp16 overflow the scale falls and no step was made
                 step_schedulers(self, "step")
                 step_schedulers(self, "step", waiting=True)
         progress = {"grad_norm": grad_norm, "learning_rate": rate}
@@ -380,12 +381,12 @@ class PostTrainingModule(ResumableModule):
         return gather_scores(rows, self.device), totals, progress
 
     def _local_gradients(self) -> AbstractContextManager[None]:
-        """Keeps DDP from averaging gradients on its own: a rank may run any number of micro-batches, none included."""
+        """Disables DDP's gradient averaging: ranks may run different numbers of micro-batches, zero included."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def _checked(self, batch: ExampleBatch) -> list[Example]:
-        """The batch's examples, once they are known to fit the model."""
+        """Returns the batch's examples after checking that they fit the model."""
         if not isinstance(batch, ExampleBatch):
             raise TypeError(
                 f"{type(self).__name__} was given a {type(batch).__name__}; it needs an ExampleBatch: use one of "
@@ -418,12 +419,12 @@ class PostTrainingModule(ResumableModule):
         return clip_gradients((p for p in self.parameters() if p.requires_grad), limit) / scale
 
     def _check_gradient(self, grad_norm: Tensor, examples: Sequence[Example]) -> None:
-        """Stops before a step that would destroy the weights; a scaler of losses leaves such steps out by itself."""
+        """Raises before a step with a non-finite gradient; fp16's gradient scaler skips such steps instead."""
         if bool(torch.isfinite(grad_norm)) or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return
         self.zero_grad()
         rows = ", ".join(example.row_id for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
-        # The norm is the same on all ranks: each says whose rows are whose.
+        # The norm is the same on all ranks, so all raise, with the rows of every rank.
         if world_size() > 1:
             rows = "; ".join(f"of rank {n}: {part}" for n, part in enumerate(gather_objects(rows)) if part)
         raise ValueError(
@@ -431,13 +432,12 @@ class PostTrainingModule(ResumableModule):
             "weights are still those of the step before: look at these rows, or lower the learning rate"
         )
 
-    # Validation: rows are kept, and the loss and metrics are those of the whole set.
+    # Validation: rows are collected, then loss and metrics of the whole set are computed.
 
     def validation_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Scores a batch and keeps its rows; nothing depends on how the set is batched.
+        """Scores a batch and keeps its rows; results do not depend on how the set is batched.
 
-        Of several data loaders each has numbers of its own, logged as Lightning names them:
-        ``val/loss/dataloader_idx_1``.
+        With several data loaders each is logged separately, under Lightning's names: ``val/loss/dataloader_idx_1``.
         """
         self._collect(batch, dataloader_idx)
 
@@ -446,12 +446,12 @@ class PostTrainingModule(ResumableModule):
         self._collect(batch, dataloader_idx)
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the rows of a validation that was stopped half-way."""
+        """Discards the rows of an interrupted validation."""
         super().on_validation_epoch_start()
         self._rows, self._row_totals = {}, {}
 
     def on_test_epoch_start(self) -> None:
-        """Forgets the rows of a test that was stopped half-way."""
+        """Discards the rows of an interrupted test."""
         self._rows, self._row_totals = {}, {}
 
     def on_validation_epoch_end(self) -> None:
@@ -463,10 +463,10 @@ class PostTrainingModule(ResumableModule):
         self._log_loaders("test", len(self.trainer.num_test_batches))
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Scores rows: one dictionary per row, ``row_id`` and every score.
+        """Scores rows and returns one dictionary per row, with ``row_id`` and every score.
 
-        On several ranks, these are rows of this rank, every ``world_size``-th of a batch: ``PredictionWriter`` puts
-        those of all ranks in order.
+        On several ranks, these are this rank's rows, every ``world_size``-th of a batch: ``PredictionWriter`` merges
+        all ranks in order.
         """
         examples = self._checked(batch)
         rows = self.score_examples(examples)
@@ -484,25 +484,25 @@ class PostTrainingModule(ResumableModule):
         batch.mark_consumed()
 
     def _log_loaders(self, stage: str, num_loaders: int) -> None:
-        """Logs the numbers of each data loader, and says so where one had no rows."""
+        """Logs the loss and metrics of each data loader, and warns about one without rows."""
         kept, self._rows = self._rows, {}
         counted, self._row_totals = self._row_totals, {}
         for loader in range(num_loaders):
             values = self._collected(kept.get(loader, []), counted.get(loader, {}))
             if values:
                 self._log(stage, values, suffix=f"/dataloader_idx_{loader}" if num_loaders > 1 else "")
-            elif _STEPS[stage] in self.hooks_reached:  # otherwise a subclass does something else with its batches
+            elif _STEPS[stage] in self.hooks_reached:  # otherwise a subclass has overridden the step
                 warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
 
     def _collected(self, kept: list[Scores], counts: dict[str, float]) -> Scores:
-        """Loss and metrics of the rows that all ranks have kept; nothing where there are none."""
+        """Computes loss and metrics of the collected rows of all ranks; empty where there are none."""
         totals = sum_over_ranks(counts or self.totals([]), self.device)
         rows = gather_scores(concatenate(kept), self.device)
         return self._summary(rows, totals | self._statistics(rows, totals)) if rows else {}
 
     @torch.no_grad()
     def _summary(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Loss and metrics of a global batch."""
+        """Computes loss and metrics of a global batch."""
         rows = in_canonical_order(rows)
         return {"loss": self.loss(rows, totals)} | self.metrics(rows, totals)
 
@@ -522,14 +522,14 @@ class PostTrainingModule(ResumableModule):
                 add_dataloader_idx=not suffix,
             )
 
-    # What leaves.
+    # Export.
 
     def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
-        """Writes a plain Hugging Face folder, tokenizer included; a LoRA adapter alone unless it is merged.
+        """Writes a plain Hugging Face folder with the tokenizer; of a LoRA model only the adapter, unless merged.
 
         Args:
-            folder: where to; it appears once it is complete, and replaces one that was there.
-            merge_adapter: add the adapter to the weights and write the whole model.
+            folder: destination; written atomically, replacing an existing export.
+            merge_adapter: merge the adapter into the weights and write the whole model.
         """
         self.configure_model()
         tokenizer = self._export_tokenizer()
@@ -537,14 +537,14 @@ class PostTrainingModule(ResumableModule):
         export_pretrained(self.model, tokenizer, folder, merge_adapter=merge_adapter, end_tokens=ends)
 
     def check_export(self, folder: str, *, merge_adapter: bool = False) -> None:
-        """Refuses what ``save_pretrained`` would refuse to replace, before there is anything to lose.
+        """Checks before training that ``save_pretrained`` will be allowed to replace a folder.
 
         Args:
-            folder: where to.
+            folder: destination.
             merge_adapter: as for ``save_pretrained``.
 
         Raises:
-            ValueError: the folder holds something else than an export of the same kind.
+            ValueError: the folder holds something other than an export of the same kind.
         """
         self.configure_model()
         kind = export_kind(self.model, merge_adapter=merge_adapter, with_head=self.exports_head)
@@ -552,11 +552,11 @@ class PostTrainingModule(ResumableModule):
 
     @property
     def exports_head(self) -> bool:
-        """Whether a head is written beside the model."""
+        """Whether a head is written with the model."""
         return False
 
     def _export_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The module's tokenizer, else the datamodule's, else the model folder's."""
+        """Returns the module's tokenizer, else the datamodule's, else the model folder's."""
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         given = getattr(datamodule, "tokenizer", None)
         if self._tokenizer_source is None and isinstance(given, PreTrainedTokenizerBase):

@@ -1,4 +1,4 @@
-"""Building an optimizer on groups of parameters: rates of their own, and no weight decay where it does not belong."""
+"""Building an optimizer on parameter groups: relative learning rates, and no weight decay of norms and biases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 def build_optimizer(
     build: Callable[[Any], Optimizer], groups: Sequence[Any], exempt: Iterable[nn.Parameter]
 ) -> Optimizer:
-    """Builds an optimizer; where it decays weights, those that are exempt form groups without decay.
+    """Builds an optimizer; if it has weight decay, exempt parameters are put in groups without decay.
 
     Args:
-        build: from parameters or groups of them to an optimizer.
-        groups: parameters, or groups with the factor ``lr_ratio`` of the rate where they have one.
-        exempt: what no decay is for; a group that says its own ``weight_decay`` is left as it is.
+        build: function from parameters or groups of them to an optimizer.
+        groups: parameters, or groups with an optional ``lr_ratio``, which multiplies their learning rate.
+        exempt: parameters without decay; a group with its own ``weight_decay`` is left unchanged.
     """
     optimizer = build([dict(group) if isinstance(group, dict) else group for group in groups])
     if any(group.get("weight_decay") for group in optimizer.param_groups):
@@ -28,12 +28,12 @@ def build_optimizer(
 
 
 def without_decay(module: nn.Module) -> list[nn.Parameter]:
-    """Norms, biases and other vectors: pulling these to 0 regularises nothing (gains of norms would fall from 1)."""
+    """Returns norms, biases and other vectors: decay to 0 does not regularise these (gains of norms start at 1)."""
     return [p for name, p in module.named_parameters() if p.ndim < 2 or name.rpartition(".")[2] == "bias"]
 
 
 def _split(groups: Sequence[Any], exempt: set[int]) -> list[dict[str, Any]]:
-    """Each group as two: what is decayed, and what is not."""
+    """Splits each group into one with decay and one without."""
     given = [group for group in groups if isinstance(group, dict)] or [{"params": list(groups)}]
     split: list[dict[str, Any]] = []
     for group in given:

@@ -1,4 +1,4 @@
-"""What a run shows on the screen: no advice that is none here, and a progress bar of one line."""
+"""Console output of a run: hidden warnings that do not apply, and a progress bar of one line."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from ..utils.quiet import ignore_warnings
 
-_NARROW = 120  # columns below which the bar gives up its speed and most of its length
-_WITHOUT_METRICS = 56  # columns that the rest of a narrow bar takes
+_NARROW = 120  # columns below which the bar drops its speed and most of its length
+_WITHOUT_METRICS = 56  # columns of a narrow bar without metrics
 
 
 class OneLineProgressBar(RichProgressBar):
-    """Lightning's bar in one line, also of 80 columns: metrics by their last names, three digits, as many as fit."""
+    """Lightning's progress bar in one line of 80 columns or more: short names, three digits, as many as fit."""
 
     @property
     def _width(self) -> int:
         return int(getattr(getattr(self, "_console", None), "width", 80))
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Any:
-        """The metrics to show: ``loss: 0.693`` for ``train/loss``."""
+        """Returns the metrics to show: ``loss: 0.693`` for ``train/loss``."""
         narrow = self._width < _NARROW
         room = self._width - _WITHOUT_METRICS if narrow else self._width - _NARROW + 24
         kept: dict[str, Any] = {}
@@ -37,7 +37,7 @@ class OneLineProgressBar(RichProgressBar):
         return kept
 
     def configure_columns(self, trainer: lightning.Trainer) -> list[Any]:
-        """The columns beside the metrics."""
+        """Returns the bar's columns; a narrow bar is shorter and shows no speed."""
         columns = super().configure_columns(trainer)
         if self._width >= _NARROW:
             return columns
@@ -52,9 +52,9 @@ class OneLineProgressBar(RichProgressBar):
 
 
 def prepare_screen(trainer: Any) -> None:
-    """Hides advice that is none for these modules, and makes Lightning's own bar fit into a line.
+    """Hides warnings that do not apply to these modules, and makes Lightning's default bar fit into one line.
 
-    A bar of another class, which somebody has chosen, stays as it is.
+    A progress bar of another class is left unchanged.
     """
     ignore_warnings()
     for callback in trainer.callbacks:

@@ -1,4 +1,4 @@
-"""What the methods that compare the policy with a reference policy have in common."""
+"""Base class of methods that compare the policy with a reference policy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .module import PostTrainingModule
 
 
 class ReferencedModule(PostTrainingModule):
-    """A module with a reference policy: what the policy was when training began.
+    """A module with a reference policy, which is the policy as it was when training began.
 
     Args:
         model: Hugging Face id or folder.
         reference: ``"frozen"``: a second model in memory, part of no checkpoint unless it was drawn at random;
             ``"adapter"``: the LoRA policy with its adapter off (or, where training starts from a loaded adapter, a
-            frozen copy of it); ``"precomputed"``: log-probs of all rows, computed before the first step, and then no
-            reference is in memory; ``"auto"``: ``adapter`` with LoRA, else ``frozen``.
+            frozen copy of it); ``"precomputed"``: log-probs of all rows, computed before the first step, with no
+            reference in memory afterwards; ``"auto"``: ``adapter`` with LoRA, else ``frozen``.
         kwargs: options of ``PostTrainingModule``.
     """
 
@@ -35,7 +35,7 @@ class ReferencedModule(PostTrainingModule):
         check_choice("reference", reference, ("auto", "frozen", "adapter", "precomputed"))
         super().__init__(model, **kwargs)
         self.reference_kind = reference
-        # Wrapped in a list, so that no module registers it: no optimizer, gradient bucket or checkpoint may see it.
+        # In a list, so that it is not registered as a submodule: no optimizer, gradient bucket or checkpoint sees it.
         self._reference: list[Reference] = []
         self._reference_table: dict[str, Scores] = {}
         self._lost_table = False
@@ -43,7 +43,7 @@ class ReferencedModule(PostTrainingModule):
 
     @property
     def references(self) -> list[Reference]:
-        """The reference policy, or nothing where none is in memory."""
+        """The reference policy in a list, which is empty where none is in memory."""
         return self._reference
 
     @property
@@ -52,7 +52,7 @@ class ReferencedModule(PostTrainingModule):
         return [reference.model for reference in self._reference if isinstance(reference, FrozenReference)]
 
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
-        """What a method keeps of the reference: rows that depend on a row's own content alone."""
+        """Computes the reference's rows of a batch, each from the content of its own example alone."""
         raise TypeError(f"{type(self).__name__} must define reference_rows(batch, model)")
 
     def configure_model(self) -> None:
@@ -62,7 +62,8 @@ class ReferencedModule(PostTrainingModule):
         super().configure_model()
         assert self.model is not None
         has_adapter = hasattr(self.model, "peft_config")
-        # An adapter that does not begin at zero: switched off it is not what the policy was at the start.
+
+        # With an adapter that does not begin at zero, the model without it is not the initial policy.
         drawn = self.lora is not None and self.lora.get("init_lora_weights", True) is False
         if self.reference_kind == "adapter" and drawn:
             raise ValueError(
@@ -73,8 +74,9 @@ class ReferencedModule(PostTrainingModule):
             raise ValueError(
                 "reference is 'adapter', but the model has no adapter: give lora={'r': 16}, or use 'frozen'"
             )
-        # Weights beside the adapter are exchanged while the reference scores, which shards cannot be: another rank may
-        # need them in the same pass.
+
+        # Trained weights outside the adapter are swapped while the reference scores. Shards cannot be swapped: another
+        # rank may need them in the same pass.
         strategy = None if self._trainer is None else self._trainer.strategy
         mixed = has_adapter and isinstance(strategy, FSDP2Strategy) and bool(trained_beside_adapters(self.model))
         if self.reference_kind == "adapter" and mixed:
@@ -83,6 +85,7 @@ class ReferencedModule(PostTrainingModule):
                 f"reference is 'adapter' with strategy 'fsdp2', but {beside} is trained beside the adapter: use "
                 "reference='frozen', or lora's bias='none'"
             )
+
         if self.reference_kind == "precomputed":
             return
         if has_adapter and self.reference_kind != "frozen" and not drawn and not mixed:
@@ -91,7 +94,7 @@ class ReferencedModule(PostTrainingModule):
             self._reference = [FrozenReference.copy_of(self.model, rebuildable=self.init == "pretrained" and not drawn)]
 
     def reference_constants(self, batch: SequenceBatch) -> Scores:
-        """The reference's rows of a batch: computed now, or looked up where they were precomputed."""
+        """Returns the reference's rows of a batch: computed now, or looked up if they were precomputed."""
         if self._reference:
             with self._reference[0].scoring() as model:
                 return self.reference_rows(batch, model)
@@ -108,7 +111,7 @@ class ReferencedModule(PostTrainingModule):
         return {name: torch.stack([row[name] for row in found]).to(self.device) for name in found[0]}
 
     def on_fit_start(self) -> None:
-        """Precomputes the reference's rows where that was asked for."""
+        """Precomputes the reference's rows with ``reference="precomputed"``."""
         super().on_fit_start()
         if self.reference_kind == "precomputed" and not self._reference_table:
             if self._lost_table:
@@ -119,9 +122,9 @@ class ReferencedModule(PostTrainingModule):
             self._precompute()
 
     def settle(self) -> None:
-        """Places the reference on the module's device; before training, all ranks take the same one.
+        """Places the reference on the module's device; before training, all ranks copy that of rank 0.
 
-        DDP gives every rank the policy of the first; where weights were drawn, the others copied what they drew.
+        DDP broadcasts the policy of rank 0, but a reference of randomly drawn weights was copied before that.
         """
         super().settle()
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
@@ -152,10 +155,10 @@ class ReferencedModule(PostTrainingModule):
                 table[example.content_hash()] = {name: value[n].cpu() for name, value in rows.items()}
         self._reference_table = {key: row for part in gather_objects(table) for key, row in part.items()}
 
-    # Checkpoints: nothing that can be rebuilt.
+    # Checkpoints hold only what cannot be rebuilt.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a restart could not rebuild, and the fingerprint of what it will rebuild from."""
+        """Adds the reference state that cannot be rebuilt, and a fingerprint of the weights that it starts from."""
         super().on_save_checkpoint(checkpoint)
         state: dict[str, Any] = {"fingerprint": folder_fingerprint(self.model_source)}
         for reference in self._reference:
@@ -165,7 +168,7 @@ class ReferencedModule(PostTrainingModule):
         checkpoint["reference"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the reference, and refuses another one than training began with."""
+        """Restores the reference, and raises if the weights that it starts from have changed."""
         super().on_load_checkpoint(checkpoint)
         for reference in self._reference:
             reference.remember()  # before weights are loaded

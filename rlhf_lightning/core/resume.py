@@ -1,8 +1,8 @@
-"""Exact resume: what a checkpoint holds beside weights and optimizer, and what it leaves out.
+"""Exact resume: random states in checkpoints, and small checkpoints of adapters.
 
-A resumed run is the run that was not interrupted: the random states of torch, CUDA, numpy and python are saved for each
-rank and come back where training goes on. Where an adapter is trained, a checkpoint holds the adapter and what else is
-trained; the frozen weights are loaded from where they came, after a look at whether they are still the same.
+A resumed run equals the uninterrupted one: the random states of torch, CUDA, numpy and python are saved per rank and
+restored when training continues. Of a model with an adapter, a checkpoint holds only trained weights; the frozen ones
+are loaded from their source, after a check that they have not changed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..distributed.collectives import gather_objects
 from ..models.reference import ADAPTER_COPY
 from .micro_batching import MicroBatchedModule
 
-_KEY = "post_training"  # of what is ours in a checkpoint
-# What a config says about how a model was loaded, and not about what it computes.
+_KEY = "post_training"  # key of this module's state in a checkpoint
+# Keys of a config that describe how a model was loaded, not what it computes.
 _NOT_THE_MODEL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config", "use_cache"}
-_EDGE = 32  # values of each weight that a fingerprint looks at
+_EDGE = 32  # values at either end of each weight that a fingerprint reads
 
 
 class ResumableModule(MicroBatchedModule):
-    """A module whose checkpoints are small, and continue, on CPUs bit for bit.
+    """A module whose checkpoints are small and resume exactly; on CPUs bit for bit.
 
-    At another number of ranks a resumed run cannot be the same one to the bit: rank r takes the random state of rank r,
-    and ranks that were not there before draw theirs from that of rank 0.
+    With another number of ranks, a resumed run is not bit-identical: rank r takes the random state of rank r, and
+    additional ranks derive theirs from that of rank 0.
     """
 
     model: Any
@@ -43,7 +43,7 @@ class ResumableModule(MicroBatchedModule):
     def __init__(self, *, micro_batch_tokens: int, share_prefix: bool) -> None:
         super().__init__(micro_batch_tokens=micro_batch_tokens, share_prefix=share_prefix)
         self._base: dict[str, str] = {}
-        self.random_before_validation: dict[str, Any] | None = None  # while one is due or runs
+        self.random_before_validation: dict[str, Any] | None = None  # set while a validation is due or runs
         self._loaded_random: dict[str, Any] | None = None
         self._redo_random = False
         self._was_stopped = False
@@ -53,44 +53,44 @@ class ResumableModule(MicroBatchedModule):
     # Random states.
 
     def on_train_start(self) -> None:
-        """Puts back the random states of a checkpoint: whatever setting up has drawn does not count.
+        """Restores the random states of a checkpoint, after setup has drawn from them.
 
-        In a new run every rank but the first draws from a random state of its own.
+        In a new run every rank except rank 0 derives a random state of its own.
         """
         self._redo_random = self._loaded_random is not None
         if self._loaded_random is not None:
             set_random_state(self._loaded_random, self.device)
-        elif self.global_rank > 0:  # ranks that share a seed would drop the same units, each of its own rows
+        elif self.global_rank > 0:  # with a shared seed, all ranks would drop the same units
             own, derived = random_state(self.device), _derived_state(random_state(self.device), self.global_rank)
             set_random_state(own | {name: derived[name] for name in ("torch", "cuda")}, self.device)
         if self._was_stopped:  # by early stopping or a guard, just before the checkpoint was made
             self._was_stopped, self.trainer.should_stop = False, True
-        # What callbacks monitor and nobody has measured again yet.
+        # Monitored metrics that have not been logged again yet.
         self.trainer.callback_metrics.update({k: v.to(self.device) for k, v in self._loaded_metrics.items()})
         self._loaded_metrics = {}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Puts them back once more in the middle of an epoch, where a loader that begins anew may have drawn."""
+        """Restores random states once more in mid-epoch, since restarting a data loader may draw from them."""
         self.step_before_batch = self.trainer.global_step
         if self._loaded_random is None:
             return
         if self._redo_random and batch_idx > 0:
             set_random_state(self._loaded_random, self.device)
         self._loaded_random, self._redo_random = None, False
-        # Lightning counts the last batch twice where a run is resumed at the end of an epoch; what is logged from there
-        # on would be a step late.
+        # Lightning counts the last batch twice when a run is resumed at the end of an epoch, which would shift the
+        # logged steps by one.
         loop = self.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
     def on_validation_epoch_start(self) -> None:
-        """Takes note that what validation draws belongs to the run."""
+        """Cancels the second restore: random numbers that validation draws belong to the run."""
         self._redo_random = False
 
     # Checkpoints.
 
     @property
     def strict_loading(self) -> bool:
-        """Whether a checkpoint must hold every weight: not under an adapter, where ``on_load_checkpoint`` checks it."""
+        """Whether a checkpoint must hold every weight: not with an adapter, where ``on_load_checkpoint`` checks it."""
         if self._strict_loading is not None:
             return self._strict_loading
         return self.model is not None and not adapted_models(self)
@@ -100,7 +100,7 @@ class ResumableModule(MicroBatchedModule):
         self._strict_loading = strict_loading
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the random states, and takes out the frozen weights under an adapter."""
+        """Adds the random states, and removes the frozen weights of models with an adapter."""
         adapted, trainer = bool(adapted_models(self)), self._trainer
         checkpoint[_KEY] = {
             # A validation that has not ended will be run again.
@@ -110,14 +110,14 @@ class ResumableModule(MicroBatchedModule):
             "should_stop": trainer is not None and bool(trainer.should_stop) and not is_out_of_time(trainer),
             "metrics": {} if trainer is None else {k: v.cpu() for k, v in trainer.callback_metrics.items()},
         }
-        # A sharded checkpoint is a folder that torch fills by the names that are in the module.
+        # A distributed checkpoint is a folder that torch fills by the names in the module.
         sharded = getattr(getattr(trainer, "strategy", None), "_save_distributed_checkpoint", False)
         if adapted and not sharded:
             left_out = rebuildable_names(self)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in left_out}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint is one of this model, and keeps the random states until training starts."""
+        """Checks that the checkpoint fits this model, and keeps the random states until training starts."""
         self.configure_model()
         state = checkpoint.get(_KEY, {})
         adapted = bool(adapted_models(self))
@@ -133,9 +133,9 @@ class ResumableModule(MicroBatchedModule):
             self._loaded_random = states[rank] if rank < len(states) else _derived_state(states[0], rank)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads weights like torch's; the model is built first, and under an adapter, frozen ones may be missing."""
+        """Loads weights as torch does, building the model first; frozen weights of an adapted model may be missing."""
         if self.model is None and state_dict:
-            self.configure_model()  # strategies that fork hand a trained state to a module that has built nothing
+            self.configure_model()  # strategies that fork pass a trained state to a module that is not built
         left_out = rebuildable_names(self)
         if not left_out:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -146,7 +146,7 @@ class ResumableModule(MicroBatchedModule):
         return type(keys)(missing, extra)
 
     def remember_base(self) -> None:
-        """Takes note of the frozen weights under an adapter, as they were loaded."""
+        """Stores a fingerprint of the frozen weights of an adapted model, as loaded."""
         if isinstance(self.model, PeftModel):
             self._base = base_fingerprint(self.model, self.quantization)
 
@@ -179,7 +179,7 @@ class ResumableModule(MicroBatchedModule):
             )
 
     def _check_weights(self, stored: dict[str, Any]) -> None:
-        """Compares names and shapes, so that what is wrong is said in a line and not in a list of all weights."""
+        """Compares names and shapes, to report a mismatch in one line and not as a list of all weights."""
         left_out = rebuildable_names(self)
         expected = {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
         wrong = None
@@ -202,11 +202,11 @@ class ResumableModule(MicroBatchedModule):
     # Precision.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves and casts like torch's, but keeps adapters in fp32 where they are in it.
+        """Moves and casts as torch does, but keeps fp32 adapters in fp32.
 
-        Lightning's ``bf16-true`` and ``16-true`` cast every weight; the steps of an adapter are often below what half
-        a precision can tell apart, and fp32 copies of so few weights cost nothing. Sharded weights know their dtype
-        from here on, so what has been cast could not be put back.
+        Lightning's ``bf16-true`` and ``16-true`` cast every weight; an adapter's updates are often below the resolution
+        of half precision, and so few weights cost little in fp32. The dtype of sharded weights is fixed from here on,
+        so a cast could not be undone later.
         """
         exact = [p for p in _adapter_parameters(self) if p.dtype == torch.float32]
         kept = {id(tensor) for p in exact for tensor in (p, p.grad) if tensor is not None}
@@ -220,13 +220,13 @@ class ResumableModule(MicroBatchedModule):
 
 
 def is_out_of_time(trainer: Any) -> bool:
-    """Whether ``max_time`` has stopped a run; given more, it continues."""
+    """Returns whether ``max_time`` has stopped a run; with more time it can continue."""
     left = (timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer))
     return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The random states of this process, of types that ``torch.load(weights_only=True)`` reads."""
+    """Returns the random states of this process, in types that ``torch.load(weights_only=True)`` reads."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -237,7 +237,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restores what ``random_state`` returned."""
+    """Sets the random states that ``random_state`` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
@@ -248,7 +248,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _derived_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A random state for a rank that was not there when the checkpoint was made."""
+    """Derives a random state for a rank that did not exist when the checkpoint was saved."""
     digest = blake2b(state["torch"].numpy().tobytes() + rank.to_bytes(4, "big"), digest_size=4).digest()
     seed = int.from_bytes(digest, "big")
     generator, cuda = torch.Generator().manual_seed(seed), state["cuda"]
@@ -260,19 +260,19 @@ def _derived_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
     return {"torch": generator.get_state(), "cuda": cuda, "numpy": numpy_state, "python": python}
 
 
-# What can be loaded again from where it came.
+# Frozen weights, which are loaded again from their source.
 
 
 def adapted_models(module: nn.Module) -> dict[str, PeftModel]:
-    """Every model under a module that has an adapter, by name (the policy, and a critic of its own)."""
+    """Returns every submodel with an adapter, by name (the policy, and a critic with its own backbone)."""
     return {name: part for name, part in module.named_modules() if isinstance(part, PeftModel)}
 
 
 def rebuildable_names(module: nn.Module) -> set[str]:
-    """Names in a module's state dict that belong to the frozen part of models with adapters.
+    """Returns the names in a module's state dict that belong to the frozen part of models with adapters.
 
-    That is all of such a model's state but what is trained: quantised weights with their constants, too, and the copy
-    of the adapter that serves as the reference.
+    These are all of such a model's state that is not trained, including quantised weights with their constants and the
+    copy of the adapter that serves as the reference.
     """
     names: set[str] = set()
     for prefix, model in adapted_models(module).items():
@@ -285,7 +285,7 @@ def rebuildable_names(module: nn.Module) -> set[str]:
 
 
 def base_fingerprint(model: PeftModel, quantization: str | None) -> dict[str, str]:
-    """A cheap digest of the weights under an adapter: the config, and both ends of every frozen weight."""
+    """Computes a cheap digest of an adapter's base model: its config, and both ends of every frozen weight."""
     base: Any = model.get_base_model()
     config = _plain_config(base.config.to_dict())
     digest, dtypes = blake2b(digest_size=16), set()
@@ -311,7 +311,7 @@ def _plain_config(config: Any) -> Any:
 def _frozen_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and f".{ADAPTER_COPY}." not in name and not parameter.is_meta:
-            # Named as in the model without adapters, whichever layers this one adapts.
+            # The name in the model without adapters, so that it does not depend on the adapted layers.
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 

@@ -1,8 +1,8 @@
 """Ensembles of reward models on one decoder: members that are heads, or an adapter and a head each.
 
-A folder of an ensemble of adapters holds the first member's adapter in peft's own layout (``adapter_config.json``,
-``adapter_model.safetensors``), those of the others in ``reward_adapters.safetensors`` under the names that they have in
-the model (``...lora_A.member_1.weight``), and the heads of all in ``reward_head.safetensors``.
+A folder of an ensemble of adapters holds the first member's adapter in peft's layout (``adapter_config.json``,
+``adapter_model.safetensors``), the other members' adapters in ``reward_adapters.safetensors`` under their names in the
+model (``...lora_A.member_1.weight``), and all heads in ``reward_head.safetensors``.
 
 Legend: E examples, S sequences, D hidden size, M members, K attributes.
 """
@@ -45,11 +45,11 @@ class EnsembleModule(HeadedModule):
         model: Hugging Face id or folder.
         num_models: M, at least 1.
         ensemble: ``heads`` share the decoder and are computed together; ``adapters``: each member has a LoRA adapter
-            and a head of its own on one frozen decoder. Those run one after the other, forward and backward, so that
+            and a head of its own on one frozen decoder. Members run one after the other, forward and backward, so that
             the activations of only one are in memory; a step takes M times as long.
         head: kind of the heads.
         num_attributes: K, at least 1.
-        seed: what first weights are drawn from, with the number of the member.
+        seed: seed of initial weights, combined with the number of the member.
         kwargs: options of ``HeadedModule``.
     """
 
@@ -72,7 +72,7 @@ class EnsembleModule(HeadedModule):
         self.head_kind: HeadKind = head
         self.num_attributes = num_attributes
         self._turn: int | None = None  # the member whose pass is running
-        # The running mean of each member's rewards, not divided by its weight (what corrects the bias of its start).
+        # The running mean of each member's rewards before division by its weight, which corrects the initial bias.
         self._mean_sum = torch.zeros(num_models, num_attributes, dtype=torch.float64)
         self._mean_weight = 0.0
 
@@ -87,11 +87,11 @@ class EnsembleModule(HeadedModule):
         return slice(None) if self._turn is None else slice(self._turn, self._turn + 1)
 
     def head_shape(self) -> dict[str, Any]:
-        """K outputs of each of M members."""
+        """Returns the shape of M heads with K outputs each."""
         return {"kind": self.head_kind, "num_outputs": self.num_attributes, "num_models": self.num_models}
 
     def configure_model(self) -> None:
-        """Builds the decoder with its adapters and heads; what is stored with the model is loaded."""
+        """Builds the decoder with its adapters and heads, and loads those that are stored with the model."""
         if self.is_configured:
             return
         super().configure_model()
@@ -108,7 +108,7 @@ class EnsembleModule(HeadedModule):
             self._mean_sum, self._mean_weight = torch.tensor(means, dtype=torch.float64), 1.0
 
     def member_outputs(self, batch: SequenceBatch, states_of: Callable[[SequenceBatch], Tensor]) -> Tensor:
-        """``(S, M, K)``: what the heads of all members (or of the one whose turn it is) say of states ``(S, D)``."""
+        """Applies the heads of all members (or of the one whose turn it is) to states ``(S, D)``: ``(S, M, K)``."""
         if not self.takes_turns:
             return self.head_outputs(states_of(batch))
         if self._turn is not None:
@@ -125,12 +125,12 @@ class EnsembleModule(HeadedModule):
 
     @property
     def router_loss(self) -> RouterLoss | None:
-        """The load-balancing loss; of members that take turns the mean, as the method's own loss is."""
+        """The load-balancing loss, averaged over members that take turns, as is the method's own loss."""
         loss = super().router_loss
         return replace(loss, coef=loss.coef / self.num_models) if loss is not None and self.takes_turns else loss
 
     def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
-        """Accumulates the gradient of the global batch's loss: of all members at once, or of one after the other."""
+        """Accumulates the gradient of the global batch's loss, for all members at once or one after the other."""
         if not self.takes_turns:
             return super().backward_examples(examples)
         parts: list[Scores] = []
@@ -148,7 +148,7 @@ class EnsembleModule(HeadedModule):
         return self.joined(parts), totals | ({AUX_LOSS: balance} if AUX_LOSS in totals else {})
 
     def joined(self, parts: Sequence[Scores]) -> Scores:
-        """Rows of all members from the rows of each: of the same examples in the same order."""
+        """Joins the rows of each member, of the same examples in the same order, into rows of all."""
         rows = dict(parts[0])
         for name, dim in (("rewards", 2), ("weights", 1)):
             if name in rows:
@@ -158,7 +158,7 @@ class EnsembleModule(HeadedModule):
     # Means of members.
 
     def centred(self, rewards: Tensor) -> Tensor:
-        """Rewards ``(..., M, K)`` of members less the members' means; as they are where there is no mean yet."""
+        """Subtracts the members' means from rewards ``(..., M, K)``; does nothing before the first mean."""
         return rewards - self.member_means.to(rewards) if self._mean_weight else rewards
 
     @property
@@ -183,15 +183,15 @@ class EnsembleModule(HeadedModule):
         if state is not None:
             self._mean_sum, self._mean_weight = state["mean_sum"], state["mean_weight"]
 
-    # What leaves.
+    # Export.
 
     def ensemble_options(self) -> Mapping[str, Any]:
-        """What of the ensemble ``from_pretrained`` builds the module with again."""
+        """Returns the options of the ensemble that are stored for ``from_pretrained``."""
         means = {"member_means": self.member_means.tolist()} if self._mean_weight else {}
         return {"num_models": self.num_models, "ensemble": self.ensemble, **means}
 
     def load_beside(self, folder: str) -> None:
-        """Reads back the head, the members' means, and the adapters of all members but the first."""
+        """Loads the head, the members' means, and the adapters of all members except the first."""
         super().load_beside(folder)
         self._load_means(folder)
         if self.takes_turns:
@@ -202,7 +202,7 @@ class EnsembleModule(HeadedModule):
             _fill(members, state)
 
     def files_beside(self) -> Callable[[Path], None]:
-        """Adds the adapters of all members but the first, which is written as any adapter is."""
+        """Adds the adapters of all members except the first, which is written as the model's adapter."""
         write_head = super().files_beside()
         if not self.takes_turns:
             return write_head
@@ -219,17 +219,17 @@ class EnsembleModule(HeadedModule):
 
 
 def add_member_adapters(model: nn.Module, num_models: int, *, seed: int, folder: str | None = None) -> None:
-    """Gives a model with one LoRA adapter, which is the first member's, those of the others.
+    """Adds the LoRA adapters of the other members to a model whose one adapter is the first member's.
 
-    Where the folder holds them, they are loaded. Otherwise they begin as a new adapter does, drawn from (seed, number
-    of the member); or, where the first was loaded, as copies of it. They are no adapters of peft's own list: what saves
-    or merges *the* adapter of a model still finds one.
+    They are loaded if the folder holds them. Otherwise they are initialised as new adapters, drawn from (seed, number
+    of the member), or as copies of the first adapter if that was loaded. They are not listed in ``peft_config``, so
+    that code which saves or merges *the* adapter of a model still finds one.
 
     Args:
         model: the model, changed in place.
         num_models: M.
-        seed: what first weights are drawn from.
-        folder: where stored adapters may lie.
+        seed: seed of initial weights.
+        folder: folder that may hold stored adapters.
 
     Raises:
         ValueError: the model has no adapter, or the stored ones are of another ensemble.
@@ -257,11 +257,11 @@ def add_member_adapters(model: nn.Module, num_models: int, *, seed: int, folder:
 
 @contextmanager
 def using_member(model: nn.Module, member: int) -> Iterator[None]:
-    """Switches to the adapter of a member for a while.
+    """Activates the adapter of a member within a context.
 
     Args:
-        model: what ``add_member_adapters`` changed.
-        member: its number, from 0.
+        model: model with the adapters of ``add_member_adapters``.
+        member: number of the member, from 0.
     """
     layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
     before = list(layer.active_adapters)
@@ -273,7 +273,7 @@ def using_member(model: nn.Module, member: int) -> Iterator[None]:
 
 
 def member_state(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the adapters of all members but the first, by their names in the model."""
+    """Returns the parameters of the adapters of all members except the first, by their names in the model."""
     found = {}
     for name, parameter in model.named_parameters():
         if any(part.startswith(_name("")) for part in name.split(".")):
@@ -290,7 +290,7 @@ def _first_adapter(model: Any) -> str:
 
 
 def _activate(model: Any, adapter: str) -> None:
-    """Switches adapters and nothing else: peft would also switch what is trainable."""
+    """Switches the active adapter only; peft would also change ``requires_grad``."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     set_adapter(model.get_base_model(), adapter)
     for parameter, flag in trainable:
@@ -311,7 +311,7 @@ def _stored_state(folder: str | None, members: Mapping[str, Tensor]) -> dict[str
 
 
 def _copies(model: nn.Module, first: str, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first member's weights under the names of the others."""
+    """Returns the first member's weights under the names of the others."""
     own = dict(model.named_parameters())
     return {
         name: own[".".join(first if part.startswith(_name("")) else part for part in name.split("."))].detach()

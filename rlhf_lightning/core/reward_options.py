@@ -1,4 +1,4 @@
-"""What a reward model is told by its options and by its rows' columns."""
+"""Options of reward models: checks, attributes, and ratings and bootstrap weights of rows."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def check_reward_options(
     huber_delta: float,
     attributes: Sequence[str] | None,
 ) -> None:
-    """Checks the options that shape the loss, and that the loss reads those that are set.
+    """Checks the options of the loss, and that every option that is set has an effect.
 
     Raises:
-        ValueError: a value out of range, or one that would change nothing.
+        ValueError: a value out of range, or one without effect.
     """
     check_choice("loss_type", loss_type, LOSS_TYPES)
     if isinstance(label_smoothing, bool) or not 0 <= label_smoothing < 0.5:
@@ -43,6 +43,8 @@ def check_reward_options(
     check_not_negative("center_rewards_coefficient", center_rewards_coefficient, "0 is none, 0.01 is usual")
     check_not_negative("l2_coefficient", l2_coefficient, "0 is none, 0.001 is usual")
     check_positive("huber_delta", huber_delta, "1 is usual")
+
+    # Options of the pair losses would silently do nothing elsewhere.
     pair_options = {
         "label_smoothing": label_smoothing,
         "margin": margin,
@@ -58,6 +60,8 @@ def check_reward_options(
             raise ValueError(
                 f"loss_type is {loss_type!r} without attributes: name the columns of ratings, such as ['helpfulness']"
             )
+
+    # The model of ties (Rao and Kupper) defines neither margins nor flipped labels.
     if tie_threshold is not None:
         check_positive("tie_threshold", tie_threshold, "0.5 is usual; null is a model without ties")
         for name in ("label_smoothing", "margin"):
@@ -70,15 +74,15 @@ def check_reward_options(
 def attribute_options(
     num_attributes: int, attributes: Sequence[str] | None, attribute_weights: Sequence[float] | None
 ) -> tuple[list[str], list[float]]:
-    """The names and weights of the head's outputs.
+    """Returns the names and weights of the head's outputs.
 
     Args:
-        num_attributes: K; 1 where ``attributes`` says it.
-        attributes: names, or ``None`` for made-up ones.
+        num_attributes: K; may be left at 1 if ``attributes`` is given.
+        attributes: names, or ``None`` for default names.
         attribute_weights: one per attribute, or ``None`` for 1 / K each.
 
     Raises:
-        ValueError: lists of other lengths than K, equal names, or weights that are no finite numbers or all 0.
+        ValueError: lists of other lengths than K, equal names, or weights that are not finite or all 0.
 
     Example:
         >>> attribute_options(2, None, None)
@@ -102,10 +106,10 @@ def attribute_options(
 
 
 def ratings_of(example: Example, attributes: Sequence[str]) -> list[float]:
-    """The ratings of a row, NaN where one is missing.
+    """Returns the ratings of a row, NaN for a missing one.
 
     Raises:
-        ValueError: the row, and what stands where a number should.
+        ValueError: with the row and the value, if a rating is not a finite number.
 
     Example:
         >>> from rlhf_lightning.sequences import Segment
@@ -116,14 +120,14 @@ def ratings_of(example: Example, attributes: Sequence[str]) -> list[float]:
 
 
 def check_rated(examples: Sequence[Example], attributes: Sequence[str]) -> None:
-    """Raises unless every attribute is rated in some row.
+    """Checks that every attribute is rated in at least one row.
 
     Args:
-        examples: rows, of which as many are looked at as it takes.
+        examples: rows, read until every attribute is found.
         attributes: names of ratings.
 
     Raises:
-        ValueError: the attribute, the rows, and what numbers the first of them has.
+        ValueError: with the attribute, the rows, and the numeric columns of the first row.
     """
     missing = set(attributes)
     for example in examples:
@@ -153,16 +157,16 @@ def _rating(row_id: str, name: str, value: Any) -> float:
 
 
 def bootstrap_weights(row_ids: Sequence[str], num_models: int, seed: int) -> Tensor:
-    """How often each member of an ensemble counts each row: Poisson draws of mean 1, ``(rows, members)`` in fp32.
+    """Draws each ensemble member's weights of rows: Poisson variables of mean 1, ``(rows, members)`` in fp32.
 
     Paper: Oza and Russell, 2001, "Online bagging and boosting": the limit of drawing n of n rows with replacement. A
-    draw is a function of (seed, member, row id) alone, so a member sees the same sample in every epoch and on every
+    draw is a function of (seed, member, row id) alone, so a member sees the same sample in every epoch and with any
     number of ranks.
 
     Args:
         row_ids: stable ids of rows.
         num_models: members, at least 1.
-        seed: what the draws depend on.
+        seed: seed of the draws.
 
     Example:
         >>> bootstrap_weights(["rows:0"], 4, seed=0).shape
@@ -178,7 +182,7 @@ def _uniform(text: str) -> float:
 
 
 def _poisson(uniform: float) -> float:
-    """The inverse of the distribution function of a Poisson variable of mean 1."""
+    """Inverts the distribution function of a Poisson variable of mean 1."""
     count, term = 0, math.exp(-1.0)
     below = term
     while uniform >= below and count < 20:

@@ -15,7 +15,7 @@ from ..models import base_model
 from ..models.config_losses import OF_BALANCE, router_losses
 from ..models.routers import RouterRecorder, Routers, find_routers, recording
 
-AUX_LOSS = "aux_loss"  # among the totals of a global batch, and in the log
+AUX_LOSS = "aux_loss"  # its name in the totals of a global batch and in the log
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class RouterLoss:
     """The load-balancing loss of a model, with its coefficient; ``losses.router`` has the formula.
 
     Args:
-        model: whose routers it is of.
-        routers: they.
-        coef: by which the loss is multiplied, above 0.
+        model: the model.
+        routers: its routers.
+        coef: factor of the loss, above 0.
     """
 
     model: nn.Module
@@ -33,11 +33,11 @@ class RouterLoss:
     coef: float
 
     def recording(self) -> AbstractContextManager[RouterRecorder]:
-        """Records what the routers do in the passes within."""
+        """Records the routers' outputs of the passes in the context."""
         return recording(self.model, self.routers)
 
     def summed(self, parts: Sequence[RouterSums], device: torch.device) -> RouterSums:
-        """Adds up what was recorded in all micro-batches of all ranks; every rank calls it, if with nothing."""
+        """Sums the recorded statistics of all micro-batches of all ranks; every rank calls it, with any number."""
         count = self.routers.num_experts
         vector = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
         for part in parts:
@@ -46,22 +46,22 @@ class RouterLoss:
         return RouterSums(weight[0], choices_E, probs_E)
 
     def share(self, part: RouterSums, whole: RouterSums) -> Tensor:
-        """``()`` what a part of the global batch adds to its loss."""
+        """Computes the share of a part of the global batch in its loss: ``()``."""
         return self.coef * load_balancing_loss(part, whole)
 
 
 def router_loss_of(model: nn.Module, coef: float | None) -> RouterLoss | None:
-    """The load-balancing loss that a model is trained with.
+    """Returns the load-balancing loss that a model is trained with.
 
     Args:
         model: a causal language model, or one wrapped by PEFT.
-        coef: the coefficient, at least 0; ``None`` for that of the model's config, where it asks for the loss.
+        coef: the coefficient, at least 0; ``None`` for that of the model's config, if it requests the loss.
 
     Returns:
-        ``None`` where there is none, or where the config alone asks for one that is not known.
+        ``None`` if the coefficient is 0, or if only the config requests a loss that is not supported.
 
     Raises:
-        ValueError: a coefficient above 0 was given, and the loss of this model is not known.
+        ValueError: a coefficient above 0 was given, and the loss of this model is not supported.
     """
     config = base_model(model).config
     asked = {name: value for name, value in router_losses(config).items() if name in OF_BALANCE}
@@ -71,7 +71,7 @@ def router_loss_of(model: nn.Module, coef: float | None) -> RouterLoss | None:
     routers = find_routers(model)
     if routers is not None:
         return RouterLoss(model, routers, value)
-    if coef is None:  # a warning says so
+    if coef is None:  # report_config_losses warns
         return None
     raise ValueError(
         f"router_aux_loss_coef is {coef:g}, but {config.model_type} has no routers whose load-balancing loss "

@@ -28,13 +28,13 @@ def answer_trees(
     completions: Sequence[Text],
     templates: TemplateSettings = None,
 ) -> list[Segment]:
-    """Tokenises prompts and completions as ``PreferenceDataModule`` does: one sequence each, with its end.
+    """Tokenises prompts and completions as ``PreferenceDataModule`` does: one sequence each, with its end token.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         prompts: texts, or lists of chat messages.
-        completions: as many.
-        templates: settings of the chat template, ``tools`` among them: for all, or a list with one for each.
+        completions: one per prompt.
+        templates: settings of the chat template, such as ``tools``: for all rows, or a list with one per row.
 
     Raises:
         ValueError: lists of different length, or a row that cannot be tokenised, with its number.
@@ -52,14 +52,14 @@ def answer_trees(
 
 
 def answered(prompt: Text, completion: Text, template: Mapping[str, Any] | None = None) -> Row:
-    """A prompt with its completion as a row; a text that answers a chat is the assistant's."""
+    """Makes a row of a prompt and its completion; a text that answers a chat becomes an assistant message."""
     if not isinstance(prompt, str) and isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     return Row(prompt, (completion,), {}, dict(template or {}))
 
 
 def template_of(templates: TemplateSettings, number: int) -> dict[str, Any]:
-    """The settings of one row's chat template."""
+    """Returns the settings of one row's chat template."""
     given = templates if templates is None or isinstance(templates, Mapping) else templates[number]
     return dict(given or {})
 
@@ -73,10 +73,10 @@ def _check_lengths(prompts: Sequence[Text], completions: Sequence[Any]) -> None:
 
 
 def grouped(trees: Sequence[Segment], budget: int) -> tuple[list[Example], list[list[int]]]:
-    """Makes one tree of a prompt and its completions, or several where one would not fit into a micro-batch.
+    """Groups completions of equal prompts into trees, several per prompt where one would exceed a micro-batch.
 
     Args:
-        trees: of one sequence each; those of several paths stay by themselves.
+        trees: trees of one sequence each; trees of several paths are not grouped.
         budget: tokens per micro-batch, above 0.
 
     Returns:
@@ -106,12 +106,12 @@ def grouped(trees: Sequence[Segment], budget: int) -> tuple[list[Example], list[
 def per_sequence(
     module: PostTrainingModule, examples: Sequence[Example], values_of: Callable[[SequenceBatch], Sequence[Tensor]]
 ) -> list[list[Tensor]]:
-    """Applies a function of a packed batch and returns its value of every sequence, example by example.
+    """Applies a function to packed micro-batches and returns its values per example and sequence.
 
     Args:
-        module: what holds the model; its budget and layout are used, in evaluation mode.
+        module: module with the model; its budget and layout are used, in evaluation mode.
         examples: any number, with any number of sequences.
-        values_of: from a batch to one tensor per sequence.
+        values_of: function from a batch to one tensor per sequence.
     """
     module.configure_model()
     checked = PostTrainingModule._checked(module, ExampleBatch(examples))
@@ -130,11 +130,11 @@ def score_texts(
     trees: Sequence[Segment],
     values_of: Callable[[SequenceBatch], Sequence[Tensor]],
 ) -> list[Tensor]:
-    """The value of every prompt and completion, in their order; equal prompts are computed once.
+    """Returns the value of every prompt with its completion, in order; equal prompts are computed once.
 
     Args:
         module: see ``per_sequence``.
-        trees: prompt and completion of each, as ``answer_trees`` makes them.
+        trees: prompts with completions, as ``answer_trees`` makes them.
         values_of: see ``per_sequence``.
     """
     examples, numbers = grouped(trees, module.micro_batch_tokens)

@@ -1,4 +1,4 @@
-"""What several methods read from a packed batch to make their rows.
+"""Helpers that turn packed batches into rows, shared by several methods.
 
 Legend: P paths, S sequences, N scored tokens.
 """
@@ -15,15 +15,15 @@ from ..sequences import Example, SequenceBatch
 
 
 def num_scored(example: Example) -> list[int]:
-    """Scored tokens of each sequence of an example."""
+    """Counts the scored tokens of each sequence of an example."""
     return [len(weights) for weights in example.weights_per_sequence()]
 
 
 def check_pairs(examples: Sequence[Example]) -> None:
-    """Raises unless every example has two sequences, the chosen one first, each with a scored token.
+    """Checks that every example is a pair: two sequences, chosen first, each with a scored token.
 
     Raises:
-        ValueError: the row, what it has, and which datamodule makes pairs.
+        ValueError: with the row, its sequences, and the datamodule that makes pairs.
     """
     for example in examples:
         scored = num_scored(example)
@@ -35,18 +35,18 @@ def check_pairs(examples: Sequence[Example]) -> None:
 
 
 def pair_rows(name: str, values_S: Tensor) -> Scores:
-    """Splits values of sequences, chosen and rejected in turn, into rows: ``{}`` in the name becomes either word."""
+    """Splits values of alternating chosen and rejected sequences into rows; ``{}`` in the name becomes either word."""
     values = values_S.view(-1, 2)
     return {name.format("chosen"): values[:, 0], name.format("rejected"): values[:, 1]}
 
 
 def scored_lengths(batch: SequenceBatch) -> Tensor:
-    """``(S,)`` how many scored tokens each sequence has."""
+    """Counts the scored tokens of each sequence: ``(S,)``."""
     return torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
 
 
 def scored_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Where the scored tokens themselves are, not the tokens before them.
+    """Returns the positions of the scored tokens themselves, not of the tokens before them.
 
     Returns:
         ``(N,)`` flat positions in the forest, and ``(N,)`` positions along their paths.

@@ -1,8 +1,8 @@
-"""Where the time of a batch goes and how many tokens it trains on; costs nothing unless a callback listens.
+"""Time per phase of a batch and counts of tokens; costs nothing unless a callback sets a clock.
 
-Phases are a partition of a batch's time: within a phase another one takes over until it ends, and what belongs to none
-is ``other``. On CUDA the boundaries are events on the current stream, read when the sums are: kernels run behind the
-host, and a host clock would book them where somebody happens to wait for them.
+Phases partition a batch's time: a nested phase pauses the outer one, and the rest is ``other``. On CUDA the boundaries
+are events on the current stream, read together with the sums: kernels run asynchronously, and a host clock would
+attribute their time to the next synchronisation.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _MOST_MARKS = 10_000  # boundaries kept before they are added up
 
 @dataclass
 class Work:
-    """What was done in a number of batches, by one rank.
+    """Work of one rank over a number of batches.
 
     Attributes:
-        seconds: of each phase, ``other`` included.
-        batches: how many there were.
-        examples: rows in them.
-        tokens: trained on, each as often as it went forward and backward; a shared prompt once.
-        unshared_tokens: those, had every sequence a prompt of its own.
-        padded_tokens: those, had every micro-batch been padded to its longest sequence.
+        seconds: seconds of each phase, including ``other``.
+        batches: number of batches.
+        examples: number of rows.
+        tokens: trained tokens, counted for every forward and backward; a shared prompt counts once.
+        unshared_tokens: the same count without shared prompts.
+        padded_tokens: the same count with every micro-batch padded to its longest sequence.
         squared_lengths: sum of the squares of the sequences' lengths.
-        generated_tokens: sampled.
+        generated_tokens: sampled tokens.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, OTHER), 0.0))
@@ -49,10 +49,10 @@ class Work:
 
 
 class PhaseClock:
-    """Adds up the time of each phase, and what was computed in it, between ``begin`` and ``end`` of batches.
+    """Accumulates the time of each phase, and the counts of ``Work``, between ``begin`` and ``end`` of batches.
 
     Args:
-        device: where the module computes.
+        device: the module's device.
 
     Example:
         >>> clock = PhaseClock(torch.device("cpu"))
@@ -69,18 +69,18 @@ class PhaseClock:
         self.device = device
         self.running = False  # within a batch
         self._work = Work()
-        self._marks: list[tuple[str | None, Any]] = []  # what begins, and when; nothing between batches
-        self._start = 0  # where the marks of this batch begin
+        self._marks: list[tuple[str | None, Any]] = []  # the phase that begins, and when; None between batches
+        self._start = 0  # index of the first mark of this batch
         self._stack: list[str] = []
 
     def begin(self) -> None:
-        """Begins a batch; one that was begun and never ended (an epoch was over) is forgotten."""
+        """Begins a batch, and discards one that was begun but never ended (at the end of an epoch)."""
         del self._marks[self._start :]
         self.running, self._stack = True, []
         self._mark(OTHER)
 
     def end(self, examples: int) -> None:
-        """Ends a batch of so many rows."""
+        """Ends a batch with its number of rows."""
         if not self.running:
             return
         self._mark(None)
@@ -93,7 +93,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Books what runs within to a phase, and pauses the phase around it; outside a batch it does nothing.
+        """Measures a block as a phase, and pauses the phase around it; does nothing outside a batch.
 
         Args:
             name: one of ``PHASES``.
@@ -110,7 +110,7 @@ class PhaseClock:
             self._mark(self._stack[-1] if self._stack else OTHER)
 
     def count_trained(self, batch: SequenceBatch) -> None:
-        """Counts a micro-batch that went forward and backward; read from host memory alone."""
+        """Counts a micro-batch that went forward and backward, without synchronising with the device."""
         if not self.running:
             return
         lengths = [sum(len(s.tokens) for s in path) for example in batch.examples for path in example.root.paths()]
@@ -125,7 +125,7 @@ class PhaseClock:
             self._work.generated_tokens += sum(lengths)
 
     def take(self) -> Work:
-        """What has been done since the last time, up to the batch that ended last; waits for the device."""
+        """Returns and resets the work up to the last finished batch; synchronises with the device."""
         self._add_up()
         work, self._work = self._work, Work()
         return work

@@ -1,4 +1,4 @@
-"""Checks of trainers, callbacks, strategies and modules, each with one line that says what to write instead."""
+"""Checks of trainers, callbacks, strategies and modules, with error messages of one line that name a replacement."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def check_module_options(
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuses trainer flags that a module which steps by itself cannot honour.
+    """Refuses trainer flags that have no effect in manual optimization, or the wrong one.
 
     Raises:
-        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set, the strategy is none of ours, its
-            ranks are not those that were launched, or one of Lightning's tuners is at work.
+        ValueError: ``accumulate_grad_batches`` or ``gradient_clip_val`` is set, the strategy or a callback is not
+            supported, or the trainer's ranks are not the launched processes.
     """
     check_launch(trainer)
     check_strategy(trainer.strategy)
@@ -80,23 +80,23 @@ def check_trainer(trainer: Any) -> None:
 
 
 def launched_processes() -> tuple[str, int] | None:
-    """The launcher that started this process as one of several, and how many there are; ``None`` where none did."""
+    """Returns the launcher of this process and its number of processes; ``None`` unless there are several."""
     if TorchElasticEnvironment.detect():
         launcher, number = "torchrun", os.environ.get("WORLD_SIZE", "1")
     else:
-        # What srun says to the processes of a step; a batch script alone has no such variable.
+        # Set by srun for the processes of a step, but not in a batch script.
         launcher, number = "srun", os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     return (launcher, int(number)) if number.isdecimal() and int(number) > 1 else None
 
 
 def check_launch(trainer: Any) -> None:
-    """Refuses a trainer that would run once in each of several processes, or wait for machines that nobody names.
+    """Refuses a trainer that would run separately in each of several processes, or wait for unknown machines.
 
     Raises:
-        ValueError: the trainer's ranks are not those that were launched.
+        ValueError: the trainer's ranks are not the launched processes, or no address of other machines is known.
     """
     launched, nodes = launched_processes(), trainer.num_nodes
-    ranks = trainer.num_devices * nodes  # the trainer's own word: its environment repeats the launcher's
+    ranks = trainer.num_devices * nodes  # not of its environment, which repeats the launcher's number
     if launched is not None and launched[1] != ranks:
         launcher, number = launched
         raise ValueError(
@@ -115,10 +115,10 @@ def check_launch(trainer: Any) -> None:
 
 
 def check_single_process(command: str) -> None:
-    """Refuses several processes of a command that would all do the same, into the same files.
+    """Refuses to run a single-process command in several processes, which would write the same files.
 
     Raises:
-        ValueError: a launcher has started several.
+        ValueError: a launcher has started several processes.
     """
     launched = launched_processes()
     if launched is not None:
@@ -128,7 +128,7 @@ def check_single_process(command: str) -> None:
 
 
 def check_tuners(callbacks: Iterable[Any]) -> None:
-    """Refuses Lightning's tuners, as callbacks or by way of ``Tuner``.
+    """Refuses Lightning's tuners, as callbacks or from ``Tuner``.
 
     Raises:
         ValueError: a ``LearningRateFinder`` or a ``BatchSizeFinder``.
@@ -149,7 +149,7 @@ def check_tuners(callbacks: Iterable[Any]) -> None:
             )
 
 
-# Callbacks that would change nothing, or something else than they say, and what does what they are for.
+# Callbacks without effect or with another effect than documented, and their replacements.
 _REFUSED: tuple[tuple[type, str], ...] = (
     (
         StochasticWeightAveraging,
@@ -172,7 +172,7 @@ _REFUSED: tuple[tuple[type, str], ...] = (
         "torch.nn.utils.prune, and train the result",
     ),
 )
-# Hooks of a module that Lightning calls in automatic optimisation alone.
+# Hooks of a module that Lightning calls only in automatic optimization.
 _NEVER_CALLED = {
     "optimizer_step": "give the module an optimizer whose step() does it",
     "optimizer_zero_grad": "use on_before_zero_grad",
@@ -181,10 +181,10 @@ _NEVER_CALLED = {
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Refuses Lightning's callbacks that need its automatic optimisation.
+    """Refuses Lightning's callbacks that need automatic optimization.
 
     Raises:
-        ValueError: naming the callback, the reason, and what to use instead.
+        ValueError: with the callback, the reason, and a replacement.
     """
     for callback in callbacks:
         for kind, reason in _REFUSED:
@@ -193,10 +193,10 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
 
 
 def check_module(module: Any) -> None:
-    """Refuses what was done to a module before ``fit`` and would be without effect.
+    """Refuses changes to a module before ``fit`` that would have no effect.
 
     Raises:
-        ValueError: it was compiled, watched or is to be frozen before its model is built, or overrides a hook that is
+        ValueError: the module is compiled, is watched or frozen before its model is built, or overrides a hook that is
             never called.
     """
     name = type(module).__name__
@@ -229,7 +229,7 @@ def check_module(module: Any) -> None:
 
 
 def report_config_losses(module: Any) -> None:
-    """Says, once per kind of model, which losses that its config asks for are trained, and which are not."""
+    """Reports, once per kind of model, which auxiliary losses of its config are trained and which are not."""
     models = [model for model in module.modules() if isinstance(model, PreTrainedModel)]
     trained = [model for model in models if any(p.requires_grad for p in model.parameters())]
     balanced = _report_router_loss(module)
@@ -241,6 +241,7 @@ def report_config_losses(module: Any) -> None:
         on_routers.add((model.config.model_type, _written(losses)))
         if module.predicts_tokens:
             on_logits.add((model.config.model_type, _written(logit_losses(model.config))))
+
     name = type(module).__name__
     for kind, written in sorted(on_routers):
         if written:
@@ -259,7 +260,7 @@ def report_config_losses(module: Any) -> None:
 
 
 def _report_router_loss(module: Any) -> set[int]:
-    """Says whether the routers' loads are balanced, and returns the models for which that is settled, by ``id``."""
+    """Reports whether the routers' loads are balanced, and returns the ``id`` of every module that this covers."""
     given, loss = module.router_aux_loss_coef, module._router_loss
     if loss is None and given != 0:
         return set()
@@ -284,7 +285,7 @@ def _written(losses: dict[str, float]) -> str:
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuses strategies under which a result would depend on the ranks, or a run would hang.
+    """Refuses strategies with which results would depend on the ranks, or a run would deadlock.
 
     Raises:
         ValueError: FSDP1, DeepSpeed, or Lightning's own ``ModelParallelStrategy``.
@@ -308,7 +309,7 @@ def check_strategy(strategy: Any) -> None:
 
 
 def trainer_dtype(trainer: Any) -> torch.dtype:
-    """The dtype of the weights that a trainer's precision asks for; fp32 where there is no trainer."""
+    """Returns the dtype of the weights under a trainer's precision; fp32 without a trainer."""
     precision = str(trainer.precision) if trainer is not None else "32-true"
     return {
         "bf16-true": torch.bfloat16,
@@ -318,11 +319,11 @@ def trainer_dtype(trainer: Any) -> torch.dtype:
 
 
 def longest_sequence(module: Any) -> int | None:
-    """Tokens that a sequence of a module's trainer may have; None where nothing says so."""
+    """Returns the maximum length of a sequence by the datamodule's options; ``None`` if it is unknown."""
     datamodule: Any = getattr(module._trainer, "datamodule", None)
     if not hasattr(datamodule, "max_length"):
         return None
     if datamodule.max_length is None:
         return sys.maxsize
-    # A row of an on-policy method is a prompt.
+    # Rows of on-policy methods are prompts, and completions come on top.
     return int(datamodule.max_length) + int(getattr(module, "max_completion_length", 0))

@@ -1,1 +1,1 @@
-"""Several ranks: the FSDP2 strategy and its sharding, collectives, and keeping ranks on one sequence of collectives."""
+"""Distributed training: the FSDP2 strategy, its sharding, collectives, and lockstep of ranks with uneven batches."""

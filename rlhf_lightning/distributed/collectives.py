@@ -1,6 +1,6 @@
-"""The few collectives that the modules need; each does nothing in a single process.
+"""Collectives of the modules; each is a no-op in a single process.
 
-Under FSDP2 each begins with ``meet``, since ranks may still be in the middle of different numbers of micro-batches.
+Under FSDP2 each begins with ``meet``, since ranks may still be running different numbers of micro-batches.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Scores = dict[str, Tensor]
 
 
 def world_size() -> int:
-    """Number of ranks, 1 without a process group."""
+    """Returns the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Adds counts up over all ranks."""
+    """Sums counts over all ranks."""
     if world_size() == 1:
         return dict(values)
     meet()
@@ -35,7 +35,7 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
 
 
 def sum_vector_over_ranks(vector: Tensor) -> Tensor:
-    """Adds a vector up over all ranks, in fp64."""
+    """Sums a vector over all ranks, in fp64."""
     if world_size() == 1:
         return vector
     meet()
@@ -45,7 +45,7 @@ def sum_vector_over_ranks(vector: Tensor) -> Tensor:
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:
-    """The largest of all ranks' numbers."""
+    """Returns the maximum over all ranks."""
     if world_size() == 1:
         return value
     meet()
@@ -55,7 +55,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 
 
 def gather_scores(scores: Scores, device: torch.device) -> Scores:
-    """Concatenates the rows of all ranks, also of none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
+    """Concatenates the rows of all ranks, which may have none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
     if world_size() == 1:
         return scores
     meet()
@@ -76,20 +76,20 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def rank_prefix() -> str:
-    """``"rank 1: "`` in one of several processes, for messages that any of them may print; nothing in a single one."""
+    """Returns ``"rank 1: "`` as a prefix of messages in one of several processes; empty in a single process."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
     return f"rank {rank}: " if rank is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def is_peer_loss(error: RuntimeError) -> bool:
-    """Whether an error comes from a collective that another rank has left."""
+    """Returns whether an error comes from a collective that another rank has left."""
     said = str(error).lower()
     signs = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
     return isinstance(error, dist.DistError) or any(sign in said for sign in signs)
 
 
 def rows_before_this_rank(count: int) -> int:
-    """Where this rank's rows begin in what ``gather_scores`` returns."""
+    """Returns the offset of this rank's rows in the result of ``gather_scores``."""
     if world_size() == 1:
         return 0
     meet()
@@ -99,7 +99,7 @@ def rows_before_this_rank(count: int) -> int:
 
 
 def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
-    """Gives every rank the values of the first; sharded tensors have one value already."""
+    """Broadcasts tensors from rank 0 in place; sharded tensors are the same on all ranks already."""
     if world_size() == 1:
         return
     meet()

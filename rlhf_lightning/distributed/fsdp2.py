@@ -1,8 +1,8 @@
-"""The sharding plan of FSDP2, and how weights that rank 0 has loaded become shards.
+"""The sharding plan of FSDP2, and the distribution of the weights that rank 0 has loaded.
 
-Every decoder block is a unit; what is left of a model (embeddings, final norm, output projection, a scalar head) is one
-more, which is gathered when the decoder begins and stays so until the backward pass, because the fused log-prob head
-and scalar heads read their weights after it. Tied weights are in that last unit together.
+Every decoder block is a unit. The rest of a model (embeddings, final norm, output projection, scalar heads) is one root
+unit, which is gathered when the decoder begins and stays gathered until the backward pass, because the fused log-prob
+head and scalar heads read their weights after the decoder. Tied weights are together in the root unit.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from ..models.dropout import layers_left_out
 from ..utils.page_cache import drop_file_pages
 from .lockstep import lockstep
 
-_ROOT = "_sharded_root"  # the attribute of a decoder that leads to its root; no registered submodule
+_ROOT = "_sharded_root"  # attribute of a decoder that refers to its root; not a registered submodule
 
 
 class ShardedRoot(nn.Module):
-    """What is left of a model besides its decoder blocks, as one unit that is gathered around the decoder's forward.
+    """Holds all of a model except its decoder blocks as one unit, gathered around the decoder's forward.
 
     Args:
         model: a causal language model.
         parts: heads that read its hidden states.
-        number: by which ranks agree on its forwards.
+        number: number of the model in ``Lockstep``.
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[nn.Module], number: int) -> None:
         super().__init__()
         self.parts = nn.ModuleList([model, *parts])
-        self._decoder = [decoder_of(model)]  # not a submodule twice
+        self._decoder = [decoder_of(model)]  # in a list, so that it is not registered twice
         self.number = number
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the decoder's own forward."""
+        """Runs the decoder's original forward."""
         return run(*args, **kwargs)
 
     def take_over(self) -> None:
-        """Lets every forward of the decoder go through this unit, in step with the other ranks."""
+        """Routes every forward of the decoder through this unit, in lockstep with the other ranks."""
         decoder: Any = self._decoder[0]
         own_forward = decoder.forward
         takes_positions = "position_ids" in inspect.signature(own_forward).parameters
@@ -73,14 +73,14 @@ class ShardedRoot(nn.Module):
         return self.parts[0]
 
     def stand_in(self) -> Tensor:
-        """Makes a pass over one token, and returns its hidden states."""
+        """Runs a dummy pass over one token, and returns its hidden states."""
         token = torch.zeros((1, 1), dtype=torch.long, device=next(self.parameters()).device)
         hidden: Tensor = self(self._run, input_ids=token, use_cache=False)[0]
         return hidden
 
 
 def sharded_units(model: nn.Module) -> list[FSDPModule]:
-    """Every unit of a sharded model, its root first; none where nothing is sharded."""
+    """Returns every unit of a sharded model, root first; empty where nothing is sharded."""
     roots = [getattr(module, _ROOT) for module in model.modules() if hasattr(module, _ROOT)]
     blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
     return [*roots, *blocks]
@@ -97,15 +97,15 @@ def shard_model(
 ) -> ShardedRoot:
     """Shards a causal language model and the heads that read it, unit by unit, with the weights of rank 0.
 
-    Other ranks may bring weights on the meta device; no rank holds more than its shards and one whole unit, beside what
-    it has loaded itself.
+    Other ranks may hold weights on the meta device. Besides the weights that a rank has loaded itself, it holds at most
+    its shards and one whole unit.
 
     Args:
-        model: the model, bare or with adapters around it.
-        mesh: of all ranks, as :func:`rank_mesh` makes it.
-        device: what this rank computes on.
+        model: the model, with or without adapters.
+        mesh: mesh of all ranks, as :func:`rank_mesh` makes it.
+        device: this rank's device.
         heads: modules that read the model's hidden states.
-        number: the model's, for ``Lockstep``.
+        number: number of the model in ``Lockstep``.
         cpu_offload: see ``block_options``.
 
     Raises:
@@ -114,9 +114,11 @@ def shard_model(
     check_can_shard(model)
     base = base_model(model)
     known: ShardedRoot | None = getattr(decoder_of(base), _ROOT, None)
-    if known is not None:  # by an earlier trainer of this process
+    if known is not None:  # sharded by an earlier trainer of this process
         known.number = number
         return known
+
+    # Pages of weight files are dropped after each unit, since mapped pages count as this process's memory.
     options = block_options(mesh, cpu_offload=cpu_offload)
     for block in decoder_blocks(base):
         check_one_dtype(block)
@@ -125,12 +127,15 @@ def shard_model(
         if "offload_policy" in options:
             _keep_in_place(block)
         drop_file_pages(read)
+
+    # The root comes last: its fully_shard takes all parameters that the blocks have left.
     root = ShardedRoot(base, heads, number)
     check_one_dtype(root)
     read = _take_from_first_rank(root, device)
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
     drop_file_pages(read)
     del read
+
     units: list[Any] = [root, *decoder_blocks(base)]
     for unit in units:
         unit.set_gradient_divide_factor(1.0)  # losses are divided by global totals already
@@ -143,7 +148,7 @@ def shard_model(
 
 
 def check_can_shard(model: nn.Module) -> None:
-    """Refuses weights that cannot be split.
+    """Refuses weights that cannot be sharded.
 
     Raises:
         ValueError: the weights are quantised.
@@ -156,7 +161,7 @@ def check_can_shard(model: nn.Module) -> None:
 
 
 def check_runs_all_layers(model: nn.Module) -> None:
-    """Refuses a model that is about to be trained with layers left out: each rank would wait for others' weights.
+    """Refuses to train a model with layerdrop: ranks that skip different layers would deadlock.
 
     Raises:
         ValueError: its rate of layerdrop is above 0.
@@ -171,40 +176,40 @@ def check_runs_all_layers(model: nn.Module) -> None:
 
 
 def rank_mesh(device_type: str, world: int, group: int, timeout: timedelta | None = None) -> DeviceMesh:
-    """All ranks as a mesh: groups of neighbours share one copy of the weights, and every group has a copy.
+    """Makes the mesh of all ranks: groups of neighbouring ranks shard one copy of the weights each.
 
     Args:
-        device_type: what ranks compute on.
+        device_type: device type of the ranks.
         world: number of ranks.
-        group: number of ranks that share a copy; it divides ``world``.
-        timeout: of collectives within groups and between them.
+        group: number of ranks that shard a copy; it divides ``world``.
+        timeout: timeout of collectives within and between groups.
 
     Returns:
-        One dimension where there is one group, as FSDP2 shards over all of it; else ``(world / group, group)``, whose
-        first dimension it replicates over.
+        A mesh of one dimension for a single group, over which FSDP2 shards; else of shape ``(world / group, group)``,
+        where FSDP2 replicates over the first dimension.
     """
     if group == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     ranks = torch.arange(world).view(-1, group)
-    # By hand, as groups that the mesh makes would have torch's own timeout.
+    # Groups are made here because those made by DeviceMesh would have torch's default timeout.
     groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0] for rows in (ranks.T, ranks)]
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def block_options(mesh: DeviceMesh, *, cpu_offload: bool) -> dict[str, Any]:
-    """What ``fully_shard`` is told of the decoder blocks beside their mesh.
+    """Returns the options of ``fully_shard`` for decoder blocks.
 
     Args:
-        mesh: of the ranks.
-        cpu_offload: keep the blocks' shards, gradients and optimizer states in host memory. What is left of a model
-            stays on the GPU, so that a model's first parameter, its embeddings, still tells where it computes. Nothing
-            changes where ranks compute on the CPU.
+        mesh: mesh of the ranks.
+        cpu_offload: keep the blocks' shards, gradients and optimizer states in host memory. The rest of a model stays
+            on the GPU, so that a model's first parameter, its embeddings, still shows its device. No effect on ranks
+            that compute on the CPU.
     """
     return {"offload_policy": CPUOffloadPolicy()} if cpu_offload and mesh.device_type == "cuda" else {}
 
 
 def _keep_in_place(block: Any) -> None:
-    """Lets ``to`` change a block's precision, never the device of its tensors: the trainer moves whole modules."""
+    """Restricts ``to`` to change a block's dtype but not its device, as the trainer moves whole modules."""
     apply = block._apply
 
     def apply_in_place(function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -219,20 +224,20 @@ def _keep_in_place(block: Any) -> None:
 
 
 def copies_of(sharded: DTensor) -> int:
-    """How many times a sharded tensor is there, over all ranks."""
+    """Returns the number of copies of a sharded tensor over all ranks."""
     mesh = sharded.device_mesh
     return mesh.size() // mesh.size(mesh.ndim - 1)
 
 
 def check_one_dtype(unit: nn.Module) -> None:
-    """Refuses a unit that trains weights of several dtypes, whose gradients cannot be summed in one buffer.
+    """Refuses a unit with trained weights of several dtypes, whose gradients cannot be reduced in one buffer.
 
     Raises:
-        ValueError: adapters in fp32 beside trained weights in half a precision.
+        ValueError: the unit has fp32 adapters and trained weights in half precision, for example.
     """
     trained: dict[torch.dtype, str] = {}
     for name, parameter in unit.named_parameters():
-        if parameter.requires_grad and not isinstance(parameter, DTensor):  # those of another unit are sharded already
+        if parameter.requires_grad and not isinstance(parameter, DTensor):  # DTensors belong to another unit
             trained.setdefault(parameter.dtype, name)
     if len(trained) > 1:
         found = " and ".join(f"{dtype} ({name})" for dtype, name in trained.items())
@@ -243,52 +248,52 @@ def check_one_dtype(unit: nn.Module) -> None:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a decoder: its largest list of modules."""
+    """Returns the blocks of a decoder: its ``ModuleList`` with the most parameters."""
     lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
 def local_shard(whole: Tensor, like: DTensor) -> Tensor:
-    """This rank's part of a whole tensor, as FSDP2 splits it: along the first dimension, the last parts maybe empty."""
+    """Returns this rank's part of a whole tensor as FSDP2 splits it: along dimension 0, the last parts maybe empty."""
     mesh = like.device_mesh
-    dimension = mesh.ndim - 1  # copies are counted along the one before
+    dimension = mesh.ndim - 1  # a dimension before it is that of copies
     chunks = torch.chunk(whole, mesh.size(dimension), dim=0)
     rank = mesh.get_local_rank(dimension)
     return chunks[rank] if rank < len(chunks) else whole[:0]
 
 
 def sharded_like(whole: Tensor, like: DTensor) -> DTensor:
-    """A whole tensor that every rank can read, sharded as another one of its shape."""
+    """Shards a whole tensor, which every rank holds, like another one of its shape."""
     local = local_shard(whole, like).to(like.device, copy=True).contiguous()
     strides = torch.empty(whole.shape, device="meta").stride()
     placed = DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=strides
     )
-    return placed.to(like.device)  # type: ignore[return-value]  # what is offloaded goes to the mesh's device first
+    return placed.to(like.device)  # type: ignore[return-value]  # from_local puts offloaded parts on the mesh's device
 
 
 def whole_tensor(value: Tensor) -> Tensor:
-    """A tensor on the CPU that is not sharded; every rank calls it."""
+    """Gathers a tensor to the CPU; every rank calls it."""
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
 
 
 def _split_whole_tensors(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Lets ``load_state_dict`` read whole tensors into shards."""
+    """Splits whole tensors of a state dict, so that ``load_state_dict`` loads them into shards."""
     own: Mapping[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for name, parameter in own.items():
         given = state.get(prefix + name)
         if isinstance(parameter, DTensor) and isinstance(given, Tensor) and not isinstance(given, DTensor):
             if given.shape != parameter.shape:
-                continue  # torch says what is wrong with it
+                continue  # load_state_dict reports the mismatch
             state[prefix + name] = sharded_like(given, parameter)
 
 
 def _take_from_first_rank(unit: nn.Module, device: torch.device) -> list[Tensor]:
-    """Puts rank 0's weights and buffers in the place of what other ranks have, which may be nothing (meta).
+    """Replaces the weights and buffers of a unit, which may be on the meta device, by those of rank 0.
 
     Returns:
-        What this rank had loaded of the unit itself.
+        The CPU tensors that this rank had loaded for the unit.
     """
     made: dict[int, nn.Parameter] = {}
     loaded: list[Tensor] = []
@@ -322,7 +327,7 @@ def _placed_parameter(parameter: nn.Parameter, device: torch.device) -> nn.Param
 
 
 def _broadcast(tensor: Tensor) -> None:
-    """Sends bytes, which every backend can for every dtype."""
+    """Broadcasts a tensor as bytes, which every backend supports for every dtype."""
     if tensor.numel():
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         dist.broadcast(flat, src=0)

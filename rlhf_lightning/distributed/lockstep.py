@@ -1,15 +1,15 @@
-"""Ranks that share the weights of a model run the same forwards and backwards, whatever their data ask of each.
+"""Lockstep of ranks that shard a model: all run the same sequence of passes, with any number of micro-batches each.
 
-Where weights are sharded, every forward and backward pass is a series of collectives, and a rank with fewer
-micro-batches than another would leave it waiting for ever. So ranks agree on every pass before it begins: the earliest
-of those that are asked for comes next, and a rank that did not ask for it stands in with a pass over one token, whose
-gradient is zero. Methods know nothing of this, and a forward that only some ranks make costs the others next to
-nothing; nobody holds more than the weights that one layer needs, which gathering all weights for a step would cost.
+With sharded weights, every forward and backward pass is a series of collectives, and a rank with fewer micro-batches
+than another would leave it waiting forever. So ranks agree on every pass before it begins: the earliest requested pass
+comes next, and a rank that did not request it runs a one-token dummy pass with a gradient of zero. This is transparent
+to methods, a pass that only some ranks need costs the others little, and no rank holds more than the weights that one
+layer needs, unlike gathering all weights for a step.
 
-Also where groups of ranks have a copy of the weights each, all ranks agree: gradients are added up over the groups.
+With hybrid sharding all ranks agree as well, since gradients are summed over the groups.
 
 Passes are ordered: forwards without gradient, forwards with gradient, backwards, and last ``meet``, where ranks wait
-until none has a pass left to make. Every other collective has to be behind a ``meet``.
+until no rank has a pass left. Every other collective must come after a ``meet``.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from torch import Tensor, nn
 
 
 class ShardedModel(Protocol):
-    """What an agreement has to know of a model."""
+    """Interface of a sharded model: the model, and a dummy pass through it."""
 
     @property
     def model(self) -> nn.Module:
         """The model without its heads."""
 
     def stand_in(self) -> Tensor:
-        """Makes a pass over one token and returns its hidden states."""
+        """Runs a dummy pass over one token and returns its hidden states."""
 
 
 class Lockstep:
-    """What ranks agree by.
+    """Keeps ranks with different numbers of micro-batches on the same sequence of collectives.
 
     Args:
-        device: where the numbers that are exchanged lie.
+        device: device of the exchanged votes.
         models: all sharded models, in the same order on every rank.
     """
 
     def __init__(self, device: torch.device, models: Sequence[ShardedModel]) -> None:
         self.device = device
         self.models = models
-        self._waiting: list[tuple[int, Tensor]] = []  # models and their hidden states, from forward to backward
+        self._waiting: list[tuple[int, Tensor]] = []  # (model, hidden states) of forwards that await a backward
         self._reached: set[int] = set()  # models that losses of this step depend on
         self._held = 0
 
     @property
     def backward_pass(self) -> int:
-        """The number of a backward, above those of all forwards."""
+        """The number of a backward pass, above those of all forwards."""
         return 2 * len(self.models)
 
     def forward(self, number: int, run: Callable[[], Any]) -> Any:
-        """Makes a forward of the model of this number, once it is its turn."""
+        """Runs a forward of model ``number`` when all ranks have agreed on it."""
         if self._held:
             return run()
         self._agree(number + len(self.models) * torch.is_grad_enabled())
@@ -64,7 +64,7 @@ class Lockstep:
         return output
 
     def backward(self, loss: Tensor) -> Tensor:
-        """Returns a loss whose backward passes through every forward since the last one, once it is its turn."""
+        """Returns a loss whose backward passes through every forward since the last one, when all ranks have agreed."""
         if self._held:
             return loss
         self._agree(self.backward_pass)
@@ -72,9 +72,9 @@ class Lockstep:
         return loss + self._zero() if self._waiting else loss
 
     def drop_unreached(self) -> None:
-        """Takes the gradient of 0 away from models that no rank's loss depends on; every rank calls it, once a step.
+        """Removes zero gradients of models that no rank's loss depends on; every rank calls it once per step.
 
-        On one rank they have none, and an optimizer leaves them alone.
+        On one rank these models would have no gradient, and the optimizer would skip them.
         """
         reached = torch.tensor([number in self._reached for number in range(len(self.models))], dtype=torch.int32)
         self._reached = set()
@@ -87,13 +87,13 @@ class Lockstep:
                     parameter.grad = None
 
     def meet(self) -> None:
-        """Waits until no rank has a pass left to make, standing in for those that have."""
+        """Waits until no rank has a pass left, running dummy passes meanwhile."""
         if not self._held:
             self._agree(self.backward_pass + 1)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lets every rank run what it likes, while all of them hold all weights."""
+        """Suspends the lockstep while all ranks hold all weights, so that each may run any number of forwards."""
         self._held += 1
         try:
             yield
@@ -108,7 +108,7 @@ class Lockstep:
             if coming == wanted:
                 return
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):  # what a rank draws does not depend on the others
+            with torch.random.fork_rng(devices=devices):  # dummy passes must not advance the random state
                 self._stand_in(coming)
 
     def _stand_in(self, coming: int) -> None:
@@ -126,7 +126,7 @@ class Lockstep:
             self._waiting.append((number, hidden))
 
     def _zero(self) -> Tensor:
-        """0, with a gradient of 0 for all that waits: no loss may leave a model out that another rank goes through."""
+        """Returns 0 with a zero gradient for all waiting forwards, so that every backward visits the same models."""
         waiting, self._waiting = self._waiting, []
         zero: Any = _Zero.apply
         result: Tensor = zero(*(hidden for _, hidden in waiting))
@@ -134,7 +134,7 @@ class Lockstep:
 
 
 def _reached(loss: Tensor, waiting: Sequence[tuple[int, Tensor]]) -> set[int]:
-    """Models on whose hidden states a loss depends."""
+    """Returns the models whose hidden states a loss depends on."""
     ends = {hidden.grad_fn: number for number, hidden in waiting}
     found, seen, open_nodes = set(), set(), [loss.grad_fn]
     while open_nodes:
@@ -144,13 +144,13 @@ def _reached(loss: Tensor, waiting: Sequence[tuple[int, Tensor]]) -> set[int]:
         seen.add(node)
         if node in ends:
             found.add(ends[node])
-        else:  # not on into the decoder
+        else:  # stops at hidden states, without descending into the decoder
             open_nodes.extend(following for following, _ in node.next_functions)
     return found
 
 
 class _Zero(torch.autograd.Function):
-    """Returns 0 whatever it is given, and gives back gradients of 0: a product with 0 would pass nan on."""
+    """Returns 0 for any input, with gradients of 0; a product with 0 would propagate NaN."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
@@ -162,21 +162,21 @@ class _Zero(torch.autograd.Function):
         return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
-# As there is one process group, there is one agreement.
+# A single lockstep, as there is a single process group.
 _current: list[Lockstep] = []
 
 
 def set_lockstep(lockstep: Lockstep | None) -> None:
-    """Puts an agreement into force, or ends it."""
+    """Sets or clears the current lockstep."""
     _current[:] = [] if lockstep is None else [lockstep]
 
 
 def lockstep() -> Lockstep | None:
-    """The agreement in force; ``None`` where no weights are sharded."""
+    """Returns the current lockstep; ``None`` where no weights are sharded."""
     return _current[0] if _current else None
 
 
 def meet() -> None:
-    """Waits for all ranks where weights are sharded; to be called before any collective of one's own."""
+    """Waits for all ranks where weights are sharded; call it before any other collective."""
     if _current:
         _current[0].meet()

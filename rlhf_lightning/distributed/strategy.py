@@ -1,4 +1,4 @@
-"""The strategy ``fsdp2``: weights, gradients and optimizer states sharded over all ranks, results unchanged."""
+"""The strategy ``fsdp2``: weights, gradients and optimizer states sharded over ranks, with unchanged results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HALF = ("16-mixed", "16-true")
 
 
 def check_can_be_sharded(precision: str, quantization: str | None) -> None:
-    """Refuses what cannot be trained in shards.
+    """Refuses precisions and quantizations that cannot be trained in shards.
 
     Raises:
         ValueError: fp16, or quantised weights.
@@ -57,15 +57,15 @@ def check_can_be_sharded(precision: str, quantization: str | None) -> None:
 
 
 def shard_group_size(shard_over: Literal["world", "node"] | int, per_node: int, num_nodes: int) -> int:
-    """How many ranks share one copy of the weights.
+    """Returns the number of ranks that share one copy of the weights.
 
     Args:
         shard_over: ``"world"``, ``"node"``, or the number itself.
-        per_node: ranks of a node.
-        num_nodes: how many there are.
+        per_node: number of ranks per node.
+        num_nodes: number of nodes.
 
     Raises:
-        ValueError: a number that does not divide that of all ranks.
+        ValueError: the number does not divide the number of all ranks.
 
     Example:
         >>> shard_group_size("world", 8, 2), shard_group_size("node", 8, 2), shard_group_size(4, 8, 2)
@@ -95,35 +95,34 @@ def _check_shard_over(value: Any) -> None:
 class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism, by PyTorch's FSDP2 (``fully_shard``), over all ranks or over each node's.
 
-    Written ``trainer.strategy: fsdp2``. Of policy, reference and critic every rank keeps a part, and gathers one
+    Configured by ``trainer.strategy: fsdp2``. Every rank holds a shard of policy, reference and critic, and gathers one
     decoder block at a time (embeddings, output projection and scalar heads are one more unit). Gradients are summed, as
     losses are divided by global totals; weights after a step are those of one rank, up to rounding. Ranks may have
-    different numbers of micro-batches, none included: see ``models.lockstep``.
+    different numbers of micro-batches, zero included: see ``distributed.lockstep``.
 
-    Rank 0 reads the weights; the others are given theirs block by block, so that host memory holds one copy.
-    Checkpoints are single files, as on one rank: they load at any number of ranks and under any strategy.
+    Rank 0 reads the weights and broadcasts them block by block, so that host memory holds one copy. Checkpoints are
+    single files, as on one rank: they load with any number of ranks and under any strategy.
 
     With ``shard_over="node"`` every node holds a copy of the weights (hybrid sharding; Zhao et al., 2023,
-    arXiv:2304.11277, section 3.2.2): ranks gather them from their neighbours, and only sums of gradients travel between
-    nodes. That is faster where the network between nodes is slower than inside them, and a copy fits on one. The result
-    is the same.
+    arXiv:2304.11277, section 3.2.2): weights are gathered within a node, and only gradients are reduced between nodes.
+    This is faster if the network between nodes is slower than within them and a copy fits on one. Results are the same.
 
     With ``cpu_offload=True`` the decoder blocks of policy, reference and critic, their gradients and optimizer states
-    lie in host memory: a block is copied to the GPU for its turn, its gradient back, and the optimizer steps on the CPU
-    (ZeRO-Offload; Ren et al., 2021, arXiv:2101.06840). That is slower; it is for models that do not fit otherwise.
-    Embeddings, output projection and scalar heads stay on the GPU. On CPUs it changes nothing: weights are there.
+    are kept in host memory: a block is copied to the GPU when it runs, its gradient is copied back, and the optimizer
+    steps on the CPU (ZeRO-Offload; Ren et al., 2021, arXiv:2101.06840). This is slower, and meant for models that do
+    not fit otherwise. Embeddings, output projection and scalar heads stay on the GPU. It has no effect on CPUs.
 
     Args:
-        process_group_backend: of torch.distributed; by default the device's, and with ``cpu_offload`` on GPUs
+        process_group_backend: backend of torch.distributed; by default the device's, and with ``cpu_offload`` on GPUs
             ``cpu:gloo,cuda:nccl``.
-        timeout: of collectives.
+        timeout: timeout of collectives.
         shard_over: the ranks that share one copy of the weights: ``world``, ``node``, or that many neighbours, a number
             that divides the number of all ranks.
         cpu_offload: keep decoder blocks in host memory.
 
     Raises:
-        ValueError: fp16, whose loss scale ranks would choose apart, quantised weights, which cannot be split, or a
-            value of ``shard_over`` that does not fit the ranks, or a backend that cannot reach what is offloaded.
+        ValueError: fp16, as ranks would choose different loss scales; quantised weights, which cannot be split; a
+            value of ``shard_over`` that does not fit the ranks; or a backend that cannot reach offloaded weights.
 
     Example::
 
@@ -142,7 +141,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         super().__init__(
-            data_parallel_size=1,  # of all ranks, once their number is known
+            data_parallel_size=1,  # set in setup_environment, when the number of ranks is known
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
@@ -162,16 +161,16 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Makes the name known to the trainer."""
+        """Registers the name ``fsdp2``."""
         if cls.strategy_name not in strategy_registry:
             strategy_registry.register(cls.strategy_name, cls, description="FSDP2")
 
     def setup_environment(self) -> None:
-        """Spans the mesh over all ranks."""
+        """Starts the process group and makes the mesh of all ranks."""
         group = shard_group_size(self.shard_over, self.num_processes, self.num_nodes)
         self._data_parallel_size = self.num_nodes * self.num_processes
         if self.cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # checkpoints gather what is in host memory
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # checkpoints gather shards in host memory
         super().setup_environment()
         self._mesh = rank_mesh(self.root_device.type, self.world_size, group, self._timeout)
 
@@ -179,7 +178,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Lets rank 0 alone read weights, and every rank hear what went wrong there."""
+        """Lets only rank 0 read weights, and raises its errors on every rank."""
         if not _distributed_is_initialized():
             with super().tensor_init_context(empty_init):
                 yield
@@ -190,7 +189,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             yield
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        """Shards policy, reference and critic; then everything goes as Lightning does it."""
+        """Shards policy, reference and critic, then continues with Lightning's setup."""
         module: Any = self.lightning_module
         if not self._roots:
             groups = _models_of(module)
@@ -209,7 +208,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup(trainer)
 
     def _agree_on_the_rest(self, module: Any, models: list[nn.Module]) -> None:
-        """Copies from rank 0 what loading leaves behind beside weights."""
+        """Copies the results of loading other than weights from rank 0: configs, fingerprint, random state."""
         bases: list[Any] = [base_model(model) for model in models]
         mine = {
             "generation": [getattr(base, "generation_config", None) for base in bases],
@@ -225,35 +224,35 @@ class FSDP2Strategy(ModelParallelStrategy):
         torch.set_rng_state(theirs["random"])
 
     def teardown(self) -> None:
-        """Ends the agreement between ranks."""
+        """Ends the lockstep of ranks."""
         set_lockstep(None)
         super().teardown()
 
     # Steps.
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs backward in step with the other ranks."""
+        """Runs backward in lockstep with the other ranks."""
         if self._lockstep is not None:
             closure_loss = self._lockstep.backward(closure_loss)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See LightningModule; no rank leaves before all have run what they had to."""
+        """Runs a training step, and returns when all ranks have finished their passes."""
         with self._until_all_are_done():
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See LightningModule."""
+        """Runs a validation step, and returns when all ranks have finished their passes."""
         with self._until_all_are_done(), torch.inference_mode(False), torch.no_grad():
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See LightningModule."""
+        """Runs a test step, and returns when all ranks have finished their passes."""
         with self._until_all_are_done(), torch.inference_mode(False), torch.no_grad():
             return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See LightningModule."""
+        """Runs a prediction step, and returns when all ranks have finished their passes."""
         with self._until_all_are_done(), torch.inference_mode(False), torch.no_grad():
             return super().predict_step(*args, **kwargs)
 
@@ -264,20 +263,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         for root in self._roots:
             root.reshard()  # type: ignore[operator]  # fully_shard has added it
 
-    # Checkpoints: whole tensors in one file, in the form of one rank.
+    # Checkpoints: whole tensors in one file, as on one rank.
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands over the optimizer's state."""
+        """Always true: Lightning passes the optimizer's state to ``load_optimizer_state_dict``."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on rank 0, nothing elsewhere."""
+        """Gathers whole weights on rank 0; returns an empty dictionary elsewhere."""
         assert self.lightning_module is not None
         return self._on_rank_0(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state in whole tensors on rank 0, nothing elsewhere."""
+        """Gathers the optimizer's state in whole tensors on rank 0; returns an empty dictionary elsewhere."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return self._on_rank_0(inner.state_dict())
 
@@ -286,15 +285,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         return whole if self.is_global_zero else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes one file, on rank 0."""
+        """Writes one file on rank 0."""
         path = self.broadcast(filepath)
-        # What hooks have added (a reference that moves, say) may be sharded, too.
+        # State added by hooks, such as a reference's weights, may be sharded too.
         whole = _mapped(checkpoint, lambda tensor: whole_tensor(tensor) if isinstance(tensor, DTensor) else tensor)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(whole, path, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Opens a checkpoint on every rank; what a rank does not need of a file stays on the disk."""
+        """Opens a checkpoint on every rank, memory-mapped, so that a rank reads only the parts that it needs."""
         path = Path(checkpoint_path)
         if path.is_dir():
             raise ValueError(
@@ -305,11 +304,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes this rank's part of every weight."""
+        """Loads this rank's part of every weight."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes this rank's part of every state."""
+        """Loads this rank's part of every optimizer state."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -338,7 +337,7 @@ def _mapped(value: Any, function: Any) -> Any:
 
 
 def _models_of(module: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Every model of a module, with the heads that read its hidden states: policy, critic, references."""
+    """Returns every model of a module with the heads that read its hidden states: policy, critic, references."""
     critic = getattr(module, "critic", None)
     own_critic = getattr(critic, "model", None)
     heads = [
@@ -355,7 +354,7 @@ def _models_of(module: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
 
 @contextmanager
 def _heard_by_all() -> Iterator[None]:
-    """Raises on every rank what one rank has met, so that none waits for it for ever."""
+    """Raises an exception of one rank on every rank, so that none waits for it forever."""
     mine: Exception | None = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whole weights for a while, where FSDP2 has sharded a model."""
+"""Temporarily gathering the weights of a model that FSDP2 has sharded."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """Gathers the sharded weights of a model once, and keeps them until the context ends.
 
     Forwards inside need no communication, so ranks may run different numbers of them: each generates until its own rows
-    have ended. All ranks enter and leave together. Without sharded modules nothing happens.
+    have ended. All ranks must enter and leave together. Does nothing without sharded modules.
 
     Args:
-        model: any module; those that ``fully_shard`` has treated take part.
+        model: any module; its submodules sharded by ``fully_shard`` are gathered.
     """
     sharded: list[Any] = list(sharded_units(model))
     agreement = lockstep() if sharded else None
     if sharded:
         meet()
-    # torch sets this switch by a public method and reads it nowhere; only the attribute tells what to put back.
+
+    # torch has a public setter of this switch but no getter, so the attribute is read to restore it afterwards.
     switches: list[tuple[Any, Any]] = []
     for module in sharded:
         state: Any = module._get_fsdp_state()
-        # Until its first forward a root does not know that it is one, and never shards after a forward from then on.
+        # Before its first forward a root does not know that it is one; afterwards it never reshards after a forward.
         is_new_root = module is model and getattr(state, "_auto_reshard_after_forward", True)
-        # One group per module up to torch 2.12; one of them may be empty.
+        # Up to torch 2.12 there is one group per module; a group may be None.
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for group in filter(None, groups):
             switches.append((group, None if is_new_root else group.post_forward_mesh_info))
+
     try:
         for module in sharded:
             module.unshard()

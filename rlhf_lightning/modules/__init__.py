@@ -1,4 +1,4 @@
-"""Methods: one LightningModule per method, on the core that ``rlhf_lightning.core`` holds."""
+"""Methods: one LightningModule per method, based on ``rlhf_lightning.core``."""
 
 from .dpo import DPOModule
 from .grpo import GRPOModule

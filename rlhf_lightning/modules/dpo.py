@@ -25,25 +25,25 @@ from ..sequences import Example, SequenceBatch
 
 
 class DPOModule(ReferencedModule):
-    r"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290) and the losses that grew from it.
+    r"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290) and related losses.
 
     .. math:: L = -\frac{1}{P} \sum \log \sigma\big(\beta \log\tfrac{\pi(y_c|x)}{\pi_{ref}(y_c|x)}
               - \beta \log\tfrac{\pi(y_r|x)}{\pi_{ref}(y_r|x)}\big)
 
-    ``losses.preference.preference_loss`` has the formula, the paper and the departures of every ``loss_type``. Losses
+    ``losses.preference.preference_loss`` documents formula, paper and departures of every ``loss_type``. Losses
     that couple the pairs of a batch (``aot``, ``aot_unpaired``, ``bco_pair``) couple those of the *global* batch.
 
     Args:
         model: Hugging Face id or folder.
-        beta: strength of the pull towards the reference, above 0.
-        loss_type: one loss, or a list that is added up with ``loss_weights`` (``["sigmoid", "sft"]`` is RPO).
+        beta: strength of the regularisation towards the reference, above 0.
+        loss_type: one loss, or a list that is summed with ``loss_weights`` (``["sigmoid", "sft"]`` is RPO).
         loss_weights: one weight per loss; 1 each by default.
         label_smoothing: probability that a label is flipped, in [0, 0.5).
         f_divergence_type: divergence from the reference (f-DPO).
         f_alpha_divergence_coef: alpha of the alpha-divergence, in [0, 1].
         discopop_tau: temperature of ``discopop``, above 0.
         ld_alpha: weight of tokens beyond the shorter completion's length (LD-DPO), in [0, 1]; ``None`` is 1.
-        use_weighting: weight pairs by how likely the policy is to write them (WPO); the ``sft`` term is not weighted.
+        use_weighting: weight pairs by their likelihood under the policy (WPO); the ``sft`` term is not weighted.
         reference: see ``ReferencedModule``.
         kwargs: options of ``PostTrainingModule``.
 
@@ -84,6 +84,7 @@ class DPOModule(ReferencedModule):
             ld_alpha=ld_alpha,
             use_weighting=use_weighting,
         )
+
         super().__init__(model, reference=reference, **kwargs)
         self.beta = beta
         self.loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
@@ -100,27 +101,27 @@ class DPOModule(ReferencedModule):
 
     @property
     def coupled(self) -> bool:
-        """Whether a listed loss sorts or centres over the batch."""
+        """Whether any of the losses sorts or centres over the batch."""
         return bool(COUPLED & set(self.loss_types))
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Pairs, and tokens of the chosen completions."""
+        """Counts pairs, and tokens of the chosen completions."""
         check_pairs(examples)
         tokens = sum(num_scored(example)[0] for example in examples)
         return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
 
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
-        """The reference's log-probs of both completions."""
+        """Computes log-probs of both completions under the reference."""
         logps = self._sequence_logps(batch, self.token_stats(batch, model).logprobs)
         return pair_rows("ref_{}_logps", logps)
 
     def constants(self, batch: SequenceBatch) -> Scores:
-        """Lengths, and what the reference says."""
+        """Computes lengths, and log-probs under the reference."""
         lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
         return self.reference_constants(batch) | pair_rows("{}_lengths", lengths)
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """The policy's log-probs of both completions, and what some losses need beside them."""
+        """Computes log-probs of both completions under the policy, and further values of some losses."""
         stats = self.token_stats(batch, power=self.use_weighting)
         rows = pair_rows("{}_logps", self._sequence_logps(batch, stats.logprobs))
         if "sft" in self.loss_types:
@@ -135,7 +136,7 @@ class DPOModule(ReferencedModule):
         return rows
 
     def _sequence_logps(self, batch: SequenceBatch, logprobs: Tensor) -> Tensor:
-        """``(S,)`` log-probs of completions, length-desensitised where asked."""
+        """Sums log-probs per completion, ``(S,)``, with ``ld_alpha`` as length-desensitised DPO does."""
         if self.ld_alpha is None:
             return batch.sum_per_sequence(logprobs)
         lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
@@ -145,7 +146,7 @@ class DPOModule(ReferencedModule):
         return ld_alpha_logps(logprobs, batch.sequence_index, position, public_lengths_S=public, ld_alpha=self.ld_alpha)
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """The weighted sum of the listed losses, each divided by its own global total."""
+        """Computes the weighted sum of the losses, each divided by its own global total."""
         names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
         total = rows["chosen_logps"].new_zeros(())
         for loss_type, weight in zip(self.loss_types, self.loss_weights, strict=True):
@@ -163,7 +164,7 @@ class DPOModule(ReferencedModule):
         return total
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Implicit rewards beta * log(policy / reference), their margin and accuracy, and log-probs."""
+        """Computes implicit rewards beta * log(policy / reference), their margin and accuracy, and log-probs."""
         chosen = self.beta * (rows["chosen_logps"] - rows["ref_chosen_logps"])
         rejected = self.beta * (rows["rejected_logps"] - rows["ref_rejected_logps"])
         values = {

@@ -1,7 +1,6 @@
 """Group-relative policy optimisation and its family.
 
-Legend: E prompts of this rank, G completions of each, K reward functions, S completions that are trained on, N their
-tokens.
+Legend: E prompts of this rank, G completions of each, K reward functions, S trained completions, N their tokens.
 """
 
 from __future__ import annotations
@@ -31,27 +30,27 @@ from ..utils.validation import check_count
 
 
 class GRPOModule(OnPolicyModule):
-    r"""Group-relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and the losses that grew from it.
+    r"""Group-relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and related losses.
 
     .. math:: L = -\frac{1}{T} \sum_{i,t}
               \min\big(r_{i,t} A_i, \mathrm{clip}(r_{i,t}, 1-\epsilon, 1+\epsilon_h) A_i\big)
               + \beta\, \mathrm{KL}_{i,t}, \qquad A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R) + 10^{-4}}
 
-    with the mean and deviation of a prompt's G completions. ``losses.policy_gradient`` has the formula, paper and
+    with the mean and deviation of a prompt's G completions. ``losses.policy_gradient`` documents formula, paper and
     departures of every ``loss_type`` and option, ``rl.advantages`` those of the advantages. With a process reward
     the advantage of a token is A_i plus the normalised rewards of the steps that end at it or later
     (``step_rewards.process_advantages``).
 
     Departures: every normaliser and statistic is that of the global batch; the top-entropy threshold is taken once per
-    iteration, from the policy that sampled.
+    iteration, from the sampling policy.
 
     Args:
         model: Hugging Face id or folder.
         rewards: see ``OnPolicyModule``.
         num_generations: completions per prompt, at least 2.
-        loss_type: how the losses of tokens are formed and added up.
-        epsilon: clipping below, in (0, 1).
-        epsilon_high: clipping above; as ``epsilon`` by default. For ``cispo`` the bound of the ratio itself.
+        loss_type: form of the token losses and of their aggregation.
+        epsilon: lower clipping range, in (0, 1).
+        epsilon_high: upper clipping range; by default ``epsilon``. For ``cispo`` the bound of the ratio itself.
         delta: bound of the ratio where the advantage is negative (two-sided clipping), above 1 + ``epsilon_high``.
         dual_clip: bound of the loss where the advantage is negative, above 1.
         importance_sampling_level: ``token``, ``sequence`` or ``sequence_token``; by default the loss type's own.
@@ -59,22 +58,22 @@ class GRPOModule(OnPolicyModule):
         sapo_temperature_neg: of ``sapo``, for negative advantages, above 0.
         beta: weight of the KL divergence from the reference, at least 0; 0 needs no reference.
         kl_estimator: ``k1``, ``k2`` or ``k3``.
-        kl_in_reward: take the divergence of a completion from its reward instead of adding it to the loss.
-        use_bias_correction_kl: weight the KL estimate by the importance ratio, so that its gradient is the right one.
+        kl_in_reward: subtract the divergence of a completion from its reward instead of adding it to the loss.
+        use_bias_correction_kl: weight the KL estimate by the importance ratio, so that its gradient is unbiased.
         scale_rewards: divide advantages by the deviation of the group, of the whole batch, or not at all.
-        baseline: the mean of the group, or of the others in it (leave-one-out).
-        multi_objective_aggregation: add the rewards up and normalise, or the other way round (GDPO).
-        mask_truncated_completions: leave completions that the limit cut off out of the loss.
+        baseline: the mean of the group, or of its other samples (leave-one-out).
+        multi_objective_aggregation: sum the rewards and normalise, or the other way round (GDPO).
+        mask_truncated_completions: exclude completions truncated by the length limit from the loss.
         top_entropy_quantile: share of tokens, the most uncertain ones, that carry the policy gradient, in (0, 1].
         entropy_coef: weight of an entropy bonus; below 0 a penalty.
         importance_sampling_correction: correct for a sampling distribution that is not the trained one (filters, other
-            precision): bound (``truncate``) or drop (``mask``) weights of a token or sequence; ``None`` does not.
+            precision): bound (``truncate``) or drop (``mask``) weights of a token or sequence; ``None`` is off.
         importance_sampling_min: lower bound of these weights; ``None`` for none.
         importance_sampling_max: upper bound of these weights; ``None`` for none.
         off_policy_mask_threshold: drop completions with a negative advantage from which the policy has moved by more
             than this, above 0; ``None`` keeps them.
-        dynamic_sampling: how many times groups whose rewards are all equal are replaced by those of other prompts of
-            the training data, at least 0.
+        dynamic_sampling: number of times that groups of equal rewards are replaced by those of other prompts of the
+            training data, at least 0.
         kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
 
     Example::
@@ -116,6 +115,7 @@ class GRPOModule(OnPolicyModule):
         dynamic_sampling: int = 0,
         **kwargs: Any,
     ) -> None:
+        # Options are checked before the model is set up, so that errors come first.
         check_count("num_generations", num_generations, "8 is usual")
         if num_generations < 2:
             raise ValueError("num_generations is 1, and a group of one has no advantage over itself: use 2 or more")
@@ -144,6 +144,7 @@ class GRPOModule(OnPolicyModule):
             off_policy_mask_threshold=off_policy_mask_threshold,
             dynamic_sampling=dynamic_sampling,
         )
+
         super().__init__(model, rewards=rewards, num_generations=num_generations, **kwargs)
         self.options = options
         self._replaced = 0.0
@@ -156,7 +157,7 @@ class GRPOModule(OnPolicyModule):
     # Rollouts.
 
     def on_train_start(self) -> None:
-        """Makes sure that there are prompts to replace others with."""
+        """Checks that dynamic sampling has access to all prompts."""
         super().on_train_start()
         if self.options.dynamic_sampling and not len(getattr(self.trainer.train_dataloader, "examples", ())):
             raise ValueError(
@@ -165,7 +166,7 @@ class GRPOModule(OnPolicyModule):
             )
 
     def rollout(self, prompts: Sequence[Example], stage: str = "train", attempt: int = 0) -> Rollouts:
-        """Samples and scores completions; in training, groups that teach nothing are replaced a few times."""
+        """Samples and scores completions; in training, dynamic sampling replaces groups without learning signal."""
         rollouts = super().rollout(prompts, stage, attempt)
         if stage != "train":
             return rollouts
@@ -185,7 +186,7 @@ class GRPOModule(OnPolicyModule):
         return rollouts
 
     def _other_prompt(self, row_id: str, again: int) -> Example:
-        """Another prompt of the training data: a function of what it replaces, on any number of ranks."""
+        """Chooses a replacement prompt as a function of the replaced row, independent of the number of ranks."""
         pool: Any = self.trainer.train_dataloader.examples  # type: ignore[union-attr]
         number = derive_seed(self.seed, self.iteration, row_id, again) % len(pool)
         return self._checked(ExampleBatch([pool[number]]))[0]
@@ -193,7 +194,7 @@ class GRPOModule(OnPolicyModule):
     # From rollouts to trees with their constants.
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
-        """Plants the completions, and attaches advantages and what else stays fixed during the updates."""
+        """Builds one tree per prompt and attaches advantages, old and reference log-probs, and token weights."""
         options = self.options
         every_EG = torch.ones_like(rollouts.rewards_EGK[:, :, 0], dtype=torch.bool)
         kept_EG = rollouts.ended_EG().bool() if options.mask_truncated_completions else every_EG
@@ -201,6 +202,8 @@ class GRPOModule(OnPolicyModule):
         places_S, index_N = flat_places(trees, self.device)
         sequences = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
         known = self._known(trees)
+
+        # Advantages are per completion; steps add theirs per token.
         scores_EG = self.outcome_scores(rollouts.rewards_EGK)
         if options.kl_in_reward:
             scores_EG = self._penalised(rollouts, scores_EG, every_EG)
@@ -210,6 +213,7 @@ class GRPOModule(OnPolicyModule):
             steps_N = process_advantages(rollouts.steps, places_S, index_N, scale_rewards=options.scale_rewards)
             fixed["advantages"] = fixed["advantages"] + self.rewards.weights[-1] * steps_N
         fixed |= {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
+
         values: Scores = {}
         if options.dynamic_sampling:
             values["dynamic_sampling/replaced"] = torch.tensor(self._replaced)
@@ -217,6 +221,8 @@ class GRPOModule(OnPolicyModule):
             samples = [sample for group in rollouts.completions for sample in group]
             drawn = [logprob for place in places_S.tolist() for logprob in samples[place].logprobs]
             fixed["sampling_logprobs"] = torch.tensor(drawn, dtype=torch.float64, device=self.device)
+
+        # Token weights are fixed before the first update: importance correction and top-entropy mask.
         weights_N = None
         if options.importance_sampling_correction:
             old_N, drawn_N = known["old_logprobs"].double(), fixed["sampling_logprobs"]
@@ -236,7 +242,7 @@ class GRPOModule(OnPolicyModule):
         return plant(rollouts, kept_EG, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
 
     def _known(self, trees: Sequence[Example], *, penalty: bool = False) -> Scores:
-        """What has to be known of every token before the first update."""
+        """Computes token log-probs and entropies of the sampling policy and the reference, as far as needed."""
         options = self.options
         moves = self.num_updates * self.num_mini_batches > 1
         policy = {
@@ -257,7 +263,7 @@ class GRPOModule(OnPolicyModule):
         return self.per_token(trees, names, values_of) if names else {}
 
     def _penalised(self, rollouts: Rollouts, scores_EG: Tensor, every_EG: Tensor) -> Tensor:
-        """Scores less the divergence of every completion, those that are left out of the loss included."""
+        """Subtracts the divergence of every completion, also of those excluded from the loss, from its score."""
         trees = self._plant(rollouts, every_EG)
         places_S, index_N = flat_places(trees, self.device)
         known = self._known(trees, penalty=True)
@@ -270,7 +276,7 @@ class GRPOModule(OnPolicyModule):
         return penalised.view_as(scores_EG)
 
     def _advantages(self, rollouts: Rollouts, scores_EG: Tensor) -> Tensor:
-        """``(E, G)`` advantages, from the rewards of the global batch in an order that no split can change."""
+        """Computes ``(E, G)`` advantages from the rewards of the global batch, in canonical order."""
         keys = row_keys(rollouts.prompts, self.device)
         own = {ROW_KEY: keys, "rewards": rollouts.rewards_EGK, "scores": scores_EG}
         everyone = gather_scores(own, self.device)
@@ -295,12 +301,12 @@ class GRPOModule(OnPolicyModule):
     # The update.
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Completions, those left out of the loss included, and tokens that are in it."""
+        """Counts completions, including those excluded from the loss, and tokens in the loss."""
         completions = sum(example.fields["num_completions"] for example in examples)
         return {"completions": float(completions), "tokens": float(sum(map(num_tokens, examples)))}
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """The loss of every tree's tokens, weighted as the loss type does but not yet divided by a total."""
+        """Computes the loss per tree, with the loss type's token weights but not divided by a total yet."""
         stats = self.token_stats(batch, temperature=self.temperature, entropy=True)
         names = ("advantages", "old_logprobs", "ref_logprobs", "sampling_logprobs", "weights")
         losses = self.options.token_losses(
@@ -310,8 +316,9 @@ class GRPOModule(OnPolicyModule):
             sequence_index_N=batch.sequence_index,
             num_sequences=batch.num_sequences,
         )
+
+        # With totals of `unit` the aggregation weights are relative: `loss` divides by the global total.
         lengths_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
-        # The weights of a batch of as many sequences and tokens as there are here, to be undone by the same number.
         unit = batch.num_sequences
         weights_S = unit * aggregation_weights(
             self.options.loss_type,
@@ -321,6 +328,7 @@ class GRPOModule(OnPolicyModule):
             max_completion_length=self.max_completion_length,
             dtype=stats.logprobs.dtype,
         )
+
         low_S, high_S, count_S = losses.clipped
         share_S = 1 / count_S.clamp(min=1)
         rows = {
@@ -339,14 +347,14 @@ class GRPOModule(OnPolicyModule):
         return rows
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """The policy gradient by the loss type's total, and the entropy bonus by the tokens."""
+        """Divides the policy loss by the loss type's total, and the entropy bonus by the tokens."""
         total = rows["policy"].sum() / max(totals[self.options.normalizer], 1.0)
         if self.options.entropy_coef:
             total = total + rows["entropy_loss"].sum() / max(totals["tokens"], 1.0)
         return total
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Entropy and divergence per token, and what clipping took out, over all updates of an iteration."""
+        """Computes entropy and divergence per token, and clipped fractions, over all updates of an iteration."""
         tokens = max(totals["tokens"], 1.0)
         units = rows["clip_units"].sum().clamp(min=1)
         low, high = rows["clip_low"].sum() / units, rows["clip_high"].sum() / units

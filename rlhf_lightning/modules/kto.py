@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: preferences from completions that are labelled good or bad on their own.
+"""Kahneman-Tversky optimisation: preferences from completions that are labelled good or bad individually.
 
 Legend: S sequences, E examples.
 """
@@ -41,20 +41,20 @@ class KTOModule(ReferencedModule):
               z = \max\big(0, \tfrac{1}{M} \sum \log\tfrac{\pi(y'|x)}{\pi_{ref}(y'|x)}\big)
 
     The sign is minus for desirable and plus for undesirable completions. The estimate z of the KL divergence is a mean
-    over the *global* batch's prompts with a completion y' of another prompt, which ``UnpairedDataModule`` fixes before
-    the batch is split over ranks and micro-batches; it carries no gradient.
+    over the *global* batch's prompts, each with a completion y' of another prompt (its partner), which
+    ``UnpairedDataModule`` assigns before the batch is split over ranks and micro-batches; it carries no gradient.
 
-    Where no row of a global batch has such a partner (batches of one row, or of one prompt), every row borrows a
-    completion of the last batch that had none either, and z is the running estimate of all estimates so far, at least
-    0: with the estimate m_t of step t and d = ``kl_ema_decay``, sum_i d^(t-i) m_i / sum_i d^(t-i). Before the first
-    estimate the policy is the reference, and z is 0.
+    If no row of a global batch has a partner (batches of one row, or of one prompt), every row borrows a completion of
+    the last batch without partners, and z is the running estimate of all estimates so far, at least 0: with the
+    estimate m_t of step t and d = ``kl_ema_decay``, sum_i d^(t-i) m_i / sum_i d^(t-i). Before the first estimate the
+    policy is the reference, and z is 0.
 
     Args:
         model: Hugging Face id or folder.
-        beta: strength of the pull towards the reference, above 0.
+        beta: strength of the regularisation towards the reference, above 0.
         desirable_weight: weight of completions labelled true, at least 0.
-        undesirable_weight: weight of those labelled false, at least 0.
-        loss_type: ``kto``; or ``apo_zero_unpaired``, which compares with 0 in place of z and needs no partners.
+        undesirable_weight: weight of completions labelled false, at least 0.
+        loss_type: ``kto``; or ``apo_zero_unpaired``, which uses 0 instead of z and needs no partners.
         kl_ema_decay: decay of the running estimate per step, in [0, 1); 0 uses the newest estimate alone.
         reference: see ``ReferencedModule``; ``precomputed`` is for ``apo_zero_unpaired``, since partners change.
         kwargs: options of ``PostTrainingModule``.
@@ -95,7 +95,7 @@ class KTOModule(ReferencedModule):
         self.loss_type: KTOLossType = loss_type
         self.kl_ema_decay = kl_ema_decay
         self._weights = {True: desirable_weight, False: undesirable_weight}
-        # The running estimate, not divided by its weight (what corrects the bias of its start).
+        # The running estimate before division by its weight, which corrects the initial bias.
         self._kl_sum = 0.0
         self._kl_weight = 0.0
         self._lender: tuple[str, list[int], list[int]] | None = None  # row id, prompt, completion
@@ -107,12 +107,12 @@ class KTOModule(ReferencedModule):
         return self.loss_type in COUPLED
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Examples, and how many of them have a partner of their own batch."""
+        """Counts examples, and those with a partner of their own batch."""
         partners = sum(_has_partner(e) and _BORROWED not in e.fields for e in examples)
         return {"examples": float(len(examples)), "partners": float(partners)}
 
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
-        """The reference's log-probs of completions and partners."""
+        """Computes log-probs of completions and partners under the reference."""
         logps_S = batch.sum_per_sequence(self.token_stats(batch, model).logprobs)
         first_E, paired_E = _first_sequences(batch)
         rows = {"ref_logps": logps_S[first_E]}
@@ -121,7 +121,7 @@ class KTOModule(ReferencedModule):
         return rows
 
     def constants(self, batch: SequenceBatch) -> Scores:
-        """Labels, what the reference says, and what the policy says of the partners."""
+        """Computes labels, log-probs under the reference, and log-probs of the partners under the policy."""
         labels = [bool(example.fields["label"]) for example in batch.examples]
         rows = {"label": torch.tensor(labels, device=self.device)} | self.reference_constants(batch)
         if not self.shares_constants:
@@ -136,7 +136,7 @@ class KTOModule(ReferencedModule):
         return rows | {"kl_logps": kl_logps, "has_partner": paired_E}
 
     def statistics(self, constants: Scores, totals: dict[str, float]) -> dict[str, float]:
-        """The estimate of the KL divergence, what it adds to the running one, and from how many partners."""
+        """Computes the estimate of the KL divergence, its number of partners, and the newest estimate."""
         paired = constants["has_partner"]
         count = float(paired.sum())
         if count == 0:
@@ -148,19 +148,19 @@ class KTOModule(ReferencedModule):
         return {"kl": max(0.0, self._running_kl(newest)), "kl_samples": count, "kl_newest": newest}
 
     def _running_kl(self, newest: float | None = None) -> float:
-        """The running estimate, as it is or as it would be with a new one."""
+        """Returns the running estimate, optionally updated by a new one without storing it."""
         total, weight = self._kl_sum, self._kl_weight
         if newest is not None:
             total, weight = self.kl_ema_decay * total + newest, self.kl_ema_decay * weight + 1
         return total / weight if weight else 0.0
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """The policy's log-probs of the completions."""
+        """Computes log-probs of the completions under the policy."""
         own = self._pack([_only(example, 0) for example in batch.examples]) if self.shares_constants else batch
         return {"logps": own.sum_per_sequence(self.token_stats(own).logprobs)}
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """Mean over the examples of the global batch."""
+        """Averages the loss over the examples of the global batch."""
         losses = kto_loss(
             rows["logps"],
             rows["ref_logps"],
@@ -174,7 +174,7 @@ class KTOModule(ReferencedModule):
         return losses.sum() / totals["examples"]
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Implicit rewards and log-probs of either label's completions, where there are any; the KL estimate."""
+        """Computes implicit rewards and log-probs of the completions of each label, and the KL estimate."""
         label, rewards = rows["label"], self.beta * (rows["logps"] - rows["ref_logps"])
         right = (rewards > self.beta * totals.get("kl", 0.0)) == label
         values = {"rewards/accuracies": right.double().mean(), "desirable": label.double().mean()}
@@ -190,14 +190,14 @@ class KTOModule(ReferencedModule):
     # Batches without partners.
 
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
-        """One step; rows of a batch without partners borrow one."""
+        """Makes one step; rows of a batch without partners borrow one."""
         if isinstance(batch, ExampleBatch) and self.shares_constants:
             self._own = batch.examples
             batch = self._lend(batch)
         return super().training_step(batch, batch_idx)
 
     def _lend(self, batch: ExampleBatch) -> ExampleBatch:
-        """Gives rows the completion of an earlier batch, where no row of any rank has a partner."""
+        """Gives rows a partner from an earlier batch, if no row of any rank has one."""
         paired = {"partners": float(sum(map(_has_partner, batch.examples)))}
         if sum_over_ranks(paired, self.device)["partners"] or self._lender is None:
             return batch
@@ -215,7 +215,7 @@ class KTOModule(ReferencedModule):
         return ExampleBatch(lent, on_consumed=batch.mark_consumed)
 
     def remember(self, rows: Scores, totals: dict[str, float]) -> None:
-        """Updates the running estimate, and chooses what the next batch without partners may borrow."""
+        """Updates the running estimate, and chooses the completion that the next batch without partners may borrow."""
         if not self.shares_constants:
             return
         if totals["kl_samples"]:
@@ -227,19 +227,19 @@ class KTOModule(ReferencedModule):
         self._lender = min(offers, key=lambda offer: blake2b(offer[0].encode(), digest_size=8).digest())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the running estimate and what may be borrowed."""
+        """Adds the running estimate and the completion that may be borrowed."""
         super().on_save_checkpoint(checkpoint)
         lender = None if self._lender is None else list(self._lender)
         checkpoint["kto"] = {"kl_sum": self._kl_sum, "kl_weight": self._kl_weight, "lender": lender}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what ``on_save_checkpoint`` added."""
+        """Restores the running estimate and the completion that may be borrowed."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("kto", {"kl_sum": 0.0, "kl_weight": 0.0, "lender": None})
         self._kl_sum, self._kl_weight = state["kl_sum"], state["kl_weight"]
         self._lender = None if state["lender"] is None else tuple(state["lender"])
 
-    # What is wrong with rows.
+    # Checks of rows.
 
     def _checked(self, batch: ExampleBatch) -> list[Example]:
         examples = super()._checked(batch)
@@ -258,7 +258,7 @@ class KTOModule(ReferencedModule):
         return examples if self.shares_constants else [_only(example, 0) for example in examples]
 
     def on_train_start(self) -> None:
-        """Refuses data of one label alone, where all of it can be looked at."""
+        """Refuses training data with a single label, if all rows are in memory."""
         super().on_train_start()
         examples = getattr(self.trainer.train_dataloader, "examples", None)
         if examples is None:
@@ -283,7 +283,7 @@ def _has_partner(example: Example) -> bool:
 
 
 def _only(example: Example, number: int) -> Example:
-    """An example with one of its completions alone."""
+    """Returns an example with only one of its completions."""
     if not _has_partner(example):
         return example
     root = grow_tree([unfold_tree(example.root)[number]], example.root.tokens)
@@ -291,12 +291,12 @@ def _only(example: Example, number: int) -> Example:
 
 
 def _first_sequences(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """``(E,)`` number of each example's first sequence, and whether it has a second."""
+    """Returns the index of each example's first sequence, ``(E,)``, and whether it has a second."""
     counts_E = torch.bincount(batch.example_index, minlength=batch.num_examples)
     return counts_E.cumsum(0) - counts_E, counts_E > 1
 
 
 def _offer(example: Example) -> tuple[str, list[int], list[int]]:
-    """What another prompt may borrow of an example: row id, prompt, completion."""
+    """Returns row id, prompt and completion of an example, for another prompt to borrow."""
     prompt, completion = split_answer(example)
     return example.row_id, prompt.tolist(), completion.tokens.tolist()

@@ -1,6 +1,6 @@
 """Proximal policy optimisation with a critic.
 
-Legend: E prompts of this rank, G completions of each, S completions that are trained on, N their tokens, D hidden size.
+Legend: E prompts of this rank, G completions of each, S trained completions, N their tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ class PPOModule(OnPolicyModule):
     .. math:: L = \frac{1}{T} \sum_t -\min\big(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_h) A_t\big)
               + \tfrac{c_v}{2} \max\big((V_t - R_t)^2, (V_t^{clip} - R_t)^2\big) - c_e H_t
 
-    Ouyang et al., 2022, arXiv:2203.02155: a completion's reward lands on its last sampled token, and every token pays
-    ``kl_coef`` times its divergence from the reference; rewards of steps land where steps end.
-    ``rl.advantages.gae`` makes advantages and returns.
+    Ouyang et al., 2022, arXiv:2203.02155: a completion's reward is given at its last sampled token, minus ``kl_coef``
+    times the divergence from the reference at every token; rewards of steps are given where steps end.
+    ``rl.advantages.gae`` computes advantages and returns.
 
-    Departures: whitening and every normaliser are those of the global batch (the losses' of each mini-batch); a
-    completion that could not be scored is left out; policy and critic are clipped and stepped together.
+    Departures: whitening and normalisers use the global batch (those of the losses, the global mini-batch); completions
+    that could not be scored are excluded; the gradients of policy and critic are clipped and stepped together.
 
     Args:
         model: Hugging Face id or folder.
         rewards: see ``OnPolicyModule``.
         num_generations: completions per prompt, at least 1.
         num_updates: passes over the completions of an iteration, at least 1.
-        value_model: folder or id of a model that the critic starts from, with a backbone of its own: a reward model
-            that was exported (its head is loaded), or any language model; ``None``: a head on the policy's backbone.
-        value_head: ``linear`` or ``mlp``, where none is loaded; it starts at 0.
-        value_lr_ratio: learning rate of the critic's own weights over that of the policy, above 0.
+        value_model: folder or id of the critic's initial model, with a backbone of its own: an exported reward model
+            (its head is loaded), or any language model; ``None``: a head on the policy's backbone.
+        value_head: ``linear`` or ``mlp``, if no head is loaded; initialised to 0.
+        value_lr_ratio: learning rate of the critic's own weights relative to the policy's, above 0.
         value_warmup_iterations: iterations in which only the critic's own weights learn, at least 0.
         vf_coef: weight of the critic's loss, at least 0.
-        cliprange_value: how far a value may move from its old one and still lower the loss, above 0; ``None``: any.
-        epsilon: clipping of the ratio below, in (0, 1).
-        epsilon_high: clipping above; as ``epsilon`` by default.
+        cliprange_value: clipping range of values around the old ones, above 0; ``None`` for no clipping.
+        epsilon: lower clipping range of the ratio, in (0, 1).
+        epsilon_high: upper clipping range; by default ``epsilon``.
         dual_clip: bound of the loss where the advantage is negative, above 1; ``None`` for none.
         gamma: discount, in [0, 1].
         gae_lambda: 0 trusts the critic, 1 the rewards.
         kl_coef: weight of the divergence from the reference in the rewards, at least 0; 0 needs no reference.
         kl_estimator: ``k1`` or ``k3``.
-        kl_target: divergence per completion to aim for by adapting ``kl_coef``, above 0; ``None`` keeps it fixed.
+        kl_target: target divergence per completion, to which ``kl_coef`` adapts, above 0; ``None`` keeps it fixed.
         kl_horizon: completions over which it adapts, at least 1.
-        missing_eos_penalty: taken from the reward of a completion that the limit cut off, at least 0; ``None`` is 0.
-        whiten_rewards: give the rewards of tokens the variance 1.
-        whiten_advantages: give advantages the mean 0 and the variance 1.
+        missing_eos_penalty: subtracted from the reward of a truncated completion, at least 0; ``None`` is 0.
+        whiten_rewards: scale the rewards of tokens to variance 1.
+        whiten_advantages: normalise advantages to mean 0 and variance 1.
         entropy_coef: weight of an entropy bonus; below 0 a penalty.
         kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
 
@@ -106,6 +106,7 @@ class PPOModule(OnPolicyModule):
         entropy_coef: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        # Options are checked before the model is set up, so that errors come first.
         options = PPOOptions(
             value_head=value_head,
             value_lr_ratio=value_lr_ratio,
@@ -124,6 +125,7 @@ class PPOModule(OnPolicyModule):
             entropy_coef=entropy_coef,
         )
         controller = KLController(kl_coef, target=kl_target, horizon=kl_horizon)
+
         super().__init__(model, rewards=rewards, num_generations=num_generations, num_updates=num_updates, **kwargs)
         self.options = options
         self.controller = controller
@@ -137,12 +139,12 @@ class PPOModule(OnPolicyModule):
 
     @property
     def warming(self) -> bool:
-        """Whether only the critic learns yet."""
+        """Whether the critic is being warmed up, and learns alone."""
         return self.iteration < self.options.value_warmup_iterations
 
     @property
     def router_loss(self) -> RouterLoss | None:
-        """The load-balancing loss of the policy's routers, once the policy learns."""
+        """The load-balancing loss of the policy's routers, after the warm-up of the critic."""
         return None if self.warming else super().router_loss
 
     def configure_model(self) -> None:
@@ -172,7 +174,7 @@ class PPOModule(OnPolicyModule):
         self.train(self.training)  # the critic, too
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
-        """The policy's weights, and the critic's own with their rate."""
+        """Groups the policy's weights, and the critic's own with their relative learning rate."""
         assert self.critic is not None
         own = {id(parameter) for parameter in self.critic.parameters()}
         if self.options.value_lr_ratio == 1:
@@ -185,7 +187,7 @@ class PPOModule(OnPolicyModule):
     # From rollouts to trees with their constants.
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
-        """Plants the completions that could be scored; attaches advantages, returns, old log-probs and old values."""
+        """Builds one tree per prompt and attaches advantages, returns, old log-probs and old values."""
         options = self.options
         scores_EG = self.outcome_scores(rollouts.rewards_EGK)
         trees = plant(rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
@@ -193,6 +195,8 @@ class PPOModule(OnPolicyModule):
         sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
         names = ["old_logprobs", "old_values", *(["ref_logprobs"] if self.has_reference else [])]
         known = {name: value.double() for name, value in self.per_token(trees, names, self._known).items()}
+
+        # Token rewards: the score at the end, the KL penalty everywhere, step rewards where steps end.
         scores_S, ended_S = scores_EG.flatten()[places_S], rollouts.ended_EG().flatten()[places_S]
         if options.missing_eos_penalty is not None:
             scores_S = missing_eos_penalty(scores_S, has_eos_S=ended_S, penalty=options.missing_eos_penalty)
@@ -208,11 +212,14 @@ class PPOModule(OnPolicyModule):
             rewards_N, scores_S = rewards_N + steps_N, scores_S.index_add(0, index_N, steps_N)
         if options.whiten_rewards:
             rewards_N = whiten(rewards_N, sums=sum_vector_over_ranks(moment_sums(rewards_N)), shift_mean=False)
+
+        # Returns are the critic's targets, so only advantages are whitened after this.
         advantages_N, returns_N = gae(
             rewards_N, values_N=known["old_values"], gamma=options.gamma, gae_lambda=options.gae_lambda, **sequences
         )
         if options.whiten_advantages:
             advantages_N = whiten(advantages_N, sums=sum_vector_over_ranks(moment_sums(advantages_N)))
+
         values = self._objective(scores_S, ended_S, known, kl_N, sequences)
         sums = sum_vector_over_ranks(explained_variance_sums(known["old_values"], returns_N=returns_N))
         values["explained_variance"] = explained_variance(sums)
@@ -229,7 +236,7 @@ class PPOModule(OnPolicyModule):
     def _objective(
         self, scores_S: Tensor, ended_S: Tensor, known: Scores, kl_N: Tensor | None, sequences: dict[str, Any]
     ) -> Scores:
-        """What the iteration's completions were worth, per completion; adapts the weight of the divergence."""
+        """Computes mean scores, entropy and KL penalty per completion, and adapts the weight of the divergence."""
         own = {
             "samples": float(len(scores_S)),
             "tokens": float(len(known["old_logprobs"])),
@@ -240,8 +247,9 @@ class PPOModule(OnPolicyModule):
         if kl_N is not None:
             own["kl"] = float(kl_N.sum())
         sums = sum_over_ranks(own, self.device)
-        if not sums["samples"]:  # none could be scored: there is nothing to take means of
+        if not sums["samples"]:  # no completion could be scored, so means are undefined
             return {}
+
         count, coef = sums["samples"], self.controller.coef
         values = {
             "objective/scores": sums["scores"] / count,
@@ -263,7 +271,7 @@ class PPOModule(OnPolicyModule):
     # The update.
 
     def _policy_and_values(self, batch: SequenceBatch, *, entropy: bool = False) -> tuple[TokenStats, Tensor]:
-        """The policy's log-probs of the scored tokens, and the critic's values of the states before them."""
+        """Computes log-probs of the scored tokens, and the critic's values of the states before them."""
         assert self.critic is not None
         if not self.critic.is_shared:
             stats = self.token_stats(batch, temperature=self.temperature, entropy=entropy)
@@ -276,11 +284,11 @@ class PPOModule(OnPolicyModule):
         return stats, self.critic.values(hidden_ND.detach() if self.warming else hidden_ND)
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Tokens."""
+        """Counts tokens."""
         return {"tokens": float(sum(map(num_tokens, examples)))}
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """The losses of every tree's tokens, and what is logged of them."""
+        """Computes the losses per tree, and sums for metrics."""
         options = self.options
         stats, values_N = self._policy_and_values(batch, entropy=True)
         fixed = {}
@@ -289,6 +297,8 @@ class PPOModule(OnPolicyModule):
             found = token_field(batch, name, like_N)
             assert found is not None
             fixed[name] = found
+
+        # Both losses take the ratio and the values relative to the policy and critic before the updates.
         sequences: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
         policy: dict[str, Any] = {"advantages_N": fixed["advantages"], **options.clipping, **sequences}
         policy_N = policy_gradient_loss(
@@ -296,11 +306,14 @@ class PPOModule(OnPolicyModule):
         )
         critic = {"old_values_N": fixed["old_values"], "returns_N": fixed["returns"]}
         value_N = value_loss(values_N, cliprange=options.cliprange_value, **critic)
+
+        # For metrics only: the approximate KL is half the mean squared log-ratio.
         with torch.no_grad():
             ratio_N = importance_ratio(stats.logprobs, old_logprobs_N=fixed["old_logprobs"], **sequences)
             clipped = clip_statistics(ratio_N, **policy)
             moved_N = (stats.logprobs - fixed["old_logprobs"]).square() / 2
             value_clipped_N = value_clipped(values_N, cliprange=options.cliprange_value, **critic)
+
         return {
             "policy": batch.sum_per_example(policy_N),
             "value": batch.sum_per_example(value_N),
@@ -314,14 +327,14 @@ class PPOModule(OnPolicyModule):
         }
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """Means over the tokens of a mini-batch, added up; the critic's alone while it warms up."""
+        """Adds the mean losses over the tokens of a mini-batch; during warm-up only the critic's."""
         value = self.options.vf_coef * rows["value"].sum()
         if not self.warming:
             value = value + rows["policy"].sum() + rows["entropy_loss"].sum()
         return value / max(totals["tokens"], 1.0)
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Both losses, what clipping took out, and how far the policy has moved, over all updates of an iteration."""
+        """Computes losses, entropy, approximate KL, clipped fractions and ratio over all updates of an iteration."""
         names = [name for name, value in rows.items() if value.is_floating_point()]
         means = {name: rows[name].sum() / max(totals["tokens"], 1.0) for name in names}
         return {
@@ -344,7 +357,7 @@ class PPOModule(OnPolicyModule):
         checkpoint["on_policy"]["controller"] = self.controller.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what ``on_save_checkpoint`` added."""
+        """Restores the weight of the divergence."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("on_policy", {}).get("controller")
         if state is not None:

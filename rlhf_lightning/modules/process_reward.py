@@ -28,35 +28,35 @@ StepHead = Literal["linear", "mlp", "tokens"]
 
 
 class ProcessRewardModule(HeadedModule):
-    r"""A process reward model (Lightman et al., 2023, arXiv:2305.20050): is every step of a solution right so far?
+    r"""A process reward model (Lightman et al., 2023, arXiv:2305.20050), which scores every step of a solution.
 
     With z the logit read at the last token of a step and y in [0, 1] its label:
 
     .. math:: L = -\frac{1}{M} \sum y \log \sigma(z) + (1 - y) \log \sigma(-z)
 
     The logit is an output of a head on the hidden state (``linear``, ``mlp``), or the difference of the language
-    model's own logits of two tokens that it might write after the step (``tokens``, as in Math-Shepherd, Wang et al.,
-    2023, arXiv:2312.08935).
+    model's own logits of two label tokens after the step (``tokens``, as in Math-Shepherd, Wang et al., 2023,
+    arXiv:2312.08935).
 
-    Steps are ended by a separator: a line's end, or a marker such as ``" ки"``; ``StepwiseDataModule`` puts the same
-    one into the rows. With ``boundaries="learned"`` a second output learns at which tokens steps end, as binary
+    Steps end with a separator: a line break, or a marker such as ``" ки"``; ``StepwiseDataModule`` inserts the same
+    one into the rows. With ``boundaries="learned"`` a second output learns at which tokens steps end, by binary
     cross-entropy over all tokens of the completions, and solutions without any separator can be scored.
 
     Args:
         model: Hugging Face id or folder: of a language model, or of an exported process reward model.
-        step_separator: what ends a step in ``score_steps``; at least one character.
+        step_separator: separator of steps in ``score_steps``; at least one character.
         labels: ``hard`` (0 or 1), or ``soft`` (probabilities).
         head: ``linear``, ``mlp`` or ``tokens``.
-        label_tokens: with ``tokens``, the texts that say right and wrong; one token each.
-        aggregation: what a solution's score is of its steps': ``min``, ``product``, ``last`` or ``mean``.
-        train_on_last_step_only: learn from the last step of each solution alone.
+        label_tokens: with ``tokens``, the texts that label right and wrong steps; one token each.
+        aggregation: aggregation of step scores to a solution's score: ``min``, ``product``, ``last`` or ``mean``.
+        train_on_last_step_only: learn only from the last step of each solution.
         outcome_head: also learn whether the whole solution is right, at its last token: from the field ``outcome`` (0
-            to 1) where a row has one, else from its last label.
+            to 1) if a row has one, else from its last label.
         outcome_weight: weight of that loss, per solution; at least 0.
         boundaries: ``separator`` or ``learned``.
         boundary_weight: weight of the boundaries' loss, per token; at least 0.
-        threshold: below this probability a step is taken for wrong, in [0, 1).
-        seed: what the first weights of the head are drawn from.
+        threshold: probability below which a step counts as wrong, in [0, 1).
+        seed: seed of the head's initial weights.
         kwargs: options of ``PostTrainingModule``.
 
     Example::
@@ -98,6 +98,7 @@ class ProcessRewardModule(HeadedModule):
         check_fraction("threshold", threshold, "0.5 is usual")
         if not step_separator:
             raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
+
         super().__init__(model, seed=seed, **kwargs)
         self.head_kind: StepHead = head
         self.step_separator = step_separator
@@ -110,6 +111,8 @@ class ProcessRewardModule(HeadedModule):
         self.boundaries = boundaries
         self.boundary_weight = boundary_weight
         self.threshold = threshold
+
+        # Names of the head's outputs in order; label tokens need no output for steps.
         own = [] if head == "tokens" else ["step"]
         self._outputs = own + ["outcome"] * outcome_head + ["boundary"] * (boundaries == "learned")
         self._label_ids: list[int] = []
@@ -120,7 +123,7 @@ class ProcessRewardModule(HeadedModule):
         return self.head_kind == "tokens"
 
     def head_shape(self) -> dict[str, Any]:
-        """One output for everything that the head is to say."""
+        """Returns a head with one output for each of steps, outcome and boundaries that it predicts."""
         kind = "mlp" if self.head_kind == "mlp" else "linear"
         return {"kind": kind, "num_outputs": len(self._outputs)} if self._outputs else {}
 
@@ -140,7 +143,7 @@ class ProcessRewardModule(HeadedModule):
         return int(ids[0])
 
     def _step_logits(self, states_ND: Tensor) -> Tensor:
-        """``(N, D) -> (N,)`` logits of steps being right."""
+        """Computes the logits of steps being right: ``(N, D) -> (N,)``."""
         if self.head_kind != "tokens":
             return self._read(states_ND, "step")
         dtype = torch.promote_types(states_ND.dtype, torch.float32)
@@ -149,26 +152,26 @@ class ProcessRewardModule(HeadedModule):
         parts: dict[str, Any] = {n: None if t is None else t[self._label_ids].to(dtype) for n, t in rows.items()}
         parts["lora_in"] = None if whole.lora_in is None else whole.lora_in.to(dtype)
         head = OutputHead(**parts, lora_scaling=whole.lora_scaling, scale=whole.scale, softcap=whole.softcap)
-        # What is compared are two logits: they are computed in at least fp32, autocast or not.
+        # A small difference of two large logits needs at least fp32, also under autocast.
         with torch.autocast(states_ND.device.type, enabled=False):
             right, wrong = head.logits(states_ND.to(dtype)).unbind(dim=1)
         return right - wrong
 
     def _read(self, states: Tensor, name: str) -> Tensor:
-        """One output of the head."""
+        """Reads one output of the head by name."""
         return self.head_outputs(states)[:, 0, self._outputs.index(name)]
 
     # Learning.
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Steps, steps that are learned from, examples, and tokens of completions."""
+        """Counts steps, trained steps, examples, and tokens of completions."""
         steps = float(sum(len(example.fields["labels"]) for example in examples))
         tokens = sum(len(segment.tokens) for example in examples for segment in example.root.children)
         learned = float(len(examples)) if self.train_on_last_step_only else steps
         return {"steps": steps, "learned": learned, "examples": float(len(examples)), "tokens": float(tokens)}
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """Per example: the sums of its losses, and what was right."""
+        """Computes per example the sums of losses and of correct predictions, and the first errors."""
         hidden = hidden_states(self.model, batch, self.layout)
         flat_N, depth_N = scored_positions(batch)
         states_ND = hidden.read(flat_N, batch.source_path, depth_N)
@@ -196,7 +199,7 @@ class ProcessRewardModule(HeadedModule):
         return first_errors(scores_N, batch.sequence_index, batch.num_sequences, self.threshold)
 
     def _boundary_rows(self, hidden: HiddenStates, batch: SequenceBatch) -> Scores:
-        """What the head says of which tokens end a step."""
+        """Computes losses and accuracy of the predicted ends of steps, per example."""
         logits_T, sequence_T, depth_T = self._boundary_logits(hidden, batch)
         ends = set(zip(batch.sequence_index.tolist(), (batch.source_depth + 1).tolist(), strict=True))
         places = zip(sequence_T.tolist(), depth_T.tolist(), strict=True)
@@ -210,12 +213,12 @@ class ProcessRewardModule(HeadedModule):
         }
 
     def _boundary_logits(self, hidden: HiddenStates, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of every token of the completions, with their sequences and positions along them; ``(T,)`` each."""
+        """Computes boundary logits of all completion tokens, with their sequences and depths; ``(T,)`` each."""
         flat_T, sequence_T, depth_T = _completion_positions(batch)
         return self._read(hidden.read(flat_T, sequence_T, depth_T), "boundary"), sequence_T, depth_T
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """Mean over steps, plus the weighted means over solutions and tokens."""
+        """Adds the mean over steps and the weighted means over solutions and tokens."""
         total = rows["loss"].sum() / totals["learned"]
         if self.outcome_head:
             total = total + self.outcome_weight * rows["outcome_loss"].sum() / totals["examples"]
@@ -224,7 +227,7 @@ class ProcessRewardModule(HeadedModule):
         return total
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Accuracy of steps; F1 of the first error and both of its accuracies, where there are rows of either kind."""
+        """Computes step accuracy, and accuracies and F1 of the first error where they are defined."""
         found = first_error_f1(rows["predicted_first_error"], rows["first_error"])
         values = {
             "step_accuracy": rows["correct"].sum() / totals["steps"],
@@ -262,7 +265,7 @@ class ProcessRewardModule(HeadedModule):
                 f"row {row_id} has the label {label!r} at step {number}; hard labels are 0 or 1: set labels='soft'"
             )
 
-    # What is asked of a process reward model.
+    # Scoring.
 
     def score_steps(
         self,
@@ -270,14 +273,14 @@ class ProcessRewardModule(HeadedModule):
         completions: Sequence[str | Sequence[str]],
         chat_template_kwargs: TemplateSettings = None,
     ) -> list[list[float]]:
-        """Probabilities of every step being right.
+        """Computes the probability that each step is right.
 
         Args:
             prompts: texts, or lists of chat messages.
-            completions: as many; each a list of steps, or a text that is split at ``step_separator`` (empty steps are
-                left out). With ``boundaries="learned"``, steps of a text end where the model says so, and at its end.
-            chat_template_kwargs: handed to the chat template, ``tools`` among them: for all, or a list with one for
-                each.
+            completions: one per prompt: a list of steps, or a text that is split at ``step_separator`` (empty steps are
+                dropped). With ``boundaries="learned"``, steps of a text end at predicted tokens and at its end.
+            chat_template_kwargs: arguments of the chat template, such as ``tools``: for all rows, or a list with one
+                per row.
 
         Returns:
             One list per completion, with one probability per step.
@@ -303,7 +306,7 @@ class ProcessRewardModule(HeadedModule):
         completions: Sequence[str | Sequence[str]],
         chat_template_kwargs: TemplateSettings = None,
     ) -> list[float]:
-        """One score per completion: its steps' probabilities, aggregated; see ``score_steps``."""
+        """Computes one score per completion by aggregating its steps' probabilities; see ``score_steps``."""
         steps = self.score_steps(prompts, completions, chat_template_kwargs)
         index = torch.tensor([number for number, scores in enumerate(steps) for _ in scores], dtype=torch.long)
         values = torch.tensor([score for scores in steps for score in scores], dtype=torch.float64)
@@ -324,7 +327,7 @@ class ProcessRewardModule(HeadedModule):
         completion: str | Sequence[str],
         template: dict[str, Any],
     ) -> Segment:
-        """A prompt with a solution, weighted at the ends of its steps (everywhere, where ends are to be found)."""
+        """Builds a prompt with a solution, weighted at the ends of its steps (everywhere if they are predicted)."""
         if self._finds_ends(completion):
             tokens = np.asarray(rows.continued(str(completion)))
             solution = Segment(tokens, np.ones(len(tokens), np.float32))
@@ -339,7 +342,7 @@ class ProcessRewardModule(HeadedModule):
         return self.boundaries == "learned" and isinstance(completion, str) and bool(completion)
 
     def _sequence_steps(self, batch: SequenceBatch) -> Sequence[Tensor]:
-        """Per sequence, probabilities of its scored tokens being right, and logits of their being ends: ``(n, 2)``."""
+        """Returns per sequence the scored tokens' probabilities of being right and boundary logits: ``(n, 2)``."""
         hidden = hidden_states(self.model, batch, self.layout)
         flat_N, depth_N = scored_positions(batch)
         states_ND = hidden.read(flat_N, batch.source_path, depth_N)
@@ -363,17 +366,17 @@ class ProcessRewardModule(HeadedModule):
             rows.append({"row_id": example.row_id, "steps": scores.tolist(), "score": float(score)})
         return rows
 
-    # What leaves.
+    # Export.
 
     def options(self) -> Mapping[str, Any]:
-        """What ``from_pretrained`` builds the module with again."""
+        """Returns the options that are stored with the head, from which ``from_pretrained`` rebuilds the module."""
         names = ("step_separator", "labels", "aggregation", "outcome_head", "boundaries", "threshold")
         rest = {"head": self.head_kind, "label_tokens": list(self.label_tokens)}
         return rest | {name: getattr(self, name) for name in names}
 
 
 def _outcome(example: Example) -> float:
-    """Whether a solution is right: the row's own word, else its last label."""
+    """Returns whether a solution is right: the row's ``outcome``, else its last label."""
     outcome = example.fields.get("outcome")
     if outcome is None:
         return float(example.fields["labels"][-1])
@@ -383,7 +386,7 @@ def _outcome(example: Example) -> float:
 
 
 def _at_ends(values: Tensor, find_ends: bool) -> list[float]:
-    """Probabilities where steps end: everywhere that was asked for, or where the model says so and at the end."""
+    """Returns the probabilities at all given ends of steps, or at the predicted ends and the last token."""
     scores, ends = values.unbind(dim=1)
     if find_ends:
         is_end = ends > 0
@@ -393,7 +396,7 @@ def _at_ends(values: Tensor, find_ends: bool) -> list[float]:
 
 
 def _completion_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat positions of all tokens behind the prompts, their sequences, and positions along them; ``(T,)`` each."""
+    """Returns flat positions of all tokens after the prompts, their sequences and their depths; ``(T,)`` each."""
     device = batch.lengths.device
     prompt_S = torch.tensor([len(e.root.tokens) for e in batch.examples], device=device)[batch.example_index]
     sequence = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), batch.lengths)

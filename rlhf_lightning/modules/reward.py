@@ -1,4 +1,4 @@
-"""Outcome reward models: a scalar, or several, for a whole completion.
+"""Outcome reward models: one scalar, or several, for a whole completion.
 
 Legend: E examples, S sequences, N scored tokens, D hidden size, M members of an ensemble, K attributes.
 """
@@ -43,44 +43,44 @@ class RewardModule(EnsembleModule):
 
     .. math:: L = -\frac{1}{P} \sum \log \sigma\big(r(x, y_c) - r(x, y_r) - m\big)
 
-    ``mse`` and ``huber`` learn to rate (HelpSteer2, Wang et al., 2024, arXiv:2406.08673): the head has one output per
-    attribute and regresses the columns ``attributes`` of rows with one completion, which ``PreferenceDataModule`` and
-    ``SFTDataModule`` read; a rating that a row lacks (no such column, null or NaN) costs nothing, and one that all rows
-    lack is an error. Of several attributes
-    the reward is r = sum_k w_k r_k with the weights ``attribute_weights``, in pairs as well.
+    ``mse`` and ``huber`` learn from ratings (HelpSteer2, Wang et al., 2024, arXiv:2406.08673): the head has one output
+    per attribute and regresses the columns ``attributes`` of rows with one completion, which ``PreferenceDataModule``
+    and ``SFTDataModule`` read. Missing ratings (no such column, null or NaN) are ignored; an attribute without any
+    rating is an error. With several attributes the reward is r = sum_k w_k r_k with the weights ``attribute_weights``,
+    for pairs as well.
 
     An ensemble (``num_models`` above 1) has as many heads on one decoder, or as many LoRA adapters with a head each
-    on one frozen decoder (``ensemble="adapters"``), which are computed one after the other. Members differ by their
-    first weights and by what they see: in training, member j counts row i as often as a Poisson variable of mean 1
-    says that is drawn from (seed, j, the row's id), which is the bootstrap for streams (Oza and Russell, 2001); the
-    order of rows is one for all. Losses are means over the members, and the reward is the mean of theirs. Pairs
-    leave every member's mean free, and rewards of members can be compared only once they have a common one: what is
-    reported is each member's reward less its running mean over the training rows (decay 0.99 per step,
-    bias-corrected), and the standard deviation over members is that of these.
+    on one frozen decoder (``ensemble="adapters"``), which are computed one after the other. Members differ in their
+    initial weights and in the weights of rows: in training, member j weights row i by a Poisson variable of mean 1
+    drawn from (seed, j, the row's id), which is the online bootstrap (Oza and Russell, 2001); all see the rows in the
+    same order. Losses and rewards are means over the members. Losses of pairs do not determine a member's mean reward,
+    so rewards are comparable between members only after centring: reported rewards and their standard deviation over
+    members use each member's reward minus its running mean over the training rows (decay 0.99 per step,
+    bias-corrected).
 
     Args:
         model: Hugging Face id or folder: of a language model, of a sequence classifier, or of an exported reward model.
         head: ``linear``, or ``mlp`` with one hidden layer.
         num_attributes: outputs of the head, at least 1.
         num_models: members of the ensemble, at least 1.
-        ensemble: members are ``heads``, or ``adapters`` with a head each; the latter need ``lora``, or a folder of one.
+        ensemble: members are ``heads``, or ``adapters`` with a head each; the latter need ``lora``, or a LoRA folder.
         pooling: read the ``last`` token's state, or the ``mean`` over the completion's tokens.
         loss_type: ``bradley_terry``, ``mse`` or ``huber``.
         label_smoothing: probability that a pair's label is flipped, in [0, 0.5).
-        margin: m of rows that have none of their own; any finite number.
-        use_margins: take m from the rows' field ``margin`` where they have one.
+        margin: default m of rows without a margin; any finite number.
+        use_margins: take m from the rows' field ``margin`` if they have one.
         center_rewards_coefficient: weight of (r_c + r_r)^2, at least 0; 0.01 is usual.
         l2_coefficient: weight of r_c^2 + r_r^2, at least 0.
-        tie_threshold: how much better a winner has to be, above 0, in Rao and Kupper's model of ties: rows whose field
-            ``tie`` is true are ties then, and neither margins nor label smoothing apply. Without it a tie is an error.
-        average_over: what the loss of pairs is a mean of: ``pairs``; or ``prompts``, of each the mean over its pairs in
-            the global batch, which is the weight 1 / C(K, 2) of InstructGPT where all pairs of K ranked completions are
-            in it (``group_by_prompt`` of the datamodule). With several micro-batches pairs are then scored twice.
-        huber_delta: where ``huber`` turns from square to straight, above 0.
+        tie_threshold: threshold, above 0, of Rao and Kupper's model of ties, in which rows whose field ``tie`` is true
+            are ties, and neither margins nor label smoothing apply. Without it a tie is an error.
+        average_over: average the loss over ``pairs``; or over ``prompts``, for each the mean over its pairs in the
+            global batch, which is the weight 1 / C(K, 2) of InstructGPT if all pairs of K ranked completions are in it
+            (``group_by_prompt`` of the datamodule). With several micro-batches pairs are then scored twice.
+        huber_delta: error at which ``huber`` turns from quadratic to linear, above 0.
         attributes: names of the outputs, and of the columns that hold their ratings.
         attribute_weights: w, one per attribute; 1 / K each by default.
-        bootstrap: whether members see rows with different weights.
-        seed: what the first weights of heads and the weights of rows are drawn from.
+        bootstrap: whether members weight rows differently.
+        seed: seed of the heads' initial weights and of the weights of rows.
         kwargs: options of ``PostTrainingModule``.
 
     Example::
@@ -157,11 +157,11 @@ class RewardModule(EnsembleModule):
         self.bootstrap = bootstrap
 
     def rewards(self, batch: SequenceBatch) -> Tensor:
-        """``(S, M, K)`` rewards of a packed batch's sequences, by member and attribute."""
+        """Computes the rewards of a packed batch's sequences, by member and attribute: ``(S, M, K)``."""
         return self.member_outputs(batch, self._states)
 
     def _states(self, batch: SequenceBatch) -> Tensor:
-        """``(S, D)``: the state that a head reads of each sequence."""
+        """Computes the hidden state of each sequence that a head reads: ``(S, D)``."""
         hidden = hidden_states(self.model, batch, self.layout)
         if self.pooling == "mean":
             flat_N, depth_N = scored_positions(batch)
@@ -170,18 +170,18 @@ class RewardModule(EnsembleModule):
         return hidden.read(batch.last_index, batch.last_path, batch.lengths[batch.last_path] - 1)
 
     def combined(self, rewards: Tensor) -> Tensor:
-        """The scalar reward: ``(..., K) -> (...)``."""
+        """Combines attributes to the scalar reward: ``(..., K) -> (...)``."""
         return rewards @ rewards.new_tensor(self.attribute_weights)
 
     # Learning.
 
     @property
     def coupled(self) -> bool:
-        """Whether a pair's weight depends on how many others of the global batch have its prompt."""
+        """Whether a pair's weight depends on the number of pairs of its prompt in the global batch."""
         return self.average_over == "prompts"
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Pairs; or ratings, those of missing attributes left out."""
+        """Counts pairs, or ratings that are not missing."""
         if self.loss_type == "bradley_terry":
             return {"pairs": float(len(examples))}
         return {
@@ -189,7 +189,7 @@ class RewardModule(EnsembleModule):
         }
 
     def constants(self, batch: SequenceBatch) -> Scores:
-        """Margins and ties, or ratings; and how often each member counts a row."""
+        """Collects margins and ties, or ratings, and each member's weights of rows."""
         rows: Scores = {}
         if self.loss_type == "bradley_terry":
             margins = [self._margin(example) for example in batch.examples]
@@ -210,11 +210,11 @@ class RewardModule(EnsembleModule):
         return self.margin if own is None else float(own)
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """``(E, sequences of a row, M, K)`` rewards."""
+        """Computes rewards: ``(E, sequences of a row, M, K)``."""
         return {"rewards": self.rewards(batch).unflatten(0, (batch.num_examples, -1))}
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """Mean over pairs or ratings and over members."""
+        """Averages over pairs or ratings and over members."""
         if self.loss_type == "bradley_terry":
             losses, count = self._pair_losses(rows), totals["pairs"]
         else:
@@ -236,7 +236,7 @@ class RewardModule(EnsembleModule):
             self.remember_means(rows["rewards"])
 
     def _pair_losses(self, rows: Scores) -> Tensor:
-        """``(E, M)``."""
+        """Computes the losses of pairs: ``(E, M)``."""
         chosen, rejected = self.combined(rows["rewards"]).unbind(dim=1)
         if self.tie_threshold is not None:
             losses = rao_kupper_loss(chosen, rejected, tie_P=rows["tie"], threshold=self.tie_threshold)
@@ -250,14 +250,14 @@ class RewardModule(EnsembleModule):
         return losses
 
     def _rating_losses(self, rows: Scores) -> Tensor:
-        """``(E, M)``, summed over the attributes."""
+        """Computes the losses of ratings, summed over the attributes: ``(E, M)``."""
         rewards = rows["rewards"].squeeze(1)
         ratings = rows["ratings"].to(rewards.dtype)[:, None].expand_as(rewards)
         kind: Any = self.loss_type
         return rating_loss(rewards, ratings, loss_type=kind, huber_delta=self.huber_delta).sum(dim=-1)
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Rewards (means of the members'): of pairs their accuracy and margin, of ratings the correlation with them."""
+        """Computes metrics of mean rewards: accuracy and margin of pairs, or correlation with ratings."""
         combined = self.combined(self.centred(rows["rewards"]))  # (E, sequences, M)
         rewards = combined.mean(dim=-1)
         values = spread(rewards)
@@ -268,7 +268,7 @@ class RewardModule(EnsembleModule):
         return values | rating_metrics(rows["rewards"].squeeze(1).mean(dim=1), rows["ratings"], self.attributes)
 
     def on_train_start(self) -> None:
-        """Refuses an attribute that no training row rates, where all of them can be looked at."""
+        """Refuses an attribute that no training row rates, if all rows are in memory."""
         super().on_train_start()
         examples = getattr(self.trainer.train_dataloader, "examples", None)
         if examples is not None and self.loss_type != "bradley_terry":
@@ -300,7 +300,7 @@ class RewardModule(EnsembleModule):
         if example.fields.get("tie") and self.tie_threshold is None:
             raise ValueError(f"row {example.row_id} is a tie: set tie_threshold (0.5 is usual), or leave such rows out")
 
-    # What is asked of a reward model.
+    # Scoring.
 
     def score(
         self,
@@ -308,13 +308,13 @@ class RewardModule(EnsembleModule):
         completions: Sequence[Text],
         chat_template_kwargs: TemplateSettings = None,
     ) -> list[float]:
-        """Rewards of completions, one for each; completions of one prompt share its computation.
+        """Computes one reward per completion; completions of one prompt share its computation.
 
         Args:
             prompts: texts, or lists of chat messages.
-            completions: as many; texts, or lists of chat messages.
-            chat_template_kwargs: handed to the chat template, ``tools`` among them: for all, or a list with one for
-                each.
+            completions: one per prompt; texts, or lists of chat messages.
+            chat_template_kwargs: arguments of the chat template, such as ``tools``: for all rows, or a list with one
+                per row.
 
         Raises:
             ValueError: lists of different length, or an empty completion.
@@ -327,7 +327,7 @@ class RewardModule(EnsembleModule):
         completions: Sequence[Text],
         chat_template_kwargs: TemplateSettings = None,
     ) -> tuple[list[float], list[float]]:
-        """Rewards, and their standard deviation over the members (0 without an ensemble); see ``score``."""
+        """Computes rewards and their standard deviation over the members (0 without an ensemble); see ``score``."""
         trees = answer_trees(self.tokenizer, prompts, completions, chat_template_kwargs)
         values = score_texts(self, trees, self._sequence_rewards)
         members = [self.combined(value) for value in values]
@@ -337,11 +337,11 @@ class RewardModule(EnsembleModule):
         return self.centred(self.rewards(batch)).unbind()
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Rewards of rows with any number of completions.
+        """Scores rows with any number of completions.
 
         Returns:
             Per row ``row_id`` and lists with one entry per completion: ``rewards`` (means over the members), ``stds``
-            (standard deviations over the members) and, of several attributes, ``attributes`` (K means each).
+            (standard deviations over the members) and, with several attributes, ``attributes`` (K means each).
         """
         rows = []
         for example, values in zip(
@@ -358,10 +358,10 @@ class RewardModule(EnsembleModule):
             rows.append(row)
         return rows
 
-    # What leaves.
+    # Export.
 
     def options(self) -> Mapping[str, Any]:
-        """What ``from_pretrained`` builds the module with again."""
+        """Returns the options that are stored with the head, from which ``from_pretrained`` rebuilds the module."""
         return {
             "head": self.head_kind,
             "num_attributes": len(self.attributes),
@@ -374,14 +374,14 @@ class RewardModule(EnsembleModule):
     def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
         """Writes the reward model as a Hugging Face folder.
 
-        One linear head at the last token of a whole model (without adapter, or with the adapter merged) becomes an
-        ``AutoModelForSequenceClassification`` with a label per attribute, which scores rows that end in the
-        end-of-sequence token as this module does. Everything else becomes the language model or its adapter, with the
+        A single linear head at the last token of a whole model (without adapter, or with the adapter merged) is written
+        as an ``AutoModelForSequenceClassification`` with a label per attribute, which scores rows that end in the
+        end-of-sequence token as this module does. Otherwise the language model or its adapter is written, with the
         head in ``reward_head.safetensors`` and its options in ``reward_head.json``. ``from_pretrained`` loads both.
 
         Args:
-            folder: where to; it appears once it is complete, and replaces one that was there.
-            merge_adapter: add the adapter to the weights and write the whole model.
+            folder: destination; written atomically, replacing an existing export.
+            merge_adapter: merge the adapter into the weights and write the whole model.
         """
         self.configure_model()
         if merge_adapter and self.takes_turns:

@@ -18,12 +18,12 @@ class SFTModule(PostTrainingModule):
 
     .. math:: L = \frac{1}{\sum_i w_i} \sum_i w_i\, \ell_i, \qquad \ell_i = -\log p(y_i \mid y_{<i}, x)
 
-    The sums run over every scored token of the global batch, so that a token counts the same wherever it lies.
+    The sums run over every scored token of the global batch, so that all tokens count the same.
 
     Args:
         model: Hugging Face id or folder.
         loss_type: ``"nll"``; or ``"dft"``, dynamic fine-tuning, which weights a token by its own probability.
-        label_smoothing: share of the target spread over the vocabulary, in [0, 1); ``nll`` alone.
+        label_smoothing: share of the target spread over the vocabulary, in [0, 1); only with ``nll``.
         kwargs: options of ``PostTrainingModule``.
 
     Example::
@@ -46,12 +46,12 @@ class SFTModule(PostTrainingModule):
         self.label_smoothing = label_smoothing
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Weighted tokens of all sequences."""
+        """Counts the weighted tokens of all sequences."""
         weights = (weights for example in examples for weights in example.weights_per_sequence())
         return {"tokens": sum(float(part.sum()) for part in weights)}
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """Per example: weighted loss, and the weighted count of tokens that the model would have chosen itself."""
+        """Computes per example the weighted sums of losses, log-probs and correctly predicted tokens."""
         stats = self.token_stats(batch, mean=self.label_smoothing > 0)
         losses = sft_loss(
             stats.logprobs,
@@ -67,11 +67,11 @@ class SFTModule(PostTrainingModule):
         }
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """Sum over tokens, divided by the global batch's tokens."""
+        """Divides the sum over tokens by the global batch's tokens."""
         return rows["loss"].sum() / max(totals["tokens"], 1e-12)  # a batch without a scored token has loss 0
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Token accuracy; negative log-likelihood where the loss is another."""
+        """Computes token accuracy, and the negative log-likelihood unless it is the loss."""
         values = {"mean_token_accuracy": rows["correct"].sum() / max(totals["tokens"], 1e-12)}
         if self.loss_type != "nll" or self.label_smoothing > 0:
             values["nll"] = -rows["logps"].sum() / max(totals["tokens"], 1e-12)

@@ -20,13 +20,13 @@ class SimPOModule(PostTrainingModule):
     .. math:: L = -\frac{1}{P} \sum \log \sigma\big(\tfrac{\beta}{|y_c|} \log \pi(y_c|x)
               - \tfrac{\beta}{|y_r|} \log \pi(y_r|x) - \gamma\big)
 
-    ``losses.simpo.simpo_loss`` has the formula, the paper and the departures of every ``loss_type``. One model is in
-    memory: none of these losses compares with a reference.
+    ``losses.simpo.simpo_loss`` documents formula, paper and departures of every ``loss_type``. Only one model is in
+    memory: none of these losses uses a reference.
 
     Args:
         model: Hugging Face id or folder.
         beta: factor of the rewards, above 0: 2 to 10 for ``simpo`` and ``alphapo``, 0.1 for the others.
-        gamma: how much better the chosen completion's reward has to be, at least 0; of ``simpo`` and ``alphapo``.
+        gamma: target margin of the rewards, at least 0; of ``simpo`` and ``alphapo``.
         loss_type: ``simpo``, ``alphapo``, ``cpo``, ``cpo_hinge``, ``cpo_ipo`` or ``orpo``.
         alpha: shape of the reward of ``alphapo``, in [-10, 10]; 0 is ``simpo``.
         label_smoothing: probability that a label is flipped, in [0, 0.5); of ``simpo``, ``alphapo`` and ``cpo``.
@@ -73,16 +73,16 @@ class SimPOModule(PostTrainingModule):
         }
 
     def totals(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Pairs, and tokens of the chosen completions."""
+        """Counts pairs, and tokens of the chosen completions."""
         tokens = sum(num_scored(example)[0] for example in examples)
         return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
 
     def constants(self, batch: SequenceBatch) -> Scores:
-        """Lengths of both completions."""
+        """Computes the lengths of both completions."""
         return pair_rows("{}_lengths", scored_lengths(batch))
 
     def scores(self, batch: SequenceBatch) -> Scores:
-        """The policy's log-probs of both completions."""
+        """Computes log-probs of both completions under the policy."""
         stats = self.token_stats(batch)
         rows = pair_rows("{}_logps", batch.sum_per_sequence(stats.logprobs))
         correct = batch.sum_per_sequence(stats.correct.to(stats.logprobs.dtype))
@@ -90,7 +90,7 @@ class SimPOModule(PostTrainingModule):
         return rows
 
     def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """The preference term per pair, and the weighted negative log-likelihood per token."""
+        """Adds the preference loss per pair and the weighted negative log-likelihood per token."""
         preference, nll = simpo_loss(
             rows["chosen_logps"],
             rows["rejected_logps"],
@@ -102,7 +102,7 @@ class SimPOModule(PostTrainingModule):
         return total + self.nll_weight * nll.sum() / totals["chosen_tokens"] if self.nll_weight else total
 
     def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
-        """Implicit rewards (beta times what the loss compares), their margin and accuracy, and log-probs."""
+        """Computes implicit rewards (beta times the values that the loss compares), margin, accuracy and log-probs."""
         chosen, rejected = (self._rewards(rows, name) for name in ("chosen", "rejected"))
         values = {
             "rewards/chosen": chosen,

@@ -1,1 +1,1 @@
-"""Reinforcement learning: on-policy rollouts, their rewards and advantages, and what GRPO and PPO share."""
+"""Reinforcement learning: on-policy rollouts, their rewards and advantages, and the base class of GRPO and PPO."""

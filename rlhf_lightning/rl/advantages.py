@@ -1,8 +1,9 @@
 """From rewards to advantages: baselines within a group of samples, generalised advantage estimation, whitening.
 
-Shapes: S sequences, G groups (the samples of one prompt), K reward functions, N sampled tokens of all sequences, flat
-and in any order, except that the tokens of one sequence are in theirs. Indices say which group a sequence, and which
-sequence a token belongs to. NaN is the reward of a sample that could not be scored. Statistics are taken in fp64.
+Shapes: S sequences, G groups (the samples of one prompt), K reward functions, N sampled tokens of all sequences, flat;
+tokens of different sequences may be interleaved, those of one sequence are in order. Index tensors hold the group of
+each sequence and the sequence of each token. The reward of a sample that could not be scored is NaN. Statistics are
+computed in fp64.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _SPREAD_TOLERANCE: Final = 8
 
 
 class GroupAdvantages(NamedTuple):
-    """Advantages per sequence, and what they were made from per group.
+    """Advantages per sequence, and statistics per group.
 
     Attributes:
         advantages_S: (S,), 0 for a sample that could not be scored.
         std_G: standard deviation of the scored rewards of each group, (G,), 0 for fewer than two.
-        has_signal_G: whether two scored rewards of the group differ, (G,); without, the group teaches nothing.
+        has_signal_G: whether two scored rewards of the group differ, (G,); if not, all its advantages are 0.
     """
 
     advantages_S: Tensor
@@ -38,7 +39,7 @@ class GroupAdvantages(NamedTuple):
 
 
 class AdvantagesAndReturns(NamedTuple):
-    """Per token, (N,): advantages, and the returns that the critic is to predict."""
+    """Advantages and returns (the critic's targets) per token, (N,) each."""
 
     advantages_N: Tensor
     returns_N: Tensor
@@ -50,7 +51,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _group_mean_and_std(values_S: Tensor, index_S: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and sample standard deviation of the values of each group that are not NaN."""
+    """Computes count, mean and sample standard deviation of each group, ignoring NaN."""
     scored_S = ~values_S.isnan()
     filled_S = values_S.nan_to_num(nan=0.0)
     zeros_G = filled_S.new_zeros(num_groups)
@@ -73,14 +74,14 @@ def _has_signal(rewards_S: Tensor, index_S: Tensor, num_groups: int) -> Tensor:
 
 
 def combine_rewards(rewards_SK: Tensor, *, weights_K: Tensor) -> Tensor:
-    """Weighted sum of the rewards that a sample got.
+    """Computes the weighted sum of the rewards of each sample.
 
     Args:
         rewards_SK: one column per reward function, NaN where it could not score, (S, K).
         weights_K: weight of each function, (K,).
 
     Returns:
-        Rewards (S,); a missing one counts as 0 beside others, and NaN stays where all are missing.
+        Rewards (S,); a missing reward counts as 0, and the sum is NaN where all are missing.
 
     Example:
         >>> nan = float("nan")
@@ -104,28 +105,28 @@ def group_advantages(
     baseline: Baseline = "mean",
     eps: float = 1e-4,
 ) -> GroupAdvantages:
-    """Advantage of each sample over the others of its group.
+    """Computes the advantage of each sample over the others of its group.
 
     Papers: DeepSeekMath (Shao et al., 2024, arXiv:2402.03300), section 4.1, for (r - mean) / (std + eps); Dr. GRPO (Liu
     et al., 2025, arXiv:2503.20783) for ``none``; Tricks or Traps (Liu et al., 2025, arXiv:2508.08221) for ``batch``,
     the standard deviation of all rewards; RLOO (Ahmadian et al., 2024, arXiv:2402.14740) for ``leave_one_out``: the
-    mean of the other samples. Samples that could not be scored are in no statistic and get 0.
+    mean of the other samples. Samples that could not be scored are excluded from all statistics and get 0.
 
-    Groups may differ in size; none may be split over calls, and ``batch`` needs the global batch: gather first.
+    Groups may differ in size but not be split over calls, and ``batch`` needs the global batch: gather first.
 
     Args:
         rewards_S: (S,), NaN where a sample could not be scored.
         group_index_S: group of each sample, 0 to ``num_groups - 1``, (S,).
         num_groups: G.
-        scale_rewards: what to divide by.
-        baseline: what to subtract.
+        scale_rewards: divide by the standard deviation of the ``group``, of the ``batch``, or not at all (``none``).
+        baseline: subtract the ``mean`` of the group, or the mean of its other samples (``leave_one_out``).
         eps: added to the standard deviation, at least 0.
 
     Returns:
         The advantages in the rewards' dtype, and statistics per group.
 
     Raises:
-        ValueError: for a name or number that is not allowed.
+        ValueError: for an unknown name or a number out of range.
 
     Example:
         >>> group_advantages(
@@ -138,6 +139,7 @@ def group_advantages(
     _check_choice("baseline", baseline, BASELINES)
     if not eps >= 0:
         raise ValueError(f"eps={eps} is below 0: 1e-4 is usual")
+
     rewards = rewards_S.double()
     count_G, mean_G, std_G = _group_mean_and_std(rewards, group_index_S, num_groups)
     has_signal_G = _has_signal(rewards_S, group_index_S, num_groups)
@@ -150,6 +152,8 @@ def group_advantages(
     elif scale_rewards == "batch":
         _, _, std = _group_mean_and_std(rewards, torch.zeros_like(group_index_S), 1)
         advantages_S = advantages_S / (std + eps)
+
+    # Rounding alone must not become an advantage after division by a tiny deviation.
     teaches_S = has_signal_G[group_index_S] & ~rewards.isnan()
     advantages_S = torch.where(teaches_S, advantages_S, torch.zeros_like(advantages_S))
     return GroupAdvantages(advantages_S.to(rewards_S.dtype), std_G.to(rewards_S.dtype), has_signal_G)
@@ -158,7 +162,7 @@ def group_advantages(
 def gdpo_advantages(
     rewards_SK: Tensor, *, weights_K: Tensor, group_index_S: Tensor, num_groups: int, eps: float = 1e-4
 ) -> GroupAdvantages:
-    """Normalises each reward function within its group, then adds them up, then normalises over the batch.
+    """Normalises each reward function within its group, sums them, and normalises the sums over the batch.
 
     Paper: GDPO (Liu et al., 2026, arXiv:2601.05242): A_k = (r_k - mean) / (std + eps) within the group, A the sum of
     w_k A_k, and (A - mean) / (std + eps) over the batch, so that a reward with a wide range does not drown the others.
@@ -209,7 +213,7 @@ def gae(
     gamma: float = 1.0,
     gae_lambda: float = 0.95,
 ) -> AdvantagesAndReturns:
-    """Generalised advantage estimation within each sequence.
+    """Computes generalised advantage estimates within each sequence.
 
     Paper: High-Dimensional Continuous Control Using GAE (Schulman et al., 2016, arXiv:1506.02438), eqs. 11 and 16:
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lambda A_{t+1}, with V and A 0 after the last token; the
@@ -240,7 +244,8 @@ def gae(
     rewards_N, values_N = rewards_N.detach(), values_N.detach()
     lengths_S = torch.bincount(sequence_index_N, minlength=num_sequences)
     longest = int(lengths_S.max()) if num_sequences else 0
-    # Steps by sequences, with a row of zeros below: what comes after the last token.
+
+    # A dense (T + 1, S) layout runs the recursion over all sequences at once; the last row is the 0 after the end.
     order_N = sequence_index_N.argsort(stable=True)
     sequence_N = sequence_index_N[order_N]
     starts_S = lengths_S.cumsum(0) - lengths_S
@@ -252,13 +257,14 @@ def gae(
     delta_TS[:-1] += gamma * values_TS[1:]
     for step in range(longest - 1, -1, -1):
         delta_TS[step] += gamma * gae_lambda * delta_TS[step + 1]
+
     advantages_N = torch.empty_like(values_N)
     advantages_N[order_N] = delta_TS[step_N, sequence_N]
     return AdvantagesAndReturns(advantages_N, advantages_N + values_N)
 
 
 def moment_sums(values_N: Tensor, *, mask_N: Tensor | None = None) -> Tensor:
-    """Sums from which ``whiten`` takes mean and variance, once they are added over ranks.
+    """Computes the sums from which ``whiten`` takes mean and variance, after a sum over ranks.
 
     Args:
         values_N: (N,).
@@ -279,13 +285,13 @@ def moment_sums(values_N: Tensor, *, mask_N: Tensor | None = None) -> Tensor:
 
 
 def whiten(values_N: Tensor, *, sums: Tensor, shift_mean: bool = True) -> Tensor:
-    """Gives values the variance 1 and, unless told otherwise, the mean 0.
+    """Scales values to variance 1 and, by default, shifts them to mean 0.
 
-    Paper: as done by Ziegler et al., 2019, arXiv:1909.08593: (x - mean) / sqrt(var + 1e-8), with the sample variance.
+    Paper: Ziegler et al., 2019, arXiv:1909.08593: (x - mean) / sqrt(var + 1e-8), with the sample variance.
 
     Args:
-        values_N: (N,), of any part of the batch.
-        sums: from ``moment_sums``, added over whatever makes up the global batch, (3,).
+        values_N: (N,), any part of the batch.
+        sums: ``moment_sums`` of all parts of the global batch, added up, (3,).
         shift_mean: subtract the mean; rewards usually keep theirs.
 
     Returns:

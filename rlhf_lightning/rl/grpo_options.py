@@ -1,4 +1,4 @@
-"""The options of GRPO's loss, checked where they enter, and the loss that they make."""
+"""Options of GRPO, checked on construction, and the token losses that they define."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NO_INDEX: Final = torch.zeros(0, dtype=torch.long)
 
 
 class TokenLosses(NamedTuple):
-    """Per token, (N,), and the clipping per sequence."""
+    """Losses per token, (N,) each, and clipping per sequence."""
 
     loss_N: Tensor
     entropy_loss_N: Tensor
@@ -46,7 +46,7 @@ class TokenLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class GRPOOptions:
-    """See ``GRPOModule``.
+    """Options of GRPO's loss and advantages; ``GRPOModule`` documents each.
 
     Raises:
         ValueError: an option out of range, or two that exclude each other.
@@ -101,7 +101,8 @@ class GRPOOptions:
                 "multi_objective_aggregation is 'normalize_then_sum', which normalises each reward by its group's mean "
                 "and deviation: leave kl_in_reward, baseline and scale_rewards at their defaults"
             )
-        # The losses know their own ranges.
+
+        # The losses check their own options: call them with no tokens.
         nothing = {"sequence_index_N": _NO_INDEX, "num_sequences": 0}
         self._policy_loss(_EMPTY, None, _EMPTY, **nothing)
         top_entropy_threshold(_EMPTY, top_fraction=self.top_entropy_quantile)
@@ -110,7 +111,7 @@ class GRPOOptions:
 
     @property
     def level(self) -> ImportanceLevel:
-        """What an importance ratio is of."""
+        """The level of importance ratios: the given one, else the loss type's default."""
         return self.importance_sampling_level or default_importance_level(self.loss_type)
 
     @property
@@ -119,7 +120,7 @@ class GRPOOptions:
         return "tokens" if self.loss_type in _PER_TOKEN else "completions"
 
     def correction(self, old_N: Tensor, engine_N: Tensor, **sequences: Any) -> Tensor | None:
-        """Weights that correct for a sampling distribution that is not the trained one."""
+        """Computes importance weights for a sampling distribution other than the trained one; ``None`` if off."""
         if self.importance_sampling_correction is None:
             return None
         return engine_correction_weights(
@@ -134,11 +135,11 @@ class GRPOOptions:
     def token_losses(
         self, logprobs_N: Tensor, entropy_N: Tensor, constants: dict[str, Tensor | None], **sequences: Any
     ) -> TokenLosses:
-        """The loss of every token.
+        """Computes the loss of every token.
 
         Args:
-            logprobs_N: of the policy, with gradient.
-            entropy_N: of the policy, with gradient where ``entropy_coef`` is not 0.
+            logprobs_N: log-probs under the policy, with gradient.
+            entropy_N: entropy of the policy, with gradient where ``entropy_coef`` is not 0.
             constants: ``advantages``, and where they are needed ``old_logprobs``, ``ref_logprobs``,
                 ``sampling_logprobs``, ``weights``; (N,) each.
             sequences: ``sequence_index_N`` and ``num_sequences``.
@@ -170,10 +171,10 @@ class GRPOOptions:
         return TokenLosses(loss_N, entropy_bonus_loss(entropy_N, coef=self.entropy_coef), kl_N, clipped)
 
     def _penalty(self, kl_N: Tensor, logprobs_N: Tensor, old_N: Tensor | None, **sequences: Any) -> Tensor:
-        """The estimates as the loss takes them.
+        """Weights the KL estimates by the importance ratio where the bias correction is on.
 
-        What makes the gradient of a token's estimate right is how likely that token is, whatever ratio the policy's
-        loss takes: a mean over the sequence would give it 1/L of its own gradient, and shares of the others'.
+        The ratio is per token, whatever level the policy loss uses: only the token's own ratio makes the gradient of
+        its estimate unbiased. A mean over the sequence would give it 1/L of its own gradient, and shares of the others.
         """
         if not self.use_bias_correction_kl:
             return kl_N

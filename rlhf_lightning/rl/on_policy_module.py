@@ -1,8 +1,8 @@
-"""What GRPO and PPO have in common: a batch of prompts is one iteration, from the first sampled token to the last step.
+"""Base class of GRPO and PPO: a batch of prompts is one iteration, from the first sampled token to the last step.
 
-Nothing is left half-done at a batch boundary, so a checkpoint there resumes exactly. A sample is a function of the
-weights, its prompt and a seed hashed from (seed, iteration, row, attempt, sample number): not of its neighbours, of a
-memory budget, or of the number of ranks.
+No state of an iteration crosses a batch boundary, so a checkpoint there resumes exactly. A sample is a function of the
+weights, its prompt and a seed hashed from (seed, iteration, row, attempt, sample number), independent of the rest of
+the batch, of the memory budget and of the number of ranks.
 
 Legend: E prompts of this rank, G completions of each, K reward functions, N sampled tokens.
 """
@@ -35,7 +35,7 @@ from .step_rewards import StepsAtTokens, place_steps
 
 
 class OnPolicyModule(ReferencedModule):
-    """A module that learns from its own completions: generates, has them scored, and updates.
+    """A module that learns from its own completions: it generates, scores, and updates.
 
     Args:
         model: Hugging Face id or folder.
@@ -44,26 +44,26 @@ class OnPolicyModule(ReferencedModule):
             and ``completions``, the tokens as ``prompt_ids`` and ``completion_ids``, and the rows' other columns.
         reward_weights: one per reward; 1 by default.
         process_reward: a function that rewards steps, written as a reward is; it returns a list with one number per
-            step, or ``None``, for each completion. Steps are what its attribute ``step_separator`` separates, a line
-            break by default. A step's reward lands on the token that completes its separator, that of the last step on
-            the last token. ``rewards`` may be empty beside it.
+            step, or ``None``, for each completion. Steps are separated by its attribute ``step_separator``, a line
+            break by default. A step's reward is placed on the token that completes its separator, that of the last step
+            on the last token. ``rewards`` may be empty if it is given.
         num_generations: G, completions per prompt, at least 1.
-        max_completion_length: tokens of a completion at most, at least 1.
-        min_completion_length: no completion ends before so many tokens; a filter, too.
-        temperature: of sampling, and of the policy that is trained, above 0.
-        top_p: see ``SamplingParams``; filters make the sampled distribution another than the trained one.
+        max_completion_length: maximum number of tokens of a completion, at least 1.
+        min_completion_length: minimum number of tokens of a completion; a sampling filter, as ``top_p`` is.
+        temperature: temperature of sampling and of the trained policy, above 0.
+        top_p: see ``SamplingParams``; with filters, the sampled distribution is not the trained one.
         top_k: see ``SamplingParams``.
         min_p: see ``SamplingParams``.
         repetition_penalty: see ``SamplingParams``.
-        stop: strings that end a completion, beside the end-of-sequence token.
+        stop: strings that end a completion, in addition to the end-of-sequence token.
         num_updates: passes over the completions of an iteration, at least 1.
-        num_mini_batches: optimizer steps of each pass, each on as many of the prompts; at least 1.
-        generation_batch_tokens: tokens of cache while generating; a memory knob that changes no result.
+        num_mini_batches: optimizer steps per pass, each on an equal share of the prompts; at least 1.
+        generation_batch_tokens: tokens of KV cache in generation; affects memory, not results.
         reward_timeout: seconds for a reward function and a batch, above 0; ``None`` for no limit.
-        on_bad_reward: ``error`` where a reward function returns what is no reward, or ``skip`` the sample. One that
-            raises or is late costs its own samples alone; they are counted in ``rewards/<name>/failures``. One that
-            fails on every sample of 3 iterations in a row ends the run.
-        seed: what samples depend on, beside weights and prompts.
+        on_bad_reward: ``error`` if a reward function returns a value that is not a reward, or ``skip`` the sample. A
+            function that raises or times out loses only its own samples, counted in ``rewards/<name>/failures``. One
+            that fails on every sample of 3 consecutive iterations ends the run.
+        seed: seed of sampling.
         reference: ``frozen`` or ``adapter`` as in ``ReferencedModule``; ``auto``: only where the loss needs one.
         kwargs: options of ``PostTrainingModule``.
     """
@@ -106,15 +106,18 @@ class OnPolicyModule(ReferencedModule):
         check_count("num_mini_batches", num_mini_batches, "1 takes all prompts in one step")
         check_count("generation_batch_tokens", generation_batch_tokens, "65536 is a good start")
         super().__init__(model, reference=reference, **kwargs)
-        # What a checkpoint holds must not depend on code that only the script that made it has.
+
+        # Checkpoints must load without the script that defined the reward functions, so store plain specs.
         self.hparams["rewards"] = plain_specs(rewards)
         self.hparams["process_reward"] = None if process_reward is None else plain_specs([process_reward])[0]
-        self._hparams_initial = deepcopy(self._hparams)  # which loggers write into files
+        self._hparams_initial = deepcopy(self._hparams)  # the copy that loggers write
+
         self.rewards = build_rewards(
             rewards, reward_weights, process=process_reward, timeout=reward_timeout, on_bad_value=on_bad_reward
         )
         self.failing = FailureWatch()
         self.has_process_reward = process_reward is not None
+
         self.num_generations = num_generations
         self.max_completion_length = max_completion_length
         self.temperature = temperature
@@ -127,17 +130,17 @@ class OnPolicyModule(ReferencedModule):
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             stop=tuple(stop or ()),
-            seed=seed,  # not used: every sample has its own
+            seed=seed,  # overridden: every sample has its own
         )
         self.num_updates = num_updates
         self.num_mini_batches = num_mini_batches
         self.generation_batch_tokens = generation_batch_tokens
         self.seed = seed
         self.iteration = 0
-        self.last_rollouts: Rollouts | None = None  # for whoever wants to look at samples
+        self.last_rollouts: Rollouts | None = None  # for callbacks that read samples
         self._engine: LocalEngine | None = None
 
-    # What a method defines.
+    # The interface of a method.
 
     @property
     def uses_reference(self) -> bool:
@@ -145,17 +148,17 @@ class OnPolicyModule(ReferencedModule):
         return False
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
-        """Makes of rollouts what is trained on; every rank calls it.
+        """Turns rollouts into training examples; every rank calls it.
 
         Returns:
-            Trees with their constants attached (see ``groups``), and what is to be logged of the iteration.
+            Trees with their constants attached (see ``rollouts``), and logged values of the iteration.
         """
         raise TypeError(f"{type(self).__name__} must define prepare(rollouts)")
 
     # The model and its reference.
 
     def configure_model(self) -> None:
-        """Builds the policy, and a reference where one is used or asked for."""
+        """Builds the policy, and a reference if one is used or requested."""
         if self.uses_reference or self.reference_kind != "auto":
             super().configure_model()
         else:
@@ -163,24 +166,24 @@ class OnPolicyModule(ReferencedModule):
 
     @property
     def has_reference(self) -> bool:
-        """Whether there is a reference to compare with."""
+        """Whether a reference policy is in memory."""
         return bool(self.references)
 
     def _num_steps(self) -> int:
-        """Steps of the run: a batch makes ``num_mini_batches`` in each pass, or as many as it has prompts if fewer."""
+        """Counts the steps of the run: per batch and pass ``num_mini_batches``, or its number of prompts if fewer."""
         batches, most = super()._num_steps(), self.trainer.max_steps
         sizes = getattr(self.trainer.train_dataloader, "batch_sizes", None) or [self.num_mini_batches]
         steps = 0
         for number in range(batches):
             steps += self.num_updates * min(self.num_mini_batches, sizes[number % len(sizes)])
-            if 0 <= most <= steps:  # an iteration is made to its end
+            if 0 <= most <= steps:  # the iteration that reaches max_steps is completed
                 break
         return steps
 
     # One iteration.
 
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
-        """Generates, scores, and makes every update of the iteration; returns what is logged of it."""
+        """Runs an iteration: generates, scores, and makes all its updates; returns its logged values."""
         rollouts = self.rollout(self._checked(batch))
         everyone = in_canonical_order(gather_scores(self._rollout_rows(rollouts), self.device))
         failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()}, self.device)
@@ -195,7 +198,7 @@ class OnPolicyModule(ReferencedModule):
         return self._finish_batch(batch, values)
 
     def update(self, trees: Sequence[Example]) -> Scores:
-        """Makes the optimizer steps of an iteration; returns loss and metrics over all of them."""
+        """Makes the optimizer steps of an iteration, and returns loss and metrics over all of them."""
         rows, totals, progress = [], dict.fromkeys(self.totals([]), 0.0), []
         for part in self._parts(trees):
             part_rows, part_totals, part_progress = self.optimize(part)
@@ -209,7 +212,7 @@ class OnPolicyModule(ReferencedModule):
         return self._summary(concatenate(rows), totals) | means | {"learning_rate": progress[0]["learning_rate"]}
 
     def _parts(self, trees: Sequence[Example]) -> Iterator[list[Example]]:
-        """This rank's trees of each optimizer step; which prompts they are of does not depend on the ranks."""
+        """Yields this rank's trees of each optimizer step; the split of prompts does not depend on the ranks."""
         everyone = {row for rows in gather_objects([tree.fields["prompt_id"] for tree in trees]) for row in rows}
         for number in range(self.num_updates):
             order = sorted(everyone, key=partial(derive_seed, self.seed, self.iteration, number))
@@ -220,23 +223,27 @@ class OnPolicyModule(ReferencedModule):
                     yield [tree for tree in trees if tree.fields["prompt_id"] in chosen]
 
     def rollout(self, prompts: Sequence[Example], stage: str = "train", attempt: int = 0) -> Rollouts:
-        """Samples completions of prompts and has them scored; every rank calls it, if with no prompts.
+        """Samples and scores completions of prompts; every rank calls it, with any number of prompts.
 
         Args:
-            prompts: this rank's.
-            stage: ``train`` makes samples depend on the iteration; any other, on the stage alone.
-            attempt: another number gives other samples.
+            prompts: this rank's prompts.
+            stage: ``train`` makes samples depend on the iteration; any other stage, on its name alone.
+            attempt: a different number gives different samples.
         """
         for function in self.rewards.functions:
             attach = getattr(function, "attach", None)
-            if callable(attach):  # a model: it needs to know where it stands and what tokens mean
+            if callable(attach):  # learned rewards need the module's device and tokenizer
                 attach(self)
+
+        # Seeds depend on rows, not on the batch: a sample is the same on any number of ranks.
         moment = self.iteration if stage == "train" else stage
         with self.phase("generate"):
             completions = self.generate(prompts, [derive_seed(self.seed, moment, e.row_id, attempt) for e in prompts])
         samples = [(prompt, sample) for prompt, group in zip(prompts, completions, strict=True) for sample in group]
         if self.clock is not None:
             self.clock.count_generated([len(sample.token_ids) for _, sample in samples])
+
+        # Reward functions get one value per sample, so a prompt's columns are repeated for its completions.
         names = sorted({name for prompt in prompts for name in prompt.fields} - {"prompt"})
         columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
         columns["prompt_ids"] = [prompt.root.tokens.tolist() for prompt, _ in samples]
@@ -246,6 +253,7 @@ class OnPolicyModule(ReferencedModule):
         if not samples:
             failures = dict.fromkeys(self.rewards.names, 0)
             return Rollouts([], [], torch.zeros(shape, dtype=torch.float64, device=self.device), failures)
+
         with self.phase("score"):
             scores = self.rewards(texts, [sample.text for _, sample in samples], columns)
         values = torch.from_numpy(scores.values).reshape(shape).to(self.device)
@@ -253,7 +261,7 @@ class OnPolicyModule(ReferencedModule):
         return Rollouts(list(prompts), completions, values, scores.failures, scores.errors, steps)
 
     def _steps(self, completions: Sequence[Sequence[Completion]], scores: RewardScores) -> list[list[StepsAtTokens]]:
-        """Rewards of steps, if any were asked for, on the tokens where they end."""
+        """Places the rewards of steps on the tokens where they end; empty without a process reward."""
         if not self.has_process_reward:
             return []
         separator, rewards = self.rewards.step_separators[-1], iter(scores.steps[self.rewards.names[-1]])
@@ -261,11 +269,11 @@ class OnPolicyModule(ReferencedModule):
         return [[place_steps(next(rewards), c, separator, self.tokenizer) for c in group] for group in completions]
 
     def generate(self, prompts: Sequence[Example], seeds: Sequence[int]) -> list[list[Completion]]:
-        """Samples G completions of each prompt with the policy as it is.
+        """Samples G completions of each prompt with the current policy.
 
         Args:
-            prompts: this rank's.
-            seeds: one per prompt; those of its samples are hashed from it.
+            prompts: this rank's prompts.
+            seeds: one per prompt; the seeds of its samples are hashed from it.
         """
         if self._engine is None:
             self._engine = LocalEngine(self.model, self.tokenizer, max_batch_tokens=self.generation_batch_tokens)
@@ -274,7 +282,7 @@ class OnPolicyModule(ReferencedModule):
         return self._engine.generate(tokens, self.num_generations, self.sampling, seeds=seeds_EG or None)
 
     def prompt_text(self, prompt: Example) -> Any:
-        """A prompt as it was written, text or messages; without that, as text made of its tokens."""
+        """Returns a prompt as given, text or messages; if it is not stored, its decoded tokens."""
         written = prompt.fields.get("prompt")
         tokens = prompt.root.tokens.tolist()
         return self.tokenizer.decode(tokens, skip_special_tokens=True) if written is None else written
@@ -283,12 +291,12 @@ class OnPolicyModule(ReferencedModule):
     def per_token(
         self, trees: Sequence[Example], names: Sequence[str], values_of: Callable[[SequenceBatch], Scores]
     ) -> Scores:
-        """Values of all tokens of trees, without gradient, in micro-batches and evaluation mode.
+        """Computes values of all tokens of trees without gradient, in micro-batches and evaluation mode.
 
         Args:
-            trees: this rank's.
-            names: of the values.
-            values_of: from a packed batch to ``{name: (n,)}``, in the order of its scored tokens.
+            trees: this rank's trees.
+            names: names of the values.
+            values_of: function from a packed batch to ``{name: (n,)}``, in the order of its scored tokens.
 
         Returns:
             ``{name: (N,)}``, tree after tree.
@@ -305,11 +313,11 @@ class OnPolicyModule(ReferencedModule):
         return {name: torch.cat([torch.empty(0, device=self.device), *parts]) for name, parts in found.items()}
 
     def ref_logprobs(self, batch: SequenceBatch) -> Tensor:
-        """``(n,)`` log-probs of a batch's scored tokens under the reference."""
+        """Computes log-probs of a batch's scored tokens under the reference: ``(n,)``."""
         with self.references[0].scoring() as model:
             return self.token_stats(batch, model, temperature=self.temperature).logprobs
 
-    # What is logged of rollouts.
+    # Metrics of rollouts.
 
     def _rollout_rows(self, rollouts: Rollouts) -> Scores:
         return {
@@ -326,9 +334,9 @@ class OnPolicyModule(ReferencedModule):
         )
 
     def combined(self, rewards_EGK: Tensor) -> Tensor:
-        """``(E, G)`` the weighted sum of what the rewards gave to whole completions; NaN where none could score.
+        """Computes the logged score of completions: the weighted sum of their outcome rewards, ``(E, G)``.
 
-        With a process reward alone it is the weighted mean over the steps. This is what is logged.
+        NaN where no function could score. With a process reward alone it is the weighted mean over the steps.
         """
         outcomes_EGK, weights_K = self.outcomes(rewards_EGK)
         if not len(weights_K):
@@ -336,17 +344,17 @@ class OnPolicyModule(ReferencedModule):
         return combine_rewards(outcomes_EGK.flatten(0, 1), weights_K=weights_K).view(rewards_EGK.shape[:2])
 
     def outcome_scores(self, rewards_EGK: Tensor) -> Tensor:
-        """``(E, G)`` what completions are worth as a whole: ``combined``, but 0 where the steps alone are rewarded."""
+        """Computes the outcome scores, ``(E, G)``: ``combined``, but 0 if only steps are rewarded."""
         only_steps = len(self.rewards.names) == self.has_process_reward
         return self.combined(rewards_EGK) * (0.0 if only_steps else 1.0)
 
     def outcomes(self, rewards_EGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards of whole completions, those of steps left out, and their weights."""
+        """Returns the outcome rewards, without the process reward, and their weights."""
         weights_K = torch.from_numpy(self.rewards.weights).to(rewards_EGK.device)
         count = len(weights_K) - self.has_process_reward
         return rewards_EGK[:, :, :count], weights_K[:count]
 
-    # Validation and prediction: what the policy writes, and its rewards.
+    # Validation and prediction: completions of the policy and their rewards.
 
     def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
         rollouts = self.rollout(self._checked(batch), stage="val")
@@ -360,7 +368,7 @@ class OnPolicyModule(ReferencedModule):
         return self._rollout_metrics(in_canonical_order(rows)) if rows else {}
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Completes prompts: one dictionary per row of this rank, with ``completions`` and the ``rewards`` of each."""
+        """Completes prompts and returns one dictionary per row of this rank, with ``completions`` and ``rewards``."""
         rollouts = self.rollout(self._checked(batch), stage="predict")
         scores = self.combined(rollouts.rewards_EGK).tolist()
         return [
@@ -371,12 +379,12 @@ class OnPolicyModule(ReferencedModule):
     # Checkpoints and checks.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the number of the next iteration, and which rewards have been failing."""
+        """Adds the number of the next iteration, and the failure counts of the rewards."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["on_policy"] = {"iteration": self.iteration, "failing": dict(self.failing.in_a_row)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what ``on_save_checkpoint`` added."""
+        """Restores the iteration and the failure counts."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("on_policy", {})
         self.iteration = state.get("iteration", 0)

@@ -1,4 +1,4 @@
-"""The options of PPO's losses, checked where they enter."""
+"""Options of PPO, checked on construction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .advantages import gae
 
 @dataclass(frozen=True)
 class PPOOptions:
-    """See ``PPOModule``.
+    """Options of PPO's losses and advantages; ``PPOModule`` documents each.
 
     Raises:
         ValueError: an option out of range.
@@ -46,7 +46,8 @@ class PPOOptions:
         check_not_negative("vf_coef", self.vf_coef, "0.1 is usual")
         if self.missing_eos_penalty is not None:
             check_not_negative("missing_eos_penalty", self.missing_eos_penalty, "it is subtracted; 1.0 is usual")
-        # The losses know their own ranges.
+
+        # The losses check their own options: call them with no tokens.
         empty, index = torch.zeros(0), torch.zeros(0, dtype=torch.long)
         sequences: dict[str, Any] = {"sequence_index_N": index, "num_sequences": 0}
         policy_gradient_loss(
@@ -57,5 +58,5 @@ class PPOOptions:
 
     @property
     def clipping(self) -> dict[str, Any]:
-        """Bounds of the importance ratio."""
+        """Clipping bounds of the importance ratio."""
         return {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}

@@ -1,4 +1,4 @@
-"""Reward functions that fail: which of them have been failing on everything, and for how long.
+"""Detection of reward functions that fail on every sample for several iterations.
 
 Legend: E prompts of all ranks, G completions of each, K reward functions.
 """
@@ -13,15 +13,14 @@ from torch import Tensor
 from ..distributed.collectives import gather_objects
 from ..utils.messages import one_line
 
-MOST_IN_A_ROW: Final = 3  # the first may be a hiccup and the second a restart; a server that is away stays away
+MOST_IN_A_ROW: Final = 3  # tolerates one transient failure and one restart of a server
 
 
 class FailureWatch:
-    """Ends a run whose reward function fails on every sample of ``MOST_IN_A_ROW`` iterations in a row.
+    """Ends a run if a reward function fails on every sample of ``MOST_IN_A_ROW`` consecutive iterations.
 
-    A function that fails on some samples costs these. One that fails on all of them leaves nothing to learn from, or
-    another objective than the one that was asked for, and would do so until the last step. A function that has nothing
-    to say (``None``) does not fail.
+    A function that fails on some samples loses only these. One that fails on all of them would silently change the
+    objective, or leave none, until the last step. A function that returns ``None`` abstains and does not fail.
     """
 
     def __init__(self) -> None:
@@ -30,16 +29,16 @@ class FailureWatch:
     def look(
         self, names: Sequence[str], rewards_EGK: Tensor, failures: Mapping[str, float], errors: Mapping[str, str]
     ) -> None:
-        """Takes note of an iteration; every rank calls it with the same numbers, so that all of them end together.
+        """Counts the failures of an iteration; every rank calls it with the same values, so that all raise together.
 
         Args:
-            names: of the reward functions.
-            rewards_EGK: what they gave to the samples of all ranks; NaN where they gave nothing.
-            failures: on how many samples each failed, over all ranks; more than there are if samples were replaced.
-            errors: on this rank, by function that failed, its first message.
+            names: names of the reward functions.
+            rewards_EGK: rewards of the samples of all ranks, NaN where a function gave none.
+            failures: failed samples of each function over all ranks, including samples that were replaced later.
+            errors: first message of each function that failed on this rank.
 
         Raises:
-            ValueError: a function has failed on everything for too long.
+            ValueError: a function has failed on every sample of too many iterations in a row.
         """
         num_samples = rewards_EGK.shape[0] * rewards_EGK.shape[1]
         if num_samples == 0:

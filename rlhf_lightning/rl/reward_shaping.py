@@ -1,7 +1,7 @@
-"""What a completion's score becomes before advantages are taken: penalties, the KL in the reward, its controller.
+"""Shaping of completion scores before advantages: penalties, the KL penalty in the reward, and its controller.
 
-Shapes: S sequences, N sampled tokens of all sequences, flat and in any order, except that the tokens of one sequence
-are in theirs.
+Shapes: S sequences, N sampled tokens of all sequences, flat; tokens of different sequences may be interleaved, those of
+one sequence are in order.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 def missing_eos_penalty(scores_S: Tensor, *, has_eos_S: Tensor, penalty: float) -> Tensor:
-    """Takes a fixed amount from the score of every completion that did not end by itself.
+    """Subtracts a fixed penalty from the score of every completion that did not end before the length limit.
 
     Args:
         scores_S: (S,).
-        has_eos_S: whether the completion ended by itself, (S,).
+        has_eos_S: whether the completion ended before the limit, (S,).
         penalty: at least 0.
 
     Returns:
@@ -37,7 +37,7 @@ def missing_eos_penalty(scores_S: Tensor, *, has_eos_S: Tensor, penalty: float) 
 
 
 def kl_penalised_scores(scores_S: Tensor, *, kl_N: Tensor, coef: float, sequence_index_N: Tensor) -> Tensor:
-    """Takes the divergence of a whole completion from its score: score - coef * sum_t kl_t.
+    """Subtracts the divergence of a whole completion from its score: score - coef * sum_t kl_t.
 
     Paper: Fine-Tuning Language Models from Human Preferences (Ziegler et al., 2019, arXiv:1909.08593), section 2.
 
@@ -60,7 +60,7 @@ def kl_penalised_scores(scores_S: Tensor, *, kl_N: Tensor, coef: float, sequence
 
 
 def _last_tokens(sequence_index_N: Tensor, num_sequences: int) -> Tensor:
-    """Flat index of each sequence's last token, -1 for none."""
+    """Returns the flat index of each sequence's last token, -1 for an empty sequence."""
     start_S = torch.full((num_sequences,), -1, dtype=torch.long, device=sequence_index_N.device)
     position_N = torch.arange(len(sequence_index_N), device=sequence_index_N.device)
     return start_S.scatter_reduce(0, sequence_index_N, position_N, "amax")
@@ -69,7 +69,7 @@ def _last_tokens(sequence_index_N: Tensor, num_sequences: int) -> Tensor:
 def token_rewards(
     scores_S: Tensor, *, sequence_index_N: Tensor, kl_N: Tensor | None = None, kl_coef: float = 0.0
 ) -> Tensor:
-    """Spreads a completion's score over its tokens: all of it on the last one, minus the divergence of each.
+    """Computes token rewards: the completion's score on its last token, minus the divergence of each token.
 
     Paper: Ziegler et al., 2019, arXiv:1909.08593; Learning to Summarize (Stiennon et al., 2020, arXiv:2009.01325):
     r_t = -kl_coef * kl_t, plus the score at the last sampled token, padding or not.
@@ -84,7 +84,7 @@ def token_rewards(
         Rewards (N,) without gradient.
 
     Raises:
-        ValueError: for a score that is NaN, on a sequence that has tokens.
+        ValueError: the score of a non-empty sequence is NaN.
 
     Example:
         >>> scores, sequences = torch.tensor([2.0, 3.0]), torch.tensor([0, 0, 1])
@@ -109,8 +109,8 @@ class KLController:
     coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon).
 
     Args:
-        coef: the weight to start with, at least 0.
-        target: divergence to aim for, per completion, above 0; ``None`` keeps the weight as it is.
+        coef: initial weight, at least 0.
+        target: target divergence per completion, above 0; ``None`` keeps the weight fixed.
         horizon: number of samples over which a deviation by the clipping bound of 20 % changes the weight by as much.
 
     Raises:
@@ -134,17 +134,17 @@ class KLController:
         self.horizon = horizon
 
     def update(self, kl: float, *, num_samples: int) -> float:
-        """Takes note of a measured divergence.
+        """Adapts the weight to a measured divergence.
 
         Args:
             kl: mean divergence per completion over the global batch.
-            num_samples: completions of the global batch.
+            num_samples: number of completions of the global batch.
 
         Returns:
-            The weight from now on.
+            The new weight.
 
         Raises:
-            ValueError: for a divergence that is not finite.
+            ValueError: the divergence is not finite.
         """
         if self.target is None:
             return self.coef
@@ -155,9 +155,9 @@ class KLController:
         return self.coef
 
     def state_dict(self) -> dict[str, float]:
-        """The weight."""
+        """Returns the weight."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes up the weight again."""
+        """Restores the weight."""
         self.coef = float(state["coef"])

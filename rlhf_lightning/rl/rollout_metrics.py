@@ -1,4 +1,4 @@
-"""What is logged of the completions of an iteration or of a validation set.
+"""Logged metrics of the completions of an iteration or of a validation set.
 
 Legend: E prompts, G completions of each, K reward functions.
 """
@@ -17,20 +17,20 @@ from .advantages import group_advantages
 def rollout_metrics(
     rewards_EGK: Tensor, scores_EG: Tensor, *, names: Sequence[str], lengths_EG: Tensor, ended_EG: Tensor
 ) -> dict[str, Tensor]:
-    """Means, spreads and extremes of rewards and lengths over all completions.
+    """Computes means, spreads and extremes of rewards and lengths over all completions.
 
     ``reward_std`` is the mean over groups of the standard deviation within a group and ``frac_reward_zero_std`` the
-    share of groups without any, where groups have two completions or more. ``rewards/<name>/mean`` and ``std`` are over
-    all completions that the function scored, and ``scored`` is their share. ``completions/clipped_ratio`` is the share
-    that the limit cut off, and ``terminated`` lengths are those of the others. What has nothing to be taken of is left
-    out.
+    share of groups with equal rewards, for groups of two completions or more. ``rewards/<name>/mean`` and ``std`` are
+    over all completions that the function scored, and ``scored`` is their share. ``completions/clipped_ratio`` is the
+    share truncated by the length limit, and ``terminated`` lengths are those of the others. Undefined metrics are
+    omitted.
 
     Args:
         rewards_EGK: one number per reward function, NaN where it could not score.
-        scores_EG: their weighted sum, NaN where none could.
-        names: of the functions.
+        scores_EG: their weighted sum, NaN where none could score.
+        names: names of the functions.
         lengths_EG: tokens of each completion.
-        ended_EG: 1 where a completion ended by itself.
+        ended_EG: 1 where a completion ended before the limit, else 0.
 
     Example:
         >>> ones = torch.ones(1, 2)
@@ -67,11 +67,11 @@ def rollout_metrics(
 
 
 def sampling_metrics(difference_N: Tensor, weights_N: Tensor) -> dict[str, Tensor]:
-    """How far the trained distribution is from the one that was sampled from, over all ranks.
+    """Computes how far the trained distribution is from the sampling distribution, over all ranks.
 
     Args:
-        difference_N: log-probability under the trained one less that under the sampled one, of this rank's tokens.
-        weights_N: the importance weights that came of it.
+        difference_N: log-prob under the trained minus log-prob under the sampling distribution, of this rank's tokens.
+        weights_N: their importance weights.
     """
     gap_N = difference_N.abs()
     own = [float(gap_N.sum()), float(weights_N.sum()), float(len(gap_N))]

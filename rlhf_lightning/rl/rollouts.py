@@ -1,10 +1,10 @@
-"""Rollouts of one iteration, and the trees that they are trained as: a prompt once, its completions as branches.
+"""Rollouts of one iteration, and their training examples: trees of a prompt with its completions as branches.
 
-Per-token quantities of a rollout that stay as they are during its updates (advantages, log-probs of the policy that
-sampled, of the reference) travel in ``Example.fields``: one flat array per tree, aligned with its scored tokens, which
-are the tokens of its completions one after the other.
+Per-token quantities that are constant during the updates (advantages, log-probs under the sampling policy and the
+reference) are stored in ``Example.fields``: one flat array per tree, aligned with its scored tokens, which are the
+tokens of its completions one after the other.
 
-Legend: E prompts, G completions of each, K reward functions, S completions that are trained on, N their tokens.
+Legend: E prompts, G completions of each, K reward functions, S trained completions, N their tokens.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .step_rewards import StepsAtTokens
 
 @dataclass
 class Rollouts:
-    """What the policy wrote in answer to prompts, and what it was given for it; of one rank.
+    """Completions of one rank's prompts, and their rewards.
 
     Args:
         prompts: E prompts, with the rows' other columns.
         completions: E lists of G completions.
-        rewards_EGK: what each reward function gave, in fp64; NaN where it could not score.
-        failures: by reward function, on how many samples it raised, ran out of time or returned what is no reward.
-        errors: by function that failed, its first message.
-        steps: of every completion, the tokens at which its steps end, with their rewards; empty where there is no
-            process reward.
+        rewards_EGK: rewards by each function, in fp64; NaN where it could not score.
+        failures: number of samples on which each function raised, timed out or returned an invalid value.
+        errors: first message of each function that failed.
+        steps: for every completion, the tokens at which its steps end, with their rewards; empty without a process
+            reward.
     """
 
     prompts: list[Example]
@@ -44,7 +44,7 @@ class Rollouts:
     steps: list[list[StepsAtTokens]] = field(default_factory=list)
 
     def replace(self, places: Sequence[int], other: Rollouts) -> None:
-        """Puts the groups of other rollouts in some places; the failures add up."""
+        """Replaces the groups at some places by those of other rollouts, and adds their failures."""
         for place, prompt, completions in zip(places, other.prompts, other.completions, strict=True):
             self.prompts[place], self.completions[place] = prompt, completions
         for place, steps in zip(places, other.steps, strict=False):
@@ -54,11 +54,11 @@ class Rollouts:
         self.errors = {**other.errors, **self.errors}
 
     def lengths_EG(self) -> Tensor:
-        """Tokens of each completion."""
+        """Counts the tokens of each completion."""
         return self._per_completion([[len(c.token_ids) for c in group] for group in self.completions])
 
     def ended_EG(self) -> Tensor:
-        """Whether each completion ended by itself, and not at the limit."""
+        """Returns 1 where a completion ended before the length limit, else 0."""
         return self._per_completion([[c.finish_reason == "stop" for c in group] for group in self.completions])
 
     def _per_completion(self, values: list[list[int]] | list[list[bool]]) -> Tensor:
@@ -67,22 +67,22 @@ class Rollouts:
 
 
 def plant(rollouts: Rollouts, kept_EG: Tensor, *, budget: int, share_prefix: bool = True) -> list[Example]:
-    """Makes trees of the completions that are kept; a group above the budget becomes several, each with the prompt.
+    """Builds one tree per prompt from the kept completions, or several if they exceed the token budget.
 
-    A tree has the fields ``prompt_id``, the row that it comes from; ``places``, the numbers ``prompt * G + completion``
-    of its completions; and ``num_completions``, how many it stands for: those that were not kept count with the first
-    tree of their group.
+    A tree has the fields ``prompt_id``, the id of its row; ``places``, the numbers ``prompt * G + completion`` of its
+    completions; and ``num_completions``, which for the first tree of a group includes the completions not kept.
 
     Args:
-        rollouts: of this rank.
+        rollouts: this rank's rollouts.
         kept_EG: which completions to train on.
-        budget: tokens per micro-batch; no result depends on it.
+        budget: tokens per micro-batch; affects memory, not results.
         share_prefix: whether a prompt costs its tokens once or once per completion.
     """
     group_size = kept_EG.shape[1]
     trees = []
     kept = kept_EG.tolist()
     for number, (prompt, completions) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True)):
+        # Fill trees in order, each with its own copy of the prompt.
         members = [n for n in range(group_size) if kept[number][n]]
         prompt_cost = len(prompt.root.tokens)
         first_cost, later_cost = prompt_cost, 0 if share_prefix else prompt_cost
@@ -109,15 +109,15 @@ def plant(rollouts: Rollouts, kept_EG: Tensor, *, budget: int, share_prefix: boo
 
 
 def num_tokens(tree: Example) -> int:
-    """Tokens of a tree's completions."""
+    """Counts the tokens of a tree's completions."""
     return sum(len(child.tokens) for child in tree.root.children)
 
 
 def flat_places(trees: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the completions of trees come from.
+    """Maps the completions and tokens of trees back to their rollouts.
 
     Returns:
-        ``(S,)`` the number of each completion in its rollouts, and ``(N,)`` which of the S each token belongs to.
+        ``(S,)`` place of each completion in its rollouts, and ``(N,)`` index into S of each token.
     """
     places = [place for tree in trees for place in tree.fields["places"]]
     lengths = [len(child.tokens) for tree in trees for child in tree.root.children]
@@ -127,7 +127,7 @@ def flat_places(trees: Sequence[Example], device: torch.device) -> tuple[Tensor,
 
 
 def attach(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Example]:
-    """Gives trees their share of ``(N,)`` tensors, as arrays in their fields."""
+    """Splits ``(N,)`` tensors by tree and stores the parts as arrays in the trees' fields."""
     sizes = [num_tokens(tree) for tree in trees]
     parts = {name: value.detach().cpu().split(sizes) for name, value in values.items()}
     return [
@@ -137,7 +137,7 @@ def attach(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Examp
 
 
 def token_field(batch: SequenceBatch, name: str, like_N: Tensor) -> Tensor | None:
-    """``(N,)`` a quantity that ``attach`` gave to the trees of a batch; ``None`` where it did not."""
+    """Reads a field that ``attach`` stored from a batch of trees: ``(N,)``, or ``None`` if it is missing."""
     arrays = [example.fields[name] for example in batch.examples if name in example.fields]
     if len(arrays) < batch.num_examples:
         return None
@@ -145,11 +145,11 @@ def token_field(batch: SequenceBatch, name: str, like_N: Tensor) -> Tensor | Non
 
 
 def tree_sums(batch: SequenceBatch, values_S: Tensor) -> Tensor:
-    """Adds values of sequences up per tree: ``(S,) -> (E,)``."""
+    """Sums values of sequences per tree: ``(S,) -> (E,)``."""
     return values_S.new_zeros(batch.num_examples).index_add(0, batch.example_index, values_S)
 
 
 def tree_extremes(batch: SequenceBatch, values_S: Tensor, reduce: Literal["amin", "amax"]) -> Tensor:
-    """The smallest or largest value of each tree's sequences: ``(S,) -> (E,)``."""
+    """Returns the smallest or largest value of each tree's sequences: ``(S,) -> (E,)``."""
     start_E = values_S.new_zeros(batch.num_examples)
     return start_E.scatter_reduce(0, batch.example_index, values_S, reduce, include_self=False)

@@ -1,8 +1,8 @@
 """Rewards of the steps of a completion, on the tokens at which steps end.
 
-A step ends at the token that completes its separator, and the last one with the completion.
+A step ends at the token that completes its separator; the last step ends with the completion.
 
-Legend: E prompts, G completions of each, S completions that are trained on, N their tokens, M steps of them all.
+Legend: E prompts, G completions of each, S trained completions, N their tokens, M steps of all completions.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ StepsAtTokens = list[tuple[int, float]]  # (the token at which a step ends, its 
 def place_steps(
     rewards: Sequence[float], completion: Completion, separator: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> StepsAtTokens:
-    """Puts the rewards of a completion's steps on the tokens at which they end.
+    """Places the rewards of a completion's steps on the tokens at which they end.
 
     Args:
-        rewards: one per step, as ``completion.text`` split at the separator has them, empty ones left out; or none.
-        completion: its text and its tokens.
-        separator: what stands between steps.
-        tokenizer: turns the tokens into text.
+        rewards: one per non-empty step of ``completion.text`` split at the separator; or empty.
+        completion: the completion, with text and tokens.
+        separator: text between steps.
+        tokenizer: tokenizer that decodes the tokens.
     """
     if not rewards:
         return []
@@ -47,7 +47,7 @@ def place_steps(
 
 
 def _token_at(completion: Completion, end: int, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """The token with which the text has its first ``end`` characters."""
+    """Returns the index of the token that completes the first ``end`` characters of the text."""
     text, tokens = completion.text[:end], completion.token_ids
 
     def is_there(count: int) -> bool:
@@ -57,12 +57,12 @@ def _token_at(completion: Completion, end: int, tokenizer: PreTrainedTokenizerBa
 
 
 def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], places_S: Tensor, lengths_S: Tensor) -> Tensor:
-    """``(N,)`` rewards of steps on their tokens, 0 elsewhere, in fp64.
+    """Scatters step rewards to their tokens, with 0 elsewhere: ``(N,)`` in fp64.
 
     Args:
-        steps: of every completion of the rollouts, E lists of G.
-        places_S: which of them are trained on.
-        lengths_S: their tokens.
+        steps: step rewards of every completion of the rollouts, E lists of G.
+        places_S: places of the trained completions.
+        lengths_S: their numbers of tokens.
 
     Example:
         >>> steps = [[[(0, 0.5), (2, 1.0)], [(0, -1.0)]]]
@@ -80,7 +80,7 @@ def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], places_S: Tensor, length
 
 
 def steps_differ(steps: Sequence[Sequence[StepsAtTokens]], device: torch.device) -> Tensor:
-    """``(E,)`` whether two steps of a group have different rewards: without, the group teaches nothing."""
+    """Returns whether two steps of a group have different rewards, ``(E,)``; if not, it has no learning signal."""
     found = [len({value for sample in group for _, value in sample}) > 1 for group in steps]
     return torch.tensor(found, dtype=torch.bool, device=device)
 
@@ -93,17 +93,17 @@ def process_advantages(
     scale_rewards: ScaleRewards = "group",
     eps: float = 1e-4,
 ) -> Tensor:
-    """``(N,)`` the advantage of each token, from the steps that end at it or later.
+    """Computes the advantage of each token from the steps that end at it or later: ``(N,)``.
 
     Paper: DeepSeekMath (Shao et al., 2024, arXiv:2402.03300), section 4.1.3: with r the rewards of all steps of all
     completions of a prompt, the sum of (r - mean) / (std + eps) over the steps that end at the token or later.
 
     Args:
-        steps: of every completion of the rollouts, E lists of G.
-        places_S: which of them are trained on.
-        index_N: the sequence of each token.
-        scale_rewards: what to divide by: the deviation of the group's steps, of all steps of the global batch, or
-            nothing; every rank calls it.
+        steps: step rewards of every completion of the rollouts, E lists of G.
+        places_S: places of the trained completions.
+        index_N: sequence of each token.
+        scale_rewards: divide by the deviation of the ``group``'s steps, of all steps of the global ``batch``, or not
+            at all (``none``); every rank must call this.
         eps: added to the deviation.
 
     Example:
@@ -123,6 +123,8 @@ def process_advantages(
     if scale_rewards == "batch":
         everyone_M = gather_scores({"rewards": rewards_M}, device)["rewards"]
         normalised_M = normalised_M / (everyone_M.std() + eps if len(everyone_M) > 1 else 1.0)
+
+    # A sum over all later steps is GAE with gamma = lambda = 1 and values of 0.
     rest = iter(normalised_M.tolist())
     normalised = [[[(token, next(rest)) for token, _ in sample] for sample in group] for group in steps]
     lengths_S = torch.bincount(index_N, minlength=len(places_S))
