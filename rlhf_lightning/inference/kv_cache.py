@@ -24,7 +24,7 @@ PromptStates = Sequence[tuple[Tensor, Tensor]]
 class _SlotLayer(CacheLayerMixin):
     """One layer's keys and values; the geometry belongs to the whole cache."""
 
-    is_sliding = False  # windows are the masks' business: a layer keeps all its columns
+    is_sliding = False  # masks apply windows; a layer keeps all its columns
 
     def __init__(self, owner: SlotCache, keys_RHCD: Tensor, values_RHCD: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -34,10 +34,10 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do: storage is allocated with the cache."""
+        """Does nothing: storage is allocated with the cache."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes one new column and returns all that the rows may look at."""
+        """Writes one new column and returns all columns in use."""
         rows, end = len(key_states), self.owner.end
         self.keys[:rows, :, end : end + 1] = key_states
         self.values[:rows, :, end : end + 1] = value_states
@@ -97,7 +97,7 @@ class SlotCache(Cache):
         self.num_rows += copies
 
     def release(self, row: int) -> None:
-        """Gives a row up; the last row takes its place."""
+        """Removes a row; the last row moves to its index."""
         last = self.num_rows - 1
         if row != last:
             columns = slice(int(self.starts[last]), self.end)
@@ -108,7 +108,7 @@ class SlotCache(Cache):
         self.num_rows = last
 
     def prepare(self) -> None:
-        """Before a step: forgets the columns that no row needs any more and makes room for one more."""
+        """Prepares a step: drops columns that no row needs any more and makes room for one more."""
         self.base = int(self.starts[: self.num_rows].min())
         if self.end == self.num_columns:
             self._shift_to(self.end - self.base)

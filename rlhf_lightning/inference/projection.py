@@ -1,7 +1,7 @@
-"""The scores that are sampled from, in the precision in which those that are trained are computed.
+"""Computes the logits for sampling in the same precision as those in training.
 
-In half a precision, or under autocast, a model rounds its logits to 8 or 11 bits, while the fused head of training adds
-their products up in fp32. Samples would come from another distribution than the one that is trained.
+In half precision, or under autocast, a model rounds its logits to 8 or 11 bits, while the fused head of training sums
+their products in fp32. Samples would come from another distribution than the trained one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def exact_projection(model: nn.Module) -> Iterator[None]:
-    """Lets the output projection of a model accumulate and return fp32 while it computes in half a precision.
+    """Lets the output projection of a model accumulate and return fp32 while it computes in half precision.
 
     Args:
         model: a causal language model of transformers, bare or with adapters around it; what is left of its forward

@@ -1,4 +1,4 @@
-"""How the next token is drawn: settings, seeded uniforms, filters, and one inverse-CDF draw per row.
+"""Draws the next token: settings, seeded uniforms, filters, and one inverse-CDF draw per row.
 
 Legend: N rows, V vocabulary, B blocks of the vocabulary, W tokens per block.
 """
@@ -24,14 +24,14 @@ _NUCLEUS_GUESS = 128
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are sampled.
+    """Settings of sampling.
 
-    The filters act in the order of ``transformers``: repetition penalty, minimum length, temperature, top-k, top-p,
-    min-p. Departure from it: a token survives a filter by its score alone, so tokens of equal score share one fate
-    (``transformers`` lets a sort decide which of them stays within top-p).
+    The filters apply in the order of ``transformers``: repetition penalty, minimum length, temperature, top-k, top-p,
+    min-p. Departure: a filter decides by the score alone, so tokens of equal score are kept or removed together (in
+    ``transformers`` a sort decides which of them stays within top-p).
 
     Args:
-        max_new_tokens: tokens at most, at least 1; the end-of-sequence token counts.
+        max_new_tokens: maximum number of tokens, at least 1; the end-of-sequence token counts.
         temperature: at least 0; 0 takes the most likely token.
         top_k: keep the ``k`` most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens with at least this mass, in (0, 1]; 1 keeps all.
@@ -39,8 +39,8 @@ class SamplingParams:
         repetition_penalty: above 0; divides the positive and multiplies the negative scores of tokens that the prompt
             or the completion holds already; 1 changes nothing.
         stop: strings that end a completion; its tokens include those of the stop string, its text does not.
-        stop_token_ids: tokens that end a completion, beside the model's own end-of-sequence tokens.
-        min_new_tokens: before this many tokens nothing but ``max_new_tokens`` ends a completion.
+        stop_token_ids: tokens that end a completion, besides the model's own end-of-sequence tokens.
+        min_new_tokens: minimum number of tokens; only ``max_new_tokens`` may end a completion earlier.
         seed: makes every sample a function of (seed, prompt number, sample number); ``None`` draws one from torch's
             global generator at each call.
         model_logprobs: also record log-probabilities under the unmodified model (temperature 1, nothing filtered).
