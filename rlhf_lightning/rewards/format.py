@@ -1,4 +1,4 @@
-"""Whether a completion is laid out as it was asked to be."""
+"""Reward for completions in a given format."""
 
 from __future__ import annotations
 

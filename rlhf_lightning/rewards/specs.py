@@ -1,4 +1,4 @@
-"""From what a user writes under ``rewards`` to a set of reward functions."""
+"""Builds reward functions from the option ``rewards``."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ def build_rewards(
     Args:
         rewards: each a function, the dotted path of a function or class, or a dictionary with ``class_path`` (of a
             class or function), and ``init_args``, ``weight`` and ``name`` if wanted.
-        weights: one per reward, in place of those in the dictionaries; 1 by default.
+        weights: one per reward, instead of weights in the dictionaries; 1 by default.
         process: a function that rewards the steps of a completion, written in the same way; it comes last, with the
-            weight in its dictionary. Its attribute ``step_separator`` says what separates steps; a line break if it has
-            none.
-        timeout: seconds that a function may take for a batch, above 0; ``None`` for no limit. One that is late is asked
-            again for each sample by itself, for a sixth of that time at most.
-        on_bad_value: ``error`` where a function returns what is no reward; ``skip`` counts the sample as failed.
+            weight in its dictionary. Its attribute ``step_separator`` separates steps; a line break by default.
+        timeout: seconds that a function may take for a batch, above 0; ``None`` for no limit. A late one is called
+            again for each sample alone, with a sixth of that time.
+        on_bad_value: ``error`` raises when a function returns an invalid reward; ``skip`` counts the sample as failed.
 
     Raises:
-        ValueError: a path that leads nowhere, an unknown key, arguments that do not fit, or weights given twice.
+        ValueError: a path that cannot be imported, an unknown key, invalid arguments, or weights given twice.
 
     Example:
         >>> spec = {"class_path": "rlhf_lightning.rewards.RepetitionReward", "weight": 0.5}
