@@ -221,7 +221,7 @@ class LocalEngine:
         return min(params.max_new_tokens, positions - len(prompt))
 
     def _eos_token_ids(self) -> set[int]:
-        """The model's and the tokenizer's end-of-sequence tokens, and the tokens that end a turn of its chat template."""
+        """The end-of-sequence tokens of model and tokenizer, and the tokens that end a turn of the chat template."""
         model: Any = base_model(self.model)
         if self._template_ends is None:
             self._template_ends = [] if self.tokenizer is None else ChatTemplate(self.tokenizer).end_tokens()

@@ -22,7 +22,7 @@ PromptStates = Sequence[tuple[Tensor, Tensor]]
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values; the geometry belongs to the whole cache."""
+    """Keys and values of one layer; the whole cache shares one geometry."""
 
     is_sliding = False  # masks apply windows; a layer keeps all its columns
 

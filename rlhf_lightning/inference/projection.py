@@ -43,7 +43,7 @@ def exact_projection(model: nn.Module) -> Iterator[None]:
 
 
 def computes_in_half(model: nn.Module) -> bool:
-    """Whether a model's layers round to half a precision, by its weights or by autocast."""
+    """Whether a model's layers compute in half precision, by their weights or by autocast."""
     return _computed_in(next(model.parameters())) in _HALF
 
 

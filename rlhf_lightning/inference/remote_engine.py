@@ -136,7 +136,7 @@ class RemoteEngine:
             One list per prompt, in order, with ``num_samples`` completions.
 
         Raises:
-            ServerError: the server is unreachable, refuses, fails, or leaves out a needed field. It is a ``ValueError``.
+            ServerError: the server is unreachable, refuses, fails, or leaves out a needed field; a ``ValueError``.
             ValueError: a prompt or setting that this server does not support.
         """
         params = sampling or SamplingParams()

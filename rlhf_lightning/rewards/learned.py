@@ -244,7 +244,7 @@ class ProcessModelSteps(ProcessModelReward):
 
 
 def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The options of what ``RewardModule`` can load (``None`` for other classifiers), and the names of its outputs."""
+    """The head options of a folder that ``RewardModule`` can load (``None`` for others), and its outputs' names."""
     stored = read_head_options(folder)
     if stored:
         if stored.get("method") != RewardModule.method:
@@ -270,7 +270,7 @@ def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
 def _label_weights(
     folder: str, labels: Sequence[str], label: str | None, options: Mapping[str, Any] | None
 ) -> list[float]:
-    """How much each output counts."""
+    """The weight of each output in the reward."""
     if label is not None:
         if label not in labels:
             raise ValueError(f"label is {label!r}; the outputs of {folder!r} are {', '.join(labels)}")

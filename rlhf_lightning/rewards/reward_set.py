@@ -205,10 +205,10 @@ class RewardSet:
 
     A function is called once for the batch, by keyword, with the arguments that it names among ``prompts``,
     ``completions`` and the rows' columns, or all of them if it takes ``**columns``. If that raises or exceeds
-    ``timeout``, it is called again for each sample alone with ``sample_timeout``, and only the samples on which it fails
-    again are lost: NaN in the result, counted, and reported once per function and kind of error in the log. A function
-    may return exceptions as values of the samples on which it failed. One with a true attribute ``bounds_its_time`` has
-    no time limit here: it scores late answers itself.
+    ``timeout``, it is called again for each sample alone with ``sample_timeout``, and only the samples on which it
+    fails again are lost: NaN in the result, counted, and logged once per function and kind of error. A function may
+    return exceptions as values of the samples on which it failed. One with a true attribute ``bounds_its_time`` has no
+    time limit here: it scores late answers itself.
 
     A ``StepReward`` counts as the mean over the steps of each completion.
 
