@@ -97,6 +97,8 @@ def first_step(name: str, folder: str, device: str, precision: str, attention: s
     method = METHODS[name]
     options = {"max_grad_norm": None, **method.options, "optimizer": partial(torch.optim.SGD, lr=0.1)}
     module = method.module(folder, attention=attention, **options)
+
+    # Gradients are copied before the optimizer step, when they are complete.
     gradients: dict[str, Any] = {}
 
     class Taken(lightning.Callback):

@@ -138,6 +138,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         reward, pairs = train(args, f"{folder}/sft")
         rows = [row for batch in trainer().predict(reward, datamodule=pairs) or [] for row in batch]
+
+    # The length baseline takes its direction from the training pairs, as the reward model takes its weights.
     margins = np.array([row["rewards"][0] - row["rewards"][1] for row in rows])
     seen, held_out = (
         [e for batch in loader for e in batch] for loader in (pairs.train_dataloader(), pairs.predict_dataloader())

@@ -1,7 +1,7 @@
 """Measures the source: packages and the imports between them, size, inheritance depth, comments, docstrings.
 
     python benchmarks/house.py             # the numbers
-    python benchmarks/house.py --picture   # the rooms, one floor a line, with what each imports
+    python benchmarks/house.py --picture   # the rooms, one floor a line, with the imports of each
 
 The floors are those that ``CONTRIBUTING.md`` lists and ``tests/test_house.py`` holds the code to.
 """

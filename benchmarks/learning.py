@@ -53,6 +53,8 @@ def pipeline(groups: Sequence[str]) -> Any:
     config: Any = OmegaConf.load(QUICKSTART)
     reward, grpo, ppo = config.stages.reward, config.policies.grpo.grpo, config.policies.ppo.ppo
     logger = config.stages.sft.trainer.logger
+
+    # Reward models: an ensemble, a longer run, and a process reward model.
     members = {"num_models": 4, "bootstrap": True, "optimizer": {"init_args": {"lr": 5.0e-4}}}
     train = "sums:preference?rows=9600&careless=0.15&seed=${seed}2"
     changes = {"model": {"init_args": members}, "data": {"init_args": {"train": train}}}
@@ -81,6 +83,8 @@ def pipeline(groups: Sequence[str]) -> Any:
     )
     for key in ("pooling", "center_rewards_coefficient"):
         del steps.model.init_args[key]
+
+    # Policies: rewarded step by step, by a reward that can be hacked, and by the verifier.
     dense = {
         "model": {
             "init_args": {
@@ -102,6 +106,7 @@ def pipeline(groups: Sequence[str]) -> Any:
     )
     guard = {"class_path": "rlhf_lightning.callbacks.KLGuard", "init_args": {"max_kl": 0.03}}
     guarded = OmegaConf.merge(hacked, {"trainer": {"callbacks": [*hacked.trainer.callbacks, guard]}})
+
     verified = {"model": {"init_args": {"rewards": [VERIFIER]}}}
     config.policies |= {
         "rewards": {"reward_longer": longer, "ensemble": ensemble, "process_reward": steps},
@@ -186,7 +191,7 @@ def requirements(found: list[dict[str, float]]) -> dict[str, bool]:
 def draw(run_dirs: Sequence[Path], path: Path) -> None:
     """Accuracy on validation problems against seconds of training: SFT, then the five that start from it.
 
-    Thin lines are seeds. What a method needs before it can start counts: sampling pairs, or training the reward model.
+    Thin lines are seeds. Time includes a method's preparations: sampling pairs, or training the reward model.
     """
     from matplotlib.figure import Figure
 

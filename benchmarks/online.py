@@ -70,7 +70,7 @@ def end_at_random(folder: str, mean_length: int) -> None:
     """Changes a model's weights so that about one token in ``mean_length`` ends a completion.
 
     The first component of every embedding becomes 1 and stays about the same through the layers, whatever the context
-    is. Since embeddings are tied, what the end's token has in addition there raises its score by a constant.
+    is. Since embeddings are tied, an addition to the end token's there raises its logit by a constant.
     """
     from transformers import AutoModelForCausalLM
 
@@ -156,12 +156,16 @@ def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Wor
         "max_completion_length": work.limit,
         "min_completion_length": 0 if work.mean_length else work.limit,
     }
+
+    # The profiled iteration comes last, on the first prompts again.
     kind: Any = PPOModule if arguments.ours == "ppo" else GRPOModule
     train = prompts + prompts[: arguments.prompts if arguments.profile else 0]
     trainer.fit(
         kind(arguments.folder, **options),
         PromptDataModule(train=train, global_batch_size=arguments.prompts, shuffle=False),
     )
+
+    # Tokens of the profiled iteration do not count.
     if not arguments.profile:
         return {}
     clock.tokens.pop()
@@ -183,6 +187,7 @@ def theirs(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: W
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             clock.end()
 
+    # The same batch as ours, with the gradient accumulated over ``parts``.
     parts = SETTINGS[arguments.side]
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -276,6 +281,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+
+    # A child measures one side.
     if arguments.side:
         child(arguments)
         return

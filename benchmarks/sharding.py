@@ -61,10 +61,12 @@ def worker(folder: str, strategy: str, tokens: int) -> None:
         def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
             figures["train"] = resident("VmHWM") - figures["before"]
 
+    # Every rank gets its share of the same two rows.
     rng = np.random.default_rng(0)
     completion = rng.integers(3, 1000, size=tokens)
     rows = [Example(f"row:{n}", Segment([1, 2], children=(Segment(completion, np.ones(tokens)),))) for n in range(2)]
     batch = ExampleBatch(rows[rank::world])
+
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -76,6 +78,8 @@ def worker(folder: str, strategy: str, tokens: int) -> None:
         enable_model_summary=False,
         **options,
     )
+
+    # The token budget is one row per micro-batch.
     torch.set_num_threads(1)
     trainer.fit(SFTModule(folder, micro_batch_tokens=tokens + 2), torch.utils.data.DataLoader([batch], batch_size=None))
     (Path(folder) / f"{strategy}-{rank}.json").write_text(json.dumps(figures), encoding="utf-8")

@@ -262,6 +262,7 @@ def theirs(peer: Peer, data: list[Row], batch: int, arguments: argparse.Namespac
             wait_for(arguments.device)
             times.append(time.perf_counter() - self.start)
 
+    # The same global batch as ours, with gradients accumulated where a setting has fewer rows on the device.
     model = getattr(transformers, peer.model).from_pretrained(
         arguments.folder, dtype=torch.float32, **peer.model_options
     )
@@ -282,6 +283,7 @@ def theirs(peer: Peer, data: list[Row], batch: int, arguments: argparse.Namespac
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
     }
+
     trl = import_module(peer.module)
     # TRL joins the texts of prompt and completion; without a blank two words would merge.
     spaced = [

@@ -30,7 +30,7 @@ from .utils.quiet import quiet
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
 _CLASSES = (PostTrainingModule, lightning.LightningDataModule, lightning.Callback)
-# Subcommands of LightningCLI, and those with a module of their own.
+# Subcommands of LightningCLI, and subcommands with their own module.
 _ONE_METHOD = ("fit", "validate", "test", "predict")
 _COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".labeling.command"}
 _USAGE = """\

@@ -54,7 +54,7 @@ class ContinuousBatch:
         by_prompt: dict[tuple[int, ...], deque[Track]] = {}
         for track in tracks:
             by_prompt.setdefault(track.prompt, deque()).append(track)
-        # Longest first: neighbours in a prefill differ little in length, and later prompts fit left of what is written.
+        # Longest first: neighbours in a prefill differ little in length, and later prompts fit left of written columns.
         self._waiting = deque(sorted(by_prompt.items(), key=lambda item: -len(item[0])))
         self._computed: deque[_Computed] = deque()
         self._running: list[Track] = []

@@ -259,7 +259,7 @@ def in_parallel(
     The threads are daemons: neither an error nor Ctrl-C waits for running calls.
 
     Args:
-        call: what to call.
+        call: the function.
         items: one per call.
         limit: calls at once, at least 1.
         stopped: set as soon as a call has raised or the caller has left, to stop the running calls.

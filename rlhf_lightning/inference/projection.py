@@ -24,7 +24,7 @@ def exact_projection(model: nn.Module) -> Iterator[None]:
     """Lets the output projection of a model accumulate and return fp32 while it computes in half precision.
 
     Args:
-        model: a causal language model of transformers, bare or with adapters around it; what is left of its forward
+        model: a causal language model of transformers, bare or with adapters around it; the rest of its forward
             (scales, soft caps) is its own.
     """
     projection: Any = base_model(model).get_output_embeddings()

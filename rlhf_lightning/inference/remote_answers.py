@@ -24,7 +24,7 @@ def spoken_tokens(choice: Mapping[str, Any], api: str) -> tuple[list[int], list[
 
     Raises:
         UnusableError: an id is not a non-negative integer, or the log-probabilities are of other tokens.
-        KeyError: an entry lacks what it should have; ``TypeError``, ``AttributeError`` and ``ValueError`` likewise.
+        KeyError: an entry is malformed; ``TypeError``, ``AttributeError`` and ``ValueError`` likewise.
     """
     reported = choice.get("logprobs")
     tokens: list[Any] = []

@@ -102,7 +102,7 @@ class LabelOptions:
         """Checks the options before a model is loaded.
 
         Raises:
-            ValueError: naming the option, its value and what is allowed.
+            ValueError: naming the option, its value and the allowed values.
         """
         if Path(self.output).expanduser().exists():
             raise ValueError(f"output {self.output!r} is there already: remove it, or write to another file")

@@ -30,7 +30,7 @@ def call_with_limit(function: Callable[[], Any], seconds: float | None) -> Any:
         seconds: above 0; ``None`` waits for ever.
 
     Returns:
-        What the function returns.
+        The function's return value.
 
     Raises:
         CallTimeoutError: when time is up. Other exceptions of the function are raised unchanged.

@@ -51,6 +51,7 @@ def build_rewards(
             "rewards is empty; give at least one, such as rlhf_lightning.rewards.exact_answer, which reads "
             "the column 'answer'"
         )
+
     parts = [_read(spec) for spec in rewards]
     own = [weight for _, weight, _ in parts]
     if weights is not None and any(weight is not None for weight in own):
@@ -58,12 +59,15 @@ def build_rewards(
     chosen = [1.0 if weight is None else weight for weight in own] if weights is None else list(weights)
     if len(chosen) != len(parts):
         raise ValueError(f"reward_weights has {len(chosen)} entries for {len(parts)} rewards: give one each")
+
+    # The process reward comes last, so that ``weights`` are those of ``rewards`` alone.
     given: list[RewardFunction | StepReward] = [function for function, _, _ in parts]
     if process is not None:
         parts.append(_read(process))
         function, weight, _ = parts[-1]
         given.append(StepReward(function, str(getattr(function, "step_separator", "\n"))))
         chosen.append(1.0 if weight is None else weight)
+
     return RewardSet(
         given,
         weights=chosen,
@@ -75,7 +79,7 @@ def build_rewards(
 
 
 def plain_specs(rewards: Sequence[RewardSpec]) -> list[str | dict[str, Any]]:
-    """The same rewards as values that a checkpoint can hold: functions by their names."""
+    """Converts rewards to values that a checkpoint can hold: functions by their names."""
     return [spec if isinstance(spec, str | dict) else _path(spec) for spec in rewards]
 
 
