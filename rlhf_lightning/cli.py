@@ -73,7 +73,7 @@ class Parser(LightningArgumentParser):
         return yaml_parser.plain(super().instantiate_classes(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises ``UsageError`` instead of printing usage and leaving."""
+        """Raises ``UsageError`` instead of printing the usage and exiting."""
         raise UsageError(explain(message, self._all_options(), _known_classes())) from ex
 
     def _all_options(self) -> Iterator[str]:

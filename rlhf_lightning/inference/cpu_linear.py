@@ -1,4 +1,4 @@
-"""Linear layers laid out for thin products, while a model generates on CPU.
+"""Packs linear layers for products with few rows, while a model generates on CPU.
 
 Decoding multiplies a few rows by whole weight matrices. The usual product rearranges the weight at every call; oneDNN's
 blocked layout is that rearrangement done once. Measured on two cores with AVX-512 (torch 2.13), in GFLOP/s for 8 / 32

@@ -1,4 +1,4 @@
-"""Sampling completions from a causal language model that lives in this process."""
+"""Samples completions from a causal language model in this process."""
 
 from __future__ import annotations
 
@@ -182,13 +182,13 @@ class LocalEngine:
     def _run_together(
         self, decoder: Decoder, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]
     ) -> None:
-        """Makes all samples in one batch of rows of different length."""
+        """Generates all samples in one batch of rows of different length."""
         worth_it = max(track.limit for track in tracks) >= _PACKING_STEPS
         with packed_linears(self.model) if worth_it else nullcontext():
             ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
 
     def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """A prompt's tokens: none is empty, and all are in the model's vocabulary."""
+        """Encodes a prompt, and checks that it is not empty and in the model's vocabulary."""
         tokens = self._encoded(number, prompt) if isinstance(prompt, str) else tuple(int(token) for token in prompt)
         if not tokens:
             raise ValueError(f"prompt {number} has no tokens: give it one, for instance the tokenizer's first or last")
@@ -199,7 +199,7 @@ class LocalEngine:
         return tokens
 
     def _encoded(self, number: int, prompt: str) -> tuple[int, ...]:
-        """A string's tokens as a row's prompt has them: opened once, as a chat that was rendered already is."""
+        """Encodes a string like a row's prompt: a rendered chat does not get a second first token."""
         if self.tokenizer is None:
             raise ValueError(f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, give token ids")
         return tuple(prompt_tokens(self.tokenizer, prompt))

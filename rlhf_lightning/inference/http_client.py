@@ -61,10 +61,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """A client for a server's base address, with retries and time limits.
 
-    A request that finds no server, gets no answer in time, half an answer, or one of the statuses 408, 425, 429 and
-    5xx is repeated after a pause, which doubles each time up to half a minute; a server's ``Retry-After`` is honoured
-    up to that. Anything else is final. Redirects are not followed; proxies of the environment are used, but for the
-    machine itself. The key is in no message, even where the server repeats it.
+    A request that finds no server, times out, gets half an answer, or one of the statuses 408, 425, 429 and 5xx (but
+    501 and 505) is repeated after a pause, which doubles each time up to half a minute; a server's ``Retry-After`` is
+    honoured up to that. Other errors are final. Redirects are not followed; proxies of the environment are used, except
+    for the local machine. No message contains the key, even where the server repeats it.
 
     Args:
         url: such as ``http://localhost:8000`` or ``https://host/v1``; an address without a path gets ``/v1``. It holds

@@ -53,7 +53,7 @@ def _computed_in(weight: Tensor) -> torch.dtype:
 
 
 def _fp32_forward(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The product of a linear layer with what it computes with in ``dtype``, added up and returned in fp32."""
+    """Makes a linear layer's forward, which rounds its operands to ``dtype`` and accumulates and returns fp32."""
     rounded = weight.detach().to(dtype)
     rounded = rounded if weight.is_cuda else rounded.float()  # the CPU has no product of halves with sums in fp32
 

@@ -1,4 +1,4 @@
-"""Sampling completions from a model that another process serves over the OpenAI protocol."""
+"""Samples completions from a model that another process serves over the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ServerLogprobs = Literal["model", "sampling"]
 
 _PATHS: Final[dict[str, str]] = {"completions": "completions", "chat": "chat/completions"}
 _STOPPED: Final = ("stop", "tool_calls", "function_call")
-# Servers differ in how wide a seed they take; all of them take this.
+# Servers differ in the width of seeds; all of them take 31 bits.
 _SEED_MASK: Final = (1 << 31) - 1
 _ROUNDING: Final = 1e-4  # a log-probability of 0 may come out above it by this much
 
@@ -332,7 +332,7 @@ class RemoteEngine:
     def _logprobs(
         self, token_ids: list[int], logprobs: list[float] | None, params: SamplingParams
     ) -> tuple[list[float], list[float] | None]:
-        """Per token under the sampling distribution, and under the model."""
+        """Log-probabilities per token under the sampling distribution, and under the model."""
         if not self._wants_logprobs(params):
             return [0.0] * len(token_ids) if params.greedy else [], None
         if logprobs is None:

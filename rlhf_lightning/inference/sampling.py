@@ -18,7 +18,7 @@ from torch import Tensor
 _MASK64 = (1 << 64) - 1
 # Below this vocabulary one cumulative sum over all of it is as cheap as two levels of blocks.
 _DIRECT_VOCABULARY = 2048
-# Candidates first looked at for top-p; rows whose mass is not reached by then are sorted in full.
+# Candidates tried first for top-p; rows that need more are sorted in full.
 _NUCLEUS_GUESS = 128
 
 
@@ -127,7 +127,7 @@ def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def uniforms(seeds: npt.ArrayLike, steps: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """One number in (0, 1) per (seed, step), a function of these two alone.
+    """Returns one number in (0, 1) per (seed, step), a function of these two alone.
 
     SplitMix64 (Steele, Lea and Flood, 2014) used as a counter-based generator: step ``t`` of a seed is the mixed sum of
     the mixed seed and ``t`` times the golden ratio, so that no state has to be kept or advanced.
@@ -199,7 +199,7 @@ def sample(
 
 
 def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Tempers, filters and draws; the row's largest score becomes 0, so that no exponential overflows."""
+    """Applies temperature and filters, and draws; the largest score becomes 0, so that no exponential overflows."""
     work_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
     if params.temperature != 1:
         work_NV.div_(params.temperature)
@@ -213,7 +213,7 @@ def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tupl
 
 
 def _floor(work_NV: Tensor, params: SamplingParams) -> Tensor | None:
-    """The lowest score that survives top-k, top-p and min-p in each row, ``(N, 1)``; ``None`` where all do.
+    """The lowest score that survives top-k, top-p and min-p in each row, ``(N, 1)``; ``None`` without a filter.
 
     A filter keeps the tokens above some score, so filters in sequence are one comparison with the highest of their
     floors; top-p measures its mass among the survivors of top-k, and min-p only looks at the top token, which all keep.
@@ -298,7 +298,7 @@ def _first_above(weights_NX: Tensor, fraction_N1: Tensor) -> tuple[Tensor, Tenso
 
 
 def _check_finite(values: Tensor) -> None:
-    """Not-a-number and infinity anywhere in a row reach its sum or its maximum."""
+    """Refuses NaN and infinity: anywhere in a row, they reach its sum or its maximum."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError(
             "the model's scores hold NaN or infinity: no token can be drawn; check its weights and precision"

@@ -291,7 +291,7 @@ class _Labeller:
             self._sample([task for task in tasks if task[1] == count and not _given_up(task[0], count)])
 
     def _sample(self, tasks: Sequence[tuple[_Solution, int]]) -> None:
-        """Completes prefixes and sets the labels of the steps that they end with."""
+        """Completes prefixes and labels their last steps."""
         if not tasks:
             return
         prompts = [solution.prefix_ids(count) for solution, count in tasks]

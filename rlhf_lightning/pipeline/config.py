@@ -31,7 +31,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy completions of the test prompts, for every model that a stage exports."""
+    """Tests every exported model by greedy completions of the test prompts."""
 
     prompts: str | list[str]
     verifier: str = _EXACT

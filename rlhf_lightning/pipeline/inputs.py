@@ -65,7 +65,7 @@ def _values(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _places(key: str, value: str) -> Iterator[tuple[str, Path]]:
     """Yields the existing files and folders that a text may name, with their names."""
     name, _, query = value.partition("?")
-    # In a form "+" means a space; in a folder's name it means "+".
+    # In a query "+" means a space; in a folder's name it means "+".
     candidates = dict.fromkeys((value, name, *(part for _, part in parse_qsl(query.replace("+", "%2B")))))
     for candidate in candidates if key not in _WRITTEN else ():
         path = packaged_config(candidate) or Path(candidate).expanduser()

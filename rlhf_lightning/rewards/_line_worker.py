@@ -1,4 +1,4 @@
-"""A child process that answers questions, one JSON line each, and is killed when an answer takes too long."""
+"""Asks questions to a child process, one JSON line each, and kills it when an answer takes too long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LineWorkerError(RuntimeError):
 
 
 class LineWorkerDiedError(RuntimeError):
-    """The child process died over a question."""
+    """The child process died while answering a question."""
 
 
 def _kill(process: subprocess.Popen[bytes], owner: int) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     math_verify = importlib.import_module("math_verify")
-    # It warns that its own time limits are off; ours is the parent's.
+    # It warns that its own time limits are off; the parent process enforces one.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     print("ready", flush=True)
     cached: tuple[str, list[Any]] = ("", [])

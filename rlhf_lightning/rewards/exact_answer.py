@@ -1,4 +1,4 @@
-"""Reward functions that check a completion against the right answer.
+"""Rewards completions with the right answer.
 
 A reward function is anything that can be called as ``fn(prompts, completions, **columns)``, with the texts of the
 prompts and of the completions and with the rows' other columns as keywords, all lists of one length, and that returns

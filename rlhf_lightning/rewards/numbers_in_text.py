@@ -1,4 +1,4 @@
-"""Numbers as people and models write them: with Markdown or LaTeX around them, separators, units, as fractions."""
+"""Reads numbers in text: with Markdown or LaTeX around them, separators, units, as fractions."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _finite(value: Any) -> float | None:
 
 
 class RewardSet:
-    """Several reward functions with weights, called on a batch.
+    """Calls several weighted reward functions on a batch.
 
     A function is called once for the batch, by keyword, with the arguments that it names among ``prompts``,
     ``completions`` and the rows' columns, or all of them if it takes ``**columns``. If that raises or exceeds

@@ -22,7 +22,7 @@ from ..sequences import Segment
 
 
 class PackedScorer:
-    """A ``RewardModule`` that scores prompts with completions."""
+    """Scores prompts with completions by a ``RewardModule``."""
 
     def __init__(self, module: RewardModule, dtype: torch.dtype) -> None:
         self.module = frozen(module, dtype)
@@ -63,7 +63,7 @@ class PackedScorer:
 
 
 class PaddedScorer:
-    """A sequence classifier of transformers, of any architecture."""
+    """Scores prompts with completions by a sequence classifier of transformers, of any architecture."""
 
     def __init__(self, folder: str, output: int, budget: int, dtype: torch.dtype) -> None:
         try:
@@ -83,7 +83,7 @@ class PaddedScorer:
         self.model.eval().requires_grad_(False)
         self.tokenizer = with_padding_token(tokenizer)
         self.tokenizer.padding_side = "right"
-        if self.model.config.pad_token_id is None:  # by which decoders find the last token
+        if self.model.config.pad_token_id is None:  # decoders find the last token by it
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.output, self.budget = output, budget
 

@@ -84,7 +84,7 @@ def plain_specs(rewards: Sequence[RewardSpec]) -> list[str | dict[str, Any]]:
 
 
 def _path(function: RewardFunction) -> str:
-    """The dotted path of a function that can be imported by it, and the name of any other."""
+    """The dotted path of an importable function, or the name of any other."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     importable = module not in (None, "__main__") and name and "<" not in name and inspect.isfunction(function)
     return f"{module}.{name}" if importable else _name(function)
@@ -110,7 +110,7 @@ def _read(spec: RewardSpec) -> tuple[RewardFunction, float | None, str | None]:
 
 
 def _names(functions: Sequence[RewardFunction], given: Sequence[str | None]) -> list[str]:
-    """The names that were given, and for the others their own, numbered where they are taken."""
+    """The given names, or the functions' own, numbered where they repeat."""
     taken = {name for name in given if name}
     names = []
     for function, name in zip(functions, given, strict=True):

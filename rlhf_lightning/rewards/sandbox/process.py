@@ -187,7 +187,7 @@ def remove_tree(folder: Path) -> None:
                 os.chmod(entry.path, 0o700)
                 for child in list(os.scandir(entry.path)):
                     if child.is_dir(follow_symlinks=False):
-                        os.chmod(child.path, 0o700)  # moving a folder changes it
+                        os.chmod(child.path, 0o700)  # moving a folder writes to it
                         number += 1
                         os.rename(child.path, folder / f".removed-{number}")
                     else:
