@@ -1,12 +1,12 @@
-"""Sampling: ``LocalEngine`` beside ``transformers.generate``, on a random Qwen3-shaped model.
+"""Sampling: ``LocalEngine`` compared with ``transformers.generate``, on a random Qwen3-shaped model.
 
     python benchmarks/generation.py --threads 2 --rounds 5
 
 Both sample from the same distribution (temperature 1, nothing filtered). Three workloads: every completion runs to its
-limit; completions end at random, so that a few are much longer than most, as in training by reinforcement; and
-the same with more prompts. transformers gets all prompts in one left-padded batch with ``num_return_sequences``. Rounds
-alternate between the two, and what is printed is the median over rounds of new tokens per second, and of their ratio.
-``--cpu-time`` counts the process's own seconds instead of the clock's: for a machine that is busy with other things.
+limit; completions end at random, so that a few are much longer than most, as in reinforcement learning; and the same
+with more prompts. transformers gets all prompts in one left-padded batch with ``num_return_sequences``. Rounds
+alternate between the two, and the medians over rounds of new tokens per second and of their ratio are printed.
+``--cpu-time`` counts the process's CPU seconds instead of wall-clock time, for a busy machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EOS = 1
 
 
 class Workload(NamedTuple):
-    """Prompts and how their completions end."""
+    """Number of prompts and samples, and the lengths of completions."""
 
     name: str
     prompts: int
@@ -56,7 +56,7 @@ def make_model(layers: int, hidden: int, vocabulary: int) -> Qwen3ForCausalLM:
 
 
 def end_at_random(model: Qwen3ForCausalLM, mean_length: int) -> Callable[[], None]:
-    """Raises the end's score so that about one token in ``mean_length`` ends a completion; returns how to undo it."""
+    """Raises the end token's logit so that about one token in ``mean_length`` ends a completion; returns an undo."""
     # The other scores of a random model differ little: their sum of exponentials is about the size of the vocabulary.
     raised = torch.log(torch.tensor(model.config.vocab_size / mean_length)).item()
 
@@ -97,7 +97,7 @@ def with_engine(model: Qwen3ForCausalLM, prompts: list[list[int]], work: Workloa
 def compare(
     model: Qwen3ForCausalLM, work: Workload, rounds: int, clock: Callable[[], float]
 ) -> tuple[float, float, float]:
-    """Runs a workload with both, in turns; returns the peer's tokens per second, ours, and the median ratio."""
+    """Runs a workload with both in turn; returns the peer's tokens per second, ours, and the median ratio."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(60, 120, (work.prompts,), generator=generator).tolist()
     prompts = [torch.randint(2, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]

@@ -1,18 +1,18 @@
-"""One GPU, at most eight minutes: is every number that of a CPU, and how fast and large is it, compared with TRL?
+"""Checks on one GPU, in at most eight minutes: equality with the CPU, and speed and memory compared with TRL.
 
     python benchmarks/gpu.py                   # needs CUDA; TRL and Liger are measured where they are installed
     python benchmarks/gpu.py --rehearse        # the same code on a CPU, with a tiny model: shows that it runs, no speed
     python benchmarks/gpu.py --parts equality speed --minutes 5
 
-Parts, each within its share of the time; what does not fit is said:
+Parts, each within its share of the time; parts that do not fit are reported:
 
 - ``equality``: loss and gradient of the first step of all eight methods, in fp32 and bf16, with both attentions, as
   relative distances from the same step in fp32 on the CPU.
 - ``tests``: ``tests/gpu``.
 - ``speed``: steps of SFT and DPO and an iteration of GRPO on a random model with 1.5 billion weights in bf16, and
-  tokens sampled from it: ours, TRL's, TRL's with Liger. Time, the most memory that was allocated, and *utilisation*:
-  the products that a step needs (6 per weight and token, 8 where a reference is asked too; a prompt's tokens count
-  once) over what the card multiplies in bf16 in the same time, measured here.
+  tokens sampled from it: ours, TRL's, TRL's with Liger. Time, peak allocated memory, and *utilisation*: the products
+  that a step needs (6 per weight and token, 8 with a reference; a prompt's tokens count once) over the measured rate
+  of bf16 products of the card in the same time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHARES = {"equality": 0.25, "tests": 0.2, "speed": 0.55}  # of the time
 
 
 class Scale(NamedTuple):
-    """Sizes of everything that is measured."""
+    """Sizes of the measurements."""
 
     device: str
     shape: str
@@ -60,7 +60,7 @@ REHEARSAL = Scale("cpu", "tiny", batch=2, steps=3, prompts=2, samples=2, limit=4
 
 
 class Row(NamedTuple):
-    """A line of the last table."""
+    """A row of the final table."""
 
     what: str
     side: str
@@ -68,25 +68,25 @@ class Row(NamedTuple):
 
 
 def num_weights(shape: Shape) -> int:
-    """Weights that a token is multiplied with: those of the blocks, and of the (tied) head."""
+    """Number of weights that a token is multiplied with, in the blocks and the (tied) head."""
     attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
     return shape.layers * (attention + 3 * shape.hidden * shape.intermediate) + shape.vocab * shape.hidden
 
 
 def product_rate(device: str, size: int) -> float:
-    """Floating-point operations per second of a product of two square matrices, in bf16; the best of ten."""
+    """FLOP/s of a product of two square matrices in bf16, best of ten."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
         product = a @ a
-        float(product[0, 0])  # waits for it
+        float(product[0, 0])  # waits for the product
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
 def first_step(name: str, folder: str, device: str, precision: str, attention: str) -> tuple[float, dict[str, Any]]:
-    """The loss and the gradient of a method's first step, as users start it: ``fit`` on a device."""
+    """The loss and the gradient of a method's first step in ``fit`` on a device."""
     import lightning
 
     from rlhf_lightning.sequences import ExampleBatch
@@ -97,6 +97,8 @@ def first_step(name: str, folder: str, device: str, precision: str, attention: s
     method = METHODS[name]
     options = {"max_grad_norm": None, **method.options, "optimizer": partial(torch.optim.SGD, lr=0.1)}
     module = method.module(folder, attention=attention, **options)
+
+    # Gradients are copied before the optimizer step, when they are complete.
     gradients: dict[str, Any] = {}
 
     class Taken(lightning.Callback):
@@ -125,13 +127,13 @@ def first_step(name: str, folder: str, device: str, precision: str, attention: s
 
 
 def relative_distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """The norm of the difference of two gradients, over that of the expected one."""
+    """The norm of the difference of two gradients, relative to the expected one."""
     size = sum(float(weight.square().sum()) for weight in expected.values()) ** 0.5
     return sum(float((found[key] - weight).square().sum()) for key, weight in expected.items()) ** 0.5 / size
 
 
 def equality(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
-    """Compares every method's first step with the one in fp32 on the CPU."""
+    """Compares every method's first step with that in fp32 on the CPU."""
     sys.path.insert(0, str(ROOT))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -140,7 +142,7 @@ def equality(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]
     model = str(
         save_tiny_model(folder / "equal", "llama", hidden_size=64, intermediate_size=96, initializer_range=0.05)
     )
-    # FlexAttention has no backward pass on CPUs: a rehearsal goes without.
+    # FlexAttention has no backward pass on CPUs: a rehearsal skips it.
     attentions = ("sdpa", "flex") if scale.device == "cuda" else ("sdpa",)
     rows = []
     for name in EIGHT:
@@ -175,7 +177,7 @@ def tests(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
 
 
 def sides_of(what: str, scale: Scale) -> dict[str, list[str]]:
-    """Whom to measure, with the options of the script: TRL's on a GPU where it is installed, fused only with Liger."""
+    """The sides to measure, with options of the script: TRL on a GPU if installed, also fused if Liger is installed."""
     found: dict[str, list[str]] = {OURS: []}
     if scale.device == "cuda" and importlib.util.find_spec("trl"):
         found |= {"trl": [], "trl-4": []} if what != "grpo" else {"trl": []}
@@ -185,7 +187,7 @@ def sides_of(what: str, scale: Scale) -> dict[str, list[str]]:
 
 
 def speed(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
-    """Measures training and sampling; each run is a process of its own."""
+    """Measures training and sampling; each run is a separate process."""
     shape = SHAPES[scale.shape]
     rate = product_rate(scale.device, 8192 if scale.device == "cuda" else 256)
     rows = [Row("products in bf16", scale.device, f"{rate / 1e12:.2f} TFLOP/s")]
@@ -208,7 +210,7 @@ def speed(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
             rows.append(Row(what, side, described(figures, products * num_weights(shape) / rate)))
         print(*rows[-1], sep=" | ", flush=True)
 
-    # Ours first: what there is no time for is a comparison.
+    # Ours first: if time runs out, only comparisons are lost.
     measured("sampling", "engine / transformers.generate", "gpu.py", ["--child", json.dumps([*scale, str(folder)])], 0)
     for what, products in (("sft", 6.0), ("dpo", 8.0)):
         for side, options in sides_of(what, scale).items():
@@ -220,7 +222,7 @@ def speed(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
 
 
 def described(figures: Figures, seconds_per_token: float) -> str:
-    """The figures of a run, as the cell of a table."""
+    """Formats the figures of a run for a table."""
     if "ratio" in figures:
         return f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['ratio']:.2f}x transformers.generate"
     found = f"{figures['seconds']:.3f} s, {figures['tokens_per_s']:,.0f} tokens/s, {figures['peak_mib']:,.0f} MiB"
@@ -274,7 +276,7 @@ def main() -> int:
             end += 60 * arguments.minutes * SHARES[part] / total
             try:
                 rows += PARTS[part](scale, Path(folder), partial(remaining, end))
-            except Exception as error:  # one part's failure must not cost the others their turn on the card
+            except Exception as error:  # a failing part must not keep the others from running
                 traceback.print_exc()
                 rows.append(Row(part, OURS, f"failed: {error}"))
                 failed = True
@@ -287,7 +289,7 @@ def main() -> int:
 
 
 def remaining(end: float) -> float:
-    """Seconds until a moment."""
+    """Seconds until a deadline."""
     return end - time.monotonic()
 
 

@@ -1,10 +1,10 @@
-"""Does a reward model tell right from wrong on real text? GSM8K's model solutions, and length alone beside it.
+"""Trains a reward model to tell right from wrong on GSM8K's model solutions, compared with length alone.
 
 A small model from scratch first learns to write the reference solutions of GSM8K's training problems, then to prefer
-right to wrong among four models' solutions of 1,000 other problems. It is asked which of a right and a wrong solution
-is better on 319 more (problems that have both: 568 and 163). A model of 4 million parameters soon knows the 1,888 pairs
-by heart, so the rate is low. The length baseline prefers the longer solution, or the shorter one, whichever is right
-more often on the 1,000. Intervals are the bootstrap's over problems, because pairs of one problem are not independent.
+right to wrong among four models' solutions of 1,000 other problems. It ranks right against wrong solutions of 319 more
+(problems that have both: 568 and 163). A model of 4 million parameters soon memorizes the 1,888 pairs, so the rate is
+low. The length baseline prefers the longer solution, or the shorter one, whichever is right more often on the 1,000.
+Intervals are bootstrapped over problems, because pairs of one problem are not independent.
 
     python benchmarks/gsm8k_reward.py --path data/gsm8k          # train.jsonl and example_model_solutions.jsonl
     python benchmarks/gsm8k_reward.py --path data/gsm8k --sft runs/gsm8k/sft/model  # starts from a model that can write
@@ -42,7 +42,7 @@ Array = npt.NDArray[np.float64]
 
 
 def options(lr: float) -> dict[str, Any]:
-    """What both stages have in common but for the learning rate."""
+    """Options of both stages, except the learning rate."""
     return {
         "optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=0.01),
         "lr_scheduler": partial(WarmupSchedule, warmup_steps=0.1, decay="cosine"),
@@ -51,7 +51,7 @@ def options(lr: float) -> dict[str, Any]:
 
 
 def fit(module: Any, data: lightning.LightningDataModule, args: argparse.Namespace, epochs: int) -> None:
-    """Trains, and says how it went in one line."""
+    """Trains, and prints the result in one line."""
     begin = time.perf_counter()
     run = trainer(max_epochs=epochs, max_steps=4 if args.tiny else -1)
     run.fit(module, datamodule=data)
@@ -61,7 +61,7 @@ def fit(module: Any, data: lightning.LightningDataModule, args: argparse.Namespa
 
 
 def trainer(**settings: Any) -> lightning.Trainer:
-    """A trainer that keeps nothing and is quiet."""
+    """Makes a quiet trainer without checkpoints."""
     return lightning.Trainer(
         accelerator="cpu",
         logger=False,
@@ -92,7 +92,7 @@ def train(args: argparse.Namespace, folder: str) -> tuple[RewardModule, Preferen
         predict=f"{solved}&split=heldout",
         global_batch_size=16,
         max_length=512,
-        on_too_long="truncate_end",  # a few solutions that repeat themselves without end
+        on_too_long="truncate_end",  # a few solutions repeat themselves without end
         seed=args.seed,
     )
     fit(reward, pairs, args, args.epochs)
@@ -100,18 +100,18 @@ def train(args: argparse.Namespace, folder: str) -> tuple[RewardModule, Preferen
 
 
 def longer(examples: list[Example]) -> Array:
-    """``(pairs,)`` by how many tokens the right solution is longer than the wrong one."""
+    """By how many tokens the right solution is longer than the wrong one, ``(pairs,)``."""
     solutions = [example.root.children for example in examples]
     return np.array([float(len(right.tokens) - len(wrong.tokens)) for right, wrong in solutions])
 
 
 def right(margins: Array) -> Array:
-    """``(pairs,)`` 1 where the right solution is ranked above the wrong one, a half where they are level."""
+    """1 where the right solution is ranked above the wrong one, a half for ties, ``(pairs,)``."""
     return (np.sign(margins) + 1) / 2
 
 
 def interval(values: Array, problems: npt.NDArray[np.int64], seed: int = 0) -> tuple[float, float, float]:
-    """The mean over pairs, and its 95 % interval by drawing problems with replacement."""
+    """The mean over pairs, and its 95 % interval by resampling problems with replacement."""
     sums, counts = np.bincount(problems, weights=values), np.bincount(problems)
     draws = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
     means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
@@ -138,6 +138,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         reward, pairs = train(args, f"{folder}/sft")
         rows = [row for batch in trainer().predict(reward, datamodule=pairs) or [] for row in batch]
+
+    # The length baseline takes its direction from the training pairs, as the reward model takes its weights.
     margins = np.array([row["rewards"][0] - row["rewards"][1] for row in rows])
     seen, held_out = (
         [e for batch in loader for e in batch] for loader in (pairs.train_dataloader(), pairs.predict_dataloader())

@@ -1,7 +1,7 @@
-"""Measures the source: rooms and the imports between them, size, depth of inheritance, comments, docstrings.
+"""Measures the source: packages and the imports between them, size, inheritance depth, comments, docstrings.
 
     python benchmarks/house.py             # the numbers
-    python benchmarks/house.py --picture   # the rooms, one floor a line, with what each imports
+    python benchmarks/house.py --picture   # the rooms, one floor a line, with the imports of each
 
 The floors are those that ``CONTRIBUTING.md`` lists and ``tests/test_house.py`` holds the code to.
 """
@@ -51,7 +51,7 @@ def sources() -> dict[str, Path]:
             inside = path.relative_to(ROOT).with_suffix("").parts
             parts = inside if inside[0] == PACKAGE else (PACKAGE, *inside)
             if parts[:2] in ((PACKAGE, "datamodules"), (PACKAGE, "callbacks")) and inside[0] == PACKAGE:
-                continue  # through the link
+                continue  # reached through a symbolic link
             found[".".join(parts).removesuffix(".__init__")] = path
     return found
 
@@ -90,7 +90,7 @@ def upward(graph: Graph) -> list[tuple[str, str]]:
 
 
 def closure(graph: Graph, start: str) -> set[str]:
-    """A module and all that it imports, however indirectly; packages' faces are not followed."""
+    """A module and all its direct and indirect imports; a package's ``__init__`` is not followed."""
     found, todo = set(), [start]
     while todo:
         name = todo.pop()
@@ -101,7 +101,7 @@ def closure(graph: Graph, start: str) -> set[str]:
 
 
 def length(node: ast.AST) -> int:
-    """Lines of a function or class without its docstring."""
+    """Number of lines of a function or class without its docstring."""
     lines = (node.end_lineno or 0) - node.lineno + 1  # type: ignore[attr-defined]
     text = ast.get_docstring(node, clean=False)  # type: ignore[arg-type]
     return lines - (text.count("\n") + 1 if text else 0)
@@ -124,14 +124,14 @@ def docstrings(path: Path) -> Iterator[str]:
 
 
 def comment_lines(path: Path) -> int:
-    """Lines that are a comment and nothing else."""
+    """Number of lines that hold only a comment."""
     with tokenize.open(path) as file:
         tokens = tokenize.generate_tokens(file.readline)
         return sum(token.type == tokenize.COMMENT and token.line.strip().startswith("#") for token in tokens)
 
 
 def code_lines(path: Path) -> int:
-    """Lines that are neither empty, nor a comment, nor of a docstring."""
+    """Number of lines that are neither empty, nor a comment, nor of a docstring."""
     text = path.read_text(encoding="utf-8")
     written = sum(bool(line.strip()) and not line.strip().startswith("#") for line in text.splitlines())
     of_docstrings = sum(sum(bool(line.strip()) for line in text.splitlines()) for text in docstrings(path))
@@ -153,12 +153,12 @@ def depth(files: dict[str, Path]) -> tuple[int, str]:
 
 
 def lines(paths: Iterable[Path]) -> int:
-    """Lines of files, all counted."""
+    """Total number of lines of files."""
     return sum(path.read_text(encoding="utf-8").count("\n") for path in paths)
 
 
 def numbers() -> dict[str, str]:
-    """What is measured, by name."""
+    """All measurements, by name."""
     files = sources()
     graph = imports(files)
     texts = [text for path in files.values() for text in docstrings(path)]
@@ -180,13 +180,13 @@ def numbers() -> dict[str, str]:
 
 
 def arrows(graph: Graph) -> Counter[tuple[str, str]]:
-    """How often a room imports from another one."""
+    """Counts the imports of each room from another."""
     pairs = ((room(name), room(other)) for name, others in graph.items() for other in others)
     return Counter((one, two) for one, two in pairs if one != two and one in FLOORS and two in FLOORS)
 
 
 def picture() -> str:
-    """The floors as text, top first, each with the rooms that it imports from."""
+    """Formats the floors as text, top first, each with the rooms that it imports from."""
     files = sources()
     found = arrows(imports(files))
     sizes = Counter(room(module) for module in files)

@@ -1,4 +1,4 @@
-"""Does it learn? Every method on the embedded task over several seeds, held-out figures and what is required of them.
+"""Trains every method on the embedded task over several seeds, and checks held-out metrics against requirements.
 
     python benchmarks/learning.py                                 # seeds 0, 1, 2, everything
     python benchmarks/learning.py --seeds 0 --only dpo grpo       # some of it
@@ -27,8 +27,8 @@ from rich.table import Table
 
 QUICKSTART = "configs/pipelines/quickstart.yaml"
 VERIFIER = "rlhf_lightning.rewards.exact_answer"
-# What every seed has to reach.
-LEAST_SFT, MOST_SFT = 0.30, 0.75  # of the mean over the seeds
+# Requirements for every seed.
+LEAST_SFT, MOST_SFT = 0.30, 0.75  # for the mean over the seeds
 LEAST_PAIR_ACCURACY, LEAST_STEP_F1, LEAST_GRPO = 0.90, 0.85, 0.90
 MOST_GRPO_SECONDS = 240
 GAINS = {
@@ -44,27 +44,29 @@ GROUPS = ("dpo", "simpo", "kto", "grpo", "ppo", "ppo_verifier", "grpo_steps", "p
 
 
 def number_of_steps(completions: Sequence[str], **columns: Any) -> list[float]:
-    """A reward that can be hacked: solutions in steps are right more often than guesses, so it pays for steps."""
+    """A reward that can be hacked: it pays for steps, since solutions in steps are right more often than guesses."""
     return [float(completion.count("=")) for completion in completions]
 
 
 def pipeline(groups: Sequence[str]) -> Any:
-    """The quickstart's stages and those that only this script has."""
+    """The quickstart's stages and those of this script."""
     config: Any = OmegaConf.load(QUICKSTART)
     reward, grpo, ppo = config.stages.reward, config.policies.grpo.grpo, config.policies.ppo.ppo
     logger = config.stages.sft.trainer.logger
+
+    # Reward models: an ensemble, a longer run, and a process reward model.
     members = {"num_models": 4, "bootstrap": True, "optimizer": {"init_args": {"lr": 5.0e-4}}}
     train = "sums:preference?rows=9600&careless=0.15&seed=${seed}2"
     changes = {"model": {"init_args": members}, "data": {"init_args": {"train": train}}}
     ensemble = OmegaConf.merge(reward, changes)
-    # The quickstart's reward model has no time to learn of every seed what tells a slip.
+    # The quickstart's reward model is trained too briefly to detect slips with every seed.
     train = "sums:preference?rows=32000&careless=0.15&seed=${seed}2"
     longer = OmegaConf.merge(reward, {"data": {"init_args": {"train": train}}})
     steps = OmegaConf.merge(
         reward,
         {
             "config": ["configs/process_reward/default.yaml", *reward.config[1:]],
-            # What tells a wrong step has been learned from pairs; from the SFT model it takes several times as long.
+            # Start from the reward model, which detects wrong steps already: from SFT it takes several times as long.
             "model": {
                 "init_args": {"model": "${outputs.reward_longer.model}", "optimizer": {"init_args": {"lr": 3.0e-4}}}
             },
@@ -81,6 +83,8 @@ def pipeline(groups: Sequence[str]) -> Any:
     )
     for key in ("pooling", "center_rewards_coefficient"):
         del steps.model.init_args[key]
+
+    # Policies: rewarded step by step, by a reward that can be hacked, and by the verifier.
     dense = {
         "model": {
             "init_args": {
@@ -102,6 +106,7 @@ def pipeline(groups: Sequence[str]) -> Any:
     )
     guard = {"class_path": "rlhf_lightning.callbacks.KLGuard", "init_args": {"max_kl": 0.03}}
     guarded = OmegaConf.merge(hacked, {"trainer": {"callbacks": [*hacked.trainer.callbacks, guard]}})
+
     verified = {"model": {"init_args": {"rewards": [VERIFIER]}}}
     config.policies |= {
         "rewards": {"reward_longer": longer, "ensemble": ensemble, "process_reward": steps},
@@ -145,7 +150,7 @@ def disagreement(run_dir: Path, source: str) -> float:
 
 
 def figures(stages: dict[str, Any], run_dir: Path) -> dict[str, float]:
-    """The figures of a seed, by name."""
+    """The metrics of a seed, by name."""
     found = {name: stage["test_accuracy"] for name, stage in stages.items() if stage["test_accuracy"] is not None}
     if "process_reward" in stages:
         found["pair_accuracy"] = stages["reward_longer"]["metrics"]["test/rewards/accuracies"]
@@ -159,7 +164,7 @@ def figures(stages: dict[str, Any], run_dir: Path) -> dict[str, float]:
 
 
 def requirements(found: list[dict[str, float]]) -> dict[str, bool]:
-    """What is required, and whether every seed reaches it."""
+    """The requirements, and whether every seed meets them."""
     checks: dict[str, bool] = {}
     sft = statistics.mean(seed["sft"] for seed in found)
     checks[f"SFT between {LEAST_SFT:.0%} and {MOST_SFT:.0%} on the mean"] = LEAST_SFT <= sft <= MOST_SFT
@@ -186,7 +191,7 @@ def requirements(found: list[dict[str, float]]) -> dict[str, bool]:
 def draw(run_dirs: Sequence[Path], path: Path) -> None:
     """Accuracy on validation problems against seconds of training: SFT, then the five that start from it.
 
-    Thin lines are seeds. What a method needs before it can start counts: sampling pairs, or training the reward model.
+    Thin lines are seeds. Time includes a method's preparations: sampling pairs, or training the reward model.
     """
     from matplotlib.figure import Figure
 
@@ -225,7 +230,7 @@ def draw(run_dirs: Sequence[Path], path: Path) -> None:
 
 
 def main() -> int:
-    """Runs all seeds, prints the table, and says what holds."""
+    """Runs all seeds, prints the table, and reports which requirements hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--run_dir", type=Path, default=Path("runs/learning"))

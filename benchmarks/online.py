@@ -2,7 +2,7 @@
 
 TRL runs *as it comes*, with all completions on the device at once, and *at its best*: its gradient from all, a quarter,
 an eighth or a thirty-second of the completions at a time, each tried once, and the fastest compared. Each run is a
-process of its own; ours and the two settings alternate, and medians of the pairwise ratios are printed.
+separate process; ours and the two settings alternate, and medians of the pairwise ratios are printed.
 Both sample at temperature 1 without filters, keep no reference policy (TRL's default) and make one update on the
 whole batch. Two workloads: ``equal``, where no completion may end before its limit, and ``tail``, where the model ends
 its completions at random, so that a few are much longer than most; lengths are the same in distribution then, and
@@ -13,8 +13,8 @@ Peak memory is the process's largest resident set, libraries included.
     python benchmarks/online.py --workloads tail --pairs 5 --settings trl
     python benchmarks/online.py --ours ppo --settings    # seconds of our PPO: TRL has none any more
 
-For our side it also says, of one profiled iteration of ``equal``, how much of the time was spent in matrix products,
-and how fast the machine multiplies matrices of the model's size.
+For our side it also prints the share of matrix products in one profiled iteration of ``equal``, and how fast the
+machine multiplies matrices of the model's size.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ SHARED = (
     "shape",
     "limit",
     "precision",
-)  # options that a child is given
+)  # options passed to a child
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear")
 
 
 class Workload(NamedTuple):
-    """How long completions are."""
+    """Lengths of completions."""
 
     limit: int
     mean_length: int | None  # None: every completion runs to the limit
 
 
-# TRL's settings, by the number of parts in which its gradient is made; the one that it comes with first.
+# TRL's settings, by the number of parts in which its gradient is computed; the default one first.
 SETTINGS = {"trl": 1, "trl-4": 4, "trl-8": 8, "trl-32": 32}
 WORKLOADS = {"equal": Workload(64, None), "tail": Workload(512, 64)}
 
 
 def workload_of(arguments: argparse.Namespace, name: str) -> Workload:
-    """A workload, with the limit that was asked for."""
+    """Returns a workload, with the limit of the arguments."""
     work = WORKLOADS[name]
     return work._replace(limit=arguments.limit or work.limit)
 
@@ -70,7 +70,7 @@ def end_at_random(folder: str, mean_length: int) -> None:
     """Changes a model's weights so that about one token in ``mean_length`` ends a completion.
 
     The first component of every embedding becomes 1 and stays about the same through the layers, whatever the context
-    is. Since embeddings are tied, what the end's token has in addition there raises its score by a constant.
+    is. Since embeddings are tied, an addition to the end token's there raises its logit by a constant.
     """
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,7 @@ def reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[floa
 
 
 class Clock:
-    """Seconds and sampled tokens of each iteration."""
+    """Records seconds and sampled tokens of each iteration."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -100,23 +100,23 @@ class Clock:
         self.peak = 0.0
 
     def reward(self, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
-        """The reward function, which also counts."""
+        """The reward function, which also counts tokens."""
         self.tokens.append(sum(map(len, completion_ids)))
         return reward(completion_ids)
 
     def begin(self) -> None:
-        """Before an iteration."""
+        """Starts an iteration."""
         self.start = time.perf_counter()
 
     def end(self) -> None:
-        """After an iteration."""
+        """Ends an iteration."""
         wait_for(self.device)
         self.times.append(time.perf_counter() - self.start)
         self.peak = peak_mib(self.device)
 
 
 def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Workload, clock: Clock) -> dict[str, Any]:
-    """Trains with our GRPO or PPO; with the profiler on in the last iteration, says how much of it was products."""
+    """Trains with our GRPO or PPO; profiling the last iteration gives the share of matrix products."""
     import lightning
     from torch.profiler import ProfilerActivity, profile
 
@@ -124,7 +124,7 @@ def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Wor
     from rlhf_lightning.modules import GRPOModule, PPOModule
 
     profiler = profile(activities=[ProfilerActivity.CPU])
-    last = arguments.steps  # one more than counts
+    last = arguments.steps  # an extra iteration, which is not timed
 
     class Timing(lightning.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
@@ -156,12 +156,16 @@ def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Wor
         "max_completion_length": work.limit,
         "min_completion_length": 0 if work.mean_length else work.limit,
     }
+
+    # The profiled iteration comes last, on the first prompts again.
     kind: Any = PPOModule if arguments.ours == "ppo" else GRPOModule
     train = prompts + prompts[: arguments.prompts if arguments.profile else 0]
     trainer.fit(
         kind(arguments.folder, **options),
         PromptDataModule(train=train, global_batch_size=arguments.prompts, shuffle=False),
     )
+
+    # Tokens of the profiled iteration do not count.
     if not arguments.profile:
         return {}
     clock.tokens.pop()
@@ -183,6 +187,7 @@ def theirs(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: W
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             clock.end()
 
+    # The same batch as ours, with the gradient accumulated over ``parts``.
     parts = SETTINGS[arguments.side]
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -223,7 +228,7 @@ def child(arguments: argparse.Namespace) -> None:
         theirs(arguments, prompts, work, clock)
     else:
         found = ours(arguments, prompts, work, clock)
-    # Lengths differ from iteration to iteration: what is compared is the whole.
+    # Lengths differ between iterations: compare totals.
     seconds, tokens = sum(clock.times[1:]), sum(clock.tokens[1:])
     found |= {
         "seconds": seconds / len(clock.times[1:]),
@@ -234,7 +239,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def product_rate() -> float:
-    """GFLOP per second of a product of 2,048 tokens with a weight of the model's feed-forward layer."""
+    """GFLOP/s of a product of 2,048 tokens with a weight of the model's feed-forward layer."""
     shape = SHAPES["small"]
     tokens, weight = torch.randn(2048, shape.hidden), torch.randn(shape.intermediate, shape.hidden)
     best = math.inf
@@ -246,10 +251,10 @@ def product_rate() -> float:
 
 
 def measure(arguments: argparse.Namespace, workload: str, side: str, number: int) -> Figures:
-    """Runs one side in a process of its own."""
+    """Runs one side in a separate process."""
     command = ["--workloads", workload, "--side", side, "--seed", str(number)]
     command += [f"--{name}={getattr(arguments, name)}" for name in ("folder", *SHARED)]
-    # A profile of hundreds of short decoding steps takes longer to add up than the run itself.
+    # Summarizing a profile of hundreds of short decoding steps takes longer than the run itself.
     on_cpu = arguments.device == "cpu"
     if side == OURS and number == arguments.pairs - 1 and workload == "equal" and on_cpu:
         command.append("--profile")
@@ -276,6 +281,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+
+    # A child measures one side.
     if arguments.side:
         child(arguments)
         return

@@ -3,8 +3,8 @@
     python benchmarks/sharding.py                      # 1 rank, then 2
     python benchmarks/sharding.py --ranks 4 --layers 24
 
-What is reported is resident memory above that of the process before it loads, so that libraries do not count. All of a
-rank's memory is the host's here; on GPUs only rank 0 holds weights on the host, and only while it loads.
+Reports resident memory above that of the process before loading, so that libraries do not count. All of a rank's
+memory is on the host here; on GPUs only rank 0 holds weights on the host, and only while it loads.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ MIB = 1 << 20
 
 
 def resident(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (the most since the last reset) of this process, in MiB."""
+    """``VmRSS`` (current) or ``VmHWM`` (peak since the last reset) of this process, in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def reset_peak() -> None:
-    """Makes ``VmHWM`` begin anew."""
+    """Resets ``VmHWM``."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def worker(folder: str, strategy: str, tokens: int) -> None:
-    """Trains two steps on this rank, and writes down its memory."""
+    """Trains two steps on this rank, and records its memory."""
     import lightning
     import numpy as np
     import torch
@@ -61,10 +61,12 @@ def worker(folder: str, strategy: str, tokens: int) -> None:
         def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
             figures["train"] = resident("VmHWM") - figures["before"]
 
+    # Every rank gets its share of the same two rows.
     rng = np.random.default_rng(0)
     completion = rng.integers(3, 1000, size=tokens)
     rows = [Example(f"row:{n}", Segment([1, 2], children=(Segment(completion, np.ones(tokens)),))) for n in range(2)]
     batch = ExampleBatch(rows[rank::world])
+
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -76,6 +78,8 @@ def worker(folder: str, strategy: str, tokens: int) -> None:
         enable_model_summary=False,
         **options,
     )
+
+    # The token budget is one row per micro-batch.
     torch.set_num_threads(1)
     trainer.fit(SFTModule(folder, micro_batch_tokens=tokens + 2), torch.utils.data.DataLoader([batch], batch_size=None))
     (Path(folder) / f"{strategy}-{rank}.json").write_text(json.dumps(figures), encoding="utf-8")
@@ -107,12 +111,12 @@ def build(folder: Path, layers: int, width: int, vocabulary: int) -> float:
 
 
 def measure(folder: str, strategy: str, ranks: int, tokens: int) -> list[dict[str, float]]:
-    """Runs the worker on every rank; what each measured."""
+    """Runs the worker on every rank; returns the measurements of each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [__file__, "--worker", folder, "--strategy", strategy, "--tokens", str(tokens)]
     root = str(Path(__file__).resolve().parents[1])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    # Otherwise glibc keeps what was gathered of each layer and freed, which no allocator of a GPU would count.
+    # Otherwise glibc keeps the freed buffers of gathered layers, which a GPU's allocator would not count.
     env["MALLOC_MMAP_THRESHOLD_"] = "262144"
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -121,7 +125,7 @@ def measure(folder: str, strategy: str, ranks: int, tokens: int) -> list[dict[st
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12)

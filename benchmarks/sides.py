@@ -1,4 +1,4 @@
-"""Compare our side with a peer, as it comes and at its best setting; every run is a process of its own."""
+"""Compares our side with a peer, at its default and its best setting; every run is a separate process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Figures = dict[str, float]
-FIGURES = ("seconds", "tokens_per_s", "peak_mib")  # what every run says; it may say more
+FIGURES = ("seconds", "tokens_per_s", "peak_mib")  # printed by every run, perhaps with others
 OURS = "ours"
 # glibc gives the buffers of a step back and pages them in again in the next one, which can take most of a step where
 # logits are large; both sides are told to keep them.
@@ -37,7 +37,7 @@ def run_child(script: str, arguments: Sequence[str], threads: int, timeout: floa
 
 
 def wait_for(device: str) -> None:
-    """Waits until everything that was launched on a device is done."""
+    """Waits until all work launched on a device is done."""
     if device == "cuda":
         import torch
 
@@ -45,7 +45,7 @@ def wait_for(device: str) -> None:
 
 
 def peak_mib(device: str) -> float:
-    """The most memory that this process has held: on the device, or on a CPU the largest resident set."""
+    """Peak memory of this process: on the device, or on a CPU the largest resident set."""
     if device == "cuda":
         import torch
 
@@ -69,7 +69,7 @@ def compare(measure: Callable[[str, int], Figures], settings: Sequence[str], pai
         print(f"  {side:12s} {figures}", flush=True)
         return figures
 
-    # One run of each setting: enough to tell which is the fastest, since they differ by tens of per cent.
+    # One run of each setting is enough to find the fastest, since they differ by tens of per cent.
     searched: dict[str, Figures] = {}
     for setting in settings:
         try:
@@ -79,7 +79,7 @@ def compare(measure: Callable[[str, int], Figures], settings: Sequence[str], pai
     best = max(searched, key=lambda side: searched[side]["tokens_per_s"], default="")
     smallest = min(searched, key=lambda side: searched[side]["peak_mib"], default="")
 
-    # The search does not count: the machine may have been in another state then.
+    # The search does not count: the machine may have been in another state.
     sides = [OURS, *dict.fromkeys(side for side in (*settings[:1], best) if side in searched)]
     results: dict[str, list[Figures]] = {side: [] for side in sides}
     for number in range(pairs):

@@ -3,7 +3,7 @@
 TRL runs *as it comes*, with the whole batch on the device at once, and *at its best*: each number of rows per device
 (8, 4, 2, 1, gradients accumulated to the same batch; for SFT also packed) is tried once, and the fastest is compared.
 Both run without gradient checkpointing and truncation, in the precision of ``--precision``; ours with its defaults.
-Each run is a process of its own; ours and the two settings alternate, and medians of the pairwise ratios are printed.
+Each run is a separate process; ours and the two settings alternate, and medians of the pairwise ratios are printed.
 Peak memory is the process's largest resident set, libraries included. A batch is eight rows: eight pairs, or the halves
 of four for KTO. With ``--ranked 4`` every prompt has four completions in order of merit, two prompts to a batch: pairs
 are all six of them, as in Ouyang et al. (2022), and single rows all four. With ``--ranked 1`` no two single rows have
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     head_dim: int
 
 
-# Qwen3's shape: the one that all figures are of, and that of a model with 1.5 billion weights, for GPUs.
+# Qwen3's shape: the size of all reported figures, one with 1.5 billion weights for GPUs, and one for rehearsals.
 SHAPES = {
     "small": Shape(vocab=32768, hidden=384, intermediate=1024, layers=8, heads=6, kv_heads=2, head_dim=64),
     "1.5b": Shape(vocab=151936, hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, head_dim=128),
@@ -57,7 +57,7 @@ Asked = tuple[str, list[str]]  # a prompt and its completions, the best one firs
 
 # Median, spread of the logarithm, least and most tokens: of prompts, then of completions.
 LENGTHS = {
-    "gsm8k": ((58, 0.35, 20, 180), (105, 0.40, 30, 320)),  # those of GSM8K's problems and solutions
+    "gsm8k": ((58, 0.35, 20, 180), (105, 0.40, 30, 320)),  # GSM8K's problems and solutions
     "summaries": ((300, 0.40, 80, 512), (36, 0.20, 24, 48)),  # posts and summaries: Stiennon et al. (2020)
     "chat": ((150, 0.90, 10, 1000), (150, 0.70, 10, 800)),  # both with the long tails of conversations
 }
@@ -65,7 +65,7 @@ LENGTHS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """One of TRL's trainers, with the options in which it differs from the others."""
+    """A trainer of TRL, with its specific options."""
 
     trainer: str
     config: str
@@ -79,7 +79,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Method:
-    """A module and datamodule of ours, what its rows look like, and who else trains on them."""
+    """A module and datamodule of ours, the rows that they train on, and the peers to compare with."""
 
     module: str
     datamodule: str
@@ -88,12 +88,12 @@ class Method:
 
 
 def by_rows(peer: Peer) -> dict[str, Peer]:
-    """A trainer on whole batches, and on fewer rows at a time, which pads less."""
+    """A trainer with whole batches on the device, and with fewer rows at a time, which pads less."""
     return {"trl": peer, **{f"trl-{rows}": replace(peer, per_device=rows) for rows in (4, 2, 1)}}
 
 
 def pairs(asked: list[Asked]) -> list[Row]:
-    """All pairs of a prompt's completions."""
+    """Makes all pairs of a prompt's completions."""
     return [
         {"prompt": prompt, "chosen": better, "rejected": worse}
         for prompt, answers in asked
@@ -102,12 +102,12 @@ def pairs(asked: list[Asked]) -> list[Row]:
 
 
 def demonstrations(asked: list[Asked]) -> list[Row]:
-    """The best completions alone."""
+    """Takes only the best completions."""
     return [{"prompt": prompt, "completion": answers[0]} for prompt, answers in asked]
 
 
 def verdicts(asked: list[Asked]) -> list[Row]:
-    """All completions, of which the better half is desirable; single ones are so in turn."""
+    """Labels the better half of a prompt's completions desirable; single ones alternate."""
     return [
         {
             "prompt": prompt,
@@ -169,7 +169,7 @@ METHODS = {
 
 
 def random_prompts(count: int, lengths: str, ranked: int, vocab: int = SHAPES["small"].vocab) -> list[Asked]:
-    """Random words: prompts and their completions."""
+    """Draws prompts and completions of random words."""
     prompt, completion = LENGTHS[lengths]
     rng = np.random.default_rng(0)
 
@@ -181,7 +181,7 @@ def random_prompts(count: int, lengths: str, ranked: int, vocab: int = SHAPES["s
 
 
 def write_model(folder: Path, shape: Shape = SHAPES["small"], device: str = "cpu") -> None:
-    """A random model, in bf16 where it was drawn on a GPU, and a tokenizer of whole words, one token each."""
+    """Writes a random model, in bf16 on a GPU, and a tokenizer of whole words, one token each."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -213,7 +213,7 @@ def write_model(folder: Path, shape: Shape = SHAPES["small"], device: str = "cpu
 
 
 def ours(method: Method, data: list[Row], batch: int, arguments: argparse.Namespace) -> list[float]:
-    """Seconds of each step."""
+    """Trains with our module; returns the seconds of each step."""
     import lightning
 
     times: list[float] = []
@@ -247,7 +247,7 @@ def ours(method: Method, data: list[Row], batch: int, arguments: argparse.Namesp
 
 
 def theirs(peer: Peer, data: list[Row], batch: int, arguments: argparse.Namespace) -> list[float]:
-    """Seconds of each step of TRL's trainer."""
+    """Trains with TRL's trainer; returns the seconds of each step."""
     import torch
     import transformers
     from datasets import Dataset
@@ -262,6 +262,7 @@ def theirs(peer: Peer, data: list[Row], batch: int, arguments: argparse.Namespac
             wait_for(arguments.device)
             times.append(time.perf_counter() - self.start)
 
+    # The same global batch as ours, with gradients accumulated where a setting has fewer rows on the device.
     model = getattr(transformers, peer.model).from_pretrained(
         arguments.folder, dtype=torch.float32, **peer.model_options
     )
@@ -282,8 +283,9 @@ def theirs(peer: Peer, data: list[Row], batch: int, arguments: argparse.Namespac
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
     }
+
     trl = import_module(peer.module)
-    # TRL joins the texts of prompt and completion; without a blank their words would be one.
+    # TRL joins the texts of prompt and completion; without a blank two words would merge.
     spaced = [
         {name: f" {v}" if name in ("completion", "chosen", "rejected") else v for name, v in row.items()}
         for row in data
@@ -299,7 +301,7 @@ def theirs(peer: Peer, data: list[Row], batch: int, arguments: argparse.Namespac
 
 
 def num_tokens(row: Row) -> int:
-    """The tokens of a row, each completion's end included, a prompt counted once."""
+    """Number of tokens of a row, each completion's end included, the prompt counted once."""
     texts = [value for value in row.values() if isinstance(value, str)]
     return sum(len(text.split()) for text in texts) + len(texts) - 1
 

@@ -30,7 +30,7 @@ from .utils.quiet import quiet
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
 _CLASSES = (PostTrainingModule, lightning.LightningDataModule, lightning.Callback)
-# Subcommands of LightningCLI, and those with a module of their own.
+# Subcommands of LightningCLI, and subcommands with their own module.
 _ONE_METHOD = ("fit", "validate", "test", "predict")
 _COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".labeling.command"}
 _USAGE = """\
@@ -48,16 +48,16 @@ fit --model.help=DPOModule and fit --data.help=PreferenceDataModule list the opt
 
 
 class Parser(LightningArgumentParser):
-    """A parser that takes values as they were written, and raises what it has to say, in one line.
+    """A parser that takes values as written, and raises errors of one line.
 
-    The beginning of an option is no option.
+    Abbreviated options are not accepted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"parser_mode": yaml_parser.MODE, "allow_abbrev": False, **kwargs})
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
-        """Parses a command line, or (then there are defaults) one option inside of another."""
+        """Parses a command line, or, with ``defaults``, one option nested in another."""
         if args is not None and "defaults" in kwargs:
             args = [
                 "=".join((key, *map(yaml_parser.flow, value))) for key, *value in (arg.split("=", 1) for arg in args)
@@ -65,7 +65,7 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *others, **kwargs)
 
     def add_instantiator(self, instantiator: Any, *args: Any, **kwargs: Any) -> None:
-        """Adds what builds objects of a class."""
+        """Adds a function that builds objects of a class."""
         super().add_instantiator(yaml_parser.with_plain_arguments(instantiator), *args, **kwargs)
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ class Parser(LightningArgumentParser):
         return yaml_parser.plain(super().instantiate_classes(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises ``UsageError`` instead of printing usage and leaving."""
+        """Raises ``UsageError`` instead of printing the usage and exiting."""
         raise UsageError(explain(message, self._all_options(), _known_classes())) from ex
 
     def _all_options(self) -> Iterator[str]:
@@ -83,17 +83,17 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the configuration of a ``fit`` beside what it logs, and never over another one.
+    """Writes the configuration of a ``fit`` into its log folder, without overwriting another one.
 
-    It goes to ``config.yaml``; where that is somebody else's, or another run's, to ``config-1.yaml`` and so on.
+    The file is ``config.yaml``, or ``config-1.yaml`` and so on if that exists with other contents.
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Does nothing: it is not known yet whether the run begins."""
+        """Does nothing: checks that may refuse the run are still to come."""
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes it, when everything has been checked."""
-        folder = trainer.log_dir  # the same on all ranks, which it is asked of
+        """Writes the configuration, after all checks."""
+        folder = trainer.log_dir  # a collective: call it on all ranks
         trial = getattr(trainer, "fast_dev_run", False)
         if trial or self.already_saved or folder is None:
             return
@@ -118,8 +118,8 @@ class PostTrainingCLI(LightningCLI):
 
     Args:
         args: the command line, without the program's name.
-        run: run the subcommand that ``args`` begin with; otherwise there is none, and everything is built and left.
-        trainer_defaults: defaults of the trainer's options, and callbacks to add to those configured.
+        run: run the subcommand that ``args`` begin with; if False, ``args`` have none, and everything is only built.
+        trainer_defaults: defaults of the trainer's options, and callbacks to add to the configured ones.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class PostTrainingCLI(LightningCLI):
     ) -> None:
         for name in _WITH_SHORT_NAMES:
             import_module(f".{name}", __package__)
-        # What LightningCLI calls of jsonargparse is Lightning's to change.
+        # Deprecated jsonargparse calls are in LightningCLI and cannot be fixed here.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         super().__init__(
             PostTrainingModule,
@@ -145,15 +145,15 @@ class PostTrainingCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses ``args``; ``sys.argv`` plays no part, so there is nothing to warn of."""
+        """Parses ``args`` without LightningCLI's warning, since ``sys.argv`` is not used."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Has all other objects built like modules and datamodules, which have an instantiator of Lightning's."""
+        """Builds all other objects like modules and datamodules, for which Lightning adds an instantiator."""
         self.parser.add_instantiator(lambda class_type, *args, **kwargs: class_type(*args, **kwargs), object)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Builds the trainer; of checkpoints that contradict each other, Lightning would not say what to write."""
+        """Builds the trainer, and refuses contradictory checkpoint options with advice that Lightning does not give."""
         from .callbacks import ModelExport
         from .callbacks.training_checkpoint import check_enabled
 
@@ -164,11 +164,11 @@ class PostTrainingCLI(LightningCLI):
         makes = any(isinstance(callback, Checkpoint) for callback in callbacks)
         exports = any(isinstance(callback, ModelExport) for callback in callbacks)
         if given.get("enable_checkpointing") is None and exports and not makes:
-            kwargs["enable_checkpointing"] = False  # the model is exported; Lightning would write all of it once more
+            kwargs["enable_checkpointing"] = False  # the model is exported; Lightning would write it again
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs it; Lightning would take the model as it is where there is no last checkpoint."""
+        """Runs the subcommand; without a last checkpoint Lightning would silently use the initial model."""
         from .callbacks.training_checkpoint import check_last
 
         if subcommand != "fit" and self._get(self.config_init, "ckpt_path") == "last":
@@ -182,10 +182,10 @@ class PostTrainingCLI(LightningCLI):
         return parser
 
     def before_predict(self) -> None:
-        """Has predictions written.
+        """Adds a writer of predictions.
 
         Raises:
-            UsageError: nothing says where to.
+            UsageError: no output is given.
         """
         from .callbacks import PredictionWriter
 
@@ -197,17 +197,17 @@ class PostTrainingCLI(LightningCLI):
             raise UsageError("nothing says where predictions go: give --output=FILE.jsonl")
 
     def predict(self, **kwargs: Any) -> None:
-        """Predicts, and keeps nothing in memory: a callback writes it."""
+        """Predicts without keeping results in memory: a callback writes them."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves the configuration as it is, and says where a checkpoint was made with another one.
+        """Keeps the configuration, and warns if a checkpoint was made with a different one.
 
-        LightningCLI would replace it by the checkpoint's hyper-parameters, whatever the command line says.
+        LightningCLI would replace it by the checkpoint's hyper-parameters, even where the command line sets others.
         """
         config = self.config.get(self.config.get("subcommand"), {})
         path = config.get("ckpt_path")
-        if not path or not Path(path).is_file() or not is_zipfile(path):  # a damaged one is reported when it is loaded
+        if not path or not Path(path).is_file() or not is_zipfile(path):  # loading reports a damaged one
             return
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
         given = _plain(config["model"].get("init_args", {}))
@@ -229,8 +229,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: without the program's name; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: 2 after a mistake in what was asked for, 1 after one found while running, 128 and its number after
-            a signal.
+        SystemExit: 2 after a mistake in the arguments, 1 after an error while running, 128 plus its number after a
+            signal.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments or os.environ.get("RLHF_LIGHTNING_TRACEBACK", "0") not in ("", "0")
@@ -249,7 +249,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _said(error: Exception) -> str:
-    """An error in one line; of one that nobody foresaw also its kind, and how to find its place."""
+    """Describes an error in one line; an unexpected one with its type and how to see the traceback."""
     text = explain(str(error))
     if isinstance(error, RuntimeError) and is_peer_loss(error):
         return f"another rank has ended, and says why ({' '.join(str(error).split())[:120]})"
@@ -279,7 +279,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _with_packaged_configs(args: Sequence[str]) -> Iterator[str]:
-    """Points ``--config configs/...`` to the packaged file where there is none of that name here."""
+    """Points ``--config configs/...`` to the packaged file if no such file exists in the current folder."""
     previous = ""
     for argument in args:
         flag, _, value = argument.partition("=")
@@ -293,7 +293,7 @@ def _with_packaged_configs(args: Sequence[str]) -> Iterator[str]:
 
 
 def _known_classes() -> Iterator[type]:
-    """Every module, datamodule and callback that has been imported."""
+    """Yields every imported module, datamodule and callback class."""
     waiting: list[type] = list(_CLASSES)
     while waiting:
         cls = waiting.pop()

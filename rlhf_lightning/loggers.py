@@ -1,4 +1,4 @@
-"""A plain log of metrics, one line of JSON per call: what the pipeline's report draws its curves from."""
+"""A plain log of metrics, one line of JSON per call; the pipeline's report draws its curves from it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .utils.files import hold, release
 class JSONLLogger(Logger):
     """Appends ``{"step": 10, "train/loss": 0.7}`` to a file whenever metrics are logged.
 
-    A later run goes on in the same file, behind an empty line. Rows of ``validate``, ``test`` and ``predict`` say so
-    (``"run": "validate"``), so that they never pass for those of training.
+    A later run continues the same file, after an empty line. Rows of ``validate``, ``test`` and ``predict`` are marked
+    (``"run": "validate"``), to tell them from rows of training.
 
     Args:
-        path: the file; its folder is made. A file that is no such log is refused when a run begins.
+        path: the file; its folder is created. A file that is not such a log is refused when a run begins.
 
     Example::
 
@@ -38,17 +38,17 @@ class JSONLLogger(Logger):
         self._is_claimed = False
 
     def begin(self, run: str) -> None:
-        """Says what is logged from now on: that of ``fit``, ``validate``, ``test`` or ``predict``."""
+        """Sets the source of the following rows: ``fit``, ``validate``, ``test`` or ``predict``."""
         self._run = run
 
     @property
     def name(self) -> str:
-        """What Lightning calls the run."""
+        """The run's name in Lightning: the file's stem."""
         return self.path.stem
 
     @property
     def version(self) -> int:
-        """Every run of a file is the same one."""
+        """Always 0: all runs of a file share one version."""
         return 0
 
     @property
@@ -58,7 +58,7 @@ class JSONLLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Appends a line; what is not a finite number is written as null."""
+        """Appends a line; non-finite values are written as null."""
         self.claim()
         row: dict[str, Any] = {"step": step} | ({} if self._run == "fit" else {"run": self._run})
         row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
@@ -71,7 +71,7 @@ class JSONLLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """See ``claim``; Lightning calls this when a run begins.
+        """Claims the file; Lightning calls this when a run begins.
 
         Raises:
             ValueError: the file is something else, or another process writes to it.
@@ -80,12 +80,12 @@ class JSONLLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Lets other runs write to the file; Lightning calls this when a run ends."""
+        """Releases the file for other runs; Lightning calls this when a run ends."""
         release(self.path)
         self._is_claimed = False
 
     def claim(self) -> None:
-        """Makes sure that the file is a log and nobody else's; on the rank that writes to it, before a run begins.
+        """Checks that the file is a log and locks it; on the writing rank, before a run begins.
 
         Raises:
             ValueError: the file is something else, or another process writes to it.
@@ -103,7 +103,7 @@ class JSONLLogger(Logger):
 
 
 def _is_history(path: Path) -> bool:
-    """Whether a file begins like a log, or is empty."""
+    """Whether a file begins like a log or is empty."""
     with path.open(encoding="utf-8", errors="replace") as file:
         first = next((line for line in file if line.strip()), None)
     if first is None:
@@ -117,10 +117,9 @@ def _is_history(path: Path) -> bool:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Reads what ``JSONLLogger`` wrote; a file that is not there is an empty history.
+    """Reads a log of ``JSONLLogger``; a missing file is an empty history.
 
-    A line that was cut off is left out. Where a run was resumed, what it logged takes the place of what had been logged
-    of the same steps and later ones.
+    A truncated line is left out. Rows of a resumed run replace earlier rows of the same and later steps.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
@@ -131,7 +130,7 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
         begins |= not line.strip()  # between two runs
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
-            if "run" in row:  # a look at the model, which takes the place of nothing
+            if "run" in row:  # not of training: replaces no rows
                 rows.append(row)
                 continue
             if begins and row["step"] is not None:

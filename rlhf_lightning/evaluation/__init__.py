@@ -1,1 +1,1 @@
-"""Evaluation: sampling answers and finding out how many are right."""
+"""Evaluation: samples answers and verifies them."""

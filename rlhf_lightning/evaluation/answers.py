@@ -1,4 +1,4 @@
-"""What a model answers to prompts, and what a verifier says of the answers."""
+"""Samples a model's answers to prompts, and verifies them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Answer:
 
     Attributes:
         example: the prompt, with the row's other columns.
-        completion: what the model wrote.
-        reward: what the verifier gave; ``None`` where it had nothing to say.
+        completion: the model's answer.
+        reward: the verifier's reward; ``None`` without a verdict.
     """
 
     example: Example
@@ -39,7 +39,7 @@ def load_verifier(path: str) -> Verifier:
         path: such as ``rlhf_lightning.rewards.exact_answer``, or one of your own modules.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: the path does not lead to a function.
 
     Example:
         >>> load_verifier("rlhf_lightning.rewards.exact_answer").__name__
@@ -63,13 +63,13 @@ def read_prompts(
     limit: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Example]:
-    """Reads and tokenises the prompts of a source, just as the datamodules do.
+    """Reads and tokenises the prompts of a source, as the datamodules do.
 
     Args:
-        source: whatever ``PromptDataModule`` reads.
+        source: a source of ``PromptDataModule``.
         tokenizer: the model's.
-        limit: the first so many, at least 1; all if left out.
-        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name.
+        limit: number of prompts to read, at least 1; all by default.
+        chat_template_kwargs: passed to the chat template; the rows' own take precedence.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1 (null reads all prompts)")
@@ -88,15 +88,15 @@ def answer_prompts(
     sampling: SamplingParams | None = None,
     seeds: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Answer]]:
-    """Samples completions of prompts and has them verified.
+    """Samples completions of prompts and verifies them.
 
     Args:
         engine: samples completions of token ids.
         examples: prompts, from ``read_prompts``.
         verifier: called as ``fn(prompts, completions, **columns)``, where columns are the rows' other fields.
         num_samples: completions per prompt, at least 1.
-        sampling: how they are drawn; greedily by default.
-        seeds: one per prompt and sample, in place of those derived from the sampling's.
+        sampling: the settings; greedy by default.
+        seeds: one per prompt and sample, instead of seeds derived from the sampling's.
 
     Returns:
         One list per prompt with ``num_samples`` answers.

@@ -1,4 +1,4 @@
-"""Generation: engines that sample completions, and the settings that they sample with."""
+"""Generation: engines that sample completions, and sampling settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A completion: as a result, and while it grows token by token.
+"""Completions: the finished result, and the sample while it grows token by token.
 
 Legend: N rows, V vocabulary.
 """
@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length"]
 
 
 def readable(text: str) -> str:
-    r"""A text that can be written as UTF-8: JSON may hold halves of characters, which no tokenizer takes.
+    r"""Makes a text valid UTF-8: JSON may hold lone surrogates, which tokenizers reject.
 
     Example:
         >>> readable("a\ud83d\ude00b\ud800") == "a\N{GRINNING FACE}b\N{REPLACEMENT CHARACTER}"
@@ -34,13 +34,13 @@ def readable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """A sampled continuation of a prompt.
 
     Attributes:
         token_ids: the sampled tokens; the end-of-sequence token is the last of them where it was sampled.
         text: the tokens as text without special tokens, cut before a stop string; empty without a tokenizer.
-        logprobs: per token, its log-probability under the distribution that it was drawn from, temperature and filters
-            included: what importance ratios must divide by. A greedy draw is certain: 0.
+        logprobs: per token, its log-probability under the sampling distribution, temperature and filters included: the
+            denominator of importance ratios. 0 for greedy tokens.
         finish_reason: ``"stop"`` after an end-of-sequence token, a stop token or a stop string, ``"length"`` at the
             limit of new tokens or of the model's positions.
         model_logprobs: per token, under the unmodified model; ``None`` unless the sampling settings ask for them.
@@ -54,12 +54,12 @@ class Completion:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> str:
-    """The text of tokens that continue a prompt: special tokens left out, and all blanks left as they are."""
+    """Decodes tokens that continue a prompt, without special tokens and with all blanks unchanged."""
     return "" if tokenizer is None else text_tokens.decode(tokenizer, token_ids)
 
 
 class StopFinder:
-    """Looks for stop strings in a completion while it grows.
+    """Finds stop strings in a completion while it grows.
 
     A token may be part of a character, and its text may depend on the token before it, so text is taken from the
     difference of two decodings that start at the same earlier token.
@@ -87,16 +87,16 @@ class StopFinder:
 
 
 class Track:
-    """One sample in the making.
+    """One sample while it is generated.
 
     Args:
         prompt: its prompt's tokens.
-        position: the number of its prompt and of the sample.
-        seed: what its uniforms are derived from.
-        limit: new tokens at most.
+        position: the numbers of the prompt and of the sample.
+        seed: seed of its uniforms.
+        limit: maximum number of new tokens.
         params: the sampling settings.
         stop_ids: tokens that end it.
-        tokenizer: turns tokens into text; without one there is no text.
+        tokenizer: decodes tokens; without one the text is empty.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Track:
         self._text: str | None = None
 
     def push(self, token: int, logprob: float, model_logprob: float | None) -> None:
-        """Takes a token and notices whether it is the last."""
+        """Appends a token, and sets ``finish_reason`` if it is the last."""
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         if model_logprob is not None:
@@ -148,7 +148,7 @@ class Track:
 
 
 def draw(logits_NV: Tensor, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> list[int]:
-    """Draws the next token of every track from its row of scores and hands it over; returns the tokens."""
+    """Draws the next token of every track from its row of logits and appends it; returns the tokens."""
     steps = np.fromiter((len(track.token_ids) for track in tracks), dtype=np.uint64, count=len(tracks))
     uniforms_N = None
     if not params.greedy:
@@ -168,7 +168,7 @@ def draw(logits_NV: Tensor, tracks: Sequence[Track], params: SamplingParams, sto
 
 
 def _seen(logits_NV: Tensor, tracks: Sequence[Track]) -> Tensor:
-    """Which tokens each track's prompt and completion hold."""
+    """Marks the tokens in each track's prompt and completion, ``(N, V)``."""
     seen_NV = torch.zeros(logits_NV.shape, dtype=torch.bool, device=logits_NV.device)
     for row, track in enumerate(tracks):
         seen_NV[row, torch.tensor([*track.prompt, *track.token_ids], device=logits_NV.device)] = True

@@ -23,7 +23,7 @@ _REFILL_FRACTION = 1 / 8
 
 @dataclass
 class _Computed:
-    """A prompt that is computed, and its samples that have not begun."""
+    """A prefilled prompt with its samples that have not begun."""
 
     states: PromptStates
     index: int
@@ -40,7 +40,7 @@ class ContinuousBatch:
         tracks: the samples to make, at least one, in any order.
         params: the sampling settings.
         stop_ids: tokens that end a sample.
-        max_batch_tokens: tokens of cache, and of a prefill; one row, and one prompt, always fit.
+        max_batch_tokens: maximum tokens of cache, and of a prefill; one row, and one prompt, always fit.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ContinuousBatch:
         by_prompt: dict[tuple[int, ...], deque[Track]] = {}
         for track in tracks:
             by_prompt.setdefault(track.prompt, deque()).append(track)
-        # Longest first: neighbours in a prefill differ little in length, and later prompts fit left of what is written.
+        # Longest first: neighbours in a prefill differ little in length, and later prompts fit left of written columns.
         self._waiting = deque(sorted(by_prompt.items(), key=lambda item: -len(item[0])))
         self._computed: deque[_Computed] = deque()
         self._running: list[Track] = []
@@ -63,12 +63,12 @@ class ContinuousBatch:
         self._budget = max_batch_tokens
         longest_row = max(len(track.prompt) + track.limit for track in tracks)
         self._num_rows = min(len(tracks), max(1, max_batch_tokens // longest_row))
-        # Where rows are refilled, columns run on; spare ones make the shifts back to the left rare.
+        # With refilled rows, columns keep advancing; spare ones make shifts back to the left rare.
         self._num_columns = max(map(len, by_prompt)) + max(track.limit for track in tracks)
         self._num_columns += longest_row if self._num_rows < len(tracks) else 0
 
     def run(self) -> None:
-        """Makes all samples; the results are in the tracks."""
+        """Generates all samples; the results are in the tracks."""
         while self._waiting or self._computed or self._running:
             self._admit()
             if self._running and self._cache is not None:
@@ -113,7 +113,7 @@ class ContinuousBatch:
             self._computed.append(_Computed(states, index, len(prompt), logits_PV[index], tracks))
 
     def _begin(self, chosen: Sequence[tuple[_Computed, list[Track]]]) -> None:
-        """Draws first tokens from the scores after the prompts; samples that they do not end get a row each."""
+        """Draws first tokens from the logits after the prompts; samples that continue get a row each."""
         logits_NV = torch.cat([prompt.logits_V.expand(len(tracks), -1) for prompt, tracks in chosen])
         draw(logits_NV, [track for _, tracks in chosen for track in tracks], self._params, self._stop_ids)
         for prompt, tracks in chosen:

@@ -1,4 +1,4 @@
-"""Linear layers laid out for thin products, while a model generates on CPU.
+"""Packs linear layers for products with few rows, while a model generates on CPU.
 
 Decoding multiplies a few rows by whole weight matrices. The usual product rearranges the weight at every call; oneDNN's
 blocked layout is that rearrangement done once. Measured on two cores with AVX-512 (torch 2.13), in GFLOP/s for 8 / 32
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Smaller weights stay in the nearest cache as they are: nothing to win.
+# Smaller weights fit into the nearest cache, so packing gains nothing.
 _SMALLEST = 1 << 17
 
 
@@ -22,10 +22,9 @@ _SMALLEST = 1 << 17
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Lets the plain linear layers of a model on CPU compute with blocked copies of their weights.
 
-    Parameters stay what and where they are: a layer gets a ``forward`` of its own, which reads the copy, until the
-    context ends. The copies are made anew by every context, so they hold the weights of this moment; they take as much
-    memory as the weights do. Under autocast, and on devices, precisions or builds of torch without such a layout,
-    nothing happens.
+    Parameters are unchanged: each layer gets its own ``forward``, which reads the copy, until the context ends. Every
+    context makes new copies, so they hold the current weights; they take as much memory as the weights do. Under
+    autocast, and on devices, precisions or builds of torch without such a layout, nothing happens.
 
     Args:
         model: its layers of exactly ``nn.Linear`` in fp32 or bf16 take part, those inside of adapters included.

@@ -1,4 +1,4 @@
-"""The model as a decoder: prompts in, caches and scores out; and whether the shared batch layout suits the model.
+"""Runs a model as a decoder with a cache, and probes whether the shared batch layout suits the model.
 
 Legend: N rows of the running batch, P prompts, L tokens of the longest, V vocabulary.
 """
@@ -21,13 +21,13 @@ from ..models.own_attention import EAGER, short_reach, using_attention
 from .kv_cache import PromptStates, SlotCache
 from .projection import computes_in_half
 
-# What a model without support for the layout may raise when it is tried on it.
+# Errors that a model without support for the layout may raise during the probe.
 _UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 _PROBED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def special_token(model: PreTrainedModel) -> int:
-    """The padding token, which some models give positions of its own, or the first of the vocabulary."""
+    """The padding token, which some models give special positions, or the first token of the vocabulary."""
     config = model.config.get_text_config()
     token = getattr(config, "pad_token_id", None)
     return int(token) if isinstance(token, int) and 0 <= token < int(config.vocab_size) else 0
@@ -88,10 +88,10 @@ class Decoder:
         return logits
 
     def agrees(self) -> bool:
-        """Whether rows of different length, of which one joins late, get the scores of plain forwards without a cache.
+        """Whether rows of different length, one of them joining late, get the logits of forwards without a cache.
 
-        Tried once per model and attention function, on a few tokens: masks, positions and caches are the model's own
-        code, and some models (recurrent layers, caches of their own) cannot share a batch this way.
+        Probed once per model and attention function, on a few tokens: masks, positions and caches are the model's own
+        code, and some models (recurrent layers, custom caches) cannot share a batch this way.
         """
         model = base_model(self.model)
         known = _PROBED.setdefault(model, {})
@@ -102,12 +102,12 @@ class Decoder:
             except _UNSUPPORTED:
                 error = math.inf
             if math.isnan(error):
-                return True  # broken weights tell nothing about the layout; sampling will name them
+                return True  # broken weights say nothing about the layout; sampling reports them
             known[attention] = error <= 1.0
         return known[attention]
 
     def _probe(self, model: PreTrainedModel) -> float:
-        """The error of the shared layout on two short rows, as a multiple of what rounding may cause."""
+        """The error of the shared layout on two short rows, as a multiple of the tolerated rounding error."""
         window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
         length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
         vocabulary = int(model.config.get_text_config().vocab_size)
@@ -130,7 +130,7 @@ class Decoder:
         return float(error / (tolerance * spread))
 
     def looks_back(self) -> bool:
-        """Whether the scores after a token are what they are without the tokens behind it; tried once per model."""
+        """Whether the logits after a token do not depend on later tokens; probed once per model."""
         known = _PROBED.setdefault(base_model(self.model), {})
         if "looks back" not in known:
             known["looks back"] = self._looks_back()

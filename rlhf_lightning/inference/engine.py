@@ -1,4 +1,4 @@
-"""Sampling completions from a causal language model that lives in this process."""
+"""Samples completions from a causal language model in this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 
 class Engine(Protocol):
-    """What samples completions: in this process, or elsewhere."""
+    """Interface of the engines, which sample completions in this process or elsewhere."""
 
     def generate(
         self,
@@ -48,25 +48,26 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """Samples from a model of this process, with its weights of this moment.
+    """Samples from a model in this process, with its current weights.
 
     Every distinct prompt is computed once, whatever the number of its samples, and its keys and values are copied to
-    them; finished rows leave the batch and waiting prompts take their place, within ``max_batch_tokens``. A sample is a
+    them; finished rows leave the batch and waiting prompts replace them, within ``max_batch_tokens``. A sample is a
     function of the model, its prompt, the settings and its seed: the uniform of each step is hashed from (seed, step),
     so neither neighbours nor budget nor order change it, up to rounding in the model's own products.
 
-    Rows of different length share a batch padded on the left. Whether the model computes the same scores that way as it
-    does alone is tried once on a few tokens; where it does not (recurrent layers, caches of its own), prompts of one
-    length at a time go through transformers' own loop, with the same samples and one warning. Weights sharded by FSDP2
-    are gathered once per call, so that ranks need not generate equally long; every rank must call, if with no prompts.
+    Rows of different length share a batch padded on the left. A probe on a few tokens checks once whether the model
+    computes the same scores that way as it does alone; where it does not (recurrent layers, custom caches), prompts of
+    one length at a time go through transformers' own loop, with the same samples and one warning. Weights sharded by
+    FSDP2 are gathered once per call, so ranks may generate for different times; every rank must call, even without
+    prompts.
 
     Args:
         model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its
             precision, on its device, with its attention function. It runs in evaluation mode without gradients, and
-            every submodule's mode is put back.
-        tokenizer: turns string prompts into tokens, as those of rows, and tokens into text, and says by its chat
-            template what ends an answer, beside the end-of-sequence tokens; without one, prompts are token ids and
-            texts are empty.
+            every submodule's mode is restored.
+        tokenizer: encodes string prompts like those of rows, decodes tokens, and defines by its chat template which
+            tokens end an answer besides the end-of-sequence tokens; without one, prompts are token ids and texts are
+            empty.
         max_batch_tokens: tokens of cache held at once, and tokens of one prefill; at least 1. A single row always fits.
 
     Example:
@@ -105,13 +106,13 @@ class LocalEngine:
             prompts: strings, or token ids; an empty string becomes the beginning- or end-of-sequence token.
             num_samples: samples per prompt, at least 1.
             sampling: the settings; by default ``SamplingParams()``.
-            seeds: one per prompt and sample, in place of those derived from (seed, prompt number, sample number).
+            seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
 
         Returns:
             One list per prompt, in order, with ``num_samples`` completions.
 
         Raises:
-            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` has not one seed per sample.
+            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` does not hold one per sample.
         """
         params = sampling or SamplingParams()
         if num_samples < 1:
@@ -120,7 +121,8 @@ class LocalEngine:
             raise ValueError(f"stop={params.stop} needs text: give the engine a tokenizer, or use stop_token_ids")
         numbered_prompts: Any = enumerate(prompts)
         token_prompts = [self._tokens(number, prompt) for number, prompt in numbered_prompts]
-        # Samples that are certain to be equal are made once.
+
+        # Greedy samples of a prompt are equal: one is made, and repeated below.
         distinct = 1 if params.greedy else num_samples
         numbered = _seeds(seeds, len(token_prompts), num_samples, params)
         stop_ids = sorted(self._eos_token_ids() | set(params.stop_token_ids))
@@ -132,10 +134,12 @@ class LocalEngine:
             for row, prompt in enumerate(token_prompts)
             for column in range(distinct)
         ]
-        # A rank without prompts takes part in the gathering, too.
+
+        # Gathering is a collective, so a rank without prompts has to enter it as well.
         with torch.no_grad(), evaluation_mode(self.model), gathered(self.model), exact_projection(self.model):
             if tracks:
                 self._run(tracks, params, stop_ids)
+
         completions = [track.completion() for track in tracks]
         grouped = [completions[first : first + distinct] for first in range(0, len(completions), distinct)]
         return [group * (num_samples // distinct) for group in grouped]
@@ -155,7 +159,8 @@ class LocalEngine:
         if decoder.agrees():
             self._run_together(decoder, tracks, params, stop_ids)
             return
-        # Perhaps it is its attention function alone that differs from the model's own.
+
+        # The attention function alone may be the cause: try the model's eager one before the slow loop.
         with using_attention(model, EAGER):
             if decoder.agrees():
                 self._run_together(decoder, tracks, params, stop_ids)
@@ -177,13 +182,13 @@ class LocalEngine:
     def _run_together(
         self, decoder: Decoder, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]
     ) -> None:
-        """Makes all samples in one batch of rows of different length."""
+        """Generates all samples in one batch of rows of different length."""
         worth_it = max(track.limit for track in tracks) >= _PACKING_STEPS
         with packed_linears(self.model) if worth_it else nullcontext():
             ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
 
     def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """A prompt's tokens: none is empty, and all are in the model's vocabulary."""
+        """Encodes a prompt, and checks that it is not empty and in the model's vocabulary."""
         tokens = self._encoded(number, prompt) if isinstance(prompt, str) else tuple(int(token) for token in prompt)
         if not tokens:
             raise ValueError(f"prompt {number} has no tokens: give it one, for instance the tokenizer's first or last")
@@ -194,18 +199,18 @@ class LocalEngine:
         return tokens
 
     def _encoded(self, number: int, prompt: str) -> tuple[int, ...]:
-        """A string's tokens as a row's prompt has them: opened once, as a chat that was rendered already is."""
+        """Encodes a string like a row's prompt: a rendered chat does not get a second first token."""
         if self.tokenizer is None:
             raise ValueError(f"prompt {number} is the string {prompt[:40]!r}: without a tokenizer, give token ids")
         return tuple(prompt_tokens(self.tokenizer, prompt))
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
-        """Tokens that a prompt may have so that at least one fits behind it; ``None`` where nothing says so."""
+        """Number of tokens that a prompt may have so that one more fits; ``None`` without a limit in the config."""
         positions = num_positions(self.model)
         return None if positions is None else positions - 1
 
     def _limit(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
-        """New tokens at most: what is asked for, or what the model's positions leave."""
+        """Maximum number of new tokens: the requested one, or what the model's positions leave."""
         positions = num_positions(self.model)
         if positions is None:
             return params.max_new_tokens
@@ -216,7 +221,7 @@ class LocalEngine:
         return min(params.max_new_tokens, positions - len(prompt))
 
     def _eos_token_ids(self) -> set[int]:
-        """The model's and the tokenizer's end-of-sequence tokens, and those that end a turn of its chat template."""
+        """The end-of-sequence tokens of model and tokenizer, and the tokens that end a turn of the chat template."""
         model: Any = base_model(self.model)
         if self._template_ends is None:
             self._template_ends = [] if self.tokenizer is None else ChatTemplate(self.tokenizer).end_tokens()
@@ -238,7 +243,7 @@ class LocalEngine:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switches all of a model to evaluation and back, each submodule to the mode that it was in."""
+    """Switches a model to evaluation mode, and then every submodule back to its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""For models that cannot share a batch of different lengths: one prompt length at a time in transformers' own loop.
+"""Generation for models that cannot batch rows of different lengths: one prompt length at a time, by transformers.
 
-Nothing is padded, and the cache is whatever the model brings along, so every model that transformers generates with is
-served; the samples are those of the fast path, as both draw with ``draw``.
+Nothing is padded, and the cache is the model's own, so every model that transformers can generate with works; the
+samples are those of the fast path, as both draw with ``draw``.
 
 Legend: N rows, T tokens so far, V vocabulary.
 """
@@ -23,7 +23,7 @@ from .sampling import SamplingParams
 
 
 class _Chooser(LogitsProcessor):
-    """Draws each row's token and leaves the loop no other choice."""
+    """Draws each row's token, and masks all others so that the loop takes it."""
 
     def __init__(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
         self.tracks, self.params, self.stop_ids = tracks, params, stop_ids
@@ -32,14 +32,14 @@ class _Chooser(LogitsProcessor):
         rows = [row for row, track in enumerate(self.tracks) if track.finish_reason is None]
         tokens = draw(scores_NV[rows], [self.tracks[row] for row in rows], self.params, self.stop_ids)
         chosen_NV = torch.full_like(scores_NV, -math.inf)
-        chosen_NV[:, 0] = 0.0  # what ended rows write, unread, until all rows have ended
+        chosen_NV[:, 0] = 0.0  # token of finished rows, which is not read, until all rows have ended
         chosen_NV[rows, 0] = -math.inf
         chosen_NV[rows, tokens] = 0.0
         return chosen_NV
 
 
 class _AllEnded(StoppingCriteria):
-    """Ends the loop with the last row."""
+    """Ends the loop when all rows have ended."""
 
     def __init__(self, tracks: Sequence[Track]) -> None:
         self.tracks = tracks
@@ -58,7 +58,7 @@ def generate_plain(
     *,
     use_cache: bool = True,
 ) -> None:
-    """Makes all samples; the results are in the tracks.
+    """Generates all samples; the results are in the tracks.
 
     Args:
         model: the bare transformers model.
@@ -66,11 +66,11 @@ def generate_plain(
         params: the sampling settings.
         stop_ids: tokens that end a sample.
         max_batch_tokens: tokens of cache; one row always fits.
-        use_cache: whether the model's own cache computes what the model computes without; see ``loops_exactly``.
+        use_cache: whether to use the model's cache; False if its results differ with the cache, see ``loops_exactly``.
     """
     ordered = sorted(tracks, key=lambda track: (len(track.prompt), track.position))
     saved = model.generation_config
-    # The model's own settings (penalties, lengths, caches) must not touch scores before they are drawn from.
+    # The model's own generation settings (penalties, lengths, caches) must not change the logits that are sampled from.
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False, num_beams=1)
     try:
         for length, same in groupby(ordered, key=lambda track: len(track.prompt)):
@@ -104,7 +104,7 @@ def _loop(
 
 
 def loops_exactly(model: PreTrainedModel, *, use_cache: bool) -> bool:
-    """Whether transformers' loop gives the scores of a model's whole forwards, on a few greedy tokens.
+    """Whether transformers' loop gives the logits of full forwards without a cache, on a few greedy tokens.
 
     Args:
         model: the bare transformers model.

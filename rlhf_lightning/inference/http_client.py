@@ -21,8 +21,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LONGEST_PAUSE = 30.0
-# Refusals that may pass: too early, too slow, too many requests. Of the server's own failures all but those that say
-# that it cannot do this at all.
+# Statuses worth a retry: too early, too slow, too many requests; and server failures (5xx), except for those that mean
+# that the server cannot do this at all.
 _PASSING = (408, 425, 429)
 _FINAL_FAILURES = (501, 505)
 _KEY = re.compile(r"[!-~]+")
@@ -30,7 +30,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class ServerError(ValueError):
-    """What a server did not do.
+    """A request to a server that failed.
 
     Attributes:
         status: the HTTP status of its last answer; ``None`` if there was none, or none that could be read.
@@ -42,7 +42,7 @@ class ServerError(ValueError):
 
 
 class _FailedAttemptError(Exception):
-    """One attempt that came to nothing: what to say if it was the last, and whether another may do better."""
+    """One failed attempt: holds the message in case it was the last, and whether another may succeed."""
 
     def __init__(self, message: str, *, passing: bool, status: int | None = None, pause: float = 0.0) -> None:
         super().__init__(message)
@@ -52,19 +52,19 @@ class _FailedAttemptError(Exception):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: it would take the key to wherever it points."""
+    """Follows no redirect, which would send the key to another address."""
 
     def redirect_request(self, *args: Any) -> None:
         return None
 
 
 class Endpoint:
-    """A server's base address, and how often and how patiently it is asked.
+    """A client for a server's base address, with retries and time limits.
 
-    A request that finds no server, gets no answer in time, half an answer, or one of the statuses 408, 425, 429 and
-    5xx is repeated after a pause, which doubles each time up to half a minute; a server's ``Retry-After`` is honoured
-    up to that. Anything else is final. Redirects are not followed; proxies of the environment are used, but for the
-    machine itself. The key is in no message, even where the server repeats it.
+    A request that finds no server, times out, gets half an answer, or one of the statuses 408, 425, 429 and 5xx (but
+    501 and 505) is repeated after a pause, which doubles each time up to half a minute; a server's ``Retry-After`` is
+    honoured up to that. Other errors are final. Redirects are not followed; proxies of the environment are used, except
+    for the local machine. No message contains the key, even where the server repeats it.
 
     Args:
         url: such as ``http://localhost:8000`` or ``https://host/v1``; an address without a path gets ``/v1``. It holds
@@ -75,7 +75,7 @@ class Endpoint:
         backoff: seconds before the second attempt, at least 0.
 
     Raises:
-        ValueError: for an address that is none, or a number out of range.
+        ValueError: for an invalid address, or a number out of range.
 
     Example:
         >>> Endpoint("localhost:8000")
@@ -210,7 +210,7 @@ class Endpoint:
 
 
 def _is_stopped(pause: float, stopped: threading.Event | None) -> bool:
-    """Waits for so many seconds, or until nobody waits for an answer any more."""
+    """Waits for ``pause`` seconds, or until ``stopped`` is set; returns whether it is."""
     if stopped is not None:
         return stopped.wait(pause)
     time.sleep(pause)
@@ -218,7 +218,7 @@ def _is_stopped(pause: float, stopped: threading.Event | None) -> bool:
 
 
 def _split(url: str) -> urllib.parse.SplitResult:
-    """Takes an address apart that holds nothing that is not to be seen."""
+    """Splits an address, and refuses one with a user, a password or a query, which must not appear in records."""
     try:
         parts = urllib.parse.urlsplit(url)
         hidden = (
@@ -235,7 +235,7 @@ def _split(url: str) -> urllib.parse.SplitResult:
 
 
 def _detail(content: bytes) -> str:
-    """What a refusal says, in whichever of the usual places it says it."""
+    """The message of a refusal, from one of the usual fields of its body."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -247,22 +247,22 @@ def _detail(content: bytes) -> str:
 
 
 def _seconds(text: str | None) -> float:
-    """A ``Retry-After`` in seconds; a date is not worth the trouble."""
+    """The seconds of a ``Retry-After`` header; 0 for a date, which is not parsed."""
     return float(text) if text and text.strip().isdigit() else 0.0
 
 
 def in_parallel(
     call: Callable[[T], R], items: Sequence[T], limit: int, stopped: threading.Event | None = None
 ) -> list[R]:
-    """Calls a function of every item, some at a time in threads.
+    """Calls a function on every item, at most ``limit`` at a time, in threads.
 
-    The threads are daemons: neither an error nor Ctrl-C waits for calls that are still under way.
+    The threads are daemons: neither an error nor Ctrl-C waits for running calls.
 
     Args:
-        call: what to call.
+        call: the function.
         items: one per call.
         limit: calls at once, at least 1.
-        stopped: set as soon as a call has raised or nobody waits any more, for calls that are still under way.
+        stopped: set as soon as a call has raised or the caller has left, to stop the running calls.
 
     Returns:
         The results, in the order of the items.
@@ -288,7 +288,7 @@ def in_parallel(
             number, item = following
             try:
                 done.put((number, call(item), None))
-            except Exception as error:  # handed to the thread that waits
+            except Exception as error:  # raised again by the waiting thread
                 stopped.set()
                 done.put((number, None, error))
 

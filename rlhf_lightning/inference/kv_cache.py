@@ -1,8 +1,8 @@
 """A preallocated key/value cache whose rows end at the same column, so that rows of any length share one batch.
 
 Every row is written at the column ``end`` and starts where its prompt's length puts it: short rows are padded on the
-left, as in a left-padded batch, which is the one layout that every decoder's masks understand (sliding windows and
-position biases included). A row that joins later starts later; columns before the earliest start are not read at all.
+left, as in a left-padded batch, which is the one layout that every decoder's masks support (sliding windows and
+position biases included). A row that joins later starts later; columns before the earliest start are not read.
 
 Legend: P prompts of a prefill, R rows of storage, H key/value heads, L tokens, C columns, D head size.
 """
@@ -22,9 +22,9 @@ PromptStates = Sequence[tuple[Tensor, Tensor]]
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values; the geometry belongs to the whole cache."""
+    """Keys and values of one layer; the whole cache shares one geometry."""
 
-    is_sliding = False  # windows are the masks' business: a layer keeps all its columns
+    is_sliding = False  # masks apply windows; a layer keeps all its columns
 
     def __init__(self, owner: SlotCache, keys_RHCD: Tensor, values_RHCD: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -34,10 +34,10 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do: storage is allocated with the cache."""
+        """Does nothing: storage is allocated with the cache."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes one new column and returns all that the rows may look at."""
+        """Writes one new column and returns all columns in use."""
         rows, end = len(key_states), self.owner.end
         self.keys[:rows, :, end : end + 1] = key_states
         self.values[:rows, :, end : end + 1] = value_states
@@ -45,7 +45,7 @@ class _SlotLayer(CacheLayerMixin):
         return self.keys[:rows, :, columns], self.values[:rows, :, columns]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Width of the mask and where it begins."""
+        """Width and offset of the mask."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -58,19 +58,19 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """Storage for a batch that rows leave and join.
+    """Key/value storage for a batch in which rows join and leave.
 
     Rows in use are the first ``num_rows``: one that leaves is replaced by the last.
 
     Args:
-        like: prompts as the model computed them, from which layers, heads, sizes and precision are taken.
+        like: states of computed prompts, which give layers, heads, sizes and precision.
         num_rows: rows of storage.
         num_columns: columns of storage: more than the longest row has.
     """
 
     def __init__(self, like: PromptStates, num_rows: int, num_columns: int) -> None:
         def storage(states_PHLD: Tensor) -> Tensor:
-            # Zeros, not whatever was in memory: a masked value may be anything but NaN.
+            # Zeros instead of uninitialized memory: a masked value must not be NaN.
             _, heads, _, size = states_PHLD.shape
             return states_PHLD.new_zeros((num_rows, heads, num_columns, size))
 
@@ -97,7 +97,7 @@ class SlotCache(Cache):
         self.num_rows += copies
 
     def release(self, row: int) -> None:
-        """Gives a row up; the last row takes its place."""
+        """Removes a row; the last row moves to its index."""
         last = self.num_rows - 1
         if row != last:
             columns = slice(int(self.starts[last]), self.end)
@@ -108,7 +108,7 @@ class SlotCache(Cache):
         self.num_rows = last
 
     def prepare(self) -> None:
-        """Before a step: forgets the columns that no row needs any more and makes room for one more."""
+        """Prepares a step: drops columns that no row needs any more and makes room for one more."""
         self.base = int(self.starts[: self.num_rows].min())
         if self.end == self.num_columns:
             self._shift_to(self.end - self.base)
@@ -133,5 +133,5 @@ class SlotCache(Cache):
         return torch.from_numpy((columns >= starts[:, None]).astype(np.int64))
 
     def positions(self) -> Tensor:
-        """``(rows, 1)``: how many tokens of its own each row holds, the position of its next one."""
+        """Number of each row's own tokens, which is the position of its next one, ``(rows, 1)``."""
         return torch.from_numpy(self.end - self.starts[: self.num_rows, None])

@@ -1,7 +1,7 @@
-"""The scores that are sampled from, in the precision in which those that are trained are computed.
+"""Computes the logits for sampling in the same precision as those in training.
 
-In half a precision, or under autocast, a model rounds its logits to 8 or 11 bits, while the fused head of training adds
-their products up in fp32. Samples would come from another distribution than the one that is trained.
+In half precision, or under autocast, a model rounds its logits to 8 or 11 bits, while the fused head of training sums
+their products in fp32. Samples would come from another distribution than the trained one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def exact_projection(model: nn.Module) -> Iterator[None]:
-    """Lets the output projection of a model accumulate and return fp32 while it computes in half a precision.
+    """Lets the output projection of a model accumulate and return fp32 while it computes in half precision.
 
     Args:
-        model: a causal language model of transformers, bare or with adapters around it; what is left of its forward
+        model: a causal language model of transformers, bare or with adapters around it; the rest of its forward
             (scales, soft caps) is its own.
     """
     projection: Any = base_model(model).get_output_embeddings()
@@ -43,7 +43,7 @@ def exact_projection(model: nn.Module) -> Iterator[None]:
 
 
 def computes_in_half(model: nn.Module) -> bool:
-    """Whether a model's layers round to half a precision, by its weights or by autocast."""
+    """Whether a model's layers compute in half precision, by their weights or by autocast."""
     return _computed_in(next(model.parameters())) in _HALF
 
 
@@ -53,7 +53,7 @@ def _computed_in(weight: Tensor) -> torch.dtype:
 
 
 def _fp32_forward(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The product of a linear layer with what it computes with in ``dtype``, added up and returned in fp32."""
+    """Makes a linear layer's forward, which rounds its operands to ``dtype`` and accumulates and returns fp32."""
     rounded = weight.detach().to(dtype)
     rounded = rounded if weight.is_cuda else rounded.float()  # the CPU has no product of halves with sums in fp32
 

@@ -1,4 +1,4 @@
-"""What a server's answer says of the tokens of a sample."""
+"""Reads token ids and log-probabilities of a sample from a server's answer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class UnusableError(Exception):
 
 
 def spoken_tokens(choice: Mapping[str, Any], api: str) -> tuple[list[int], list[float] | None]:
-    """Reads token ids (none where the server does not name them) and log-probabilities of a choice.
+    """Reads token ids (empty if the server does not return them) and log-probabilities of a choice.
 
     Args:
         choice: one of an answer's ``choices``.
         api: ``completions`` or ``chat``.
 
     Raises:
-        UnusableError: an id is no whole number from 0, or the log-probabilities are of other tokens.
-        KeyError: an entry lacks what it should have; ``TypeError``, ``AttributeError`` and ``ValueError`` likewise.
+        UnusableError: an id is not a non-negative integer, or the log-probabilities are of other tokens.
+        KeyError: an entry is malformed; ``TypeError``, ``AttributeError`` and ``ValueError`` likewise.
     """
     reported = choice.get("logprobs")
     tokens: list[Any] = []

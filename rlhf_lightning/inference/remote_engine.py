@@ -1,4 +1,4 @@
-"""Sampling completions from a model that another process serves over the OpenAI protocol."""
+"""Samples completions from a model that another process serves over the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -26,46 +26,45 @@ ServerLogprobs = Literal["model", "sampling"]
 
 _PATHS: Final[dict[str, str]] = {"completions": "completions", "chat": "chat/completions"}
 _STOPPED: Final = ("stop", "tool_calls", "function_call")
-# Servers differ in how wide a seed they take; all of them take this.
+# Servers differ in the width of seeds; all of them take 31 bits.
 _SEED_MASK: Final = (1 << 31) - 1
 _ROUNDING: Final = 1e-4  # a log-probability of 0 may come out above it by this much
 
 
 class RemoteEngine:
-    """Samples from a model behind the OpenAI protocol: vLLM in an environment of its own, or any other such server.
+    """Samples from a server of the OpenAI protocol, such as vLLM in its own environment.
 
     The same protocol as ``LocalEngine``, for models too large for this process: sampling stages, judges, step labels,
     evaluation. One request per sample, each with its own seed, so that a sample depends on its prompt, the settings and
     its seed (as far as the server honours seeds) and not on how many are drawn with it; equal prompts share their
     prefix in the server's cache. Greedy samples are asked for once.
 
-    A server says only so much about a sample. ``token_ids`` are filled where it names them (vLLM does) and empty
+    A server does not return all fields of a sample. ``token_ids`` are filled if it returns them (vLLM does) and empty
     otherwise. ``logprobs`` are 0 for greedy tokens, filled with ``logprobs=True`` and empty otherwise. vLLM reports
     log-probabilities *before* temperature and filters unless it was started with ``--logprobs-mode
-    processed_logprobs``: they are those of the sampling distribution only at temperature 1 with nothing filtered, and
-    anything else is refused unless ``server_logprobs="sampling"`` says that the server was started so.
+    processed_logprobs``: they equal those of the sampling distribution only at temperature 1 with nothing filtered, and
+    other settings are refused unless ``server_logprobs="sampling"`` states that the server was started so.
 
     Args:
         url: the server, such as ``http://localhost:8000``; an address without a path gets ``/v1``.
-        model: the name that the server knows it by; ``None`` takes the only one that it serves.
-        tokenizer: the model's; needed with ``text_prompts``. With it, a text that carries the token which the server
-            puts in front of every text already (a rendered chat) is sent without, and the end tokens of the chat
-            template end a sample too (``vllm``).
+        model: its name on the server; ``None`` takes the only one that it serves.
+        tokenizer: the model's; needed with ``text_prompts``. With it, the first token that the server puts before
+            every text is removed from texts that contain it already (rendered chats), and the end tokens of the chat
+            template also end a sample (``vllm``).
         api: ``completions`` continues text or token ids; ``chat`` answers text (one user message) or lists of messages,
             with the server's chat template.
-        dialect: ``vllm`` states every sampling setting, because such a server takes those left out from the model's
-            own ``generation_config.json``; ``openai`` sends standard fields only and refuses settings that need others.
-        logprobs: ask for log-probabilities, and refuse answers without them.
-        server_logprobs: whose the server's log-probabilities are: of the unmodified ``model``, or of the ``sampling``
-            distribution.
-        text_prompts: send token ids as the text that they stand for, to servers that take no ids
-            (``transformers serve``); ids that the text does not lead back to are refused.
+        dialect: ``vllm`` sends every sampling setting, because vLLM takes missing ones from the model's own
+            ``generation_config.json``; ``openai`` sends standard fields only and refuses settings that need others.
+        logprobs: request log-probabilities, and refuse answers without them.
+        server_logprobs: distribution of the server's log-probabilities: the unmodified ``model``, or ``sampling``.
+        text_prompts: send token ids as their text, for servers that take no ids (``transformers serve``); ids that do
+            not survive the round trip are refused.
         api_key_variable: the environment variable that holds the key; ``None`` sends none.
         max_concurrency: requests at once, at least 1.
         timeout: seconds without a byte after which a request is given up.
         max_retries: further attempts of a request, at least 0.
         backoff: seconds before the second attempt, doubled each time up to half a minute.
-        extra_body: further fields of every request, which win over all others.
+        extra_body: further fields of every request, which override all others.
 
     Raises:
         ValueError: for a name or number that is not allowed, or a variable that is not set.
@@ -105,6 +104,8 @@ class RemoteEngine:
             raise ValueError(f"max_concurrency={max_concurrency} is not allowed: it must be at least 1; 16 is usual")
         if text_prompts and tokenizer is None:
             raise ValueError("text_prompts needs the tokenizer that token ids are turned into text with: give it one")
+
+        # Read from the environment, so that no config or record holds the key.
         key = _api_key(api_key_variable)
         self.endpoint = Endpoint(url, api_key=key, timeout=timeout, max_retries=max_retries, backoff=backoff)
         self.model = model
@@ -131,14 +132,14 @@ class RemoteEngine:
             prompts: strings; token ids (``api="completions"``); or lists of messages (``api="chat"``).
             num_samples: samples per prompt, at least 1.
             sampling: the settings; by default ``SamplingParams()``.
-            seeds: one per prompt and sample, in place of those derived from (seed, prompt number, sample number).
+            seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
 
         Returns:
             One list per prompt, in order, with ``num_samples`` completions.
 
         Raises:
-            ServerError: the server is away, refuses, fails, or does not say what is needed. It is a ``ValueError``.
-            ValueError: a prompt or setting that this server cannot be asked for.
+            ServerError: the server is unreachable, refuses, fails, or leaves out a needed field; a ``ValueError``.
+            ValueError: a prompt or setting that this server does not support.
         """
         params = sampling or SamplingParams()
         if num_samples < 1:
@@ -149,6 +150,8 @@ class RemoteEngine:
         numbered = _seeds(seeds, len(written), num_samples, params)
         if not written:
             return []
+
+        # One request per sample, with its own seed; equal greedy samples are requested once and repeated below.
         settings = {"model": self._model(), **self._settings(params), **self.extra_body}
         distinct = 1 if params.greedy else num_samples
         bodies = [
@@ -156,6 +159,8 @@ class RemoteEngine:
             for prompt, row in zip(written, numbered, strict=True)
             for seed in row[:distinct]
         ]
+
+        # A missing model is the one error worth another request: its message then lists those served.
         stopped = threading.Event()
         try:
             samples = in_parallel(
@@ -167,7 +172,7 @@ class RemoteEngine:
         return [group * (num_samples // distinct) for group in grouped]
 
     def _check_logprobs(self, params: SamplingParams) -> None:
-        """Refuses to hand out log-probabilities of another distribution than the one that they are said to be of."""
+        """Refuses settings under which the server's log-probabilities would be of another distribution."""
         if _unmodified(params) or params.greedy:
             return
         advice = "use temperature 1 without top_k, top_p, min_p, repetition_penalty and min_new_tokens"
@@ -182,7 +187,7 @@ class RemoteEngine:
             )
 
     def _prompt(self, number: int, prompt: str | Sequence[int] | Messages) -> dict[str, Any]:
-        """The field that a prompt goes into."""
+        """The request field of a prompt."""
         if not prompt:
             raise ValueError(f"prompt {number} is empty: write something to be completed")
         if isinstance(prompt, str):
@@ -201,7 +206,7 @@ class RemoteEngine:
         return {"prompt": self._as_text(number, tokens) if self.text_prompts else tokens}
 
     def _opened_once(self, prompt: str) -> str:
-        """A text that the server opens itself: a chat that was rendered already has its first token in it."""
+        """Removes the first token from a text that has it already (a rendered chat): the server adds it."""
         if self.tokenizer is None:
             return prompt
         opening: Any = self.tokenizer.convert_ids_to_tokens(opening_tokens(self.tokenizer))
@@ -209,7 +214,7 @@ class RemoteEngine:
 
     def _as_text(self, number: int, tokens: list[int]) -> str:
         tokenizer: Any = self.tokenizer
-        # Tokens that the tokenizer puts before every text must not be written out.
+        # The server adds the tokens that the tokenizer puts before every text.
         opening = opening_tokens(tokenizer)
         for start in (len(opening) if tokens[: len(opening)] == opening else 0, 0):
             text = str(tokenizer.decode(tokens[start:], clean_up_tokenization_spaces=False))
@@ -221,7 +226,7 @@ class RemoteEngine:
         )
 
     def _settings(self, params: SamplingParams) -> dict[str, Any]:
-        """The fields of a request that do not depend on its prompt."""
+        """The request fields that do not depend on the prompt."""
         body: dict[str, Any] = {"max_tokens": params.max_new_tokens, "temperature": params.temperature}
         extensions = {
             "top_k": (params.top_k or -1, -1),
@@ -249,7 +254,7 @@ class RemoteEngine:
         return body
 
     def _template_ends(self) -> list[int]:
-        """What ends a turn beside the end-of-sequence token, where the server has to be told."""
+        """Tokens that end a turn besides the end-of-sequence token, which the server does not know of."""
         if self.tokenizer is None or self.dialect != "vllm" or self.api == "chat":
             return []
         return [token for token in ChatTemplate(self.tokenizer).end_tokens() if token != self.tokenizer.eos_token_id]
@@ -258,14 +263,14 @@ class RemoteEngine:
         return params.model_logprobs or (self.logprobs and not params.greedy)
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
-        """Tokens that a prompt may have; ``None`` where the server does not say, as vLLM does.
+        """Maximum number of tokens of a prompt; ``None`` if the server does not report it (vLLM does).
 
         vLLM refuses a request whose new tokens might not fit, however few of them are needed.
         """
         try:
             listed = self._listed()
         except ServerError as error:
-            if error.status is None:  # nobody answers at all
+            if error.status is None:  # no server answers
                 raise
             return None
         own = [model for model in listed if self.model in (None, model["id"])]
@@ -273,16 +278,16 @@ class RemoteEngine:
         return max(length - sampling.max_new_tokens, 0) if isinstance(length, int) else None
 
     def served_model(self) -> dict[str, Any]:
-        """What the server says of the model that is asked: its name, and what stands behind the name where it says so.
+        """Identifies the model on the server: its name, and the path behind the name if the server reports it.
 
         Raises:
-            ServerError: nobody answers, or there are several models and none was chosen.
+            ServerError: no server answers, or it serves several models and none was chosen.
         """
         name = self._model()
         try:
             found = next((model for model in self._listed() if model["id"] == name), {})
         except ServerError as error:
-            if error.status is None:  # nobody answers at all
+            if error.status is None:  # no server answers
                 raise
             found = {}
         return {"id": name, "root": found.get("root")}
@@ -327,7 +332,7 @@ class RemoteEngine:
     def _logprobs(
         self, token_ids: list[int], logprobs: list[float] | None, params: SamplingParams
     ) -> tuple[list[float], list[float] | None]:
-        """Per token under the sampling distribution, and under the model."""
+        """Log-probabilities per token under the sampling distribution, and under the model."""
         if not self._wants_logprobs(params):
             return [0.0] * len(token_ids) if params.greedy else [], None
         if logprobs is None:
@@ -346,7 +351,7 @@ class RemoteEngine:
         return sampled, logprobs if params.model_logprobs else None
 
     def _without_model(self, error: ServerError, body: Mapping[str, Any]) -> ServerError:
-        """Names the models that there are, where the one asked for is not among them."""
+        """Replaces the error by one that lists the served models, if the requested one is not among them."""
         try:
             names = self._served()
         except ServerError:
@@ -371,7 +376,7 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _unmodified(params: SamplingParams) -> bool:
-    """Whether what is sampled from is the model's own distribution."""
+    """Whether the sampling distribution is the model's own."""
     neutral = (1.0, 0, 1.0, 0.0, 1.0, 0)
     return neutral == (
         params.temperature,
@@ -384,7 +389,7 @@ def _unmodified(params: SamplingParams) -> bool:
 
 
 def _before_stop(text: str, params: SamplingParams) -> str:
-    """The text up to a stop string, for servers that leave it there."""
+    """The text before a stop string, for servers that do not cut it."""
     if params.min_new_tokens:
         return text
     found = [at for string in params.stop if (at := text.find(string)) >= 0]

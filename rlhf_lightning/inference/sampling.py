@@ -1,4 +1,4 @@
-"""How the next token is drawn: settings, seeded uniforms, filters, and one inverse-CDF draw per row.
+"""Draws the next token: settings, seeded uniforms, filters, and one inverse-CDF draw per row.
 
 Legend: N rows, V vocabulary, B blocks of the vocabulary, W tokens per block.
 """
@@ -18,20 +18,20 @@ from torch import Tensor
 _MASK64 = (1 << 64) - 1
 # Below this vocabulary one cumulative sum over all of it is as cheap as two levels of blocks.
 _DIRECT_VOCABULARY = 2048
-# Candidates first looked at for top-p; rows whose mass is not reached by then are sorted in full.
+# Candidates tried first for top-p; rows that need more are sorted in full.
 _NUCLEUS_GUESS = 128
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are sampled.
+    """Settings of sampling.
 
-    The filters act in the order of ``transformers``: repetition penalty, minimum length, temperature, top-k, top-p,
-    min-p. Departure from it: a token survives a filter by its score alone, so tokens of equal score share one fate
-    (``transformers`` lets a sort decide which of them stays within top-p).
+    The filters apply in the order of ``transformers``: repetition penalty, minimum length, temperature, top-k, top-p,
+    min-p. Departure: a filter decides by the score alone, so tokens of equal score are kept or removed together (in
+    ``transformers`` a sort decides which of them stays within top-p).
 
     Args:
-        max_new_tokens: tokens at most, at least 1; the end-of-sequence token counts.
+        max_new_tokens: maximum number of tokens, at least 1; the end-of-sequence token counts.
         temperature: at least 0; 0 takes the most likely token.
         top_k: keep the ``k`` most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens with at least this mass, in (0, 1]; 1 keeps all.
@@ -39,8 +39,8 @@ class SamplingParams:
         repetition_penalty: above 0; divides the positive and multiplies the negative scores of tokens that the prompt
             or the completion holds already; 1 changes nothing.
         stop: strings that end a completion; its tokens include those of the stop string, its text does not.
-        stop_token_ids: tokens that end a completion, beside the model's own end-of-sequence tokens.
-        min_new_tokens: before this many tokens nothing but ``max_new_tokens`` ends a completion.
+        stop_token_ids: tokens that end a completion, besides the model's own end-of-sequence tokens.
+        min_new_tokens: minimum number of tokens; only ``max_new_tokens`` may end a completion earlier.
         seed: makes every sample a function of (seed, prompt number, sample number); ``None`` draws one from torch's
             global generator at each call.
         model_logprobs: also record log-probabilities under the unmodified model (temperature 1, nothing filtered).
@@ -127,7 +127,7 @@ def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def uniforms(seeds: npt.ArrayLike, steps: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """One number in (0, 1) per (seed, step), a function of these two alone.
+    """Returns one number in (0, 1) per (seed, step), a function of these two alone.
 
     SplitMix64 (Steele, Lea and Flood, 2014) used as a counter-based generator: step ``t`` of a seed is the mixed sum of
     the mixed seed and ``t`` times the golden ratio, so that no state has to be kept or advanced.
@@ -199,7 +199,7 @@ def sample(
 
 
 def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Tempers, filters and draws; the row's largest score becomes 0, so that no exponential overflows."""
+    """Applies temperature and filters, and draws; the largest score becomes 0, so that no exponential overflows."""
     work_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
     if params.temperature != 1:
         work_NV.div_(params.temperature)
@@ -213,7 +213,7 @@ def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tupl
 
 
 def _floor(work_NV: Tensor, params: SamplingParams) -> Tensor | None:
-    """The lowest score that survives top-k, top-p and min-p in each row, ``(N, 1)``; ``None`` where all do.
+    """The lowest score that survives top-k, top-p and min-p in each row, ``(N, 1)``; ``None`` without a filter.
 
     A filter keeps the tokens above some score, so filters in sequence are one comparison with the highest of their
     floors; top-p measures its mass among the survivors of top-k, and min-p only looks at the top token, which all keep.
@@ -298,7 +298,7 @@ def _first_above(weights_NX: Tensor, fraction_N1: Tensor) -> tuple[Tensor, Tenso
 
 
 def _check_finite(values: Tensor) -> None:
-    """Not-a-number and infinity anywhere in a row reach its sum or its maximum."""
+    """Refuses NaN and infinity: anywhere in a row, they reach its sum or its maximum."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError(
             "the model's scores hold NaN or infinity: no token can be drawn; check its weights and precision"

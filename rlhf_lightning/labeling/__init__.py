@@ -1,1 +1,1 @@
-"""Labelling: datasets made from what a model samples, such as step labels for process reward models."""
+"""Labels datasets by sampling from a model, such as step labels for process reward models."""

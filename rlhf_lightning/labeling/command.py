@@ -1,4 +1,4 @@
-"""``rlhf-lightning label-steps``: prompts in; solutions in steps, each with a label, out."""
+"""``rlhf-lightning label-steps``: turns prompts into solutions with labelled steps."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ from .step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solu
 
 _PROMPTS_AT_ONCE = 16
 _COUNTED = (TOO_LONG, "cut off", "without steps", "alike", UNJUDGED)
-# How a run is carried out cannot change what it finds, and neither can what only ends it: it goes on with drop.
+# Options that change no result, so a run may be resumed with others; on_too_long too, since error only ends a run.
 _NOT_RESULTS = ("output", "max_concurrency", "timeout", "api_key_variable", "on_too_long")
 
 
 @dataclass(frozen=True)
 class LabelOptions:
-    r"""What is labelled, by what, and how.
+    r"""Options of ``label-steps``.
 
     Args:
-        prompts: what ``PromptDataModule`` reads: a file, folder, hub id or task such as sums:prompts?rows=100.
-        output: a JSON Lines file that is not there yet.
-        model: a folder or hub id; with --url the name that the server knows, or nothing for the only one there.
+        prompts: a source of ``PromptDataModule``: a file, folder, hub id or task such as sums:prompts?rows=100.
+        output: a JSON Lines file that does not exist yet.
+        model: a folder or hub id; with --url its name on the server, or nothing for the only one there.
         url: a server of the OpenAI protocol, such as http://localhost:8000, instead of a model in this process.
         tokenizer: folder or hub id, by default the model's; needed with --url unless --model is one.
         verifier: dotted path of the reward function that checks whole solutions against the rows' columns.
         num_solutions: solutions sampled per prompt; 0 labels those in the rows (completions, completion or response).
         num_completions: completions of each prefix, at least 1.
         labels: soft is the share of completions that are right, hard is 1 if any is.
-        step_separator: what ends each step; \n stands for a line's end.
-        sampling: of solutions and completions; it has no seed of its own.
-        success: a reward of at least this much is a right answer.
-        skip_after_failure: a wrong solution's steps behind one that no completion could save get 0, unsampled.
-        max_length: tokens of a prompt, or of a prompt and all steps but the last, at most; at least 1. By default, and
-            at most, what the model has room for (with --url, as far as the server says so).
-        on_too_long: drop what is longer, which is counted, or error.
-        limit: the first so many prompts, at least 1; all if left out.
-        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name.
+        step_separator: ends each step; \n means a line's end.
+        sampling: settings of solutions and completions, without a seed.
+        success: smallest reward of a right answer.
+        skip_after_failure: once no completion of a wrong solution succeeds, label its remaining steps 0.
+        max_length: maximum tokens of a prompt, or of a prompt and all steps but the last; at least 1. By default, and
+            at most, the model's limit (with --url, if the server reports it).
+        on_too_long: drop longer ones, which are counted, or error.
+        limit: number of prompts to read, at least 1; all by default.
+        chat_template_kwargs: passed to the chat template; the rows' own take precedence.
         seed: every sample is a function of this, the row's id and the sample's number.
-        dtype: of the model's weights; not with --url.
-        dialect: of the server: vllm states all sampling settings, openai only the standard ones.
+        dtype: type of the model's weights; not with --url.
+        dialect: of the server: vllm sends all sampling settings, openai only the standard ones.
         text_prompts: send prompts as text, to a server that takes no token ids.
         api_key_variable: the environment variable that holds the server's key.
-        max_concurrency: requests to the server at once, at least 1.
+        max_concurrency: maximum number of requests to the server at once, at least 1.
         timeout: seconds after which a silent request is given up.
     """
 
@@ -95,14 +95,14 @@ class LabelOptions:
 
     @property
     def separator(self) -> str:
-        """The separator itself, however it was written on a command line."""
+        r"""The separator, with ``\n`` and ``\t`` of a command line replaced."""
         return self.step_separator.replace("\\n", "\n").replace("\\t", "\t")
 
     def check(self) -> None:
-        """Refuses what can be seen to be wrong before a model is loaded.
+        """Checks the options before a model is loaded.
 
         Raises:
-            ValueError: naming the option, its value and what is allowed.
+            ValueError: naming the option, its value and the allowed values.
         """
         if Path(self.output).expanduser().exists():
             raise ValueError(f"output {self.output!r} is there already: remove it, or write to another file")
@@ -123,24 +123,24 @@ class LabelOptions:
 def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> dict[str, float]:
     """Samples solutions of prompts and labels their steps by completing each prefix and checking the answers.
 
-    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935); the formula and where it is departed from are in
-    :func:`~rlhf_lightning.labeling.step_labels.label_steps`. The rows written are what ``StepwiseDataModule`` reads.
+    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935); formula and departures are in
+    :func:`~rlhf_lightning.labeling.step_labels.label_steps`. ``StepwiseDataModule`` reads the rows.
 
-    The output is written when all is done, as a whole. Until then results are collected in a hidden file beside it,
-    from which the same call goes on if it was interrupted.
+    The output is written at the end, as a whole. Until then results are collected in a hidden file next to it, from
+    which the same call resumes after an interruption.
 
     Args:
-        options: what, by what, and how.
-        say: takes a line about every part that is done.
+        options: the options.
+        say: shown one line per finished part.
 
     Returns:
         Numbers of prompts, solutions and steps; means of the labels (``mean_label``) and of last steps' (``right``);
-        numbers of prompts and solutions that were too long, cut off, without steps, alike or without verdict, and so
-        left out.
+        numbers of prompts and solutions left out because they were too long, cut off, without steps, alike or without
+        verdict.
 
     Raises:
         ValueError: an option is not allowed, no solution could be labelled, or, with ``on_too_long="error"``, something
-            is too long; what was done before is kept, and the same call goes on from there.
+            is too long; earlier results are kept, and the same call resumes from there.
 
     Example:
         >>> options = LabelOptions("sums:prompts?rows=50", "steps.jsonl", "runs/quickstart/sft/model")
@@ -172,7 +172,7 @@ def _labelled(
     tokenizer: PreTrainedTokenizerBase,
     verify: Verifier,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The labelled solutions of some prompts, and how many were left out for which reason."""
+    """Labels solutions of some prompts; returns them, and how many were left out for which reason."""
     common: dict[str, Any] = {
         "step_separator": options.separator,
         "sampling": options.sampling,
@@ -182,6 +182,7 @@ def _labelled(
     }  # fmt: skip
     tokens = {example.row_id: example.root.tokens.tolist() for example in part}
     rows = [{**example.fields, "row_id": example.row_id} for example in part]
+
     cut_off = empty = alike = too_long = 0
     left_out: Counter[str] = Counter()
     if options.num_solutions:
@@ -193,7 +194,9 @@ def _labelled(
             prompt_tokens=lambda row: tokens[row["row_id"]],
             **common,
         )
+        # A solution's id is its prompt's id and a number.
         tokens = {row["row_id"]: tokens[row["row_id"].rpartition("/")[0]] for row in rows}
+
     labelled = label_steps(
         rows,
         engine,
@@ -241,9 +244,9 @@ def _engine(options: LabelOptions, tokenizer: PreTrainedTokenizerBase) -> Engine
 
 
 class _Journal:
-    """What has been labelled so far, in a hidden file beside the output, line by line.
+    """Keeps the results so far in a hidden file next to the output, line by line.
 
-    The first line says what it is a result of; a last line that was cut off is dropped, and its prompts done again.
+    The first line holds the settings and inputs; a truncated last line is dropped, and its prompts are redone.
     """
 
     def __init__(self, target: Path, origin: dict[str, Any]) -> None:
@@ -261,7 +264,7 @@ class _Journal:
 
     def _read(self, origin: dict[str, Any]) -> None:
         content = self.path.read_bytes()
-        # What a crash leaves behind the last line: a part of the next, or zeros where the disk had got no further.
+        # A crash may leave a part of the next line, or zeros that the disk had not replaced yet, after the last line.
         whole = content[: content.rfind(b"\n") + 1]
         parts = whole.split(b"\n")[:-1]
         if parts and not parts[-1].strip(b"\0"):

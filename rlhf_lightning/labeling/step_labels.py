@@ -1,4 +1,4 @@
-"""Labels for steps of solutions that nobody has labelled: finish each prefix many times, and count right answers."""
+"""Labels steps of solutions automatically: completes each prefix many times, and counts right answers."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from ..rewards.exact_answer import check_verdicts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# ``verify(prompts, completions, **columns)`` returns one reward per completion, or None where it has nothing to say.
+# ``verify(prompts, completions, **columns)`` returns one reward per completion, or None without a verdict.
 Verifier = Callable[..., Sequence[float | None]]
-# Tokens of a row's prompt, where the tokenizer's own way with a text or a chat is not what is wanted.
+# Returns the tokens of a row's prompt, in place of the tokenizer's encoding of the text or chat.
 PromptTokens = Callable[[Mapping[str, Any]], Sequence[int]]
 OnTooLong = Literal["drop", "error"]
 
-# Why a row may be left out of what ``label_steps`` yields.
+# Reasons for which ``label_steps`` leaves out a row.
 TOO_LONG: Final = "too long"
 UNJUDGED: Final = "without verdict"
 
 _ROWS_AT_ONCE = 32
-# What a row may have of another solution than the sampled one.
+# Columns of a row that belong to another solution than the sampled one.
 _OF_A_SOLUTION = ("completion", "response", "completions", "label", "labels")
 
 
 class Solutions(NamedTuple):
-    """Sampled solutions, and how many were left out.
+    """Sampled solutions, and the numbers of those left out.
 
     Attributes:
         rows: one per solution, as ``label_steps`` takes them: the prompt's row with ``completions`` and a ``row_id``.
-        cut_off: did not end by themselves.
-        empty: had no steps.
-        alike: repeated another solution of the same prompt.
-        too_long: prompts (not solutions) that leave the engine no room.
+        cut_off: number of solutions cut off by the limit.
+        empty: number without steps.
+        alike: number that repeated another solution of the same prompt.
+        too_long: number of prompts (not solutions) that leave the engine no room.
     """
 
     rows: list[dict[str, Any]]
@@ -65,22 +65,22 @@ def sample_solutions(
     on_too_long: OnTooLong = "drop",
     seed: int = 0,
 ) -> Solutions:
-    r"""Has a model solve problems several times, in steps that are then to be labelled.
+    r"""Samples several solutions of each problem, in steps, for ``label_steps``.
 
-    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935), section 4: several solutions per problem, without those
-    that are alike. Departure: solutions that were cut off are left out, too, since their last step is not one.
+    Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935), section 4: several solutions per problem, without
+    duplicates. Departure: truncated solutions are left out as well, since their last step is incomplete.
 
     A solution is a function of the model, the settings and (``seed``, the row's id, the solution's number).
 
     Args:
         rows: with ``prompt``, text or chat messages; ``row_id`` if there is one, else the row's number names it.
-        engine: what solves them.
+        engine: samples the solutions.
         tokenizer: the engine's.
         num_solutions: per prompt, at least 1.
-        step_separator: what ends each step; at least one character.
-        sampling: its own seed is not read.
-        prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
-        max_length: tokens of a prompt at most, at least 1; never more than the engine says that it takes.
+        step_separator: ends each step; at least one character.
+        sampling: the settings; its own seed is not read.
+        prompt_tokens: returns a row's prompt as tokens; by default the tokenizer encodes it.
+        max_length: maximum tokens of a prompt, at least 1; limited by the engine's own maximum.
         on_too_long: ``drop`` a row with a longer one and count it, or ``error``.
         seed: see above.
 
@@ -96,6 +96,8 @@ def sample_solutions(
     _check_separator(step_separator)
     params = replace(sampling or SamplingParams(), seed=seed)
     limit = _Limit.of(engine, params, max_length, on_too_long)
+
+    # Too long prompts are left out before sampling; the samples of the others do not depend on them.
     named = [(str(row.get("row_id", f"rows:{number}")), row) for number, row in enumerate(rows)]
     encode = prompt_tokens or (lambda row: _prompt_ids(tokenizer, row))
     for row_id, row in named:
@@ -105,6 +107,7 @@ def sample_solutions(
     fitting = [(row_id, row, ids) for row_id, row, ids in encoded if limit.allows(row_id, len(ids), "its prompt has")]
     seeds = [[derive_seed(seed, row_id, "solution", n) for n in range(num_solutions)] for row_id, _, _ in fitting]
     groups = engine.generate([ids for _, _, ids in fitting], num_solutions, params, seeds=seeds)
+
     found: list[dict[str, Any]] = []
     cut_off = empty = alike = 0
     for (row_id, row, _), group in zip(fitting, groups, strict=True):
@@ -124,7 +127,7 @@ def sample_solutions(
 
 @dataclass
 class _Solution:
-    """A row on its way: its steps as tokens, and what became of each."""
+    """A row while it is labelled: its steps as tokens, and their labels."""
 
     row_id: str
     row: Mapping[str, Any]
@@ -134,11 +137,11 @@ class _Solution:
     labels: list[float | None] = field(default_factory=list)
 
     def prefix_ids(self, count: int) -> list[int]:
-        """The tokens of the prompt and the first steps."""
+        """The tokens of the prompt and the first ``count`` steps."""
         return self.prompt_ids + [token for ids in self.step_ids[:count] for token in ids]
 
     def longest_prefix(self) -> tuple[str, int, str]:
-        """The row, the tokens of the longest prefix that is completed (none of a single step), and what they are."""
+        """The row's id, the length of the longest prefix to complete (0 for a single step), and words for messages."""
         count = len(self.steps) - 1
         said = f"its prompt and first {count} steps have"
         return self.row_id, len(self.prefix_ids(count)) if count else 0, said
@@ -162,45 +165,45 @@ def label_steps(
     left_out: Counter[str] | None = None,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    r"""Labels each step by how often a model that goes on from there arrives at the right answer.
+    r"""Labels each step by how often completions from there reach the right answer.
 
     Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935). With N = ``num_samples`` completions of the prompt and
-    the steps up to i, of which c_i are right:
+    the steps up to i, and c_i the number of right ones:
 
         soft  y_i = c_i / N        hard  y_i = 1 if c_i > 0 else 0
 
     The last step is labelled by the solution's own answer, since nothing is left to sample. Departure: with
-    ``skip_after_failure``, the steps of a *wrong* solution behind one that no sample could save get 0 without being
-    sampled (as in the search for the first error of OmegaPRM, Luo et al., 2024, arXiv:2406.06592). The steps of a right
-    one are all sampled: its own answer shows that what looked lost could be saved.
+    ``skip_after_failure``, once no completion of a *wrong* solution succeeds, its remaining steps are labelled 0
+    without sampling (as in the search for the first error of OmegaPRM, Luo et al., 2024, arXiv:2406.06592). The steps
+    of a right solution are all sampled: its own answer shows that a failed prefix could be saved.
 
     A sample is a function of the model, the settings and (``seed``, the row's id, the step's number, the sample's).
 
     Args:
         rows: ``prompt`` (text or chat messages) and ``completions`` (the steps), or ``completion`` or ``response``,
-            which is split at the separator; ``row_id`` if there is one, else the row's number names it. What the
-            verifier reads (``answer``) is in further columns.
-        engine: what completes prefixes.
+            which is split at the separator; ``row_id`` if there is one, else the row's number names it. Further columns
+            hold the verifier's inputs (``answer``).
+        engine: completes prefixes.
         tokenizer: the engine's.
-        verify: called as ``verify(prompts, completions, **columns)`` with whole solutions; one reward each, ``None``
-            where it has nothing to say.
+        verify: called as ``verify(prompts, completions, **columns)`` with whole solutions; returns one reward each,
+            ``None`` without a verdict.
         num_samples: N, at least 1.
         labels: ``soft`` or ``hard``.
-        step_separator: what ends each step; at least one character.
-        sampling: of the completions; its own seed is not read.
-        success: a reward of at least this much is a right answer.
+        step_separator: ends each step; at least one character.
+        sampling: settings of the completions; its own seed is not read.
+        success: smallest reward of a right answer.
         skip_after_failure: see above.
-        prompt_tokens: a row's prompt as tokens; by default the tokenizer is asked.
-        max_length: tokens of a prompt and all steps but the last at most, at least 1; never more than the engine says
-            that it takes.
+        prompt_tokens: returns a row's prompt as tokens; by default the tokenizer encodes it.
+        max_length: maximum tokens of a prompt and all steps but the last, at least 1; limited by the engine's own
+            maximum.
         on_too_long: ``drop`` a longer row, or ``error``.
         left_out: counts the rows that are left out, under ``"too long"`` and ``"without verdict"``.
         seed: see above.
 
     Yields:
-        The rows in their order, with ``completions`` (the steps), ``labels`` and all other columns: what
-        ``StepwiseDataModule`` reads. Rows that are too long, or that the verifier cannot judge, are left out; one
-        warning in the end says how many, unless ``left_out`` counts them.
+        The rows in order, with ``completions`` (the steps), ``labels`` and all other columns, as ``StepwiseDataModule``
+        reads them. Rows that are too long, or that the verifier cannot judge, are left out; one warning at the end
+        reports their number, unless ``left_out`` counts them.
 
     Raises:
         ValueError: an option out of range, a row without prompt or steps, or, with ``error``, one that is too long.
@@ -219,6 +222,8 @@ def label_steps(
     params = replace(sampling or SamplingParams(), seed=seed)
     limit = _Limit.of(engine, params, max_length, on_too_long)
     labeller = _Labeller(engine, tokenizer, verify, num_samples, step_separator, params, success, prompt_tokens, seed)
+
+    # Answers first: a row without a verdict needs no completions.
     numbered, lost = enumerate(rows), Counter[str]() if left_out is None else left_out
     while part := [labeller.read(number, row) for number, row in islice(numbered, _ROWS_AT_ONCE)]:
         chunk = [solution for solution in part if limit.allows(*solution.longest_prefix())]
@@ -250,7 +255,7 @@ class _Labeller:
     seed: int
 
     def read(self, number: int, row: Mapping[str, Any]) -> _Solution:
-        """Takes a row apart."""
+        """Reads a row's prompt and steps, and encodes them."""
         row_id = str(row.get("row_id", f"rows:{number}"))
         prompt, steps = row.get("prompt"), row.get("completions")
         if steps is None:
@@ -268,7 +273,7 @@ class _Labeller:
         return _Solution(row_id, row, steps, prompt_ids, step_ids)
 
     def judge_answers(self, solutions: Sequence[_Solution]) -> None:
-        """Labels last steps by the solutions' answers; a solution that cannot be judged gets no labels at all."""
+        """Labels last steps by the solutions' answers; a solution without a verdict gets no labels."""
         if not solutions:
             return
         texts = [self._text(solution, len(solution.steps)) for solution in solutions]
@@ -286,7 +291,7 @@ class _Labeller:
             self._sample([task for task in tasks if task[1] == count and not _given_up(task[0], count)])
 
     def _sample(self, tasks: Sequence[tuple[_Solution, int]]) -> None:
-        """Completes prefixes and sets the labels of the steps that they end with."""
+        """Completes prefixes and labels their last steps."""
         if not tasks:
             return
         prompts = [solution.prefix_ids(count) for solution, count in tasks]
@@ -318,20 +323,20 @@ class _Labeller:
 
 
 def _given_up(solution: _Solution, count: int) -> bool:
-    """Whether a wrong solution has a step before the last of ``count`` that no sample could save."""
+    """Whether no completion of a wrong solution succeeded from a step before the last of ``count``."""
     return solution.labels[-1] == 0.0 and 0.0 in solution.labels[: count - 1]
 
 
 @dataclass(frozen=True)
 class _Limit:
-    """How long a text that is to be completed may be, and what happens to a longer one."""
+    """The maximum length of a prefix to complete, and the treatment of longer ones."""
 
     tokens: int | None
     on_too_long: OnTooLong
 
     @classmethod
     def of(cls, engine: Engine, params: SamplingParams, max_length: int | None, on_too_long: OnTooLong) -> _Limit:
-        """What was asked for, or what the engine takes, if it says so."""
+        """Takes the smaller one of ``max_length`` and the engine's limit, if it reports one."""
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for what the engine takes")
         if on_too_long not in get_args(OnTooLong):
@@ -341,7 +346,11 @@ class _Limit:
         return cls(min(limits, default=None), on_too_long)
 
     def allows(self, row_id: str, length: int, said: str) -> bool:
-        """Whether there is room behind so many tokens of a row."""
+        """Whether a prefix of ``length`` tokens may be completed.
+
+        Raises:
+            ValueError: it is too long, with ``on_too_long="error"``.
+        """
         if self.tokens is None or length <= self.tokens:
             return True
         if self.on_too_long == "drop":

@@ -1,4 +1,4 @@
-"""Staged runs: stages start from what earlier ones exported; what is finished and unchanged is not done again."""
+"""Staged runs: stages start from the exports of earlier ones; finished and unchanged stages are not run again."""
 
 from .config import Pipeline, load_pipeline
 from .runner import run_pipeline

@@ -1,4 +1,4 @@
-"""``rlhf-lightning pipeline``: from the command line to the table at the end."""
+"""``rlhf-lightning pipeline``: parses the command line, runs the pipeline, and prints the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .config import load_pipeline
 from .report import results_table, write_report
 from .runner import run_pipeline
 
-# Of Lightning: no workers are needed for rows in memory, and its own use of torch is not ours to mend.
+# Lightning's warnings: rows in memory need no workers, and its own use of torch cannot be fixed here.
 _EXPECTED_WARNINGS = (".*does not have many workers.*", ".*number of training batches.*", ".*treespec, LeafSpec.*")
 
 
@@ -70,7 +70,7 @@ def run_command(args: Sequence[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leaves the terminal to the stages' own lines; warnings stay, but for those that are expected."""
+    """Leaves the terminal to the stages' own lines; suppresses expected warnings only."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What a pipeline's YAML says, checked: stages in order, and what each is made of."""
+"""Reads and checks a pipeline's YAML: its stages in order, with their options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Export:
-    """Which model of a fit stage is written: the last, or the best by a metric of its validation."""
+    """Selects the exported model of a fit stage: the last, or the best by a validation metric."""
 
     monitor: str | None = None
     mode: Literal["max", "min"] | None = None
@@ -31,19 +31,19 @@ class Export:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy completions of the test prompts, for every model that a stage exports."""
+    """Tests every exported model by greedy completions of the test prompts."""
 
     prompts: str | list[str]
     verifier: str = _EXACT
     max_new_tokens: int = 256
     limit: int | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    samples: int = 8  # how many the report shows
+    samples: int = 8  # shown in the report
 
 
 @dataclass(frozen=True)
 class FitStage:
-    """Training: method files as ``rlhf-lightning fit`` takes them, and what differs from them."""
+    """Training: config files of ``rlhf-lightning fit``, and overrides."""
 
     outputs: ClassVar[dict[str, str]] = {"model": "model"}
 
@@ -59,10 +59,10 @@ class FitStage:
 
 @dataclass(frozen=True)
 class SampleStage:
-    """Completions of prompts, verified; of each prompt with a better and a worse one a preference pair.
+    """Samples and verifies completions, and makes a preference pair of each prompt with a better and a worse one.
 
-    With ``server``, options of ``inference.RemoteEngine``, they come from there, and of ``model`` only the tokenizer is
-    read.
+    With ``server``, options of ``inference.RemoteEngine``, completions come from there, and only the tokenizer of
+    ``model`` is read.
     """
 
     outputs: ClassVar[dict[str, str]] = {"pairs": "pairs.jsonl"}
@@ -91,7 +91,7 @@ _TOP_LEVEL = (
 class Comparison:
     """A figure of one metric over the steps, or the seconds of training, of several stages.
 
-    Stages of policies that are not chosen are left out of it.
+    It leaves out stages of policies that are not chosen.
     """
 
     metric: str
@@ -108,13 +108,13 @@ class Pipeline:
     Attributes:
         title: the heading of its report.
         run_dir: where everything is written.
-        seed: of every stage that has none of its own.
-        threads: that torch computes with; ``None`` leaves the choice to it.
-        dtype: of the weights when stages sample and models are evaluated.
+        seed: seed of every stage without its own.
+        threads: threads of torch; ``None`` for its default.
+        dtype: type of the weights in sampling and evaluation.
         stages: by name, in order; interpolations are resolved, so that outputs of earlier stages are paths.
-        evaluation: what every exported model is tested on; ``None``: nothing.
+        evaluation: test of every exported model; ``None`` for no test.
         compare: figures of the report that show several stages.
-        source: the configuration as it was written, overrides included.
+        source: the configuration as written, overrides included.
     """
 
     title: str
@@ -141,9 +141,9 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str 
     """Reads a pipeline's YAML.
 
     Args:
-        path: the file; ``configs/...`` may be one that comes with the package.
+        path: the file; ``configs/...`` may be one of the package.
         overrides: ``key=value``, such as ``stages.dpo.trainer.max_epochs=2``.
-        run_dir: instead of the file's.
+        run_dir: replaces the file's ``run_dir``.
 
     Raises:
         UsageError: something is missing, unknown or of the wrong kind.
@@ -170,7 +170,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str 
 
 
 def _choose_policies(config: DictConfig) -> set[str]:
-    """Adds the stages of the chosen policies to those that always run; returns the names of those not chosen."""
+    """Adds the stages of the chosen policies to ``stages``; returns the names of the stages not chosen."""
     written = OmegaConf.to_container(config)
     policies = written.get("policies") if isinstance(written, dict) else None
     if policies is None:
@@ -186,7 +186,7 @@ def _choose_policies(config: DictConfig) -> set[str]:
             raise UsageError(f"policy is {name!r}; write {', '.join(map(str, policies))}, or several: [a, b]")
     given = config.get("stages") or OmegaConf.create()
     always = {name: stage for name, stage in given.items() if not OmegaConf.is_dict(stage) or "kind" in stage}
-    # What is written under stages wins: it holds what the command line says of a policy's stages.
+    # Values under stages take precedence: overrides of a policy's stages on the command line are there.
     config.stages = OmegaConf.merge(always, *(config.policies[name] for name in chosen), given)
     del config["policies"]
     return {stage for stages in policies.values() for stage in stages} - set(config.stages)
@@ -243,7 +243,11 @@ def _stage(name: str, written: dict[str, Any]) -> Stage:
 
 
 def _build(cls: type[T], written: Any, where: str) -> T:
-    """Makes a dataclass of a mapping, and says which key is unknown or missing."""
+    """Makes a dataclass of a mapping.
+
+    Raises:
+        UsageError: naming an unknown or missing key.
+    """
     if not isinstance(written, Mapping):
         raise UsageError(f"{where} is {written!r}: write a mapping")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

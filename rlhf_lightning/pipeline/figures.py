@@ -1,4 +1,4 @@
-"""The report's curves, as images that an HTML page can hold."""
+"""Draws the report's curves, as images to embed in HTML."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAIN_SECONDS = "time/train_seconds"
 
 
 def points(history: History, name: str, over: str = "steps") -> tuple[list[float], list[float]]:
-    """How many steps had been taken whenever a metric was logged, or how long training had taken, and its values.
+    """The steps, or the seconds of training, at which a metric was logged, and its values.
 
     Lightning numbers steps from 0 and a validation by the step before it; the first is that of the untrained model.
     """
@@ -33,7 +33,7 @@ def points(history: History, name: str, over: str = "steps") -> tuple[list[float
 
 
 def stage_figure(history: History, exported_step: float) -> str:
-    """Loss, and the metric that says most about the stage, over its steps; a line marks the exported model."""
+    """Plots the loss and the stage's main metric over its steps; a line marks the exported model."""
     figure = Figure(figsize=(9, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps, values = points(history, "train/loss")
@@ -48,7 +48,7 @@ def stage_figure(history: History, exported_step: float) -> str:
 
 
 def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]], over: str = "steps") -> str:
-    """One metric over the steps, or the seconds of training, of several stages; a circle marks what each exported.
+    """Plots one metric over the steps, or the seconds of training, of several stages; circles mark exported models.
 
     Args:
         metric: its logged name.
@@ -77,7 +77,7 @@ def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]], ov
 
 
 def as_image(figure: Figure) -> str:
-    """A figure as a ``data:`` address."""
+    """Encodes a figure as a ``data:`` URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""The ``fit`` stage: the command line's own machinery, with an export and a log of metrics added."""
+"""The ``fit`` stage: the command line's ``fit``, with an export and a log of metrics added."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HISTORY = "history.jsonl"
 
 
 class Progress(lightning.Callback):
-    """Says how training goes, whenever it has been validated.
+    """Reports the progress of training after every validation.
 
     Args:
         say: shown one line.
@@ -39,7 +39,7 @@ class Progress(lightning.Callback):
         self.say = say
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Says it, of validations while training."""
+        """Reports validations during training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             values = {name: float(value) for name, value in trainer.callback_metrics.items()}
             shown = [f"{name} {values[name]:.3f}" for name in ("val/loss", "val/accuracy") if name in values]
@@ -47,27 +47,27 @@ class Progress(lightning.Callback):
 
 
 class Stopwatch(lightning.Callback):
-    """Logs with every validation how long training has taken: batches alone, neither validations nor their samples."""
+    """Logs the duration of training with every validation: of batches only, without validations and their samples."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._began = 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Starts."""
+        """Starts the watch."""
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Stops."""
+        """Stops the watch."""
         self.seconds += time.perf_counter() - self._began
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Logs it."""
+        """Logs the seconds."""
         pl_module.log(TRAIN_SECONDS, self.seconds, on_epoch=True, batch_size=1)
 
 
 class StageCLI(PostTrainingCLI):
-    """Everything a fit stage needs, built and not yet run.
+    """Builds everything that a fit stage needs, without running it.
 
     Args:
         stage: the stage.
@@ -116,7 +116,7 @@ class StageCLI(PostTrainingCLI):
 
 
 def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Trains, exports, and measures: validation before and after, and the test set where the data has one.
+    """Trains, exports and evaluates: validation before and after, and the test set if there is one.
 
     Args:
         stage: the stage.
@@ -143,13 +143,13 @@ def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]
         if cli.export.monitor is not None:
             load_exported(module, folder / "model")
         if sources.get("val") is not None:
-            # The exported model is not the one of the last step: its figures have no place in that step's curves.
+            # The exported model may not be that of the last step: keep its metrics out of that step's curves.
             loggers, trainer.loggers = trainer.loggers, []
             metrics |= _named("val", trainer.validate(module, datamodule=data, verbose=False))
             trainer.loggers = loggers
         if sources.get("test") is not None:
             metrics |= _named("test", trainer.test(module, datamodule=data, verbose=False))
-    except SystemExit as error:  # what Lightning makes of Ctrl-C; that of another signal stays its exit status
+    except SystemExit as error:  # Lightning turns Ctrl-C into it; other signals keep their exit status
         if error.code not in (1, 128 + signal.SIGINT):
             raise
         raise KeyboardInterrupt from error
@@ -159,9 +159,9 @@ def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]
 
 
 def load_exported(module: PostTrainingModule, folder: Path) -> None:
-    """Puts the weights of an exported folder back into the module that exported it, its head included.
+    """Loads the weights of an exported folder, head included, into the module that exported it.
 
-    What an export does not hold stays as it is: the critic of a PPO policy, which validation does not read.
+    Weights that an export does not hold are unchanged: the critic of a PPO policy, which validation does not read.
 
     Raises:
         ValueError: a file is damaged or missing, or the folder holds a merged adapter.
@@ -173,7 +173,7 @@ def load_exported(module: PostTrainingModule, folder: Path) -> None:
             )
         set_peft_model_state_dict(module.model, read_weights(folder / "adapter_model.safetensors"))
     else:
-        # Not file by file: transformers writes some weights (of experts) under other names than a model has them.
+        # Not file by file: transformers stores some weights (of experts) under other names than in the model.
         stored = load_causal_lm(folder, dtype=module.model.dtype, trainable=False, headless=not module.predicts_tokens)
         module.model.load_state_dict(stored.state_dict())
     if isinstance(module, HeadedModule):
@@ -181,7 +181,7 @@ def load_exported(module: PostTrainingModule, folder: Path) -> None:
 
 
 def finish_wandb() -> None:
-    """Closes the run of Weights & Biases, if one is open: the next stage is another one."""
+    """Closes an open run of Weights & Biases, so that the next stage starts its own."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.finish()

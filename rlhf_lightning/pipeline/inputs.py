@@ -1,4 +1,4 @@
-"""What a configuration reads beside itself: files, folders, an adapter's base, and the source of named functions."""
+"""Finds and hashes the inputs of a configuration: files, folders, an adapter's base, the source of named functions."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..utils.imports import find_own_modules
 from ..utils.packaged_configs import packaged_config
 from .manifest import content_hash
 
-# Options whose value is a folder or a task, if it is none of the hub's ids. Files are looked for under every option.
+# Options whose value may be a folder or a task instead of a hub id. Files are looked for in every option.
 _SOURCES = ("model", "tokenizer", "value_model", "judge", "train", "val", "test", "predict", "prompts")
-# Options that say where something is written.
+# Options that name outputs.
 _WRITTEN = ("output", "dirpath", "save_dir", "default_root_dir", "log_dir", "folder", "filename", "root_dir")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def input_hashes(config: Any) -> dict[str, str]:
-    """Digests of all that a configuration reads.
+    """Hashes all inputs of a configuration.
 
-    These are models (with the base model of an adapter), tokenizers, rows and prompts (with the folder that
-    ``GSM8K_DIR`` names), every other file that is named anywhere, and the source of every function and class of one's
-    own that is named by its dotted path, with the modules of one's own that it imports.
+    Inputs are models (with the base model of an adapter), tokenizers, rows and prompts (with the folder in
+    ``GSM8K_DIR``), every other file that is named anywhere, and the source of every user-defined function and class
+    that is named by its dotted path, with the user's modules that it imports.
 
     Returns:
-        By what the configuration calls them.
+        Digests by the names in the configuration.
     """
     found: dict[str, str] = {}
     for key, value in _values(config):
@@ -51,7 +51,7 @@ def input_hashes(config: Any) -> dict[str, str]:
 
 
 def _values(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a configuration with the option that it belongs to."""
+    """Yields every text of a configuration with its option."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             yield from _values(value, str(name))
@@ -63,15 +63,15 @@ def _values(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _places(key: str, value: str) -> Iterator[tuple[str, Path]]:
-    """The files and folders that a text may mean, by what it calls them."""
+    """Yields the existing files and folders that a text may name, with their names."""
     name, _, query = value.partition("?")
-    # In a form "+" means a space; in a folder's name it means "+".
+    # In a query "+" means a space; in a folder's name it means "+".
     candidates = dict.fromkeys((value, name, *(part for _, part in parse_qsl(query.replace("+", "%2B")))))
     for candidate in candidates if key not in _WRITTEN else ():
         path = packaged_config(candidate) or Path(candidate).expanduser()
         try:
             known = path.is_file() or (key in _SOURCES and path.is_dir())
-        except (OSError, ValueError):  # a text that can be no path: too long, or with a zero byte
+        except (OSError, ValueError):  # not a path: too long, or with a zero byte
             continue
         if candidate and known:
             yield candidate, path
@@ -81,14 +81,14 @@ def _places(key: str, value: str) -> Iterator[tuple[str, Path]]:
 
 
 def _bases(name: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """The base model of an adapter, where it is here."""
+    """Yields the base model of an adapter, if it is a local folder."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         return
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
-        return  # a damaged one is reported when it is loaded
+        return  # loading reports a damaged file
     if not isinstance(base, str) or not base:
         return
     for path in (packaged_config(base), Path(base).expanduser(), folder / base):
@@ -99,15 +99,15 @@ def _bases(name: str, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def own_sources(dotted: str) -> list[Path]:
-    """The source files of what a dotted path names, and of what they import, as far as they are one's own.
+    """Finds the user's source files behind a dotted path, and those that they import.
 
-    Nothing is imported or run. Installed packages and Python itself are left out: versions stand for them.
+    Nothing is imported or run. Installed packages and Python itself are left out: their versions are recorded.
 
     Args:
         dotted: ``package.module.name``.
 
     Returns:
-        The files in a fixed order, none where the path names nothing of one's own.
+        The files in a fixed order; empty if the path names no module of the user.
     """
     find_own_modules()
     waiting, seen = [dotted.partition(".")[0]], set()
@@ -124,7 +124,7 @@ def own_sources(dotted: str) -> list[Path]:
 
 
 def _files_of(root: str) -> list[Path]:
-    """The files of a top-level module or package of one's own, from where Python would import it."""
+    """The files of a top-level module or package of the user, from where Python would import it."""
     for entry in sys.path:
         place = Path(entry or ".").resolve()
         package, module = place / root, place / f"{root}.py"
@@ -138,12 +138,12 @@ def _files_of(root: str) -> list[Path]:
 
 
 def _installed() -> tuple[Path, ...]:
-    """Where Python, its packages and this one are."""
+    """The folders of Python, of installed packages and of this package."""
     return (*(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")), _PACKAGE)
 
 
 def _imports(file: Path) -> list[str]:
-    """The top-level names of what a source file imports."""
+    """The top-level names of the modules that a source file imports."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run directory holds and how it came about: written whole or not at all, after every change."""
+"""Records the contents of a run directory and their origin; written atomically after every change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Manifest:
     """The record of a run: per stage its key, inputs, outputs, metrics and times.
 
     Args:
-        path: ``manifest.json``; an earlier run's is taken over.
+        path: ``manifest.json``; an earlier run's is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class Manifest:
         return stages
 
     def is_finished(self, stage: str, key: str, folder: Path) -> bool:
-        """Whether a stage was finished with this key, and what it wrote is still what it wrote."""
+        """Whether a stage was finished with this key and its outputs are unchanged."""
         record = self.stages.get(stage, {})
         if record.get("status") != "finished" or record.get("key") != key:
             return False
@@ -47,7 +47,7 @@ class Manifest:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """The content of an earlier run's manifest.
+    """Reads the manifest of an earlier run.
 
     Raises:
         ValueError: it is damaged.
@@ -65,7 +65,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def content_hash(path: Path) -> str | None:
-    """A digest of a file, or of the names and contents of all files of a folder; ``None`` if there is neither."""
+    """Hashes a file, or the names and contents of all files of a folder; ``None`` if the path does not exist."""
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
@@ -78,7 +78,7 @@ def content_hash(path: Path) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the package and of what its results depend on."""
+    """Versions of the package and of the packages that its results depend on."""
     found = {"rlhf-lightning": __version__}
     for package in _PACKAGES:
         try:
@@ -89,13 +89,13 @@ def versions() -> dict[str, str]:
 
 
 def stage_key(config: Any, inputs: Mapping[str, str], run_dir: Path) -> str:
-    """What a stage's result is a function of; a run directory that was moved keeps its keys."""
+    """Hashes everything that a stage's result depends on; moving the run directory does not change it."""
     content = json.loads(json.dumps([config, dict(inputs), __version__], default=str))
     return hashlib.sha256(json.dumps(_anywhere(content, str(run_dir)), sort_keys=True).encode()).hexdigest()
 
 
 def _anywhere(value: Any, run_dir: str) -> Any:
-    """A value without the run directory in its texts; the current folder is written in no path."""
+    """Replaces the run directory in all texts of a value; the current folder does not appear in paths."""
     if isinstance(value, dict):
         return {_anywhere(key, run_dir): _anywhere(item, run_dir) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a run came to: a table on the screen, ``summary.json`` for programs and ``report.html`` for people."""
+"""Reports the results of a run: a table on the terminal, ``summary.json`` and ``report.html``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NUM_PAIRS = 3
 
 
 def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
-    """The results as plain values, stage by stage."""
+    """Collects the results as plain values, stage by stage."""
     stages = []
     for name in pipeline.stages:
         record = manifest.stages[name]
@@ -44,7 +44,7 @@ def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
 
 
 def results_table(pipeline: Pipeline, manifest: Manifest) -> Table:
-    """The results as a table for the terminal."""
+    """Makes a table of the results for the terminal."""
     table = Table(title=escape(pipeline.title), title_justify="left")
     for heading in ("stage", "what it did", "validation", "test", "seconds"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
@@ -59,6 +59,7 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
     summary = summarize(pipeline, manifest)
     write_atomically(pipeline.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     stages = [_stage_view(pipeline, manifest, row) for row in summary["stages"]]
+
     comparisons = [
         {
             "title": item.title or item.metric,
@@ -70,6 +71,8 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
         }
         for item in pipeline.compare
     ]
+
+    # Completions and configs are untrusted text: autoescape; an undefined name is a mistake of the template.
     template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -103,7 +106,7 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
 
 
 def _compared(pipeline: Pipeline, manifest: Manifest, metric: str, name: str) -> dict[str, Any]:
-    """First, highest and last value of a metric in a stage, and what its exported model does on the test set."""
+    """First, highest and last value of a metric in a stage, and its exported model's test accuracy."""
     steps, values = points(_history(pipeline, name), metric)
     return {
         "stage": name,
@@ -131,14 +134,14 @@ def _what(row: dict[str, Any]) -> str:
 
 
 def _tested(row: dict[str, Any]) -> str:
-    """What was measured on the test set: exact answers of greedy completions, else loss and preferences."""
+    """Describes the test results: exact answers of greedy completions, else loss and preferences."""
     if row["test_accuracy"] is not None:
         return f"{row['test_accuracy']:.1%} of {row['test_rows']} right"
     return _measured(row["metrics"], "test")
 
 
 def _measured(metrics: dict[str, float], prefix: str) -> str:
-    """Loss and accuracy of the exported model on a set, and the loss before training where it was measured."""
+    """Describes loss and accuracy of the exported model on a set, and the loss before training if measured."""
     shown = []
     if f"{prefix}/loss" in metrics:
         before = metrics.get(f"{prefix}_before/loss")

@@ -1,4 +1,4 @@
-"""Runs the stages of a pipeline, one after the other, and only those that are not done."""
+"""Runs the unfinished stages of a pipeline in order."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from .sample_stage import ANSWERS, PAIRS, SAMPLED, evaluate, remote_engine, run_
 
 Say = Callable[[str], None]
 
-# What a pipeline writes into its folder beside those of its stages, and what a stage may write into its own: nothing
-# else in either is ever replaced or deleted.
+# Files that a pipeline writes next to the folders of its stages, and files that a stage writes into its own folder:
+# nothing else in either is ever replaced or deleted.
 _OF_RUN = ("manifest.json", "summary.json", "report.html")
 _OF_STAGE = ("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED)
 
 
 def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
-    """Runs what is not finished, evaluates what is exported, and records both.
+    """Runs unfinished stages, evaluates exported models, and records both.
 
-    A stage is finished if its record says so, its configuration, inputs and the package's version are those of the
-    record, and its outputs are unchanged. Otherwise what it had written is removed first and it starts from its inputs.
-    Nothing else is removed: a folder of a stage's name that no pipeline made is refused before anything runs, and other
-    files in the folders of a run stay.
+    A stage is finished if its record says so, its configuration, inputs and the package's version match the record, and
+    its outputs are unchanged. Otherwise its earlier files are removed and it starts from its inputs. Nothing else is
+    removed: a folder of a stage's name that no pipeline made is refused before anything runs, and other files in the
+    folders of a run stay.
 
     Args:
-        pipeline: what to run.
+        pipeline: the pipeline.
         say: shown one line per stage.
 
     Returns:
-        The run's record, as it is in ``manifest.json``.
+        The run's record, as in ``manifest.json``.
 
     Raises:
-        ValueError: in a stage, whose name it begins with.
+        ValueError: a stage failed; the message begins with its name.
     """
     if pipeline.threads is not None:
         torch.set_num_threads(pipeline.threads)
@@ -54,12 +54,13 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
     _check_all(pipeline)
     if pipeline.evaluation is not None:
         load_verifier(pipeline.evaluation.verifier)
+
     with _locked(pipeline.run_dir):
         pipeline.run_dir.mkdir(parents=True, exist_ok=True)
         mark(pipeline.run_dir, "pipeline", _OF_RUN)
         manifest = Manifest(pipeline.run_dir / "manifest.json")
         manifest.content |= {"title": pipeline.title, "config": pipeline.source, "versions": versions()}
-        # Stages of policies that are not chosen this time stay finished: what they wrote is still there.
+        # Stages of policies that are not chosen this time stay finished: their files are still there.
         others = {name: record | {"ran": False} for name, record in manifest.stages.items()}
         manifest.content["stages"] = others
         manifest.save()
@@ -76,10 +77,10 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
 
 
 def _check_places(pipeline: Pipeline) -> None:
-    """Refuses a run in whose folders there is what another program, or nobody known, has written under our names."""
+    """Refuses folders that hold files of a pipeline's names which no pipeline wrote."""
     check_place(pipeline.run_dir, "a pipeline")
     check_names(pipeline.run_dir, "pipeline", _OF_RUN)
-    Manifest(pipeline.run_dir / _OF_RUN[0])  # a damaged one is told before anything runs
+    Manifest(pipeline.run_dir / _OF_RUN[0])  # reports a damaged one before anything runs
     for name in pipeline.stages:
         folder = pipeline.folder(name)
         with _in_stage(name):
@@ -97,7 +98,7 @@ def _check_places(pipeline: Pipeline) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what an earlier run of a stage wrote, and makes its folder."""
+    """Removes the files of a stage's earlier run, and makes its folder."""
     for name in sorted(listed_names(folder, "stage")):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -116,7 +117,7 @@ def _check_all(pipeline: Pipeline) -> None:
             try:
                 _describe(pipeline, name, stage)
             except (ValueError, FileNotFoundError) as error:
-                # Some classes read a model as soon as they are made: such a stage is checked when its model is there.
+                # Some classes read a model when they are built: such a stage is checked once its model exists.
                 if not any(place in str(error) for place in awaited):
                     raise
         places = [pipeline.folder(name) / place for place in stage.outputs.values()]
@@ -134,7 +135,9 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
         return
     before = manifest.stages.get(name, {})
     if not (isinstance(stage, SampleStage) and before.get("status") == "running" and before.get("key") == key):
-        _clear(folder)  # what was sampled before the same stage was interrupted stays
+        _clear(folder)  # an interrupted sample stage keeps its samples
+
+    # Recorded as running first: after a crash the stage is not taken for finished.
     started = time.time()
     record: dict[str, Any] = {"kind": stage.kind, "status": "running", "key": key, "seed": seed, "started": started}
     manifest.stages[name] = record | {"inputs": inputs, "config": config, "ran": True}
@@ -144,6 +147,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
         metrics = run_fit(stage, folder, seed, lambda line: say(f"{name}: {line}"))
     else:
         metrics = run_sample(stage, folder, seed, pipeline.dtype, lambda line: say(f"{name}: {line}"))
+
     outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
     for place, digest in outputs.items():
         if digest is None:
@@ -162,7 +166,7 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
     assert pipeline.evaluation is not None
     record = manifest.stages[name]
     config = asdict(pipeline.evaluation)
-    shown = config.pop("samples")  # how many are shown changes nothing
+    shown = config.pop("samples")  # number in the report, no input of the result
     key = stage_key([config, pipeline.dtype], input_hashes(config) | record["outputs"], pipeline.run_dir)
     answers_file = pipeline.folder(name) / ANSWERS
     if record.get("evaluation", {}).get("key") != key or not answers_file.is_file():
@@ -175,7 +179,7 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
 
 
 def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> dict[str, Any]:
-    """The stage's whole configuration; everything that can be checked without running is checked on the way."""
+    """Returns the stage's full configuration, and checks everything that can be checked without running it."""
     seed = pipeline.stage_seed(name)
     if isinstance(stage, FitStage):
         if stage.trainer.get("fast_dev_run"):
@@ -198,7 +202,7 @@ def _summary(metrics: dict[str, float]) -> str:
 
 @contextmanager
 def _in_stage(name: str) -> Iterator[None]:
-    """Says in which stage an error was raised."""
+    """Adds the stage's name to errors."""
     try:
         yield
     except UsageError as error:
@@ -209,7 +213,7 @@ def _in_stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Keeps a second process out of a run directory."""
+    """Locks a run directory against a second process."""
     hold(run_dir)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The ``sample`` stage and the evaluation of exported models: a model answers prompts, a verifier the answers."""
+"""The ``sample`` stage and the evaluation of exported models: a model answers prompts, a verifier checks them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def run_sample(
 ) -> dict[str, float]:
     """Samples completions and writes ranked pairs.
 
-    What is sampled is kept in ``sampled.jsonl``, part by part; a stage that was interrupted goes on behind it.
+    Results are kept in ``sampled.jsonl``, part by part; an interrupted stage continues after the last part.
 
-    Of the samples of a prompt that ended by themselves, the best by the verifier is chosen and the worst rejected, the
-    first of equals each time; a prompt whose samples are all equally good gives no pair.
+    Among the samples of a prompt that ended before the limit, the best by the verifier is chosen and the worst is
+    rejected, the first of equals each time; a prompt whose samples are all equally good gives no pair.
 
     Args:
         stage: the stage.
@@ -59,6 +59,8 @@ def run_sample(
         engine = remote_engine(stage.server, tokenizer)
     verifier = load_verifier(stage.verifier)
     examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
+
+    # Seeds are functions of prompt and sample numbers, so a resumed stage draws the same samples.
     parts = _read_parts(folder / SAMPLED)
     rows = [pair for part in parts for pair in part["pairs"]]
     rest = range(len(parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE)
@@ -73,6 +75,7 @@ def run_sample(
             file.write(json_line(parts[-1]))
         rows += parts[-1]["pairs"]
         say(f"{start + len(prompts)} of {len(examples)} prompts, {len(rows)} pairs")
+
     rows = rows[: stage.max_pairs]
     rewards = [reward for part in parts for reward in part["rewards"]]
     mean = sum(rewards) / len(rewards) if rewards else 0.0
@@ -88,7 +91,7 @@ def run_sample(
 
 
 def _summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
-    """What is kept of a part: its pairs, its rewards, and how many samples there were and were cut off."""
+    """Summarises a part: its pairs, its rewards, and its numbers of samples and of truncated ones."""
     answers = [answer for group in groups for answer in group]
     return {
         "pairs": [pair for pair in map(ranked_pair, groups) if pair is not None],
@@ -99,7 +102,7 @@ def _summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
 
 
 def _read_parts(file: Path) -> list[dict[str, Any]]:
-    """The parts that an interrupted stage wrote; a last line that is not whole is taken off."""
+    """Reads the parts of an interrupted stage, and removes a truncated last line."""
     if not file.is_file():
         return []
     lines = file.read_bytes().splitlines(keepends=True)
@@ -110,7 +113,7 @@ def _read_parts(file: Path) -> list[dict[str, Any]]:
 
 
 def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
-    """The best and the worst of a prompt's answers as a row, if one is better than the other."""
+    """Makes a row of the best and the worst of a prompt's answers, if one is better than the other."""
     ended = [
         answer
         for answer in group
@@ -123,7 +126,7 @@ def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
         return None
     best = max(ended, key=lambda answer: answer.reward or 0.0)
     worst = min(ended, key=lambda answer: answer.reward or 0.0)
-    # A text is no worse than itself, whatever a verifier that changes its mind says of it.
+    # A text is not worse than itself, even if a noisy verifier gives it two rewards.
     if best.reward == worst.reward or best.completion.text == worst.completion.text:
         return None
     texts = {"chosen": best.completion.text, "rejected": worst.completion.text}
@@ -171,7 +174,7 @@ def sampling_params(written: dict[str, Any]) -> SamplingParams:
 
 
 def remote_engine(written: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> RemoteEngine:
-    """Makes the engine of a server of a mapping.
+    """Makes a server's engine of a mapping.
 
     Raises:
         ValueError: for an unknown key or a value out of range.

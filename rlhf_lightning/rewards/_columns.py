@@ -1,4 +1,4 @@
-"""What reward functions read from a batch."""
+"""Reads columns of a batch for reward functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS_COLUMN: Final = "completion_ids"
 
 
 def read_column(columns: Mapping[str, Any], name: str, reward: object) -> Sequence[Any]:
-    """A column of the rows, or a refusal that names those that there are."""
+    """Returns a column of the rows, or raises an error that lists the existing ones."""
     if name not in columns:
         have = ", ".join(sorted(columns)) or "none"
         raise ValueError(f"{type(reward).__name__} needs the column {name!r}: the rows have {have}")
@@ -21,7 +21,7 @@ def read_column(columns: Mapping[str, Any], name: str, reward: object) -> Sequen
 
 
 def check_unit(unit: str) -> None:
-    """Refuses a unit of length that does not exist."""
+    """Refuses an unknown unit of length."""
     if unit not in LENGTH_UNITS:
         raise ValueError(f"unknown unit {unit!r}: use one of {', '.join(LENGTH_UNITS)}")
 
@@ -29,7 +29,7 @@ def check_unit(unit: str) -> None:
 def read_units(
     completions: Sequence[str], columns: Mapping[str, Any], unit: LengthUnit, reward: object
 ) -> list[Sequence[Any]]:
-    """Each completion as the tokens, words or characters that its length is counted in."""
+    """Splits each completion into tokens, words or characters."""
     if unit == "tokens":
         return list(read_column(columns, TOKENS_COLUMN, reward))
     return [completion.split() if unit == "words" else completion for completion in completions]

@@ -1,4 +1,4 @@
-"""A child process that answers questions, one JSON line each, and is killed when an answer takes too long."""
+"""Asks questions to a child process, one JSON line each, and kills it when an answer takes too long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LineWorkerError(RuntimeError):
 
 
 class LineWorkerDiedError(RuntimeError):
-    """The child process died over a question."""
+    """The child process died while answering a question."""
 
 
 def _kill(process: subprocess.Popen[bytes], owner: int) -> None:
@@ -32,7 +32,7 @@ def _kill(process: subprocess.Popen[bytes], owner: int) -> None:
         process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            # What was still to be written has no reader any more.
+            # Closing flushes buffered input, which no process reads any more.
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
@@ -40,8 +40,8 @@ def _kill(process: subprocess.Popen[bytes], owner: int) -> None:
 class LineWorker:
     """Runs a script that prints ``ready`` and then answers each JSON line on its input with one on its output.
 
-    A process of its own is what a time limit needs for code that does not return to the interpreter (a power of huge
-    numbers, say). It is started with the first question, and again after it was killed.
+    A time limit needs a separate process for code that does not return to the interpreter (a power of huge numbers,
+    for instance). It is started with the first question, and again after it was killed.
 
     Args:
         script: the script; it runs without the current folder on its path.
@@ -72,7 +72,7 @@ class LineWorker:
         self._reset()
 
     def ask(self, question: Any) -> Any:
-        """The answer to a question.
+        """Asks a question and returns the answer.
 
         Raises:
             CallTimeoutError: when it took too long; the process is then gone.
@@ -80,8 +80,8 @@ class LineWorker:
             LineWorkerError: when it does not start.
         """
         with self._lock:
-            # Whatever interrupts this, an alarm of the caller included, leaves an answer on its way that would be
-            # taken for the next question's.
+            # After any interruption, an alarm of the caller included, the pending answer would be read as the next
+            # question's.
             try:
                 process = self._running()
                 self._write_line(process, json.dumps(question).encode())

@@ -10,15 +10,15 @@ import resource
 import sys
 from typing import Any
 
-# A word of two letters or more that is no LaTeX command: prose, not a formula.
+# A word of two letters or more that is not a LaTeX command: prose, not a formula.
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 def parse_gold(math_verify: Any, gold: str) -> list[Any]:
-    """The reference answer as expressions, empty if it is none."""
+    """Parses the reference answer into expressions; empty if it is not mathematics."""
     gold = gold.rpartition("####")[2].strip()
     is_formula = bool(gold) and not WORD.search(gold)
-    # A bare formula is taken for prose unless it is marked as one: of `2\sqrt{2}` the first number is read.
+    # math-verify reads a formula without marks as prose: of `2\sqrt{2}` it would take the first number.
     as_formula: list[Any] = math_verify.parse(f"${gold}$", parsing_timeout=None) if is_formula else []
     if "\\" in gold and "$" not in gold and as_formula:
         return as_formula
@@ -43,7 +43,7 @@ def main() -> None:
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     math_verify = importlib.import_module("math_verify")
-    # It warns that its own time limits are off; ours is the parent's.
+    # It warns that its own time limits are off; the parent process enforces one.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     print("ready", flush=True)
     cached: tuple[str, list[Any]] = ("", [])

@@ -1,4 +1,4 @@
-"""Calling a function that may never return."""
+"""Calls a function with a time limit."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 
 class CallTimeoutError(Exception):
-    """A call took longer than it was given."""
+    """A call exceeded its time limit."""
 
 
 class _TimeIsUp(BaseException):
-    """Raised inside the call; no Exception, so that the call's own handlers let it through."""
+    """Raised inside the call; not an ``Exception``, so that the call's own handlers do not catch it."""
 
 
 def call_with_limit(function: Callable[[], Any], seconds: float | None) -> Any:
-    """Calls a function and gives up on it after a while.
+    """Calls a function and gives up after a time limit.
 
     On the main thread an alarm interrupts the call, wherever it is in Python or in a system call, and the call keeps
-    what belongs to its thread (gradients off, device, autocast). On any other thread alarms do not exist: the call runs
-    on a thread of its own, which is left behind when time is up. Neither interrupts compiled code that does not return
-    to the interpreter; what may end up in such code belongs in a process of its own.
+    its thread's state (gradients off, device, autocast). Other threads have no alarms: the call runs on a new thread,
+    which is abandoned when time is up. Neither interrupts compiled code that does not return to the interpreter; calls
+    that may run such code need a separate process.
 
     Args:
         function: called without arguments.
         seconds: above 0; ``None`` waits for ever.
 
     Returns:
-        What the function returns.
+        The function's return value.
 
     Raises:
-        CallTimeoutError: when time is up. Whatever else the function raises is raised too.
+        CallTimeoutError: when time is up. Other exceptions of the function are raised unchanged.
     """
     if seconds is None:
         return function()
@@ -49,7 +49,7 @@ def _call_under_alarm(function: Callable[[], Any], seconds: float) -> Any:
     previous_handler = signal.signal(signal.SIGALRM, time_is_up)
     previous_timer = signal.setitimer(signal.ITIMER_REAL, 0)
     try:
-        # Again every second, for a call that swallows even this.
+        # Repeats every second, for a call that swallows even this.
         signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
         try:
             return function()

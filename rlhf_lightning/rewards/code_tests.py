@@ -1,4 +1,4 @@
-"""Whether the program in a completion passes the row's tests."""
+"""Reward for completions whose program passes the row's tests."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _CALL_KEYS: Final = frozenset({"call", "args", "kwargs", "output"})
 
 
 def extract_program(completion: str, *, require_fence: bool = False) -> str | None:
-    r"""The last fenced block of Python in a completion, or all of it.
+    r"""Extracts the last fenced block of Python from a completion, or takes all of it.
 
     Args:
-        completion: what a model wrote.
-        require_fence: a completion without a fenced block has no program.
+        completion: the completion's text.
+        require_fence: treat a completion without a fenced block as one without a program.
 
     Returns:
         The program, or ``None`` for none.
@@ -42,25 +42,25 @@ def extract_program(completion: str, *, require_fence: bool = False) -> str | No
 class CodeTestsReward:
     """Rewards a completion whose program passes the row's tests.
 
-    **It runs what the model wrote.** A program runs in a process of its own that the operating system keeps from files,
-    network and processes that are not the program's (``isolation``, and what each of its values means:
+    **It runs model-written code.** A program runs in its own process, which the operating system isolates from files,
+    network and other processes (for the values of ``isolation`` see
     :func:`~rlhf_lightning.rewards.sandbox.resolve_isolation`). Nothing in that process decides the reward:
-    tests, inputs to come and expected values are outside, and what the program prints or returns is compared there.
+    tests, later inputs and expected values are outside, and the program's output is compared there.
 
     A test is one of
 
-    - ``{"input": text, "output": text}``: what the program prints for an input. Blanks at the ends of lines and empty
+    - ``{"input": text, "output": text}``: the program's output for an input. Blanks at the ends of lines and empty
       lines at the end are not compared; the program must end without an error.
-    - ``{"call": name, "args": [...], "kwargs": {...}, "output": value}``: what a function of the program returns, equal
-      as data, tuples being lists; ``Class.method`` calls a method of a new object.
+    - ``{"call": name, "args": [...], "kwargs": {...}, "output": value}``: the return value of a function of the
+      program, compared as data, with tuples as lists; ``Class.method`` calls a method of a new object.
     - Python code that raises where the program is wrong (``assert add(1, 2) == 3``). It runs outside, where the
       program's functions and classes can be called by their names with plain values (numbers, text, lists, sets,
-      dictionaries, dates, arrays) and functions of the test's, and return plain values. An object of another kind stays
-      in the program: its methods can be called; it equals no plain value, whatever the program says. What a test passes
-      *to* the program is no secret from it: expected values belong on the other side of ``==``.
+      dictionaries, dates, arrays) and functions of the test, and return plain values. Any other object stays in the
+      program: its methods can be called; it equals no plain value, whatever the program claims. Arguments that a test
+      passes *to* the program are visible to it: expected values belong on the other side of ``==``.
 
-    A program that does not end in time has failed, as has one that takes more memory, files, processes or output than
-    it may, or that leaves the tests without an answer.
+    A program fails if it does not end in time, exceeds a limit on memory, files, processes or output, or leaves the
+    tests without an answer.
 
     Args:
         tests_column: the column with a test or a list of tests per row; a row without any cannot be scored.
@@ -68,7 +68,7 @@ class CodeTestsReward:
         failed: reward for passing none, or for no program.
         partial_credit: give a share of the reward for a share of the tests, instead of ``failed`` for any failure.
         require_fence: only a fenced block of Python is a program; otherwise a completion without one is taken whole.
-        timeout: seconds for a program and its tests, above 0; for each input by itself. After an input that takes
+        timeout: seconds for a program and its tests, above 0; with inputs, for each of them. After an input that takes
             longer, the others are not tried.
         memory_mb: megabytes of address space, and of memory for all its processes, at least 64.
         disk_mb: megabytes of files, at least 1.
@@ -78,7 +78,7 @@ class CodeTestsReward:
             works on this machine.
 
     Raises:
-        ValueError: for numbers out of range, or an isolation that this machine does not have.
+        ValueError: for numbers out of range, or an isolation that does not work on this machine.
 
     Example:
         >>> programs = ["def f(x): return x + 1", "def f(x): return x"]
@@ -151,7 +151,7 @@ class CodeTestsReward:
         return self.failed + share * (self.passed - self.failed)
 
     def _run_scripts(self, program: str, tests: Sequence[Mapping[str, Any]]) -> int:
-        """How many inputs a program prints the right output for, as far as they are tried."""
+        """The number of inputs with the right output, among those tried."""
         num_passed = 0
         for test in tests:
             outcome = run_script(program, str(test["input"]), self.isolation, self.limits, self.timeout)
@@ -163,17 +163,17 @@ class CodeTestsReward:
 
 
 def _tests(value: Any) -> list[str | Mapping[str, Any]]:
-    """A row's tests.
+    """Reads a row's tests.
 
     Raises:
-        ValueError: for what is no test.
+        ValueError: for an invalid test.
     """
     tests = [value] if isinstance(value, str | Mapping) else [] if value is None else list(value)
     return [test if isinstance(test, str) else _mapping(test) for test in tests]
 
 
 def _mapping(test: Any) -> dict[str, Any]:
-    """A test without the nulls that tables put where a row has no such column."""
+    """Removes the nulls that tables store for missing keys from a test, and checks it."""
     if isinstance(test, Mapping):
         given = {key: value for key, value in test.items() if value is not None or key == "output"}
         if given.keys() == _SCRIPT_KEYS or {"call", "output"} <= given.keys() <= _CALL_KEYS:

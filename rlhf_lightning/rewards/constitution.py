@@ -1,4 +1,4 @@
-"""A reward for keeping to a list of principles, each with a weight and a check; some are judged by a model."""
+"""Reward for keeping a list of principles, each with a weight and a check; a model may judge some of them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CHECKS = ("require", "forbid", "predicate", "statement")
 
 @dataclass(frozen=True)
 class Principle:
-    """One rule that completions should keep, given by exactly one of its four checks.
+    """One rule for completions, given by exactly one of four checks.
 
     Args:
-        name: what the rule is called in messages.
-        weight: how much it counts, above 0.
+        name: name of the rule in messages.
+        weight: weight of the rule, above 0.
         require: a regular expression that must be found in the completion.
         forbid: a regular expression that must not be found in it.
-        predicate: a function of prompt and completion, or the dotted path of one, that says how well the rule is kept:
+        predicate: a function of prompt and completion, or its dotted path, that returns how well the rule is kept:
             true, false, a number from 0 to 1, or ``None`` where the rule does not apply.
         statement: a sentence that should be true of the completion, for a model to judge.
 
@@ -62,7 +62,7 @@ class Principle:
                 ) from error
 
     def check(self) -> Predicate:
-        """The principle as a function of prompt and completion."""
+        """Returns the principle as a function of prompt and completion."""
         if self.require is not None:
             required = re.compile(self.require, re.DOTALL)
             return lambda prompt, completion: required.search(completion) is not None
@@ -77,19 +77,18 @@ class Principle:
 
 
 class ConstitutionReward:
-    """The weighted share of a list of principles that a completion keeps.
+    """Rewards a completion with the weighted share of the principles that it keeps.
 
     Paper: after Constitutional AI (Bai et al., 2022, arXiv:2212.08073). sum_i w_i kept_i / sum_i w_i over the
     principles that apply, kept_i from 0 to 1. Departure: a principle may be a predicate, which is cheap and
-    reproducible; those with a statement are put to a model, the judge.
+    reproducible; only principles with a statement are put to a model, the judge.
 
     Args:
         principles: at least one, with different names; a ``Principle``, or a dictionary of its arguments.
-        judge: for principles with a statement: the folder or hub id of a language model, whose verdict is how much more
-            probable ``yes`` is than ``no`` (``ModelJudge``); an engine or anything with its method ``generate``, whose
-            answers are read (``EngineJudge``); either of these judges, for their options; or ``class_path`` and
-            ``init_args``.
-        question: what the judge is asked, with the fields ``prompt``, ``completion`` and ``statement``.
+        judge: for principles with a statement: the folder or hub id of a language model, whose verdict is P(yes)
+            relative to P(no) (``ModelJudge``); an engine or any object with its method ``generate``, whose answers are
+            parsed (``EngineJudge``); an instance of either judge; or ``class_path`` and ``init_args``.
+        question: the question to the judge, with the fields ``prompt``, ``completion`` and ``statement``.
 
     Raises:
         ValueError: for no principles, two of the same name, or a statement without a judge.
@@ -127,7 +126,7 @@ class ConstitutionReward:
         self.judge = resolve_judge(judge) if self._judged else None
 
     def attach(self, module: Any) -> None:
-        """Takes the judge to a policy's device."""
+        """Moves the judge to a policy's device."""
         attach = getattr(self.judge, "attach", None)
         if callable(attach):
             attach(module)
@@ -135,7 +134,7 @@ class ConstitutionReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any
     ) -> list[float | Exception | None]:
-        """Scores each completion; one to which no principle applies cannot be scored.
+        """Scores each completion; without an applicable principle there is no score.
 
         Args:
             prompts: texts, or lists of chat messages.
@@ -143,7 +142,7 @@ class ConstitutionReward:
             columns: the rows' other columns, which are not read.
 
         Returns:
-            Numbers from 0 to 1, ``None`` where no principle applies, and what went wrong where a check failed.
+            Numbers from 0 to 1, ``None`` where no principle applies, and the exception where a check failed.
         """
         samples = list(zip(prompts, completions, strict=True))
         kept: list[list[tuple[Principle, float]]] = [[] for _ in samples]
@@ -151,7 +150,7 @@ class ConstitutionReward:
         for number, (prompt, completion) in enumerate(samples):
             try:
                 kept[number] = self._checked(prompt, completion)
-            except Exception as error:  # a user's predicate: it costs its own sample
+            except Exception as error:  # of a user's predicate: only this sample is lost
                 failed[number] = error
         asked = [(n, principle) for n in range(len(samples)) if n not in failed for principle in self._judged]
         questions = [self._question(principle, *samples[n]) for n, principle in asked]
@@ -164,7 +163,7 @@ class ConstitutionReward:
         return [failed[number] if number in failed else _share(kept[number]) for number in range(len(samples))]
 
     def _checked(self, prompt: Any, completion: str) -> list[tuple[Principle, float]]:
-        """How well the principles that need no judge are kept, those that do not apply left out."""
+        """The verdicts of the applicable principles that need no judge."""
         found = []
         for principle, check in self._checks:
             verdict = check(prompt, completion)

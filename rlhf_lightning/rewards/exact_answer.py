@@ -1,8 +1,8 @@
-"""Reward functions that check a completion against the right answer.
+"""Rewards completions with the right answer.
 
 A reward function is anything that can be called as ``fn(prompts, completions, **columns)``, with the texts of the
 prompts and of the completions and with the rows' other columns as keywords, all lists of one length, and that returns
-as many rewards; ``None`` says that it has nothing to say about that row.
+as many rewards; ``None`` where it has no verdict.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from .numbers_in_text import plain_text, read_number, take_unit
 
-# `A:` only where a word begins, so that `USA:` is none; `#` not within `C#` or `&#8722;`.
+# `A:` only where a word begins, so that `USA:` does not match; `#` not within `C#` or `&#8722;`.
 _MARKER: Final = re.compile(r"(?<![\w&])#+|(?<!\w)A:\**|\\f?boxed\s*\{")
-# A heading speaks of something else: a word first, perhaps behind the number of a section.
+# A heading, not an answer: begins with a word, perhaps after a section number.
 _HEADING: Final = re.compile(r"[ \t]+(?:[*_`]*\s*)(?:\d+[.):]\s+)?(?:[^\W\d_]{2,})")
 _ANSWER: Final = re.compile(r"\banswer\b", re.IGNORECASE)
 _LABEL: Final = re.compile(r"(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]\s*", re.IGNORECASE)
@@ -26,12 +26,12 @@ _VARIABLE: Final = re.compile(r"[A-Za-z]\s*=\s*(?!=)")
 
 
 def final_answer(text: str) -> str | None:
-    r"""Finds the final answer of a solution: what stands after its last marker.
+    r"""Finds the final answer of a solution: the text after its last marker.
 
     Markers are a run of ``#`` (``#26``, ``#### 26``), ``A:`` and ``\boxed{...}``. The answer reaches to the end of the
-    line, or to the brace that closes ``\boxed{`` (without which the solution was cut off, and has no answer). After
-    another marker, a heading (``### Check``, and ``#### Check`` with text below) is none,
-    unless it speaks of an answer.
+    line, or to the brace that closes ``\boxed{`` (without it the solution was cut off, and has no answer). After
+    another marker, a heading (``### Check``, and ``#### Check`` with text below) does not count as a marker, unless it
+    contains the word answer.
 
     Args:
         text: a solution.
@@ -60,24 +60,24 @@ def _is_heading(text: str, marker: re.Match[str]) -> bool:
     line, _, below = text[marker.end() :].partition("\n")
     if not _HEADING.match(line) or _ANSWER.search(line):
         return False
-    # Four of them may mark an answer in words, too, unless they stand above something.
+    # Four of them may also mark an answer in words, unless text follows below.
     return len(marker.group()) < 4 or bool(below.strip())
 
 
 def exact_answer(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Sequence[Any]
 ) -> list[float | None]:
-    r"""Rewards completions whose final answer is the right one: 1 if it is, 0 if it is not or if there is none.
+    r"""Rewards completions whose final answer is right: 1 if it is, 0 if it is wrong or missing.
 
     Numbers are compared as numbers, exactly: ``1,000``, ``1{,}000``, ``1000.0``, ``$1000`` and ``10^3`` are equal, and
-    so are ``0.5``, ``1/2`` and ``\frac{1}{2}``, ``1 1/2`` and ``1.5``; a currency or a percent sign is left out where
-    only one side has it, and must agree where both have one. Anything else is compared as text, without regard to case
-    and spacing. Marks of Markdown and LaTeX around the answer (``**42**``, ``$42$``, ``\text{Paris}``), a label
-    (``Answer:``), ``x =`` and a full stop are no part of it; words are: ``18 eggs`` is not ``18``.
+    so are ``0.5``, ``1/2`` and ``\frac{1}{2}``, ``1 1/2`` and ``1.5``; a currency or percent sign is ignored where
+    only one side has it, and must agree where both have one. Anything else is compared as text, ignoring case and
+    spacing. Markdown and LaTeX around the answer (``**42**``, ``$42$``, ``\text{Paris}``), a label (``Answer:``),
+    ``x =`` and a full stop are removed; words are not: ``18 eggs`` is not ``18``.
 
     Args:
         prompts: one text per row; not read.
-        completions: one text per row, in which :func:`final_answer` looks.
+        completions: one text per row, searched by :func:`final_answer`.
         answer: the right answer per row: a number, a text, or a whole solution with a marker (as GSM8K's ``answer``).
         columns: the rows' other columns; not read.
 
@@ -98,16 +98,16 @@ def exact_answer(
 
 
 def check_verdicts(found: Any, num_samples: int) -> list[float | None]:
-    """What a verifier returned, as one finite number or ``None`` per completion.
+    """Converts a verifier's return value to one finite number or ``None`` per completion.
 
-    NaN, which tables and NumPy put where there is no number, says as little as ``None``.
+    NaN, which tables and NumPy store for a missing number, becomes ``None``.
 
     Args:
-        found: what it returned.
-        num_samples: how many completions it was given.
+        found: the return value.
+        num_samples: number of completions.
 
     Raises:
-        ValueError: there are more or fewer, or one is no finite number.
+        ValueError: the number of values is wrong, or one is not a finite number.
 
     Example:
         >>> check_verdicts([1, float("nan"), None], 3)
@@ -132,7 +132,7 @@ def _verdict(number: int, value: Any) -> float | None:
 
 
 def _reward(completion: str, right: Any) -> float | None:
-    # NaN is what a reader of tables puts where a number is missing.
+    # Readers of tables store NaN for a missing number.
     if right is None or (isinstance(right, float) and math.isnan(right)):
         return None
     reference = str(right).strip()
@@ -166,7 +166,7 @@ def _number(text: str) -> tuple[Fraction, str] | None:
 
 
 def _until_closing_brace(text: str) -> str:
-    """What stands before the brace that closes one already open; nothing if none does."""
+    """The text before the brace that closes an already open one; empty if it never closes."""
     depth = 1
     for index, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)

@@ -1,4 +1,4 @@
-"""Whether a completion is laid out as it was asked to be."""
+"""Reward for completions in a given format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-# One block of thoughts and then an answer, without a further block.
+# One block of thoughts and then an answer, without another block.
 THINK_THEN_ANSWER: Final = r"<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)+"
 
 

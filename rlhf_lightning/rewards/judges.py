@@ -1,4 +1,4 @@
-"""Models that say how well a statement holds: one of this process by its probabilities, any engine by what it writes.
+"""Judges, which rate statements: a model in this process by its probabilities, an engine by its text.
 
 Legend: S sequences (two answers to each question).
 """
@@ -25,17 +25,17 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 
 
 class Judge(Protocol):
-    """Answers questions that are to be answered with yes or no."""
+    """Interface of judges, which answer yes-or-no questions."""
 
     def __call__(self, questions: Sequence[str]) -> Sequence[float | Exception]:
-        """For each question a number from 0 (no) to 1 (yes), or what went wrong with it."""
+        """Returns for each question a number from 0 (no) to 1 (yes), or the exception."""
         ...
 
 
 class ModelJudge:
-    """A language model of this process; a verdict is the probability of ``yes``, where only ``yes`` or ``no`` may come.
+    """Judges by a language model's probability of ``yes`` against ``no``.
 
-    P(yes) / (P(yes) + P(no)), each the probability of the answer's tokens right behind the question; the question is
+    P(yes) / (P(yes) + P(no)), each the probability of the answer's tokens right after the question; the question is
     the user's message where the tokenizer has a chat template. The weights are frozen.
 
     Args:
@@ -45,7 +45,7 @@ class ModelJudge:
         dtype: of the weights.
 
     Raises:
-        ValueError: there is no such model, an option is out of range, or both answers are the same tokens.
+        ValueError: the model does not exist, an option is out of range, or both answers have the same tokens.
 
     Example::
 
@@ -71,7 +71,7 @@ class ModelJudge:
         self._layout: Literal["packed", "padded"] | None = None
 
     def attach(self, module: Any) -> None:
-        """Goes to a policy's device."""
+        """Moves to a policy's device."""
         with torch.inference_mode(False):
             self.model.to(module.device)
 
@@ -99,7 +99,7 @@ class ModelJudge:
         return verdicts
 
     def _example(self, number: int, question: str) -> Example:
-        """A question with both answers."""
+        """Builds the example of a question with both answers."""
         if self.tokenizer.chat_template is None:
             tokens = prompt_tokens(self.tokenizer, question)
         else:
@@ -113,16 +113,16 @@ class ModelJudge:
 
 
 class EngineJudge:
-    """Whatever generates: ``LocalEngine``, ``RemoteEngine``, or an object with the same method ``generate``.
+    """Judges by the text of an engine.
 
-    A verdict is read from the text: 1 where it begins with yes, 0 where it begins with no, else the first number in it
-    over ``scale``. Of several samples it is the mean of those that can be read; a question with none has failed.
+    A verdict is parsed from the text: 1 if it begins with yes, 0 if it begins with no, else the first number in it
+    over ``scale``. With several samples it is the mean of the readable ones; a question without one has failed.
 
     Args:
-        engine: ``generate(prompts, num_samples, sampling)`` returns a list of completions for each prompt.
+        engine: ``LocalEngine``, ``RemoteEngine``, or an object with the same method ``generate``.
         num_samples: per question, at least 1.
         sampling: by default 16 tokens, greedily.
-        scale: what the largest number stands for, above 0.
+        scale: the number that means yes, above 0.
 
     Raises:
         ValueError: an option is out of range, or the engine has no method ``generate``.
@@ -158,7 +158,7 @@ class EngineJudge:
 
 
 def read_verdict(text: str, scale: float = 1.0) -> float | None:
-    """What a judge's text says, from 0 to 1; ``None`` where it says nothing.
+    """Parses a judge's text into a verdict from 0 to 1; ``None`` if it has none.
 
     Example:
         >>> read_verdict("Yes, it does."), read_verdict("no"), read_verdict("I give it 7 of 10", scale=10)
@@ -175,7 +175,7 @@ def read_verdict(text: str, scale: float = 1.0) -> float | None:
 
 
 def resolve_judge(judge: Any) -> Judge:
-    """A judge from a model's folder or id, an engine, a judge, or ``class_path`` and ``init_args`` of one of these."""
+    """Makes a judge of a model's folder or id, an engine, a judge, or ``class_path`` and ``init_args`` of one."""
     if isinstance(judge, Mapping):
         if not isinstance(judge.get("class_path"), str) or set(judge) - {"class_path", "init_args"}:
             raise ValueError(f"judge has the keys {sorted(judge)}: write class_path and init_args, or a model's folder")

@@ -1,4 +1,4 @@
-"""Learned reward models as reward functions. Their weights are frozen, and part of no module and no checkpoint."""
+"""Learned reward models as reward functions. Their weights are frozen and in no checkpoint."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 class RewardModelReward:
-    """The reward that a learned reward model gives to a completion.
+    """Rewards completions with a learned reward model.
 
-    An ensemble's reward is its mean less ``uncertainty_penalty`` standard deviations over its members, so that a policy
-    does not go where they disagree (Coste et al., 2023, arXiv:2310.02743: uncertainty-weighted optimisation).
+    An ensemble's reward is its mean less ``uncertainty_penalty`` standard deviations over its members, which keeps a
+    policy away from regions of disagreement (Coste et al., 2023, arXiv:2310.02743: uncertainty-weighted optimisation).
 
-    What ``RewardModule`` exported, and sequence classifiers on a decoder with one linear layer, run packed, and read
-    what they were trained on: prompt, completion, end-of-sequence token (one that was cut off gets it). These are the
-    sampled tokens themselves, where the policy's tokenizer is the reward model's (vocabulary and chat template) and the
-    tokens are the completion's text; else the texts, tokenised as the reward model's training data. Other sequence
-    classifiers of transformers run padded, on pairs of prompt and completion as their tokenizer writes them, or on the
-    chat as their template does. A sample that is too long for the reward model counts as failed.
+    Exports of ``RewardModule``, and sequence classifiers on a decoder with one linear layer, run packed, and read their
+    training format: prompt, completion, end-of-sequence token (added to truncated completions, too). They read the
+    sampled tokens themselves if the policy's tokenizer is the reward model's (vocabulary and chat template) and the
+    tokens decode to the completion's text; else the texts, tokenised like the reward model's training data. Other
+    sequence classifiers of transformers run padded, on pairs of prompt and completion as their tokenizer joins them, or
+    on the chat in their template. A sample that is too long for the reward model counts as failed.
 
     Args:
-        model: folder or hub id of a reward model that was exported, or of any sequence classifier.
+        model: folder or hub id of an exported reward model, or of any sequence classifier.
         uncertainty_penalty: at least 0; only for ensembles.
         label: of a classifier with several outputs, the name of the one whose logit is the reward; of a reward model
-            with several attributes, the one that counts, in place of their weighted sum.
+            with several attributes, the one to use instead of their weighted sum.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
         dtype: of the weights.
-        chat_template_kwargs: handed to the reward model's chat template beside the rows' own, which win by name.
+        chat_template_kwargs: passed to the reward model's chat template; the rows' own take precedence.
 
     Raises:
         ValueError: the folder holds no reward model, or an option is out of range.
@@ -85,7 +85,7 @@ class RewardModelReward:
             )
 
     def attach(self, module: Any) -> None:
-        """Goes to a policy's device, and finds out whether its tokens are the reward model's."""
+        """Moves to a policy's device, and checks whether both tokenizers agree."""
         self.scorer.attach(module)
 
     def __call__(
@@ -97,15 +97,15 @@ class RewardModelReward:
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> list[float | Exception]:
-        """Scores each completion; an exception stands where one cannot be scored.
+        """Scores each completion; returns an exception where that is not possible.
 
         Args:
             prompts: texts, or lists of chat messages.
             completions: texts.
-            prompt_ids: the prompts' tokens, where the texts have been sampled from them.
+            prompt_ids: the prompts' tokens, if the completions were sampled from them.
             completion_ids: the completions' tokens.
-            tools: that the prompts' chats have.
-            chat_template_kwargs: the rows' settings of the chat template.
+            tools: tools of the prompts' chats.
+            chat_template_kwargs: the rows' chat template settings.
         """
         templates = row_templates(len(completions), self.chat_template_kwargs, tools, chat_template_kwargs)
         tokens = [(None, None)] * len(completions) if prompt_ids is None or completion_ids is None else []
@@ -127,17 +127,17 @@ class RewardModelReward:
 
 
 class ProcessModelReward:
-    """The score that a process reward model gives to a whole completion: its steps' probabilities, aggregated.
+    """Rewards a completion with the aggregated step probabilities of a process reward model.
 
-    A completion without steps cannot be scored. For rewards of the steps themselves give ``ProcessModelSteps`` as
+    A completion without steps cannot be scored. To reward the steps themselves, use ``ProcessModelSteps`` as
     ``process_reward``.
 
     Args:
-        model: folder or hub id of a process reward model that was exported.
+        model: folder or hub id of an exported process reward model.
         aggregation: ``min``, ``product``, ``last`` or ``mean``; the model's own by default.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
         dtype: of the weights.
-        chat_template_kwargs: handed to the model's chat template beside the rows' own, which win by name.
+        chat_template_kwargs: passed to the model's chat template; the rows' own take precedence.
 
     Raises:
         ValueError: the folder holds no process reward model, or an option is out of range.
@@ -164,7 +164,7 @@ class ProcessModelReward:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def attach(self, module: Any) -> None:
-        """Goes to a policy's device."""
+        """Moves to a policy's device."""
         move(self.module, module.device)
 
     def __call__(
@@ -195,17 +195,17 @@ class ProcessModelReward:
 
 
 class ProcessModelSteps(ProcessModelReward):
-    """The probability that a process reward model gives to every step, less ``baseline``; a ``process_reward``.
+    """Rewards every step with its probability by a process reward model, less ``baseline``; a ``process_reward``.
 
-    Without a baseline of a half or so every further step would be worth something to PPO, right or not. GRPO's
-    normalisation takes any baseline out.
+    Without a baseline of about a half, every further step would have a positive reward in PPO, right or wrong. GRPO's
+    normalisation cancels any baseline.
 
     Args:
-        model: folder or hub id of a process reward model that was exported, not one with ``boundaries="learned"``.
-        baseline: what a step's probability has to exceed to be worth something.
+        model: folder or hub id of an exported process reward model, without ``boundaries="learned"``.
+        baseline: probability above which a step's reward is positive.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
         dtype: of the weights.
-        chat_template_kwargs: handed to the model's chat template beside the rows' own, which win by name.
+        chat_template_kwargs: passed to the model's chat template; the rows' own take precedence.
 
     Raises:
         ValueError: the folder holds no such model, or an option is out of range.
@@ -244,7 +244,7 @@ class ProcessModelSteps(ProcessModelReward):
 
 
 def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The options of what ``RewardModule`` can load (``None`` for other classifiers), and the names of its outputs."""
+    """The head options of a folder that ``RewardModule`` can load (``None`` for others), and its outputs' names."""
     stored = read_head_options(folder)
     if stored:
         if stored.get("method") != RewardModule.method:
@@ -270,7 +270,7 @@ def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
 def _label_weights(
     folder: str, labels: Sequence[str], label: str | None, options: Mapping[str, Any] | None
 ) -> list[float]:
-    """How much each output counts."""
+    """The weight of each output in the reward."""
     if label is not None:
         if label not in labels:
             raise ValueError(f"label is {label!r}; the outputs of {folder!r} are {', '.join(labels)}")

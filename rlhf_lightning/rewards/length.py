@@ -9,7 +9,7 @@ from ._columns import TOKENS_COLUMN, LengthUnit, check_unit, read_column, read_u
 
 
 class SoftOverlongReward:
-    """Punishes a completion more and more as it nears the longest allowed length, and not at all before.
+    """Penalizes a completion linearly as it nears the maximum length, and not at all before.
 
     Paper: DAPO (Yu et al., 2025, arXiv:2503.14476), eq. 13, with L the maximum and C the buffer:
     0 up to L - C, then (L - C - length) / C, and -1 beyond L.
@@ -44,14 +44,14 @@ class SoftOverlongReward:
 
 
 class LengthReward:
-    """Punishes a completion by how far its length is from a target, or by how far it is above one.
+    """Penalizes the distance of a completion's length from a target, or only the excess over it.
 
-    Paper: L1 (Aggarwal and Welleck, 2025, arXiv:2503.04697), eq. 1: -coef * abs(target - length), to be added to a
-    reward for being right. Departure: ``at_most`` is the one-sided form of the same penalty.
+    Paper: L1 (Aggarwal and Welleck, 2025, arXiv:2503.04697), eq. 1: -coef * abs(target - length), added to a reward
+    for correctness. Departure: ``at_most`` is the one-sided form of the same penalty.
 
     Args:
-        target: the length to aim for, at least 0, for all rows; or
-        target_column: the column that says it for each row. Give exactly one of the two.
+        target: target length of all rows, at least 0. Give exactly one of ``target`` and ``target_column``.
+        target_column: the column with each row's target length.
         coef: penalty per unit of length, at least 0.
         mode: ``exact`` or ``at_most``.
         unit: ``tokens`` (reads the column ``completion_ids``), ``words`` or ``characters``.
@@ -90,7 +90,7 @@ class LengthReward:
         self.required_columns = tokens if target_column is None else (*tokens, target_column)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
-        """Scores each completion; one without a target cannot be scored."""
+        """Scores each completion; ``None`` for rows without a target."""
         lengths = [len(units) for units in read_units(completions, columns, self.unit, self)]
         if self.target_column is None:
             targets: Sequence[Any] = [self.target] * len(lengths)

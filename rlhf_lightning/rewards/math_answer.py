@@ -1,4 +1,4 @@
-"""Whether the answer of a completion is the right one."""
+"""Reward for right mathematical answers, compared as numbers or expressions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class MathAnswerReward:
 
     The package ``math-verify`` finds the answer (in ``\boxed{}``, in LaTeX, or as the last number) and compares it
     with the reference: ``0.5`` is ``\frac{1}{2}``, ``(x+1)^2`` is ``x^2+2x+1``. Where a row or the end of a completion
-    has ``####``, the answer is what follows it on its line. Comparing happens in a process of its own with limits on
-    time and memory, because an answer such as ``9^{9^{9}}`` would never come back; one that cannot be compared within
-    the limits is wrong.
+    has ``####``, the answer is the rest of its line. The comparison runs in a separate process with limits on time and
+    memory, because an answer such as ``9^{9^{9}}`` would never return; one that cannot be compared within the limits
+    is wrong.
 
     Args:
-        answer_column: the column with the reference answers, text or numbers; a row whose reference is missing or is no
-            mathematics cannot be scored.
+        answer_column: the column with the reference answers, text or numbers; a row whose reference is missing or not
+            mathematical cannot be scored.
         correct: reward of a right answer.
-        wrong: reward of a wrong one or none.
+        wrong: reward of a wrong or missing answer.
         boxed_only: an answer counts only in ``\boxed{}``.
         timeout: seconds for one completion, above 0.
         memory_mb: megabytes for the process, at least 512.
@@ -75,7 +75,7 @@ class MathAnswerReward:
         return [self._score(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
 
     def _answer(self, completion: str) -> str:
-        """What follows the mark, as a formula unless it is in words; without a mark, all of it."""
+        """The text after the mark, as a formula unless it is in words; all of it without a mark."""
         answer = final_answer(completion) if "####" in completion and not self.boxed_only else None
         if answer is None:
             return completion.replace(_MINUS, "-")

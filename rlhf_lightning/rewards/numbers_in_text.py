@@ -1,4 +1,4 @@
-"""Numbers as people and models write them: with Markdown or LaTeX around them, separators, units, as fractions."""
+"""Reads numbers in text: with Markdown or LaTeX around them, separators, units, as fractions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _DECIMAL: Final = re.compile(rf"[-+]?{_PLAIN}(?:e[-+]?[0-9]{{1,3}})?", re.IGNORE
 _RATIO: Final = re.compile(rf"([-+]?{_INTEGER})\s*/\s*(-?{_INTEGER})")
 _MIXED: Final = re.compile(r"([-+]?)([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
 _POWER: Final = re.compile(rf"([-+]?)(?:({_PLAIN})\s*[*x]\s*)?10\s*\^\s*\(?([-+]?[0-9]{{1,3}})\)?")
-# A model that repeats a digit without end has not written a number; Python refuses to read more than 4,300 of them.
+# A digit repeated without end is not a number; Python refuses to parse more than 4,300 digits.
 _MAX_LENGTH: Final = 200
 
 _CURRENCIES: Final = "$€£¥₹"
 _SIGN_FIRST: Final = re.compile(rf"([-+]?)\s*([{_CURRENCIES}])\s*(.*)", re.DOTALL)
 _SIGN_LAST: Final = re.compile(rf"(.*?)\s*([{_CURRENCIES}%])", re.DOTALL)
 
-# Minus signs and dashes that stand for one; blanks of all widths; the slash of fractions.
+# Minus signs and dashes used as one; blanks of all widths; the slash of fractions.
 _CHARACTERS: Final = str.maketrans(
     dict.fromkeys("\u2212\u2013\u2012\u2010\u2011\ufe63\uff0d", "-")
     | dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f", "\u2009")
@@ -46,7 +46,7 @@ _NARROW: Final = re.compile(r"(?<=[0-9])(?:\u2009|\\,|\\;|\\:|\\ )(?=[0-9]{3}(?!
 
 
 def plain_text(text: str) -> str:
-    r"""An answer without what Markdown and LaTeX put around it, with fractions as ``1/2`` and ASCII's minus.
+    r"""Strips Markdown and LaTeX from an answer, with fractions as ``1/2`` and ASCII's minus.
 
     Example:
         >>> plain_text(r"**$1{,}234$**."), plain_text(r"-\frac{1}{2}"), plain_text(r"\text{ Paris }")
@@ -70,7 +70,7 @@ def plain_text(text: str) -> str:
 
 
 def strip_marks(text: str) -> str:
-    r"""A text without the marks around it (emphasis, code, ``$``) and without its full stop, with ASCII's minus.
+    r"""Strips the marks around a text (emphasis, code, ``$``) and its full stop, with ASCII's minus.
 
     Example:
         >>> strip_marks(r"**\(\frac{1}{2}\)**.")
@@ -85,7 +85,7 @@ def strip_marks(text: str) -> str:
 
 
 def take_unit(text: str) -> tuple[str, str]:
-    """A number's text and its currency or percent sign, which may be none.
+    """Splits a number's text from its currency or percent sign, which may be empty.
 
     Example:
         >>> take_unit("-$5"), take_unit("50 %"), take_unit("7")
@@ -99,7 +99,7 @@ def take_unit(text: str) -> tuple[str, str]:
 
 
 def read_number(text: str) -> Fraction | None:
-    """The number that a text is, exactly; ``None`` if it is not a number.
+    """Parses a text as an exact number; ``None`` if it is not a number.
 
     Example:
         >>> read_number("1,000.5"), read_number("1 1/2"), read_number("2 x 10^3"), read_number("1,00")

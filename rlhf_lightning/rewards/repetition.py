@@ -1,4 +1,4 @@
-"""A penalty for saying the same thing again."""
+"""Penalty for repeated n-grams."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ._columns import TOKENS_COLUMN, LengthUnit, check_unit, read_units
 
 
 class RepetitionReward:
-    """Punishes a completion by the share of its n-grams that occurred before.
+    """Penalizes a completion by the share of its n-grams that occurred before.
 
     Paper: Demystifying Long Chain-of-Thought Reasoning (Yeo et al., 2025, arXiv:2502.03373), appendix C.2:
     -penalty * (1 - distinct n-grams / n-grams). A completion shorter than an n-gram repeats nothing.
 
     Args:
         ngram_size: n, at least 1.
-        penalty: what a completion made of repetition alone loses, at least 0.
+        penalty: penalty of a completion that only repeats, at least 0.
         unit: ``tokens`` (reads the column ``completion_ids``), ``words`` or ``characters``.
 
     Raises:

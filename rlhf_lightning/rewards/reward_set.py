@@ -1,4 +1,4 @@
-"""Running several reward functions on a batch, so that one that fails costs the samples that it fails on."""
+"""Runs several reward functions on a batch; a failing function loses only the samples that it fails on."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 
 
 class RewardScores(NamedTuple):
-    """What the functions said about a batch.
+    """Scores of a batch by several functions.
 
     Attributes:
         values: (num_samples, num_functions), NaN where a function could not score a sample.
         names: of the functions, in the order of the columns.
-        failures: by function, on how many samples it raised, ran out of time or returned what is not a number; samples
-            for which it returned ``None`` are none of these.
-        errors: by function that failed, its first message.
-        steps: by function of steps, one list of rewards per sample, empty where there are none.
+        failures: by function, number of samples on which it raised, timed out or returned an invalid value; ``None`` is
+            not a failure.
+        errors: by failed function, its first message.
+        steps: by step reward, one list of rewards per sample, empty for unscored samples.
     """
 
     values: npt.NDArray[np.float64]
@@ -45,11 +45,11 @@ class RewardScores(NamedTuple):
 
 @dataclass(frozen=True)
 class StepReward:
-    """A function that rewards every step of a completion, and not the completion as a whole.
+    """A function that rewards every step of a completion instead of the completion as a whole.
 
     Args:
         function: returns, for each completion, a list with one number per step, or ``None``.
-        separator: what stands between steps; empty steps are left out.
+        separator: text between steps; empty steps are left out.
 
     Example:
         >>> def lengths(completions): return [[len(step) for step in text.split(";")] for text in completions]
@@ -67,11 +67,11 @@ class StepReward:
 
 
 class _BadValueError(ValueError):
-    """A function returned what is no reward."""
+    """A function returned an invalid reward."""
 
 
 def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
-    """A reward function from itself, or from the dotted path of a function or of a class without required arguments.
+    """Loads a reward function by the dotted path of a function or of a class without required arguments.
 
     Args:
         spec: a function, or ``package.module.name``.
@@ -80,7 +80,7 @@ def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
         The function; for a class, an instance of it.
 
     Raises:
-        ValueError: for a path that leads nowhere, or to what cannot be called.
+        ValueError: for a path that cannot be imported, or to an object that is not callable.
 
     Example:
         >>> resolve_reward("rlhf_lightning.rewards.FormatReward")([""], ["<think>1</think>2"])
@@ -118,7 +118,7 @@ def _short(value: Any) -> str:
 
 
 class _Reward:
-    """One function with its name and what it wants to be called with."""
+    """One function with its name and its parameters."""
 
     def __init__(self, given: RewardFunction | StepReward, name: str) -> None:
         self.of_steps = given if isinstance(given, StepReward) else None
@@ -141,7 +141,7 @@ class _Reward:
             raise ValueError(f"reward {self.name!r} needs the column {missing[0]!r}: the rows have {have}")
 
     def call(self, arguments: Mapping[str, Sequence[Any]], samples: Sequence[int]) -> list[Any]:
-        """The function's own values for some of the samples, as many as asked for."""
+        """Calls the function on some of the samples; returns one value for each."""
         wanted = {key: values for key, values in arguments.items() if self.takes_all or key in self.accepted}
         returned = self.function(**{key: [values[n] for n in samples] for key, values in wanted.items()})
         try:
@@ -160,11 +160,11 @@ class _Reward:
         return values
 
     def numbers(self, value: Any, sample: int, completion: str) -> list[float]:
-        """What a value says of a sample: one number, or one per step; nothing for None.
+        """Converts a returned value to one number, or one per step; empty for ``None``.
 
         Raises:
-            Exception: the value itself where it is one: the function has failed on this sample.
-            _BadValueError: the value is no reward.
+            Exception: the value itself if it is an exception: the function has failed on this sample.
+            _BadValueError: the value is not a valid reward.
         """
         if value is None:
             return []
@@ -194,21 +194,21 @@ def _inner(given: RewardFunction | StepReward) -> RewardFunction:
 
 
 def _finite(value: Any) -> float | None:
-    """A value as a number, and None for what is no finite one."""
+    """Converts a value to a float; ``None`` if it is not a finite number."""
     # A tensor or array without dimensions.
     number = value.item() if not isinstance(value, Real) and getattr(value, "ndim", None) == 0 else value
     return float(number) if isinstance(number, Real) and math.isfinite(number) else None
 
 
 class RewardSet:
-    """Several reward functions with weights, called on a batch.
+    """Calls several weighted reward functions on a batch.
 
-    A function is called once for the batch, by keyword, with those of ``prompts``, ``completions`` and the row's
-    columns that it names, or all of them if it takes ``**columns``. Where that raises or takes longer than ``timeout``,
-    it is called again for each sample by itself with ``sample_timeout``, and only the samples on which it fails again
-    are lost: NaN in the result, counted, and reported once per function and kind of error in the log. A function that
-    knows which samples it failed on may return an exception in the place of their values. One with a true attribute
-    ``bounds_its_time`` is left to end by itself: it says what an answer that takes too long is worth.
+    A function is called once for the batch, by keyword, with the arguments that it names among ``prompts``,
+    ``completions`` and the rows' columns, or all of them if it takes ``**columns``. If that raises or exceeds
+    ``timeout``, it is called again for each sample alone with ``sample_timeout``, and only the samples on which it
+    fails again are lost: NaN in the result, counted, and logged once per function and kind of error. A function may
+    return exceptions as values of the samples on which it failed. One with a true attribute ``bounds_its_time`` has no
+    time limit here: it scores late answers itself.
 
     A ``StepReward`` counts as the mean over the steps of each completion.
 
@@ -218,8 +218,8 @@ class RewardSet:
         names: one per function, all different, for metrics; ``None`` takes the functions' own.
         timeout: seconds that a call for the batch may take, above 0; ``None`` for no limit.
         sample_timeout: the same for a call for one sample.
-        on_bad_value: what happens where a function returns the wrong number of values, a string, NaN or an infinity:
-            ``error`` raises, ``skip`` counts it as failed on those samples.
+        on_bad_value: for the wrong number of values, a string, NaN or an infinity: ``error`` raises, ``skip`` counts a
+            failure on those samples.
 
     Raises:
         ValueError: for no functions, or lists that do not match.
@@ -272,7 +272,7 @@ class RewardSet:
 
     @property
     def step_separators(self) -> list[str | None]:
-        """What separates the steps that each function rewards; ``None`` for a function of whole completions."""
+        """The step separator of each function; ``None`` for a function of whole completions."""
         return [None if reward.of_steps is None else reward.of_steps.separator for reward in self._rewards]
 
     def __call__(
@@ -285,24 +285,26 @@ class RewardSet:
 
         Args:
             prompts: one per completion.
-            completions: what to score.
+            completions: the texts to score.
             columns: the rows' other columns, each with one value per completion.
 
         Returns:
-            The scores, and what went wrong on the way.
+            The scores and the failures.
 
         Raises:
-            ValueError: for a column that a function needs and the rows do not have, lengths that do not match, or,
-                with ``on_bad_value="error"``, for a value that is no reward.
+            ValueError: for a missing column, lengths that do not match, or, with ``on_bad_value="error"``, an invalid
+                reward.
         """
         columns = {key: given for key, given in (columns or {}).items() if key not in _RESERVED}
         for key, given in {"prompts": prompts, **columns}.items():
             if len(given) != len(completions):
                 raise ValueError(f"{key!r} has {len(given)} values for {len(completions)} completions: give one each")
         arguments: dict[str, Sequence[Any]] = {"prompts": prompts, "completions": completions, **columns}
-        # Before the first call: an answer column that is missing should not cost the time of a slow judge.
+
+        # Check before the first call: a missing column should be reported before a slow judge has run.
         for reward in self._rewards:
             reward.check_columns(columns)
+
         values = np.full((len(completions), len(self._rewards)), np.nan)
         failures: dict[str, int] = {}
         errors: dict[str, str] = {}
@@ -320,13 +322,14 @@ class RewardSet:
     def _score(
         self, reward: _Reward, arguments: Mapping[str, Sequence[Any]], num_samples: int
     ) -> tuple[list[list[float]], list[Exception]]:
-        """One list of numbers per sample, and what went wrong."""
+        """One list of numbers per sample, and the exceptions."""
         if num_samples == 0:
             return [], []
         problems: list[Exception] = []
         try:
             raw = self._call(reward, arguments, range(num_samples), self.timeout)
         except Exception as error:
+            # Call again sample by sample, so that only the failing samples are lost.
             self._raise_if_bad(error)
             if num_samples == 1 and not isinstance(error, CallTimeoutError):
                 return [[]], [error]
@@ -338,6 +341,7 @@ class RewardSet:
                     self._raise_if_bad(sample_error)
                     problems.append(sample_error)
                     raw.append(None)
+
         found: list[list[float]] = []
         for sample, value in enumerate(raw):
             try:

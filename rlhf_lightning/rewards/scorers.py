@@ -1,4 +1,4 @@
-"""What scores prompts with completions for learned rewards: reward models of ours, packed, and any others, padded."""
+"""Scorers of prompts with completions for learned rewards: our reward models, packed, and any others, padded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..sequences import Segment
 
 
 class PackedScorer:
-    """A ``RewardModule`` that scores prompts with completions."""
+    """Scores prompts with completions by a ``RewardModule``."""
 
     def __init__(self, module: RewardModule, dtype: torch.dtype) -> None:
         self.module = frozen(module, dtype)
@@ -31,7 +31,7 @@ class PackedScorer:
         self._same_tokens = False
 
     def attach(self, policy: Any) -> None:
-        """Goes to a policy's device, and finds out whether its tokens are the reward model's."""
+        """Moves to a policy's device, and checks whether both tokenizers agree."""
         move(self.module, policy.device)
         if self._other is not policy.tokenizer:
             self._other = policy.tokenizer
@@ -45,7 +45,7 @@ class PackedScorer:
         prompt_ids: Sequence[int] | None,
         completion_ids: Sequence[int] | None,
     ) -> Segment:
-        """A prompt with a completion, ended as in training."""
+        """Encodes a prompt with a completion, ended as in training."""
         sampled = self._same_tokens and prompt_ids is not None and completion_ids is not None
         if sampled and decode(self.rows.tokenizer, completion_ids or ()) == completion:
             ids = self.rows.ended(completion_ids or (), chat=not isinstance(prompt, str), template=template)
@@ -56,14 +56,14 @@ class PackedScorer:
         return tree
 
     def score(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """``(M,)`` rewards by the members of the ensemble, for each."""
+        """The rewards of each sequence by the ensemble's members, ``(M,)``."""
         with exactly(self.module.device):
             values = score_texts(self.module, segments, self.module._sequence_rewards)
         return [self.module.combined(value).float() for value in values]
 
 
 class PaddedScorer:
-    """A sequence classifier of transformers, of any architecture."""
+    """Scores prompts with completions by a sequence classifier of transformers, of any architecture."""
 
     def __init__(self, folder: str, output: int, budget: int, dtype: torch.dtype) -> None:
         try:
@@ -83,17 +83,17 @@ class PaddedScorer:
         self.model.eval().requires_grad_(False)
         self.tokenizer = with_padding_token(tokenizer)
         self.tokenizer.padding_side = "right"
-        if self.model.config.pad_token_id is None:  # by which decoders find the last token
+        if self.model.config.pad_token_id is None:  # decoders find the last token by it
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.output, self.budget = output, budget
 
     def attach(self, policy: Any) -> None:
-        """Goes to a policy's device."""
+        """Moves to a policy's device."""
         with torch.inference_mode(False):
             self.model.to(policy.device)
 
     def encode(self, prompt: Any, completion: str, template: dict[str, Any], *ids: Any) -> dict[str, list[int]]:
-        """What the tokenizer makes of a pair, or of a chat."""
+        """Tokenizes a pair of texts, or a chat."""
         if isinstance(prompt, str):
             encoded = self.tokenizer(prompt, completion, verbose=False)
         elif self.tokenizer.chat_template is None:
@@ -108,7 +108,7 @@ class PaddedScorer:
 
     @torch.no_grad()
     def score(self, encoded: Sequence[dict[str, list[int]]]) -> list[Tensor]:
-        """``(1,)`` the logit of each."""
+        """The logit of each sequence, ``(1,)``."""
         order = sorted(range(len(encoded)), key=lambda n: len(encoded[n]["input_ids"]))
         values: list[Tensor] = [torch.empty(0)] * len(encoded)
         part: list[int] = []
@@ -135,7 +135,7 @@ def row_templates(
     tools: Sequence[Any] | None,
     settings: Sequence[Mapping[str, Any] | None] | None,
 ) -> list[dict[str, Any]]:
-    """What each row hands to the chat template: its own settings beside those common to all, and its tools."""
+    """Merges the common chat template settings, each row's own (which take precedence), and its tools."""
     found = [{**common, **((settings[n] if settings is not None else None) or {})} for n in range(count)]
     for template, own in zip(found, tools or (), strict=False):
         if own:
@@ -144,22 +144,22 @@ def row_templates(
 
 
 def frozen(module: Any, dtype: torch.dtype) -> Any:
-    """A module with frozen weights of a type."""
+    """Freezes a module and converts its weights to ``dtype``."""
     module.requires_grad_(False).to(dtype)
     module.settle()
     return module
 
 
 def move(module: HeadedModule, device: torch.device) -> None:
-    """Moves a module to a device, if it is on another one."""
+    """Moves a module to a device if it is on another."""
     if module.device != device:
-        with torch.inference_mode(False):  # in which a validation may run
+        with torch.inference_mode(False):  # validation may run in inference mode
             module.to(device)
             module.settle()
 
 
 def exactly(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast is the policy's, and off for the reward model: its precision is that of its weights."""
+    """Turns the policy's autocast off: a reward model computes in the precision of its weights."""
     return torch.autocast(device.type, enabled=False)
 
 

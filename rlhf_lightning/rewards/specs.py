@@ -1,4 +1,4 @@
-"""From what a user writes under ``rewards`` to a set of reward functions."""
+"""Builds reward functions from the option ``rewards``."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ def build_rewards(
     Args:
         rewards: each a function, the dotted path of a function or class, or a dictionary with ``class_path`` (of a
             class or function), and ``init_args``, ``weight`` and ``name`` if wanted.
-        weights: one per reward, in place of those in the dictionaries; 1 by default.
+        weights: one per reward, instead of weights in the dictionaries; 1 by default.
         process: a function that rewards the steps of a completion, written in the same way; it comes last, with the
-            weight in its dictionary. Its attribute ``step_separator`` says what separates steps; a line break if it has
-            none.
-        timeout: seconds that a function may take for a batch, above 0; ``None`` for no limit. One that is late is asked
-            again for each sample by itself, for a sixth of that time at most.
-        on_bad_value: ``error`` where a function returns what is no reward; ``skip`` counts the sample as failed.
+            weight in its dictionary. Its attribute ``step_separator`` separates steps; a line break by default.
+        timeout: seconds that a function may take for a batch, above 0; ``None`` for no limit. A late one is called
+            again for each sample alone, with a sixth of that time.
+        on_bad_value: ``error`` raises when a function returns an invalid reward; ``skip`` counts the sample as failed.
 
     Raises:
-        ValueError: a path that leads nowhere, an unknown key, arguments that do not fit, or weights given twice.
+        ValueError: a path that cannot be imported, an unknown key, invalid arguments, or weights given twice.
 
     Example:
         >>> spec = {"class_path": "rlhf_lightning.rewards.RepetitionReward", "weight": 0.5}
@@ -52,6 +51,7 @@ def build_rewards(
             "rewards is empty; give at least one, such as rlhf_lightning.rewards.exact_answer, which reads "
             "the column 'answer'"
         )
+
     parts = [_read(spec) for spec in rewards]
     own = [weight for _, weight, _ in parts]
     if weights is not None and any(weight is not None for weight in own):
@@ -59,12 +59,15 @@ def build_rewards(
     chosen = [1.0 if weight is None else weight for weight in own] if weights is None else list(weights)
     if len(chosen) != len(parts):
         raise ValueError(f"reward_weights has {len(chosen)} entries for {len(parts)} rewards: give one each")
+
+    # The process reward comes last, so that ``weights`` are those of ``rewards`` alone.
     given: list[RewardFunction | StepReward] = [function for function, _, _ in parts]
     if process is not None:
         parts.append(_read(process))
         function, weight, _ = parts[-1]
         given.append(StepReward(function, str(getattr(function, "step_separator", "\n"))))
         chosen.append(1.0 if weight is None else weight)
+
     return RewardSet(
         given,
         weights=chosen,
@@ -76,12 +79,12 @@ def build_rewards(
 
 
 def plain_specs(rewards: Sequence[RewardSpec]) -> list[str | dict[str, Any]]:
-    """The same rewards as values that a checkpoint can hold: functions by their names."""
+    """Converts rewards to values that a checkpoint can hold: functions by their names."""
     return [spec if isinstance(spec, str | dict) else _path(spec) for spec in rewards]
 
 
 def _path(function: RewardFunction) -> str:
-    """The dotted path of a function that can be imported by it, and the name of any other."""
+    """The dotted path of an importable function, or the name of any other."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     importable = module not in (None, "__main__") and name and "<" not in name and inspect.isfunction(function)
     return f"{module}.{name}" if importable else _name(function)
@@ -107,7 +110,7 @@ def _read(spec: RewardSpec) -> tuple[RewardFunction, float | None, str | None]:
 
 
 def _names(functions: Sequence[RewardFunction], given: Sequence[str | None]) -> list[str]:
-    """The names that were given, and for the others their own, numbered where they are taken."""
+    """The given names, or the functions' own, numbered where they repeat."""
     taken = {name for name in given if name}
     names = []
     for function, name in zip(functions, given, strict=True):

@@ -1,4 +1,4 @@
-"""Running programs that nobody has read: kept by the operating system, judged from outside."""
+"""Runs untrusted programs, isolated by the operating system and judged from outside."""
 
 from .isolation import Isolation, IsolationChoice, resolve_isolation
 from .runs import Judge, run_script

@@ -1,4 +1,4 @@
-"""What keeps a program from everything else on this machine, and whether the machine has it."""
+"""Isolates programs from the rest of the machine, by the means that work on it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ IsolationChoice = Literal["auto", "bubblewrap", "landlock", "none"]
 INSIDE: Final = Path(__file__).with_name("inside")
 _SYSTEM: Final = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store", "/gnu/store")
 _SETTINGS: Final = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
-# Within a bubblewrap: where the scripts are, and the folder that a program works in.
+# Within bubblewrap: the folder of the scripts, and a program's working folder.
 _SCRIPTS, _FOLDER = "/run/sandbox", "/tmp"
 _LAUNCH: Final = "import sys; sys.path.insert(0, sys.argv[2]); from inside.start import main; main()"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program and all its processes may use.
+    """Resource limits of a program and all its processes.
 
     Args:
         memory_mb: megabytes of address space for each process, and of memory for all of them.
@@ -47,11 +47,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a program is kept on this machine.
+    """How a program is isolated on this machine.
 
     Args:
-        isolation: what keeps it.
-        drops_user: the superuser becomes a user that owns nothing before the program begins.
+        isolation: the means.
+        drops_user: root switches to a user that owns nothing before the program begins.
     """
 
     isolation: Isolation
@@ -62,9 +62,9 @@ class Plan:
 
         Args:
             role: ``script``, ``calls`` or ``judge``.
-            control: the descriptor that it is given its work by.
-            limits: what it may use.
-            folder: the folder that it may write to; with bubblewrap it has one of its own.
+            control: the descriptor that sends it its work.
+            limits: its resource limits.
+            folder: the folder that it may write to; bubblewrap provides its own.
         """
         user = 2**30 + secrets.randbelow(2**29) if self.drops_user else None
         if user is not None and folder is not None:
@@ -93,7 +93,7 @@ class Plan:
             "RLIMIT_NOFILE": 128,
             "RLIMIT_CORE": 0,
         }
-        # Processes are counted by user: of a user of its own, or by namespace, where the kernel counts so.
+        # The limit counts processes by user: set it for a separate user, or where the kernel counts by namespace.
         if self.drops_user or (self.isolation == "bubblewrap" and os.geteuid() != 0 and _counts_by_namespace()):
             found["RLIMIT_NPROC"] = limits.processes
         return found
@@ -113,13 +113,13 @@ class Plan:
                 command += ["--ro-bind-try", place, place]
         for place in _SETTINGS:
             command += ["--ro-bind-try", place, place]
-        # Its own processes, and read-only: the kernel's settings are files of the superuser's, whatever it may not do.
+        # A private /proc, read-only: the kernel's settings are files that root could write even without capabilities.
         command += ["--proc", "/proc", "--remount-ro", "/proc"]
         command += ["--dev", "/dev", "--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
         command += ["--remount-ro", "/dev", "--perms", "1777", "--size", size, "--tmpfs", _FOLDER]
         made: set[Path] = set()
         for root in (*_roots(), f"{_SCRIPTS}/inside"):
-            # Folders that bubblewrap makes on the way are its own alone unless they are made for everybody.
+            # Parent folders that bubblewrap creates implicitly would be private: create them readable for all.
             for ancestor in reversed(Path(root).parents[:-1]):
                 if ancestor not in made and not _is_below(str(ancestor), (*_SYSTEM, _FOLDER)):
                     command += ["--perms", "0755", "--dir", str(ancestor)]
@@ -128,32 +128,32 @@ class Plan:
         return [*command, "--chdir", _FOLDER, "--remount-ro", "/"]
 
     def environment(self, folder: Path | None) -> dict[str, str]:
-        """The variables that a program sees: none of this process's."""
+        """The environment variables of a program: none of this process's."""
         place = str(folder or _FOLDER)
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         return {"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": place, "TMPDIR": place, **threads}
 
 
 def resolve_isolation(choice: IsolationChoice) -> Isolation:
-    """What keeps programs on this machine.
+    """Chooses the isolation of programs on this machine, and logs it.
 
     ``bubblewrap``
-        https://github.com/containers/bubblewrap: namespaces of their own for processes, files, network, IPC and names.
-        They see the system and the interpreter, read-only, and an empty folder in memory; nothing of them is left.
+        https://github.com/containers/bubblewrap: separate namespaces for processes, files, network, IPC and names.
+        Programs see the system and the interpreter, read-only, and an empty folder in memory; nothing of them is left.
     ``landlock``
-        Linux 6.12 or later, without bubblewrap: Landlock rules which files they can open and keeps their signals
-        among themselves; a filter of system calls refuses sockets and new sessions.
+        Linux 6.12 or later, without bubblewrap: Landlock restricts the files that programs can open and keeps their
+        signals among themselves; a filter of system calls refuses sockets and new sessions.
     ``none``
-        Limits on time, memory and processes, and nothing else: they can do whatever the user can.
+        Only limits on time, memory and processes: programs can do whatever the user can.
 
     Args:
         choice: one of these; ``auto`` takes the first of bubblewrap and landlock that works here.
 
     Returns:
-        What was chosen, which is also said in the log.
+        The chosen isolation.
 
     Raises:
-        ValueError: what was chosen does not work here; ``none`` is never chosen unasked.
+        ValueError: the choice does not work here; ``auto`` never falls back to ``none``.
     """
     if choice not in get_args(IsolationChoice):
         raise ValueError(f"isolation={choice!r} is not allowed: use one of {', '.join(get_args(IsolationChoice))}")
@@ -162,7 +162,7 @@ def resolve_isolation(choice: IsolationChoice) -> Isolation:
 
 @functools.cache
 def plan(choice: IsolationChoice) -> Plan:
-    """How programs are kept on this machine; see :func:`resolve_isolation`."""
+    """Makes the plan of :func:`resolve_isolation`."""
     if choice == "none":
         rank_zero_warn("isolation: none: programs can do whatever this user can; only time and memory are limited")
         return Plan("none", drops_user=False)
@@ -194,7 +194,7 @@ def _candidates(choice: IsolationChoice) -> list[Plan]:
 
 
 def _problem(candidate: Plan) -> str | None:
-    """Why a plan does not work here, if it does not."""
+    """Tries a plan; returns why it does not work here, or ``None``."""
     if candidate.isolation == "bubblewrap" and shutil.which("bwrap") is None:
         return "bubblewrap is not installed"
     if candidate.isolation == "landlock" and (abi := landlock_abi()) < LANDLOCK_ABI:
@@ -210,7 +210,7 @@ def _problem(candidate: Plan) -> str | None:
 
 
 def _is_for_all(path: str) -> bool:
-    """Whether everybody may read a folder."""
+    """Whether all users may read a folder."""
     return os.stat(path).st_mode & 0o005 == 0o005
 
 
@@ -220,7 +220,7 @@ def _is_below(path: str, places: Sequence[str]) -> bool:
 
 @functools.cache
 def _roots() -> tuple[str, ...]:
-    """Folders of the interpreter and its packages that lie outside the system's."""
+    """Folders of the interpreter and its packages outside the system folders."""
     found = [sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix), *_packages()]
     hop = sys.executable
     for _ in range(16):

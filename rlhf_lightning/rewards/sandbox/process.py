@@ -1,4 +1,4 @@
-"""A process in a sandbox: started, watched, ended with everything it has started, and cleaned up after."""
+"""Starts, watches, kills and cleans up a process in a sandbox, with all its children."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Sandboxed:
 
     Args:
         role: ``script``, ``calls`` or ``judge``; see ``inside/start.py``.
-        plan: how it is kept.
-        limits: what it may use.
+        plan: how it is isolated.
+        limits: its resource limits.
         stdin: a file to read from.
         stdout: a file or pipe to write to.
 
     Attributes:
-        control: the descriptor that it is given its work by.
+        control: the descriptor that sends it its work.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Sandboxed:
         self.close()
 
     def wait_until_ready(self, seconds: float) -> None:
-        """Waits until it has given up what it must not have.
+        """Waits until it has dropped its privileges.
 
         Raises:
-            RuntimeError: it does not come to that.
+            RuntimeError: it does not get there.
         """
         if not wait_for(self.control, time.monotonic() + seconds):
             raise RuntimeError(f"the sandbox does not start within {seconds:g} s")
@@ -84,9 +84,9 @@ class Sandboxed:
             ) from None
 
     def is_beyond_limits(self) -> bool:
-        """Whether all processes together take more memory, files or processes than they may."""
+        """Whether all processes together exceed the limits on memory, files or processes."""
         processes = _descendants(self.process.pid)
-        if len(processes) > self._limits.processes + 4:  # those that keep the sandbox are none of the program's
+        if len(processes) > self._limits.processes + 4:  # 4 more for the sandbox itself
             return True
         if sum(map(_memory_kb, processes)) > self._limits.memory_mb * 1024:
             return True
@@ -98,22 +98,22 @@ class Sandboxed:
         return False
 
     def has_ended(self) -> bool:
-        """Whether its first process has come to its end."""
+        """Whether its first process has ended."""
         if not hasattr(os, "waitid"):
             return self.process.poll() is not None
-        # It is not taken note of yet, so that its number goes to no other group before this one is killed.
+        # WNOWAIT leaves it a zombie, so that its id is not reused before its group is killed.
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def end(self) -> int:
-        """Ends it and all that it has started, and returns the status of its first process."""
+        """Kills it and all that it has started; returns the status of its first process."""
         if self.process.returncode is None:
-            # Its group: what keeps the sandbox, with whose end all in it ends, or all of the program's processes.
+            # Its group: the sandbox's own process, which takes all others with it, or all of the program's processes.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
 
     def close(self) -> None:
-        """Ends it, and removes what it has written."""
+        """Kills it, and removes the files that it has written."""
         self.end()
         if self.process.stdout is not None:
             self.process.stdout.close()
@@ -128,14 +128,14 @@ class Sandboxed:
 
 
 def wait_for(descriptor: int, deadline: float) -> bool:
-    """Whether there is something to read before a time of ``time.monotonic``."""
+    """Waits until there is something to read, at most until ``deadline`` (``time.monotonic``); returns whether."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
 
 
 def _descendants(pid: int) -> list[int]:
-    """A process and those that it has started, as far as they can be seen."""
+    """The ids of a process and its visible descendants."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -145,7 +145,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _memory_kb(pid: int) -> int:
-    """Memory of a process's own, and shared memory that it has mapped."""
+    """A process's own memory and the shared memory that it has mapped, in KiB."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
@@ -153,7 +153,7 @@ def _memory_kb(pid: int) -> int:
 
 
 def _is_larger(folder: Path, size: int) -> bool:
-    """Whether the files of a folder that is being written take more room than they may, or are too many."""
+    """Whether the files of a folder that is being written exceed ``size`` bytes or the maximum number."""
     waiting, files = [str(folder)], 0
     while waiting:
         place = waiting.pop()
@@ -172,7 +172,7 @@ def _is_larger(folder: Path, size: int) -> bool:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder that nobody writes to any more, however deep it is, and whatever its modes are.
+    """Removes a folder that no process writes to any more, whatever its depth and modes.
 
     Folders within folders are moved up to the top first, so that no path is too long and nothing recurses.
     """
@@ -187,7 +187,7 @@ def remove_tree(folder: Path) -> None:
                 os.chmod(entry.path, 0o700)
                 for child in list(os.scandir(entry.path)):
                     if child.is_dir(follow_symlinks=False):
-                        os.chmod(child.path, 0o700)  # moving a folder changes it
+                        os.chmod(child.path, 0o700)  # moving a folder writes to it
                         number += 1
                         os.rename(child.path, folder / f".removed-{number}")
                     else:

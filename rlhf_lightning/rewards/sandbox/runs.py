@@ -1,4 +1,4 @@
-"""Programs run in a sandbox, and what they did as seen from outside."""
+"""Runs programs in a sandbox, and observes their results from outside."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _A_DAY: Final = 86_400
 
 
 class Outcome(NamedTuple):
-    """What a script did.
+    """The result of a script.
 
     Attributes:
-        ended: it came to its end without an error, within its limits.
-        timed_out: it did not come to an end in time.
-        printed: what it wrote to its output.
+        ended: it ended without an error, within its limits.
+        timed_out: it did not end in time.
+        printed: its output.
     """
 
     ended: bool
@@ -37,13 +37,13 @@ class Outcome(NamedTuple):
 
 
 def run_script(program: str, text: str, choice: IsolationChoice, limits: Limits, timeout: float) -> Outcome:
-    """Runs a program as a script, with a text for its input.
+    """Runs a program as a script, with a text as its input.
 
     Args:
-        program: its text.
-        text: what it reads.
-        choice: what keeps it.
-        limits: what it may use.
+        program: its source.
+        text: its standard input.
+        choice: the isolation.
+        limits: its resource limits.
         timeout: seconds from its start.
 
     Raises:
@@ -66,7 +66,7 @@ def run_script(program: str, text: str, choice: IsolationChoice, limits: Limits,
 
 
 def _read_until_end(process: Sandboxed, deadline: float) -> bytes | None:
-    """What it writes until it ends; None where that takes too long, or anything is too much."""
+    """Reads its output until it ends; ``None`` if that takes too long or exceeds a limit."""
     assert process.process.stdout is not None  # a pipe was asked for
     descriptor, printed = process.process.stdout.fileno(), bytearray()
     looked, is_open = time.monotonic(), True
@@ -85,7 +85,7 @@ def _read_until_end(process: Sandboxed, deadline: float) -> bytes | None:
             if len(printed) > _MAX_PRINTED:
                 return None
             continue
-        if is_over:  # what it has left behind may still hold the pipe open
+        if is_over:  # orphaned processes may still hold the pipe open
             return bytes(printed)
     return None
 
@@ -93,14 +93,14 @@ def _read_until_end(process: Sandboxed, deadline: float) -> bytes | None:
 class Judge:
     """Runs tests of programs in a process that no program can reach.
 
-    Tests are code, and expected values are in them: they go to a sandbox of the judge's own, and a program is asked
-    from there, by name and arguments, for what it does. See ``inside/judge.py``.
+    Tests are code, and hold the expected values: they run in the judge's own sandbox, which calls the program's
+    functions by name and arguments. See ``inside/judge.py``.
 
     Args:
-        choice: what keeps programs, and the judge.
-        limits: what a program may use.
+        choice: the isolation of programs, and of the judge.
+        limits: a program's resource limits.
         timeout: seconds for a program with all its tests.
-        at_once: programs judged at a time, at most.
+        at_once: maximum number of programs judged at a time.
     """
 
     def __init__(self, choice: IsolationChoice, limits: Limits, timeout: float, at_once: int) -> None:
@@ -122,10 +122,10 @@ class Judge:
         self._process.close()
 
     def run(self, program: str, tests: Sequence[Any]) -> list[bool]:
-        """Which tests a program passes.
+        """Returns for each test whether the program passes it.
 
         Args:
-            program: its text.
+            program: its source.
             tests: code, or mappings with ``call``, ``args``, ``kwargs`` and ``output``.
 
         Raises:
@@ -139,7 +139,7 @@ class Judge:
                 send(process.control, {"program": program})
                 socket.send_fds(self._control, [b"j"], [theirs.fileno(), process.control])
                 theirs.close()
-                # From now on, only the judge speaks with the program.
+                # From here on only the judge talks to the program.
                 os.close(process.control)
                 process.control = -1
                 send(ours.fileno(), {"tests": [*tests], "program": program, "seconds": math.ceil(self._timeout) + 2})

@@ -1,1 +1,1 @@
-"""What runs inside a sandbox: the standard library alone, since little else can be read there."""
+"""Code that runs inside a sandbox; standard library only, since little else is readable there."""

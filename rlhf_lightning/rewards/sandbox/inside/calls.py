@@ -1,4 +1,4 @@
-"""The program's side of a test: does what the judge asks of the program's functions and objects."""
+"""The program's side of a test: executes the judge's requests on the program's functions and objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPERATIONS: Final[dict[str, Callable[..., Any]]] = {
 
 
 class _Callback:
-    """A function of the test's."""
+    """Calls a function of the test."""
 
     def __init__(self, peer: ProgramPeer, number: int) -> None:
         self._peer, self._number = peer, number
@@ -48,7 +48,7 @@ class ProgramPeer(Peer):
         self._names = names
 
     def done(self, frame: Mapping[str, Any]) -> dict[str, Any]:
-        """Looks up names, calls functions, carries out operations."""
+        """Looks up names, calls functions, carries out operations; returns the reply."""
         if frame["do"] == "names":
             found = {name: self._names[name] for name in frame["names"] if name in self._names}
             return {"value": {"dict": [[name, self.encoded(value)] for name, value in found.items()]}}
@@ -60,24 +60,24 @@ class ProgramPeer(Peer):
         return reply if after == before else {**reply, "arguments": after}
 
     def arguments(self, arguments: Any, named: Any) -> dict[str, Any]:
-        """Arguments as data."""
+        """Encodes arguments."""
         return {"arguments": [self.encoded(item) for item in arguments], "named": self.encoded(named)}
 
     def stand_in(self, number: int) -> Any:
-        """A function that calls the test's."""
+        """Returns a function that calls the test's."""
         return _Callback(self, number)
 
     def may_be_named(self, value: Any) -> bool:
-        """The judge may know of everything here."""
+        """True: the judge may refer to every object of the program."""
         return True
 
     def number_of(self, value: Any) -> int | None:
-        """The number of a function of the test's."""
+        """The number of a function of the test."""
         return value._number if type(value) is _Callback else None
 
 
 def serve(channel: int, names: Mapping[str, Any]) -> None:
-    """Answers until the judge has no more questions."""
+    """Answers until the judge closes the channel."""
     peer = ProgramPeer(channel, names)
     try:
         while True:

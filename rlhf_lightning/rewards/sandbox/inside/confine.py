@@ -1,7 +1,7 @@
-"""Gives up, for this process and all that it starts, whatever a program that nobody has read must not have.
+"""Drops the privileges that an untrusted program must not have, for this process and its children.
 
 Linux only, by system calls: resource limits, capabilities, Landlock (https://docs.kernel.org/userspace-api/landlock.html)
-and a seccomp filter. What is given up cannot be had back.
+and a seccomp filter. Dropped privileges cannot be regained.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-# Landlock: all rights to files up to ABI 7, those to a file that is no folder, and those that reading needs.
+# Landlock: all rights to files up to ABI 7, the rights that apply to files that are not folders, and those for reading.
 _ALL_RIGHTS: Final = (1 << 16) - 1
 _FILE_RIGHTS: Final = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
 _READ_RIGHTS: Final = 1 << 0 | 1 << 2 | 1 << 3
@@ -26,7 +26,7 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_SECCOMP: Final = 22
 
-# Numbers of system calls: x86_64 and the generic table (aarch64, riscv64); None where there is no such call.
+# Numbers of system calls: x86_64 and the generic table (aarch64, riscv64); None where the call does not exist.
 _CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
     "acct": (163, 89),
     "add_key": (248, 217),
@@ -115,7 +115,7 @@ _CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
     "utimensat": (280, 88),
     "utimes": (235, None),
 }  # fmt: skip
-# The kernel's machinery, other processes, namespaces, and memory that no limit counts: of no use to an honest program.
+# The kernel's machinery, other processes, namespaces, and memory that no limit counts: honest programs need none of it.
 _NEVER: Final = (
     "acct", "add_key", "bpf", "chroot", "clock_settime", "delete_module", "fanotify_init", "finit_module", "fsconfig",
     "fsmount", "fsopen", "fspick", "init_module", "io_uring_enter", "io_uring_register", "io_uring_setup", "kcmp",
@@ -125,11 +125,11 @@ _NEVER: Final = (
     "process_vm_writev", "ptrace", "quotactl", "reboot", "request_key", "semget", "setdomainname", "sethostname",
     "setns", "settimeofday", "shmget", "swapoff", "swapon", "syslog", "umount2", "unshare", "userfaultfd",
 )  # fmt: skip
-# Without namespaces: the network, what is shared by name, and leaving the group of processes that is killed in the end.
+# Without namespaces: the network, objects shared by name, and leaving the process group that is killed in the end.
 _NOT_WITHOUT_NAMESPACES: Final = (
     "inotify_init", "inotify_init1", "ioprio_set", "setpgid", "setpriority", "setsid", "socket",
 )  # fmt: skip
-# Landlock does not rule who changes modes, owners, times and attributes of files elsewhere: these do nothing then.
+# Landlock does not restrict changes of modes, owners, times and attributes of other files: these calls do nothing.
 _WITHOUT_EFFECT: Final = (
     "chmod", "chown", "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat", "fremovexattr", "fsetxattr", "futimesat",
     "lchown", "lremovexattr", "lsetxattr", "removexattr", "setxattr", "utime", "utimensat", "utimes",
@@ -154,14 +154,14 @@ class _Program(ctypes.Structure):
 
 
 def confine(spec: Mapping[str, Any]) -> None:
-    """Applies what a specification says.
+    """Applies a specification.
 
     Args:
         spec: ``isolation``; ``limits`` by name of the resource; ``user`` to become, if this is the superuser;
             ``readable`` and ``writable`` paths.
 
     Raises:
-        OSError: something could not be given up.
+        OSError: a privilege could not be dropped.
     """
     if spec["user"] is not None:
         os.setgroups([])
@@ -196,7 +196,7 @@ def _check(result: int) -> int:
 
 
 def landlock_abi() -> int:
-    """The version of Landlock that the system has; 0 for none."""
+    """The system's Landlock version; 0 without Landlock."""
     if os.uname().sysname != "Linux":
         return 0
     return max(int(ctypes.CDLL(None, use_errno=True).syscall(444, 0, 0, 1)), 0)
@@ -204,13 +204,13 @@ def landlock_abi() -> int:
 
 def _drop_capabilities(libc: Any) -> None:
     for capability in range(64):
-        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # refused to who has none to drop
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails without capabilities to drop
     header = struct.pack("=Ii", 0x20080522, 0)
     _check(libc.capset(header, struct.pack("=6I", 0, 0, 0, 0, 0, 0)))
 
 
 def _restrict_files(libc: Any, readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Only these paths can be opened; no TCP, no signal and no abstract socket reaches a process outside."""
+    """Restricts files to these paths; no TCP, signal or abstract socket reaches a process outside."""
     attributes = struct.pack("=QQQ", _ALL_RIGHTS, _TCP, _SCOPES)
     ruleset = _check(libc.syscall(444, attributes, len(attributes), 0))
     devices = ["/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
@@ -240,7 +240,7 @@ def _restrict_calls(libc: Any, *, has_namespaces: bool) -> None:
 
 
 def _filter(machine: str, has_namespaces: bool) -> list[tuple[int, int, int, int]]:
-    """The filter as instructions: number of the call, then what becomes of it."""
+    """Builds the filter's instructions: the number of the call, then its action."""
     allow, deny, missing, nothing = 0x7FFF0000, 0x00050000 | _EPERM, 0x00050000 | _ENOSYS, 0x00050000
     load, equal, any_bit, give = 0x20, 0x15, 0x45, 0x06
     column = 0 if machine == "x86_64" else 1
@@ -249,21 +249,25 @@ def _filter(machine: str, has_namespaces: bool) -> list[tuple[int, int, int, int
         return _CALLS[name][column]
 
     code = [
-        (load, 0, 0, 4),  # the architecture; calls of another one are refused
+        (load, 0, 0, 4),  # the architecture; calls of any other are refused
         (equal, 1, 0, _AUDIT_ARCH[machine]),
         (give, 0, 0, deny),
         (load, 0, 0, 0),  # the number of the call
     ]
     if machine == "x86_64":
         code += [(any_bit, 0, 1, 0x40000000), (give, 0, 0, deny)]  # the x32 table
+
+    # Jumps are relative: each pair compares the number loaded above and, if equal, returns the action.
     verdicts = dict.fromkeys(_NEVER, deny) | {
         "clone3": missing
-    }  # its flags lie in memory: the C library goes on with clone
+    }  # its flags lie in memory, out of the filter's reach: the C library falls back to clone
     if not has_namespaces:
         verdicts |= dict.fromkeys(_NOT_WITHOUT_NAMESPACES, deny) | dict.fromkeys(_WITHOUT_EFFECT, nothing)
     for name, verdict in verdicts.items():
         if (call := number(name)) is not None:
             code += [(equal, 0, 1, call), (give, 0, 0, verdict)]
+
+    # These depend on the first argument, which is loaded over the number: so each block has to end in an action.
     first_argument = 16  # low half, little-endian
     for name in _OF_ITSELF:
         if (call := number(name)) is not None:

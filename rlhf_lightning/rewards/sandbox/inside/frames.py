@@ -1,4 +1,4 @@
-"""Frames of JSON on a descriptor: a length, then as many bytes; of a bounded length, and nothing else."""
+"""Frames of JSON on a descriptor: a bounded length, then as many bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LENGTH: Final = struct.Struct(">I")
 
 
 class ProtocolError(Exception):
-    """What came in is no frame, or no value."""
+    """The received bytes are not a valid frame or value."""
 
 
 def send(channel: int, frame: Mapping[str, Any]) -> None:
@@ -34,8 +34,8 @@ def receive(channel: int) -> dict[str, Any]:
     """Receives a frame.
 
     Raises:
-        EOFError: there is nobody at the other end any more.
-        ProtocolError: it is too long, or no JSON object.
+        EOFError: the other end is closed.
+        ProtocolError: it is too long, or not a JSON object.
     """
     (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
     if length > MAX_FRAME:

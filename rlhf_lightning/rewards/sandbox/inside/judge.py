@@ -1,7 +1,7 @@
-"""The judge's side of a test: runs the test here, where the program is not, and asks the program only for what it does.
+"""The judge's side of a test: runs the test outside the program's process, and calls the program from there.
 
-What crosses to the program are names and arguments. What it returns is compared here, as plain data. An object of the
-program's that is no plain value is held by a stand-in, which is equal to no plain value, whatever the program says.
+Only names and arguments are sent to the program. Its return values are compared here, as plain data. Any other object
+of the program is represented by a stand-in, which equals no plain value, whatever the program claims.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 from .frames import ProtocolError, receive, send
 from .peer import GoneError, Peer
 
-# Questions about a value that would hand it to the program and take its word: asked of plain values only.
+# Predicates that would let the program decide about its own value: allowed on plain values only.
 _PREDICATES: Final = frozenset(
     name for kind in (str, bytes, set, int, float) for name in dir(kind)
     if name.startswith("is") or name in ("startswith", "endswith")
@@ -30,7 +30,7 @@ _BUILTINS: Final = frozenset(dir(builtins))
 
 
 class Remote:
-    """Stands for an object of the program's."""
+    """Stand-in for an object of the program."""
 
     __slots__ = ("_number", "_peer")
 
@@ -39,11 +39,11 @@ class Remote:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Calls it."""
+        """Calls the object."""
         return self._peer.call("call", arguments, named, target={"returned": self._number})
 
     def __getattr__(self, name: str) -> Any:
-        # Libraries look for protocols under such names, and would believe what they find (addresses of memory, say).
+        # Libraries look for protocols under such names, and would trust the result (memory addresses, for instance).
         if name.startswith("__") and name not in _SPECIAL:
             raise AttributeError(name)
         if name in _PREDICATES:
@@ -56,7 +56,7 @@ class Remote:
     def __eq__(self, other: object) -> Any:
         if self is other:
             return True
-        # What is expected is never shown to the program: an object is no plain value.
+        # Expected values are never sent to the program: an object does not equal a plain value.
         return bool(self._peer.operate("eq", self, other)) if isinstance(other, Remote) else NotImplemented
 
     def __contains__(self, item: Any) -> bool:
@@ -110,7 +110,7 @@ def _unary(name: str, kind: type | None) -> Callable[[Remote], Any]:
 
 def _binary(name: str, *, reflected: bool) -> Callable[[Remote, Any], Any]:
     def method(self: Remote, other: Any) -> Any:
-        if not isinstance(other, Remote):  # it may be what is expected
+        if not isinstance(other, Remote):  # it may be an expected value
             return NotImplemented
         return self._peer.operate(name, other, self) if reflected else self._peer.operate(name, self, other)
 
@@ -151,7 +151,7 @@ for _name in ("lt", "le", "gt", "ge"):
 
 
 class JudgePeer(Peer):
-    """Asks a program."""
+    """The judge's end of the channel to a program."""
 
     def __init__(self, channel: int) -> None:
         super().__init__(channel)
@@ -159,7 +159,7 @@ class JudgePeer(Peer):
         self._after: list[Any] | None = None
 
     def call(self, what: str, arguments: Sequence[Any], named: Mapping[str, Any], **parts: Any) -> Any:
-        """Has something done, and lets lists, sets and dictionaries that were changed by it be changed here, too."""
+        """Has the program do something, and repeats its changes of lists, sets and dictionaries here."""
         written = [self.encoded(item) for item in arguments]
         self._after = None
         found = self.ask(what, arguments=written, named=self.encoded(dict(named)), **parts)
@@ -171,11 +171,11 @@ class JudgePeer(Peer):
         return found
 
     def operate(self, operation: str, *arguments: Any) -> Any:
-        """Has an operation carried out."""
+        """Has the program carry out an operation."""
         return self.call("operation", arguments, {}, operation=operation)
 
     def names(self, names: Sequence[str]) -> dict[str, Any]:
-        """What the program calls by these names, as far as it does."""
+        """Looks up the program's objects of these names, as far as they exist."""
         found = self.ask("names", names=[*names])
         if not isinstance(found, dict) or not set(found) <= set(names):
             self.is_gone = True
@@ -183,38 +183,38 @@ class JudgePeer(Peer):
         return {name: self._or_exception(value) for name, value in found.items()}
 
     def _or_exception(self, value: Any) -> Any:
-        """A class of exceptions as one that can be caught; anything else as it is."""
+        """Converts a stand-in of an exception class to a class that can be caught; returns anything else unchanged."""
         names = self.operate("lineage", value) if isinstance(value, Remote) else None
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             return self.exception_class(names)
         return value
 
     def replied(self, frame: Mapping[str, Any]) -> None:
-        """Keeps what became of the arguments."""
+        """Keeps the arguments as the program has changed them."""
         after = frame.get("arguments")
         self._after = after if isinstance(after, list) else None
 
     def done(self, frame: Mapping[str, Any]) -> dict[str, Any]:
-        """Calls a function that the test has handed over; nothing else of the test's can be reached."""
+        """Calls a function that the test has passed; the program can reach nothing else of the test."""
         function = self.decoded({"returned": frame.get("target")})
         arguments = [self.decoded(item) for item in frame.get("arguments", ())]
         return {"value": self.encoded(function(*arguments, **dict(self.decoded(frame.get("named")))))}
 
     def stand_in(self, number: int) -> Remote:
-        """One for each object, so that ``is`` holds where it should."""
+        """One stand-in for each object, so that ``is`` works."""
         return self._stand_ins.setdefault(number, Remote(self, number))
 
     def may_be_named(self, value: Any) -> bool:
-        """A function may be called; the attributes of an object must not be read."""
+        """Only functions, which may be called; attributes of objects must not be read."""
         return callable(value)
 
     def number_of(self, value: Any) -> int | None:
-        """The number of an object of the program's."""
+        """The number of an object of the program."""
         return object.__getattribute__(value, "_number") if type(value) is Remote else None
 
 
 def _change(value: Any, now: Any) -> None:
-    """Makes a container what the program has made of its copy."""
+    """Copies the program's changes to a container."""
     if type(value) is not type(now):
         return
     if isinstance(value, MutableSequence):
@@ -229,9 +229,9 @@ def judge(tests: Sequence[Any], program: str, channel: int, tell: Callable[[int,
 
     Args:
         tests: code that raises where the program is wrong, or ``call``, ``args``, ``kwargs``, ``output``.
-        program: its text, of which only the imports are read.
+        program: its source; only the imports are read.
         channel: leads to the program.
-        tell: takes the number of each test and whether it was passed.
+        tell: called with the number of each test and whether it passed.
     """
     peer = JudgePeer(channel)
     imports = _imports(program)
@@ -244,7 +244,7 @@ def judge(tests: Sequence[Any], program: str, channel: int, tell: Callable[[int,
             passed = True
         except BaseException:
             passed = False
-        # A test that goes on without the program has not been passed by it.
+        # A test that continues without the program has not been passed by it.
         tell(number, passed and not peer.is_gone)
 
 
@@ -259,7 +259,7 @@ def _compare(test: Mapping[str, Any], peer: JudgePeer) -> None:
 
 
 def _as_lists(value: Any) -> Any:
-    """A value with lists for tuples, which tests that are kept as JSON cannot tell apart."""
+    """Replaces tuples by lists, which tests in JSON cannot distinguish."""
     if isinstance(value, list | tuple):
         return [_as_lists(item) for item in value]
     if isinstance(value, dict):
@@ -272,19 +272,19 @@ def _run(test: str, peer: JudgePeer, program: str, imports: Mapping[str, ast.stm
     wanted = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     libraries = _libraries(tree)
     names: dict[str, Any] = {"__name__": "test"}
-    # The library's own, whatever the program has put in its place.
+    # The real library, whatever the program has defined under its name.
     for statement in ({name: imports[name] for name in imports.keys() & wanted} | libraries).values():
         with contextlib.suppress(Exception):
             exec(compile(ast.Module([statement], []), "import", "exec"), names)
     asked = sorted(wanted - names.keys() - libraries.keys())
     plain = [name for name in asked if name not in _BUILTINS]
-    # A built-in function is the program's only where a test is about nothing else: `assert sum(10, 15) == 6`.
+    # A built-in name means the program's function only if the test uses no other: `assert sum(10, 15) == 6`.
     names |= peer.names(plain if plain or len(asked) != 1 else asked)
     exec(compile(tree, "test", "exec"), names)
 
 
 def _libraries(tree: ast.AST) -> dict[str, ast.stmt]:
-    """Imports of what a test takes from libraries without importing them: ``math.isclose``, ``np.allclose``."""
+    """Imports of libraries that a test uses without importing them: ``math.isclose``, ``np.allclose``."""
     used = {
         node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
@@ -297,7 +297,7 @@ def _libraries(tree: ast.AST) -> dict[str, ast.stmt]:
 
 
 def _imports(program: str) -> dict[str, ast.stmt]:
-    """The program's imports by the names that they give: ``import a``, ``import a as b``, ``from a import b``."""
+    """The program's imports by the names that they bind: ``import a``, ``import a as b``, ``from a import b``."""
     try:
         tree = ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -310,15 +310,15 @@ def _imports(program: str) -> dict[str, ast.stmt]:
                 found[alias.asname or alias.name.partition(".")[0]] = ast.copy_location(one, statement)
         elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
             for alias in statement.names:
-                if alias.asname in (None, alias.name):  # by another name, a library's function is the program's word
+                if alias.asname in (None, alias.name):  # under another name it is the program's
                     one_name = ast.ImportFrom(statement.module, [alias], 0)
                     found[alias.name] = ast.copy_location(one_name, statement)
     return found
 
 
 def serve(control: int) -> None:
-    """Judges in a child for every two descriptors that come in: one for tests and verdicts, one to the program."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+    """Forks a judge for every two descriptors received: one for tests and verdicts, one to the program."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped automatically
     connection = socket.socket(fileno=control)
     while True:
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)

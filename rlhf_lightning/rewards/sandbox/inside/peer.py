@@ -1,4 +1,4 @@
-"""Two processes that call each other's functions, over one channel, and know of each other's objects by number."""
+"""Calls between two processes over one channel, with each other's objects referred to by number."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MAX_TEXT: Final = 1000
 
 
 class GoneError(BaseException):
-    """The other process is gone or does not keep to the protocol; no handler of a program's or a test's takes it."""
+    """The other process is gone or violates the protocol; not caught by handlers of programs or tests."""
 
 
 class Peer:
     """One end of the channel.
 
     A request is ``{"do": what, ...}``; its reply ``{"value": ...}`` or ``{"raised": [names of classes], "text": ...}``.
-    While one waits for a reply it answers the other's requests, so that a function may call back.
+    While a side waits for a reply it answers the other's requests, so that a function may call back.
     """
 
     def __init__(self, channel: int) -> None:
@@ -32,7 +32,7 @@ class Peer:
         self._classes: dict[str, type[Exception]] = {}
 
     def ask(self, what: str, **parts: Any) -> Any:
-        """Asks for something, and returns or raises what comes back."""
+        """Sends a request, and returns its result or raises its exception."""
         try:
             send(self.channel, {"do": what, **parts})
             while "do" in (frame := receive(self.channel)):
@@ -47,7 +47,7 @@ class Peer:
         raise error
 
     def answer(self, frame: Mapping[str, Any]) -> None:
-        """Does what a request asks for, and replies."""
+        """Executes a request, and replies."""
         try:
             reply = self.done(frame)
         except GoneError:
@@ -57,30 +57,30 @@ class Peer:
         send(self.channel, reply)
 
     def done(self, frame: Mapping[str, Any]) -> dict[str, Any]:
-        """What is replied to a request."""
+        """Executes a request; returns the reply."""
         raise NotImplementedError
 
     def replied(self, frame: Mapping[str, Any]) -> None:
-        """Takes note of a reply."""
+        """Reads further parts of a reply; does nothing here."""
 
     def stand_in(self, number: int) -> Any:
-        """What stands for an object of the other process."""
+        """Returns the stand-in for an object of the other process."""
         raise NotImplementedError
 
     def may_be_named(self, value: Any) -> bool:
-        """Whether the other process may know of an object that it cannot have."""
+        """Whether a reference to an object may be given to the other process."""
         raise NotImplementedError
 
     def number_of(self, value: Any) -> int | None:
-        """The number of an object of the other process, if this stands for one."""
+        """The number of the other process's object, if ``value`` is its stand-in."""
         raise NotImplementedError
 
     def encoded(self, value: Any) -> Any:
-        """A value as data."""
+        """Encodes a value."""
         return encode(value, self._name)
 
     def decoded(self, data: Any) -> Any:
-        """Data as a value."""
+        """Decodes a value."""
         return decode(data, self._find)
 
     def _name(self, value: Any) -> dict[str, Any]:
@@ -107,14 +107,14 @@ class Peer:
         return self._objects[number]
 
     def _exception(self, frame: Mapping[str, Any]) -> Exception:
-        """An exception like the one that was raised over there; its class is found or made by its name."""
+        """Rebuilds an exception of the other process; its class is found or created by name."""
         names = frame["raised"]
         if not isinstance(names, list) or not 0 < len(names) <= 32 or not all(isinstance(name, str) for name in names):
             raise ProtocolError("no names of classes")
         return self.exception_class(names)(str(frame.get("text", "")))
 
     def exception_class(self, names: Sequence[str]) -> type[Exception]:
-        """The class of exceptions with these names, from itself to the built-in one that it descends from."""
+        """Finds or creates an exception class by the names of its lineage, from itself to a built-in class."""
         found: type[Exception] = RuntimeError
         for name in reversed(names):
             own = getattr(builtins, name, None)
@@ -127,7 +127,7 @@ class Peer:
 
 
 def lineage(kind: type) -> list[str]:
-    """Names of a class of exceptions and of those that it descends from, up to the first that is built in."""
+    """Names of an exception class and its ancestors, up to the first built-in one."""
     names = []
     for ancestor in kind.__mro__:
         names.append(str(ancestor.__name__)[:_MAX_TEXT])

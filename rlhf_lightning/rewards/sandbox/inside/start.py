@@ -1,4 +1,4 @@
-"""Starts in a sandbox: gives up what a program must not have, says so, and becomes a program or a judge."""
+"""Entry point in a sandbox: drops privileges, reports that it is ready, and becomes a program or a judge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
     """Reads its specification from the command line and its work from a descriptor."""
     spec = json.loads(sys.argv[1])
     control, role = spec["control"], spec["role"]
-    # Now, because a program's process has no business with the files that this is imported from.
+    # Import now: a program's process may not read these files later.
     serve_judge: Any = None
     serve_calls: Any = None
     if role == "judge":
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _supervise(trainer: int) -> None:
-    """Goes on in a child, and stays to kill the group of both when the child ends or the trainer is gone."""
+    """Continues in a child; the parent kills the group of both when the child ends or the trainer is gone."""
     group = os.getpgrp()
     if sys.platform == "linux":
         signal.signal(signal.SIGTERM, lambda *_: os.killpg(group, signal.SIGKILL))
@@ -57,7 +57,7 @@ def _supervise(trainer: int) -> None:
 
 
 def _run_program(control: int, serve_calls: Any) -> None:
-    """Runs a program as a script is run, and then answers for it, if there are calls to come."""
+    """Runs a program as a script, and then answers for it, if calls follow."""
     program = receive(control)["program"]
     if serve_calls is None:
         os.close(control)

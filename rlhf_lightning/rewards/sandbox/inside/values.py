@@ -1,7 +1,7 @@
-"""Values as data, between a process that is trusted and one that is not: JSON and nothing else.
+"""Encodes values as JSON between a trusted process and an untrusted one.
 
-Plain values (numbers, text, bytes, lists, tuples, sets, dictionaries, dates, arrays of numbers) are written out; of
-anything else only a number goes over, by which its owner knows it.
+Plain values (numbers, text, bytes, lists, tuples, sets, dictionaries, dates, arrays of numbers) are written out; any
+other object is sent as a number that identifies it to its owner.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from .frames import ProtocolError
 
-# Larger numbers are written in base 16, which takes time in proportion to their length.
+# Larger numbers are written in base 16, in time linear in their length.
 _PLAIN_INTEGER: Final = 2**63
 _CONTAINERS: Final[dict[str, type[Any]]] = {
     "tuple": tuple,
@@ -26,7 +26,7 @@ _CONTAINERS: Final[dict[str, type[Any]]] = {
     "frozenset": frozenset,
     "deque": collections.deque,
 }
-# What both sides have by the same name: the test's `len` is never the program's to call.
+# Objects that both sides know by name: `len` in a test never calls the program.
 _NAMED: Final = (type, type(len))
 _ARRAY_KINDS: Final = "biufcU"
 _TEXT_FORMS: Final[dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]]] = {
@@ -46,17 +46,17 @@ _TEXT_FORMS: Final[dict[str, tuple[type, Callable[[Any], str], Callable[[str], A
     "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
 }
 
-OBJECT: Final = "object"  # of who sends the value
-RETURNED: Final = "returned"  # of who receives it
+OBJECT: Final = "object"  # owned by the sender
+RETURNED: Final = "returned"  # owned by the receiver
 BUILTIN: Final = "builtin"
 
 
 def encode(value: Any, name: Callable[[Any], dict[str, Any]]) -> Any:
-    """A value as JSON.
+    """Encodes a value as JSON.
 
     Args:
         value: any value.
-        name: says what stands for an object that is no plain value.
+        name: encodes objects that are not plain values.
     """
     if value is None or value is True or value is False or type(value) is str:
         return value
@@ -94,14 +94,14 @@ def _encode_rare(value: Any, name: Callable[[Any], dict[str, Any]]) -> Any:
 
 
 def decode(data: Any, find: Callable[[str, Any], Any]) -> Any:
-    """The value that JSON stands for.
+    """Decodes a value from JSON.
 
     Args:
-        data: what :func:`encode` wrote, or what somebody wants to pass for it.
-        find: the object that a tag (``OBJECT``, ``RETURNED``) and a number stand for.
+        data: the result of :func:`encode`, perhaps forged.
+        find: looks up an object by its tag (``OBJECT``, ``RETURNED``) and number.
 
     Raises:
-        ProtocolError: it stands for nothing.
+        ProtocolError: the data is not a valid value.
     """
     if data is None or isinstance(data, bool | int | float | str):
         return data
@@ -138,7 +138,7 @@ def _decode_tagged(tag: str, content: Any, find: Callable[[str, Any], Any]) -> A
         kind, shape, flat = content
         if not isinstance(kind, str) or np.dtype(kind).kind not in _ARRAY_KINDS:
             raise ValueError(f"dtype {kind!r}")
-        # The width of texts is theirs, not what is claimed.
+        # Take the width of texts from the texts themselves: the claimed one may be forged.
         found = np.array(decode(flat, find), dtype=str if np.dtype(kind).kind == "U" else kind)
         return found.reshape([int(size) for size in shape])
     raise ProtocolError(f"{tag!r} stands for no value")
