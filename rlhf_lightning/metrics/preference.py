@@ -1,4 +1,4 @@
-"""Metrics of rewards of pairs."""
+"""Metrics of the rewards of pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .functional import calibration_error, calibration_sums, preference_accuracy
 
 
 class PreferenceAccuracy(Metric):
-    """The share of pairs whose chosen completion has the higher reward (see ``functional.preference_accuracy``).
+    """Computes the share of pairs whose chosen completion has the higher reward (``functional.preference_accuracy``).
 
     Example:
         >>> metric = PreferenceAccuracy()
@@ -43,7 +43,7 @@ class PreferenceAccuracy(Metric):
 
 
 class PreferenceMargin(Metric):
-    """The mean of chosen minus rejected reward (see ``functional.preference_margin``).
+    """Computes the mean of chosen minus rejected reward (``functional.preference_margin``).
 
     Example:
         >>> metric = PreferenceMargin()
@@ -76,7 +76,7 @@ class PreferenceMargin(Metric):
 
 
 class ExpectedCalibrationError(Metric):
-    """How far confidence is from accuracy (see ``functional.expected_calibration_error``).
+    """Computes the expected calibration error (``functional.expected_calibration_error``).
 
     Args:
         num_bins: bins of equal width over [0, 1], at least 1.
