@@ -27,7 +27,7 @@ def _beyond(exponent: Tensor) -> Tensor:
 
 
 def exp(exponent: Tensor) -> Tensor:
-    """Computes exp(x), continued by its tangent above ``MAX_EXPONENT``."""
+    """Computes e^x, continued by its tangent above ``MAX_EXPONENT``."""
     return exponent.clamp(max=MAX_EXPONENT).exp() + _beyond(exponent)
 
 
