@@ -121,6 +121,8 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
                 "group_by_prompt=True needs all training rows at once, which streaming=True never has: set one of them "
                 "to false"
             )
+
+        # Options are attributes of the same names: `_entry` reads those that examples depend on.
         self.sources: dict[Split, Any] = {"train": train, "val": val, "test": test, "predict": predict}
         self.global_batch_size = global_batch_size
         self.eval_batch_size = global_batch_size if eval_batch_size is None else eval_batch_size
@@ -136,6 +138,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         self.group_by_prompt = group_by_prompt
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
+
         self.report: dict[str, dict[str, int]] = {}
         self._tokenizer = tokenizer
         self._rows: RowTokenizer | None = None

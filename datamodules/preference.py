@@ -104,6 +104,7 @@ class PreferenceDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         weights = None if pair_by is None else list(pair_by.values())
         if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
             raise ValueError(

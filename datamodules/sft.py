@@ -104,6 +104,7 @@ class SFTDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         self.completion_only_loss = completion_only_loss
         if turns not in get_args(Turns):
             raise ValueError(f"turns={turns!r}, expected one of {', '.join(get_args(Turns))}")

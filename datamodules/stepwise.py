@@ -101,6 +101,7 @@ class StepwiseDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         if not step_separator:
             raise ValueError("step_separator='' ends no step: write at least one character, such as a line's end")
         self.step_separator = step_separator

@@ -108,6 +108,7 @@ class UnpairedDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         self.partners = partners
 
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:

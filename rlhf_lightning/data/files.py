@@ -198,7 +198,7 @@ class CsvTable(RowFile):
     """Comma-separated values whose first row names the columns; the number of a row is the line on which it starts."""
 
     def _stored(self) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
-        # The module's limit of 131,072 characters a cell is below what a conversation can take.
+        # The csv module's limit of 131,072 characters a cell is too low for long conversations.
         csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(self._lines()))
         reader = csv.reader(lines, strict=True)

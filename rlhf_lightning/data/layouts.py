@@ -43,7 +43,7 @@ def check_columns(columns: Mapping[str, Any], wanted: tuple[str, ...], expected:
 
 
 def check_rest(rest: Mapping[str, Any]) -> None:
-    """Refuses columns that would change what the model sees or learns, but that no layout has taken.
+    """Refuses columns that would change the model's input or target, but that no layout has taken.
 
     Raises:
         ValueError: naming the first of them.

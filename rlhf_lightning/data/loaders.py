@@ -34,7 +34,7 @@ class BatchLoader(ABC):
 
     Args:
         batch_size: rows in a global batch, over all ranks; at least 1.
-        seed: what the order is drawn from.
+        seed: seed of the order.
         rank: this process, from 0.
         world_size: how many processes there are.
         drop_last: leave out a last batch of fewer rows; otherwise it is kept, and ranks without a row get an empty
@@ -226,7 +226,7 @@ class ExampleLoader(BatchLoader):
         shuffle: draw a new order in each epoch.
         group_by_prompt: in each order, move examples of the same prompt next to the first of them; a rank's share of
             a batch is then a contiguous run instead of every ``world_size``-th example.
-        seed: what the orders are drawn from, at least 0.
+        seed: seed of the orders, at least 0.
         rank: this process, from 0.
         world_size: how many processes there are.
         drop_last: leave out a last batch of fewer examples.

@@ -189,7 +189,7 @@ class RowTokenizer:
         own_ends = set(self.chat.end_tokens()) if chat else set()
         stop = next((n for n, token in enumerate(token_ids) if token in own_ends | {self.eos}), len(token_ids))
         rest = [token for token in token_ids[stop:] if token not in own_ends | {self.eos}]
-        if str(self.tokenizer.decode(rest)).strip():  # words follow: this is no end
+        if str(self.tokenizer.decode(rest)).strip():  # words follow, so this is not the end
             return self._closed(list(token_ids))
         if stop < len(token_ids) and token_ids[stop] in own_ends - {self.eos}:
             return list(token_ids[: stop + 1])

@@ -172,6 +172,7 @@ def simpo_loss(
     elif loss_type == "cpo_ipo":
         preference = (mean_chosen - mean_rejected - 1 / (2 * beta)).square()
     else:
+        # ORPO: log-odds of the mean probabilities per token.
         log_odds = mean_chosen - _stable.log1mexp(mean_chosen) - mean_rejected + _stable.log1mexp(mean_rejected)
         preference = beta * _stable.logistic(log_odds, 0.0)
     return preference, -chosen_logps

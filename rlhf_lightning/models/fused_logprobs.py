@@ -233,6 +233,7 @@ class _FusedLogProbs(torch.autograd.Function):
         correct = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device)
         kept_tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # exp(logits - top), and top
         room = KEPT_BYTES if config.keep else 0
+
         for rows in _slices(num_tokens, TILE_ROWS):
             count = rows.stop - rows.start
             top = torch.full((count,), -torch.inf, **new)
@@ -251,6 +252,8 @@ class _FusedLogProbs(torch.autograd.Function):
                 best = tile.amax(dim=1)
                 tile.scatter_(1, place, picked[:, None])
                 others = torch.maximum(others, best)
+
+                # Online log-sum-exp: sums over earlier tiles are rescaled to the new maximum.
                 new_top = torch.maximum(torch.maximum(top, best), torch.where(inside, picked, -torch.inf))
                 rescale = (top - new_top).exp_()
                 if config.mean:
@@ -273,6 +276,7 @@ class _FusedLogProbs(torch.autograd.Function):
             mean_logit[rows] = total / vocab if config.mean else lse[rows]
             lse2[rows] = 2 * top + mass2.log() if config.power else 2 * lse[rows]
             correct[rows] = target_logit[rows] > others
+
         ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy, peak, total_mass)
         ctx.config, ctx.kept_tiles = config, kept_tiles
         outputs = target_logit - lse, correct, entropy, mean_logit - lse, lse2 - 2 * lse
@@ -291,6 +295,7 @@ class _FusedLogProbs(torch.autograd.Function):
             for t, need in zip((hidden, weight, bias, low, low_out), needs, strict=False)
         )
         vocab = weight.shape[0]
+
         # d logits = g_logprob (onehot - p) + g_mean (1/V - p) - g_entropy p (log p + H)
         g_logprob = torch.zeros_like(lse) if g_logprob is None else g_logprob
         pull = g_logprob if g_mean is None else g_logprob + g_mean
@@ -315,6 +320,8 @@ class _FusedLogProbs(torch.autograd.Function):
                 inside = ((local >= 0) & (local < grad.shape[1])).nonzero()[:, 0]
                 grad[inside, local[inside]] += g_logprob[rows][inside]
                 grad = tiles.to_product(grad, kept)
+
+                # Every factor of the product sums its gradient over all tiles, in at least fp32.
                 if d_hidden is not None:
                     d_hidden[rows].addmm_(grad, weight_c)
                 if d_weight is not None:
@@ -325,6 +332,7 @@ class _FusedLogProbs(torch.autograd.Function):
                     d_low[rows].addmm_(grad, low_out_c)
                 if d_low_out is not None and low is not None:
                     d_low_out[columns].addmm_(grad.T, low[rows].to(tiles.dtype))
+
         inputs = (hidden, weight, bias, low, low_out)
         result = [
             None if d is None else d.to(t.dtype)

@@ -91,7 +91,7 @@ class _Level(dict[bytes, "_Level"]):
 def _families(examples: Sequence[Example], budget: int) -> list[tuple[list[int], int]]:
     """Groups examples of the same prompt, as many together as the budget allows, with their merged cost."""
     found: list[tuple[list[int], int]] = []
-    latest: dict[bytes, tuple[int, _Level]] = {}  # prompt -> its last family and what that holds
+    latest: dict[bytes, tuple[int, _Level]] = {}  # prompt -> its last family and the merged segments of that
     for n, example in enumerate(examples):
         key = example.root.tokens.tobytes()
         number, level = latest.get(key, (-1, _Level()))

@@ -2,8 +2,8 @@
 
 The folder holds ``train.jsonl``, ``test.jsonl`` and ``example_model_solutions.jsonl`` as published by its authors (MIT
 licence). The last has four models' solutions of each *test* problem, marked right or wrong. They are the only solutions
-with marks, so the contracts made from them (``preference``, ``unpaired``) train on GSM8K test questions: whoever uses
-their ``train`` split must not report accuracy on the test file, only on that contract's held-out problems.
+with marks, so the contracts made from them (``preference``, ``unpaired``) train on GSM8K test questions: after training
+on their ``train`` split, do not report accuracy on the test file, only on that contract's held-out problems.
 """
 
 from __future__ import annotations
