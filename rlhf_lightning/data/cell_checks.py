@@ -23,7 +23,7 @@ _PRINTED = re.compile(r"\s*\[?\s*\{\s*'\w+'\s*:")
 
 
 class RepeatedKeys(dict[str, Any]):
-    """A JSON object that has a key twice, and therefore no meaning.
+    """A JSON object that has a key twice, which is refused.
 
     Args:
         pairs: its keys and values as they were read.

@@ -28,7 +28,7 @@ _CONTINUED = -1  # instead of the number of children, for a leaf segment whose s
 
 
 class ExampleStore(Sequence[Example]):
-    """A list of examples that takes four to five bytes a token; examples are built anew when asked for.
+    """A list of examples that takes four to five bytes a token; examples are rebuilt on access.
 
     Args:
         examples: the initial examples.

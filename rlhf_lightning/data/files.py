@@ -105,7 +105,7 @@ class RowSource:
 
 
 class RowFile(RowSource):
-    """A file of rows; the scan that counts them also fingerprints them, so that an edited file is noticed.
+    """A file of rows, with a fingerprint by which an edited file is noticed.
 
     Args:
         name: what the user called the file.

@@ -38,7 +38,7 @@ class PreferenceAccuracy(Metric):
             self.count += chosen_P.numel()
 
     def compute(self) -> Tensor:
-        """The share over all pairs so far."""
+        """Returns the share over all pairs so far."""
         return self.hits / self.count
 
 
@@ -71,7 +71,7 @@ class PreferenceMargin(Metric):
             self.count += chosen_P.numel()
 
     def compute(self) -> Tensor:
-        """The mean over all pairs so far."""
+        """Returns the mean over all pairs so far."""
         return self.total / self.count
 
 
@@ -109,5 +109,5 @@ class ExpectedCalibrationError(Metric):
         self.sums += calibration_sums(confidence_B, correct_B, self.num_bins)
 
     def compute(self) -> Tensor:
-        """The error over all predictions so far."""
+        """Returns the error over all predictions so far."""
         return calibration_error(self.sums)

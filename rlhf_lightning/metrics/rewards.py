@@ -47,7 +47,7 @@ class RewardStatistics(Metric):
         self.greatest = torch.maximum(self.greatest, values.max())
 
     def compute(self) -> dict[str, Tensor]:
-        """``mean``, ``std``, ``min`` and ``max`` of all rewards so far; nan before the first."""
+        """Returns ``mean``, ``std``, ``min`` and ``max`` of all rewards so far; nan before the first."""
         count, mean, squares = self.moments.reshape(-1, 3)[0]
         nan = torch.full_like(mean, torch.nan)
         seen = count > 0
@@ -106,5 +106,5 @@ class AttributeCorrelation(Metric):
         self.sums += correlation_sums(rewards_BK, ratings_BK)
 
     def compute(self) -> Tensor:
-        """(K,) over all rows so far."""
+        """Returns correlations (K,) over all rows so far."""
         return correlation(self.sums)

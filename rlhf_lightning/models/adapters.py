@@ -74,7 +74,7 @@ class TiedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, as a view of the embedding's."""
+        """The weight matrix, a transposed view of the embedding's."""
         matrices: Mapping[str, Tensor] = getattr(self.__dict__["source"], self.name)
         return matrices[self.adapter].t()
 

@@ -55,7 +55,7 @@ def find_routers(model: nn.Module) -> Routers | None:
     if not isinstance(num_experts, int) or not isinstance(top_k, int) or not 0 < top_k <= num_experts:
         return None
 
-    # Random logits, the same on every rank; on the CPU, since models may have no device yet.
+    # Random logits, the same on every rank; on the CPU, since the model may be on the meta device.
     routers = Routers(num_experts, top_k)
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (_TRIED_ROUTERS, _TRIED_TOKENS, routers.num_experts)

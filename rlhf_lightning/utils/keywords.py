@@ -51,7 +51,7 @@ def advise(name: str, allowed: Iterable[str]) -> str:
 
 
 class CheckedKeywords:
-    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's error would name a parent class."""
+    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's error may name a parent class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Checks the names of the keyword arguments.
