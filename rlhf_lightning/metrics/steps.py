@@ -34,5 +34,5 @@ class FirstErrorF1(Metric):
         self.sums += first_error_sums(predicted_S, expected_S)
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns ``f1`` and the accuracies ``with_error`` and ``without_error``; nan without sequences of either kind."""
+        """Returns ``f1`` and the accuracies ``with_error`` and ``without_error``; nan if either kind is missing."""
         return first_error(self.sums)._asdict()

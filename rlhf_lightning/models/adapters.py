@@ -79,7 +79,7 @@ class TiedLinear(nn.Module):
         return matrices[self.adapter].t()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``(..., in) -> (..., out)``."""
+        """Applies the weight, ``(..., in) -> (..., out)``."""
         return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
 
 
