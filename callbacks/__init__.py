@@ -1,4 +1,4 @@
-"""Callbacks: what a model writes and how right it is, checkpoints, export, a log; guards, and what moves weights."""
+"""Callbacks: generation accuracy, samples, predictions, checkpoints, exports, logs, guards, and averaged weights."""
 
 from ..loggers import JSONLLogger
 from .generation_accuracy import GenerationAccuracy

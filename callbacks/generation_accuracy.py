@@ -1,4 +1,4 @@
-"""Accuracy of what a model writes, which no loss on given texts can tell."""
+"""Accuracy of generated completions, which a loss on given texts does not measure."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..sequences import Example
 class GenerationAccuracy(lightning.Callback):
     """Logs ``val/accuracy``: the mean reward of greedy completions, after every validation and before training.
 
-    Each rank answers its own share of the prompts. What is logged before the first step goes to the loggers alone:
-    early stopping and ``ModelExport`` compare what comes after training has begun.
+    Each rank answers its own share of the prompts. The value before the first step is sent to the loggers only: early
+    stopping and ``ModelExport`` compare only values measured during training.
 
     Args:
-        prompts: source of the prompts, as ``PromptDataModule`` takes it; rows need the columns that the verifier reads.
+        prompts: source of the prompts, as for ``PromptDataModule``; rows need the columns that the verifier reads.
         verifier: dotted path of a reward function, called as ``fn(prompts, completions, **columns)``.
-        max_new_tokens: tokens of a completion at most, at least 1.
-        limit: use the first so many prompts, at least 1; all if left out.
+        max_new_tokens: maximum number of tokens of a completion, at least 1.
+        limit: number of prompts to use, from the first, at least 1; all if left out.
         name: logged as ``val/<name>``.
         before_training: also measure before the first step.
-        chat_template_kwargs: handed to the chat template beside the rows' own, which win by name; by default those of
+        chat_template_kwargs: passed to the chat template; the rows' own override them by name; by default those of
             the trainer's datamodule.
 
     Example::
@@ -55,10 +55,10 @@ class GenerationAccuracy(lightning.Callback):
         self.before_training = before_training
         self.chat_template_kwargs = chat_template_kwargs
         self._examples: list[Example] | None = None
-        self._measured: tuple[int, int] | None = None  # which module, at which step
+        self._measured: tuple[int, int] | None = None  # id of the module, and step
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Measures the model that training starts from."""
+        """Measures the model before training."""
         if not self.before_training or trainer.global_step > 0 or self._measured == (id(pl_module), 0):
             return
         value = self.measure(trainer, pl_module)
@@ -75,7 +75,7 @@ class GenerationAccuracy(lightning.Callback):
         """Answers the prompts and returns the mean reward over all ranks.
 
         Raises:
-            ValueError: the module is none of ours, or the verifier gives no reward to any prompt.
+            ValueError: the module is not a ``PostTrainingModule``, or the verifier rewards no prompt.
         """
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Stopping where a policy has moved too far from its reference."""
+"""Stops training when a policy has moved too far from its reference."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 class KLGuard(lightning.Callback):
     """Ends training when a logged divergence stays above a limit.
 
-    Reward models and verifiers can be hacked: past some divergence, what a policy gains is no longer what its reward
-    was meant to measure (Gao et al., 2023, arXiv:2210.10760, section 3). What is measured is the iteration's own
-    logged value, before the steps that it led to; with ``ModelExport`` and no ``monitor`` the exported model is the one
-    at which training stopped.
+    Reward models and verifiers can be hacked: past some divergence, a policy's gains no longer reflect the quality
+    that its reward should measure (Gao et al., 2023, arXiv:2210.10760, section 3). The compared value is the one
+    logged for an iteration, before its optimizer steps; with ``ModelExport`` and no ``monitor`` the exported model is
+    the one at which training stopped.
 
     Args:
         max_kl: the limit, above 0.
-        monitor: what is compared with it, as logged in training: ``train/kl`` is per token; PPO logs the divergence per
-            completion, too, as ``train/objective/kl``. GRPO with ``beta=0`` has one with ``reference="frozen"``.
-        patience: iterations in a row above the limit that are still tolerated, at least 0.
+        monitor: name of the divergence, as logged in training: ``train/kl`` is per token; PPO also logs the divergence
+            per completion, as ``train/objective/kl``. GRPO with ``beta=0`` logs one with ``reference="frozen"``.
+        patience: consecutive iterations above the limit that are tolerated, at least 0.
 
     Raises:
         ValueError: a number out of range; in training, a metric that is not logged.
@@ -39,7 +39,7 @@ class KLGuard(lightning.Callback):
         self.max_kl = max_kl
         self.monitor = monitor
         self.patience = patience
-        self.above = 0  # iterations in a row above the limit
+        self.above = 0  # consecutive iterations above the limit
         self.stopped_at: int | None = None
 
     def on_train_batch_end(
@@ -50,7 +50,7 @@ class KLGuard(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Looks at the iteration that has just ended; the value is the same on every rank."""
+        """Checks the iteration that has just ended; the value is the same on every rank."""
         if self.monitor not in trainer.callback_metrics:
             divergences = ", ".join(name for name in sorted(trainer.callback_metrics) if "kl" in name) or "none"
             raise ValueError(
@@ -65,9 +65,9 @@ class KLGuard(lightning.Callback):
             rank_zero_info(f"{self.monitor} is {value:.4g}, above max_kl={self.max_kl:g}: training stops")
 
     def state_dict(self) -> dict[str, Any]:
-        """How long the limit has been exceeded."""
+        """Returns the number of iterations above the limit, and the step of the stop."""
         return {"above": self.above, "stopped_at": self.stopped_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up where an earlier run was."""
+        """Restores the state of an earlier run."""
         self.above, self.stopped_at = state_dict["above"], state_dict["stopped_at"]

@@ -1,4 +1,4 @@
-"""Export of a trained model as a plain Hugging Face folder, while training goes on or when it ends."""
+"""Exports a trained model as a plain Hugging Face folder, during training or at its end."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..core.exports import check_merge
 from ..core.position import has_validation
 from ..utils.files import check_on_all_ranks, hold, recover, release, write_atomically
 
-_RECORDED = {"step", "monitor", "value"}  # what the file beside an export says, and nothing else
+_RECORDED = {"step", "monitor", "value"}  # exactly the keys of an export's record
 
 
 class ModelExport(lightning.Callback):
     """Writes the model and its tokenizer as a folder that ``from_pretrained`` loads.
 
-    The folder appears whole or not at all, and an earlier one stays until then; what a killed run left half-written is
-    cleaned up when the next one starts. ``<folder>.json`` beside it says at which step it was written, and with which
-    value of the monitored metric. A trainer may have several of these callbacks, each with a folder of its own.
+    The folder appears whole or not at all, and an earlier one stays until then; remains of a killed run are removed
+    when the next one starts. ``<folder>.json`` next to it records the step at which it was written and the value of
+    the monitored metric. A trainer may have several of these callbacks, each with its own folder.
 
     Args:
-        folder: where to; ``{step}`` in its name becomes the number of optimizer steps, so that every export stays.
+        folder: destination; ``{step}`` in its name becomes the number of optimizer steps, so that every export stays.
         monitor: the logged metric by which the best model is chosen, after each validation; without one, the model is
             written when training ends.
-        mode: whether more (``max``) or less (``min``) of the metric is better; if left out, its name says so, such as
-            ``val/loss`` or ``val/accuracy``.
+        mode: whether more (``max``) or less (``min``) of the metric is better; if left out, derived from its name,
+            such as ``val/loss`` or ``val/accuracy``.
         merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
-        every_n_steps: write it every so many optimizer steps as well, at least 1; not with ``monitor``.
-        log_artifact: also hand every folder that is written to W&B, as a version of an artifact of type ``model`` with
-            the aliases ``latest`` and ``step-<number>``; offline it is copied and goes up with ``wandb sync``.
+        every_n_steps: also write it every so many optimizer steps, at least 1; not with ``monitor``.
+        log_artifact: also log every written folder to W&B, as a version of an artifact of type ``model`` with the
+            aliases ``latest`` and ``step-<number>``; offline it is copied and uploaded by ``wandb sync``.
 
     Raises:
         ValueError: options that contradict each other; in training, a metric that is not logged.
@@ -85,7 +85,7 @@ class ModelExport(lightning.Callback):
         return self._generate_state_key(folder=str(self.folder), monitor=self.monitor, mode=self.mode)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Makes sure that the folder can be written and is no other run's, and cleans up after one that was killed."""
+        """Checks that the folder can be written, locks it, and removes remains of a killed run."""
         if stage == "fit" and not _is_trial(trainer):
             check_on_all_ranks(trainer, self._prepare_place)
 
@@ -95,7 +95,7 @@ class ModelExport(lightning.Callback):
         recover(Path(str(self.folder).replace("{step}", "*")).expanduser().absolute())
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Refuses, before anything is trained, what could not be exported: over a foreign folder, or merged."""
+        """Refuses, before training, an export over a foreign folder or one that cannot be merged."""
         if isinstance(pl_module, PostTrainingModule) and not _is_trial(trainer):
             if self.merge_adapter:
                 check_merge(pl_module)
@@ -119,10 +119,10 @@ class ModelExport(lightning.Callback):
                 )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Starts counting where training starts.
+        """Starts counting at the first step of this run.
 
         Raises:
-            ValueError: a metric of validation is to choose, and there are no validation rows.
+            ValueError: ``monitor`` is set and there are no validation rows.
         """
         self._last_step = trainer.global_step
         if self.monitor is not None and not has_validation(trainer):
@@ -141,7 +141,7 @@ class ModelExport(lightning.Callback):
         self._last_step = trainer.global_step
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes the model if it is the best so far; of equals the first is kept."""
+        """Writes the model if it is the best so far; a tie keeps the earlier one."""
         if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:
@@ -155,7 +155,7 @@ class ModelExport(lightning.Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes the model as it is at the end, unless a metric has chosen one."""
+        """Writes the final model, unless a metric has chosen one."""
         if self.monitor is not None and self.best_value is None:
             rank_zero_warn(
                 f"{self.monitor!r} was never measured in {trainer.global_step} steps: the model is exported as it is "
@@ -166,7 +166,7 @@ class ModelExport(lightning.Callback):
             self._write(trainer, pl_module)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes it where a run is resumed that was killed after its last step, and has nothing left to train."""
+        """Writes the model of a run that was killed after its last step and resumed with nothing left to train."""
         if self.monitor is None and not (self.step == trainer.global_step and self._place(trainer).is_dir()):
             self._write(trainer, pl_module)
 
@@ -181,11 +181,11 @@ class ModelExport(lightning.Callback):
         release(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know so as not to replace a better model."""
+        """Returns best value and step, so that a resumed run does not replace a better model."""
         return {"best_value": self.best_value, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up where an earlier run was."""
+        """Restores the state of an earlier run."""
         self.best_value, self.step = state_dict["best_value"], state_dict["step"]
 
     def _place(self, trainer: lightning.Trainer) -> Path:
@@ -210,7 +210,7 @@ class ModelExport(lightning.Callback):
                 self._log_artifact(logger, folder, record)
 
     def _log_artifact(self, logger: WandbLogger, folder: Path, record: dict[str, Any]) -> None:
-        import wandb  # there if its logger is
+        import wandb  # installed if its logger is used
 
         run: Any = logger.experiment
         name = re.sub(r"[^\w.-]+", "-", self.folder.name.replace("{step}", "")).strip("-_.") or "model"
@@ -219,17 +219,17 @@ class ModelExport(lightning.Callback):
         run.log_artifact(artifact, aliases=["latest", f"step-{self.step}"])
 
 
-# Words of a metric's name by which it is known whether more of it is better.
+# Words in a metric's name that decide whether more of it is better.
 _MORE = {"accuracy", "accuracies", "reward", "rewards", "margin", "margins", "f1", "auc"}
 _LESS = {"loss", "perplexity", "nll", "kl", "error", "errors", "mse", "mae", "brier", "failures"}
 _NEITHER = {"std", "rejected", "min", "max", "ratio"}
 
 
 def direction_of(monitor: str) -> Literal["max", "min"]:
-    """Whether more or less of a metric is better, by its name.
+    """Derives from a metric's name whether more or less of it is better.
 
     Raises:
-        ValueError: the name does not say.
+        ValueError: the name does not tell.
 
     Example:
         >>> direction_of("val/loss"), direction_of("val/rewards/accuracies")
@@ -246,12 +246,12 @@ def direction_of(monitor: str) -> Literal["max", "min"]:
 
 
 def _is_trial(trainer: Any) -> bool:
-    """Whether the trainer only tries everything once (``fast_dev_run``), which writes and deletes nothing."""
+    """Tells whether the trainer is in a trial run (``fast_dev_run``), which writes and deletes nothing."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a file beside an export is one of ours."""
+    """Tells whether a file is the record of an export."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Predictions as JSON Lines, in the order of the rows, over any number of ranks."""
+"""Writes predictions as JSON Lines, in the order of the rows, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _MISSING = object()
 
 
 class PredictionWriter(lightning.Callback):
-    """Writes what ``predict`` returns, a line of JSON for each row; ``rlhf-lightning predict --output`` uses it.
+    """Writes the results of ``predict``, a line of JSON per row; ``rlhf-lightning predict --output`` uses it.
 
-    Rows come in the order of the source, however many ranks share them. The file appears when all are there; until then
-    they are in a hidden one beside it.
+    Rows are in the order of the source, for any number of ranks. The file appears when it is complete; until then the
+    rows are in a hidden file next to it.
 
     Args:
-        path: the file, which must not be there yet.
+        path: the file, which must not exist yet.
 
     Raises:
-        ValueError: it is there, or cannot be written.
+        ValueError: it exists, or cannot be written.
 
     Example::
 
@@ -41,7 +41,7 @@ class PredictionWriter(lightning.Callback):
         self._file: IO[str] | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Makes sure that the file can be written."""
+        """Checks that the file can be written."""
         if stage == "predict" and not getattr(trainer, "fast_dev_run", False):
             check_on_all_ranks(trainer, self._check_path)
 
@@ -59,7 +59,7 @@ class PredictionWriter(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes the rows of a global batch: of each, a rank has every so many."""
+        """Writes the rows of a global batch, which ranks hold in turn."""
         ranks: list[list[Any]] = gather_objects(list(outputs or ()))
         if not getattr(trainer, "fast_dev_run", False):
             check_on_all_ranks(trainer, lambda: self._append(ranks))
@@ -74,7 +74,7 @@ class PredictionWriter(lightning.Callback):
                 self.num_rows += 1
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Puts the file in its place."""
+        """Moves the complete file to its place."""
         check_on_all_ranks(trainer, self._finish)
 
     def _finish(self) -> None:
@@ -86,7 +86,7 @@ class PredictionWriter(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Leaves nothing half-written."""
+        """Removes the incomplete file."""
         if self._file is not None:
             self._file.close()
             hidden_beside(self.path, PARTIAL).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class PredictionWriter(lightning.Callback):
 
 
 def _finite(value: Any) -> Any:
-    """A value as JSON has it: what is not a finite number becomes null."""
+    """Replaces numbers that are not finite, which JSON lacks, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A reference policy that follows the policy."""
+"""Moves the reference policy towards the policy during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models.reference import ADAPTER_COPY
 
 
 class ReferenceSync(lightning.Callback):
-    r"""Moves the reference policy towards the policy now and then.
+    r"""Moves the reference policy towards the policy at regular intervals.
 
     Paper: Learn Your Reference Model for Real Good Alignment (Gorbatovski et al., 2024, arXiv:2404.09656):
 
@@ -25,7 +25,7 @@ class ReferenceSync(lightning.Callback):
     reference, since it can no longer be rebuilt from the model's folder.
 
     Args:
-        alpha: in (0, 1]; the paper's 0.6 goes with 64 steps, and 1 with 512.
+        alpha: in (0, 1]; the paper uses 0.6 with 64 steps, and 1 with 512.
         every_n_steps: at least 1.
 
     Raises:
@@ -46,7 +46,7 @@ class ReferenceSync(lightning.Callback):
         self.num_syncs = 0
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Makes sure that there is a reference that can move, and that checkpoints hold it."""
+        """Checks that there is a reference that can move, and makes checkpoints hold it."""
         _reference(pl_module).rebuildable = False
 
     def on_train_batch_end(
@@ -69,11 +69,11 @@ class ReferenceSync(lightning.Callback):
             moved.lerp_(policy.detach().to(moved), self.alpha)
 
     def state_dict(self) -> dict[str, int]:
-        """How often the reference has moved."""
+        """Returns how often the reference has moved."""
         return {"num_syncs": self.num_syncs}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Takes up where an earlier run was."""
+        """Restores the state of an earlier run."""
         self.num_syncs = state_dict["num_syncs"]
 
 
@@ -98,7 +98,7 @@ def _reference(module: lightning.LightningModule) -> FrozenReference | AdapterRe
 def _pairs(
     reference: FrozenReference | AdapterReference, module: lightning.LightningModule
 ) -> list[tuple[Tensor, Tensor]]:
-    """Weights of the reference, each with that of the policy."""
+    """Pairs each weight of the reference with that of the policy."""
     policy: Any = module.model
     if isinstance(reference, FrozenReference):
         return _same_names(dict(reference.model.named_parameters()), dict(policy.named_parameters()))

@@ -1,4 +1,4 @@
-"""Stopping where a policy pleases its reward more and more, and what the reward stands for less and less."""
+"""Stops training on reward over-optimization."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 
 class RewardGuard(lightning.Callback):
-    r"""Ends training when what is optimised keeps rising while what it stands for has fallen.
+    r"""Ends training when the optimised reward keeps rising while an independent measure has fallen.
 
     Paper: Scaling Laws for Reward Model Overoptimization (Gao et al., 2022, arXiv:2210.10760): as a policy moves away
-    from where it began, the reward that it is trained on (the proxy) goes on rising, and the one that is meant (gold)
-    rises to a peak and falls. With :math:`c^*` the best check so far and :math:`p^*` the proxy at that check, check i
-    counts as over-optimised where
+    from its start, the reward that it is trained on (the proxy) continues to rise, while the true one (gold) rises to
+    a peak and falls. With :math:`c^*` the best check so far and :math:`p^*` the proxy at that check, check i counts as
+    over-optimised where
 
     .. math:: c_i < c^* - \delta \quad\text{and}\quad p_i > p^*
 
-    and training stops after ``patience`` of them in a row. Where both fall, or both stand still, nothing is being
-    hacked: that is ``EarlyStopping``'s business. ``ModelExport`` with the check as its ``monitor`` keeps the model of
-    the peak.
+    and training stops after ``patience`` of them in a row. Where both fall or stagnate, no reward is being hacked: use
+    ``EarlyStopping`` for that. ``ModelExport`` with the check as its ``monitor`` keeps the model of the peak.
 
     Args:
-        proxy: what is optimised, as logged in training, higher being better; its mean over the batches since the check
-            before is compared. ``train/rewards/margins`` for methods that learn from pairs.
-        check: a measure that training does not see, as logged at validation: that of ``GenerationAccuracy``, say.
-        patience: checks in a row that show over-optimisation, at least 1.
-        min_delta: how far the check must have fallen to count, at least 0; about the standard error of the measure.
+        proxy: the optimised metric, as logged in training, higher being better; its mean over the batches since the
+            previous check is compared. ``train/rewards/margins`` for methods that learn from pairs.
+        check: a measure that training does not see, as logged at validation, such as that of ``GenerationAccuracy``.
+        patience: consecutive checks that show over-optimisation, at least 1.
+        min_delta: drop of the check that counts as a fall, at least 0; about the standard error of the measure.
         mode: whether more or less of the check is better.
-        every_n_batches: make a check every so many batches instead of at each validation, with the mean of the check
-            over them, at least 1: for a check that is logged in training, such as ``train/rewards/<name>/mean`` of a
-            reward with weight 0.
+        every_n_batches: check every so many batches instead of at each validation, with the mean of the check over
+            them, at least 1: for a check that is logged in training, such as ``train/rewards/<name>/mean`` of a reward
+            with weight 0.
 
     Raises:
         ValueError: a number out of range; in training, a metric that is not logged.
@@ -75,7 +74,7 @@ class RewardGuard(lightning.Callback):
         self.every_n_batches = every_n_batches
         self.best_check: float | None = None
         self.best_proxy = math.nan  # the proxy when the check was best
-        self.num_hacked = 0  # checks in a row
+        self.num_hacked = 0  # consecutive checks
         self.stopped_at: int | None = None
         self._sums = [0.0, 0.0]  # proxy and check since the last check
         self._num_batches = 0
@@ -88,7 +87,7 @@ class RewardGuard(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes note of the proxy; values are the same on every rank."""
+        """Adds up the proxy; values are the same on every rank."""
         self._sums[0] += self._value(trainer, self.proxy, "proxy")
         self._num_batches += 1
         if self.every_n_batches is None:
@@ -98,7 +97,7 @@ class RewardGuard(lightning.Callback):
             self._compare(trainer, self._sums[1] / self._num_batches)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Makes a check, once something has been trained since the last one."""
+        """Makes a check if a batch has been trained since the last one."""
         if self.every_n_batches is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             value = self._value(trainer, self.check, "check")
             if self._num_batches:
@@ -123,7 +122,7 @@ class RewardGuard(lightning.Callback):
             if not math.isnan(check):
                 self.best_check, self.best_proxy, self.num_hacked = check, proxy, 0
             return
-        # Written so that a check that is not a number has fallen.
+        # Negated so that a nan counts as fallen.
         fallen = not sign * (check - self.best_check) >= -self.min_delta
         self.num_hacked = self.num_hacked + 1 if fallen and proxy > self.best_proxy else 0
         if self.num_hacked >= self.patience:
@@ -135,7 +134,7 @@ class RewardGuard(lightning.Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The peak, and what has been seen since."""
+        """Returns the peak, and the counts since."""
         return {
             "best_check": self.best_check,
             "best_proxy": self.best_proxy,
@@ -146,7 +145,7 @@ class RewardGuard(lightning.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up where an earlier run was."""
+        """Restores the state of an earlier run."""
         self.best_check, self.best_proxy = state_dict["best_check"], state_dict["best_proxy"]
         self.num_hacked, self.stopped_at = state_dict["num_hacked"], state_dict["stopped_at"]
         self._sums, self._num_batches = list(state_dict["sums"]), state_dict["num_batches"]

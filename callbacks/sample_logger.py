@@ -1,4 +1,4 @@
-"""Looking at what a policy writes while it learns."""
+"""Shows completions of a policy during training."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..rl.rollouts import Rollouts
 class SampleLogger(lightning.Callback):
     """Shows completions of the current batch with their rewards: on the screen, and as tables in W&B.
 
-    Of rank 0's share. Every logger with a method ``log_table`` (``WandbLogger``) gets a table ``train/samples`` or
-    ``val/samples`` with the step, prompt, completion, its length, how it ended, the reward, and what every reward
-    function gave.
+    Samples are from rank 0's share. Every logger with a method ``log_table`` (``WandbLogger``) gets a table
+    ``train/samples`` or ``val/samples`` with the step, prompt, completion, its length, whether it ended, the reward,
+    and the value of every reward function.
 
     Args:
-        every_n_batches: training iterations between two tables, at least 1; after every validation there is one, too.
+        every_n_batches: training iterations between two tables, at least 1; every validation shows one, too.
         num_prompts: prompts in a table, at least 1.
         num_samples: completions of each prompt, at least 1.
         screen: whether to print the table.
@@ -49,10 +49,10 @@ class SampleLogger(lightning.Callback):
         self.screen = screen
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuses, on every rank, a module that writes nothing.
+        """Refuses, on every rank, a module that does not sample.
 
         Raises:
-            ValueError: it is none of GRPO's and PPO's.
+            ValueError: it is neither a GRPO nor a PPO module.
         """
         if not isinstance(pl_module, OnPolicyModule):
             name = type(pl_module).__name__
@@ -82,7 +82,7 @@ class SampleLogger(lightning.Callback):
             return
         columns = ["step", "prompt", "completion", "tokens", "ended", "reward", *module.rewards.names]
         rows = self._rows(module, module.last_rollouts, trainer.global_step)
-        # Where Lightning puts the metrics of the same batch: without a step W&B would take that of the last ones.
+        # The step of this batch's metrics in Lightning; without one, W&B would use that of the previous metrics.
         place = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
@@ -92,7 +92,7 @@ class SampleLogger(lightning.Callback):
                 *map(escape, columns[1:]), title=f"{stage} samples, step {trainer.global_step}", show_lines=True
             )
             for row in rows:
-                # As plain text: what a policy writes may look like markup.
+                # As plain text, since a completion may look like markup.
                 table.add_row(*(Text(f"{value:.3g}" if isinstance(value, float) else str(value)) for value in row[1:]))
             Console().print(table)
 

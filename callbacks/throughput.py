@@ -1,4 +1,4 @@
-"""How fast training is, where the time goes, and how much memory it takes."""
+"""Measures training speed, the time of each phase, and memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..core.timing import PhaseClock, Work
 from ..distributed.collectives import gather_objects
 from ..models import base_model
 
-# Products per second in units of 1e12, dense, by the makers' data sheets: bf16 or fp16, tf32, fp32. The first name that
-# occurs in what the driver calls the device counts.
+# Dense TFLOP/s by the vendors' data sheets: bf16 or fp16, tf32, fp32. The first name that occurs in the driver's name
+# of the device counts.
 _PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     ("GB200", (2500.0, 1250.0, 80.0)),
     ("B200", (2250.0, 1125.0, 75.0)),
@@ -43,14 +43,14 @@ _PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     ("T4", (65.0, 8.1, 8.1)),
     ("MI300X", (1307.4, 653.7, 163.4)),
 )
-_FETCH = "train_dataloader_next"  # what Lightning calls the profiler with when it waits for a batch
+_FETCH = "train_dataloader_next"  # Lightning's profiler action while it waits for a batch
 
 
 def peak_flops_of(name: str, precision: str, *, tf32: bool = False) -> float | None:
-    """Floating-point operations per second of which a GPU is capable; ``None`` where that is not known.
+    """Returns the peak floating-point operations per second of a GPU; ``None`` if unknown.
 
     Args:
-        name: what ``torch.cuda.get_device_name`` says.
+        name: the result of ``torch.cuda.get_device_name``.
         precision: the trainer's, such as ``bf16-mixed``.
         tf32: whether products of fp32 matrices may be computed in tf32.
 
@@ -65,11 +65,11 @@ def peak_flops_of(name: str, precision: str, *, tf32: bool = False) -> float | N
 
 
 def flops_per_token(model: nn.Module, length: float) -> float:
-    """Floating-point operations of a model's forward and backward for a token (PaLM, arXiv:2204.02311, appendix B).
+    """Counts floating-point operations per token of a forward and backward (PaLM, arXiv:2204.02311, appendix B).
 
-    6N + 12 L H Q T: N weights, L layers of H heads of size Q, sequences of T tokens. It counts attention as if a token
-    saw the whole sequence, and nothing that is computed twice to save memory. Departures: a frozen weight has no
-    gradient, so it costs 4 instead of 6; of a mixture's experts, those count that a token is sent to.
+    6N + 12 L H Q T: N weights, L layers of H heads of size Q, sequences of T tokens. Attention is counted as if a token
+    saw the whole sequence, and recomputation to save memory is not counted. Departures: a frozen weight has no
+    gradient, so it costs 4 instead of 6; of a mixture's experts, only those that a token is sent to count.
 
     Args:
         model: a causal language model, also one with adapters.
@@ -89,32 +89,32 @@ def flops_per_token(model: nn.Module, length: float) -> float:
 
 
 class Throughput(lightning.Callback):
-    """Logs speed, utilisation, what packing saves, memory, and the seconds of each phase, whenever metrics are logged.
+    """Logs speed, utilisation, savings of packing, memory, and the seconds of each phase, whenever metrics are logged.
 
-    Of the batches since the last time, over all ranks: counts are added up, of times the longest is taken. A batch's
-    time is from asking for it to the end of its last step: validation, exports and checkpoints are not in it.
+    Values cover the batches since the last log, over all ranks: counts are summed, times are the longest of a rank. A
+    batch's time is from its request to the end of its last step, without validation, exports and checkpoints.
 
     - ``throughput/tokens_per_second``: tokens that went forward and backward; no padding, a shared prompt once.
-    - ``throughput/examples_per_second``: rows of the batches; of GRPO and PPO, prompts.
-    - ``throughput/generated_tokens_per_second``: of GRPO and PPO, while they generate.
-    - ``throughput/mfu``: model-flops utilisation (``flops_per_token``): those of training alone, in the whole time.
-      What a reference, a second pass without gradient and sampling compute takes time and does not count.
-    - ``throughput/padding_saved``: share of what padding each micro-batch to its longest sequence would compute.
-    - ``throughput/prefix_saved``: share of what repeating the prompt for each completion would compute.
-    - ``memory/peak_gib``: the most so far of a rank: on CUDA what tensors took, elsewhere what the process did.
+    - ``throughput/examples_per_second``: rows of the batches; for GRPO and PPO, prompts.
+    - ``throughput/generated_tokens_per_second``: for GRPO and PPO, during generation.
+    - ``throughput/mfu``: model-flops utilisation (``flops_per_token``): flops of training over the whole time.
+      References, second passes without gradient and sampling take time but do not count.
+    - ``throughput/padding_saved``: share of tokens saved compared with padding micro-batches to their longest sequence.
+    - ``throughput/prefix_saved``: share of tokens saved compared with repeating the prompt for each completion.
+    - ``memory/peak_gib``: the peak so far of a rank: of tensors on CUDA, of the process elsewhere.
     - ``time/data``, ``time/generate``, ``time/score`` (references, rewards, values), ``time/forward_backward``,
       ``time/step`` (gradients over ranks, clipping, the optimizer), ``time/other``: seconds of a batch, and
       ``time/batch``, their sum on one rank.
 
-    On CUDA, phases are timed by events; nothing waits for the device but what is logged.
+    On CUDA, phases are timed by events; only logging synchronises with the device.
 
     Args:
-        peak_flops: floating-point operations per second of one device, above 0; where it is left out, that of GPUs that
-            are known by name, and elsewhere no ``throughput/mfu``.
+        peak_flops: peak floating-point operations per second of one device, above 0; if left out, that of known GPUs,
+            and no ``throughput/mfu`` on others.
         every_n_batches: batches between two logs, at least 1; the trainer's ``log_every_n_steps`` if left out.
 
     Raises:
-        ValueError: a number out of range, or a module that is none of ours.
+        ValueError: a number out of range, or a module that is not a ``PostTrainingModule``.
 
     Example::
 
@@ -131,10 +131,10 @@ class Throughput(lightning.Callback):
         self.peak_flops = peak_flops
         self.every_n_batches = every_n_batches
         self._clock: PhaseClock | None = None
-        self._data: Any = None  # the phase that is open while a batch is fetched
+        self._data: Any = None  # the open phase while a batch is fetched
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Starts to listen."""
+        """Attaches the clock to the module and to the trainer's profiler."""
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(f"Throughput needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
         self._clock = PhaseClock(pl_module.device)
@@ -169,7 +169,7 @@ class Throughput(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the batch; when it is time, logs what has been done since the last time."""
+        """Ends the batch, and logs the batches since the last log if a log is due."""
         assert self._clock is not None
         self._clock.end(examples=len(batch))
         every = self.every_n_batches or int(vars(trainer)["log_every_n_steps"])
@@ -179,13 +179,13 @@ class Throughput(lightning.Callback):
             pl_module.log_dict(self._measure(trainer, pl_module, self._clock.take()), on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stops listening."""
+        """Detaches the clock."""
         self._detach(trainer, pl_module)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Stops listening."""
+        """Detaches the clock."""
         self._detach(trainer, pl_module)
 
     def _detach(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -205,7 +205,7 @@ class Throughput(lightning.Callback):
             return sum(getattr(work, name) for work in works)
 
         repeated, padded = added("unshared_tokens"), added("padded_tokens")
-        # Padded, a model repeats prompts and computes the padding too.
+        # In the padded layout, a model repeats prompts and computes the padding.
         packed = module.layout == "packed"
         tokens = added("tokens") if packed else repeated
         values = {
@@ -238,10 +238,10 @@ def _profiler(trainer: Any) -> Any:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Returns the peak memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not there on Windows
+    import resource  # missing on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run that was killed goes on as if nothing had happened."""
+"""Checkpoints from which a killed run resumes exactly."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _PREFIX = "step="
 
 
 class TrainingCheckpoint(ModelCheckpoint):
-    """Saves the whole state of training every so many optimizer steps, and finds the newest whole checkpoint again.
+    """Saves the whole state of training every so many optimizer steps, and finds the newest complete checkpoint.
 
-    ``fit --ckpt_path last`` (``Trainer.fit(..., ckpt_path="last")``) continues from the whole checkpoint of the latest
-    step in the folder, and starts from the beginning where there is none: the same command starts a run and continues
-    it.
+    ``fit --ckpt_path last`` (``Trainer.fit(..., ckpt_path="last")``) continues from the complete checkpoint of the
+    latest step in the folder, and starts from the beginning where there is none: the same command starts a run and
+    continues it.
 
     Lightning's ``ModelCheckpoint(monitor="val/loss", save_top_k=3)`` keeps the best models as well. With
-    ``every_n_train_steps`` it has gaps that this one closes. A batch that makes several optimizer steps can step over
-    every multiple. It saves before the validation of the same step, so that a monitored metric is that of the
-    validation before. And ``ckpt_path="last"`` loads the file with the newest date, damaged or not.
+    ``every_n_train_steps`` it has gaps that this one closes. A batch that makes several optimizer steps can skip every
+    multiple. It saves before the validation of the same step, so that a monitored metric is that of the previous
+    validation. And ``ckpt_path="last"`` loads the file with the newest date, damaged or not.
 
     A checkpoint is also made when training ends, and at the end of the batch (of training or validation) in which
     SIGTERM, Ctrl-C or SIGUSR1 arrives.
 
     Args:
-        folder: where to, as ``step=<number>.ckpt``; one folder for each run.
+        folder: destination of the checkpoints, ``step=<number>.ckpt``; one folder for each run.
         every_n_steps: optimizer steps between two checkpoints, at least 1; made at the end of a batch.
-        every_minutes: beside that, a checkpoint when so many minutes have gone by, above 0.
-        keep: how many of the newest stay, at least 1; the older ones serve where the newest is damaged.
+        every_minutes: also save when so many minutes have passed, above 0.
+        keep: number of newest checkpoints to keep, at least 1; older ones serve if the newest is damaged.
 
     Raises:
         ValueError: a number out of range; when resuming, a folder in which every checkpoint is damaged; when
@@ -73,7 +73,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         return self._generate_state_key(folder=self.folder.name)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Makes sure that the folder can be written, and removes what a killed run left unfinished."""
+        """Checks that the folder can be written, locks it, and removes unfinished files of a killed run."""
         if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
             check_on_all_ranks(trainer, self._prepare_folder)
 
@@ -84,12 +84,12 @@ class TrainingCheckpoint(ModelCheckpoint):
             leftover.unlink(missing_ok=True)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Refuses a folder with checkpoints of a run that this one does not resume, and would replace.
+        """Refuses a folder with checkpoints of another run, which this one would replace.
 
         Raises:
-            ValueError: there are such.
+            ValueError: there are such checkpoints.
         """
-        if not trainer.strategy.restore_checkpoint_after_setup:  # otherwise nobody knows yet what is resumed
+        if not trainer.strategy.restore_checkpoint_after_setup:  # otherwise the resumed step is not known yet
             self._refuse_others(trainer)
 
     def _refuse_others(self, trainer: lightning.Trainer) -> None:
@@ -117,31 +117,31 @@ class TrainingCheckpoint(ModelCheckpoint):
         release(self.folder)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Starts counting where training starts."""
+        """Starts counting at the first step of this run."""
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
         self._refuse_others(trainer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves if it is time, unless validation comes before the next batch."""
+        """Saves if a checkpoint is due, unless validation comes before the next batch."""
         if trainer.received_sigterm or not validation_is_due(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Saves if it is time, with what the callbacks before have made of the validation."""
+        """Saves if a checkpoint is due, with the state of the other callbacks after the validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_if_due(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Saves the end, so that a run that is given more can continue."""
+        """Saves the final state, so that a run with more steps can continue."""
         if trainer.global_step > self._last_step:
             self._save(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Saves after a signal, which is obeyed between two batches; other errors may have come in the middle."""
+        """Saves after a signal, which takes effect between batches; other errors may occur in the middle of one."""
         if isinstance(exception, SIGTERMException) and trainer.global_step > self._last_step:
             self._save(trainer)
         if isinstance(exception, SIGTERMException | KeyboardInterrupt) and self.last_model_path:
@@ -152,15 +152,19 @@ class TrainingCheckpoint(ModelCheckpoint):
         release(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which checkpoints the run has made: it deletes no others."""
+        """Returns the checkpoints that the run has made: it deletes no others."""
         return {"made": sorted(self._made)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the checkpoints of the run that goes on for its own."""
+        """Adopts the checkpoints of the resumed run."""
         self._made |= set(state_dict.get("made", ()))
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; ``None`` where there is none at all."""
+        """Finds the newest complete checkpoint; ``None`` where there is no checkpoint.
+
+        Raises:
+            ValueError: all checkpoints are damaged.
+        """
         found = self._by_step()
         for path in reversed(found):
             reason = damage(path) if path.is_file() else None
@@ -174,7 +178,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         return None
 
     def _find_last_checkpoints(self, trainer: lightning.Trainer) -> set[str]:
-        """What Lightning chooses from when it is given ``ckpt_path="last"``; with nothing, it would go on as if not."""
+        """Returns Lightning's candidates for ``ckpt_path="last"``, which it ignores if there are none."""
         newest = self.newest()
         if newest is None and trainer.state.fn != "fit" and len(trainer.checkpoint_callbacks) == 1:
             raise ValueError(
@@ -184,7 +188,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         return set() if newest is None else {str(newest)}
 
     def _by_step(self) -> list[Path]:
-        """Finished checkpoints by training step; of a sharded one, the folder's last file is ``meta.pt``."""
+        """Lists finished checkpoints by step; the last written file of a sharded one is ``meta.pt``."""
         found = [p for p in self.folder.glob(f"{_PREFIX}*.ckpt") if p.is_file() or (p / "meta.pt").is_file()]
         return sorted((path for path in found if _step(path) >= 0), key=_step)
 
@@ -192,7 +196,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         step, every = trainer.global_step, self.every_n_steps
         if step == self._last_step:
             return
-        # The last step of a run is saved before Lightning counts an epoch that it cuts short as a whole one.
+        # The last step is saved here, before Lightning counts an epoch that it cuts short as complete.
         due = step // every > self._last_step // every or trainer.received_sigterm or self._is_last(trainer)
         if self.every_minutes is not None:
             late = (time.monotonic() - self._last_time) / 60 >= self.every_minutes
@@ -204,13 +208,13 @@ class TrainingCheckpoint(ModelCheckpoint):
         return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        if getattr(trainer, "fast_dev_run", False):  # which writes and deletes nothing
+        if getattr(trainer, "fast_dev_run", False):  # a trial run writes and deletes nothing
             return
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
         path = self.folder / f"{_PREFIX}{trainer.global_step}.ckpt"
         self.last_model_path = self.best_model_path = str(path)
         if trainer.is_global_zero and path.is_file() and path.name not in self._made:
-            path.rename(path.with_name(f"{path.name}.damaged"))  # of another run, and nobody can resume from it
+            path.rename(path.with_name(f"{path.name}.damaged"))  # of another run, which cannot be resumed from it
         self._made.add(path.name)
         self._save_checkpoint(trainer, str(path))
         if trainer.is_global_zero:
@@ -221,16 +225,16 @@ class TrainingCheckpoint(ModelCheckpoint):
 
 
 def _step(path: Path) -> int:
-    """The step in a checkpoint's name; -1 where there is none."""
+    """Reads the step from a checkpoint's name; -1 if there is none."""
     number = path.name.removeprefix(_PREFIX).removesuffix(".ckpt")
     return int(number) if number.isdecimal() else -1
 
 
 def check_last(trainer: lightning.Trainer, subcommand: str) -> None:
-    """Refuses ``ckpt_path="last"`` where there is no checkpoint and nothing is trained.
+    """Refuses ``ckpt_path="last"`` where there is no checkpoint, for commands that do not train.
 
     Raises:
-        ValueError: no callback of the trainer finds one.
+        ValueError: no callback of the trainer finds a checkpoint.
     """
     makers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     if not any(maker._find_last_checkpoints(trainer) for maker in makers):
@@ -241,7 +245,7 @@ def check_last(trainer: lightning.Trainer, subcommand: str) -> None:
 
 
 def check_enabled(enabled: bool | None, callbacks: Iterable[Any]) -> None:
-    """Refuses callbacks that make checkpoints where the trainer is told to make none.
+    """Refuses callbacks that make checkpoints if checkpointing is disabled in the trainer.
 
     Args:
         enabled: the trainer's ``enable_checkpointing``; ``None`` is Lightning's default, which is true.

@@ -1,4 +1,4 @@
-"""An average of the weights along the way, which is what is measured and exported."""
+"""Averages the weights over training, and uses the average in evaluation and exports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..distributed.fsdp2 import sharded_like, sharded_units
 
 
 class WeightAverage(lightning.Callback):
-    r"""Keeps an exponential moving average of the trained weights, and shows it wherever the model is looked at.
+    r"""Keeps an exponential moving average of the trained weights, and uses it in evaluation and exports.
 
     Papers: Polyak & Juditsky, 1992; Averaging Weights Leads to Wider Optima (Izmailov et al., 2018, arXiv:1803.05407);
     the bias correction is Adam's (Kingma & Ba, 2015, arXiv:1412.6980, section 3). After optimizer step t,
@@ -25,25 +25,25 @@ class WeightAverage(lightning.Callback):
     .. math:: a_t = a_{t-1} + \frac{1 - d}{1 - d^t} (w_t - a_{t-1}),
         \qquad\text{so}\qquad a_t = \frac{1 - d}{1 - d^t} \sum_{k=1}^{t} d^{t-k} w_k
 
-    so no warm-up is needed: the first average is the first weights, and what training started from is not in it. With
-    d = 1 the factor is 1 / t: the plain mean.
+    so no warm-up is needed: the first average is the weights after the first step, and does not contain the initial
+    ones. With d = 1 the factor is 1 / t: the plain mean.
 
-    Training goes on with its own weights. Validation (``GenerationAccuracy`` and ``SampleLogger`` included), test and
-    predict of the same trainer, and ``save_pretrained`` (``ModelExport``) see the average. A checkpoint holds both, and
-    a resumed run goes on with both. What is averaged is what is trained: with LoRA the adapter, never a reference;
+    Training continues with its own weights. Validation (including ``GenerationAccuracy`` and ``SampleLogger``), test
+    and predict of the same trainer, and ``save_pretrained`` (``ModelExport``) use the average. A checkpoint holds both,
+    and a resumed run continues with both. Only trained weights are averaged: with LoRA the adapter, never a reference;
     every optimizer step counts, also where a batch makes several of them. Where weights are sharded (``fsdp2``), so is
     their average; checkpoints hold it whole, and move between strategies and numbers of ranks.
 
-    Departure from Lightning's ``EMAWeightAveraging``: that one copies the whole module, frozen weights and references
-    included, counts batches, shows training weights to what runs when validation ends, and cannot be sharded.
+    Unlike this callback, Lightning's ``EMAWeightAveraging`` copies the whole module, including frozen weights and
+    references, counts batches, shows training weights to hooks at the end of validation, and cannot be sharded.
 
     Args:
-        decay: d, in [0, 1]; about the last 1 / (1 - d) steps are in the average.
-        start_step: optimizer steps that are left out at the beginning, at least 0.
+        decay: d, in [0, 1]; the average covers about the last 1 / (1 - d) steps.
+        start_step: number of initial optimizer steps to leave out, at least 0.
 
     Raises:
-        ValueError: a number out of range; a module that is none of ours, or a checkpoint whose average is of other
-            weights.
+        ValueError: a number out of range, a module that is not a ``PostTrainingModule``, or a checkpoint whose average
+            is of other weights.
 
     Example::
 
@@ -58,15 +58,15 @@ class WeightAverage(lightning.Callback):
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number of at least 0")
         self.decay = decay
         self.start_step = start_step
-        self.num_steps = 0  # of the optimizer, those before start_step included
+        self.num_steps = 0  # of the optimizer, including those before start_step
         self.average: dict[str, Tensor] = {}
-        self._is_loaded = False  # from a checkpoint: whole, and on the CPU
+        self._is_loaded = False  # whether the average is from a checkpoint: whole, and on the CPU
         self._module: PostTrainingModule | None = None
-        self._own: dict[str, Tensor] | None = None  # the weights that train, while the average is in their place
+        self._own: dict[str, Tensor] | None = None  # the training weights while the average replaces them
         self._hook: Any = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Forgets the average of another module, and lets exports of this one see its own."""
+        """Resets the average for a new module, and makes its exports use the average."""
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(f"WeightAverage needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
         if self._module is pl_module:
@@ -86,7 +86,7 @@ class WeightAverage(lightning.Callback):
     # Training.
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Puts a loaded average beside the weights that it is of, and counts the optimizer's own steps."""
+        """Moves a loaded average to the devices of the weights, and hooks into the optimizer's steps."""
         self._place()
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._step())
 
@@ -97,7 +97,7 @@ class WeightAverage(lightning.Callback):
         if count < 1:
             return
         trained = self._trained()
-        # A checkpoint that was made without this callback has no average: it begins where the run goes on.
+        # A checkpoint that was made without this callback has no average: it begins where the run resumes.
         if not self.average:
             self.average = {name: _exact(weight).clone() for name, weight in trained.items()}
             self.start_step = self.num_steps - 1
@@ -115,11 +115,11 @@ class WeightAverage(lightning.Callback):
         assert self._module is not None
         return {name: weight for name, weight in self._module.named_parameters() if weight.requires_grad}
 
-    # Looking.
+    # Evaluation.
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Puts the average in the place of the weights for a while; nothing happens where there is none yet."""
+        """Replaces the weights by the average within the context; does nothing if there is none yet."""
         nested = self._own is not None
         self._show()
         try:
@@ -131,7 +131,7 @@ class WeightAverage(lightning.Callback):
     def _show(self) -> None:
         if not self.average or self._own is not None:
             return
-        with torch.inference_mode(False), torch.no_grad():  # what is made in it could not train again
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not train again
             trained = self._sharded()
             if self._is_loaded:  # a checkpoint is validated without training
                 self._place()
@@ -148,42 +148,42 @@ class WeightAverage(lightning.Callback):
     def _sharded(self) -> dict[str, nn.Parameter]:
         assert self._module is not None
         for unit in sharded_units(self._module):
-            unit.reshard()  # it may hold what it has gathered for the last forward
+            unit.reshard()  # it may still hold gathered weights of the last forward
         return self._trained()
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Shows the average."""
+        """Replaces the weights by the average."""
         self._show()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Goes back to the weights that train, before checkpoints are made: Lightning calls those last."""
+        """Restores the training weights, before checkpoints are made: Lightning calls checkpoint callbacks last."""
         self._hide()
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Shows the average."""
+        """Replaces the weights by the average."""
         self._show()
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Goes back to the weights that train."""
+        """Restores the training weights."""
         self._hide()
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Shows the average."""
+        """Replaces the weights by the average."""
         self._show()
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Goes back to the weights that train."""
+        """Restores the training weights."""
         self._hide()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Goes back to the weights that train; a checkpoint may follow."""
+        """Restores the training weights, since a checkpoint may follow."""
         self._hide()
         self._unhook()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stops counting; the average stays, for exports and for what the same trainer measures."""
+        """Stops counting steps; the average stays, for exports and evaluation with the same trainer."""
         self._unhook()
 
     def _unhook(self) -> None:
@@ -194,11 +194,11 @@ class WeightAverage(lightning.Callback):
     # Resuming.
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, and how many steps there were."""
+        """Returns the average and the number of steps."""
         return {"num_steps": self.num_steps, "start_step": self.start_step, "average": dict(self.average)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up where an earlier run was."""
+        """Restores the state of an earlier run."""
         self.num_steps, self.average = state_dict["num_steps"], dict(state_dict["average"])
         self._is_loaded = True
         if self.average:
@@ -211,13 +211,13 @@ def _put(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 
 
 def _exact(weight: Tensor) -> Tensor:
-    """At least fp32: in half a precision, a thousandth of a step would be rounded away."""
+    """Converts to at least fp32: in half precision, a thousandth of a step would be rounded away."""
     value = weight.detach()
     return value if value.dtype == torch.float64 else value.float()
 
 
 def _placed(average: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """A loaded average on the devices, and in the shards, of the weights."""
+    """Moves a loaded average to the devices and shards of the weights."""
     wrong = sorted(average.keys() ^ trained.keys()) or sorted(
         name for name, weight in trained.items() if average[name].shape != weight.shape
     )

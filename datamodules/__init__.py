@@ -1,4 +1,4 @@
-"""Datamodules: rows from anywhere as batches of token trees, one class per data contract."""
+"""Datamodules: rows from any source as batches of token trees, one class per data contract."""
 
 from ..data.loaders import BatchLoader, ExampleLoader, StreamLoader
 from ..data.sources import open_source

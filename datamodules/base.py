@@ -1,4 +1,4 @@
-"""What all datamodules share: from sources to loaders, with what was left out counted and said."""
+"""Base class of the datamodules: from sources to loaders, with a report of dropped and skipped rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..sequences.example import Example, check_contract
 from ..utils.keywords import CheckedKeywords
 from ..utils.packaged_configs import packaged_config
 
-# Options that decide on which rows are read, which the source stands for, or on how examples are served.
+# Options that select the rows, which the source's digest covers, or the order and size of batches.
 _NOT_OF_EXAMPLES = (
     *("train", "val", "test", "predict", "tokenizer", "columns", "transform", "pair_by", "partners", "seed", "shuffle"),
     *("global_batch_size", "eval_batch_size", "drop_last", "group_by_prompt", "streaming", "shuffle_buffer"),
@@ -37,52 +37,53 @@ _STAGES: dict[str, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
-# What a split is called in a folder or a hub dataset that has several.
+# Names of the splits in a folder or a hub dataset that has several.
 _SPLIT_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
 
 
 class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
-    """Rows from anywhere, as batches of token trees; a subclass says what a row of its contract becomes.
+    """Serves rows of any source as batches of token trees; subclasses make the examples of a row.
 
     A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
     id on the hub, an embedded task (``"sums:preference?rows=1000"``), a list of such strings, and in Python a list of
     dictionaries or a ``datasets.Dataset``. :attr:`report` counts, per split: ``rows`` read, ``examples`` made of them,
     ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (skipped), ``left_out`` (by the transform), ``tokens`` and
-    ``longest``; with ``streaming``, of the training rows that this rank has made examples of so far, in all epochs.
+    ``longest``; with ``streaming``, for the training rows that this rank has processed so far, in all epochs.
 
     Args:
         train: source of the training rows.
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder or hub id, or a tokenizer; the one of the module (``module.tokenizer``) if left out.
+        tokenizer: folder, hub id or tokenizer object; the module's (``module.tokenizer``) if left out.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
         eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
-        max_length: tokens that a sequence may have (a pair: its longer one); any number if left out.
-        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, behind its beginning-of-sequence token),
+        max_length: maximum number of tokens of a sequence (of the longer one of a pair); unlimited if left out.
+        on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, after its beginning-of-sequence token),
             ``truncate_end`` (of the completion, with its end-of-sequence token), or ``error``.
-        on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it; those skipped are counted and shown.
-        columns: our name of a column -> its name in the rows.
-        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
-            row to be left out; in YAML its dotted path. :mod:`~rlhf_lightning.data.transforms` has some.
-        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
-            ``chat_template_kwargs``, which win by name.
-        seed: what the order of training rows depends on, with the epoch; at least 0.
-        shuffle: whether training rows come in another order each epoch.
+        on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it; skipped rows are counted and the
+            first ones shown.
+        columns: new name of a column -> its name in the rows.
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
+            function's dotted path. :mod:`~rlhf_lightning.data.transforms` has some.
+        chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
+            ``chat_template_kwargs`` override them by name.
+        seed: seed of the order of training rows, together with the epoch; at least 0.
+        shuffle: draw a new order of training rows in each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
-        group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
-            the batch allows it, so that their prompt is computed once; not with ``streaming``.
-        streaming: read training rows as they are needed instead of tokenising all of them first. A row that is too
-            long, bad or left out then leaves its place in the batch empty.
+        group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
+            batch allows it, so that their prompt is computed once; not with ``streaming``.
+        streaming: read training rows on demand instead of tokenising all of them first. The place of a row that is too
+            long, bad or left out then stays empty in the batch.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
-            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
+            as many places; files (of a list or folder) and Parquet row groups are reordered in each epoch.
 
     Raises:
         ValueError: for a value outside its range.
     """
 
     allowed_on_too_long: ClassVar[tuple[str, ...]] = get_args(OnTooLong)
-    # The name of the datamodule whose kind of rows these are: modules refuse others'. None: any module may take them.
+    # Name of the datamodule whose kind of rows these are; modules refuse others. None: any module takes them.
     contract: ClassVar[str | None] = None
 
     def __init__(
@@ -120,6 +121,8 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
                 "group_by_prompt=True needs all training rows at once, which streaming=True never has: set one of them "
                 "to false"
             )
+
+        # Options are attributes of the same names: `_entry` reads those that examples depend on.
         self.sources: dict[Split, Any] = {"train": train, "val": val, "test": test, "predict": predict}
         self.global_batch_size = global_batch_size
         self.eval_batch_size = global_batch_size if eval_batch_size is None else eval_batch_size
@@ -135,6 +138,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         self.group_by_prompt = group_by_prompt
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
+
         self.report: dict[str, dict[str, int]] = {}
         self._tokenizer = tokenizer
         self._rows: RowTokenizer | None = None
@@ -154,7 +158,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first asked for.
+        """The tokenizer, loaded on first access.
 
         Raises:
             ValueError: if neither the datamodule nor the module has one.
@@ -178,19 +182,19 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
 
     @property
     def rows(self) -> RowTokenizer:
-        """What makes token trees of rows."""
+        """The tokenizer of rows, which makes token trees of them."""
         if self._rows is None:
             self._rows = RowTokenizer(self.tokenizer, self.chat_template_kwargs)
         return self._rows
 
     def prepare_data(self) -> None:
-        """Downloads hub datasets, once per node; sources that are here are not read."""
+        """Downloads hub datasets, once per node; local sources are not read."""
         for split, source in self.sources.items():
             if is_remote(source) and not (split == "train" and self.streaming):
                 self._open(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenises what a stage needs and is not there yet.
+        """Reads and tokenises the splits of a stage that are not loaded yet.
 
         Raises:
             ValueError: for a module that does not take rows of this contract, and for a row that cannot be used.
@@ -203,7 +207,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
                 self._store(split)
 
     def train_dataloader(self) -> BatchLoader:
-        """The training batches; the same trainer gets the same loader again, which goes on where it was."""
+        """Returns the training loader; the same trainer gets the same loader again, which continues at its position."""
         if self.sources["train"] is None:
             raise ValueError(f"there are no training rows: write {type(self).__name__}(train='rows.jsonl')")
         trainer = self.trainer
@@ -215,27 +219,27 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> list[Any] | ExampleLoader:
-        """The validation batches, in the source's order."""
+        """Returns the loader of the validation batches, in the source's order."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> list[Any] | ExampleLoader:
-        """The test batches, in the source's order."""
+        """Returns the loader of the test batches, in the source's order."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> list[Any] | ExampleLoader:
-        """The batches to predict, in the source's order."""
+        """Returns the loader of the batches to predict, in the source's order."""
         return self._eval_loader("predict")
 
     def state_dict(self) -> dict[str, Any]:
-        """The training loader's position.
+        """Returns the training loader's position.
 
-        Lightning keeps that of any stateful loader too, but restores it only in the middle of an epoch and only if
-        nobody asked for the loader before; a datamodule's state it always restores.
+        Lightning saves that of any stateful loader too, but restores it only in the middle of an epoch and only if the
+        loader was not requested before; it always restores a datamodule's state.
         """
         return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the training loader's position from a checkpoint that is being resumed."""
+        """Restores the training loader's position from a checkpoint."""
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         state = state_dict.get("train") if fitting else None
         if state is not None and self._train_loader is not None and self._train_loader_of is self.trainer:
@@ -247,7 +251,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         """Yields the training and the validation examples in the sources' order, a global batch at a time.
 
         Raises:
-            ValueError: with ``streaming``, where they are not all there.
+            ValueError: with ``streaming``, which never has all examples.
         """
         if self.streaming and self.sources["train"] is not None:
             raise ValueError("streaming=True never has all examples at once: set streaming=False")
@@ -258,7 +262,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
                 yield from (store[start : start + size] for start in range(0, len(store), size))
 
     def couple(self) -> Couple | None:
-        """What a contract does to examples together: those of a global batch in training, all of a split otherwise."""
+        """Returns a function that changes examples jointly: of a global batch in training, else of a whole split."""
         return None
 
     def _open(self, split: Split) -> RowSource:
@@ -273,7 +277,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _reader(self, split: Split) -> RowReader:
-        _ = self.rows  # a tokenizer that cannot be loaded is no row's fault
+        _ = self.rows  # load the tokenizer first: its errors must not be reported as a row's
         reader = RowReader(
             self._open(split),
             self.make_examples,
@@ -291,7 +295,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
             few = f"global_batch_size={self.global_batch_size} over {placed['world_size']} ranks"
             rank_zero_warn(f"{few} leaves some of them without an example in every step")
         settings: dict[str, Any] = {"seed": self.seed, "drop_last": self.drop_last, "couple": self.couple(), **placed}
-        # Lightning's `overfit_batches` means the same few batches again and again.
+        # Lightning's `overfit_batches` repeats the same few batches.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
         loader: BatchLoader
         if self.streaming:
@@ -319,7 +323,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         return loader
 
     def _limit(self, loader: BatchLoader) -> int | None:
-        """The trainer's limit, so that an epoch that it cuts short is an epoch for the loader too."""
+        """Returns the trainer's limit, so that the loader's epoch ends with the trainer's."""
         limit = None if self.trainer is None else self.trainer.limit_train_batches
         if limit is None or limit == 0 or (isinstance(limit, float) and limit == 1.0):
             return None
@@ -364,7 +368,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         return self._stores[split]
 
     def _entry(self, source: RowSource) -> str | None:
-        """The name under which examples are kept; ``None`` where they are not."""
+        """Returns the name under which examples are cached; ``None`` where they are not."""
         few = cache_folder() is None or (source.num_rows or 0) < LEAST_ROWS
         if few or type(self).__module__.rpartition(".")[0] != __package__:
             return None

@@ -16,41 +16,40 @@ from .base import ExampleDataModule, Split
 
 
 class PreferenceDataModule(ExampleDataModule):
-    """A prompt with a chosen and a rejected completion.
+    """Serves prompts with a chosen and a rejected completion.
 
     Rows are as in :func:`~rlhf_lightning.data.formats.preference`. The prompt becomes a root with two children,
     chosen and rejected; a margin, if the row has one, is the field ``margin``. A rated completion becomes a root with
-    one child and a field for each rating; or, with ``pair_by``, two of them become a pair, whose margin is by how much
-    the better one is better.
+    one child and a field for each rating; or, with ``pair_by``, two of them become a pair, whose margin is the
+    difference of their rating sums.
 
     Args:
         train: source of the training rows.
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        tokenizer: folder, hub id or tokenizer object; the module's if left out.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
         eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
-        max_length: tokens that the longer of a pair's sequences may have; any number if left out.
+        max_length: maximum number of tokens of the longer sequence of a pair; unlimited if left out.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt), ``truncate_end`` (of the completions,
             with their end-of-sequence tokens), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
-        columns: our name of a column -> its name in the rows.
-        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
-            row to be left out; in YAML its dotted path.
-        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
-            ``chat_template_kwargs``, which win by name.
-        pair_by: how much each rating counts, where pairs are to be made of rated rows that follow one another and have
-            the same prompt (``{"helpfulness": 1.0}``); those that it rates alike make none. With ``streaming``, nobody
-            knows how many pairs there will be.
-        seed: what the order of training rows depends on, with the epoch; at least 0.
-        shuffle: whether training rows come in another order each epoch.
+        columns: new name of a column -> its name in the rows.
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
+            function's dotted path.
+        chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
+            ``chat_template_kwargs`` override them by name.
+        pair_by: weights of the ratings (``{"helpfulness": 1.0}``) by which consecutive rated rows with the same prompt
+            are paired; rows with equal sums make no pair. With ``streaming``, the number of pairs is unknown.
+        seed: seed of the order of training rows, together with the epoch; at least 0.
+        shuffle: draw a new order of training rows in each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
-        group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
-            the batch allows it, so that their prompt is computed once; not with ``streaming``.
-        streaming: read training rows as they are needed instead of tokenising all of them first.
+        group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
+            batch allows it, so that their prompt is computed once; not with ``streaming``.
+        streaming: read training rows on demand instead of tokenising all of them first.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
-            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
+            as many places; files (of a list or folder) and Parquet row groups are reordered in each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -105,6 +104,7 @@ class PreferenceDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         weights = None if pair_by is None else list(pair_by.values())
         if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Prompts to be answered, for GRPO, PPO and generation."""
+"""Prompts for sampling, for GRPO, PPO and generation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .base import ExampleDataModule
 
 
 class PromptDataModule(ExampleDataModule):
-    """A prompt, and whatever the reward functions want to know about it.
+    """Serves prompts with the columns that reward functions need.
 
     Rows are as in :func:`~rlhf_lightning.data.formats.prompt_only`. The prompt becomes a root without children;
     the fields are all other columns and ``prompt`` as it was written, with a chat's ``tools`` and
-    ``chat_template_kwargs`` (those of the datamodule included), for rewards that render it again. ``max_length`` is the
-    prompt's own length, and ``truncate_end``, which would cut the question off, is not allowed. The other arguments are
+    ``chat_template_kwargs`` (those of the datamodule included), for rewards that render it again. ``max_length`` limits
+    the prompt alone, and ``truncate_end``, which would cut off the question, is not allowed. The other arguments are
     those of :class:`~rlhf_lightning.datamodules.base.ExampleDataModule`.
 
     Example:

@@ -14,41 +14,40 @@ from .base import ExampleDataModule
 
 
 class SFTDataModule(ExampleDataModule):
-    """What is to be imitated: prompts with completions, conversations, or text.
+    """Serves demonstrations: prompts with completions, conversations, or text.
 
-    Rows are as in :func:`~rlhf_lightning.data.formats.demonstration`. A prompt with its completion becomes a
-    root with one child, a conversation one sequence and a text one segment;
-    weight 1 says which tokens are learnt.
+    Rows are as in :func:`~rlhf_lightning.data.formats.demonstration`. A prompt with its completion becomes a root with
+    one child, a conversation one sequence and a text one segment; tokens to be learned have weight 1.
 
     Args:
         train: source of the training rows.
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        tokenizer: folder, hub id or tokenizer object; the module's if left out.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
         eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
-        max_length: tokens that a sequence may have; any number if left out.
+        max_length: maximum number of tokens of a sequence; unlimited if left out.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, or of the one segment), ``truncate_end``
             (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
-        columns: our name of a column -> its name in the rows.
-        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
-            row to be left out; in YAML its dotted path.
-        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
-            ``chat_template_kwargs``, which win by name.
+        columns: new name of a column -> its name in the rows.
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
+            function's dotted path.
+        chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
+            ``chat_template_kwargs`` override them by name.
         completion_only_loss: learn completions only; otherwise their prompts too, from the second token.
-        assistant_only_loss: learn of a conversation only what the assistant says, each turn in the context in which it
-            is generated; otherwise all but the first token of the conversation as it is rendered.
-        turns: of the assistant in a conversation that are learnt: ``all``, or the ``last``.
-        seed: what the order of training rows depends on, with the epoch; at least 0.
-        shuffle: whether training rows come in another order each epoch.
+        assistant_only_loss: learn only the assistant's messages of a conversation, each turn in the context in which
+            it is generated; otherwise all but the first token of the rendered conversation.
+        turns: the assistant's turns in a conversation to learn: ``all``, or the ``last``.
+        seed: seed of the order of training rows, together with the epoch; at least 0.
+        shuffle: draw a new order of training rows in each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
-        group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
-            the batch allows it, so that their prompt is computed once; not with ``streaming``.
-        streaming: read training rows as they are needed instead of tokenising all of them first.
+        group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
+            batch allows it, so that their prompt is computed once; not with ``streaming``.
+        streaming: read training rows on demand instead of tokenising all of them first.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
-            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
+            as many places; files (of a list or folder) and Parquet row groups are reordered in each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -105,6 +104,7 @@ class SFTDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         self.completion_only_loss = completion_only_loss
         if turns not in get_args(Turns):
             raise ValueError(f"turns={turns!r}, expected one of {', '.join(get_args(Turns))}")

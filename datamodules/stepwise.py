@@ -14,38 +14,38 @@ from .base import ExampleDataModule
 
 
 class StepwiseDataModule(ExampleDataModule):
-    """A prompt with a solution in steps, each labelled.
+    """Serves prompts with a solution in labelled steps.
 
-    Rows are as in :func:`~rlhf_lightning.data.formats.stepwise`. The prompt becomes a root with one child, all
-    steps one after the other, each tokenised apart and ended by the separator. The last token of each step has weight 1
-    and all others 0; the field ``labels`` has one number for each of them, in their order.
+    Rows are as in :func:`~rlhf_lightning.data.formats.stepwise`. The prompt becomes a root with one child, all steps
+    one after the other, each tokenised separately and ended by the separator. The last token of each step has weight 1
+    and all others 0; the field ``labels`` has one number for each step, in order.
 
     Args:
         train: source of the training rows.
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        tokenizer: folder, hub id or tokenizer object; the module's if left out.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
         eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
-        max_length: tokens that a sequence may have; any number if left out.
+        max_length: maximum number of tokens of a sequence; unlimited if left out.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt) or ``error``; steps are not cut, since
             each has its label.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
-        columns: our name of a column -> its name in the rows.
-        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
-            row to be left out; in YAML its dotted path.
-        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
-            ``chat_template_kwargs``, which win by name.
-        step_separator: what ends each step; its last token is where the step is judged.
-        seed: what the order of training rows depends on, with the epoch; at least 0.
-        shuffle: whether training rows come in another order each epoch.
+        columns: new name of a column -> its name in the rows.
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
+            function's dotted path.
+        chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
+            ``chat_template_kwargs`` override them by name.
+        step_separator: text that ends each step; the step is scored at its last token.
+        seed: seed of the order of training rows, together with the epoch; at least 0.
+        shuffle: draw a new order of training rows in each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
-        group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
-            the batch allows it, so that their prompt is computed once; not with ``streaming``.
-        streaming: read training rows as they are needed instead of tokenising all of them first.
+        group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
+            batch allows it, so that their prompt is computed once; not with ``streaming``.
+        streaming: read training rows on demand instead of tokenising all of them first.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
-            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
+            as many places; files (of a list or folder) and Parquet row groups are reordered in each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -101,6 +101,7 @@ class StepwiseDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         if not step_separator:
             raise ValueError("step_separator='' ends no step: write at least one character, such as a line's end")
         self.step_separator = step_separator

@@ -20,7 +20,7 @@ from .base import ExampleDataModule
 
 
 class UnpairedDataModule(ExampleDataModule):
-    """A prompt with one completion and a verdict on it; pairs are split into two.
+    """Serves prompts with one completion and a verdict on it; pairs are split into two.
 
     Rows are as in :func:`~rlhf_lightning.data.formats.unpaired`. The prompt becomes a root whose first child is
     the completion; the verdict is the field ``label``, true or false. With ``partners``, a second child is the
@@ -33,27 +33,27 @@ class UnpairedDataModule(ExampleDataModule):
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder or hub id, or a tokenizer; the one of the module if left out.
+        tokenizer: folder, hub id or tokenizer object; the module's if left out.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
         eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
-        max_length: tokens that a sequence may have; any number if left out.
+        max_length: maximum number of tokens of a sequence; unlimited if left out.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, or of the one segment), ``truncate_end``
             (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
-        columns: our name of a column -> its name in the rows.
-        transform: a function from a row's columns (renamed already) to those that it should have, or to ``None`` for a
-            row to be left out; in YAML its dotted path.
-        chat_template_kwargs: handed to the tokenizer's chat template (``enable_thinking: false``), beside a row's own
-            ``chat_template_kwargs``, which win by name.
+        columns: new name of a column -> its name in the rows.
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
+            function's dotted path.
+        chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
+            ``chat_template_kwargs`` override them by name.
         partners: give each example the completion of another prompt of its batch, for the KL estimate.
-        seed: what the order of training rows depends on, with the epoch; at least 0.
-        shuffle: whether training rows come in another order each epoch.
+        seed: seed of the order of training rows, together with the epoch; at least 0.
+        shuffle: draw a new order of training rows in each epoch.
         drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
-        group_by_prompt: keep training rows of the same prompt next to one another in every order, and on one rank where
-            the batch allows it, so that their prompt is computed once; not with ``streaming``.
-        streaming: read training rows as they are needed instead of tokenising all of them first.
+        group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
+            batch allows it, so that their prompt is computed once; not with ``streaming``.
+        streaming: read training rows on demand instead of tokenising all of them first.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
-            as many places; files (of a list or folder) and Parquet row groups come in another order each epoch.
+            as many places; files (of a list or folder) and Parquet row groups are reordered in each epoch.
 
     Raises:
         ValueError: for a value outside its range.
@@ -108,6 +108,7 @@ class UnpairedDataModule(ExampleDataModule):
             streaming=streaming,
             shuffle_buffer=shuffle_buffer,
         )
+
         self.partners = partners
 
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
@@ -117,7 +118,7 @@ class UnpairedDataModule(ExampleDataModule):
         return [Example(name, self.rows.answers(row), row.fields) for name, row in zip(row_ids, rows, strict=True)]
 
     def couple(self) -> Couple | None:
-        """Gives examples their partners."""
+        """Returns the function that gives examples their partners; ``None`` without ``partners``."""
         if not self.partners:
             return None
         return partial(mismatch, seed=self.seed, max_length=self.max_length)
@@ -128,17 +129,17 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
 
     KTO (Ethayarajh et al. 2024, arXiv:2402.01306) estimates :math:`\mathrm{KL}(\pi_\theta \| \pi_{ref})` from prompts
     with unrelated completions of the same batch. The paper shifts the completions of a microbatch by one; here examples
-    are put in the order of a seeded hash of their row ids and each takes the completion of the next one that has
-    another prompt, so that partners depend neither on the order of the batch nor on how it is sharded.
+    are ordered by a seeded hash of their row ids and each takes the completion of the next one with another prompt, so
+    that partners depend neither on the order of the batch nor on its sharding.
 
     Args:
         examples: the whole batch, each with its completion as its only sequence.
-        seed: what the order depends on.
-        max_length: tokens that prompt and partner together may have; a longer partner is passed over.
+        seed: seed of the order.
+        max_length: maximum number of tokens of prompt and partner together; a longer partner is skipped.
 
     Returns:
-        The examples in the order in which they came. Those that have a partner have it as second sequence and its row
-        id as field ``partner``; where there is none (all prompts are equal), an example comes back as it was.
+        The examples in their original order. A partner is added as second sequence and its row id as field
+        ``partner``; an example without one (all prompts are equal, or none fits) is unchanged.
 
     Example:
         >>> from rlhf_lightning.sequences import Segment
@@ -148,10 +149,13 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
     """
     order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
     coupled = list(examples)
+
+    # Equal prompts get equal numbers: a completion of the same prompt would not be unrelated.
     answers = [split_answer(example) for example in examples]
     numbers: dict[bytes, int] = {}
     prompts = [numbers.setdefault(answers[index][0].tobytes(), len(numbers)) for index in order]
     next_partner = NextPartner(prompts, [len(answers[index][1].tokens) for index in order])
+
     for place, index in enumerate(order):
         example, (prompt, _) = examples[index], answers[index]
         found = next_partner(place, math.inf if max_length is None else max_length - len(prompt))
@@ -163,10 +167,10 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
 
 
 class NextPartner:
-    """Finds the next place, round the end, with another prompt and a completion that is short enough.
+    """Finds the next place, cyclically, with another prompt and a completion that is short enough.
 
-    A tree over the places: each node knows the shortest completion below it, and the shortest one of any other prompt
-    than that one's. So a search takes steps by the logarithm of the number of places, also where nothing fits.
+    A tree over the places: each node holds the shortest completion below it, and the shortest one of any other prompt
+    than that one's. So a search takes logarithmic time in the number of places, also where nothing fits.
 
     Args:
         prompts: a number for each place's prompt.
@@ -187,18 +191,18 @@ class NextPartner:
             self._nodes[node] = _shorter(self._nodes[2 * node], self._nodes[2 * node + 1])
 
     def __call__(self, place: int, room: float) -> int | None:
-        """The place, or ``None`` where there is none.
+        """Finds the next place; ``None`` if there is none.
 
         Args:
-            place: whose partner is looked for.
-            room: the longest completion that fits.
+            place: the place that needs a partner.
+            room: maximum length of the completion.
         """
         prompt = self.prompts[place]
         found = self._first(1, 0, self.size, place + 1, prompt, room)
         return self._first(1, 0, self.size, 0, prompt, room) if found is None else found
 
     def _first(self, node: int, start: int, stop: int, least: int, prompt: int, room: float) -> int | None:
-        """The first place from ``least`` among those of a node, which are ``start`` to ``stop``."""
+        """Finds the first place from ``least`` on below a node, which spans ``start`` to ``stop``."""
         shortest, of_prompt, other = self._nodes[node]
         best = other if of_prompt == prompt else shortest
         if stop <= least or best == math.inf or best > room:
@@ -211,7 +215,7 @@ class NextPartner:
 
 
 def _shorter(one: tuple[float, int, float], two: tuple[float, int, float]) -> tuple[float, int, float]:
-    """What a node knows of the places of two: the shortest, its prompt, and the shortest of another prompt."""
+    """Merges two nodes: the shortest completion, its prompt, and the shortest one of another prompt."""
     if two[0] < one[0]:
         one, two = two, one
     shortest, prompt, other = one

@@ -1,1 +1,1 @@
-"""Rows as a model reads them: one rule makes tokens of texts and chats, whether they are trained, scored or sampled."""
+"""Reads rows, and tokenises texts and chats by the same rules for training, scoring and sampling."""

@@ -1,4 +1,4 @@
-"""Checks of what stands in a cell of a row: numbers, verdicts, structures, and what storage has made of them."""
+"""Checks of the value in a cell of a row: numbers, verdicts, structures, and the forms that storage gives them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# How tables write what is wanted and what is not.
+# Spellings of true and false verdicts in tables.
 _VERDICTS = {
     **dict.fromkeys(("true", "yes", "y", "t", "1", "1.0", "+", "+1"), True),
     **dict.fromkeys(("desirable", "good", "positive", "pos", "chosen", "accepted", "correct", "right"), True),
@@ -18,12 +18,12 @@ _VERDICTS = {
     **dict.fromkeys(("undesirable", "bad", "negative", "neg", "rejected", "incorrect", "wrong"), False),
     **dict.fromkeys(("down", "downvote", "thumbs_down", "thumbs down", "dislike"), False),
 }
-# A list of dictionaries as Python prints it, which is what a table of text makes of one.
+# A list of dictionaries as Python prints it, the form it takes in a table of text.
 _PRINTED = re.compile(r"\s*\[?\s*\{\s*'\w+'\s*:")
 
 
 class RepeatedKeys(dict[str, Any]):
-    """A JSON object that has a key twice, and therefore no meaning.
+    """A JSON object that has a key twice, which is refused.
 
     Args:
         pairs: its keys and values as they were read.
@@ -36,7 +36,7 @@ class RepeatedKeys(dict[str, Any]):
 
 
 def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dictionary of a JSON object's pairs, and keeps in mind that a key was there twice.
+    """Makes a dictionary of a JSON object's pairs; a repeated key makes it a :class:`RepeatedKeys`.
 
     Example:
         >>> type(json.loads('{"a": 1, "a": 2}', object_pairs_hook=read_object)).__name__
@@ -47,7 +47,7 @@ def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def clean(value: Any) -> Any:
-    """Returns a value without what storage puts into it: keys that are null, at any depth, and numpy's lists.
+    """Returns a value without artifacts of storage: drops null keys at any depth, makes lists of numpy arrays.
 
     A table gives every dictionary of a column the keys of all others, with null where there was none; a template would
     render them. Nulls in lists are kept, since no table adds those.
@@ -85,7 +85,7 @@ def read_structure(value: Any, name: str) -> Any:
         The list or mapping; any other value as it came, for the caller to refuse.
 
     Raises:
-        ValueError: for a text that begins like JSON and is none.
+        ValueError: for a text that begins like JSON but is not valid JSON.
 
     Example:
         >>> read_structure('["a", {"b": null}]', "tools"), read_structure("a", "tools")
@@ -113,7 +113,7 @@ def is_printed(text: str) -> bool:
 
 
 def describe_columns(row: Mapping[str, Any], wanted: str) -> str:
-    """The columns of a row for a message about one that is missing (or ``None``), the closest name first.
+    """Lists the columns of a row for a message about a missing one, and suggests the closest name.
 
     Example:
         >>> describe_columns({"promt": "2+2=", "answer": "4"}, "prompt")
@@ -145,7 +145,7 @@ def check_verdict(value: Any, name: str) -> bool:
 
 
 def check_number(value: Any, name: str) -> float:
-    """Reads a finite number, which a table of text may have as a string; true and false are none."""
+    """Reads a finite number, which a table of text may hold as a string; true and false are refused."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -161,12 +161,12 @@ def is_list(value: Any) -> bool:
 
 
 def wrong_type(value: Any, name: str, expected: str) -> ValueError:
-    """The error for a value that is not what its column should have."""
+    """Builds the error for a value whose type is not the expected one."""
     return ValueError(f"{name!r} is {type(value).__name__} ({short(value)}), expected {expected}")
 
 
 def one_line(text: str) -> str:
-    r"""A message as it can be shown anywhere: what is not printable is written as in a Python string.
+    r"""Escapes the unprintable characters of a message as a Python string literal does.
 
     Example:
         >>> one_line("no column 'a\nb'")
@@ -189,6 +189,6 @@ def end_step(step: str, separator: str) -> str:
 
 
 def short(value: Any, limit: int = 40) -> str:
-    """A value as it is shown in a message."""
+    """Returns the ``repr`` of a value for a message, cut to ``limit`` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

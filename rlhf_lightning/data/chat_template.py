@@ -1,7 +1,7 @@
-"""Chats as text: what a model is given before each of its turns, and what it is to write then.
+"""Renders chats as text: the context that a model sees before each of its turns, and the answer it learns to write.
 
-The template decides. A turn is generated behind the template's rendering of everything before it, generation prompt
-included; what the rendering of the conversation up to the turn has behind that is what the model is to write.
+The template decides. The context of a turn is the template's rendering of everything before it, generation prompt
+included; the answer is the rest of the rendering of the conversation up to and including the turn.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Turn(NamedTuple):
 
     Args:
         context: the text that the model is given.
-        answer: the text that it is to write, its end included.
-        ended: whether the answer ends with a token of the template's own; otherwise an end-of-sequence token is due.
+        answer: the text that it should write, its end included.
+        ended: whether the answer ends with a token of the template; otherwise an end-of-sequence token must be added.
     """
 
     context: str
@@ -45,8 +45,8 @@ class ChatTemplate:
     r"""A tokenizer's chat template with the settings of a data set.
 
     Args:
-        tokenizer: with a chat template, if it is to render anything.
-        settings: handed to the template beside a row's own, which win by name.
+        tokenizer: must have a chat template to render anything.
+        settings: passed to the template; a row's own settings override them by name.
 
     Example:
         ``ChatTemplate(tokenizer).turn([{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}])`` is
@@ -64,16 +64,16 @@ class ChatTemplate:
         self._warned = False
 
     def merged(self, own: Settings | None) -> dict[str, Any]:
-        """The settings of a row: its own beside those of the data set."""
+        """Merges a row's own settings over those of the data set."""
         return {**self.settings, **(own or {})}
 
     def render(self, messages: Sequence[Mapping[str, Any]], own: Settings | None = None, **options: Any) -> str:
-        """What the template makes of messages.
+        """Renders messages with the template.
 
         Args:
             messages: with string contents.
             own: the row's settings, ``tools`` among them.
-            options: of ``apply_chat_template``.
+            options: passed to ``apply_chat_template``.
 
         Raises:
             ValueError: there is no template, or it refuses the messages.
@@ -81,7 +81,7 @@ class ChatTemplate:
         return str(self._apply(messages, self.merged(own), tokenize=False, **options))
 
     def context(self, messages: Sequence[Mapping[str, Any]], own: Settings | None = None) -> str:
-        """What a model is given that is to answer messages, or to continue the assistant's last one.
+        """Renders the text from which a model answers messages, or continues the assistant's last one.
 
         Args:
             messages: at least one.
@@ -95,23 +95,23 @@ class ChatTemplate:
         try:
             return self.render(messages, own, continue_final_message=True)
         except ValueError:
-            # The template does not render the words as they are: they go where they would be generated.
+            # The template does not render the words verbatim: append them where they would be generated.
             before = self._before(messages[:-1], own)
             return before + _behind(begun, self._opened(before, messages[:-1], own))
 
     def turn(
         self, messages: Sequence[Mapping[str, Any]], own: Settings | None = None, *, begun: str | None = None
     ) -> Turn:
-        """The last message, the assistant's, in the context in which it is generated.
+        """Splits the last message, the assistant's, from the context in which it is generated.
 
         Args:
-            messages: the conversation up to it.
+            messages: the conversation up to and including it.
             own: the row's settings.
             begun: the words with which its content begins that are given to the model.
 
         Raises:
-            ValueError: the template refuses the conversation, writes nothing of the message, or begins it otherwise
-                than its generation prompt.
+            ValueError: the template refuses the conversation, omits the message, or begins it differently from its
+                generation prompt.
         """
         *history, message = messages
         whole = self.render(messages, own)
@@ -131,7 +131,7 @@ class ChatTemplate:
         return Turn(context, *self.cut(self._restored(message, answer, opened, own), own))
 
     def ending(self, own: Settings | None = None) -> str | None:
-        """What the template writes behind the content of an answer that comes last; ``None`` if that cannot be seen."""
+        """Returns the text that the template writes after a final answer's content; ``None`` if undetectable."""
         merged = {name: value for name, value in self.merged(own).items() if name != "tools"}
         key = repr((self._template(merged), sorted(merged.items(), key=lambda item: item[0])))
         if key not in self._endings:
@@ -144,7 +144,7 @@ class ChatTemplate:
         return self._endings[key]
 
     def cut(self, answer: str, own: Settings | None) -> tuple[str, bool]:
-        """An answer, or a conversation, up to the token that ends it, and whether there is one."""
+        """Cuts an answer or a conversation after the token that ends it; also returns whether there is one."""
         ending = self.ending(own)
         if ending is not None and answer.endswith(ending):
             found = self._control_tokens().search(ending)
@@ -154,7 +154,7 @@ class ChatTemplate:
         return (stripped, True) if last and last[0].end() == len(stripped) else (answer, False)
 
     def end_tokens(self) -> list[int]:
-        """The tokens that the template ends an answer with, that of a tool call included; none without a template."""
+        """Returns the tokens with which the template ends answers and tool calls; empty without a template."""
         if self.tokenizer.chat_template is None:
             return []
         key = repr((self.tokenizer.chat_template, len(self.tokenizer)))
@@ -175,7 +175,7 @@ class ChatTemplate:
         return self._ends[key]
 
     def marks(self, messages: Sequence[Mapping[str, Any]], own: Settings | None) -> tuple[list[int], list[int]] | None:
-        """Tokens of the rendering and which of them the template marks as generated; ``None`` if it has no marks."""
+        """Tokenizes the rendering with the template's mask of generated tokens; ``None`` if it marks none."""
         merged = self.merged(own)
         if not _GENERATION_MARK.search(self._template(merged)):
             return None
@@ -185,20 +185,20 @@ class ChatTemplate:
     def _before(
         self, history: Sequence[Mapping[str, Any]], own: Settings | None, message: Mapping[str, Any] | None = None
     ) -> str:
-        """The context of a turn behind some messages."""
+        """Renders the context of a turn that follows ``history``."""
         if not history:
             return ""
         try:
             return self.render(history, own, add_generation_prompt=True)
         except ValueError:
-            # A template may refuse a system message alone, say, which it renders once the answer stands behind it.
+            # A template may refuse, say, a system message alone, which it renders once an answer follows.
             text = self.render([*history, {"role": "assistant", "content": _CONTENT}], own)
             if message is None or _CONTENT not in text:
                 raise
             return text.partition(_CONTENT)[0]
 
     def _opened(self, context: str, history: Sequence[Mapping[str, Any]], own: Settings | None) -> str:
-        """What the generation prompt opens that an answer does not begin with, such as a tag for reasoning."""
+        """Returns the end of the generation prompt that rendered answers lack, such as an opening reasoning tag."""
         try:
             without = self.render(history, own) if history else ""
             answered = self.render([*history, {"role": "assistant", "content": _CONTENT}], own).partition(_CONTENT)[0]
@@ -207,16 +207,16 @@ class ChatTemplate:
         shared = shared_prefix(context, answered)
         if shared >= shared_prefix(context, without):
             return context[shared:]
-        # The template renders the history otherwise before an answer: a short chat says what it opens.
+        # The template renders this history differently before an answer: a short chat shows what it opens.
         probe = [{"role": "user", "content": "a"}]
         return "" if list(history) == probe else self._opened(self._before(probe, own), probe, own)
 
     def _aligned(
         self, context: str, opened: str, whole: str, messages: Sequence[Mapping[str, Any]], own: Settings | None
     ) -> str:
-        """The answer in a rendering that does not begin with its context: what follows the assistant's header."""
+        """Finds the answer, after the assistant's header, in a rendering that does not begin with its context."""
         other = self.render([*messages[:-1], {"role": "assistant", "content": _CONTENT}], own)
-        # The answer begins where renderings with another answer part, or before.
+        # The answer begins no later than the point where renderings with different answers diverge.
         limit = shared_prefix(whole, other)
         header = context.removesuffix(opened)
         low, high = 0, min(len(header), limit)
@@ -233,7 +233,7 @@ class ChatTemplate:
         return _behind(whole[whole.rindex(ending, 0, limit) + low :], opened)
 
     def _restored(self, message: Mapping[str, Any], answer: str, opened: str, own: Settings | None) -> str:
-        """An answer with the reasoning that a template leaves out although the model is to write it."""
+        """Restores the reasoning that a template leaves out of an answer although the model should write it."""
         ending = self.ending(own)
         body = answer.removesuffix(ending) if ending else answer
         content = message.get("content")
@@ -261,7 +261,7 @@ class ChatTemplate:
         return answer
 
     def _control_tokens(self) -> re.Pattern[str]:
-        """Finds tokens that no text is made of: those that were added to the vocabulary, but for blanks."""
+        """Compiles a pattern of the control tokens: those added to the vocabulary, except blank ones."""
         if self._controls is None or self._controls[0] != len(self.tokenizer):
             names = {*self.tokenizer.get_added_vocab(), str(self.tokenizer.eos_token)}
             names = {name for name in names if name.strip()}
@@ -271,7 +271,7 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], merged: dict[str, Any], **options: Any) -> Any:
         template = self._template(merged)
-        # The weight of a message is ours.
+        # The weight of a message is not part of the chat format.
         written = [{name: value for name, value in m.items() if name != "weight"} for m in messages]
         if self._wants_blocks(template, merged):
             written = [_in_blocks(message) for message in written]
@@ -283,7 +283,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses the row: {' '.join(str(error).split())}") from error
 
     def _wants_blocks(self, template: str, merged: dict[str, Any]) -> bool:
-        """Whether the template renders a content only as a list of blocks."""
+        """Tells whether the template renders a content only as a list of blocks."""
         if template not in self._blocks:
             self._blocks[template] = False
             settings = {name: value for name, value in merged.items() if name != "tools"}
@@ -297,7 +297,7 @@ class ChatTemplate:
         return self._blocks[template]
 
     def _wants_text_arguments(self, template: str, messages: Messages, merged: dict[str, Any]) -> bool:
-        """Whether the template takes a call's arguments for text: it cannot join them, or shows them as Python does."""
+        """Tells whether the template needs a call's arguments as text: else it fails, or prints them as Python does."""
         arguments = [_arguments(call) for message in messages for call in message.get("tool_calls") or ()]
         given = [each for each in arguments if not isinstance(each, str)]
         if given and template not in self._text_arguments:
@@ -319,7 +319,7 @@ class ChatTemplate:
 
 
 def is_begun(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether messages end with the beginning of an answer: words of the assistant, and no calls.
+    """Tells whether messages end with the beginning of an answer: words of the assistant, and no calls.
 
     Example:
         >>> is_begun([{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "It is"}])
@@ -330,7 +330,7 @@ def is_begun(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def with_turn(history: Sequence[Mapping[str, Any]], turn: Mapping[str, Any]) -> Messages:
-    """Messages with a turn of the assistant behind them, which goes on where they begin it.
+    """Appends a turn of the assistant to messages, or continues the answer that they begin.
 
     Example:
         >>> with_turn([{"role": "assistant", "content": "It is"}], {"role": "assistant", "content": " 4"})
@@ -343,7 +343,7 @@ def with_turn(history: Sequence[Mapping[str, Any]], turn: Mapping[str, Any]) -> 
 
 
 def _behind(text: str, opened: str) -> str:
-    """A text without what the generation prompt has opened already."""
+    """Strips from a text the tag that the generation prompt has already opened."""
     tag = opened.strip()
     if not tag or not text.lstrip().startswith(tag):
         return text
@@ -354,7 +354,7 @@ def _behind(text: str, opened: str) -> str:
 
 
 def _closing(opened: str) -> str:
-    r"""The tag that closes an opened one.
+    r"""Returns the tag that closes an opened one; empty if no tag is open.
 
     Example:
         >>> _closing("<think>\n"), _closing("[THINK]"), _closing("Answer:")

@@ -1,8 +1,8 @@
-"""Tokenised examples on disk: a set of rows is tokenised once, and again when anything that it depends on changes.
+"""Caches tokenised examples on disk: rows are tokenised once, and again when anything they depend on changes.
 
 An entry's name is a digest of the rows themselves, the tokenizer, the options, and the code that makes examples; where
-one of these cannot be told exactly (a transform or a datamodule of one's own, a template that writes today's date),
-nothing is kept.
+one of these cannot be determined exactly (a user's transform or datamodule, a template that writes today's date),
+nothing is cached.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .files import RowFile, RowSource
 from .sources import JoinedRows, MemoryRows, RenamedRows
 from .transformed_rows import PairedRows, TransformedRows
 
-# Fewer rows are tokenised faster than they are looked up.
+# Below this number, tokenising rows is faster than a look-up.
 LEAST_ROWS = 2000
 _MOST_ENTRIES = 16
 _ENTRY = re.compile(r"[0-9a-f]{64}\.npz")
@@ -38,7 +38,7 @@ _OWN = __name__.rpartition(".")[0]
 
 
 def cache_folder() -> Path | None:
-    """Where entries are: ``RLHF_LIGHTNING_CACHE``, or the user's cache folder; ``None`` where the variable is 0."""
+    """Returns the folder of entries: ``RLHF_LIGHTNING_CACHE`` or the user's cache; ``None`` if the variable is 0."""
     chosen = os.environ.get("RLHF_LIGHTNING_CACHE")
     if chosen is None:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_lightning"
@@ -46,11 +46,11 @@ def cache_folder() -> Path | None:
 
 
 def entry_name(source: RowSource, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str | None:
-    """The name of an entry; ``None`` where what examples depend on cannot be told exactly.
+    """Returns the name of an entry; ``None`` where its dependencies cannot be determined exactly.
 
     Args:
         source: the rows.
-        tokenizer: what they are tokenised by.
+        tokenizer: tokenises them.
         options: all else that an example depends on, as plain values.
     """
     rows, words = _digest_of_rows(source), _digest_of_tokenizer(tokenizer)
@@ -64,7 +64,7 @@ def entry_name(source: RowSource, tokenizer: PreTrainedTokenizerBase, options: M
 
 
 def read_entry(name: str) -> tuple[ExampleStore, dict[str, int]] | None:
-    """The examples of an entry and the report on them; ``None`` where there is none, or a damaged one."""
+    """Reads the examples of an entry and the report on them; ``None`` if it is missing or damaged."""
     folder = cache_folder()
     path = None if folder is None else folder / f"{name}.npz"
     if path is None or not path.is_file():
@@ -83,7 +83,7 @@ def read_entry(name: str) -> tuple[ExampleStore, dict[str, int]] | None:
 
 
 def write_entry(name: str, store: ExampleStore, report: Mapping[str, int]) -> None:
-    """Keeps examples under a name, unless their fields cannot be written exactly; a full disk is no error."""
+    """Writes examples under a name, unless their fields cannot be stored exactly; a full disk is not an error."""
     folder = cache_folder()
     arrays, row_ids, fields = store.to_arrays()
     try:
@@ -127,7 +127,7 @@ def _digest_of_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
 
 
 def _digest_of_rows(source: RowSource) -> Any:
-    """All that decides on a source's rows and their names; ``None`` where that cannot be told."""
+    """Digests all that determines a source's rows and their ids; ``None`` where that is unknown."""
     if isinstance(source, RowFile):
         with source.path.open("rb") as file:
             digest = blake2b(digest_size=32)
@@ -160,7 +160,7 @@ def _digest_of_rows(source: RowSource) -> Any:
 
 
 def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """All that decides on tokens; ``None`` for a tokenizer or a template whose work depends on anything else."""
+    """Collects all that determines the tokens; ``None`` if a tokenizer or template depends on anything else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     template = tokenizer.chat_template
     known = type(tokenizer).__module__.startswith("transformers.")
@@ -173,7 +173,7 @@ def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 @cache
 def _code() -> list[str]:
-    """The code that makes examples: a digest of our own, and the versions of what it calls."""
+    """Returns a digest of this package's code that makes examples, and the versions of the packages it calls."""
     room = Path(__file__).parent
     rooms = (room, room.parent / "datamodules")
     files = [file for room in rooms for file in room.rglob("*.py")] + [Path(example.__file__)]

@@ -1,4 +1,4 @@
-"""Tokenised examples in a few flat arrays instead of one object per segment."""
+"""Stores tokenised examples in a few flat arrays instead of one object per segment."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ARRAYS = {
     "binary": "u1",
     "fractional": "f4",
 }
-_CONTINUED = -1  # in place of the number of children, of a segment that has none and whose sequence goes on
+_CONTINUED = -1  # instead of the number of children, for a leaf segment whose sequence continues
 
 
 class ExampleStore(Sequence[Example]):
-    """A list of examples that takes four to five bytes a token; examples are built anew when asked for.
+    """A list of examples that takes four to five bytes a token; examples are rebuilt on access.
 
     Args:
-        examples: what to begin with.
+        examples: the initial examples.
 
     Example:
         >>> store = ExampleStore([Example("rows:1", Segment([1, 2], children=(Segment([3], [1]),)))])
@@ -76,13 +76,13 @@ class ExampleStore(Sequence[Example]):
         )
 
     def num_tokens(self, index: int) -> int:
-        """The tokens of one example, each shared token once."""
+        """Counts the tokens of one example, each shared token once."""
         index = range(len(self))[index]
         last = self._first_segment[index + 1] if index + 1 < len(self) else len(self._kind)
         return int(self._first_token[last] - self._first_token[self._first_segment[index]])
 
     def fingerprint(self) -> str:
-        """A digest of all that a loss can see (not of the row ids, which hold the file's name)."""
+        """Digests everything that a loss can see (not the row ids, which hold the file's name)."""
         digest = blake2b(digest_size=16)
         arrays = (
             self._first_segment,
@@ -101,7 +101,7 @@ class ExampleStore(Sequence[Example]):
         return digest.hexdigest()
 
     def to_arrays(self) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], list[dict[str, Any]]]:
-        """All that the store holds: arrays by name, row ids, fields."""
+        """Returns all that the store holds: arrays by name, row ids, fields."""
         arrays = {name: np.frombuffer(getattr(self, f"_{name}"), dtype) for name, dtype in _ARRAYS.items()}
         return arrays, list(self._row_ids), [dict(fields) for fields in self._fields]
 
@@ -109,7 +109,7 @@ class ExampleStore(Sequence[Example]):
     def from_arrays(
         cls, arrays: Mapping[str, np.ndarray[Any, Any]], row_ids: list[str], fields: list[dict[str, Any]]
     ) -> ExampleStore:
-        """Makes a store of what :meth:`to_arrays` returns."""
+        """Builds a store from what :meth:`to_arrays` returns."""
         store = cls()
         for name, dtype in _ARRAYS.items():
             part = getattr(store, f"_{name}")

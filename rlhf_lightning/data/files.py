@@ -1,4 +1,4 @@
-"""Readers of row files: JSON lines, JSON lists, CSV, Parquet and Arrow, each able to say where a row stands."""
+"""Readers of row files: JSON lines, JSON lists, CSV, Parquet and Arrow, which number each row for error messages."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ACCEPTED = ", ".join(SUFFIXES) + " (text also with .gz, .bz2 or .xz)"
 
 
 class LeftOutError(Exception):
-    """A row that a transform wants to be left out; nothing is wrong with it."""
+    """Raised for a valid row that a transform leaves out."""
 
 
 class RowSource:
     """Rows that can be read again and again in one fixed order.
 
-    Reading is in two steps, so that a shuffle buffer holds rows as they are stored and a resumed run passes over rows
+    Reading takes two steps, so that a shuffle buffer holds rows as they are stored and a resumed run skips rows
     without parsing them: :meth:`raw` yields ``(row_id, stored row)``, :meth:`parse` makes a dictionary of one.
 
     Args:
@@ -49,7 +49,7 @@ class RowSource:
         """Yields the rows as they are stored.
 
         Raises:
-            ValueError: if there is not one.
+            ValueError: if there are none.
         """
         empty = True
         for number, stored in self._stored():
@@ -59,13 +59,13 @@ class RowSource:
             raise ValueError(f"{self.name!r} has no rows: write at least one")
 
     def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
-        """Yields the rows with the parts of which the source is made in a random order, each part's rows in its own.
+        """Yields the rows with the source's parts in a random order; rows keep their order within a part.
 
-        Parts are the files of a folder or a list, and the row groups of a Parquet file; a source without parts comes as
-        it is. Row ids are those of :meth:`raw`.
+        Parts are the files of a folder or a list, and the row groups of a Parquet file; a source without parts is not
+        reordered. Row ids are those of :meth:`raw`.
 
         Args:
-            draw: decides on the order.
+            draw: the generator that draws the order.
         """
         return self.raw()
 
@@ -73,7 +73,7 @@ class RowSource:
         """Makes a dictionary of a stored row.
 
         Raises:
-            LeftOutError: for a row that is not to be used.
+            LeftOutError: for a row that a transform leaves out.
             ValueError: saying what is wrong with the row, but not where it is.
         """
         if not isinstance(stored, Mapping):
@@ -92,7 +92,7 @@ class RowSource:
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows there are, where that can be known without the network; ``None`` elsewhere."""
+        """Number of rows; ``None`` where it is not known without the network."""
         raise TypeError(f"{type(self).__name__} does not say how many rows it has")
 
     @property
@@ -105,7 +105,7 @@ class RowSource:
 
 
 class RowFile(RowSource):
-    """A file of rows; the scan that counts them also fingerprints them, so that an edited file is noticed.
+    """A file of rows, with a fingerprint by which an edited file is noticed.
 
     Args:
         name: what the user called the file.
@@ -118,12 +118,12 @@ class RowFile(RowSource):
 
     @cached_property
     def num_rows(self) -> int | None:
-        """How many rows the file has."""
+        """Number of rows in the file."""
         return sum(1 for _ in self._stored())
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the file's bytes; above a gigabyte, of its size and of a quarter of a gigabyte of them."""
+        """A digest of the file's size and bytes; above a GiB, a quarter of a GiB of evenly spaced blocks is read."""
         size = self.path.stat().st_size
         digest = blake2b(str(size).encode(), digest_size=16)
         stride = max(1, size // _SAMPLED_BLOCKS) if size > 4 * _SAMPLED_BLOCKS * _BLOCK else _BLOCK
@@ -150,7 +150,7 @@ class RowFile(RowSource):
 
 
 class JsonLines(RowFile):
-    """One JSON object per line; empty lines are passed over but counted, so that numbers are the editor's."""
+    """One JSON object per line; empty lines are skipped but counted, so that numbers match those of an editor."""
 
     def _stored(self) -> Iterator[tuple[int, bytes]]:
         for number, line in enumerate(self._lines(), start=1):
@@ -179,7 +179,7 @@ class JsonLines(RowFile):
 
 
 class JsonList(RowFile):
-    """One JSON list of objects; it is read whole."""
+    """One JSON list of objects, read as a whole."""
 
     def _stored(self) -> Iterator[tuple[int, Any]]:
         try:
@@ -189,7 +189,7 @@ class JsonList(RowFile):
         yield from enumerate(rows, start=1)
 
     def parse(self, stored: Any) -> dict[str, Any]:
-        """Takes one object of the list."""
+        """Checks one object of the list and returns it as a dictionary."""
         _check_once(stored)
         return super().parse(stored)
 
@@ -198,7 +198,7 @@ class CsvTable(RowFile):
     """Comma-separated values whose first row names the columns; the number of a row is the line on which it starts."""
 
     def _stored(self) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
-        # The module's limit of 131,072 characters a cell is below what a conversation can take.
+        # The csv module's limit of 131,072 characters a cell is too low for long conversations.
         csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(self._lines()))
         reader = csv.reader(lines, strict=True)
@@ -215,7 +215,7 @@ class CsvTable(RowFile):
             raise ValueError(f"{self.name}:{start}: not comma-separated values: {_one_line(error)}") from error
 
     def parse(self, stored: tuple[list[str], list[str]]) -> dict[str, Any]:
-        """Puts the header's names to the cells of one row."""
+        """Pairs the header's names with the cells of one row."""
         header, cells = stored
         if len(header) != len(cells):
             raise ValueError(f"{len(cells)} cells, expected {len(header)} as in the header ({', '.join(header)})")
@@ -227,7 +227,7 @@ class ParquetTable(RowFile):
 
     @cached_property
     def num_rows(self) -> int | None:
-        """How many rows the file says it has."""
+        """Number of rows by the file's metadata."""
         with self._file() as file:
             return int(file.metadata.num_rows)
 
@@ -251,7 +251,7 @@ class ParquetTable(RowFile):
             yield from self._rows(file, 0, None)
 
     def _rows(self, file: pq.ParquetFile, number: int, groups: list[int] | None) -> Iterator[tuple[int, Any]]:
-        """The rows of some row groups, which begin behind row ``number``."""
+        """Yields the rows of some row groups, numbered from ``number + 1``."""
         _check_names(self.name, file.schema_arrow.names)
         batches = file.iter_batches(batch_size=256, row_groups=groups)
         while True:
@@ -284,7 +284,7 @@ class ArrowTable(RowFile):
 
     @cached_property
     def num_rows(self) -> int | None:
-        """How many rows its record batches hold."""
+        """Number of rows in the record batches."""
         return sum(int(batch.num_rows) for batch in self._batches())
 
     def _stored(self) -> Iterator[tuple[int, Any]]:
@@ -299,7 +299,7 @@ class ArrowTable(RowFile):
 
 
 def is_row_file(path: str | Path) -> bool:
-    """Tells whether a name ends as the files do that :func:`open_file` reads.
+    """Tells whether a name has a suffix that :func:`open_file` reads.
 
     Example:
         >>> is_row_file("pairs.jsonl.gz"), is_row_file("notes.txt")
@@ -319,7 +319,7 @@ def open_file(name: str, path: Path) -> RowSource:
         The source of its rows.
 
     Raises:
-        ValueError: for a suffix that is not read, and for an empty file.
+        ValueError: for an unsupported suffix, and for an empty file.
     """
     if not is_row_file(path):
         raise ValueError(f"cannot tell how to read {name!r} by its suffix: rename or convert it to one of {ACCEPTED}")
@@ -342,7 +342,7 @@ def _starts_with_bracket(file: JsonLines) -> bool:
 
 
 def _check_names(source: str, names: Sequence[str]) -> None:
-    """Refuses a table that has two columns of one name: the second would take the place of the first."""
+    """Refuses a table that has two columns of one name: the second would replace the first."""
     twice = next((name for name in names if list(names).count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{source!r} has two columns {twice!r}: rename or delete one of them")

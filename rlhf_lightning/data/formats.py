@@ -1,8 +1,8 @@
-"""What rows may look like: columns, aliases and chat formats of each data contract, brought to one normal form.
+"""Brings rows to one normal form: the columns, aliases and chat formats that each data contract accepts.
 
-A function here takes a row's columns and says what is wrong with them without saying where the row is; whoever reads
-the rows adds that. A column that is ``None`` counts as absent, as unions of tables have it; so does an empty cell
-wherever a column is optional, since a table of text has no other way to leave one out.
+Each function here takes a row's columns; its errors say what is wrong with them but not where the row is, which the
+caller adds. A column that is ``None`` counts as absent, as in unions of tables; so does an empty cell of an optional
+column, since a table of text has no other way to omit one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .layouts import (
 )
 from .messages import Messages, Text, check_text
 
-# What other trainers call the two completions of a pair, and the verdict on one.
+# Names that other trainers use for the two completions of a pair, and for the verdict on one.
 _CHOSEN = ("chosen", "chosen_response", "chosen_conversations")
 _REJECTED = ("rejected", "rejected_response", "rejected_conversations", "rejected_messages")
 _LABEL = ("label", "kto_tag")
@@ -51,10 +51,10 @@ class Row:
     """A row in normal form.
 
     Args:
-        prompt: what comes first, as text or chat messages; without completions it is the whole row.
-        completions: what may follow it, in the contract's order (preference: chosen, rejected).
-        fields: the columns that the contract did not use, untouched, and those it adds (``margin``, ``label``).
-        template: what the row hands to the chat template (``tools`` and its ``chat_template_kwargs``).
+        prompt: text or chat messages; without completions it is the whole row.
+        completions: continuations of the prompt, in the contract's order (preference: chosen, rejected).
+        fields: the columns that the contract did not use, untouched, and the ones it adds (``margin``, ``label``).
+        template: settings that the row passes to the chat template (``tools`` and its ``chat_template_kwargs``).
     """
 
     prompt: Text
@@ -64,12 +64,12 @@ class Row:
 
 
 def demonstration(columns: Mapping[str, Any]) -> Row:
-    """Reads what is to be imitated: prompt and completion, a conversation, or text.
+    """Reads a demonstration: prompt and completion, a conversation, or text.
 
     Args:
         columns: ``prompt, completion`` (or ``response``); ``messages``, or ShareGPT ``conversations`` (or ``messages``)
-            of ``from``/``value``; Alpaca ``instruction, input, output``, whose prompt becomes the instruction, the
-            input and a line's end, each on its line; ``text``. Where several are there, the first in this order counts.
+            of ``from``/``value``; Alpaca ``instruction, input, output``, whose prompt becomes the instruction and the
+            input, each ended by a newline; ``text``. Of several layouts the first in this order counts.
             ``system`` and ``history`` (earlier pairs of question and answer) come before the prompt, which then is a
             conversation; earlier answers are learned, too.
 
@@ -85,13 +85,16 @@ def demonstration(columns: Mapping[str, Any]) -> Row:
     """
     rest = dict(columns)
     template = take_template(rest)
+
+    # A row that was judged bad would silently be imitated.
     for name in _LABEL:
         if str(columns.get(name)).lower() == "false":
             raise ValueError(
                 f"{name!r} is false, so the answer is not one to imitate: leave the row out, or train on it with KTO "
                 f"(UnpairedDataModule); rename a column that is no verdict with columns={{'my_{name}': {name!r}}}"
             )
-    # Columns that are there but empty are looked at last, to say which of them is.
+
+    # Layouts whose columns are all empty come last, so that the error names the empty column.
     for filled in (True, False):
         for answer in ("completion", "response"):
             if has_columns(columns, ("prompt", answer), filled=filled):
@@ -104,6 +107,7 @@ def demonstration(columns: Mapping[str, Any]) -> Row:
             return _imitated(question, take_completion(rest, "output"), rest, template, context)
         if has_columns(columns, ("text",), filled=filled):
             return _row(_take_whole_text(rest), (), rest, template)
+
     wanted = "completion" if columns.get("prompt") is not None else "prompt"
     raise ValueError(
         f"no column {wanted!r}{describe_columns(columns, wanted)}, expected prompt and completion, messages, "
@@ -116,16 +120,16 @@ def preference(columns: Mapping[str, Any]) -> Row:
 
     Args:
         columns: ``chosen, rejected``, and ``prompt`` (or ``messages``, ``conversations`` or Alpaca ``instruction,
-            input``). Without a prompt it is what both begin with: for conversations the messages they share; for text
-            the part up to the last ``"\n\nAssistant:"`` that they share, else up to the last whole word that they
-            share. ``margin``, or the difference of ``chosen_score`` and ``rejected_score`` (or ``score_chosen`` and
-            ``score_rejected``), ends up in the field ``margin`` as a number. ``rejected_response`` beside ``messages``
-            (or beside a prompt and its ``response``) takes the place of its last answer, which is the better one.
-            Instead of a pair there may be one rated completion: ``prompt, completion`` (or ``response``) and
+            input``). Without a prompt it is the common beginning of both: for conversations the messages they share;
+            for text the part up to the last ``"\n\nAssistant:"`` that they share, else up to the last whole word that
+            they share. ``margin``, or the difference of ``chosen_score`` and ``rejected_score`` (or ``score_chosen``
+            and ``score_rejected``), is stored in the field ``margin`` as a number. With ``messages`` (or a prompt and
+            its ``response``), ``rejected_response`` is the worse alternative to the last answer, which is the better
+            one. Instead of a pair there may be one rated completion: ``prompt, completion`` (or ``response``) and
             ``ratings``, numbers by attribute. ``system`` and ``history`` come before the prompt.
 
     Returns:
-        A row with two completions; or with one, and each rating as a field of its own (a missing one is not-a-number).
+        A row with two completions; or with one, and each rating as a separate field (a missing one is nan).
 
     Raises:
         ValueError: saying what is wrong with the row.
@@ -138,18 +142,23 @@ def preference(columns: Mapping[str, Any]) -> Row:
     rest = dict(columns)
     template = take_template(rest)
     chosen, rejected = _first(columns, _CHOSEN), _first(columns, _REJECTED)
+
+    # One rated completion, for reward models of several attributes.
     if not is_missing(columns.get("ratings")) and chosen is None and rejected is None:
         rest |= _ratings(rest.pop("ratings"))
         check_columns(columns, ("prompt", "completion"), "prompt, completion and ratings")
         prompt = check_text(rest.pop("prompt"), "prompt")
         completion = take_completion(rest, "completion", "response")
         return _row(*joined(prompt, (completion,), take_context(rest)), rest, template)
+
+    # A rejected alternative to an answer; it may repeat the conversation before the answer.
     if rejected not in (None, "rejected") and chosen is None:
         question, better = _take_answered(rest)
         worse = check_completion(rest.pop(rejected), rejected)
         if not isinstance(worse, str) and worse[: len(question)] == question:
             worse = worse[len(question) :]
         return _paired(question, (better, worse), rest, template)
+
     check_columns(columns, (chosen or "chosen", rejected or "rejected"), "prompt, chosen and rejected")
     pair = (take_completion(rest, *_CHOSEN), take_completion(rest, *_REJECTED))
     return _paired(None, pair, rest, template)
@@ -183,17 +192,21 @@ def unpaired(columns: Mapping[str, Any]) -> tuple[Row, ...]:
             Row(pair.prompt, (completion,), pair.fields | {"label": verdict}, pair.template)
             for completion, verdict in zip(pair.completions, (True, False), strict=True)
         )
+
     expected = "prompt, completion and label, messages and label, or prompt, chosen and rejected"
     if not any(has_columns(columns, (name,), filled=True) for name in ("messages", "conversations", "instruction")):
         check_columns(columns, ("prompt", "completion"), expected)
     check_columns(columns, (label,), expected)
     rest = dict(columns)
     template = take_template(rest)
+
+    # Joined tables may have both names, as long as they agree.
     verdicts = {check_verdict(rest.pop(name), name) for name in _LABEL if not is_missing(rest.get(name))}
     if len(verdicts) > 1:
         raise ValueError("'label' and 'kto_tag' say different things: write one of them")
     rest["label"] = verdicts.pop() if verdicts else check_verdict(columns[label], label)
     rest.pop("kto_tag", None)
+
     prompt, completion = _take_answered(rest)
     return (_row(prompt, (completion,), rest, template),)
 
@@ -221,6 +234,8 @@ def stepwise(columns: Mapping[str, Any]) -> Row:
     rest = dict(columns)
     template = take_template(rest)
     prompt = in_context(check_text(rest.pop("prompt"), "prompt"), take_context(rest))
+
+    # Labels are matched to steps by position, so a step may be neither missing nor empty.
     steps, labels = (read_structure(rest.pop(name), name) for name in ("completions", "labels"))
     if not is_list(steps) or not all(isinstance(step, str) for step in steps):
         raise wrong_type(steps, "completions", "a list of strings, one per step")
@@ -233,16 +248,17 @@ def stepwise(columns: Mapping[str, Any]) -> Row:
     blank = next((number for number, step in enumerate(steps, start=1) if not step.strip("\r\n")), None)
     if blank is not None:
         raise ValueError(f"step {blank} of 'completions' is empty: leave it out, with its label")
+
     rest["labels"] = [_step_label(label, f"label {number}") for number, label in enumerate(labels, start=1)]
     return _row(prompt, tuple(steps), rest, template)
 
 
 def prompt_only(columns: Mapping[str, Any]) -> Row:
-    """Reads a prompt to be answered.
+    """Reads a prompt for sampling.
 
     Args:
         columns: ``prompt`` (or ``messages``, ``conversations`` or Alpaca ``instruction, input``) and whatever the
-            reward functions want; a conversation's last answers are taken off it. ``system`` and ``history`` come
+            reward functions need; the last answers of a conversation are dropped. ``system`` and ``history`` come
             before the prompt.
 
     Returns:
@@ -275,7 +291,7 @@ def prompt_only(columns: Mapping[str, Any]) -> Row:
 
 
 def _row(prompt: Text, completions: tuple[Text, ...], rest: dict[str, Any], template: dict[str, Any]) -> Row:
-    """Makes a row, once nothing is left over that would have changed what the model is shown."""
+    """Makes a row, after refusing unused columns that would have changed the model's input."""
     check_rest(rest)
     return Row(prompt, completions, rest, template)
 
@@ -283,7 +299,7 @@ def _row(prompt: Text, completions: tuple[Text, ...], rest: dict[str, Any], temp
 def _imitated(
     prompt: Text, completion: Text, rest: dict[str, Any], template: dict[str, Any], context: Messages | None = None
 ) -> Row:
-    """Makes a row of a prompt with its answer; with earlier answers, a whole conversation, since they are learned."""
+    """Makes a row of a prompt with its answer, or a whole conversation if the context has answers to learn."""
     context = take_context(rest) if context is None else context
     prompt, completions = joined(prompt, (completion,), context)
     if any(message["role"] == "assistant" for message in context):
@@ -292,7 +308,7 @@ def _imitated(
 
 
 def _paired(prompt: Text | None, pair: tuple[Text, Text], rest: dict[str, Any], template: dict[str, Any]) -> Row:
-    """Makes a row of a pair, whose prompt is still among the columns unless it is given."""
+    """Makes a row of a pair; takes the prompt from the columns unless it is given."""
     if isinstance(pair[0], str) != isinstance(pair[1], str):
         if prompt is None:
             raise ValueError("of chosen and rejected one is a string and one is messages: write both alike")
@@ -308,7 +324,7 @@ def _paired(prompt: Text | None, pair: tuple[Text, Text], rest: dict[str, Any], 
 
 
 def _take_answered(rest: dict[str, Any]) -> tuple[Text, Text]:
-    """Takes a prompt and its answer: columns of their own, or a conversation and what the assistant says last."""
+    """Takes a prompt and its answer: from separate columns, or from a conversation that ends with the answer."""
     for names in (("completion", "response"), ("output",)):
         if any(rest.get(name) is not None for name in names):
             prompt, context = take_prompt(rest)
@@ -364,7 +380,7 @@ def _step_label(label: Any, name: str) -> float | list[float]:
 
 
 def _ratings(value: Any) -> dict[str, float]:
-    """Checks ratings by attribute; one that is missing becomes not-a-number."""
+    """Checks ratings by attribute; a missing one becomes nan."""
     ratings = value if isinstance(value, Mapping) else read_structure(value, "ratings")
     if not isinstance(ratings, Mapping) or not ratings:
         raise wrong_type(value, "ratings", "numbers by attribute like {'helpfulness': 4, 'correctness': None}")

@@ -1,7 +1,7 @@
-"""Layouts that several contracts share: prompts, conversations, Alpaca columns, and what stands beside them.
+"""Layouts that several contracts share: prompts, conversations, Alpaca columns, and the context columns with them.
 
-A function named ``take_...`` takes what it reads out of the columns that it is given, so that what is left are the
-row's other fields; :func:`check_rest` refuses those among them that would have changed what the model is shown.
+A function named ``take_...`` removes the columns that it reads, so that the row's other fields are left;
+:func:`check_rest` refuses leftover columns that would have changed the model's input.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, cast
 from .cell_checks import clean, describe_columns, is_list, is_missing, read_structure, short, wrong_type
 from .messages import Messages, Text, check_text, check_tools, first_medium, joined_text
 
-# Columns that say what a model is shown beside a prompt: rows that differ in one of them have different prompts.
+# Columns that add to the prompt: rows that differ in one of them have different prompts.
 CONTEXT = (
     "system",
     "system_prompt",
@@ -28,10 +28,10 @@ _SYSTEM = CONTEXT[:3]
 
 
 def check_columns(columns: Mapping[str, Any], wanted: tuple[str, ...], expected: str) -> None:
-    """Checks that columns are there (``response`` will do for ``completion``).
+    """Checks that columns are present (``response`` is accepted for ``completion``).
 
     Raises:
-        ValueError: naming the first that is not, and what may have been meant by it.
+        ValueError: naming the first that is missing, and the closest name.
     """
     for name in wanted:
         aliased = name == "completion" and columns.get("response") is not None
@@ -43,7 +43,7 @@ def check_columns(columns: Mapping[str, Any], wanted: tuple[str, ...], expected:
 
 
 def check_rest(rest: Mapping[str, Any]) -> None:
-    """Refuses columns that would change what the model is shown or learns, and that no layout has taken.
+    """Refuses columns that would change the model's input or target, but that no layout has taken.
 
     Raises:
         ValueError: naming the first of them.
@@ -62,7 +62,7 @@ def check_rest(rest: Mapping[str, Any]) -> None:
 
 
 def has_columns(columns: Mapping[str, Any], names: tuple[str, ...], *, filled: bool) -> bool:
-    """Tells whether a row has all of these columns, and (with ``filled``) something in at least one of them.
+    """Tells whether a row has all of these columns, and (with ``filled``) at least one of them is not empty.
 
     Example:
         >>> row = {"prompt": "", "completion": "4", "text": ""}
@@ -74,10 +74,10 @@ def has_columns(columns: Mapping[str, Any], names: tuple[str, ...], *, filled: b
 
 
 def take_completion(rest: dict[str, Any], *names: str) -> Text:
-    """Takes the answer, from the first of several columns that has one; two that differ are refused.
+    """Takes the answer from the first of several columns that has one.
 
     Raises:
-        ValueError: for an answer that is empty, or none.
+        ValueError: for an empty answer, and for two columns with different answers.
     """
     given = [name for name in names if not is_missing(rest.get(name))]
     name = given[0] if given else next(name for name in names if rest.get(name) is not None)
@@ -91,7 +91,7 @@ def take_completion(rest: dict[str, Any], *names: str) -> Text:
 
 
 def check_completion(value: Any, name: str) -> Text:
-    """Checks that an answer is text or messages with something in them."""
+    """Checks that an answer is text or messages, and not empty."""
     text = check_text(value, name)
     if not text:
         raise ValueError(f"{name!r} is empty: write at least one character or message, or leave the row out")
@@ -101,7 +101,7 @@ def check_completion(value: Any, name: str) -> Text:
 
 
 def take_prompt(rest: dict[str, Any]) -> tuple[Text | None, Messages]:
-    """Takes the prompt (``None`` if there is none), and the messages that come before it; see :func:`in_context`."""
+    """Takes the prompt (``None`` if there is none), and the messages that :func:`in_context` puts before it."""
     if not is_missing(rest.get("prompt")):
         return check_text(rest.pop("prompt"), "prompt"), take_context(rest)
     if not (is_missing(rest.get("messages")) and is_missing(rest.get("conversations"))):
@@ -115,13 +115,13 @@ def take_prompt(rest: dict[str, Any]) -> tuple[Text | None, Messages]:
 
 
 def take_conversation(rest: dict[str, Any]) -> Messages:
-    """Takes ``messages`` or ``conversations``, with the system message that stands beside them."""
+    """Takes ``messages`` or ``conversations``, with the ``system`` and ``history`` columns before them."""
     messages = _take_messages(rest)
     return cast(Messages, in_context(messages, take_context(rest)))
 
 
 def take_alpaca(rest: dict[str, Any]) -> tuple[str, Messages]:
-    """Takes ``instruction`` and ``input`` as one text, and what comes before it (``system``, ``history``)."""
+    """Takes ``instruction`` and ``input`` as one text, and the context before it (``system``, ``history``)."""
     lines = [rest.pop("instruction"), rest.pop("input", None)]
     lines = ["" if is_missing(line) else line for line in lines]
     for name, line in zip(("instruction", "input"), lines, strict=True):
@@ -129,8 +129,7 @@ def take_alpaca(rest: dict[str, Any]) -> tuple[str, Messages]:
             raise wrong_type(line, name, "a string")
     question = "\n".join(line for line in lines if line)
     context = take_context(rest)
-    # The end of the line is what tells a model that the instruction is over; no other words are put in its mouth. In a
-    # conversation the template says so.
+    # The newline tells a model that the instruction is over, without adding words; in a conversation the template does.
     return question if context else question + "\n", context
 
 
@@ -145,10 +144,10 @@ def _take_messages(rest: dict[str, Any]) -> Messages:
 
 
 def take_context(rest: dict[str, Any]) -> Messages:
-    """Takes ``system`` and ``history`` as the messages that come before a prompt; there may be none.
+    """Takes ``system`` and ``history`` as the messages before a prompt; there may be none.
 
     Raises:
-        ValueError: for a system message that is no text, or a history that is no list of questions with answers.
+        ValueError: for a system message that is not text, or a history that is not a list of questions with answers.
     """
     system: dict[str, str] = {}
     for name in _SYSTEM:
@@ -189,7 +188,7 @@ def in_context(prompt: Text, context: Messages) -> Text:
     """Puts a system message and a history before a prompt, which then is a conversation.
 
     Raises:
-        ValueError: where the prompt has another system message, or a history of its own.
+        ValueError: where the prompt has another system message, or its own history.
     """
     if not context:
         return prompt
@@ -209,10 +208,10 @@ def in_context(prompt: Text, context: Messages) -> Text:
 
 
 def take_template(rest: dict[str, Any]) -> dict[str, Any]:
-    """Takes what a row hands to the chat template: ``tools`` and its own settings.
+    """Takes the row's arguments of the chat template: ``tools`` and its own settings.
 
     ``functions``, the older name of ``tools``, is read where it is a list of functions. Settings are the mapping
-    ``chat_template_kwargs``, and the column ``enable_thinking``.
+    ``chat_template_kwargs`` and the column ``enable_thinking``.
     """
     value = rest.pop("chat_template_kwargs", None)
     settings = {} if is_missing(value) else read_structure(value, "chat_template_kwargs")
@@ -233,11 +232,11 @@ def take_template(rest: dict[str, Any]) -> dict[str, Any]:
 def joined(
     prompt: Text, completions: tuple[Text, ...], context: Messages | None = None
 ) -> tuple[Text, tuple[Text, ...]]:
-    """Makes prompt and completions of one kind, and completions what comes after the prompt.
+    """Brings prompt and completions to one kind, text or messages, and strips the prompt from the completions.
 
     Args:
         prompt: text or messages.
-        completions: text or messages, whole conversations included.
+        completions: text or messages, possibly whole conversations.
         context: messages that come before the prompt; with them, a text prompt becomes the user's message.
 
     Raises:
@@ -247,13 +246,13 @@ def joined(
     if all(isinstance(completion, str) for completion in completions):
         if isinstance(prompt, str) and not context:
             return prompt, completions
-        # A chat prompt with plain answers leaves one reading: the answer is the assistant's.
+        # With a chat prompt, a plain answer can only be the assistant's.
         answers = tuple([{"role": "assistant", "content": completion}] for completion in completions)
         return in_context(prompt, context), answers
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
         if all(_prompt_length(completion, prompt) for completion in completions):
-            # Whole conversations beside a column with their question: the question is where they part from it.
+            # Whole conversations that repeat the question of the prompt column: the prompt ends with that question.
             length = _prompt_length(completions[0], prompt)
             prompt = cast(Messages, completions[0])[:length]
     if prompt and all(completion[: len(prompt)] == prompt for completion in completions):
@@ -269,13 +268,13 @@ def joined(
 
 
 def _prompt_length(conversation: Text, question: Messages) -> int:
-    """The number of messages up to the question, if the conversation opens with it (after a system message); else 0."""
+    """Counts the messages up to the question if the conversation opens with it (after a system message); else 0."""
     start = 1 if conversation and cast(Messages, conversation)[0]["role"] == "system" else 0
     return start + 1 if question and list(conversation[start : start + 1]) == question else 0
 
 
 def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
-    """Splits off what two completions begin with, as their prompt."""
+    """Splits off the common beginning of two completions as their prompt."""
     if isinstance(chosen, str):
         pairs = zip(chosen, rejected, strict=False)
         shared = chosen[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
@@ -283,7 +282,7 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]
         if turn >= 0:
             cut = turn + len("\n\nAssistant:")
         else:
-            # The blank between two words goes with the second, as tokenizers have it.
+            # The space between two words belongs to the second, as in tokenizers.
             cut = max((index for index, letter in enumerate(shared) if letter.isspace()), default=0)
         prompt: Text = chosen[:cut]
     else:
@@ -306,6 +305,6 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]
 
 
 def check_last(completion: Messages) -> None:
-    """Checks that an answer ends with what the assistant says."""
+    """Checks that an answer ends with a message of the assistant."""
     if completion[-1]["role"] != "assistant":
         raise ValueError(f"a completion ends with a message of role {completion[-1]['role']!r}, expected 'assistant'")

@@ -1,4 +1,4 @@
-"""Brings examples within a length: drops them, or cuts their paths."""
+"""Brings examples within a maximum length: drops them, or cuts their paths."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ OnTooLong = Literal["drop", "truncate_end", "truncate_start", "error"]
 
 
 class TooLongError(ValueError):
-    """A sequence has more tokens than it may have, and that is to be an error."""
+    """Raised for a sequence with more than ``max_length`` tokens, with ``on_too_long="error"``."""
 
 
 def fit(
     example: Example, max_length: int | None, on_too_long: OnTooLong, opening: Sequence[int] = ()
 ) -> tuple[Example | None, bool]:
-    """Brings an example within a length.
+    """Brings an example within a maximum length.
 
-    An example is measured by its longest path, so a pair by the longer of prompt+chosen and prompt+rejected, and a
-    conversation by the longest of its turns with its context. Cutting the start takes from the prompt, as much for all
-    completions, behind the tokens that open every text (a beginning-of-sequence token); of a conversation it takes as
-    much from all turns, and those whose contexts are not the last turn's beyond the cut are left out. Cutting the end
-    takes from the completions, with their end-of-sequence token, and from each turn of a conversation; turns without a
-    scored token are left out. What loses its last prompt token, all its scored tokens, or what told its completions
-    apart is dropped.
+    An example's length is that of its longest path: of a pair, the longer of prompt+chosen and prompt+rejected; of a
+    conversation, its longest turn with context. Cutting the start removes the same number of prompt tokens for all
+    completions, after the tokens that open every text (a beginning-of-sequence token); in a conversation it removes as
+    many from all turns, and drops turns whose context differs from the last turn's at the cut. Cutting the end
+    shortens the completions, end-of-sequence token included, and each turn of a conversation; turns without a scored
+    token are dropped. An example that loses its last prompt token, all its scored tokens, or the tokens in which its
+    completions differ is dropped.
 
     Args:
         example: a prompt with its completions, or one segment alone.
-        max_length: tokens that a sequence may have; ``None`` = any number.
+        max_length: maximum number of tokens of a sequence; ``None`` = unlimited.
         on_too_long: what to do with a longer one.
-        opening: tokens that stay where a prompt begins with them and its start is cut.
+        opening: tokens kept at the beginning of a prompt when its start is cut.
 
     Returns:
         The example to keep (``None`` = drop it), and whether it was cut.
@@ -51,17 +51,20 @@ def fit(
     length = longest(example.root)
     if max_length is None or length <= max_length:
         return example, False
+
     if on_too_long == "error":
         raise TooLongError(
             f"{length} tokens, expected at most max_length={max_length}: raise it, shorten the row or set on_too_long"
         )
     if on_too_long == "drop":
         return None, False
+
     cut = (
         _cut_start(example.root, length - max_length, np.asarray(opening, np.int64))
         if on_too_long == "truncate_start"
         else _cut_end(example.root, max_length)
     )
+    # Completions that became equal, or lost all scored tokens, would train on nothing.
     if cut is None or has_equal_sequences(cut):
         return None, False
     shorter = Example(example.row_id, cut, example.fields)
@@ -72,7 +75,7 @@ def fit(
 
 
 def longest(root: Segment) -> int:
-    """The tokens of the longest path of a tree.
+    """Counts the tokens of the longest path of a tree.
 
     Example:
         >>> longest(Segment([1, 2], children=(Segment([3]), Segment([4, 5]))))
@@ -82,7 +85,7 @@ def longest(root: Segment) -> int:
 
 
 def has_equal_sequences(root: Segment) -> bool:
-    """Whether two sequences of a tree have the same tokens.
+    """Tells whether two sequences of a tree have the same tokens.
 
     Example:
         >>> has_equal_sequences(Segment([1], children=(Segment([2]), Segment([2]))))
@@ -100,7 +103,7 @@ def _cut_start(root: Segment, excess: int, opening: Tokens) -> Segment | None:
     if len(root.tokens) - kept <= excess:
         if len(sequences) > 1 or len(sequences[0]) == 1:
             return None
-        # The cut reaches beyond the first fork: turns that do not share what is cut, and a token more, cannot go along.
+        # The cut reaches beyond the first fork: only turns that share the removed tokens and one more can be cut alike.
         last, trunk = sequences[0][-1][0], None
         sequences = [[path for path in sequences[0] if shared_length(path[0], last) > kept + excess]]
     shorter = [
@@ -125,7 +128,7 @@ def _cut_end(root: Segment, max_length: int) -> Segment | None:
 
 
 def _scored_paths(paths: Sequence[WeightedPath]) -> list[WeightedPath]:
-    """The paths of a sequence that score a token which no earlier one has."""
+    """Keeps the paths of a sequence that score a token that no earlier path has."""
     kept: list[WeightedPath] = []
     for tokens, weights in paths:
         shared = max((shared_length(tokens, earlier) for earlier, _ in kept), default=0)

@@ -1,8 +1,8 @@
 """Loaders that shard themselves, count what was consumed, and resume exactly.
 
 A pass over the data (an epoch) is a fixed order of rows, a function of seed and epoch alone, cut into global batches;
-of each, a rank gets every ``world_size``-th row. So neither the number of ranks nor an interruption changes what a step
-sees.
+each rank gets every ``world_size``-th row of them. So neither the number of ranks nor an interruption changes the rows
+of a step.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Couple = Callable[[list[Example]], list[Example]]
 
 
 class BatchLoader(ABC):
-    """What the loaders have in common: one rank's share of each global batch, and a position that can be saved.
+    """Base class of loaders that yield one rank's share of each global batch and save their position.
 
-    Iterating starts where the position is. A batch counts as consumed when it is marked so (``batch.mark_consumed()``,
-    at the end of the step that used it); a consumer that never marks any is taken to be done with a batch when it asks
-    for the next one, and with the last of an epoch when it gets it. After the last batch the position is the start of
-    the next epoch. An iteration that is left in the middle and begun anew begins the next epoch too, as with any data
-    loader; only a loaded position goes on within one.
+    Iteration starts at the position. A batch counts as consumed when it is marked so (``batch.mark_consumed()``, at
+    the end of the step that used it); for a consumer that never marks batches, a batch is consumed when it asks for
+    the next one, and the last batch of an epoch when it receives it. After the last batch the position is the start of
+    the next epoch. Restarting an unfinished iteration also begins the next epoch, as with any data loader; only a
+    loaded position continues within one.
 
     Args:
         batch_size: rows in a global batch, over all ranks; at least 1.
-        seed: what the order is drawn from.
+        seed: seed of the order.
         rank: this process, from 0.
         world_size: how many processes there are.
         drop_last: leave out a last batch of fewer rows; otherwise it is kept, and ranks without a row get an empty
@@ -92,15 +92,15 @@ class BatchLoader(ABC):
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Rows of each global batch of an epoch, up to ``limit``; none where nobody knows how many there are."""
+        """Rows of each global batch of an epoch, up to ``limit``; empty where the number of rows is unknown."""
         if self.num_rows is None:
             return []
         sizes = [min(self.batch_size, self.num_rows - n * self.batch_size) for n in range(len(self))]
         return sizes[: self.limit]
 
     def __iter__(self) -> Iterator[ExampleBatch]:
-        # A generator does nothing before its first `next`: Lightning makes iterators that it throws away, and may load
-        # the position after it made the one that it keeps.
+        # A generator does nothing before its first `next`: Lightning makes iterators that it discards, and may load
+        # the position after making the one that it keeps.
         if self._current is not None:
             self._next_epoch()
         current = self._current = object()
@@ -113,14 +113,14 @@ class BatchLoader(ABC):
                 consumed()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position (epoch, rows of it that are consumed) and what it is a position in."""
+        """Returns the position (epoch, consumed rows of it) and the identity of the data it refers to."""
         return {"epoch": self._epoch, "rows": self._consumed, "marks": self._marks, "data": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position; iterators made earlier no longer move it.
+        """Restores a position; iterators made earlier no longer move it.
 
         Raises:
-            ValueError: if the position is one in other data, in another order or in batches of another size.
+            ValueError: if the position refers to other data, another order or batches of another size.
         """
         now = self._identity()
         for key, before in state["data"].items():
@@ -149,11 +149,11 @@ class BatchLoader(ABC):
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a position to mean the same."""
+        """Returns the properties that must be equal for a position to be valid."""
 
     @abstractmethod
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[list[Example], int, bool]]:
-        """Yields this rank's examples, how many rows of the epoch are then gone, and whether that is its last batch."""
+        """Yields this rank's examples, the rows of the epoch consumed after them, and whether the batch is the last."""
 
 
 _READABLE = {
@@ -164,7 +164,7 @@ _READABLE = {
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of rows in an epoch: a permutation that depends on seed and epoch and on nothing else.
+    """Draws the order of rows in an epoch: a permutation that depends on seed and epoch alone.
 
     Args:
         num_rows: how many rows there are.
@@ -182,9 +182,9 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 
 def epoch_draws(seed: int, epoch: int) -> np.random.Generator:
-    """What an epoch's random choices are drawn from; no two pairs of seed and epoch have the same draws.
+    """Returns an epoch's random generator; no two pairs of seed and epoch have the same draws.
 
-    ``SeedSequence`` takes ``[2**32, 0]`` for ``[0, 1]``: of a seed of more than one of its words the digest is used.
+    ``SeedSequence`` treats ``[2**32, 0]`` like ``[0, 1]``: where a number exceeds one of its words, a digest is used.
 
     Args:
         seed: at least 0.
@@ -198,7 +198,7 @@ def epoch_draws(seed: int, epoch: int) -> np.random.Generator:
 
 
 def by_prompt(order: npt.NDArray[np.int64], prompts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Moves rows of the same prompt up to the first of them.
+    """Moves all rows of a prompt up to its first row.
 
     Args:
         order: ``(num_rows,)`` row indices.
@@ -218,21 +218,21 @@ def by_prompt(order: npt.NDArray[np.int64], prompts: npt.NDArray[np.int64]) -> n
 
 
 class ExampleLoader(BatchLoader):
-    """Batches of tokenised examples that are all there.
+    """Loads batches of examples that are already tokenised.
 
     Args:
         examples: the examples; :class:`~rlhf_lightning.data.example_store.ExampleStore` takes the least memory.
         batch_size: examples in a global batch, over all ranks; at least 1.
-        shuffle: whether each epoch has an order of its own.
-        group_by_prompt: in each order, examples of the same prompt stand together where the first of them is; a rank's
-            share of a batch is then a run of its examples in place of every ``world_size``-th.
-        seed: what the orders are drawn from, at least 0.
+        shuffle: draw a new order in each epoch.
+        group_by_prompt: in each order, move examples of the same prompt next to the first of them; a rank's share of
+            a batch is then a contiguous run instead of every ``world_size``-th example.
+        seed: seed of the orders, at least 0.
         rank: this process, from 0.
         world_size: how many processes there are.
         drop_last: leave out a last batch of fewer examples.
         limit: end an epoch after this many batches.
         couple: changes the examples of a *global* batch together, one for one, before a rank takes its share.
-        fingerprint: what the examples are recognised by when a position is loaded.
+        fingerprint: identifies the examples when a position is loaded.
 
     Example:
         >>> from rlhf_lightning.sequences.example import Segment
@@ -265,7 +265,7 @@ class ExampleLoader(BatchLoader):
 
     @property
     def num_rows(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return len(self.examples)
 
     def _identity(self) -> dict[str, Any]:
@@ -280,7 +280,7 @@ class ExampleLoader(BatchLoader):
 
     @cached_property
     def _prompts(self) -> npt.NDArray[np.int64]:
-        """``(num_rows,)`` a number for each example's prompt."""
+        """Prompt numbers of the examples, ``(num_rows,)``."""
         numbers: dict[bytes, int] = {}
         found = (numbers.setdefault(example.root.tokens.tobytes(), len(numbers)) for example in self.examples)
         return np.fromiter(found, np.int64, count=len(self.examples))
@@ -290,7 +290,7 @@ class ExampleLoader(BatchLoader):
         return by_prompt(order, self._prompts) if self.group_by_prompt else order
 
     def _share(self, size: int) -> slice:
-        """The part of a global batch that is this rank's."""
+        """Returns this rank's share of a global batch."""
         if not self.group_by_prompt:
             return slice(self.rank, None, self.world_size)
         return slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
@@ -309,19 +309,19 @@ class ExampleLoader(BatchLoader):
 
 
 class StreamLoader(BatchLoader):
-    """Batches of rows that are read and tokenised as they are needed.
+    """Loads batches of rows that are read and tokenised on demand.
 
-    All ranks read the same rows in the same order and tokenise their own, so that they need not talk to each other. A
-    row of which no example can be made leaves its place in the batch empty. On resume, rows up to the position are read
-    again (which rebuilds the shuffle buffer as it was), but not tokenised.
+    All ranks read the same rows in the same order and tokenise their own, so that they need not communicate. A row
+    that yields no example leaves its place in the batch empty. On resume, rows up to the position are read again
+    (which rebuilds the shuffle buffer), but not tokenised.
 
     Args:
         source: the rows, in a fixed order.
-        make: makes the examples of one row, none if it is to be left out; called with the row's id and the stored row.
+        make: makes the examples of one row, none to leave it out; called with the row's id and the stored row.
         batch_size: rows in a global batch, over all ranks; at least 1.
         shuffle_buffer: rows among which the next one is drawn; below 2, rows come in the source's order. A row moves
-            by about as many places; further only with its file or row group, whose order is another in each epoch.
-        seed: what the draws depend on, with the epoch; at least 0.
+            by about as many places; further only with its file or row group, which are reordered in each epoch.
+        seed: seed of the draws, together with the epoch; at least 0.
         rank: this process, from 0.
         world_size: how many processes there are.
         drop_last: leave out a last batch of fewer rows.
@@ -351,7 +351,7 @@ class StreamLoader(BatchLoader):
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows the source has, if that is known."""
+        """Number of rows of the source; ``None`` if unknown."""
         return self.source.num_rows
 
     def _identity(self) -> dict[str, Any]:
@@ -364,7 +364,7 @@ class StreamLoader(BatchLoader):
         }
 
     def _rows(self, epoch: int) -> Iterator[tuple[str, Any]]:
-        """The rows of an epoch in its order: each is drawn from a buffer that the next of the source then fills up."""
+        """Yields the rows of an epoch in order: each is drawn from a buffer and replaced by the source's next row."""
         if self.shuffle_buffer < 2:
             yield from self.source.raw()
             return
@@ -381,7 +381,7 @@ class StreamLoader(BatchLoader):
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[list[Example], int, bool]]:
         rows = self._rows(epoch)
         number, stop = start // self.batch_size, start
-        # Passes over what is consumed already; the buffer's draws happen on the way.
+        # Skips consumed rows; the buffer's draws are repeated on the way.
         next(islice(rows, start, start), None)
         following = list(islice(rows, self.batch_size))
         while following and not (self.drop_last and len(following) < self.batch_size):

@@ -1,4 +1,4 @@
-"""Chat messages and tools as people write them, brought to the one form that chat templates read."""
+"""Brings chat messages and tools, as data sets write them, to the one form that chat templates read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .cell_checks import (
 Messages = list[dict[str, Any]]
 Text = str | Messages
 
-# Columns, and keys of messages, that hold media; they are refused, since no model here sees them.
+# Columns, and keys of messages, that hold media; they are refused, since only text is supported.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _SHAREGPT_ROLES = {
@@ -39,11 +39,11 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# Other names that people give to the two speakers whom every template knows; further roles are the template's business.
+# Other names of the two speakers that every template knows; other roles are left to the template.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _KNOWN_ROLES = {*_SHAREGPT_ROLES, "developer"}
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
-# Keys by which other trainers say whether a message is learned; torchtune's says the contrary.
+# Keys by which other trainers mark whether a message is learned; torchtune's `masked` is inverted.
 _LEARNED = {"weight": True, "train": True, "training": True, "loss": True, "masked": False}
 _PARTLY_LEARNED = ("train_detail", "training_detail")
 
@@ -53,9 +53,9 @@ def check_text(value: Any, name: str) -> Text:
 
     A message of that form has a ``role`` and a ``content`` that is one string (a call of tools may have none), no key
     that is null at any depth, calls as ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``, and the
-    key ``weight``, 0, where nothing of it is to be learned. It may come with ``from`` and ``value`` (ShareGPT), with a
-    list of text blocks as content, with the calls' arguments as JSON text, and with the keys ``weight``, ``train``,
-    ``training``, ``loss`` or ``masked`` of other trainers. A string that is the JSON of messages is read as these.
+    key ``weight``, 0, where it is not learned. Also accepted are ``from`` and ``value`` (ShareGPT), a list of text
+    blocks as content, the calls' arguments as JSON text, and the keys ``weight``, ``train``, ``training``, ``loss`` or
+    ``masked`` of other trainers. A string that is the JSON of messages is parsed.
 
     Raises:
         ValueError: for anything else, such as an image among the blocks.
@@ -76,11 +76,11 @@ def check_text(value: Any, name: str) -> Text:
 
 
 def joined_text(content: Any, where: str) -> str:
-    """Joins a content of text blocks, one after the other without anything between them.
+    """Concatenates a content of text blocks.
 
     Args:
         content: a string, a list of blocks like ``{"type": "text", "text": "..."}``, or one block.
-        where: what to call it in a message.
+        where: its name in error messages.
 
     Raises:
         ValueError: for a block that holds anything but text.
@@ -101,7 +101,7 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
     """Reads the column ``tools``: a list of functions, or the JSON text of one.
 
     Returns:
-        The functions, as they were described but for keys that are null; an empty list where there are none.
+        The functions as described, without null keys; an empty list where there are none.
 
     Raises:
         ValueError: for anything else.
@@ -123,19 +123,19 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
     return [dict(tool) for tool in tools]
 
 
-# What tokenization does with messages in that form.
+# Checks of messages in that form during tokenization.
 
 
 def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -> None:
-    """Checks that a chat template has left out nothing that a row says.
+    """Checks that a chat template has dropped nothing that a row says.
 
-    What a user, a system or a tool says must be in the rendering (blanks aside, and as text or as JSON), and so must
-    the name of each function that is called or offered. What the assistant says may be cut: templates leave out its
-    earlier reasoning.
+    Every message of a user, a system or a tool must appear in the rendering (ignoring whitespace, as text or as JSON),
+    and so must the name of each function that is called or offered. Messages of the assistant may be cut: templates
+    leave out its earlier reasoning.
 
     Args:
         messages: in the form of :func:`check_text`.
-        template: what the row hands to the template, such as ``tools``.
+        template: the row's arguments of the template, such as ``tools``.
         text: the rendering.
 
     Raises:
@@ -165,7 +165,7 @@ def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -
 
 
 def check_no_tools(template: Mapping[str, Any]) -> None:
-    """Refuses tools beside a prompt that is text: no template would show them to the model."""
+    """Refuses tools with a prompt that is text: no template would show them to the model."""
     if template.get("tools"):
         raise ValueError(
             "'tools' beside a prompt that is text, where no chat template shows them to the model: write the prompt as "
@@ -219,7 +219,7 @@ def first_medium(columns: Mapping[str, Any]) -> str | None:
 
 
 def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """Puts what other trainers call a message's weight into the key ``weight``, where it is 0."""
+    """Replaces other trainers' keys for a message's weight by ``weight: 0``; a message to be learned has no key."""
     for name in _PARTLY_LEARNED:
         if message.pop(name, None):
             raise ValueError(
@@ -253,7 +253,7 @@ def _block_text(block: Any, where: str) -> str:
 
 
 def _written_messages(text: str, name: str) -> list[Any] | None:
-    """The messages that a string is the JSON of; nothing for any other string."""
+    """Parses a string that is the JSON of messages; ``None`` for any other string."""
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
@@ -308,7 +308,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """Reads the calls that ShareGPT's ``function_call`` has as JSON text; any other text stays what was said."""
+    """Parses the calls that ShareGPT's ``function_call`` holds as JSON text; any other text stays the content."""
     try:
         calls = json.loads(message["content"])
     except (TypeError, ValueError, RecursionError):
@@ -319,7 +319,7 @@ def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": "", "tool_calls": clean(calls)}
 
 
-# What a rendering must have.
+# Texts that a rendering must contain.
 
 
 def _function_name(described: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""From the rows of a source to the examples that are kept, with what happened to the others on record."""
+"""Turns the rows of a source into examples, and counts those that are dropped, cut, skipped or left out."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _SHOWN_BAD_ROWS = 3
 
 
 class RowReader:
-    """Makes the examples of rows, brings them within a length, and counts.
+    """Makes the examples of rows, brings them within a maximum length, and counts the outcomes.
 
     Args:
         source: the rows.
         make: makes the examples of one row; called with the row's id and its columns.
-        max_length: tokens that a sequence may have; ``None`` = any number.
+        max_length: maximum number of tokens of a sequence; ``None`` = unlimited.
         on_too_long: what to do with a longer one.
         on_bad_row: ``error`` at a row that cannot be used, or ``skip`` it.
-        opening: tokens that a cut start of a text keeps.
+        opening: tokens kept at the beginning of a text whose start is cut.
 
     Attributes:
         report: ``rows`` read, ``examples`` made of them, ``kept``, ``dropped`` (too long), ``truncated`` (and kept),
             ``bad`` (rows skipped), ``left_out`` (rows, by the transform), ``tokens`` (shared ones once) and the
-            ``longest`` sequence among those kept.
+            ``longest`` sequence kept.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RowReader:
         self.report = dict.fromkeys(names, 0)
 
     def read(self, row_id: str, stored: Any) -> list[Example]:
-        """Makes what is kept of one stored row.
+        """Makes the examples of one stored row that are kept.
 
         Raises:
             ValueError: ``<file>:<line>: what is wrong, what is expected``, unless bad rows are skipped.
@@ -97,7 +97,7 @@ class RowReader:
         return store
 
     def describe(self) -> str:
-        """The report in one line."""
+        """Formats the report as one line."""
         report = self.report
         parts = [f"{report['rows']} rows", f"{report['kept']} of {report['examples']} examples kept"]
         if report["dropped"]:

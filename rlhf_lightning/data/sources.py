@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder, a dataset saved or on the hub, an embedded task, or memory."""
+"""Sources of rows: a file, a folder, a dataset on disk or on the hub, an embedded task, or memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = str | Sequence[str] | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.IterableDataset
 else:
-    # No class is among them: the command line would open a file of rows as the configuration of an object of it.
+    # Without classes: the command line would parse a file of rows as the configuration of such an object.
     Source = str | list[str] | list[dict[str, Any]]
 
-# What a datamodule's splits are called on disk and on the hub.
+# Names of a datamodule's splits on disk and on the hub.
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-# Files that datasets and the hub keep beside rows.
+# Metadata files that datasets and the hub store next to the rows.
 _ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -43,8 +43,8 @@ class MemoryRows(RowSource):
     Args:
         name: what the user called them.
         rows: the rows.
-        num_rows: how many; ``None`` where nobody knows.
-        fingerprint: what ``datasets`` calls them; computed from the rows if left out.
+        num_rows: their number; ``None`` if unknown.
+        fingerprint: the one of ``datasets``; computed from the rows if left out.
     """
 
     def __init__(self, name: str, rows: Any, *, num_rows: int | None, fingerprint: str | None = None) -> None:
@@ -55,12 +55,12 @@ class MemoryRows(RowSource):
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows there are, if anybody knows."""
+        """Number of rows; ``None`` if unknown."""
         return self._num_rows
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the rows, or the one their dataset came with."""
+        """A digest of the rows, or the fingerprint of their dataset."""
         if self._fingerprint is not None:
             return self._fingerprint
         digest = blake2b(digest_size=16)
@@ -73,10 +73,10 @@ class MemoryRows(RowSource):
 
 
 class JoinedRows(RowSource):
-    """Several sources one after the other.
+    """Concatenates several sources.
 
     Args:
-        name: what to call them together.
+        name: their common name.
         parts: the sources, whose row ids are kept.
     """
 
@@ -91,7 +91,7 @@ class JoinedRows(RowSource):
                 yield row_id, (part, stored)
 
     def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
-        """Yields the rows with the parts in a random order, and the parts of these."""
+        """Yields the rows with the parts, and the parts of these, in a random order."""
         for number in draw.permutation(len(self.parts)).tolist():
             for row_id, stored in self.parts[number].shuffled(draw):
                 yield row_id, (self.parts[number], stored)
@@ -103,7 +103,7 @@ class JoinedRows(RowSource):
 
     @property
     def num_rows(self) -> int | None:
-        """The sum over the parts, if all are known."""
+        """The sum over the parts; ``None`` if one is unknown."""
         counts = [part.num_rows for part in self.parts]
         return None if None in counts else sum(count for count in counts if count is not None)
 
@@ -114,11 +114,11 @@ class JoinedRows(RowSource):
 
 
 class RenamedRows(RowSource):
-    """A source whose columns are called otherwise.
+    """Renames the columns of a source.
 
     Args:
         inner: the source.
-        columns: our name -> the row's column.
+        columns: new name -> the row's column.
     """
 
     def __init__(self, inner: RowSource, columns: Mapping[str, str]) -> None:
@@ -154,12 +154,12 @@ class RenamedRows(RowSource):
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows there are."""
+        """Number of rows; ``None`` if unknown."""
         return self.inner.num_rows
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the rows and of the names."""
+        """A digest of the rows and the new names."""
         named = f"{self.inner.fingerprint}{sorted(self.columns.items())}"
         return blake2b(named.encode(), digest_size=16).hexdigest()
 
@@ -171,20 +171,21 @@ def open_source(
     streaming: bool = False,
     columns: Mapping[str, str] | None = None,
 ) -> RowSource:
-    """Opens rows by what the user wrote; nothing is read yet but what it takes to know how.
+    """Opens the rows that a user's description names; reads only what is needed to choose the reader.
 
     A string is tried as an embedded task (``"sums:preference?rows=100"``), as a file (.jsonl, .json, .csv, .parquet,
     .arrow), as a folder of such files or of ``datasets.save_to_disk``, and then as an id on the Hugging Face hub; the
-    last two may name more, as in ``"org/name?split=test&config=main&revision=v2"``.
+    last two take options, as in ``"org/name?split=test&config=main&revision=v2"``.
 
     Args:
         source: the string, a list of such strings, a list of dictionaries, or a ``datasets`` dataset.
-        split: the part to read where a folder or a hub dataset has several: ``"train"``, ``"validation"``, ``"test"``.
-        streaming: read a hub dataset as it arrives, not downloading it first.
-        columns: our name of a column -> the name that it has in the rows.
+        split: the split to read of a folder or a hub dataset that has several: ``"train"``, ``"validation"``,
+            ``"test"``.
+        streaming: stream a hub dataset instead of downloading it first.
+        columns: new name of a column -> its name in the rows.
 
     Returns:
-        A source, which yields ``(row_id, row)``.
+        A source that yields ``(row_id, row)``.
 
     Raises:
         FileNotFoundError: if there is nothing of that name.
@@ -241,14 +242,14 @@ def _open_list(source: Sequence[Any], split: str | None, streaming: bool) -> Row
         part = _open_string(item, split, streaming)
         seen[item] += 1
         if seen[item] > 1:
-            # A source that is listed twice is meant to count twice; its rows need names of their own.
+            # A source that is listed twice counts twice; its rows need distinct ids.
             part = _Again(part, seen[item])
         parts.append(part)
     return parts[0] if len(parts) == 1 else JoinedRows(", ".join(map(str, source)), parts)
 
 
 class _Again(JoinedRows):
-    """A further reading of a source that a list names several times."""
+    """Repeats a source that a list names several times, with distinct row ids."""
 
     def __init__(self, part: RowSource, time: int) -> None:
         super().__init__(part.name, [part])
@@ -327,7 +328,7 @@ def _has_rows(file: Path) -> bool:
 
 
 def _refuse_strays(name: str, path: Path, by_split: Mapping[str | None, Sequence[Path]]) -> None:
-    """Refuses files that name no split beside others that do: whether they are meant to be read, nobody can tell."""
+    """Refuses files without a split next to files of splits: it is unclear whether to read them."""
     if None not in by_split:
         return
     strays = ", ".join(str(file.relative_to(path)) for file in by_split[None])
@@ -378,5 +379,5 @@ def _known_rows(rows: Any) -> int | None:
 
 
 def _describe(rows: Any) -> str:
-    # A stream has no fingerprint of its own: what it says about itself must do.
+    # A stream has no fingerprint: its metadata must serve as one.
     return f"{rows.info.dataset_name}/{rows.info.config_name}/{rows.info.version}/{rows.split}/{_known_rows(rows)}"

@@ -1,8 +1,8 @@
-"""Text as tokens and tokens as text, at the beginning of a sequence and in the middle of one.
+"""Encodes and decodes text, at the beginning of a sequence and in the middle of one.
 
-Many tokenizers put a blank before a text (Metaspace, the Prepend normalizer, a ByteLevel prefix) and take it off again
-when they decode. That is right where a sequence begins, and wrong for what continues one: ``1+2=`` and ``3`` would
-become ``1+2= 3``, and a sampled `` 3`` would be read as ``3``.
+Many tokenizers put a space before a text (Metaspace, the Prepend normalizer, a ByteLevel prefix) and strip it again
+when they decode. That is right at the beginning of a sequence, and wrong for its continuation: ``1+2=`` and ``3``
+would become ``1+2= 3``, and a sampled `` 3`` would be read as ``3``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _CONTINUING: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTok
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, continues: bool = False) -> list[int]:
-    """The tokens of a text, without any that the tokenizer puts around one.
+    """Tokenizes a text without the special tokens that the tokenizer puts around one.
 
     Args:
         tokenizer: any.
-        text: what is to be tokenised.
-        continues: the text continues another one: no blank is put before it.
+        text: the text.
+        continues: whether the text continues another one, so that no space is put before it.
 
     Raises:
         ValueError: the text holds half of a character (a lone surrogate).
@@ -36,24 +36,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, continues: bool = F
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of tokens that continue others: special tokens left out, and all blanks left where they are."""
+    """Decodes tokens that continue others: special tokens are skipped, and all whitespace is kept."""
     return str(
         continuing(tokenizer).decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
 
 
 def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts in front of every text: a beginning-of-sequence token, or nothing."""
+    """Returns the tokens that a tokenizer puts before every text: a beginning-of-sequence token, or none."""
     bare, dressed = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
     return dressed[:at]
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that a model is to continue.
+    """Tokenizes a text that a model continues.
 
-    They begin with what the tokenizer puts in front of every text, once: a chat that was rendered by hand may carry it
-    already. An empty text is the beginning-of-sequence token, or else the end-of-sequence token.
+    The tokens begin once with those that the tokenizer puts before every text; a chat that was rendered by hand may
+    have them already. An empty text is the beginning-of-sequence token, or else the end-of-sequence token.
     """
     opening = opening_tokens(tokenizer)
     tokens = encode(tokenizer, text) if text else []
@@ -67,7 +67,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def continuing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer for what continues a text: it neither adds a blank in front nor takes one away.
+    """Returns a version of a tokenizer for continuations: it neither adds a leading space nor strips one.
 
     Args:
         tokenizer: any; one that does neither is returned as it is.
@@ -81,7 +81,7 @@ def continuing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def shared_prefix(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning.
+    """Counts the leading characters that two texts share.
 
     Example:
         >>> shared_prefix("abc", "abx")
@@ -95,10 +95,10 @@ def shared_prefix(one: str, other: str) -> int:
 
 
 def check_encodable(text: str) -> str:
-    """Returns a text that has an encoding; JSON can write halves of characters (lone surrogates), which have none.
+    """Returns a text that can be encoded; JSON can contain lone surrogates (half characters), which cannot.
 
     Raises:
-        ValueError: which half, and where.
+        ValueError: naming the surrogate and its position.
     """
     try:
         text.encode()
@@ -132,14 +132,14 @@ def _described(part: Any) -> Any:
 
 
 def _plain(part: Any) -> Any:
-    """A part of a tokenizer without the blank that it puts in front of a text, or takes from one."""
+    """Returns a part of a tokenizer changed so that it neither adds a leading space nor strips one."""
     if part is None:
         return None
     kind = part["type"]
     if kind == "Prepend" or (kind == "Strip" and part.get("content") == " "):
         return None
     if kind == "Metaspace":
-        # Older files say it with add_prefix_space alone.
+        # Older files have add_prefix_space alone.
         return {**{k: v for k, v in part.items() if k != "add_prefix_space"}, "prepend_scheme": "never"}
     if kind == "ByteLevel":
         return {**part, "add_prefix_space": False}

@@ -1,4 +1,4 @@
-"""Rows in normal form become token trees: prompt and completions apart, chats turn by turn as the template has them."""
+"""Turns rows in normal form into token trees: prompt and completions separately, chats turn by turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .text_tokens import encode, opening_tokens, prompt_tokens
 if TYPE_CHECKING:
     TokenizerSource: TypeAlias = str | PreTrainedTokenizerBase
 else:
-    # No class is among them: the command line would open a file named here as the configuration of an object of it.
+    # Without classes: the command line would parse a file named here as the configuration of such an object.
     TokenizerSource = str
 
 __all__ = ["OnTooLong", "RowTokenizer", "TooLongError", "Turns", "fit", "has_equal_sequences", "longest"]
@@ -31,21 +31,21 @@ Turns = Literal["all", "last"]
 class RowTokenizer:
     """Makes token trees of rows.
 
-    A prompt and its completions are tokenised apart: joint tokenisation lets a completion change the prompt's last
-    token, and generation never sees that token. Whatever the tokenizer puts in front of a text (a beginning-of-sequence
-    token) goes in front of the prompt, and no blank in front of what continues it; an empty prompt is the
+    A prompt and its completions are tokenised separately: joint tokenisation lets a completion change the prompt's
+    last token, and generation never sees that token. Tokens that the tokenizer puts before a text (a
+    beginning-of-sequence token) go before the prompt, and no space before its continuation; an empty prompt is the
     beginning-of-sequence token, or else the end-of-sequence token. The end-of-sequence token closes every completion
     once and is scored.
 
-    Of a chat, each turn of the assistant is scored in the context in which it is generated: behind what the template
-    makes of everything before it, generation prompt included. Turns whose contexts extend one another are one path;
-    where the template renders earlier turns otherwise (reasoning left out, say), paths fork. A turn ends with the first
-    token of the vocabulary's added ones that the template writes behind its content; where there is none, the
-    end-of-sequence token is added. What the template writes after that is context: no model is asked to generate it.
+    In a chat, each turn of the assistant is scored in the context in which it is generated: after the template's
+    rendering of everything before it, generation prompt included. Turns whose contexts extend one another are one
+    path; where the template renders earlier turns differently (say, without reasoning), paths fork. A turn ends with
+    the first added token of the vocabulary that the template writes after its content; where there is none, the
+    end-of-sequence token is added. Text that the template writes after that is context: it is never generated.
 
     Args:
-        tokenizer: with an end-of-sequence token, and with a chat template if rows hold messages.
-        chat_template_kwargs: handed to the chat template beside a row's own, which win by name.
+        tokenizer: must have an end-of-sequence token, and a chat template if rows hold messages.
+        chat_template_kwargs: passed to the chat template; a row's own settings override them by name.
 
     Raises:
         ValueError: if the tokenizer has no end-of-sequence token.
@@ -69,13 +69,13 @@ class RowTokenizer:
 
     @property
     def first_tokens(self) -> list[int]:
-        """What a text begins with that a cut should leave: what the tokenizer opens it with, or a template may."""
+        """Opening tokens that a cut should keep: those of the tokenizer, else the beginning-of-sequence token."""
         bos = self.tokenizer.bos_token_id
         return self.opening or ([] if bos is None else [cast(int, bos)])
 
     @property
     def end_tokens(self) -> list[int]:
-        """The tokens that trained answers end with: those of the chat template, then the end-of-sequence token."""
+        """The tokens that end trained answers: those of the chat template, then the end-of-sequence token."""
         return list(dict.fromkeys([*self.chat.end_tokens(), self.eos]))
 
     def answers(self, row: Row, *, assistant_only: bool = True, prompt_loss: bool = False) -> Segment:
@@ -83,15 +83,15 @@ class RowTokenizer:
 
         Args:
             row: with at least one completion.
-            assistant_only: give weight 0 to what others than the assistant say within a completion of several messages.
+            assistant_only: within a completion of several messages, give weight 0 to all but the assistant's.
             prompt_loss: score the prompt too, from its second token.
 
         Returns:
-            The prompt with one child per completion; or, where the turns of a completion have contexts that do not
-            begin with the prompt, what they have in common, with one sequence per completion.
+            The prompt with one child per completion; or, where the contexts of a completion's turns do not begin with
+            the prompt, their common prefix, with one sequence per completion.
 
         Raises:
-            ValueError: for a completion without anything to learn, and for a template's errors.
+            ValueError: for a completion without a token to learn, and for a template's errors.
         """
         if all(isinstance(completion, str) for completion in row.completions):
             prompt = np.asarray(self.prompt(row))
@@ -112,13 +112,13 @@ class RowTokenizer:
 
         Args:
             row: without completions.
-            assistant_only: score only what the assistant says in a conversation; otherwise all but the first token of
-                the conversation as the template renders it, in one piece.
-            turns: of the assistant that are scored: ``all``, or the ``last``.
+            assistant_only: score only the assistant's messages of a conversation; otherwise all but the first token of
+                the whole conversation as the template renders it.
+            turns: the assistant's turns to score: ``all``, or the ``last``.
 
         Returns:
-            One segment, closed by the end-of-sequence token or the template's own; or a tree, where turns have contexts
-            that do not extend one another.
+            One segment, closed by the end-of-sequence token or that of the template; or a tree, where the contexts of
+            turns do not extend one another.
 
         Raises:
             ValueError: if nothing in it is scored.
@@ -141,7 +141,7 @@ class RowTokenizer:
         return grow_tree([paths])
 
     def prompt(self, row: Row) -> list[int]:
-        """The tokens of a row's prompt, as they are fed to a model that is to answer it."""
+        """Returns the tokens of a row's prompt, as fed to a model that answers it."""
         if isinstance(row.prompt, str):
             check_no_tools(row.template)
         if isinstance(row.prompt, str) or not row.prompt:
@@ -155,11 +155,11 @@ class RowTokenizer:
 
         Args:
             row: whose completions are the steps, as strings.
-            separator: what ends each step.
+            separator: the text that ends each step.
 
         Returns:
             The prompt with one child, the steps one after the other; the last token of each step has weight 1, all
-            others 0, so that the scored tokens are the places where the row's labels belong, in their order.
+            others 0, so that the scored tokens match the row's labels in order.
         """
         prompt = self.prompt(row)
         tokens: list[int] = []
@@ -171,15 +171,15 @@ class RowTokenizer:
         return Segment(np.asarray(prompt), None, (Segment(np.asarray(tokens), np.asarray(weights, np.float32)),))
 
     def continued(self, text: str) -> list[int]:
-        """The tokens of a text that continues another one."""
+        """Tokenizes a text that continues another one."""
         return encode(self.tokenizer, text, continues=True)
 
     def ended(self, token_ids: Sequence[int], *, chat: bool, template: Mapping[str, Any] | None = None) -> list[int]:
-        """Sampled tokens as a trained answer has them: with its end, once, whatever ended them.
+        """Closes sampled tokens once with the end that a trained answer has, whatever ended them.
 
         Args:
             token_ids: an answer's, with or without the token that ended it.
-            chat: whether it answers a chat, so that the template says how it ends.
+            chat: whether it answers a chat, so that the template determines its end.
             template: the row's settings for the template.
 
         Example:
@@ -189,7 +189,7 @@ class RowTokenizer:
         own_ends = set(self.chat.end_tokens()) if chat else set()
         stop = next((n for n, token in enumerate(token_ids) if token in own_ends | {self.eos}), len(token_ids))
         rest = [token for token in token_ids[stop:] if token not in own_ends | {self.eos}]
-        if str(self.tokenizer.decode(rest)).strip():  # words follow: this is no end
+        if str(self.tokenizer.decode(rest)).strip():  # words follow, so this is not the end
             return self._closed(list(token_ids))
         if stop < len(token_ids) and token_ids[stop] in own_ends - {self.eos}:
             return list(token_ids[: stop + 1])
@@ -199,7 +199,7 @@ class RowTokenizer:
         return body + end
 
     def _end(self, template: Mapping[str, Any] | None) -> list[int]:
-        """The tokens with which the template ends an answer."""
+        """Returns the tokens with which the template ends an answer."""
         text, ended = self.chat.cut(self.chat.ending(template) or "", template)
         tokens = self.continued(text) if text else []
         return tokens if ended else [*tokens, self.eos]
@@ -212,7 +212,7 @@ class RowTokenizer:
         return Segment(np.asarray(tokens), np.ones(len(tokens), np.float32))
 
     def _completion(self, row: Row, completion: Messages, assistant_only: bool) -> list[WeightedPath]:
-        """The paths of a completion: one for each turn of the assistant."""
+        """Makes the paths of a completion: one for each turn of the assistant."""
         history, begun = cast(Messages, row.prompt), None
         if is_begun(history) and is_begun(completion[:1]):
             # The prompt ends with the first words of the answer.
@@ -231,14 +231,14 @@ class RowTokenizer:
         if not paths:
             raise ValueError("no token to learn from: expected a message of role 'assistant' with some content")
         if not history:
-            # With nothing before it the conversation has to start from a token of its own.
+            # Without a prompt, the conversation needs a token to be predicted from.
             start = np.asarray(self.prompt(row))
             unscored = np.zeros(len(start), np.float32)
             paths = [(np.concatenate([start, t]), np.concatenate([unscored, w])) for t, w in paths]
         return paths
 
     def _behind_prompt(self, row: Row, messages: Messages) -> WeightedPath | None:
-        """All that a rendered conversation has behind its prompt; ``None`` where it does not begin with the prompt."""
+        """Scores all of a rendered conversation after its prompt; ``None`` if it does not begin with the prompt."""
         prompt = self.prompt(row)
         tokens, weights = self._rendering(messages, row.template)
         if not row.prompt:
@@ -249,7 +249,7 @@ class RowTokenizer:
         return tokens, weights
 
     def _rendering(self, messages: Messages, template: dict[str, Any]) -> WeightedPath:
-        """A conversation as the template renders it, all of it scored but for messages of weight 0."""
+        """Tokenizes a conversation as the template renders it; scores all but the messages of weight 0."""
         text, ended = self.chat.cut(self.chat.render(messages, template), template)
         tokens = encode(self.tokenizer, text)
         weights = np.ones(len(tokens), np.float32)
@@ -276,14 +276,14 @@ class RowTokenizer:
         marked: bool,
         begun: tuple[int, str | None] = (0, None),
     ) -> list[WeightedPath]:
-        """Turns of a conversation, each behind its context.
+        """Makes the paths of a conversation's turns, each after its context.
 
         Args:
             messages: the conversation.
-            spoken: which of them are learnt.
+            spoken: indices of the messages to learn.
             template: the row's settings.
-            marked: whether the template's marks, if it has any, say which tokens of a turn are scored.
-            begun: a message, and the words with which it begins that belong to its context.
+            marked: whether the template's marks, if it has any, select the scored tokens of a turn.
+            begun: the index of a message, and its first words, which belong to its context.
         """
         paths, text = [], None
         for number in spoken:
@@ -296,7 +296,7 @@ class RowTokenizer:
         return paths
 
     def _path(self, turn: Turn, marks: tuple[list[int], list[int]] | None) -> WeightedPath:
-        """The tokens of a turn behind its context; marks are tokens of the rendering, and which are scored."""
+        """Tokenizes a turn after its context; marks are the rendering's tokens and the mask of scored ones."""
         context = encode(self.tokenizer, turn.context) if turn.context else []
         tokens = encode(self.tokenizer, turn.context + turn.answer)
         if tokens[: len(context)] != context:
@@ -312,12 +312,12 @@ class RowTokenizer:
 
 
 def _is_learnt(message: Mapping[str, Any]) -> bool:
-    """Whether a message is the assistant's, and counts."""
+    """Tells whether a message is the assistant's and its weight is not 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _trimmed(path: WeightedPath) -> WeightedPath:
-    """A path up to its last scored token: what stands behind it cannot change a loss."""
+    """Cuts a path after its last scored token: later tokens cannot change a loss."""
     tokens, weights = path
     stop = _last_scored(weights) + 1
     return tokens[:stop], weights[:stop]

@@ -1,4 +1,4 @@
-"""Rows made of a source's rows: one by one by a function, or two by two by what they are rated."""
+"""Rows derived from a source's rows: one by one by a function, or paired by their ratings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ Transform = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 class TransformedRows(RowSource):
-    """A source whose rows a function rewrites.
+    """Rewrites the rows of a source with a function.
 
     Args:
         inner: the source.
-        transform: from a row's columns to those that it should have, or to ``None`` where the row is to be left out.
-            What it raises as ``ValueError``, ``KeyError``, ``TypeError``, ``IndexError`` or ``AttributeError`` makes
-            the row a bad one.
+        transform: maps a row's columns to new ones, or to ``None`` to leave the row out. A row for which it raises
+            ``ValueError``, ``KeyError``, ``TypeError``, ``IndexError`` or ``AttributeError`` is a bad row.
     """
 
     def __init__(self, inner: RowSource, transform: Transform) -> None:
@@ -59,7 +58,7 @@ class TransformedRows(RowSource):
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows there are, those that will be left out included."""
+        """Number of rows, including rows that will be left out."""
         return self.inner.num_rows
 
     @property
@@ -74,18 +73,18 @@ class TransformedRows(RowSource):
 
 
 class PairedRows(RowSource):
-    """Pairs of the rated completions of one prompt, the better one first.
+    """Pairs the rated completions of one prompt, the better one first.
 
-    Rows that follow one another and have the same prompt (``system``, ``history`` and ``tools`` included) are paired,
-    each with each, by a weighted sum of their ratings; equal sums make no pair. A pair has ``prompt``, ``chosen``,
-    ``rejected``, ``chosen_score``, ``rejected_score`` and whatever else its two rows agree in; its row id is that of
-    the earlier row, ``+`` and the number of the later one. A row without prompt, completion or one of the ratings is a
-    bad one.
+    Consecutive rows with the same prompt (``system``, ``history`` and ``tools`` included) are paired, each with each,
+    by a weighted sum of their ratings; equal sums make no pair. A pair has ``prompt``, ``chosen``, ``rejected``,
+    ``chosen_score``, ``rejected_score`` and all other columns in which its two rows agree; its row id is that of the
+    earlier row, ``+`` and the number of the later one. A row without prompt, completion or one of the ratings is a bad
+    row.
 
     Args:
         inner: the source, whose rows have ``prompt``, ``completion`` (or ``response``) and ratings, either as columns
             or as numbers by attribute in the column ``ratings``.
-        weights: how much each rating counts.
+        weights: weight of each rating in the sum.
     """
 
     def __init__(self, inner: RowSource, weights: Mapping[str, float]) -> None:
@@ -95,7 +94,7 @@ class PairedRows(RowSource):
         self._described = False
 
     def raw(self) -> Iterator[tuple[str, Any]]:
-        """Yields pairs, and in place of a bad row what is wrong with it.
+        """Yields pairs, and for each bad row its error.
 
         Raises:
             ValueError: if there is neither.
@@ -128,7 +127,7 @@ class PairedRows(RowSource):
             rank_zero_info(f"{self.name}: {pairs} pairs by {by} of {prompts} prompts; equal ratings make none")
 
     def parse(self, stored: dict[str, Any] | ValueError) -> dict[str, Any]:
-        """Returns a pair, or raises what is wrong with a bad row."""
+        """Returns a pair, or raises the error of a bad row."""
         if isinstance(stored, ValueError):
             raise stored
         return stored
@@ -145,7 +144,7 @@ class PairedRows(RowSource):
         return blake2b(named.encode(), digest_size=16).hexdigest()
 
     def _parsed(self) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-        """The rows in normal form: ``prompt``, ``completion``, ``score``, ``shown`` and ``rest`` for the others."""
+        """Yields rows in normal form: ``prompt``, ``completion``, ``score``, ``shown``, and ``rest`` for the others."""
         for row_id, stored in self.inner.raw():
             try:
                 row = self.inner.parse(stored)
@@ -172,7 +171,7 @@ class PairedRows(RowSource):
         rest = {column: value for column, value in rest.items() if column not in own}
         if media := first_medium(rest):
             raise ValueError(f"the row has {media!r}, and media are not supported: leave the row out")
-        # What the model is shown before the completion: a pair needs two answers to the same.
+        # The model's whole input before the completion: both answers of a pair must answer the same.
         shown = (row["prompt"], *(row.get(column) for column in CONTEXT))
         return {"prompt": row["prompt"], "completion": row[name], "score": score, "shown": shown, "rest": rest}
 

@@ -1,7 +1,7 @@
-r"""Functions for ``transform=``: from the columns of a published dataset to those of a data contract.
+r"""Functions for ``transform=`` that map the columns of a published dataset to those of a data contract.
 
-Each takes a row's columns and returns new ones, or ``None`` for a row to be left out; any function that does so can
-stand in their place, named by its dotted path in YAML.
+Each takes a row's columns and returns new ones, or ``None`` to leave the row out; any function that does so can be
+used instead, named by its dotted path in YAML.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity",
 
 # Where another speaker begins in the prompts of HelpSteer2 that have several turns.
 _HELPSTEER_TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n\s*")
-# Below this the better completion of an Orca pair was not good either, by the card of the dataset.
+# Below this score even the better completion of an Orca pair is not good, by the card of the dataset.
 _ORCA_LEAST_SCORE = 8
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# A brace behind a backslash is one that is shown, and closes nothing.
+# A brace after a backslash is a literal one and closes nothing.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def chat_prompt(columns: dict[str, Any]) -> dict[str, Any]:
     """Makes a text prompt the user's message, after that of the system where there is a column ``system``.
 
-    For rows of text and a model that was tuned on chats: it then sees its chat template around the prompt, and answers
-    in text become the assistant's. A prompt of messages stays as it is.
+    For rows of text and a model that was tuned on chats: the prompt is then rendered by its chat template, and answers
+    in text become the assistant's. A prompt of messages is left unchanged.
 
     Args:
         columns: ``prompt``, perhaps ``system``, and any others, which stay.
 
     Raises:
-        ValueError: for a prompt or system message that is no text.
+        ValueError: for a prompt or system message that is not text.
 
     Example:
         >>> chat_prompt({"prompt": "2+2=", "system": "Be brief.", "answer": 4})["prompt"]
@@ -49,8 +49,8 @@ def chat_prompt(columns: dict[str, Any]) -> dict[str, Any]:
 def orca_pair(columns: dict[str, Any]) -> dict[str, Any] | None:
     """Reads a pair of ``argilla/distilabel-intel-orca-dpo-pairs``, as its card recommends to use it.
 
-    Left out are pairs that the judge could not decide or did not rate, whose better completion has a score below 8, and
-    whose question is in GSM8K's training file.
+    Leaves out ties and pairs that the judge did not rate, pairs whose better completion has a score below 8, and
+    pairs whose question is in GSM8K's training file.
 
     Args:
         columns: ``system, input, chosen, rejected, status, chosen_score, in_gsm8k_train``; others are dropped.
@@ -65,7 +65,7 @@ def orca_pair(columns: dict[str, Any]) -> dict[str, Any] | None:
         >>> orca_pair({**row, "chosen_score": 7.0, "in_gsm8k_train": False}) is None
         True
     """
-    # A value may be null, where the judge's answer could not be read; a column may not be absent.
+    # A value may be null if the judge's answer could not be parsed, but no column may be missing.
     status, score, leaked = (_there(columns, name) for name in ("status", "chosen_score", "in_gsm8k_train"))
     unrated = score is None or check_number(score, "chosen_score") < _ORCA_LEAST_SCORE
     if status == "tie" or unrated or leaked:
@@ -82,7 +82,7 @@ def helpsteer2(columns: dict[str, Any]) -> dict[str, Any]:
             several turns the later ones begin with a line ``<extra_id_1>User`` or ``<extra_id_1>Assistant``.
 
     Returns:
-        ``prompt, completion, ratings`` and whatever other columns there are.
+        ``prompt, completion, ratings`` and all other columns.
 
     Raises:
         ValueError: for a missing column, a row without any rating, or a prompt whose last turn is not the user's.
@@ -107,7 +107,7 @@ def helpsteer2(columns: dict[str, Any]) -> dict[str, Any]:
 def boxed_answer(columns: dict[str, Any]) -> dict[str, Any] | None:
     r"""Reads a problem of ``AI-MO/NuminaMath-CoT`` and the answer that its solution ends in.
 
-    Left out are problems whose solution has no answer in ``\boxed{}``, such as proofs: nothing could verify theirs.
+    Leaves out problems whose solution has no answer in ``\boxed{}``, such as proofs, which cannot be verified.
 
     Args:
         columns: ``problem``, ``solution`` and perhaps ``source``, which stays; others are dropped.
@@ -131,7 +131,7 @@ def boxed_answer(columns: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _last_box(solution: str) -> str:
-    r"""What stands in the last ``\boxed{}`` of a text; nothing if there is none, or if it is never closed."""
+    r"""Returns the content of the last ``\boxed{}`` of a text; empty if there is none or it is not closed."""
     boxes = list(_BOXED.finditer(solution))
     if not boxes:
         return ""

@@ -1,4 +1,4 @@
-"""Logistic and exponential functions that neither overflow nor lose their gradient."""
+"""Logistic and exponential functions that do not overflow and keep their gradient."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Above this exponent, exp is continued by its tangent: its square still fits in fp32 at exponents of 1e4, and the
-# gradient keeps its sign and size where a clamp would have none.
+# Above this exponent, exp is continued by its tangent: its square still fits in fp32 at exponents of 1e4, and unlike
+# with a clamp the gradient does not vanish.
 MAX_EXPONENT: Final = 30.0
 
 
 def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
-    """-log S(m), S the logistic function, of which ``label_smoothing`` goes to -log S(-m)."""
+    """Computes -(1 - e) log S(m) - e log S(-m), with S the logistic function and e = ``label_smoothing``."""
     loss = -F.logsigmoid(margin)
     if label_smoothing == 0.0:
         return loss
@@ -27,22 +27,22 @@ def _beyond(exponent: Tensor) -> Tensor:
 
 
 def exp(exponent: Tensor) -> Tensor:
-    """The exponential function, continued by its tangent above ``MAX_EXPONENT``."""
+    """Computes e^x, continued by its tangent above ``MAX_EXPONENT``."""
     return exponent.clamp(max=MAX_EXPONENT).exp() + _beyond(exponent)
 
 
 def expm1(exponent: Tensor) -> Tensor:
-    """The exponential function less 1, continued by its tangent above ``MAX_EXPONENT``."""
+    """Computes exp(x) - 1, continued by its tangent above ``MAX_EXPONENT``."""
     return exponent.clamp(max=MAX_EXPONENT).expm1() + _beyond(exponent)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, accurate at both ends; an x within rounding of 0 counts as that rounding.
+    """Computes log(1 - exp(x)) for x <= 0, accurate at both ends; x is at most minus the dtype's epsilon.
 
     Machler (2012), "Accurately computing log(1 - exp(-|a|))": log(-expm1(x)) near 0, log1p(-exp(x)) below -log 2.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    # Each branch gets an argument at which it is finite: the branch not taken must not put NaN in the gradient.
+    # Each branch gets an argument at which it is finite, so that the branch not taken puts no NaN in the gradient.
     far = torch.log1p(-x.clamp(max=-math.log(2)).exp())
     near = torch.log(-torch.expm1(x.clamp(min=-math.log(2))))
     return torch.where(x < -math.log(2), far, near)

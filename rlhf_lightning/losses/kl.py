@@ -17,17 +17,17 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 KL_ESTIMATORS: Final[tuple[KLEstimator, ...]] = get_args(KLEstimator)
 
-# Above this exponent, exp is continued by its tangent: finite in fp32 for any log-ratio, with a gradient that keeps its
-# sign and size where a clamp would have none.
+# Above this exponent, exp is continued by its tangent: finite in fp32 for any log-ratio, with a gradient that, unlike
+# with a clamp, does not vanish.
 MAX_EXPONENT: Final = 30.0
-# Below this magnitude exp(x) - 1 - x loses digits to cancellation and its series takes over; the last term kept is
+# Below this magnitude exp(x) - 1 - x loses digits to cancellation and its series is used; the first term left out is
 # below the rounding of fp64 there.
 _SERIES_BELOW: Final = 0.5
 _SERIES_LAST: Final = 14
 
 
 def bounded_exp(exponent: Tensor) -> Tensor:
-    """exp(x), continued by its tangent above ``MAX_EXPONENT`` so that no log-ratio overflows.
+    """Computes exp(x), continued by its tangent above ``MAX_EXPONENT`` so that no log-ratio overflows.
 
     Args:
         exponent: any shape.
@@ -44,9 +44,9 @@ def bounded_exp(exponent: Tensor) -> Tensor:
 
 
 def _exp_minus_tangent(exponent: Tensor) -> Tensor:
-    """exp(x) - 1 - x to full relative precision, never negative."""
+    """Computes exp(x) - 1 - x to full relative precision, never negative."""
     is_small = exponent.abs() < _SERIES_BELOW
-    # The branch that is not taken must stay finite too, or its gradient turns into NaN.
+    # The branch not taken must stay finite too, or the gradient becomes NaN.
     small = torch.where(is_small, exponent, torch.zeros_like(exponent))
     series = torch.ones_like(small)
     for order in range(_SERIES_LAST, 2, -1):
@@ -74,8 +74,8 @@ def kl_per_token(
     ``k3``     e^-r - 1 + r       that of KL(reference || policy)     that of KL(policy || reference)
     =========  =================  ==================================  ======================================
 
-    A loss differentiates the value at the sampled token but not the chance of sampling it. Multiplying by the
-    differentiable ratio of the policy to the one that sampled (1 in value on policy) puts that part back.
+    A loss differentiates the value at the sampled token but not the probability of sampling it. Multiplying by the
+    differentiable ratio of the policy to the one that sampled (1 in value on policy) restores that part.
 
     No clamps: ``k3`` is computed from its series near r = 0, where the formula cancels, and grows linearly instead of
     exponentially for r below -30, where it would overflow.

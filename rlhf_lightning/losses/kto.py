@@ -1,4 +1,4 @@
-"""Losses on completions that are labelled good or bad on their own: KTO and the unpaired APO-zero.
+"""Losses on completions that are individually labelled good or bad: KTO and the unpaired APO-zero.
 
 Shapes: B examples, M mismatched prompt-completion pairs.
 """
@@ -15,7 +15,7 @@ from ..utils.validation import check_choice, check_not_negative, check_positive,
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
 
 LOSS_TYPES: Final[tuple[KTOLossType, ...]] = get_args(KTOLossType)
-# The losses that read the KL estimate, and so couple the examples of the global batch.
+# Losses that read the KL estimate, and so couple the examples of the global batch.
 COUPLED: Final = frozenset({"kto"})
 
 
@@ -28,7 +28,7 @@ def validate_kto_loss(
         loss_type: one of ``LOSS_TYPES``.
         beta: above 0.
         desirable_weight: at least 0.
-        undesirable_weight: at least 0, and not 0 with the other.
+        undesirable_weight: at least 0; not both weights may be 0.
 
     Raises:
         ValueError: what is wrong, what is allowed, and what to write.
@@ -47,10 +47,10 @@ def validate_kto_loss(
 
 
 def kto_kl(kl_logps_M: Tensor, ref_kl_logps_M: Tensor) -> Tensor:
-    """The estimate of KL(policy || reference) that KTO compares rewards with, held constant.
+    """Estimates KL(policy || reference), which KTO compares rewards with, as a constant.
 
-    Paper: KTO (Ethayarajh et al., 2024, arXiv:2402.01306): the mean log-ratio of completions under prompts
-    that are not their own, not below 0.
+    Paper: KTO (Ethayarajh et al., 2024, arXiv:2402.01306): the mean log-ratio of completions under unrelated prompts,
+    clamped at 0.
 
     Args:
         kl_logps_M: sum of the policy's log-probs over each mismatched completion of the global batch, (M,), M > 0.
@@ -60,7 +60,7 @@ def kto_kl(kl_logps_M: Tensor, ref_kl_logps_M: Tensor) -> Tensor:
         A scalar without gradient.
 
     Raises:
-        ValueError: shapes that differ, or nothing to average.
+        ValueError: shapes that differ, or no pair to average over.
 
     Example:
         >>> kto_kl(torch.tensor([-3.0, -5.0]), torch.tensor([-5.0, -6.0]))
@@ -85,7 +85,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     loss_type: KTOLossType = "kto",
 ) -> Tensor:
-    """One loss value per example.
+    """Computes the KTO or unpaired APO-zero loss, one value per example.
 
     Papers: KTO (Ethayarajh et al., 2024, arXiv:2402.01306); APO (D'Oosterlinck et al., 2024, arXiv:2408.06266),
     eq. 7, without pairs. With h the log-ratio of policy over reference, S the logistic function, w the label's weight::
@@ -98,14 +98,14 @@ def kto_loss(
         ref_logps_B: the same of the reference, (B,).
         label_B: whether the completion is desirable, (B,), bool.
         kl: the scalar of ``kto_kl``, for ``kto``; treated as a constant.
-        beta: above 0; large keeps the policy near the reference.
+        beta: above 0; larger keeps the policy nearer to the reference.
         desirable_weight: at least 0, the paper's lambda_D.
         undesirable_weight: at least 0, lambda_U. The paper chooses them such that lambda_D n_D is
             1 to 4/3 times lambda_U n_U, with n the counts of both labels.
         loss_type: ``kto`` or ``apo_zero_unpaired``.
 
     Returns:
-        Losses (B,), unreduced: their sum over the global batch is to be divided by the number of examples.
+        Losses (B,), unreduced: divide their sum over the global batch by the number of examples.
 
     Raises:
         ValueError: a shape that differs, labels that are not bool, no ``kl`` for ``kto``, or an argument out of range.

@@ -1,4 +1,4 @@
-"""Which sampled tokens a policy-gradient loss reads, and with what weight, when they are not quite the policy's own.
+"""Masks and weights of sampled tokens for a policy-gradient loss when they are not exactly on policy.
 
 Shapes: N sampled tokens of all sequences, flat and in any order; S sequences. All tokens of a sequence must be in the
 same call.
@@ -31,16 +31,16 @@ def engine_correction_weights(
     minimum: float | None = None,
     maximum: float | None = 3.0,
 ) -> Tensor:
-    """Weights that correct for sampling from an engine whose probabilities differ from the trainer's.
+    """Computes weights that correct for sampling from an engine whose probabilities differ from the trainer's.
 
     Papers: Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (Yao et al., 2025) for ``truncate``:
     clip(w, minimum, maximum); IcePop (Ling Team, 2025) for ``mask``: w where it lies within the bounds, else 0. w is
     p_trainer / p_engine of the token, or their product over the sequence. The weight is a constant that multiplies the
-    loss of a token. A token whose engine log-probability is NaN is taken to agree.
+    loss of a token. A token whose engine log-probability is NaN has the ratio 1.
 
     Args:
         trainer_logprobs_N: log-probabilities by the trainer, with the same weights as the engine's, (N,).
-        engine_logprobs_N: those that the engine reported, (N,).
+        engine_logprobs_N: log-probabilities that the engine reported, (N,).
         sequence_index_N: sequence of each token, (N,).
         num_sequences: S.
         mode: one of ``ENGINE_CORRECTIONS``.
@@ -71,6 +71,8 @@ def engine_correction_weights(
     high = math.inf if maximum is None else maximum
     if not 0 <= low < high:
         raise ValueError(f"minimum={minimum} and maximum={maximum} bound no weight: use 0 <= minimum < maximum")
+
+    # A constant: the correction reweights the gradient and must not have one.
     level, action = mode.split("_")
     log_ratio_N = (trainer_logprobs_N - engine_logprobs_N).detach().nan_to_num(nan=0.0)
     if level == "sequence":
@@ -91,21 +93,21 @@ def off_policy_mask(
     num_sequences: int,
     threshold: float,
 ) -> Tensor:
-    """Leaves out the tokens with a negative advantage of sequences from which the policy has moved away.
+    """Masks tokens with a negative advantage in sequences from which the policy has moved away.
 
     Paper: DeepSeek-V3.2 (2025, arXiv:2512.02556), eq. 9: drop where A < 0 and mean_t log(p_sampled / p) > threshold.
-    A token whose sampling log-probability is NaN counts as one that has not moved.
+    A token whose sampling log-probability is NaN counts as unmoved.
 
     Args:
         logprobs_N: the policy's log-probability of each sampled token, (N,).
-        sampling_logprobs_N: those under which the tokens were drawn, the engine's where there are any, (N,).
+        sampling_logprobs_N: log-probabilities under which the tokens were drawn, the engine's if reported, (N,).
         advantages_N: (N,).
         sequence_index_N: sequence of each token, (N,).
         num_sequences: S.
         threshold: above 0; 0.5 is usual.
 
     Returns:
-        Mask (N,), true where a token stays.
+        Mask (N,), true where a token is kept.
 
     Raises:
         ValueError: for a threshold of 0 or below.
@@ -132,7 +134,7 @@ def off_policy_mask(
 
 
 def top_entropy_threshold(entropies_N: Tensor, *, top_fraction: float) -> Tensor:
-    """The entropy that a token must reach to be among the given share of the most uncertain ones.
+    """Computes the entropy that a token must reach to be among the given share of the most uncertain ones.
 
     Paper: Beyond the 80/20 Rule (Wang et al., 2025, arXiv:2506.01939): only the top 20 % of the tokens by entropy carry
     the policy gradient. The threshold is the (1 - top_fraction) quantile, with linear interpolation.
@@ -171,7 +173,7 @@ def top_entropy_mask(entropies_N: Tensor, *, threshold: Tensor) -> Tensor:
         threshold: from ``top_entropy_threshold``, a scalar.
 
     Returns:
-        Mask (N,), true where a token stays.
+        Mask (N,), true where a token is kept.
 
     Example:
         >>> top_entropy_mask(torch.tensor([0.1, 0.5]), threshold=torch.tensor(0.4))
@@ -181,11 +183,11 @@ def top_entropy_mask(entropies_N: Tensor, *, threshold: Tensor) -> Tensor:
 
 
 def entropy_bonus_loss(entropies_N: Tensor, *, coef: float, mask_N: Tensor | None = None) -> Tensor:
-    """Minus the entropy bonus, one value per token.
+    """Computes the negative entropy bonus, one value per token.
 
-    Paper: Asynchronous Methods for Deep Reinforcement Learning (Mnih et al., 2016, arXiv:1602.01783): -coef H. It is to
-    be divided by the number of tokens of the global batch that the mask keeps, whatever the loss type, so that a
-    coefficient means the same for all of them.
+    Paper: Asynchronous Methods for Deep Reinforcement Learning (Mnih et al., 2016, arXiv:1602.01783): -coef H. Divide
+    by the number of tokens of the global batch that the mask keeps, for every loss type, so that a coefficient has the
+    same meaning for all of them.
 
     Args:
         entropies_N: entropy of the policy at each token, with its gradient, (N,).

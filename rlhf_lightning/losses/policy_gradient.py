@@ -1,8 +1,8 @@
-"""The clipped policy-gradient family of GRPO and PPO, one value per sampled token, and how those values are added up.
+"""The clipped policy-gradient losses of GRPO and PPO, one value per sampled token, and their aggregation weights.
 
-Shapes: N sampled tokens of all sequences, flat and in any order; S sequences. ``sequence_index_N`` says which sequence
-a token belongs to. A sequence may have no tokens; all tokens of a sequence must be in the same call wherever a ratio or
-a mask is per sequence.
+Shapes: N sampled tokens of all sequences, flat and in any order; S sequences. ``sequence_index_N`` is the sequence of
+each token. A sequence may have no tokens; all tokens of a sequence must be in the same call wherever a ratio or a mask
+is per sequence.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ImportanceLevel = Literal["token", "sequence", "sequence_token"]
 
 LOSS_TYPES: Final[tuple[PolicyLossType, ...]] = get_args(PolicyLossType)
 IMPORTANCE_LEVELS: Final[tuple[ImportanceLevel, ...]] = get_args(ImportanceLevel)
-# ScaleRL's recommendation (arXiv:2510.13786), the bound of the ratio itself and not of its distance from 1.
+# ScaleRL's recommendation (arXiv:2510.13786), a bound of the ratio itself and not of its distance from 1.
 _CISPO_MAX_RATIO: Final = 5.0
 
 
 class ClipStatistics(NamedTuple):
-    """Per sequence, (S,): what the clipping removed below and above, and of how many units; to be summed."""
+    """Counts per sequence, (S,): units clipped below and above, and all units; to be summed."""
 
     low_S: Tensor
     high_S: Tensor
@@ -34,7 +34,7 @@ class ClipStatistics(NamedTuple):
 
 
 def sequence_sum(values_N: Tensor, *, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
-    """Adds up a per-token quantity within each sequence.
+    """Sums a per-token quantity within each sequence.
 
     Args:
         values_N: (N,).
@@ -67,7 +67,7 @@ def sequence_mean(values_N: Tensor, *, sequence_index_N: Tensor, num_sequences: 
         tensor([1.5000, 0.0000, 3.0000])
     """
     totals_S = sequence_sum(values_N, sequence_index_N=sequence_index_N, num_sequences=num_sequences)
-    # Not bincount, which waits for the device.
+    # Not bincount, which synchronises with the device.
     lengths_S = sequence_sum(
         torch.ones_like(values_N), sequence_index_N=sequence_index_N, num_sequences=num_sequences
     ).clamp(min=1)
@@ -75,7 +75,7 @@ def sequence_mean(values_N: Tensor, *, sequence_index_N: Tensor, num_sequences: 
 
 
 def default_importance_level(loss_type: PolicyLossType) -> ImportanceLevel:
-    """The level of the importance ratio that the loss's paper uses.
+    """Returns the level of the importance ratio that the loss's paper uses.
 
     Args:
         loss_type: one of ``LOSS_TYPES``.
@@ -99,12 +99,12 @@ def importance_ratio(
     num_sequences: int,
     level: ImportanceLevel = "token",
 ) -> Tensor:
-    """The ratio of the policy to the one that sampled, with its gradient, one value per token.
+    """Computes the ratio of the policy to the one that sampled, with its gradient, one value per token.
 
     Papers: PPO (Schulman et al., 2017, arXiv:1707.06347) for ``token``: p_t / p_old_t. GSPO (Zheng et al., 2025,
     arXiv:2507.18071), eq. 7, for ``sequence``: s = exp(mean_t log(p_t / p_old_t)), the same for all tokens of a
-    sequence; eq. 14 for ``sequence_token``: sg[s] p_t / sg[p_t], the value of s with the gradient of the token alone,
-    for advantages that differ within a sequence. Departure: above e^30 the ratio grows linearly, so that it is finite.
+    sequence; eq. 14 for ``sequence_token``: sg[s] p_t / sg[p_t], the value of s with the gradient of each token, for
+    advantages that differ within a sequence. Departure: above e^30 the ratio grows linearly, so that it is finite.
 
     Args:
         logprobs_N: the policy's log-probability of each sampled token, (N,).
@@ -140,7 +140,7 @@ def importance_ratio(
 
 
 def _clip_bounds(loss_type: PolicyLossType, epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
-    """Lowest and highest ratio that still has a gradient in the direction that the advantage asks for."""
+    """Returns the lowest and highest ratio that still has a gradient in the direction of the advantage."""
     if loss_type == "sapo":
         return 0.0, math.inf
     if loss_type == "cispo":
@@ -187,13 +187,13 @@ def policy_gradient_loss(
     sapo_temperature_positive: float = 1.0,
     sapo_temperature_negative: float = 1.05,
 ) -> Tensor:
-    """A policy-gradient loss, one value per token, to be added up with ``aggregation_weights``.
+    """Computes a policy-gradient loss, one value per token, to be summed with ``aggregation_weights``.
 
     With r the importance ratio and A the advantage:
 
     - ``grpo`` (arXiv:2402.03300), ``dr_grpo`` (arXiv:2503.20783), ``dapo`` (arXiv:2503.14476), ``bnpo``: the clipped
-      surrogate of PPO (arXiv:1707.06347), -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A). They differ in how the
-      values are added up. PPO itself is ``dapo`` with an advantage per token.
+      surrogate of PPO (arXiv:1707.06347), -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A). They differ in their
+      aggregation weights. PPO itself is ``dapo`` with an advantage per token.
     - ``gspo`` (arXiv:2507.18071), ``luspo`` (arXiv:2602.05261): the same with r of the sequence. The paper of gspo uses
       epsilon 3e-4 and epsilon_high 4e-4, as the mean over tokens keeps r close to 1.
     - ``cispo`` (arXiv:2506.13585): -sg[min(r, epsilon_high)] A log p: a weight is bounded and no token is dropped.
@@ -203,7 +203,7 @@ def policy_gradient_loss(
     (Ye et al., 2020, arXiv:1912.09729) keeps the loss below -c A where A < 0. Where both are allowed they do the same.
 
     Departures: ratios above e^30 are continued linearly, so that no log-ratio gives an infinite loss; cispo has no
-    lower bound, which its authors turned off too.
+    lower bound, which its authors disabled too.
 
     Args:
         logprobs_N: the policy's log-probability of each sampled token, (N,).
@@ -217,8 +217,7 @@ def policy_gradient_loss(
             default 5.
         delta: above 1 + epsilon_high; only for the clipped surrogates.
         dual_clip: above 1; only for the clipped surrogates.
-        importance_sampling_level: one of ``IMPORTANCE_LEVELS``; ``None`` is the loss's own, see
-            ``default_importance_level``.
+        importance_sampling_level: one of ``IMPORTANCE_LEVELS``; ``None`` is ``default_importance_level``.
         sapo_temperature_positive: tau for A > 0, above 0.
         sapo_temperature_negative: tau for A <= 0, above 0.
 
@@ -243,6 +242,7 @@ def policy_gradient_loss(
     bounds = _clip_bounds(loss_type, epsilon, epsilon_high)
     if loss_type in ("cispo", "sapo") and (delta is not None or dual_clip is not None):
         raise ValueError(f"loss_type={loss_type!r} has no clipped surrogate for delta or dual_clip to bound: use None")
+
     ratio_N = importance_ratio(
         logprobs_N,
         old_logprobs_N=old_logprobs_N,
@@ -250,6 +250,8 @@ def policy_gradient_loss(
         num_sequences=num_sequences,
         level=level,
     )
+
+    # cispo weights log p by a constant ratio, so that no token loses its gradient.
     if loss_type == "cispo":
         return -ratio_N.detach().clamp(max=bounds[1]) * advantages_N * logprobs_N
     if loss_type == "sapo":
@@ -270,7 +272,7 @@ def aggregation_weights(
     max_completion_length: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weight of each token of a sequence, so that the loss of the global batch is the sum of loss times weight.
+    """Computes the weight of each sequence's tokens with which the global batch's loss is the weighted sum.
 
     ======================  ==========================================================  ==============================
     loss type               loss of the batch                                           weight of a token of sequence i
@@ -282,13 +284,12 @@ def aggregation_weights(
     ======================  ==========================================================  ==============================
 
     The totals are those of the global batch, over all micro-batches and ranks, so that a split cannot change the loss.
-    That is where ``bnpo`` departs from its implementations, which divide by the tokens of the local batch; here it is
-    another name for ``dapo``.
+    Implementations of ``bnpo`` divide by the tokens of the local batch instead; here it is another name for ``dapo``.
 
     Args:
         loss_type: one of ``LOSS_TYPES``.
-        lengths_S: tokens that count in each sequence, (S,); 0 where a sequence is left out of the loss, which then
-            still counts as one of the sequences.
+        lengths_S: tokens that count in each sequence, (S,); 0 where a sequence is left out of the loss, but still
+            counts as one of the sequences.
         total_sequences: sequences of the global batch.
         total_tokens: tokens of the global batch that count.
         max_completion_length: the constant of dr_grpo, above 0.
@@ -311,6 +312,7 @@ def aggregation_weights(
         )
     if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
         raise ValueError(f"max_completion_length={max_completion_length} is not 1 or more: dr_grpo divides by it")
+
     counts_S = lengths_S.to(dtype)
     one_S = torch.ones_like(counts_S)
     if loss_type in ("grpo", "gspo", "sapo"):
@@ -335,7 +337,7 @@ def clip_statistics(
     epsilon_high: float | None = None,
     per_sequence: bool = False,
 ) -> ClipStatistics:
-    """Counts what clipping took out: ratios too low where A < 0, too high where A > 0.
+    """Counts clipped ratios: too low where A < 0, too high where A > 0.
 
     Args:
         ratio_N: from ``importance_ratio``, (N,).
@@ -345,7 +347,7 @@ def clip_statistics(
         loss_type: one of ``LOSS_TYPES``; sapo clips nothing, cispo clips above at either sign of A.
         epsilon: as for ``policy_gradient_loss``.
         epsilon_high: as for ``policy_gradient_loss``.
-        per_sequence: a sequence counts once, as fits a ratio that all its tokens share, and not once per token.
+        per_sequence: count a sequence once instead of per token, for a ratio that all its tokens share.
 
     Returns:
         Sums per sequence, (S,) each: their totals over the global batch give the mean ratios, their quotients per
@@ -363,6 +365,7 @@ def clip_statistics(
     ratio_N = ratio_N.detach()
     low_N = (ratio_N < low) & (advantages_N < 0)
     high_N = (ratio_N > high) & (advantages_N != 0 if loss_type == "cispo" else advantages_N > 0)
+
     sums = [
         sequence_sum(flags_N.to(ratio_N.dtype), sequence_index_N=sequence_index_N, num_sequences=num_sequences)
         for flags_N in (low_N, high_N, torch.ones_like(low_N))

@@ -50,7 +50,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Everything that a loss may read, all of shape (P,), and its scalars."""
+    """Holds the inputs of all losses, of shape (P,), and their scalars."""
 
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -128,7 +128,7 @@ def _sppo_hard(pairs: _Pairs) -> Tensor:
 
 
 def _match_by_rank(values: Tensor, others: Tensor) -> Tensor:
-    """For each value, the one of ``others`` with the same rank; ties rank by position."""
+    """Returns for each value the one of ``others`` with the same rank; ties rank by position."""
     order = torch.sort(values.detach(), stable=True).indices
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
@@ -158,7 +158,7 @@ def _discopop(pairs: _Pairs) -> Tensor:
     margin = pairs.margin
     gate = margin / pairs.discopop_tau
     logistic = -F.logsigmoid(margin) * (-gate).sigmoid()
-    # exp(-margin) alone overflows where the gate that multiplies it is zero: multiply in the exponent.
+    # exp(-margin) may overflow where its gate is zero: multiply in the exponent.
     return logistic + _stable.exp(F.logsigmoid(gate) - margin)
 
 
@@ -188,7 +188,7 @@ _LOSSES: Final[Mapping[str, Callable[[_Pairs], Tensor]]] = MappingProxyType(
 
 
 def f_divergence_score(logratios: Tensor, f_divergence_type: FDivergenceType, alpha: float = 0.5) -> Tensor:
-    """The implicit reward of f-DPO, f'(u) of the ratio u = policy / reference, divided by beta.
+    """Computes the implicit reward of f-DPO divided by beta: f'(u) of the ratio u = policy / reference.
 
     Paper: Beyond Reverse KL (Wang et al., 2023, arXiv:2309.16240), table 1. With u = exp(``logratios``)::
 
@@ -238,7 +238,7 @@ def preference_loss(
     discopop_tau: float = 0.05,
     sft_logps: Tensor | None = None,
 ) -> Tensor:
-    """One loss value per pair, for any member of the DPO family.
+    """Computes a loss of the DPO family, one value per pair.
 
     With r = beta * (log p - log p_ref) of the chosen (c) and rejected (r) completion, their margin m = r_c - r_r, S the
     logistic function, e = ``label_smoothing`` and |y| a length in tokens::
@@ -274,17 +274,17 @@ def preference_loss(
         rejected_lengths: (P,).
         loss_type: one of ``LOSS_TYPES``. For those in ``COUPLED`` the P pairs must be the global batch, in an order
             that does not depend on sharding: ties in a sort break by position.
-        beta: above 0; large keeps the policy near the reference (``ipo``: the paper's tau).
-        label_smoothing: in [0, 0.5), the probability that a label is flipped; read by ``SMOOTHED`` alone. ``exo_pair``
+        beta: above 0; larger keeps the policy nearer to the reference (``ipo``: the paper's tau).
+        label_smoothing: in [0, 0.5), the probability that a label is flipped; read by ``SMOOTHED`` only. ``exo_pair``
             needs more than 0 (paper: 1e-3).
-        f_divergence_type: see ``f_divergence_score``; others than ``reverse_kl`` for ``F_DIVERGENCE_LOSSES`` alone.
+        f_divergence_type: as for ``f_divergence_score``; others than ``reverse_kl`` for ``F_DIVERGENCE_LOSSES`` only.
         f_alpha_divergence_coef: alpha of ``alpha_divergence``, in [0, 1].
         discopop_tau: above 0.
-        sft_logps: what ``sft`` negates; by default ``chosen_logps``. Pass the plain sums where those are reweighted
-            (``ld_alpha_logps``).
+        sft_logps: log-probs that ``sft`` negates; by default ``chosen_logps``. Pass the plain sums where those are
+            reweighted (``ld_alpha_logps``).
 
     Returns:
-        Losses (P,), unreduced; ``NORMALIZERS`` says what their sum over the global batch is to be divided by.
+        Losses (P,), unreduced; ``NORMALIZERS`` names the divisor of their sum over the global batch.
 
     Raises:
         ValueError: a shape that differs, or an argument out of range.
@@ -312,6 +312,8 @@ def preference_loss(
         rejected_lengths=rejected_lengths,
         sft_logps=sft_logps,
     )
+
+    # The f-divergence changes only the scores: losses on single rewards are defined for the reverse KL.
     chosen_scores = f_divergence_score(chosen_logps - ref_chosen_logps, f_divergence_type, f_alpha_divergence_coef)
     rejected_logratios = rejected_logps - ref_rejected_logps
     return _LOSSES[loss_type](

@@ -1,4 +1,4 @@
-"""The options of the preference losses: their names, how each is normalised, and the checks of what a config sets."""
+"""Options of the preference losses: their names, their normalizers, and checks of configured values."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FDivergenceType = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_di
 
 LOSS_TYPES: Final[tuple[PreferenceLossType, ...]] = get_args(PreferenceLossType)
 F_DIVERGENCE_TYPES: Final[tuple[FDivergenceType, ...]] = get_args(FDivergenceType)
-# What the sum of a loss over the global batch is divided by.
+# Divisor of the sum of a loss over the global batch.
 NORMALIZERS: Final[Mapping[str, Literal["pairs", "chosen_tokens"]]] = MappingProxyType(
     {name: "chosen_tokens" if name == "sft" else "pairs" for name in LOSS_TYPES}
 )
-# A pair's value depends on the other pairs of the global batch.
+# Losses in which a pair's value depends on the other pairs of the global batch.
 COUPLED: Final = frozenset({"aot", "aot_unpaired", "bco_pair"})
-# The losses that label_smoothing changes, and those that only read the difference of the two implicit rewards (or no
-# reward at all), so that an f-divergence other than the reverse KL has a meaning for them.
+# Losses that label_smoothing changes, and losses that read only the difference of the two implicit rewards (or no
+# reward), for which an f-divergence other than the reverse KL is defined.
 SMOOTHED: Final = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
 F_DIVERGENCE_LOSSES: Final = frozenset(
     {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
@@ -77,7 +77,7 @@ def check_arguments(
     f_alpha_divergence_coef: float,
     discopop_tau: float,
 ) -> None:
-    """The checks of ``validate_preference_loss`` that hold for each loss of a list alone."""
+    """Runs the checks of ``validate_preference_loss`` that apply to each loss of a list individually."""
     _check_names(loss_types, f_divergence_type)
     check_positive("beta", beta, "0.1 is usual")
     check_positive("discopop_tau", discopop_tau, "0.05 is usual")
@@ -109,12 +109,12 @@ def validate_preference_loss(
         loss_type: one of ``LOSS_TYPES``, or several.
         weights: one per loss, finite, at least 0, not all 0; ``None`` is 1 for each.
         beta: above 0.
-        label_smoothing: in [0, 0.5); above 0 for ``exo_pair``; 0 where no listed loss reads it.
+        label_smoothing: in [0, 0.5); above 0 for ``exo_pair``; 0 if no listed loss reads it.
         f_divergence_type: one of ``F_DIVERGENCE_TYPES``.
         f_alpha_divergence_coef: in [0, 1].
         discopop_tau: above 0.
         ld_alpha: in [0, 1], or ``None``.
-        use_weighting: whether pairs are weighted as in WPO, which has no meaning for the sorted losses.
+        use_weighting: whether pairs are weighted as in WPO, which is undefined for the sorted losses.
 
     Raises:
         ValueError: what is wrong, what is allowed, and what to write.
@@ -132,6 +132,8 @@ def validate_preference_loss(
         discopop_tau=discopop_tau,
     )
     _check_weights(loss_types, weights)
+
+    # An option without effect is an error: it would otherwise be silently ignored.
     if label_smoothing > 0 and not SMOOTHED & set(loss_types):
         raise ValueError(
             f"label_smoothing={label_smoothing} changes nothing in loss_type {', '.join(loss_types)}: "
@@ -139,6 +141,7 @@ def validate_preference_loss(
         )
     if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha={ld_alpha} is outside [0, 1]: null or 1 keeps every token, 0 drops the longer tail")
+
     sorted_losses = [name for name in loss_types if name in ("aot", "aot_unpaired")]
     if use_weighting and sorted_losses:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What reweights the tokens or the pairs of a preference loss: LD-DPO and WPO.
+"""Weights of the tokens or the pairs of a preference loss: LD-DPO and WPO.
 
 Shapes: N scored completion tokens of all sequences, flat; S sequences.
 """
@@ -21,7 +21,7 @@ def ld_alpha_logps(
     public_lengths_S: Tensor,
     ld_alpha: float,
 ) -> Tensor:
-    """Sequence log-probs in which what the longer completion has beyond the shorter one counts less.
+    """Computes sequence log-probs that downweight tokens of the longer completion beyond the shorter one's length.
 
     Paper: Length Desensitization in DPO (Liu et al., 2024, arXiv:2409.06411): with l = min(|y_c|, |y_r|), the
     public length::
@@ -33,7 +33,7 @@ def ld_alpha_logps(
     Args:
         logprobs_N: log-probability of each completion token, (N,).
         sequence_index_N: the sequence of each token, (N,), integer.
-        position_N: how many tokens of the completion come before it, (N,), integer.
+        position_N: index of each token in its completion, from 0, (N,), integer.
         public_lengths_S: tokens of the shorter completion of the sequence's pair, (S,), integer.
         ld_alpha: in [0, 1]; 1 is the plain sum.
 
@@ -59,18 +59,18 @@ def ld_alpha_logps(
 def wpo_weights(
     logprobs_N: Tensor, log_sum_sq_probs_N: Tensor, sequence_index_N: Tensor, *, num_sequences: int
 ) -> Tensor:
-    """How likely the current policy is to write each completion: the weights of WPO, held constant.
+    """Computes the weights of WPO, how likely the current policy is to write each completion, as constants.
 
     Paper: WPO (Zhou et al., 2024, arXiv:2406.11827), eq. 2 with its "sampled alignment"::
 
         w(y) = exp( 1/|y| * sum_t [ log p(y_t) - log sum_v p(v)^2 ] )
 
     A completion sampled from the policy has a weight of about 1, whatever the policy's entropy. A pair's loss is
-    multiplied by w(y_c) * w(y_r). The paper's own program caps that product at 1, its equation does not, nor does this.
+    multiplied by w(y_c) * w(y_r). The paper's code caps that product at 1; its equation and this function do not.
 
     Args:
         logprobs_N: the policy's log-probability of each completion token, (N,).
-        log_sum_sq_probs_N: log of the sum over the vocabulary of the squared probabilities there, (N,).
+        log_sum_sq_probs_N: log of the sum of squared probabilities over the vocabulary at each token, (N,).
         sequence_index_N: the sequence of each token, (N,), integer.
         num_sequences: S.
 

@@ -1,4 +1,4 @@
-"""Losses of process reward models, one value per step, and what a completion's step scores amount to.
+"""Losses of process reward models, one value per step, and the aggregation of step scores per completion.
 
 Shapes: M steps of all sequences, flat and in order; C classes; S sequences.
 """
@@ -19,7 +19,7 @@ AGGREGATIONS: Final[tuple[Aggregation, ...]] = get_args(Aggregation)
 
 
 def step_bce_loss(logits_M: Tensor, labels_M: Tensor) -> Tensor:
-    """Binary cross-entropy of each step's logit with its label, hard or soft.
+    """Computes the binary cross-entropy of each step's logit with its label, hard or soft.
 
     Papers: Let's Verify Step by Step (Lightman et al., 2023, arXiv:2305.20050); Math-Shepherd (Wang et al., 2023,
     arXiv:2312.08935), with its estimated probabilities as soft labels. With S the logistic function:
@@ -27,10 +27,10 @@ def step_bce_loss(logits_M: Tensor, labels_M: Tensor) -> Tensor:
 
     Args:
         logits_M: one per step, (M,).
-        labels_M: in [0, 1] or bool, (M,): 1 = a correct step, or the probability that it is.
+        labels_M: in [0, 1] or bool, (M,): 1 = a correct step, or the probability of that.
 
     Returns:
-        Losses (M,), unreduced: their sum over the global batch is to be divided by the number of steps.
+        Losses (M,), unreduced: divide their sum over the global batch by the number of steps.
 
     Raises:
         ValueError: shapes that differ, or a label outside [0, 1].
@@ -46,7 +46,7 @@ def step_bce_loss(logits_M: Tensor, labels_M: Tensor) -> Tensor:
 
 
 def step_ce_loss(logits_MC: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each step's class logits with its label, hard or soft.
+    """Computes the cross-entropy of each step's class logits with its label, hard or soft.
 
     Paper: as ``step_bce_loss``; classes may be bad / neutral / good (PRM800K), or the tokens that a language model
     writes for them.
@@ -56,10 +56,10 @@ def step_ce_loss(logits_MC: Tensor, labels: Tensor) -> Tensor:
         labels: class numbers, (M,), integer; or a distribution over the classes per step, (M, C), floating-point.
 
     Returns:
-        Losses (M,), unreduced: their sum over the global batch is to be divided by the number of steps.
+        Losses (M,), unreduced: divide their sum over the global batch by the number of steps.
 
     Raises:
-        ValueError: shapes or types that do not match, a class out of range, or rows that are no distribution.
+        ValueError: shapes or types that do not match, a class out of range, or rows that are not distributions.
 
     Example:
         >>> step_ce_loss(torch.zeros(1, 2), torch.tensor([1]))
@@ -68,6 +68,8 @@ def step_ce_loss(logits_MC: Tensor, labels: Tensor) -> Tensor:
     shapes = f"logits_MC has shape {tuple(logits_MC.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
     if logits_MC.ndim != 2:
         raise ValueError(f"{shapes}: give C logits per step, (M, C)")
+
+    # Soft labels: a distribution over the classes.
     if labels.is_floating_point():
         if labels.shape != logits_MC.shape:
             raise ValueError(f"{shapes}: give a probability per class, (M, C), or class numbers as integers, (M,)")
@@ -77,6 +79,8 @@ def step_ce_loss(logits_MC: Tensor, labels: Tensor) -> Tensor:
             worst = total_M[(total_M - 1).abs().argmax()].item()
             raise ValueError(f"labels of one step sum to {worst:.4g}: give each row of (M, C) the sum 1")
         return -(labels.to(logits_MC) * logits_MC.log_softmax(-1)).sum(-1)
+
+    # Hard labels; bool is refused because it would be a binary label, not a class number.
     if labels.dtype == torch.bool or labels.shape != logits_MC.shape[:1]:
         raise ValueError(f"{shapes}: give class numbers as integers, (M,), or a probability per class, (M, C)")
     num_classes = logits_MC.shape[1]
@@ -89,7 +93,7 @@ def step_ce_loss(logits_MC: Tensor, labels: Tensor) -> Tensor:
 def aggregate_step_scores(
     scores_M: Tensor, sequence_index_M: Tensor, *, num_sequences: int, aggregation: Aggregation = "min"
 ) -> Tensor:
-    """One score per completion from the scores of its steps.
+    """Aggregates the scores of a completion's steps into one score.
 
     Papers: the product of step probabilities, Lightman et al., 2023 (arXiv:2305.20050); their minimum, Math-Shepherd
     (arXiv:2312.08935); the last, Snell et al., 2024 (arXiv:2408.03314).

@@ -32,7 +32,7 @@ def _check_shapes(chosen_rewards: Tensor, rejected_rewards: Tensor, **per_pair: 
 
 
 def _per_pair(value: Tensor, like: Tensor) -> Tensor:
-    """Lets (P,) broadcast against (P,) or (P, K)."""
+    """Makes (P,) broadcast against (P,) or (P, K)."""
     return value.unsqueeze(-1) if value.ndim == 1 and like.ndim == 2 else value
 
 
@@ -43,7 +43,7 @@ def bradley_terry_loss(
     margin: Tensor | float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Negative log-likelihood that the chosen completion wins, under Bradley and Terry's model.
+    """Computes the negative log-likelihood that the chosen completion wins, under the Bradley-Terry model.
 
     Papers: Ouyang et al., 2022 (arXiv:2203.02155), eq. 1; the margin of Llama 2 (Touvron et al., 2023,
     arXiv:2307.09288), eq. 2. With d = r_c - r_r - margin and e = ``label_smoothing``: -(1-e) log S(d) - e log S(-d).
@@ -51,11 +51,11 @@ def bradley_terry_loss(
     Args:
         chosen_rewards: (P,), or (P, K) for K members of an ensemble, each with its own loss.
         rejected_rewards: the same shape.
-        margin: how much better the chosen one is: one number, or one per pair, (P,).
+        margin: required reward difference: one number, or one per pair, (P,).
         label_smoothing: in [0, 0.5), the probability that a label is flipped.
 
     Returns:
-        Losses of the shape of the rewards, unreduced: their sum over the global batch is to be divided by the pairs.
+        Losses of the shape of the rewards, unreduced: divide their sum over the global batch by the number of pairs.
 
     Raises:
         ValueError: shapes that do not match, or an argument out of range.
@@ -74,25 +74,25 @@ def bradley_terry_loss(
 
 
 def rao_kupper_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, *, tie_P: Tensor, threshold: float) -> Tensor:
-    """Negative log-likelihood of a win or a tie, under Rao and Kupper's extension of Bradley and Terry's model.
+    """Computes the negative log-likelihood of a win or a tie, under Rao and Kupper's extension of Bradley-Terry.
 
     Paper: Rao and Kupper, 1967, "Ties in paired-comparison experiments"; for language models, Liu et al., 2024
     (arXiv:2410.05328). With d = r_c - r_r and t = ``threshold``, the log of their theta::
 
         P(chosen wins) = S(d - t)      P(tie) = S(d + t) - S(d - t) = S(t + d) S(t - d) (1 - e^-2t)
 
-    Taken in preference to Davidson's model because a win's loss is then Bradley and Terry's with margin t: the
-    threshold is the difference that a win has to exceed. A tie's loss pulls both rewards together; as t -> 0 ties
-    become impossible.
+    Preferred to Davidson's model because a win's loss is then that of Bradley-Terry with margin t: the threshold is
+    the difference that a win has to exceed. A tie's loss pulls both rewards together; as t -> 0 ties become
+    impossible.
 
     Args:
         chosen_rewards: (P,), or (P, K).
-        rejected_rewards: the same shape; in a tie either order will do.
+        rejected_rewards: the same shape; for a tie the order does not matter.
         tie_P: whether the pair is a tie, (P,), bool.
         threshold: above 0.
 
     Returns:
-        Losses of the shape of the rewards, unreduced: their sum over the global batch is to be divided by the pairs.
+        Losses of the shape of the rewards, unreduced: divide their sum over the global batch by the number of pairs.
 
     Raises:
         ValueError: shapes that do not match, ties that are not bool, or an argument out of range.
@@ -113,7 +113,7 @@ def rao_kupper_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, *, tie_P: 
 
 
 def centering_penalty(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """(r_c + r_r)^2 per pair, which pins down the constant that comparisons leave free.
+    """Computes (r_c + r_r)^2 per pair, which fixes the constant that comparisons leave free.
 
     Paper: Helping or Herding? (Eisenstein et al., 2023, arXiv:2312.09244). A coefficient of 0.01 is usual.
 
@@ -136,7 +136,7 @@ def centering_penalty(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tenso
 
 
 def magnitude_penalty(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """r_c^2 + r_r^2 per pair, which keeps rewards small as well as centred.
+    """Computes r_c^2 + r_r^2 per pair, which keeps rewards small as well as centred.
 
     Args:
         chosen_rewards: (P,), or (P, K).
@@ -157,14 +157,14 @@ def magnitude_penalty(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tenso
 
 
 def rating_mask(ratings_BK: Tensor, mask_BK: Tensor | None = None) -> Tensor:
-    """Which ratings count: those that are not NaN and that the mask, where there is one, does not exclude.
+    """Marks the ratings that count: not NaN, and not excluded by the mask if there is one.
 
     Args:
         ratings_BK: (B, K), or any shape; NaN is a missing attribute.
         mask_BK: the same shape, 1 = counts.
 
     Returns:
-        Bool of the shape of the ratings; its sum over the global batch is what a loss sum is to be divided by.
+        Bool of the shape of the ratings; divide a sum of losses over the global batch by its sum.
 
     Raises:
         ValueError: shapes that differ.
@@ -190,7 +190,7 @@ def rating_loss(
     loss_type: RatingLossType = "mse",
     huber_delta: float = 1.0,
 ) -> Tensor:
-    """Regression of each attribute's reward on its rating; a missing rating costs nothing.
+    """Computes the regression loss of each attribute's reward on its rating; missing ratings are ignored.
 
     Papers: HelpSteer2 (Wang et al., 2024, arXiv:2406.08673) for regression on attributes; Huber, 1964. With
     d = reward - rating::
@@ -206,8 +206,8 @@ def rating_loss(
         huber_delta: above 0.
 
     Returns:
-        Losses of the shape of the rewards, unreduced, 0 (with no gradient) where nothing was rated: their sum over the
-        global batch is to be divided by the number of ratings that count (``rating_mask``).
+        Losses of the shape of the rewards, unreduced, 0 (without gradient) where no rating counts: divide their sum
+        over the global batch by the number of ratings that count (``rating_mask``).
 
     Raises:
         ValueError: shapes that differ, or an argument out of range.

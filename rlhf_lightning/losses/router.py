@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RouterSums:
-    """What routers did with some tokens, added up; the sums of a batch's parts add up to those of the batch.
+    """Holds sums of router statistics over some tokens; the sums of a batch's parts add up to those of the batch.
 
     Args:
-        weight: ``()`` tokens, of every router anew.
+        weight: ``()`` number of tokens, counted once per router.
         choices_E: how often each expert was among the K of a token; without gradient.
-        probs_E: the probability that the routers gave to each expert; with gradient.
+        probs_E: sum of the probabilities that the routers gave to each expert; with gradient.
     """
 
     weight: Tensor
@@ -31,12 +31,12 @@ class RouterSums:
 
 
 def router_sums(logits: Iterable[Tensor], weights_T: Tensor, *, top_k: int) -> RouterSums:
-    """Adds up what routers did with tokens.
+    """Sums router statistics over tokens and routers.
 
     Args:
         logits: ``(T, E)`` of each router.
         weights_T: how often each token counts, at least 0: 0 for padding, the number of sequences for a shared prompt.
-        top_k: K, experts that a token is sent to.
+        top_k: K, the number of experts that a token is sent to.
 
     Returns:
         Counts in fp64, probabilities in at least fp32.
@@ -53,7 +53,7 @@ def router_sums(logits: Iterable[Tensor], weights_T: Tensor, *, top_k: int) -> R
 
 
 def _sums(logits_TE: Tensor, weights_T: Tensor, top_k: int) -> RouterSums:
-    # Sums over many tokens, autocast or not in at least fp32; counts are whole numbers beyond what fp32 can tell apart.
+    # In at least fp32, also under autocast; counts in fp64, since they exceed the whole numbers that fp32 represents.
     with torch.autocast(logits_TE.device.type, enabled=False):
         probs_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).softmax(dim=-1)
         chosen_TK = probs_TE.detach().topk(top_k, dim=-1).indices
@@ -64,18 +64,18 @@ def _sums(logits_TE: Tensor, weights_T: Tensor, top_k: int) -> RouterSums:
 
 
 def load_balancing_loss(part: RouterSums, whole: RouterSums | None = None) -> Tensor:
-    r"""The load-balancing loss (Fedus et al., 2021, arXiv:2101.03961, equation 4), with K experts per token.
+    r"""Computes the load-balancing loss (Fedus et al., 2021, arXiv:2101.03961, equation 4), with K experts per token.
 
     .. math:: L = E \sum_e f_e P_e, \qquad f_e = \frac{1}{T} \sum_t 1[e \in \mathrm{topk}(p_t)], \quad
               P_e = \frac{1}{T} \sum_t p_{t,e}
 
-    The sums run over the tokens of every layer, as in transformers: it is K where all experts are used alike, and E
-    where K are used alone. Only P has a gradient, in which the loss is linear: shares of parts of a batch, under the f
-    of the whole, add up to the loss of the whole.
+    The sums run over the tokens of every layer, as in transformers: the loss is K where all experts are used equally,
+    and E where only K are used. It is linear in P, which alone has a gradient: the shares of a batch's parts, with f
+    of the whole batch, add up to the loss of the batch.
 
     Args:
-        part: of some tokens.
-        whole: of all tokens that the loss is of; those of ``part`` by default.
+        part: sums of some tokens.
+        whole: sums of all tokens of the loss; those of ``part`` by default.
 
     Returns:
         ``()`` the part's share of the loss.
@@ -86,6 +86,6 @@ def load_balancing_loss(part: RouterSums, whole: RouterSums | None = None) -> Te
         1.0
     """
     whole = part if whole is None else whole
-    weight = whole.weight.clamp(min=1.0)  # 0 of a batch without a row
+    weight = whole.weight.clamp(min=1.0)  # 0 for a batch without rows
     slopes_E = len(whole.choices_E) * whole.choices_E.detach() / weight.square()
     return (slopes_E.to(part.probs_E.dtype) * part.probs_E).sum()

@@ -17,7 +17,7 @@ LOSS_TYPES: Final[tuple[SFTLossType, ...]] = get_args(SFTLossType)
 
 
 def nll(logprobs_N: Tensor) -> Tensor:
-    """Negative log-likelihood per token: -log p.
+    """Computes the negative log-likelihood per token: -log p.
 
     Args:
         logprobs_N: log-probability of each target token, (N,).
@@ -34,10 +34,10 @@ def nll(logprobs_N: Tensor) -> Tensor:
 
 
 def dft(logprobs_N: Tensor) -> Tensor:
-    """Dynamic fine-tuning: the negative log-likelihood times the token's own probability, held constant.
+    """Computes the dynamic fine-tuning loss: the negative log-likelihood times the token's probability as a constant.
 
     Paper: On the Generalization of SFT (Wu et al., 2025, arXiv:2508.05629): -sg[p] log p, whose gradient is that
-    of -p; tokens that the policy finds impossible pull less.
+    of -p; tokens that are unlikely under the policy have less effect.
 
     Args:
         logprobs_N: log-probability of each target token, (N,).
@@ -81,7 +81,7 @@ def validate_sft_loss(loss_type: str, *, label_smoothing: float = 0.0) -> None:
 
     Args:
         loss_type: one of ``LOSS_TYPES``.
-        label_smoothing: in [0, 1); above 0 with ``nll`` alone.
+        label_smoothing: in [0, 1); above 0 with ``nll`` only.
 
     Raises:
         ValueError: what is wrong, what is allowed, and what to write.
@@ -105,16 +105,16 @@ def sft_loss(
     loss_type: SFTLossType = "nll",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """One loss value per token: ``nll`` (with or without label smoothing) or ``dft``.
+    """Computes one loss value per token: ``nll`` (with or without label smoothing) or ``dft``.
 
     Args:
         logprobs_N: log-probability of each target token, (N,).
-        mean_logprobs_N: mean of log p over the vocabulary at each position, (N,); read with label smoothing alone.
+        mean_logprobs_N: mean of log p over the vocabulary at each position, (N,); read with label smoothing only.
         loss_type: ``nll`` or ``dft``.
         label_smoothing: in [0, 1); 0 with ``dft``.
 
     Returns:
-        Losses (N,), unreduced: their weighted sum over the global batch is to be divided by the sum of the weights.
+        Losses (N,), unreduced: divide their weighted sum over the global batch by the sum of the weights.
 
     Raises:
         ValueError: an argument out of range, or no ``mean_logprobs_N`` with label smoothing.

@@ -17,7 +17,7 @@ from . import _stable
 SimPOLossType = Literal["simpo", "alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo"]
 
 LOSS_TYPES: Final[tuple[SimPOLossType, ...]] = get_args(SimPOLossType)
-# What the sums of the two returned terms over the global batch are divided by.
+# Divisors of the sums of the two returned terms over the global batch.
 NORMALIZERS: Final[Mapping[str, Literal["pairs", "chosen_tokens"]]] = MappingProxyType(
     {"preference": "pairs", "nll": "chosen_tokens"}
 )
@@ -25,7 +25,7 @@ NORMALIZERS: Final[Mapping[str, Literal["pairs", "chosen_tokens"]]] = MappingPro
 NLL_WEIGHTS: Final[Mapping[str, float]] = MappingProxyType(
     {name: 0.0 if name in ("simpo", "alphapo") else 1.0 for name in LOSS_TYPES}
 )
-# The losses that label_smoothing changes.
+# Losses that label_smoothing changes.
 SMOOTHED: Final = frozenset({"simpo", "alphapo", "cpo"})
 
 
@@ -54,7 +54,7 @@ def validate_simpo_loss(
         beta: above 0.
         gamma: at least 0.
         alpha: in [-10, 10].
-        label_smoothing: in [0, 0.5); 0 where the loss does not read it.
+        label_smoothing: in [0, 0.5); 0 if the loss does not read it.
         nll_weight: at least 0; ``None`` is the paper's, ``NLL_WEIGHTS``.
 
     Raises:
@@ -74,14 +74,14 @@ def validate_simpo_loss(
 
 
 def alphapo_reward(mean_logps: Tensor, alpha: float) -> Tensor:
-    """The reward of AlphaPO, divided by beta, of a mean log-prob per token.
+    """Computes the reward of AlphaPO, divided by beta, from a mean log-prob per token.
 
     Paper: AlphaPO (Gupta et al., 2025, arXiv:2501.03884): (1 - p^-alpha) / alpha with log p the mean log-prob;
     alpha -> 0 is log p, the reward of SimPO. Above p^-alpha = e^30 the power is continued by its tangent.
 
     Args:
         mean_logps: mean log-prob per token, any shape.
-        alpha: any number; above 0 it punishes unlikely completions more than SimPO, below 0 less.
+        alpha: any number; above 0 penalises unlikely completions more than SimPO, below 0 less.
 
     Returns:
         Rewards of the shape of ``mean_logps``.
@@ -106,19 +106,19 @@ def simpo_loss(
     alpha: float = 0.25,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The preference term and the negative log-likelihood of the chosen completion, for each pair.
+    """Computes the preference term and the negative log-likelihood of the chosen completion, for each pair.
 
     With a = log p / |y| the mean and s = log p the sum of the chosen (c) and rejected (r) completion's log-probs, S the
     logistic function, e = ``label_smoothing``, and f(m) = -(1-e) log S(m) - e log S(-m)::
 
         simpo      f(beta (a_c - a_r) - gamma)                           SimPO 2405.14734
         alphapo    f(beta (g(a_c) - g(a_r)) - gamma), g = alphapo_reward    AlphaPO 2501.03884
-        cpo        f(beta (s_c - s_r)), beside the nll                   CPO 2401.08417
-        cpo_hinge  max(0, 1 - beta (s_c - s_r)), beside the nll          (the hinge of SLiC)
-        cpo_ipo    (a_c - a_r - 1/(2 beta))^2, beside the nll            (the square of IPO)
-        orpo       -beta log S(logit(e^a_c) - logit(e^a_r)), beside the nll    ORPO 2403.07691; beta is its lambda
+        cpo        f(beta (s_c - s_r)), with the nll                     CPO 2401.08417
+        cpo_hinge  max(0, 1 - beta (s_c - s_r)), with the nll            (the hinge of SLiC)
+        cpo_ipo    (a_c - a_r - 1/(2 beta))^2, with the nll              (the square of IPO)
+        orpo       -beta log S(logit(e^a_c) - logit(e^a_r)), with the nll      ORPO 2403.07691; beta is its lambda
 
-    Departures: programs for ORPO that take the nll of prompt and completion exist; here the prompt is context.
+    Departure: some implementations of ORPO take the nll of prompt and completion; here the prompt is context.
 
     Args:
         chosen_logps: sum of log-probs over the chosen completion, (P,).
@@ -129,12 +129,12 @@ def simpo_loss(
         beta: above 0; the papers use 2 to 10 for ``simpo`` and ``alphapo``, 0.1 for the others.
         gamma: at least 0, the target margin of ``simpo`` and ``alphapo``, after the multiplication with beta.
         alpha: in [-10, 10], of ``alphapo``; 0 is ``simpo``.
-        label_smoothing: in [0, 0.5), the probability that a label is flipped; read by ``SMOOTHED`` alone.
+        label_smoothing: in [0, 0.5), the probability that a label is flipped; read by ``SMOOTHED`` only.
 
     Returns:
-        Two tensors (P,), unreduced. The preference term's sum over the global batch is to be divided by the number of
-        pairs. The second, the chosen completion's sum of -log p, is to be divided by the number of chosen tokens and
-        weighted (``NLL_WEIGHTS``).
+        Two tensors (P,), unreduced. Divide the sum of the preference term over the global batch by the number of
+        pairs; divide that of the second, the chosen completion's sum of -log p, by the number of chosen tokens and
+        weight it (``NLL_WEIGHTS``).
 
     Raises:
         ValueError: a shape that differs, or an argument out of range.
@@ -153,11 +153,13 @@ def simpo_loss(
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
     )
+
     mean_chosen, mean_rejected = (
         chosen_logps / chosen_lengths.clamp(min=1),
         rejected_logps / rejected_lengths.clamp(min=1),
     )
     margin = beta * (chosen_logps - rejected_logps)
+
     if loss_type == "simpo":
         preference = _stable.logistic(beta * (mean_chosen - mean_rejected) - gamma, label_smoothing)
     elif loss_type == "alphapo":
@@ -170,6 +172,7 @@ def simpo_loss(
     elif loss_type == "cpo_ipo":
         preference = (mean_chosen - mean_rejected - 1 / (2 * beta)).square()
     else:
+        # ORPO: log-odds of the mean probabilities per token.
         log_odds = mean_chosen - _stable.log1mexp(mean_chosen) - mean_rejected + _stable.log1mexp(mean_rejected)
         preference = beta * _stable.logistic(log_odds, 0.0)
     return preference, -chosen_logps

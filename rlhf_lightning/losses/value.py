@@ -1,4 +1,4 @@
-"""The critic's loss and how well it explains the returns.
+"""The critic's loss, and the variance of the returns that it explains.
 
 Shapes: N sampled tokens of all sequences, flat.
 """
@@ -14,7 +14,7 @@ from ..utils.validation import check_positive, check_same_shape
 
 
 class ValueClipCounts(NamedTuple):
-    """How many values had their error set by the clipped branch, and of how many; scalars, to be summed."""
+    """Counts of values whose error is that of the clipped branch, and of all values; scalars, to be summed."""
 
     clipped: Tensor
     total: Tensor
@@ -30,7 +30,7 @@ def _squared_errors(
     if cliprange is None:
         return errors_N, errors_N
     moved_N = values_N - old_values_N
-    # Within the range it is the value itself, and not what rounding makes of a sum and a difference.
+    # Within the range, the value itself: old + (value - old) would differ from it by rounding.
     clipped_N = torch.where(moved_N.abs() > cliprange, old_values_N + moved_N.clamp(-cliprange, cliprange), values_N)
     return errors_N, (clipped_N - returns_N).square()
 
@@ -38,7 +38,7 @@ def _squared_errors(
 def value_clipped(
     values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None = 0.2
 ) -> Tensor:
-    """1 where the loss of a value is that of the clipped value, which has no gradient; else 0, (N,).
+    """Marks by 1 the values whose loss is that of the clipped value, which has no gradient; else 0, (N,).
 
     Args:
         values_N: as for ``value_loss``.
@@ -56,7 +56,7 @@ def value_clipped(
 
 
 def value_loss(values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None = 0.2) -> Tensor:
-    """Clipped squared error of the critic, one value per token.
+    """Computes the clipped squared error of the critic, one value per token.
 
     Paper: PPO as implemented by its authors, described in Implementation Matters in Deep Policy Gradients (Engstrom et
     al., 2020, arXiv:2005.12729): max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2.
@@ -65,7 +65,7 @@ def value_loss(values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cli
         values_N: the critic's values, (N,).
         old_values_N: its values when the tokens were sampled, (N,).
         returns_N: targets, advantages plus old values, (N,).
-        cliprange: how far a value may move from its old one and still lower the loss, above 0; ``None`` is plain
+        cliprange: distance from its old value up to which a value can lower the loss, above 0; ``None`` is the plain
             squared error.
 
     Returns:
@@ -107,7 +107,7 @@ def value_clip_counts(
 
 
 def explained_variance_sums(values_N: Tensor, *, returns_N: Tensor) -> Tensor:
-    """Sums from which ``explained_variance`` is computed, once they are added over micro-batches and ranks.
+    """Computes the sums for ``explained_variance``, to be added over micro-batches and ranks.
 
     Args:
         values_N: the critic's values, (N,).
@@ -128,14 +128,14 @@ def explained_variance_sums(values_N: Tensor, *, returns_N: Tensor) -> Tensor:
 
 
 def explained_variance(sums: Tensor) -> Tensor:
-    """Share of the variance of the returns that the critic explains: 1 - Var(R - V) / Var(R).
+    """Computes the share of the returns' variance that the critic explains: 1 - Var(R - V) / Var(R).
 
     Args:
-        sums: from ``explained_variance_sums``, (5,), added over whatever makes up the global batch.
+        sums: from ``explained_variance_sums``, (5,), added over all parts of the global batch.
 
     Returns:
-        A scalar: 1 is a perfect critic, 0 one that is worth a constant, below 0 one that is worse; NaN where all
-        returns are equal or there are none.
+        A scalar: 1 is a perfect critic, 0 one as good as a constant, below 0 one that is worse; NaN where all returns
+        are equal or there are none.
 
     Example:
         >>> returns = torch.tensor([1.0, 2.0, 3.0])
@@ -145,6 +145,6 @@ def explained_variance(sums: Tensor) -> Tensor:
     count, returns, returns_squared, errors, errors_squared = sums.unbind()
     variance = returns_squared - returns.square() / count
     error_variance = errors_squared - errors.square() / count
-    # Rounding leaves a little where equal returns should leave nothing.
+    # Rounding leaves a small variance where equal returns have none.
     is_constant = variance <= 1e-12 * returns_squared
     return torch.where(is_constant, torch.full_like(variance, torch.nan), 1 - error_variance / variance)

@@ -1,4 +1,4 @@
-"""Metrics whose states are sums and counts, so that no mean of means is ever taken; ``functional`` has the formulas."""
+"""Metrics whose states are sums and counts, so that means are never averaged; ``functional`` has the formulas."""
 
 from .functional import NO_ERROR
 from .preference import ExpectedCalibrationError, PreferenceAccuracy, PreferenceMargin

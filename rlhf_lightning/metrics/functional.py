@@ -1,4 +1,4 @@
-"""The formulas of the metrics, on sums that can be added up over batches and ranks before anything is divided.
+"""Formulas of the metrics, on sums that can be added over batches and ranks before division.
 
 Shapes: P pairs, B values, K attributes, M steps, S sequences, N bins.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NO_ERROR = -1  # the place of the first error in a sequence without one
+NO_ERROR = -1  # index of the first error in a sequence without one
 
 
 def _check_same_shape(**tensors: Tensor) -> None:
@@ -21,7 +21,7 @@ def _check_same_shape(**tensors: Tensor) -> None:
 
 
 def preference_accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """The share of pairs whose chosen completion has the higher reward; equal rewards count as wrong.
+    """Computes the share of pairs whose chosen completion has the higher reward; equal rewards count as wrong.
 
     Args:
         chosen_P: rewards of the chosen completions, at least one.
@@ -42,7 +42,7 @@ def preference_accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 
 
 def preference_margin(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """The mean of chosen minus rejected reward.
+    """Computes the mean of chosen minus rejected reward.
 
     Args:
         chosen_P: rewards of the chosen completions, at least one.
@@ -63,7 +63,7 @@ def preference_margin(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 
 
 def calibration_sums(confidence_B: Tensor, correct_B: Tensor, num_bins: int) -> Tensor:
-    """What the calibration error is computed from: per bin count, sum of confidences and hits, ``(3, N)`` in fp64.
+    """Computes the sums of the calibration error: per bin count, sum of confidences and hits, ``(3, N)`` in fp64.
 
     Args:
         confidence_B: in [0, 1].
@@ -88,17 +88,17 @@ def calibration_sums(confidence_B: Tensor, correct_B: Tensor, num_bins: int) -> 
 
 
 def calibration_error(sums: Tensor) -> Tensor:
-    """The calibration error that the sums of ``calibration_sums`` stand for: a scalar; nan without any value."""
+    """Computes the calibration error from the sums of ``calibration_sums``: a scalar; nan without any value."""
     count, confidence, correct = sums
     error: Tensor = (confidence - correct).abs().sum() / count.sum()
     return error
 
 
 def expected_calibration_error(confidence_B: Tensor, correct_B: Tensor, num_bins: int = 15) -> Tensor:
-    r"""How far confidence is from accuracy, on average over bins of confidence.
+    r"""Computes the expected calibration error, the mean difference of confidence and accuracy over bins.
 
-    Paper: Guo et al., 2017 (arXiv:1706.04599): sum over bins of (n_b / n) abs(accuracy_b - mean confidence_b). Of a
-    reward model, the confidence is that of Bradley and Terry's model in the completion with the higher reward.
+    Paper: Guo et al., 2017 (arXiv:1706.04599): sum over bins of (n_b / n) abs(accuracy_b - mean confidence_b). For a
+    reward model, the confidence is the Bradley-Terry probability of the completion with the higher reward.
 
     Args:
         confidence_B: in [0, 1], at least one.
@@ -119,7 +119,7 @@ def expected_calibration_error(confidence_B: Tensor, correct_B: Tensor, num_bins
 
 
 def correlation_sums(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
-    """What the correlation is computed from: per attribute n, x, y, xx, yy, xy, summed, ``(6, K)`` in fp64.
+    """Computes the sums of the correlation: per attribute n, x, y, xx, yy, xy, ``(6, K)`` in fp64.
 
     Args:
         rewards_BK: (B, K).
@@ -142,17 +142,17 @@ def correlation_sums(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
 
 
 def correlation(sums: Tensor) -> Tensor:
-    """The correlations (K,) that the sums of ``correlation_sums`` stand for; nan where either side is constant."""
+    """Computes correlations (K,) from the sums of ``correlation_sums``; nan where either side is constant."""
     n, x, y, xx, yy, xy = sums
     covariance = n * xy - x * y
     spread = (n * xx - x * x) * (n * yy - y * y)
-    # What cancels to rounding noise is a constant.
+    # A variance within rounding noise is that of a constant.
     constant = (n * xx - x * x <= 1e-12 * n * xx) | (n * yy - y * y <= 1e-12 * n * yy)
     return torch.where(constant, torch.nan, covariance / spread.clamp_min(1e-300).sqrt())
 
 
 def attribute_correlation(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
-    """Pearson's correlation of each attribute's reward with its rating, over the rows where it was rated.
+    """Computes Pearson's correlation of each attribute's reward with its rating, over the rows where it was rated.
 
     Args:
         rewards_BK: (B, K).
@@ -172,13 +172,13 @@ def attribute_correlation(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
 
 
 def first_errors(scores_M: Tensor, sequence_index_M: Tensor, num_sequences: int, threshold: float = 0.5) -> Tensor:
-    """Which step of each sequence is the first whose score is below a threshold.
+    """Finds the first step of each sequence whose score is below a threshold.
 
     Args:
-        scores_M: (M,) probabilities of steps being right, or labels, in the order of the steps.
+        scores_M: (M,) probabilities that steps are right, or labels, in the order of the steps.
         sequence_index_M: (M,) the sequence of each step, ascending.
         num_sequences: S.
-        threshold: below it a step is an error.
+        threshold: a step with a lower score is an error.
 
     Returns:
         (S,) step numbers from 0; ``NO_ERROR`` where there is none.
@@ -201,12 +201,12 @@ def first_errors(scores_M: Tensor, sequence_index_M: Tensor, num_sequences: int,
 
 
 class FirstError(NamedTuple):
-    """How well first errors were found.
+    """Accuracy of predicted first errors.
 
     Args:
         f1: harmonic mean of the two accuracies.
-        with_error: share of sequences with an error whose first one was found.
-        without_error: share of sequences without an error in which none was found.
+        with_error: share of sequences with an error whose first error was found.
+        without_error: share of sequences without an error in which no error was predicted.
     """
 
     f1: Tensor
@@ -215,7 +215,7 @@ class FirstError(NamedTuple):
 
 
 def first_error_sums(predicted_S: Tensor, expected_S: Tensor) -> Tensor:
-    """What the F1 is computed from: sequences with an error, hits among them, without one, hits among those; ``(4,)``.
+    """Computes the sums of the F1: sequences with an error, hits among them, without one, hits among those; ``(4,)``.
 
     Args:
         predicted_S: step numbers, ``NO_ERROR`` for none.
@@ -234,7 +234,7 @@ def first_error_sums(predicted_S: Tensor, expected_S: Tensor) -> Tensor:
 
 
 def first_error(sums: Tensor) -> FirstError:
-    """What the sums of ``first_error_sums`` stand for; without sequences of one kind, their accuracy and F1 are nan."""
+    """Computes F1 and accuracies from the sums of ``first_error_sums``; nan where sequences of a kind are missing."""
     wrong, found, right, passed = sums
     with_error, without_error = found / wrong, passed / right
     total = with_error + without_error
@@ -243,7 +243,7 @@ def first_error(sums: Tensor) -> FirstError:
 
 
 def first_error_f1(predicted_S: Tensor, expected_S: Tensor) -> FirstError:
-    """The measure of ProcessBench: is the first wrong step found, and is nothing found where all is right?
+    """Computes the F1 of ProcessBench, which rewards finding the first wrong step, and none where all are right.
 
     Paper: ProcessBench (Zheng et al., 2024, arXiv:2412.06559): the harmonic mean of the accuracies on sequences with
     and without an error.

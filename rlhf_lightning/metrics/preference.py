@@ -1,4 +1,4 @@
-"""Metrics of rewards of pairs."""
+"""Metrics of the rewards of pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .functional import calibration_error, calibration_sums, preference_accuracy
 
 
 class PreferenceAccuracy(Metric):
-    """The share of pairs whose chosen completion has the higher reward (see ``functional.preference_accuracy``).
+    """Computes the share of pairs whose chosen completion has the higher reward (``functional.preference_accuracy``).
 
     Example:
         >>> metric = PreferenceAccuracy()
@@ -38,12 +38,12 @@ class PreferenceAccuracy(Metric):
             self.count += chosen_P.numel()
 
     def compute(self) -> Tensor:
-        """The share over all pairs so far."""
+        """Returns the share over all pairs so far."""
         return self.hits / self.count
 
 
 class PreferenceMargin(Metric):
-    """The mean of chosen minus rejected reward (see ``functional.preference_margin``).
+    """Computes the mean of chosen minus rejected reward (``functional.preference_margin``).
 
     Example:
         >>> metric = PreferenceMargin()
@@ -71,12 +71,12 @@ class PreferenceMargin(Metric):
             self.count += chosen_P.numel()
 
     def compute(self) -> Tensor:
-        """The mean over all pairs so far."""
+        """Returns the mean over all pairs so far."""
         return self.total / self.count
 
 
 class ExpectedCalibrationError(Metric):
-    """How far confidence is from accuracy (see ``functional.expected_calibration_error``).
+    """Computes the expected calibration error (``functional.expected_calibration_error``).
 
     Args:
         num_bins: bins of equal width over [0, 1], at least 1.
@@ -109,5 +109,5 @@ class ExpectedCalibrationError(Metric):
         self.sums += calibration_sums(confidence_B, correct_B, self.num_bins)
 
     def compute(self) -> Tensor:
-        """The error over all predictions so far."""
+        """Returns the error over all predictions so far."""
         return calibration_error(self.sums)

@@ -1,4 +1,4 @@
-"""What is logged of a reward model, from the rows of a whole batch.
+"""Logged metrics of a reward model, from the rows of a whole batch.
 
 Legend: E examples, K attributes.
 """
@@ -14,18 +14,18 @@ from .functional import attribute_correlation, expected_calibration_error
 
 
 def spread(rewards: Tensor) -> Scores:
-    """Mean, standard deviation, least and greatest of rewards of any shape."""
+    """Computes mean, standard deviation, minimum and maximum of rewards of any shape."""
     values = {f"rewards/{name}": getattr(rewards, name)() for name in ("mean", "min", "max")}
     return values | ({"rewards/std": rewards.std(correction=0)} if rewards.numel() > 1 else {})
 
 
 def pair_metrics(rewards_E2: Tensor, tie_E: Tensor, *, calibration: bool) -> Scores:
-    """Means of chosen and rejected rewards and of their margin; accuracy over the pairs that are no ties.
+    """Computes means of chosen and rejected rewards and of their margin, and accuracy over pairs that are not ties.
 
     Args:
         rewards_E2: chosen and rejected.
         tie_E: bool.
-        calibration: also compute how far the confidence in the better one is from its accuracy.
+        calibration: also compute the expected calibration error.
     """
     chosen, rejected = rewards_E2.unbind(dim=1)
     values = {
@@ -42,10 +42,10 @@ def pair_metrics(rewards_E2: Tensor, tie_E: Tensor, *, calibration: bool) -> Sco
 
 
 def rating_metrics(rewards_EK: Tensor, ratings_EK: Tensor, names: Sequence[str]) -> Scores:
-    """Mean squared error and correlation of every attribute, over the rows where it was rated.
+    """Computes mean squared error and correlation of every attribute, over the rows where it was rated.
 
     Args:
-        rewards_EK: what the model says.
+        rewards_EK: the model's rewards.
         ratings_EK: NaN where a rating is missing.
         names: of the attributes.
     """

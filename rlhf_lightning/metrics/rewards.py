@@ -1,4 +1,4 @@
-"""Metrics of rewards one by one: their spread, and how they go with ratings."""
+"""Metrics of single rewards: their statistics, and their correlation with ratings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .functional import correlation, correlation_sums
 
 
 class RewardStatistics(Metric):
-    """Mean, standard deviation (of the population), least and greatest of rewards.
+    """Computes mean, standard deviation (of the population), minimum and maximum of rewards.
 
-    The state is count, mean and sum of squared distances from the mean, which merge exactly; with sums of squares
-    alone, rewards far from 0 would lose their digits.
+    The state is count, mean and sum of squared distances from the mean, which merge exactly; with plain sums of
+    squares, rewards far from 0 would lose precision.
 
     Example:
         >>> metric = RewardStatistics()
@@ -47,7 +47,7 @@ class RewardStatistics(Metric):
         self.greatest = torch.maximum(self.greatest, values.max())
 
     def compute(self) -> dict[str, Tensor]:
-        """``mean``, ``std``, ``min`` and ``max`` of all rewards so far; nan before the first."""
+        """Returns ``mean``, ``std``, ``min`` and ``max`` of all rewards so far; nan before the first."""
         count, mean, squares = self.moments.reshape(-1, 3)[0]
         nan = torch.full_like(mean, torch.nan)
         seen = count > 0
@@ -74,7 +74,7 @@ def merge_moments(moments: Tensor) -> Tensor:
 
 
 class AttributeCorrelation(Metric):
-    """Pearson's correlation of each attribute's reward with its rating (see ``functional.attribute_correlation``).
+    """Computes the correlation of each attribute's reward with its rating (``functional.attribute_correlation``).
 
     Args:
         num_attributes: K, at least 1.
@@ -106,5 +106,5 @@ class AttributeCorrelation(Metric):
         self.sums += correlation_sums(rewards_BK, ratings_BK)
 
     def compute(self) -> Tensor:
-        """(K,) over all rows so far."""
+        """Returns correlations (K,) over all rows so far."""
         return correlation(self.sums)

@@ -10,7 +10,7 @@ from .functional import first_error, first_error_sums
 
 
 class FirstErrorF1(Metric):
-    """The measure of ProcessBench (see ``functional.first_error_f1``).
+    """Computes the F1 of ProcessBench (``functional.first_error_f1``).
 
     Example:
         >>> metric = FirstErrorF1()
@@ -30,9 +30,9 @@ class FirstErrorF1(Metric):
         self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, predicted_S: Tensor, expected_S: Tensor) -> None:
-        """Adds sequences: the place of the first error that was predicted, and that there is; -1 for none."""
+        """Adds sequences: index of the predicted first error and of the actual one; -1 for none."""
         self.sums += first_error_sums(predicted_S, expected_S)
 
     def compute(self) -> dict[str, Tensor]:
-        """``f1`` and the accuracies ``with_error`` and ``without_error``; nan without sequences of either kind."""
+        """Returns ``f1`` and the accuracies ``with_error`` and ``without_error``; nan if either kind is missing."""
         return first_error(self.sums)._asdict()

@@ -1,4 +1,4 @@
-"""LoRA adapters: which options are taken, how they are put on a model, loaded again, and kept tied."""
+"""LoRA adapters: checks their options, adds them to a model, loads them again, and keeps tied ones tied."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .reference import ADAPTER_COPY
 from .rotary import take_long_rotary
 from .safetensors_io import damaged_weights, first_line, read_json
 
-# What the libraries raise when a folder, a file in it or a hub id is not what it should be.
+# Errors that the libraries raise for a bad folder, file or hub id.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
-# Options with which the adapter's layers compute something else than W x + (alpha / r) B A x in every row alike, or
-# with which the base model is another one than its folder holds: references, merges and exports would not fit.
+# Options with which the adapter's layers do not compute W x + (alpha / r) B A x alike in every row, or with which the
+# base model differs from its folder: references, merges and exports would not fit.
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -45,7 +45,7 @@ _UNSUPPORTED = (
 )
 
 
-# Beside an adapter that was trained with other rotary frequencies than its base takes by itself.
+# Stored with an adapter that was trained with rotary frequencies that differ from its base's default.
 ROPE_PARAMETERS = "rope_parameters.json"
 _IF_THERE: dict[str, Any] = {
     f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
@@ -53,32 +53,33 @@ _IF_THERE: dict[str, Any] = {
 
 
 class TiedLinear(nn.Module):
-    """One of the two products of a LoRA adapter on an output projection that is tied to the embedding.
+    """Computes one of the two products of a LoRA adapter on an output projection that is tied to the embedding.
 
-    It has no weight of its own, so that both layers are trained as one wherever they are moved to.
+    It has no weight of its own, so that both layers are trained as one on whatever device they are.
 
     Args:
         source: the embedding layer.
-        name: its matrices, ``lora_embedding_A`` or ``lora_embedding_B``, of which the transpose of one is the weight.
-        adapter: whose.
+        name: the embedding's matrices, ``lora_embedding_A`` or ``lora_embedding_B``; the transpose of the adapter's
+            one is the weight.
+        adapter: the adapter's name.
     """
 
     bias = None
 
     def __init__(self, source: nn.Module, name: str, adapter: str) -> None:
         super().__init__()
-        self.__dict__["source"] = source  # no submodule: its weights are the embedding's
+        self.__dict__["source"] = source  # not a submodule: its weights belong to the embedding
         self.name = name
         self.adapter = adapter
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, as a view of the embedding's."""
+        """The weight matrix, a transposed view of the embedding's."""
         matrices: Mapping[str, Tensor] = getattr(self.__dict__["source"], self.name)
         return matrices[self.adapter].t()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``(..., in) -> (..., out)``."""
+        """Applies the weight, ``(..., in) -> (..., out)``."""
         return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
 
 
@@ -89,7 +90,7 @@ def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
         lora: arguments of ``LoraConfig``; ``target_modules`` is ``"all-linear"`` unless given.
 
     Raises:
-        ValueError: for an option that does not exist, or whose adapter could not be exported, merged or trained on.
+        ValueError: for an unknown option, or one with which the adapter could not be exported, merged or trained.
     """
     allowed = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     for key, value in lora.items():
@@ -119,12 +120,12 @@ def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
 
 
 def add_adapter(base: PreTrainedModel, config: LoraConfig, source: str) -> PeftModel:
-    """Puts a new adapter on a model.
+    """Adds a new adapter to a model.
 
     Args:
         base: the model.
         config: the adapter's.
-        source: what the exported adapter says its base is: a hub id, or a folder as the user wrote it.
+        source: name of the base in the exported adapter: a hub id, or a folder as the user wrote it.
 
     Raises:
         ValueError: the model cannot have such an adapter.
@@ -142,8 +143,8 @@ def add_adapter(base: PreTrainedModel, config: LoraConfig, source: str) -> PeftM
 def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedModel], *, trainable: bool) -> PeftModel:
     """Loads an adapter on its base model and, where it will be trained, a frozen copy of it.
 
-    A base that is a relative path is looked for from the working directory, and then from the adapter's folder and
-    those above it, so that a folder with both can be moved as a whole.
+    A base given as a relative path is searched from the working directory, and then from the adapter's folder and its
+    parents, so that a folder with both can be moved as a whole.
 
     Args:
         place: the adapter's folder or hub id.
@@ -154,6 +155,7 @@ def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedM
     Raises:
         ValueError: the adapter or its base cannot be loaded.
     """
+    # Reject other kinds of adapters before the base model is loaded, which may take minutes.
     config = read_json(config_file)
     kind, source = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind != "LORA":
@@ -163,14 +165,18 @@ def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedM
     unsupported = next((name for name in _UNSUPPORTED if config.get(name)), None)
     if unsupported is not None and trainable:
         raise ValueError(f"the adapter in {place!r} was made with {unsupported}, with which none is trained further")
+
     source = locate_base(source, place)
     try:
         base = load(source)
     except ValueError as error:
         raise ValueError(f"{error} (it is the base_model_name_or_path in {config_file})") from error
+
+    # The adapter was trained with these settings, which may differ from the base's.
     _take_generation_config(base, place)
     if cached_file(place, ROPE_PARAMETERS, **_IF_THERE):
         take_long_rotary(base)
+
     try:
         with _quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -186,14 +192,14 @@ def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedM
 
 
 def locate_base(source: str, place: str | Path) -> str:
-    """Finds the base model of an adapter: as it is written, or beside the adapter's folder or one above it.
+    """Finds the base model of an adapter: as it is written, or relative to the adapter's folder or a parent.
 
     Args:
         source: the adapter's ``base_model_name_or_path``.
         place: the adapter's folder.
 
     Returns:
-        The source as it is, or an absolute path where only the adapter's place says where it is.
+        The source as it is, or an absolute path where it was found from the adapter's folder.
     """
     path, folder = Path(source).expanduser(), Path(place).resolve()
     if path.is_absolute() or path.exists() or not folder.is_dir():
@@ -203,17 +209,17 @@ def locate_base(source: str, place: str | Path) -> str:
 
 
 def tied_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """The weights that tied layers share, under the names that peft stores them by."""
+    """Returns the weights that tied layers share, under the names that peft stores them by."""
     tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedLinear)}
     ending = f".{adapter}"
     return {f"{n.removesuffix(ending)}.weight": m.weight for n, m in tied.items() if n.endswith(ending)}
 
 
 def _tie(model: Any, adapter: str) -> None:
-    """Gives the adapter of a tied output projection no weights but the embedding's.
+    """Makes the adapter of a tied output projection use the embedding's weights.
 
-    peft makes them parameters of their own in the same memory, which part when the model is moved to another device,
-    and which an optimizer updates one after the other.
+    peft makes separate parameters in the same memory, which diverge when the model is moved to another device, and
+    which an optimizer updates one after the other.
     """
     config = model.peft_config[adapter]
     base = model.get_base_model()
@@ -240,10 +246,10 @@ def _tie(model: Any, adapter: str) -> None:
 
 
 def _add_copy(model: PeftModel) -> None:
-    """Adds a frozen copy of the adapter that was loaded.
+    """Adds a frozen copy of the loaded adapter.
 
-    Biases belong to the base model's layers and not to an adapter: peft allows one adapter with biases, and the
-    reference policy keeps them itself.
+    Biases belong to the base model's layers and not to an adapter: peft allows only one adapter with biases, and the
+    reference policy keeps copies of them.
     """
     config: Any = copy.deepcopy(model.peft_config["default"])
     config.bias, config.inference_mode = "none", True
@@ -262,16 +268,16 @@ def _add_copy(model: PeftModel) -> None:
 
 
 def _take_generation_config(base: PreTrainedModel, place: str) -> None:
-    """Takes from an adapter's folder where its training ended answers."""
+    """Takes the generation config, with its end tokens, from an adapter's folder."""
     if (Path(place) / "generation_config.json").is_file() and base.can_generate():
         base.generation_config = GenerationConfig.from_pretrained(place)
 
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Keeps back what peft 0.21 says about its own doings, which nobody can mend from outside."""
+    """Hides warnings of peft 0.21 about its own calls, which users cannot fix."""
     with warnings.catch_warnings():
-        # It asks transformers 5.23 by a name that has been replaced, and adds patterns of its own for fused experts.
+        # It calls transformers 5.23 by a deprecated name, and adds its own patterns for fused experts.
         warnings.filterwarnings("ignore", message=r".is_gradient_checkpointing. is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys .*: \['\.\*[\\]+\.gate_up_proj'\]")
         yield

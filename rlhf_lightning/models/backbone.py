@@ -1,7 +1,7 @@
-"""Runs a decoder over a SequenceBatch and reads hidden states at chosen positions, whatever the layout.
+"""Runs a decoder over a SequenceBatch and reads hidden states at chosen positions, in either layout.
 
 ``packed`` runs the forest as one row through the registered attention; ``padded`` runs the same sequences as rows of a
-padded matrix. ``layout.py`` says which of them a model can run in.
+padded matrix. ``layout.py`` decides in which of them a model can run.
 
 Legend: T tokens in the forest, S sequences, L padded length, R positions read, N scored tokens, D hidden size.
 """
@@ -23,18 +23,18 @@ from .rotary import rotary_limit, steady_rotary
 
 Layout = Literal["packed", "padded"]
 
-# The attribute of a decoder that leads to what records its routers, for a while; see ``routers.py``.
+# The attribute of a decoder that holds the recorder of its routers while it records; see ``routers.py``.
 ROUTER_RECORDER = "_router_recorder"
 
-# Relative disagreement above which a computation counts as another one, per dtype in which it was made.
+# Relative disagreement above which two computations count as different, per dtype.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
-# How many rows the check of the output projection reads, and the deviation of the logits that it looks at.
+# Rows that the check of the output projection reads, and the standard deviation of their logits.
 _CHECKED_ROWS, _CHECKED_LOGITS = 4, 20.0
 
 
 class HiddenStates(NamedTuple):
-    """Hidden states of a batch in the layout in which they were computed.
+    """Holds hidden states of a batch in the layout in which they were computed.
 
     Args:
         states: ``(T, D)`` packed or ``(P, L, D)`` padded, after the final norm.
@@ -60,21 +60,21 @@ class HiddenStates(NamedTuple):
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model (its adapters stay in place), or the model itself."""
+    """Returns the transformers model inside a PEFT model (its adapters stay in place), or the model itself."""
     wrapped: Any = model
     base: PreTrainedModel = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     return base
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder that yields hidden states, without its output projection."""
+    """Returns the decoder that yields hidden states, without its output projection."""
     base: Any = base_model(model)
     decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else None
     inner: nn.Module = base.base_model
-    # transformers takes whatever is called decoder for one, of ModernBERT its output projection.
+    # transformers returns any attribute called decoder, which is the output projection in ModernBERT.
     named_so = decoder is None or decoder is base or decoder is base.get_output_embeddings()
     found: nn.Module = inner if named_so else decoder
-    if found is base:  # a class that names no decoder (Llama 4): the one model that it holds
+    if found is base:  # a class that names no decoder (Llama 4): take the first model that it holds
         found = next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)
     return found
 
@@ -125,7 +125,7 @@ def token_stats(
     mean: bool = False,
     power: bool = False,
 ) -> TokenStats:
-    """Log-probabilities of every scored token of a batch; only positions that a loss reads are projected.
+    """Computes log-probabilities of every scored token of a batch; projects only positions that a loss reads.
 
     Args:
         model: a causal language model, or one wrapped by PEFT.
@@ -142,6 +142,7 @@ def token_stats(
     hidden = hidden_states(model, batch, layout)
     read, target_ids, which = [batch.source_index, batch.source_path, batch.source_depth], batch.target_ids, None
     if batch.distinct is not None and layout == "packed":
+        # Tokens that several sequences share are projected once.
         chosen, which = batch.distinct
         read, target_ids = [index[chosen] for index in read], target_ids[chosen]
     stats = fused_logprobs(
@@ -157,7 +158,7 @@ def token_stats(
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """How many positions a model has, or the rotary frequencies that it runs with; ``None`` where nothing says so."""
+    """Returns the number of positions of a model, or of the rotary frequencies it runs with; ``None`` if unknown."""
     base = base_model(model)
     config, limit = base.config.get_text_config(), rotary_limit(base)
     if limit is not None:
@@ -169,15 +170,15 @@ def num_positions(model: nn.Module) -> int | None:
 
 
 def make_steady(model: nn.Module, *, longest: int | None = None, head: bool = True) -> None:
-    """What has to be seen to before a model's first forward: its rotary frequencies, and its output projection.
+    """Prepares a model for its first forward: fixes its rotary frequencies and checks its output projection.
 
     Args:
         model: the model, before it is sharded or copied.
-        longest: see ``steady_rotary``.
-        head: whether its logits are used; see ``check_output_head``.
+        longest: maximum length of a sequence, as for ``steady_rotary``.
+        head: whether its logits are used, so that ``check_output_head`` must pass.
 
     Raises:
-        ValueError: see ``check_output_head``.
+        ValueError: the fused head does not compute the model's logits.
     """
     steady_rotary(base_model(model), longest)
     if head:
@@ -185,25 +186,26 @@ def make_steady(model: nn.Module, *, longest: int | None = None, head: bool = Tr
 
 
 def check_output_head(model: nn.Module) -> None:
-    """Makes sure that the fused head knows everything that a model does between hidden states and logits.
+    """Checks that the fused head computes the same logits from hidden states as the model's own forward.
 
-    The model's own forward is given hidden states in place of its decoder's; no layer runs.
+    The model's forward is given hidden states instead of its decoder's; no layer runs.
 
     Args:
-        model: a causal language model, or one wrapped by PEFT; weights on the meta device are left unchecked.
+        model: a causal language model, or one wrapped by PEFT; meta or sharded weights are not checked.
 
     Raises:
-        ValueError: its logits are others than the fused head's.
+        ValueError: its logits differ from the fused head's.
     """
     base, head = base_model(model), output_head(model)
     if head.weight.is_meta or isinstance(head.weight, DTensor):
         return
-    # In host memory whatever device the caller builds models on: a generator draws on its own device alone.
+
+    # Drawn on the CPU, whatever the default device is: a generator works on its own device only.
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn((_CHECKED_ROWS, head.weight.shape[1]), generator=generator, device="cpu", dtype=torch.float32)
     hidden = drawn.to(device=head.weight.device, dtype=head.weight.dtype)
     with evaluating(model), torch.no_grad():
-        # Logits as large as a soft cap is.
+        # Logits large enough that a soft cap would change them.
         hidden = hidden * (_CHECKED_LOGITS / (head.weight[:4096].float() @ hidden.float().T).std().clamp_min(1e-3))
         name = type(base).__name__
         try:
@@ -214,6 +216,7 @@ def check_output_head(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} cannot be trained here: what it does with its decoder's hidden states is not known ({said})"
             ) from error
+
     if found.shape != expected.shape:
         raise ValueError(
             f"{name} gives {expected.shape[-1]} logits and has an output projection of {found.shape[-1]} rows: it is "
@@ -235,18 +238,18 @@ def check_output_head(model: nn.Module) -> None:
 
 
 class _Given(BaseModelOutputWithPast):
-    """What a decoder returns, as far as a model's output projection is concerned; everything else is None."""
+    """Stands in for a decoder's output when the output projection is run; absent fields are None."""
 
     def __getattr__(self, name: str) -> None:
-        """Router logits and the like."""
+        """Returns None for fields that were not given, such as router logits."""
         if name.startswith("__"):
             raise AttributeError(name)
 
 
 def _own_logits(base: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, list[str]]:
-    """The logits that a model's own forward makes of hidden states ``(R, D)``, and the layers that they pass.
+    """Returns the logits of a model's own forward from hidden states ``(R, D)``, and the layers that they pass.
 
-    Layers are those with weights, the decoder and the output projection left out.
+    Layers are modules with weights, without the decoder and the output projection.
     """
     decoder, projection = decoder_of(base), base.get_output_embeddings()
     known = {*decoder.modules(), *(projection.modules() if projection is not None else ())}
@@ -260,12 +263,12 @@ def _own_logits(base: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, list[str
 
 
 def own_output(base: PreTrainedModel, hidden: Tensor, **given: Any) -> Any:
-    """What a model's own forward makes of hidden states ``(R, D)`` and of what else a decoder may return.
+    """Runs a model's own forward on given hidden states ``(R, D)`` and other outputs of a decoder.
 
     Args:
         base: the model; no layer of it runs.
-        hidden: in place of its decoder's. They are its logits where router logits are given, and no weight is read.
-        given: other outputs of the decoder, which is asked for them.
+        hidden: replaces the decoder's output. With ``given``, they are also the logits, and no weight is read.
+        given: other outputs of the decoder, requested by ``output_<name>=True``.
     """
     output = _Given(last_hidden_state=hidden[None])
     replaced: list[tuple[nn.Module, Any]] = [(decoder_of(base), lambda *args, **kwargs: output)]
@@ -288,7 +291,7 @@ def own_output(base: PreTrainedModel, hidden: Tensor, **given: Any) -> Any:
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Puts a model in evaluation mode for a while and restores every part's own mode."""
+    """Puts a model in evaluation mode within the context and then restores every module's own mode."""
     return _Evaluating(model)
 
 

@@ -1,4 +1,4 @@
-"""Losses that a model's config asks for beside the loss of a method."""
+"""Auxiliary losses that a model's config asks for in addition to a method's loss."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedConfig
 
-# What coefficients of losses on routers are called, in transformers and in configs that models bring along: of what
-# balances their loads, and of the size of their logits.
+# Names of the coefficients of router losses, in transformers and in configs of remote code: those of load balancing,
+# and that of the size of the logits.
 OF_BALANCE = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight")
 _OF_ROUTERS = (*OF_BALANCE, "router_z_loss_coef")
-# Of the mean squared log-normaliser of the logits: Bamba.
+# Coefficient of the mean squared log-normaliser of the logits (Bamba).
 _OF_LOGITS = ("z_loss_coefficient",)
 
 
 def router_losses(config: PreTrainedConfig) -> dict[str, float]:
-    """Losses on routers that a config asks for, as transformers reads it: coefficients above 0, by their names.
+    """Returns the router losses that a config asks for, as transformers reads it: coefficients above 0, by name.
 
     Args:
-        config: of a model. What it asks for may stand in a config within (``text_config``, ``ffn_config``).
+        config: of a model; configs inside it (``text_config``, ``ffn_config``) are read too.
 
     Returns:
-        Nothing where ``output_router_logits`` is not true, since transformers then adds no such loss either.
+        Empty where ``output_router_logits`` is not true, since transformers then adds no such loss either.
 
     Example:
         >>> from transformers import MixtralConfig
@@ -37,7 +37,7 @@ def router_losses(config: PreTrainedConfig) -> dict[str, float]:
 
 
 def logit_losses(config: PreTrainedConfig) -> dict[str, float]:
-    """Losses on the size of logits that a config asks for: coefficients above 0, by their names.
+    """Returns the losses on the size of logits that a config asks for: coefficients above 0, by name.
 
     Args:
         config: of a model.

@@ -1,4 +1,4 @@
-"""What predicts the returns: a head on the policy's hidden states, or a model of its own.
+"""The critic, which predicts returns by a head on the policy's hidden states, or by a separate model.
 
 Legend: N scored tokens, D hidden size, M members of an ensemble, K attributes.
 """
@@ -25,16 +25,16 @@ from .reward_head import (
 
 
 class Critic(nn.Module):
-    """Values of states: of the hidden states of the policy, or of a model of its own.
+    """Predicts values of states from the policy's hidden states, or with a separate model.
 
     Args:
-        head: from hidden states to one number, or to those of a reward model.
+        head: maps hidden states to one number, or to the outputs of a reward model.
         model: the critic's own model; ``None`` where it reads the policy's hidden states.
-        layout: how batches run through the own model.
-        pooling: what a value is read from: the ``last`` state, or, as a reward model with this pooling does, the
-            ``mean`` of the completion's states so far (before there are any, the state of the prompt).
-        attribute_weights: of a reward model's attributes in its reward.
-        member_means: ``(M, K)`` what a reward model takes from the rewards of the members of an ensemble.
+        layout: layout of batches in the critic's own model.
+        pooling: state that a value is read from: the ``last`` one, or, as in a reward model with this pooling, the
+            ``mean`` of the completion's states so far (before the first, the state of the prompt).
+        attribute_weights: weights of a reward model's attributes in its reward.
+        member_means: ``(M, K)``, subtracted from the rewards of the members of an ensemble.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Critic(nn.Module):
         self.model = model
         self.pooling = pooling
         members, attributes = head.weight.shape[:2]
-        # No buffers, which a trainer's precision would round.
+        # Not buffers: a trainer's precision would round them.
         self._weights = [1 / attributes] * attributes if attribute_weights is None else attribute_weights
         self._means = [[0.0] * attributes] * members if member_means is None else member_means
         self._requested_layout = layout
@@ -64,13 +64,13 @@ class Critic(nn.Module):
         return self.model is None
 
     def values(self, hidden_ND: Tensor) -> Tensor:
-        """``(N, D) -> (N,)``: the mean over members of the weighted attributes, as a reward model's reward is."""
+        """Computes values, ``(N, D) -> (N,)``: the mean over members of the weighted attributes, as in a reward."""
         values_NMK: Tensor = self.head(hidden_ND)
         centred_NMK = values_NMK - values_NMK.new_tensor(self._means)
         return (centred_NMK @ values_NMK.new_tensor(self._weights)).mean(dim=1)
 
     def own_values(self, batch: SequenceBatch) -> Tensor:
-        """``(N,)`` values of the states before the scored tokens, by the critic's own model."""
+        """Computes values ``(N,)`` of the states before the scored tokens with the critic's own model."""
         assert self.model is not None
         if self._layout is None:
             self._layout = resolve_layout(self.model, self._requested_layout)
@@ -80,7 +80,7 @@ class Critic(nn.Module):
 
 
 def means_so_far(states_ND: Tensor, sequence_index_N: Tensor) -> Tensor:
-    """The mean of each sequence's states up to each, the first left out: it is the prompt's, and stands for itself.
+    """Computes running means of each sequence's states, without the first: it is the prompt's, and is returned as is.
 
     Args:
         states_ND: before each scored token of a completion, sequence after sequence.
@@ -97,7 +97,7 @@ def means_so_far(states_ND: Tensor, sequence_index_N: Tensor) -> Tensor:
     lengths_S = torch.bincount(sequence_index_N)
     first_N = (lengths_S.cumsum(0) - lengths_S)[sequence_index_N]
     depth_N = torch.arange(len(states), device=states.device) - first_N
-    # Sums within each sequence: rows of a padded matrix, since a difference of sums over all would cancel.
+    # Sums within each sequence in rows of a padded matrix: differences of sums over all sequences would cancel.
     rows = states.new_zeros(len(lengths_S), int(lengths_S.max()) if len(lengths_S) else 0, states.shape[1])
     rows[sequence_index_N, depth_N] = torch.where(depth_N[:, None] > 0, states, 0.0)
     sums_ND = rows.cumsum(dim=1)[sequence_index_N, depth_N]
@@ -105,7 +105,7 @@ def means_so_far(states_ND: Tensor, sequence_index_N: Tensor) -> Tensor:
 
 
 def shared_critic(hidden_size: int, *, kind: HeadKind, seed: int, dtype: torch.dtype) -> Critic:
-    """A head on the policy's hidden states; its values start at 0."""
+    """Makes a critic with a head on the policy's hidden states; its values start at 0."""
     return Critic(_silent(RewardHead(hidden_size, kind=kind, seed=seed, dtype=dtype)))
 
 
@@ -120,27 +120,30 @@ def own_critic(
     longest: int | None = None,
     **options: Any,
 ) -> Critic:
-    """A model of its own with a head: the head that is stored with it, or one whose values start at 0.
+    """Makes a critic with a separate model and its stored head, or a head whose values start at 0.
 
     Args:
-        source: Hugging Face id or folder; that of a reward model, too: values start as its rewards would be.
+        source: Hugging Face id or folder, possibly of a reward model: values then start as its rewards.
         kind: of the head, where none is stored.
-        seed: of the head's first inner weights.
+        seed: of the head's initial inner weights.
         dtype: of the weights.
         attention: kernel of the packed layout.
-        layout: how batches run.
-        longest: tokens that a sequence may have, where that is known; see ``steady_rotary``.
-        options: of ``load_causal_lm``.
+        layout: layout of batches.
+        longest: maximum number of tokens of a sequence, if known, as for ``steady_rotary``.
+        options: passed to ``load_causal_lm``.
 
     Raises:
         ValueError: the folder holds a head that gives no value.
     """
+    # A head of another kind is refused before the weights are read.
     stored = read_head_options(source)
     _check_head(source, stored)
     name = register_attention() if attention == "sdpa" else register_flex_attention()
     model = load_causal_lm(source, dtype=dtype, attn_implementation=name, headless=True, **options)
     make_steady(model, longest=longest, head=False)
     freeze_output_projection(model)
+
+    # A stored head decides on the shape; a sequence classifier's has no options and is linear.
     size = int(base_model(model).config.get_text_config().hidden_size)
     state = read_head_state(source)
     members, attributes = state["weight"].shape[:2] if state else (1, 1)
@@ -154,6 +157,7 @@ def own_critic(
     )
     if not load_head(head, source):
         _silent(head)
+
     return Critic(
         head,
         model,
@@ -165,7 +169,7 @@ def own_critic(
 
 
 def _check_head(source: str, stored: Mapping[str, Any]) -> None:
-    """Refuses what no value can be read from."""
+    """Refuses models from which no value can be read."""
     if stored and stored.get("method") != "reward":
         raise ValueError(
             f"value_model {source!r} holds a {stored.get('method')} model: give a reward model, or a language model"

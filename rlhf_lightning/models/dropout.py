@@ -1,7 +1,7 @@
-"""Dropout: switched off, or at one rate, wherever a model has it.
+"""Switches dropout off, or sets it to one rate, wherever a model has it.
 
-A model is random in training alone, so it is switched off by its mode: in evaluation mode nothing is dropped, whether a
-module of its own, a function within a forward pass, an adapter or a skipped layer does it, and no router adds noise.
+A model is random in training mode only, so dropout is switched off by the mode: in evaluation mode nothing is dropped,
+whether by a module, a function within a forward pass, an adapter or a skipped layer, and no router adds noise.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def switch_off_dropout(module: nn.Module) -> None:
-    """Lets a module compute in training what it computes in evaluation; what recomputes activations goes on doing so.
+    """Makes a module compute the same in training as in evaluation; layers that checkpoint activations still do.
 
     Args:
-        module: what holds models; its own mode stays as it is.
+        module: holds models; its own mode is unchanged.
     """
     for part in module.children():
         part.eval()
@@ -31,11 +31,11 @@ def switch_off_dropout(module: nn.Module) -> None:
 
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a layer of transformers and recomputes it in the backward pass, in the mode that its parts are in.
+    """Runs a layer of transformers and recomputes it in the backward pass, in the mode of its submodules.
 
     Args:
-        function: what transformers makes of a layer's ``forward``: a ``partial`` whose first argument is the layer; or
-            a method of the layer, as models outside of transformers pass.
+        function: a layer's ``forward`` as transformers passes it, a ``partial`` whose first argument is the layer; or
+            a method of the layer, as models outside of transformers pass it.
         args: of the layer.
         kwargs: of the layer.
     """
@@ -55,12 +55,12 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Sets every rate of dropout of a model: of hidden states, attention weights, embeddings, adapters.
+    """Sets every dropout rate of a model: of hidden states, attention weights, embeddings, adapters.
 
-    The model's config, which is exported with it, stays as it is. Layers are never left out.
+    The model's config, which is exported with it, is unchanged. Layer dropout is set to 0.
 
     Args:
-        model: a model of transformers, bare or with adapters around it; changed in place.
+        model: a model of transformers, possibly with adapters; changed in place.
         rate: in [0, 1).
     """
     for module in model.modules():
@@ -78,10 +78,10 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 
 
 def layers_left_out(model: nn.Module) -> float:
-    """At which rate a model leaves out whole layers as it is now, each forward others: 0 where it never does.
+    """Returns the highest rate at which a model randomly skips whole layers in its present mode; 0 if it never does.
 
     Args:
-        model: in the mode in which it will be run.
+        model: in the mode in which it will run.
     """
     rates = [
         float(value)
@@ -94,7 +94,7 @@ def layers_left_out(model: nn.Module) -> float:
 
 
 class _Rated:
-    """A config as a layer reads it that looks its rates up in every forward pass: all else is the config's own."""
+    """Wraps a config for layers that look up their dropout rates in every forward; all else is the config's."""
 
     def __init__(self, config: PreTrainedConfig, rate: float) -> None:
         self._config, self._rate = config, rate

@@ -1,9 +1,9 @@
 """The fused log-prob head: ``log p(target)`` from hidden states without a (tokens x vocabulary) matrix.
 
 Logits are computed tile by tile (rows x a slice of the vocabulary) and reduced by an online log-sum-exp. The first
-tiles are kept for the backward pass, up to a fixed number of bytes; the others are computed again there. Each turns
-into its gradient in place. Memory is one tile and those that are kept; accumulation is in at least fp32, whatever the
-dtype of the model.
+tiles are kept for the backward pass, up to a fixed number of bytes; the others are recomputed there. Each tile is
+overwritten by its gradient. Memory is one tile and the kept ones; accumulation is in at least fp32, whatever the dtype
+of the model.
 
 Legend: N tokens, D hidden size, V vocabulary, R rank of the low-rank part of the head.
 """
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 # Tile sizes: large enough for efficient matrix products, small enough to stay in a CPU core's cache between passes.
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
-# What a forward pass may keep for its backward pass, which saves a quarter of the products: all logits of a small
-# batch, a small part of a large one.
+# Memory of the tiles that a forward pass keeps for its backward pass, which saves up to a quarter of the products: all
+# logits of a small batch, a small part of a large one.
 KEPT_BYTES = 256 << 20
 
 
 @dataclass
 class OutputHead:
-    """The output projection of a language model, taken apart.
+    """Holds the parts of a language model's output projection.
 
     Args:
         weight: ``(V, D)``.
@@ -34,7 +34,7 @@ class OutputHead:
         lora_in: ``(R, D)``, the A matrix of a LoRA adapter on the head.
         lora_out: ``(V, R)``, its B matrix, scaling not included.
         lora_scaling: the factor of the adapter.
-        lora_dropout: what the adapter drops of its input, in its own mode.
+        lora_dropout: dropout of the adapter's input, in its own mode.
         scale: factor of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``, and so on).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2), applied after ``scale``.
     """
@@ -49,7 +49,7 @@ class OutputHead:
     softcap: float | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """``(N, V)`` logits, materialised: for tests and for few rows."""
+        """Materialises the logits ``(N, V)``, for tests and few rows."""
         logits = hidden_ND @ self.weight.T
         if self.lora_in is not None and self.lora_out is not None:
             logits = logits + self.lora_scaling * (hidden_ND.to(self.lora_in.dtype) @ self.lora_in.T) @ self.lora_out.T
@@ -60,7 +60,7 @@ class OutputHead:
 
 
 class TokenStats(NamedTuple):
-    """What the head says of each scored token; zeros where it was not asked for.
+    """Holds statistics of each scored token; those that were not requested are 0.
 
     Args:
         logprobs: ``(N,)`` log-probability of the target.
@@ -79,7 +79,7 @@ class TokenStats(NamedTuple):
 
 class _Config(NamedTuple):
     scale: float  # of the product
-    inv_temperature: float  # of what the soft cap returns
+    inv_temperature: float  # factor after the soft cap
     softcap: float | None
     entropy: bool
     mean: bool
@@ -97,7 +97,7 @@ def fused_logprobs(
     mean: bool = False,
     power: bool = False,
 ) -> TokenStats:
-    r"""Log-probabilities of targets from hidden states.
+    r"""Computes log-probabilities of targets from hidden states.
 
     .. math:: \log p_i = z_{i,t_i} - \log\sum_v e^{z_{i,v}}, \qquad z_i = \mathrm{softcap}(s\,(W h_i + b)) / \tau
 
@@ -123,6 +123,8 @@ def fused_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
+
+    # The adapter's inner product is small: autograd computes it, so that its dropout is applied once.
     weight, bias, low, low_out = head.weight, head.bias, None, None
     if head.lora_in is not None and head.lora_out is not None:
         kept = hidden_ND if head.lora_dropout is None else head.lora_dropout(hidden_ND)
@@ -134,15 +136,15 @@ def fused_logprobs(
         low, low_out = (None if t is None else t.to(dtype) for t in (low, low_out))
     learned = any(t is not None and t.requires_grad for t in (hidden_ND, weight, bias, low, low_out))
     config = _Config(
-        # The scale of the logits and the temperature are one factor unless a soft cap stands between them. It is
-        # applied to products in fp32: hidden states in half a precision would be rounded again.
+        # The scale of the logits and the temperature are one factor unless a soft cap comes between them. It is
+        # applied to products in fp32: scaling half-precision hidden states would round them again.
         head.scale if head.softcap is not None else head.scale / temperature,
         1.0 / temperature if head.softcap is not None else 1.0,
         head.softcap,
         entropy,
         mean,
         power,
-        # The derivative of the soft cap, as that of the entropy, needs the logits themselves.
+        # The derivative of a soft cap needs the logits themselves.
         keep=learned and torch.is_grad_enabled() and head.softcap is None,
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -151,14 +153,14 @@ def fused_logprobs(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a @ b.T`` accumulated and returned in at least fp32; ``out`` is overwritten where it can be."""
+    """Computes ``a @ b.T``, accumulated and returned in at least fp32; writes into ``out`` where possible."""
     if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b.to(a.dtype).T, out_dtype=torch.float32)
     return torch.mm(a.to(out.dtype), b.to(out.dtype).T, out=out)
 
 
 class _Tiles:
-    """Computes tiles of logits for given rows and columns; knows how they came from the raw product."""
+    """Computes tiles of logits for given rows and columns, and maps their gradients back to the raw product."""
 
     def __init__(
         self,
@@ -172,14 +174,14 @@ class _Tiles:
         self.hidden, self.weight, self.bias, self.low, self.low_out = hidden, weight, bias, low, low_out
         self.config = config
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # One tile's memory for all of them: fresh pages for every tile cost as much as a third of its product.
+        # All tiles share one buffer: fresh pages for every tile would cost a third of its product.
         size = min(TILE_ROWS, len(hidden)) * min(TILE_COLUMNS, len(weight))
         self._memory = torch.empty(size, dtype=self.dtype, device=hidden.device)
 
     def logits(self, rows: slice, columns: slice, *, fresh: bool = False) -> Tensor:
-        """``(rows, columns)`` logits in at least fp32, temperature and soft cap applied.
+        """Computes logits ``(rows, columns)`` in at least fp32, temperature and soft cap applied.
 
-        Their memory is that of the next call, too, unless they are ``fresh``.
+        The next call overwrites them unless they are ``fresh``.
         """
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         out = self._memory.new_empty(shape) if fresh else self._memory[: shape[0] * shape[1]].view(shape)
@@ -195,7 +197,7 @@ class _Tiles:
         return tile
 
     def to_product(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to the raw product, from that with respect to the final logits; overwrites it."""
+        """Maps the gradient of the final logits to that of the raw product; overwrites it."""
         scale, softcap = self.config.scale, self.config.softcap
         if softcap is not None:
             capped = logits / (softcap * self.config.inv_temperature)
@@ -209,7 +211,7 @@ def _slices(size: int, step: int) -> list[slice]:
 
 
 class _FusedLogProbs(torch.autograd.Function):
-    """Returns the fields of TokenStats."""
+    """Computes the fields of TokenStats, tile by tile, with their gradients."""
 
     @staticmethod
     def forward(
@@ -231,6 +233,7 @@ class _FusedLogProbs(torch.autograd.Function):
         correct = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device)
         kept_tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # exp(logits - top), and top
         room = KEPT_BYTES if config.keep else 0
+
         for rows in _slices(num_tokens, TILE_ROWS):
             count = rows.stop - rows.start
             top = torch.full((count,), -torch.inf, **new)
@@ -244,11 +247,13 @@ class _FusedLogProbs(torch.autograd.Function):
                 place = (target - columns.start).clamp(0, tile.shape[1] - 1)[:, None]
                 picked = tile.gather(1, place)[:, 0]
                 target_logit[rows] = torch.where(inside, picked, target_logit[rows])
-                # The best of the others, so that a tie is told from a choice.
+                # The best logit except the target's, so that a tie does not count as correct.
                 tile.scatter_(1, place, torch.where(inside, -torch.inf, picked)[:, None])
                 best = tile.amax(dim=1)
                 tile.scatter_(1, place, picked[:, None])
                 others = torch.maximum(others, best)
+
+                # Online log-sum-exp: sums over earlier tiles are rescaled to the new maximum.
                 new_top = torch.maximum(torch.maximum(top, best), torch.where(inside, picked, -torch.inf))
                 rescale = (top - new_top).exp_()
                 if config.mean:
@@ -271,6 +276,7 @@ class _FusedLogProbs(torch.autograd.Function):
             mean_logit[rows] = total / vocab if config.mean else lse[rows]
             lse2[rows] = 2 * top + mass2.log() if config.power else 2 * lse[rows]
             correct[rows] = target_logit[rows] > others
+
         ctx.save_for_backward(hidden, weight, bias, low, low_out, target_ids, lse, entropy, peak, total_mass)
         ctx.config, ctx.kept_tiles = config, kept_tiles
         outputs = target_logit - lse, correct, entropy, mean_logit - lse, lse2 - 2 * lse
@@ -289,6 +295,7 @@ class _FusedLogProbs(torch.autograd.Function):
             for t, need in zip((hidden, weight, bias, low, low_out), needs, strict=False)
         )
         vocab = weight.shape[0]
+
         # d logits = g_logprob (onehot - p) + g_mean (1/V - p) - g_entropy p (log p + H)
         g_logprob = torch.zeros_like(lse) if g_logprob is None else g_logprob
         pull = g_logprob if g_mean is None else g_logprob + g_mean
@@ -300,7 +307,7 @@ class _FusedLogProbs(torch.autograd.Function):
                 kept_tile = ctx.kept_tiles.pop((rows.start, columns.start), None)
                 if kept_tile is not None and g_entropy is None:
                     exps, top = kept_tile
-                    # Divided by the sum of what is kept, and not by exp(lse), so that they add up to 1 exactly.
+                    # Divided by the kept sum rather than exp(lse), so that the probabilities add up to 1.
                     kept = grad = exps.mul_((-pull[rows] * (top - peak[rows]).exp() / mass[rows])[:, None])
                 else:
                     logits = tiles.logits(rows, columns)
@@ -313,6 +320,8 @@ class _FusedLogProbs(torch.autograd.Function):
                 inside = ((local >= 0) & (local < grad.shape[1])).nonzero()[:, 0]
                 grad[inside, local[inside]] += g_logprob[rows][inside]
                 grad = tiles.to_product(grad, kept)
+
+                # Every factor of the product sums its gradient over all tiles, in at least fp32.
                 if d_hidden is not None:
                     d_hidden[rows].addmm_(grad, weight_c)
                 if d_weight is not None:
@@ -323,6 +332,7 @@ class _FusedLogProbs(torch.autograd.Function):
                     d_low[rows].addmm_(grad, low_out_c)
                 if d_low_out is not None and low is not None:
                     d_low_out[columns].addmm_(grad.T, low[rows].to(tiles.dtype))
+
         inputs = (hidden, weight, bias, low, low_out)
         result = [
             None if d is None else d.to(t.dtype)
@@ -332,7 +342,7 @@ class _FusedLogProbs(torch.autograd.Function):
 
 
 def _tile_gradient(logits: Tensor, lse: Tensor, pull: Tensor, g_entropy: Tensor | None, entropy: Tensor) -> Tensor:
-    """The part of the gradient that every vocabulary entry gets; overwrites the logits where it can."""
+    """Computes the part of the gradient that every vocabulary entry gets; overwrites the logits."""
     log_p = logits.sub_(lse[:, None])
     if g_entropy is None:
         return log_p.exp_().mul_(-pull[:, None])
@@ -341,7 +351,7 @@ def _tile_gradient(logits: Tensor, lse: Tensor, pull: Tensor, g_entropy: Tensor 
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """Takes the output projection of a causal language model apart (tied or separate, bias, LoRA, scale, soft cap).
+    """Reads the output projection of a causal language model (tied or separate, bias, LoRA, scale, soft cap).
 
     Raises:
         ValueError: the model has no output embeddings.
@@ -380,10 +390,10 @@ def output_head(model: nn.Module) -> OutputHead:
 
 
 def _logit_scale(config: Any) -> float:
-    """The factor between a projection and the logits, under the names that models have for it."""
+    """Returns the factor between projection and logits, under the names that models use for it."""
     factor = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         factor *= float(getattr(config, name, None) or 1.0)
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-    # HyperCLOVA X multiplies by what Granite and MiniCPM divide by.
+    # HyperCLOVA X multiplies by the factor by which Granite and MiniCPM divide.
     return factor * scaling if getattr(config, "model_type", "") == "hyperclovax" else factor / scaling

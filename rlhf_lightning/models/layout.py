@@ -1,9 +1,9 @@
-"""Decides how a model is run: packed, or padded, and with which attention.
+"""Decides how a model runs: packed or padded, and with which attention.
 
-A small forest is run through the model's own eager attention, one sequence at a time and unpadded: that is what the
-model computes. The packed layout is used where it gives the same; else the padded one, with the registered attention
-where that gives the same, and with the model's own where not. A model that gives something else in every layout (one
-that looks ahead, say) is refused. Windows are tried shorter than the probe's sequences, too.
+The reference is the model's own eager attention on a small forest, one sequence at a time without padding. The packed
+layout is used where it agrees; else the padded one, with the registered attention where that agrees, and with the
+model's own where not. A model that agrees in no layout (one that looks ahead, say) is refused. Windows are also tried
+shorter than the probe's sequences.
 """
 
 from __future__ import annotations
@@ -34,25 +34,24 @@ from .rotary import steady_rotary
 log = logging.getLogger(__name__)
 
 _OURS = (ATTENTION_NAME, FLEX_ATTENTION_NAME)
-# What a model may raise that cannot run a layout.
+# Errors of models that cannot run a layout.
 _UNSUPPORTED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
-_SINGLE = 1e-5  # what fp64 models can agree to with their own forward
+_SINGLE = 1e-5  # agreement that fp64 models can reach with their own forward
 
 
 def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *alike: nn.Module) -> Layout:
-    """Decides how a model is run, and leaves it with the attention that this takes.
+    """Decides how a model runs, and sets the attention that this needs.
 
     Args:
         model: the model, on its device.
         layout: ``auto`` takes the first that agrees with the model's own forward, with one warning where that is not
-            ``packed``; ``packed`` refuses to go on without it.
+            ``packed``; ``packed`` raises where it does not agree.
         alike: models of the same kind that run in the same layout; they get the same attention.
 
     Raises:
-        ValueError: ``packed`` was asked for and the model does not compute the same packed, or no layout gives what the
-            model computes of a sequence alone.
+        ValueError: ``packed`` was requested and does not agree, or no layout agrees with the model's own forward.
     """
     base = base_model(model)
     steady_rotary(base)
@@ -75,7 +74,7 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
 
 
 def _candidates(base: nn.Module, layout: str) -> list[tuple[Layout, str | None]]:
-    """Layouts and attentions in the order in which they are tried; ``None`` is the one that a model was built with."""
+    """Lists layouts and attentions in the order in which they are tried; ``None`` is the model's own attention."""
     own = attention_of(base)
     if not is_switchable(base):
         return [("packed", own), ("padded", own)] if layout != "padded" else [("padded", own)]
@@ -84,7 +83,7 @@ def _candidates(base: nn.Module, layout: str) -> list[tuple[Layout, str | None]]
 
 
 def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | None:
-    """The reason why a model cannot run in a layout with an attention, or None."""
+    """Returns the reason why a model cannot run in a layout with an attention, or None."""
     base = base_model(model)
     if layout == "packed":
         if attention not in _OURS:
@@ -97,7 +96,7 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
         return f"it chooses the {chosen} keys that it reads (index_topk), and equal ones by where they lie in a batch"
     batch = probe_batch(model)
     device = next(model.parameters()).device
-    # Eager attention takes its softmax, and RMS norms their squares, in fp32 whatever the weights' precision is.
+    # Eager attention computes its softmax, and RMS norms their squares, in fp32 whatever the precision of the weights.
     tolerance = max(TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16]), _SINGLE)
     with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         widened: AbstractContextManager[None] = single_precision(model)
@@ -106,7 +105,7 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
                 with widened:
                     _alone(model, batch)
                 widened, tolerance = single_precision(model), TOLERANCE[torch.float32]
-            except _UNSUPPORTED:  # weights that a module other than their own computes with, or quantised ones
+            except _UNSUPPORTED:  # weights used outside of their own module, or quantised ones
                 widened = nullcontext()
         with widened:
             return _disagreement(model, batch, layout, attention, tolerance)
@@ -115,7 +114,7 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
 def _disagreement(
     model: nn.Module, batch: SequenceBatch, layout: Layout, attention: str | None, tolerance: float
 ) -> str | None:
-    """The first disagreement with the model's own forward, with its reach as it is and shortened, or None."""
+    """Describes the first disagreement with the model's own forward, at full and shortened reach, or None."""
     base = base_model(model)
     hidden = reaches(base, int(batch.lengths.max()))
     seen: list[Tensor] = []
@@ -149,7 +148,7 @@ def _said(error: BaseException) -> str:
 
 
 def _alone(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Hidden states of every sequence by the model's own eager attention, one at a time: rows as in ``path_index``."""
+    """Computes hidden states of each sequence alone by the model's own eager attention: rows as in ``path_index``."""
     base, decoder = base_model(model), decoder_of(model)
     with using_attention(base, EAGER):
         rows = [
@@ -160,7 +159,7 @@ def _alone(model: nn.Module, batch: SequenceBatch) -> Tensor:
 
 
 def _looks_back(model: nn.Module, batch: SequenceBatch, states: Tensor, tolerance: float) -> bool:
-    """Whether the first half of a sequence is what it is without the second."""
+    """Tells whether the first half of a sequence gives the same states without the second."""
     length = int(batch.lengths[0])
     half = batch.path_index[: length // 2]
     with using_attention(base_model(model), EAGER):
@@ -169,14 +168,14 @@ def _looks_back(model: nn.Module, batch: SequenceBatch, states: Tensor, toleranc
 
 
 def _path_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Path number and depth of every entry of ``batch.path_index``."""
+    """Returns path number and depth of every entry of ``batch.path_index``."""
     path = torch.repeat_interleave(torch.arange(batch.num_paths, device=batch.lengths.device), batch.lengths)
     first = batch.lengths.cumsum(0) - batch.lengths
     return path, torch.arange(len(path), device=path.device) - first[path]
 
 
 def probe_batch(model: nn.Module) -> SequenceBatch:
-    """A small forest with a shared prompt, a deeper branch and a lone sequence, for comparing layouts."""
+    """Makes a small forest with a shared prompt, a deeper branch and a lone sequence, for comparing layouts."""
     vocab = base_model(model).config.get_text_config().vocab_size
     device = next(model.parameters()).device
     tokens = [(7 * n * n + 3 * n + 1) % vocab for n in range(24)]

@@ -1,8 +1,7 @@
-"""Loading: tokenizers, and causal language models that are ready to be trained.
+"""Loads tokenizers, and causal language models that are ready for training.
 
-What transformers leaves to chance is fixed here: the dtype is the one that was asked for, the model is in training
-mode, a weight that a checkpoint lacks is an error instead of a random number, and quantised layers compute the same in
-training and in evaluation.
+Unlike with transformers alone, the dtype is the requested one, the model is in training mode, a weight that is missing
+in a checkpoint is an error instead of random, and quantised layers compute the same in training and in evaluation.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Loads a tokenizer.
 
-    Where it has no padding token, the end-of-sequence token pads; which positions count is said by masks alone, so the
-    choice cannot change a result.
+    A tokenizer without padding token pads with the end-of-sequence token; only masks decide which positions count, so
+    the choice cannot change a result.
 
     Args:
-        source: a folder or hub id with a tokenizer; for an adapter without one, its base model's is taken.
+        source: a folder or hub id with a tokenizer; for an adapter without one, its base model's is loaded.
 
     Raises:
         ValueError: there is no tokenizer, or it has no end-of-sequence token.
@@ -87,17 +86,17 @@ def load_causal_lm(
     trainable: bool = True,
     headless: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a causal language model, in training mode and in the dtype that was asked for.
+    """Loads a causal language model, in training mode and in the requested dtype.
 
     LoRA (Hu et al. 2021, arXiv 2106.09685): ``W x + (alpha / r) B A x`` with ``W`` frozen. QLoRA (Dettmers et al. 2023,
     arXiv 2305.14314): ``W`` in 4 bits with doubly quantised scales, products in ``dtype``. Adapters are kept in fp32
     where ``dtype`` is a half precision.
 
-    A folder or hub id that holds an adapter loads its base model and goes on training the adapter; a second, frozen
-    adapter ``ref`` keeps the weights as they were loaded, because with the adapter off the reference would be the base.
+    A folder or hub id that holds an adapter loads its base model and continues training the adapter; a second, frozen
+    adapter ``ref`` keeps the loaded weights, because with the adapter off the reference would be the base.
 
-    LLM.int8() on CUDA splits outlier columns off by the whole batch, so that int8 results depend on the batch in their
-    last digits; ``nf4`` and ``fp4`` do not.
+    LLM.int8() on CUDA selects outlier columns over the whole batch, so that the last digits of int8 results depend on
+    the batch; those of ``nf4`` and ``fp4`` do not.
 
     Args:
         model: a folder or hub id of a model or an adapter; with ``init="random"``, config.json is enough.
@@ -106,12 +105,13 @@ def load_causal_lm(
         quantization: ``nf4``, ``fp4`` or ``int8`` by bitsandbytes; only adapters can be trained then.
         lora: arguments of peft's ``LoraConfig``, such as ``{"r": 16, "lora_alpha": 32}``; ``target_modules`` is
             ``"all-linear"`` unless given.
-        dropout: every rate of dropout in training, in place of those of the config and of ``lora``; 0 leaves them, as
-            it is the mode that switches dropout off (see ``switch_off_dropout``).
-        gradient_checkpointing: keep layer inputs only and compute the rest again in the backward pass.
-        attn_implementation: a name that transformers knows; None takes the model's default.
+        dropout: every dropout rate in training, overriding those of the config and of ``lora``; 0 leaves them, since
+            the mode switches dropout off (see ``switch_off_dropout``).
+        gradient_checkpointing: keep layer inputs only and recompute the rest in the backward pass.
+        attn_implementation: a name that transformers knows; None is the model's default.
         trainable: False freezes everything and leaves the model in evaluation mode, as for a reference.
-        headless: the output projection may be missing, as in a sequence classifier; it is then random, for no use.
+        headless: allow a missing output projection, as in a sequence classifier; it is then random and must not be
+            used.
 
     Raises:
         ValueError: nothing is found, weights are missing, or the options contradict each other.
@@ -137,6 +137,7 @@ def load_causal_lm(
         headless=headless,
     )
 
+    # An adapter brings its base model with it; otherwise the folder holds the model itself.
     loaded: PreTrainedModel | PeftModel
     if adapter is not None:
         if lora is not None or init == "random":
@@ -152,6 +153,7 @@ def load_causal_lm(
         if trainable and lora is None and getattr(base, "quantization_method", None) is not None:
             raise ValueError(f"the weights in {str(model)!r} are quantised and stay frozen: pass lora={{'r': 16}}")
         loaded = base if config is None else add_adapter(base, config, _written(model))
+
     if dropout:
         set_dropout(loaded, dropout)
     if gradient_checkpointing:
@@ -184,7 +186,7 @@ def _check_options(
 
 
 def _locate(source: str | Path, *, what: str) -> str:
-    """An absolute path for a folder here or in the package's configs, the name itself for a hub id."""
+    """Resolves a folder here or in the package's configs to an absolute path; returns a hub id unchanged."""
     path = packaged_config(source) or Path(source).expanduser()
     if path.is_dir():
         return str(path.resolve())
@@ -197,7 +199,7 @@ def _locate(source: str | Path, *, what: str) -> str:
 
 
 def _written(source: str | Path) -> str:
-    """What an adapter's config says of its base: what the user wrote, but for a home folder, which others lack."""
+    """Returns the base's name for an adapter's config: as the user wrote it, with a home folder expanded."""
     return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
 
 
@@ -209,9 +211,10 @@ def _load_base(
     attn_implementation: str | None,
     headless: bool,
 ) -> PreTrainedModel:
-    """Reads a whole model, and refuses one that is not whole."""
+    """Reads a model, and refuses an incomplete one."""
     if skeletons_wanted():
         return _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
+
     config = _read_config(place)
     arguments: dict[str, Any] = {"dtype": dtype}
     stored = getattr(config, "quantization_config", None)
@@ -220,7 +223,7 @@ def _load_base(
     if quantization is not None:
         arguments["quantization_config"] = quantization_config(quantization, dtype)
     if quantization is not None or stored is not None:
-        # Where the caller builds the model (the trainer's device, say), and not on whatever accelerator there is.
+        # On the caller's default device (say, the trainer's), and not on any accelerator there is.
         arguments["device_map"] = {"": torch.get_default_device()}
     try:
         loaded: Any = _with_attention(
@@ -230,6 +233,8 @@ def _load_base(
     except LOADING_ERRORS as error:
         reason = damaged_weights(place) or first_line(error)
         raise ValueError(f"cannot load a causal language model from {place!r}: {reason}") from error
+
+    # A headless model may lack its output projection, which nothing reads; any other missing weight is an error.
     model, report = loaded
     head = model.get_output_embeddings() if headless else None
     idle = {name for name, module in model.named_modules() if module is head and head is not None}
@@ -243,12 +248,12 @@ def _load_base(
 
 
 def _with_attention(build: Callable[..., Any], attn_implementation: str | None) -> Any:
-    """Builds a model with an attention of ours where its class supports that, else with its own eager one."""
+    """Builds a model with a registered attention where its class supports that, else with its own eager one."""
     if attn_implementation is None:
         return build()
     if attn_implementation not in (ATTENTION_NAME, FLEX_ATTENTION_NAME):
         return build(attn_implementation=attn_implementation)
-    # Classes without support take any name and add a mask of another form to their scores.
+    # Classes without support accept any name, but add a mask of another form to their scores.
     built = build(attn_implementation=EAGER)
     set_attention(built[0] if isinstance(built, tuple) else built, attn_implementation)
     return built
@@ -288,8 +293,8 @@ def _read_config(place: str) -> PreTrainedConfig:
 def _enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
     """Turns on checkpointing without re-entrance.
 
-    That kind does not ask the first layer's input to require a gradient, so adapters need no hook on the embeddings
-    (which would also send the backward pass through layers below the first adapter).
+    It does not need the first layer's input to require a gradient, so adapters need no hook on the embeddings (which
+    would also send the backward pass through layers below the first adapter).
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     try:

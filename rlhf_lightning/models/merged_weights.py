@@ -1,4 +1,4 @@
-"""Weights with an adapter added to them, layer by layer, without touching the layers."""
+"""Merges an adapter into copies of the weights, layer by layer, without changing the layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trained_adapter(model: PeftModel) -> str:
 
 
 def merged_state(model: PeftModel) -> dict[str, Tensor]:
-    """The base model's state dict with the trained adapter added, under the names of a model without adapters."""
+    """Returns the base model's state dict with the adapter merged, under the names of a model without adapters."""
     adapter = trained_adapter(model)
     base: Any = model.get_base_model()
     replaced: dict[str, dict[str, Tensor]] = {}
@@ -55,7 +55,7 @@ def merged_state(model: PeftModel) -> dict[str, Tensor]:
 
 
 def check_mergeable(model: PeftModel) -> None:
-    """Merges one layer of every kind, so that what cannot be merged is known before it is trained.
+    """Merges one layer of every kind, so that a layer that cannot be merged is found before training.
 
     Raises:
         ValueError: for a layer that cannot be merged.
@@ -75,12 +75,12 @@ def check_mergeable(model: PeftModel) -> None:
 
 
 def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Tensor] | None:
-    """The plain state of a module that is not plain, and None for any other."""
+    """Returns the merged and dequantised state of an adapted or quantised module; None for any other module."""
     if isinstance(module, ModulesToSaveWrapper):
         return dict(module.modules_to_save[adapter].state_dict())
     if isinstance(module, TrainableTokensWrapper):
         tokens: Any = module.token_adapter
-        # Of two tied layers one holds the tokens' weights.
+        # Only one of two tied layers holds the tokens' weights.
         deltas, indices = tokens.trainable_tokens_delta, tokens.token_indices
         weight = _unsharded(tokens.get_base_layer().weight).detach().clone()
         weight[torch.tensor(indices[adapter], device=weight.device)] = _unsharded(deltas[adapter]).detach().to(weight)
@@ -101,21 +101,21 @@ def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Ten
 
 
 def _merged_plain(layer: Any, adapter: str) -> dict[str, Tensor]:
-    """Applies peft's own merge of every kind of LoRA, on a copy of one layer."""
+    """Applies peft's own merge, for every kind of LoRA, to a copy of one layer."""
     layer = copy.deepcopy(layer, _kept_as_they_are(layer))
     for module in layer.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
                 setattr(module, key, nn.Parameter(parameter.full_tensor(), requires_grad=False))
     plain: Any = layer
-    while isinstance(plain, BaseTunerLayer):  # adapters of single parameters are wrapped around each other
+    while isinstance(plain, BaseTunerLayer):  # adapters of single parameters are nested
         plain.merge(safe_merge=True, adapter_names=[adapter])
         plain = getattr(plain, "base_layer")  # noqa: B009
     return dict(plain.state_dict())
 
 
 def _kept_as_they_are(layer: nn.Module) -> dict[int, Any]:
-    """What a copy of a layer shares with it: the layer that it is tied to, and views of that layer's adapter."""
+    """Collects objects that a copy of a layer shares with it: the layer it is tied to, and views of its adapter."""
     tied = [module.source for module in layer.modules() if isinstance(module, TiedLinear)]
     views = [getattr(module, "kwargs", {}).get("tied_adapter") for module in layer.modules()]
     return {id(each): each for each in (*tied, *views) if each is not None}
@@ -136,7 +136,7 @@ def _merged_quantised(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
     delta = layer.get_delta_weight(adapter)
     transposed = issubclass(getattr(layer.get_base_layer(), "source_cls", nn.Linear), Conv1D)
     delta = delta.T if transposed else delta
-    # One rounding: the sum is formed in the adapter's precision.
+    # The sum is formed in the adapter's precision, so that it is rounded once.
     state["weight"] = (state["weight"].to(delta.dtype) + delta).to(state["weight"].dtype)
     return state
 
@@ -146,7 +146,7 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _dequantised(layer: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias of a bitsandbytes layer, in the layout of the layer that it stands for."""
+    """Dequantises weight and bias of a bitsandbytes layer, in the layout of the layer that it replaced."""
     module: Any = layer
     if isinstance(layer, Linear4bit):
         weight = dequantize_4bit(module.weight.data, module.weight.quant_state)

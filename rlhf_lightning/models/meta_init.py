@@ -1,4 +1,4 @@
-"""Models without weights: what ranks build that will be given the weights of rank 0."""
+"""Models on the meta device, which ranks build that will receive the weights of rank 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WANTED: ContextVar[bool] = ContextVar("skeletons", default=False)
 
 @contextmanager
 def skeletons(wanted: bool = True) -> Iterator[None]:
-    """Makes ``load_causal_lm`` build models on the meta device: all of them but the values of weights and buffers."""
+    """Makes ``load_causal_lm`` build models on the meta device, without values of weights and buffers."""
     token = _WANTED.set(wanted)
     try:
         yield
@@ -22,10 +22,10 @@ def skeletons(wanted: bool = True) -> Iterator[None]:
 
 
 def skeletons_wanted() -> bool:
-    """Whether models are to be built without weights."""
+    """Tells whether models are built without weights."""
     return _WANTED.get()
 
 
 def weights_device() -> AbstractContextManager[object]:
-    """Where models are built: on the meta device where skeletons are wanted, else where they would be."""
+    """Returns the context in which models are built: the meta device where skeletons are wanted, else no change."""
     return torch.device("meta") if skeletons_wanted() else nullcontext()

@@ -1,7 +1,7 @@
 """Switches a model between its own eager attention and others, and compares them.
 
-The eager forward of a model, one row at a time without padding, is what it computes by definition. Everything else (the
-packed forest, padded rows, a cache) has to agree with it, or is not used.
+The eager forward of a model, one row at a time without padding, defines its results. Everything else (the packed
+forest, padded rows, a cache) must agree with it, or is not used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 EAGER: Final = "eager"
 _HALF = (torch.bfloat16, torch.float16)
-# Numbers in a config that say how far a token looks, by parts of their names.
+# Parts of the names of config values that limit how far back a token attends.
 _REACH = ("window", "attention_chunk_size", "index_topk")
 _SHORT = 3  # the reach that the probe tries
 
@@ -27,12 +27,12 @@ def _parts(base: nn.Module) -> list[PreTrainedModel]:
 
 
 def is_switchable(base: nn.Module) -> bool:
-    """Whether all parts of a model look their attention up by name in every forward, and pass it what it needs."""
+    """Tells whether all parts of a model look up their attention by name in every forward and pass it its arguments."""
     return all(part._supports_attention_backend and part._can_set_attn_implementation() for part in _parts(base))
 
 
 def attention_of(base: nn.Module) -> str | None:
-    """The name of the attention that a model runs with."""
+    """Returns the name of the attention that a model runs with."""
     config: Any = getattr(base, "config", None)
     name = getattr(config and config.get_text_config(), "_attn_implementation", None)
     return None if name is None else str(name)
@@ -52,7 +52,7 @@ def set_attention(base: nn.Module, name: str) -> None:
 
 
 def _configs(base: nn.Module) -> list[Any]:
-    """Every config in a model: of its parts, of their parts, and the copies that layers keep."""
+    """Collects every config in a model: of its parts, of their parts, and the copies that layers keep."""
     found: dict[int, Any] = {}
     for module in base.modules():
         config: Any = getattr(module, "config", None)
@@ -64,11 +64,11 @@ def _configs(base: nn.Module) -> list[Any]:
 
 @contextmanager
 def using_attention(base: nn.Module, name: str) -> Iterator[None]:
-    """Runs a model with another attention for a while.
+    """Runs a model with another attention within the context.
 
     Args:
-        base: see ``set_attention``.
-        name: see ``set_attention``.
+        base: a transformers model without adapters around it.
+        name: ``eager``, or a registered attention.
     """
     before = [(config, config._attn_implementation_internal) for config in _configs(base)]
     set_attention(base, name)
@@ -80,13 +80,13 @@ def using_attention(base: nn.Module, name: str) -> Iterator[None]:
 
 
 def reaches(base: PreTrainedModel, length: int) -> list[str]:
-    """Names of the numbers in a model's config that end a token's view and that ``length`` tokens would not show."""
+    """Names the config values that limit a token's view, but that ``length`` tokens are too few to show."""
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds and kinds <= {"full_attention"}:
         return []
     positions = getattr(config, "max_position_embeddings", None) or float("inf")
-    numbers = vars(config).items()  # not by getattr, which some configs answer layer by layer alone
+    numbers = vars(config).items()  # not getattr: some configs answer it per layer only
     return [name for name, value in numbers if _is_reach(name, value) and length <= value < positions]
 
 
@@ -96,7 +96,7 @@ def _is_reach(name: str, value: Any) -> bool:
 
 @contextmanager
 def short_reach(base: nn.Module) -> Iterator[None]:
-    """Makes windows and the like so short for a while that a probe's few tokens show them."""
+    """Shortens windows and the like within the context, so that a probe's few tokens show them."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
     for holder in (*base.modules(), *_configs(base)):
         for name, value in list(vars(holder).items()):
@@ -112,9 +112,9 @@ def short_reach(base: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def single_precision(model: nn.Module) -> Iterator[None]:
-    """Computes in fp32 for a while: every module's weights of half precision are widened while it runs, and no longer.
+    """Computes in fp32 within the context: half-precision weights are widened while their module runs.
 
-    What is compared is then the computation and not its rounding, at the cost of one module's weights at a time.
+    Comparisons then see the computation and not its rounding, at the memory cost of one module's weights at a time.
     """
     kept: dict[nn.Module, dict[str, nn.Parameter]] = {}
 
@@ -137,5 +137,5 @@ def single_precision(model: nn.Module) -> Iterator[None]:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference, relative to the norm of what is expected."""
+    """Returns the norm of the difference, relative to the norm of ``expected``."""
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))

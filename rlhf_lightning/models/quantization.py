@@ -1,4 +1,4 @@
-"""Quantised weights: how they are asked for, and layers that compute the same in training and in evaluation."""
+"""Quantised weights: their configuration, and layers that compute the same in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Quantization = Literal["nf4", "fp4", "int8"]
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How bitsandbytes is to quantise the weights of a model that computes in ``dtype``."""
+    """Makes the bitsandbytes config for a model that computes in ``dtype``."""
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -26,18 +26,19 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
 class SteadyLinear8bit(Linear8bitLt):
     """An 8-bit layer that computes the same in training and in evaluation.
 
-    On a CPU bitsandbytes multiplies by dequantised weights in training and quantises activations too in evaluation, so
-    that a policy would differ from its own reference before the first step. The layer has no other use for its mode.
+    On a CPU bitsandbytes multiplies by dequantised weights in training, but also quantises activations in evaluation,
+    so that a policy would differ from its own reference before the first step. The layer uses its mode for nothing
+    else.
     """
 
     @property
     def training(self) -> bool:
-        """Always on."""
+        """Always True."""
         return True
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """Ignored."""
+        """Ignores the mode."""
 
 
 def steady_quantised_layers(model: PreTrainedModel) -> None:

@@ -1,6 +1,6 @@
 """Reference policies: adapters off, a copied adapter, or a frozen second model; never part of the module's parameters.
 
-A reference is entered like a context and yields the model to score with, so that its three kinds look alike to a loss::
+A reference is a context that yields the model to score with, so that all three kinds look alike to a loss::
 
     with reference.scoring() as model:
         stats = token_stats(model, batch, layout)
@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from .backbone import evaluating
 
 ADAPTER_COPY = "ref"  # the adapter that keeps the weights from which a loaded adapter started
-_KEPT = "beside:"  # before the names of what is kept beside adapters, in checkpoints
+_KEPT = "beside:"  # prefix, in checkpoints, of the names of kept weights that belong to no adapter
 
 
 class Reference(Protocol):
-    """What a loss asks of a reference policy."""
+    """Interface of the reference policies that a loss compares with."""
 
     rebuildable: bool
 
@@ -34,23 +34,23 @@ class Reference(Protocol):
         """Yields the reference model, in evaluation mode and without gradients."""
 
     def to(self, device: torch.device) -> None:
-        """Moves what it holds; whoever owns the reference calls it, since no parent module does."""
+        """Moves the tensors it holds; the owner of the reference calls this, since no parent module does."""
 
     def remember(self) -> None:
-        """Keeps what the policy is now of all that training will change; what is kept already stays as it is."""
+        """Copies weights of the policy that training will change, unless they are kept already."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of the reference: nothing where it can be rebuilt."""
+        """Returns the tensors that a checkpoint must hold; empty where the reference can be rebuilt."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what ``state_dict`` returned."""
 
 
 class AdapterReference:
-    """The policy with its adapter switched off, or with the frozen copy ``ref`` of the adapter that it started from.
+    """Scores with the policy itself, its adapter switched off or replaced by the frozen copy ``ref`` of its start.
 
-    What is trained beside the adapter (biases, with ``bias: all`` or ``lora_only``; norms that somebody has unfrozen)
-    is kept as it was, and put in the place of what training has made of it while the reference scores.
+    Weights that are trained outside of the adapter (biases, with ``bias: all`` or ``lora_only``; norms that a user has
+    unfrozen) are kept as they were, and replace the trained ones while the reference scores.
 
     Args:
         model: the PEFT model that is being trained; it is the reference as well, so no second model is in memory.
@@ -63,10 +63,10 @@ class AdapterReference:
         self.remember()
 
     def remember(self) -> None:
-        """See Reference.
+        """Copies weights that are trained outside of the adapter, unless they are kept already.
 
         Raises:
-            ValueError: weights beside the adapter are trained and sharded, so that they cannot be exchanged.
+            ValueError: such weights are sharded, so that they cannot be exchanged.
         """
         for name, parameter in trained_beside_adapters(self.model).items():
             if isinstance(parameter, DTensor):
@@ -78,12 +78,12 @@ class AdapterReference:
                 self.kept[name] = parameter.detach().clone()
 
     def to(self, device: torch.device) -> None:
-        """See Reference."""
+        """Moves the kept weights to a device."""
         self.kept = {name: tensor.to(device) for name, tensor in self.kept.items()}
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
-        """See Reference."""
+        """Yields the policy as it was before training, in evaluation mode and without gradients."""
         self.remember()
         switched = self._switched_off() if ADAPTER_COPY not in self.model.peft_config else self._copy_active()
         with evaluating(self.model), torch.no_grad(), self._exchanged(), _same_trainable(self.model), switched:
@@ -104,7 +104,7 @@ class AdapterReference:
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        """Puts what is kept in its place; by ``data``, since a graph that is open will find its values unchanged."""
+        """Swaps in the kept weights; via ``data``, so that an open graph does not register the change."""
         own = {name: p for name, p in self.model.named_parameters() if name in self.kept}
         now = {name: parameter.detach().clone() for name, parameter in own.items()}
         for name, parameter in own.items():
@@ -116,7 +116,7 @@ class AdapterReference:
                 parameter.data.copy_(now[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The copied adapter and what is kept beside it, where they have been moved since they were loaded."""
+        """Returns the copied adapter and the other kept weights, if they have been moved since they were loaded."""
         if self.rebuildable:
             return {}
         kept = {f"{_KEPT}{name}": tensor for name, tensor in self.kept.items()}
@@ -134,14 +134,14 @@ class AdapterReference:
 
 
 class FrozenReference:
-    """A second model whose weights never change.
+    """Scores with a second model whose weights are frozen.
 
-    It is no submodule of anything: no optimizer sees it, no gradient bucket holds it, and a checkpoint saves it only
-    where it cannot be rebuilt.
+    It is not a submodule: no optimizer sees it, no gradient bucket holds it, and a checkpoint saves it only where it
+    cannot be rebuilt.
 
     Args:
         model: the reference model.
-        rebuildable: whether the same weights can be loaded again from where they came; a checkpoint holds others.
+        rebuildable: whether the same weights can be loaded again from their source; otherwise a checkpoint holds them.
     """
 
     def __init__(self, model: nn.Module, *, rebuildable: bool) -> None:
@@ -151,24 +151,24 @@ class FrozenReference:
 
     @classmethod
     def copy_of(cls, policy: nn.Module, *, rebuildable: bool) -> FrozenReference:
-        """A frozen copy of a policy as it stands now."""
+        """Makes a frozen copy of a policy in its present state."""
         return cls(copy.deepcopy(policy), rebuildable=rebuildable)
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
-        """See Reference."""
+        """Yields the frozen model, without gradients."""
         with torch.no_grad():
             yield self.model
 
     def to(self, device: torch.device) -> None:
-        """See Reference."""
+        """Moves the model to a device."""
         self.model.to(device)
 
     def remember(self) -> None:
-        """It is all there."""
+        """Does nothing, since the model holds all weights."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights, where they cannot be loaded again; of a model with an adapter, what its policy trains."""
+        """Returns the weights if they cannot be loaded again; of a model with an adapter, the trained ones only."""
         if self.rebuildable:
             return {}
         adapters, state = getattr(self.model, "peft_config", None), self.model.state_dict()
@@ -184,9 +184,9 @@ class FrozenReference:
 
 
 def trained_beside_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What of a PEFT model is trained and belongs to no adapter: switching adapters does not switch it.
+    """Finds trained parameters of a PEFT model that belong to no adapter, so that switching adapters keeps them.
 
-    What an adapter owns has the adapter's name in its own: ``lora_A.default.weight``, ``modules_to_save.default.bias``.
+    Parameters of an adapter have its name in theirs: ``lora_A.default.weight``, ``modules_to_save.default.bias``.
     """
     adapters: Any = model.peft_config
     return {
@@ -198,7 +198,7 @@ def trained_beside_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _same_trainable(model: nn.Module) -> Iterator[None]:
-    """Lets what switches adapters leave alone what is trainable."""
+    """Restores which parameters are trainable, since switching adapters changes that."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -208,12 +208,12 @@ def _same_trainable(model: nn.Module) -> Iterator[None]:
 
 
 def _adapter_state(model: nn.Module, adapters: Collection[str]) -> dict[str, Tensor]:
-    """The part of a state dict that belongs to adapters of these names."""
+    """Selects the part of a state dict that belongs to adapters of these names."""
     return {name: value for name, value in model.state_dict().items() if not set(adapters).isdisjoint(name.split("."))}
 
 
 def folder_fingerprint(folder: str) -> str | None:
-    """A digest of a local model folder's weight files: names, sizes and both ends of each; ``None`` for a hub id."""
+    """Digests names, sizes and both ends of the weight files in a local model folder; ``None`` for a hub id."""
     files = (
         sorted(p for p in Path(folder).glob("*") if p.suffix in {".safetensors", ".bin"})
         if Path(folder).is_dir()

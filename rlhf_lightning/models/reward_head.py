@@ -1,4 +1,4 @@
-"""Scalar heads: what reward models put on a decoder, and how they are stored beside it.
+"""Scalar heads that reward models put on a decoder, and the files in which they are stored with it.
 
 A folder of such a model is a plain Hugging Face folder of the decoder (or of its adapter) with two more files:
 ``reward_head.json``, the options of the head, and ``reward_head.safetensors``, its weights under the names of
@@ -42,14 +42,14 @@ class RewardHead(nn.Module):
     """Scores hidden states: K outputs of each of M members that share a decoder and differ in their first weights.
 
     ``linear`` is W h, ``mlp`` W gelu(V h + b); weights begin as normal draws of variance 1 / (D + 1), and ``b`` as 0.
-    Products are computed in at least fp32, autocast or not, since what is compared are small differences.
+    Products are computed in at least fp32, also under autocast, since small differences are compared.
 
     Args:
         hidden_size: D.
         kind: ``linear`` or ``mlp``.
         num_outputs: K, at least 1.
         num_models: M, at least 1.
-        seed: what the weights are drawn from, with the number of the member.
+        seed: seed of the weights, together with the number of the member.
         dtype: of the weights.
 
     Raises:
@@ -87,7 +87,7 @@ class RewardHead(nn.Module):
             for member in range(num_models):
                 digest = blake2b(f"{seed}/{member}/{shape}".encode(), digest_size=8).digest()
                 generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-                # In one precision, whatever the default is: another precision draws other numbers.
+                # In a fixed precision, since another one would draw other numbers.
                 draws = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
                 members.append(draws / math.sqrt(hidden_size + 1))
             return nn.Parameter(torch.stack(members).to(device=torch.get_default_device(), dtype=dtype))
@@ -98,7 +98,7 @@ class RewardHead(nn.Module):
         self.weight = drawn(num_outputs, hidden_size)
 
     def forward(self, hidden_SD: Tensor, member: int | None = None) -> Tensor:
-        """``(S, D) -> (S, M, K)``, in at least fp32; of one ``member`` alone ``(S, 1, K)``."""
+        """Scores states, ``(S, D) -> (S, M, K)``, in at least fp32; with one ``member`` only, ``(S, 1, K)``."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         own = slice(None) if member is None else slice(member, member + 1)
         with torch.autocast(hidden_SD.device.type, enabled=False):
@@ -111,7 +111,7 @@ class RewardHead(nn.Module):
 
 
 def pooled(values_ND: Tensor, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
-    """Means of the states of each sequence: ``(N, D) -> (S, D)``, in at least fp32.
+    """Averages the states of each sequence: ``(N, D) -> (S, D)``, in at least fp32.
 
     Args:
         values_ND: states.
@@ -128,7 +128,7 @@ def pooled(values_ND: Tensor, sequence_index_N: Tensor, num_sequences: int) -> T
 
 
 def freeze_output_projection(model: nn.Module) -> None:
-    """Switches the gradient of an output projection off that a scalar head makes idle, unless it is the embedding."""
+    """Freezes an output projection that a scalar head leaves unused, unless it is tied to the embedding."""
     base: Any = base_model(model)
     projection, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     if projection is None or projection.weight is embeddings.weight:
@@ -140,11 +140,11 @@ def freeze_output_projection(model: nn.Module) -> None:
 
 
 def head_files(head: RewardHead | None, options: Mapping[str, Any]) -> Callable[[Path], None]:
-    """Gathers a head, on every rank; returns what writes it beside a model.
+    """Gathers a head, on every rank; returns a function that writes it into a model's folder.
 
     Args:
-        head: the head; ``None`` writes its options alone.
-        options: what the module that reads it is built with; plain values.
+        head: the head; ``None`` writes its options only.
+        options: constructor arguments of the module that reads it; plain values.
     """
     state = {} if head is None else {name: whole(tensor).contiguous() for name, tensor in head.state_dict().items()}
 
@@ -157,10 +157,10 @@ def head_files(head: RewardHead | None, options: Mapping[str, Any]) -> Callable[
 
 
 def read_head_options(folder: str | Path) -> dict[str, Any]:
-    """The options that are stored beside a model; none where there is no such file.
+    """Reads the head's options stored with a model; empty where there is no such file.
 
     Raises:
-        ValueError: the file is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     path = stored_file(folder, HEAD_OPTIONS)
     if path is None:
@@ -175,7 +175,7 @@ def read_head_options(folder: str | Path) -> dict[str, Any]:
 
 
 def read_head_state(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of a head that are stored with a model, a classifier's ``score.weight`` included; else nothing."""
+    """Reads the weights of a head stored with a model, or a classifier's ``score.weight``; empty if there are none."""
     path = stored_file(folder, HEAD_WEIGHTS)
     if path is not None:
         return read_weights(path)
@@ -187,13 +187,13 @@ def read_head_state(folder: str | Path) -> dict[str, Tensor]:
     if path is None:
         return {}
     with safe_open(path, framework="pt") as file:
-        if CLASSIFIER_WEIGHT in file.keys():  # noqa: SIM118 (the file is no mapping)
+        if CLASSIFIER_WEIGHT in file.keys():  # noqa: SIM118 (the file is not a mapping)
             return {"weight": file.get_tensor(CLASSIFIER_WEIGHT)[None]}
     return {}
 
 
 def stored_file(source: str | Path, name: str) -> Path | None:
-    """A file of a local folder, or of a hub id; None where there is none, or the hub cannot be asked."""
+    """Finds a file of a local folder or a hub id; None where it is missing or the hub cannot be reached."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -214,7 +214,7 @@ def load_head(head: RewardHead, folder: str | Path) -> bool:
         Whether there were any.
 
     Raises:
-        ValueError: the stored head is another kind of head.
+        ValueError: the stored head is of another kind or shape.
     """
     state = read_head_state(folder)
     if not state:
@@ -231,27 +231,27 @@ def load_head(head: RewardHead, folder: str | Path) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU that is neither sharded nor part of a graph."""
+    """Returns a tensor on the CPU, unsharded and detached."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
-# transformers' own form.
+# Sequence classifiers of transformers.
 
 
 class NoClassifier(ValueError):
-    """An architecture without a sequence classifier that a linear head fits."""
+    """Raised for an architecture without a sequence classifier that fits a linear head."""
 
 
 def classifier_from(
     weight_KD: Tensor, names: Sequence[str], pad_token_id: int
 ) -> Callable[[PreTrainedModel, dict[str, Tensor]], tuple[PreTrainedModel, dict[str, Tensor]]]:
-    """What turns a causal language model and its weights into a sequence classifier with K outputs.
+    """Makes a function that turns a causal language model and its weights into a sequence classifier with K outputs.
 
     Args:
         weight_KD: the linear head.
         names: K labels.
-        pad_token_id: what the classifier takes for padding. It reads the last token that is not padding, so it must
-            not be the token that ends a completion.
+        pad_token_id: the classifier's padding token. It reads the last token that is not padding, so this must not be
+            the token that ends a completion.
 
     Returns:
         A function of a model and its state dict that returns the classifier, without memory, and its state dict.
@@ -282,10 +282,10 @@ def classifier_from(
 
 
 def with_padding_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer whose padding token is not the end-of-sequence token; itself where that is so already.
+    """Returns a tokenizer whose padding token is not the end-of-sequence token; itself if that is so already.
 
-    A sequence classifier of transformers finds the end of a row by its padding *token*. Any token that ends no
-    completion will do: the unknown or beginning-of-sequence token where there is one, else the first of the vocabulary.
+    A sequence classifier of transformers finds the end of a row by its padding *token*. Any token that does not end a
+    completion serves: the unknown or beginning-of-sequence token if there is one, else the first of the vocabulary.
     """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is not None and pad != eos:

@@ -1,4 +1,4 @@
-"""What the routers of a mixture of experts do in a pass, where their load-balancing loss is known."""
+"""Records the routing of a mixture of experts, for models whose load-balancing loss is known."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _AGREEMENT = 1e-4  # relative, of a number that models compute in fp32
 
 
 class Routers(NamedTuple):
-    """The routers of a model.
+    """Describes the routers of a model.
 
     Args:
-        num_experts: that each chooses from.
-        top_k: how many a token is sent to.
+        num_experts: experts that each router chooses from.
+        top_k: experts that a token is sent to.
     """
 
     num_experts: int
@@ -29,16 +29,16 @@ class Routers(NamedTuple):
 
 
 def find_routers(model: nn.Module) -> Routers | None:
-    """The routers of a model, where their load-balancing loss is transformers' own and its decoder can be asked for it.
+    """Finds the routers of a model whose decoder can return their logits and whose loss on them is transformers' own.
 
-    The model's own forward is given logits of routers in place of its decoder's, and what it makes of them is compared
-    with :func:`load_balancing_loss`. No layer runs and no weight is read: ranks that have none find the same.
+    The model's own forward is given router logits instead of its decoder's, and its loss is compared with
+    :func:`load_balancing_loss`. No layer runs and no weight is read, so that ranks without weights find the same.
 
     Args:
         model: a causal language model, or one wrapped by PEFT.
 
     Returns:
-        ``None`` where there are no routers, where transformers records none, or where it has another loss for them.
+        ``None`` where there are no routers, transformers records none, or the model has another loss for them.
 
     Example:
         >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,6 +54,8 @@ def find_routers(model: nn.Module) -> Routers | None:
     num_experts, top_k = (getattr(base, n, getattr(config, n, None)) for n in ("num_experts", "num_experts_per_tok"))
     if not isinstance(num_experts, int) or not isinstance(top_k, int) or not 0 < top_k <= num_experts:
         return None
+
+    # Random logits, the same on every rank; on the CPU, since the model may be on the meta device.
     routers = Routers(num_experts, top_k)
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (_TRIED_ROUTERS, _TRIED_TOKENS, routers.num_experts)
@@ -69,14 +71,14 @@ def find_routers(model: nn.Module) -> Routers | None:
 
 
 def _records_routers(decoder: nn.Module) -> bool:
-    """Whether transformers records routers of a decoder, and it has any: a type that may have some may have none."""
+    """Tells whether a decoder has routers that transformers records; a class may record them but have none."""
     found = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits", [])
     kinds = [getattr(entry, "target_class", entry) for entry in (found if isinstance(found, list) else [found])]
     return any(isinstance(module, kind) for kind in kinds if isinstance(kind, type) for module in decoder.modules())
 
 
 class RouterRecorder:
-    """What routers did in the passes of a decoder, added up.
+    """Adds up the routing of all passes of a decoder.
 
     Args:
         routers: of the decoder.
@@ -94,7 +96,7 @@ class RouterRecorder:
             weights_T: how often each token counts.
 
         Raises:
-            ValueError: they are none of these tokens.
+            ValueError: the shapes of the logits do not fit the tokens and experts.
         """
         rows = [part.reshape(-1, part.shape[-1]) for part in logits or ()]
         shape = (len(weights_T), self.routers.num_experts)
@@ -108,10 +110,10 @@ class RouterRecorder:
 
     @property
     def sums(self) -> RouterSums:
-        """Of all passes.
+        """The sums over all passes.
 
         Raises:
-            ValueError: there was none.
+            ValueError: no pass was recorded.
         """
         if not self._sums:
             raise ValueError(
@@ -123,11 +125,11 @@ class RouterRecorder:
 
 @contextmanager
 def recording(model: nn.Module, routers: Routers) -> Iterator[RouterRecorder]:
-    """Records what a model's own routers do in every ``hidden_states`` of it within, and those of no other model.
+    """Records the routing of this model in every ``hidden_states`` call within the context.
 
     Args:
         model: a causal language model, or one wrapped by PEFT.
-        routers: what ``find_routers`` says of it.
+        routers: the result of ``find_routers``.
     """
     decoder, recorder = decoder_of(model), RouterRecorder(routers)
     setattr(decoder, ROUTER_RECORDER, recorder)

@@ -1,4 +1,4 @@
-"""Files of a model that may be damaged: half copied, or cut short by a full disk."""
+"""Reads files of a model that may be damaged: partly copied, or cut short by a full disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a safetensors file.
+    """Reads the weights in a safetensors file.
 
     Raises:
         ValueError: the file is damaged.
@@ -24,9 +24,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def damaged_weights(folder: str | Path) -> str | None:
-    """What is wrong with the first safetensors file of a folder that is not whole; None where nothing is.
+    """Describes the first incomplete safetensors file of a folder; None where all are complete.
 
-    A file's header says how long it is, and nothing what its bytes should be: one that was changed is not noticed.
+    A file's header gives its length but no checksum: changed bytes are not detected.
     """
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
@@ -38,7 +38,7 @@ def damaged_weights(folder: str | Path) -> str | None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
         ValueError: the file cannot be read, or holds something else.
@@ -53,7 +53,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, without its advice."""
+    """Returns the first line of a library's error, cut to 300 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:300].rstrip(".:") if lines else type(error).__name__
 

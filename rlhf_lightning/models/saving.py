@@ -1,4 +1,4 @@
-"""Export: a trained model as a plain Hugging Face folder that appears whole or not at all."""
+"""Exports a trained model as a plain Hugging Face folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -54,26 +54,26 @@ def save_pretrained(
 ) -> Path:
     """Writes a model and its tokenizer as a Hugging Face folder: safetensors, config, tokenizer, chat template.
 
-    The folder is written beside its place, flushed to disk, and renamed when it is complete; one that was there stays
-    until then. A process that is killed leaves the old folder or the new one (between two renames, the old one beside
-    its place; the next call puts it back). The model itself is not touched: training goes on as if nothing happened.
+    The folder is written under a hidden name next to its place, flushed to disk, and renamed when it is complete; an
+    earlier one stays until then. A killed process leaves the old folder or the new one (between two renames, the old
+    one under a hidden name; the next call restores it). The model itself is unchanged, so training can continue.
 
     Merging computes ``W + (alpha / r) B A`` in the dtype of ``W``; quantised weights are dequantised first and written
-    in the model's dtype, since quantising the sum again would lose a part of what was learned.
+    in the model's dtype, since quantising the sum again would lose part of the training.
 
     Where several processes train one model, every rank calls this; sharded weights are gathered and rank 0 writes.
 
     Args:
         model: a causal language model, or one with a LoRA adapter.
         tokenizer: its tokenizer.
-        folder: where to; an export of the same kind (model or adapter, with or without a head) is replaced, and
-            anything that was not written here is refused.
+        folder: destination; an export of the same kind (model or adapter, with or without a head) is replaced, and
+            a folder with other files is refused.
         merge_adapter: add the adapter to the weights and write the whole model, instead of the adapter alone.
         convert: turns the model and its whole state dict into another model and its state dict, which is then written;
             not for an adapter alone.
         beside: writes more files into the folder, on the rank that writes.
-        end_tokens: the tokens that trained answers end with; by default the tokenizer's end-of-sequence token. They are
-            written into ``generation_config.json``, before those that the model had, so that generation ends there.
+        end_tokens: tokens that end trained answers; by default the tokenizer's end-of-sequence token. They are written
+            into ``generation_config.json``, before those of the model, so that generation ends there.
 
     Returns:
         The folder's absolute path.
@@ -97,18 +97,18 @@ def save_pretrained(
     return target
 
 
-# What is written.
+# Contents of the folder.
 
 
 def _adapter_writer(model: PeftModel, end_tokens: Sequence[Any]) -> Callable[[Path], None]:
-    """Gathers the trained adapter; returns what writes it in peft's own layout."""
+    """Gathers the trained adapter; returns a function that writes it in peft's own layout."""
     adapter = trained_adapter(model)
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True
     for name, value in vars(config).items():
-        if isinstance(value, set):  # its order is another one in every process
+        if isinstance(value, set):  # its order differs between processes
             setattr(config, name, sorted(value))
-    # No embedding is ever resized here, and the check for it would ask the hub.
+    # Embeddings are never resized here, and the check for that would query the hub.
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     state = {name: _whole(tensor) for name, tensor in (state | tied_state(model, adapter)).items()}
     base = cast(PreTrainedModel, model.get_base_model())
@@ -126,7 +126,7 @@ def _adapter_writer(model: PeftModel, end_tokens: Sequence[Any]) -> Callable[[Pa
             generation.save_pretrained(str(place))
         if rotary is not None:
             write_atomically(place / ROPE_PARAMETERS, json.dumps(rotary, indent=2) + "\n")
-        # Copies, since a file of safetensors has no two names for the same memory, as tied modules have.
+        # Copies, since safetensors refuses two names for the same memory, as tied modules have.
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -136,7 +136,7 @@ def _adapter_writer(model: PeftModel, end_tokens: Sequence[Any]) -> Callable[[Pa
 def _model_writer(
     model: PreTrainedModel | PeftModel, convert: Convert | None, end_tokens: Sequence[Any]
 ) -> Callable[[Path], None]:
-    """Gathers all weights, with an adapter added to them; returns what writes them in transformers' own layout."""
+    """Gathers all weights, with an adapter merged; returns a function that writes them in transformers' layout."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if base is model and getattr(base, "quantization_method", None) is not None:
         raise ValueError("the model is quantised and has no adapter: there is nothing in it that its source lacks")
@@ -149,12 +149,12 @@ def _model_writer(
 
 
 def _shell(base: PreTrainedModel, state: dict[str, Tensor], end_tokens: Sequence[Any]) -> PreTrainedModel:
-    """A second view of a model for ``save_pretrained``, which writes to the config of what it saves."""
+    """Makes a shallow copy of a model for ``save_pretrained``, which changes the config of the model it saves."""
     plain = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
     shell: Any = plain.__new__(plain)
     shell.__dict__.update(base.__dict__)
     shell.config = copy.deepcopy(base.config)
-    # What belongs to this run and not to the weights that are written: quantised layers, placement.
+    # Quantisation and placement belong to this run and not to the written weights.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         shell.config.__dict__.pop(name, None)
     for name in ("hf_quantizer", "hf_device_map", "quantization_method", "_hf_peft_config_loaded"):
@@ -166,7 +166,7 @@ def _shell(base: PreTrainedModel, state: dict[str, Tensor], end_tokens: Sequence
 
 
 def _generation_config(model: PreTrainedModel, end_tokens: Sequence[Any]) -> GenerationConfig | None:
-    """A copy of a model's generation config that ends where trained answers end, and where the model ended before."""
+    """Copies a model's generation config and puts the end tokens of trained answers before its own."""
     if not model.can_generate():
         return None
     config: Any = copy.deepcopy(model.generation_config)
@@ -182,7 +182,7 @@ def _generation_config(model: PreTrainedModel, end_tokens: Sequence[Any]) -> Gen
 
 
 def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Keeps one of two tied weights, or says in the config that an adapter has moved one away from the other."""
+    """Keeps one of two tied weights, or unties them in the config if an adapter has made them differ."""
     tied: dict[str, str] = getattr(shell, "all_tied_weights_keys", None) or {}
     pairs = [(copy_of, kept) for copy_of, kept in tied.items() if copy_of in state and kept in state]
     if all(torch.equal(state[copy_of], state[kept]) for copy_of, kept in pairs):
@@ -194,11 +194,11 @@ def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
     shell.all_tied_weights_keys = {}
 
 
-# Where it is written.
+# Place of the folder.
 
 
 def _on_writer(act: Callable[[], object]) -> None:
-    """Has the rank that writes do something, and raises on every rank what went wrong there."""
+    """Runs a function on the rank that writes, and raises its error on every rank."""
     found: list[str | None] = [None]
     cause: ValueError | None = None
     if _is_writer():
@@ -213,19 +213,19 @@ def _on_writer(act: Callable[[], object]) -> None:
 
 
 def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: bool = False) -> str:
-    """What ``save_pretrained`` would write of a model: one kind never takes the place of another."""
+    """Names the kind of folder that ``save_pretrained`` writes for a model; one kind never replaces another."""
     kind = "adapter" if isinstance(model, PeftModel) and not merge_adapter else "model"
     return f"{kind} with a head" if with_head else kind
 
 
 def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
-    """Writes a folder beside its place and renames it there."""
+    """Writes a folder under a hidden name and renames it to its place."""
     fresh, old = hidden_beside(target, PARTIAL), hidden_beside(target, REPLACED)
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
     fresh.mkdir()
     try:
-        mark(fresh, kind, ())  # so that what a killed process leaves is known to be ours
+        mark(fresh, kind, ())  # so that remains of a killed process are recognised as ours
         write(fresh)
         mark(fresh, kind)
         _flush(fresh)
@@ -245,7 +245,7 @@ def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
         raise
     _flush_entry(target.parent)
     if old.exists():
-        # Under the name of what is incomplete: half a folder is never put back in the place of a whole one.
+        # Renamed as incomplete first: a partly deleted folder must never be restored.
         with suppress(OSError):
             old.rename(fresh)
             discard(fresh)
@@ -265,7 +265,7 @@ def _flush_entry(path: Path) -> None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that is not sharded; on the rank that writes, it is on the CPU."""
+    """Returns an unsharded tensor, on the CPU of the rank that writes."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu() if _is_writer() else tensor.detach()
@@ -277,7 +277,7 @@ def _is_distributed() -> bool:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Hides transformers' bars: within those of a trainer, in a notebook, they would call each other without end."""
+    """Hides transformers' progress bars: nested in a trainer's, in a notebook, they would recurse endlessly."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Sequences: rows as token trees, packed batches of them, micro-batch planning, and the attention that they need."""
+"""Sequences: rows as token trees, packed batches of them, micro-batch planning, and attention over packed trees."""
 
 from .batch import PaddedBatch, SequenceBatch, pack
 from .branching import grow_tree, shared_length, split_answer, unfold_tree, with_answer

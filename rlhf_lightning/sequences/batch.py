@@ -3,7 +3,7 @@
 Legend: T tokens in the forest, P root-to-leaf paths, S sequences (of one path or several), N scored tokens (each once
 per sequence), E examples.
 
-One integer per token is all the geometry there is: token ``j`` is visible to token ``i`` exactly when
+One integer per token defines the geometry: token ``j`` is visible to token ``i`` exactly when
 ``j <= i < subtree_end[j]``. Plain packing (no shared segment), shared prompts and search trees are the same case.
 """
 
@@ -23,7 +23,7 @@ from .tree_attention import TreeGeometry
 
 @dataclass
 class PaddedBatch:
-    """The same paths as rows of a padded matrix, for models that packing does not reach.
+    """The paths of a forest as rows of a padded matrix, for models that cannot run packed.
 
     Args:
         input_ids: ``(P, L)``.
@@ -40,12 +40,12 @@ class PaddedBatch:
 
 @dataclass
 class SequenceBatch:
-    """A packed forest with what a loss reads from it.
+    """A packed forest, with the indices and weights that a loss reads.
 
     Args:
         input_ids: ``(T,)`` tokens, depth first.
         position_ids: ``(T,)`` depth of each token along its own path.
-        geometry: who sees whom, for the registered attention.
+        geometry: visibility between tokens, for the registered attention.
         source_index: ``(N,)`` flat position of the token *before* each scored token: where its prediction is read.
         source_depth: ``(N,)`` the same position counted along the path.
         source_path: ``(N,)`` the path on which each scored token is read; ascending.
@@ -59,8 +59,8 @@ class SequenceBatch:
         example_index: ``(S,)`` which example each sequence belongs to; ascending.
         examples: the examples, in the order in which they were packed.
         path_index: flat positions of every path's tokens, path after path; ``(sum(lengths),)``.
-        distinct: where several sequences score the same token at the same place, as rows of one prompt do that share a
-            completion: which scored tokens to compute, ``(U,)``, and which of them each is, ``(N,)``.
+        distinct: where several sequences score the same token at the same place (rows of one prompt that share a
+            completion): the scored tokens to compute, ``(U,)``, and for each scored token its number there, ``(N,)``.
     """
 
     input_ids: Tensor
@@ -93,7 +93,7 @@ class SequenceBatch:
 
     @property
     def num_sequences(self) -> int:
-        """What losses compare and count: completions, conversations."""
+        """Sequences that losses compare and count: completions, conversations."""
         return self.last_path.shape[0]
 
     @property
@@ -107,20 +107,20 @@ class SequenceBatch:
         return self.geometry.subtree_end
 
     def sum_per_sequence(self, values_N: Tensor) -> Tensor:
-        """Adds values of scored tokens up per sequence: ``(N,) -> (S,)``; an empty sequence gives 0."""
+        """Sums values of scored tokens per sequence: ``(N,) -> (S,)``; an empty sequence gives 0."""
         return values_N.new_zeros(self.num_sequences).index_add(0, self.sequence_index, values_N)
 
     def sum_per_example(self, values_N: Tensor) -> Tensor:
-        """Adds values of scored tokens up per example: ``(N,) -> (E,)``."""
+        """Sums values of scored tokens per example: ``(N,) -> (E,)``."""
         return values_N.new_zeros(self.num_examples).index_add(0, self.example_index[self.sequence_index], values_N)
 
     def padded(self, *, side: Literal["right", "left"] = "right", extra: int = 0, pad_token_id: int = 0) -> PaddedBatch:
-        """The same paths, prompts repeated, as rows with padding on one side.
+        """Lays out the paths, prompts repeated, as rows with padding on one side.
 
         Args:
-            side: where the padding goes.
+            side: side of the padding.
             extra: columns of padding beyond the longest path, at least 0.
-            pad_token_id: what fills them; no result depends on it.
+            pad_token_id: token at padding; no result depends on it.
         """
         lengths = self.lengths.cpu()
         width = int(lengths.max()) + extra
@@ -148,12 +148,12 @@ class _Node:
         self.children: dict[bytes, _Node] = {}
 
     def child(self, segment: Segment) -> _Node:
-        """The child that holds a segment's tokens, made where there is none yet."""
+        """Returns the child that holds a segment's tokens, and creates it if needed."""
         return self.children.setdefault(segment.tokens.tobytes(), _Node(segment.tokens))
 
 
 class _Layout:
-    """Collects the flat arrays of a forest in which equal beginnings are laid out once."""
+    """Collects the flat arrays of a forest in which equal prefixes are laid out once."""
 
     def __init__(self) -> None:
         self.roots: list[_Node] = []
@@ -173,7 +173,7 @@ class _Layout:
         self.example: list[int] = []  # per sequence
 
     def place(self, node: _Node, parent: int = -1, depth: int = 0) -> None:
-        """Lays out a node behind its ancestors, then its children."""
+        """Lays out a node after its ancestors, then its children."""
         node.start, length, number = self.size, len(node.tokens), len(self.segments)
         self.tokens.append(node.tokens)
         self.positions.append(np.arange(depth, depth + length))
@@ -208,7 +208,7 @@ _Turn = tuple[np.ndarray, np.ndarray, list[_Node]]  # tokens, weights and nodes 
 
 
 def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
-    """Merges the examples' trees where they begin alike, lays them out, and records every example's sequences."""
+    """Merges equal prefixes of the examples' trees, lays them out, and records every example's sequences."""
     layout = _Layout()
     everything = _Node(np.empty(0, np.int64))  # its children are the roots
     found: list[tuple[list[_Turn], int]] = []
@@ -236,7 +236,7 @@ def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
 
 
 def _weights(path: Path, scored: set[Segment]) -> np.ndarray:
-    """The weights along a path, 0 where an earlier path of the sequence has scored a segment; notes those it scores."""
+    """Concatenates weights along a path, 0 on segments already in ``scored``, and adds its segments to ``scored``."""
     parts = [
         np.zeros(len(segment.tokens), np.float32) if segment.weights is None or segment in scored else segment.weights
         for segment in path
@@ -252,9 +252,9 @@ def pack(
 
     Args:
         examples: at least one.
-        share_prefix: lay a prompt out once for all its completions, also for those of other examples, and a completion
-            that several examples of the prompt have once too; ``False`` repeats them for each. The results agree.
-        device: where the tensors go.
+        share_prefix: lay out a prompt once for all its completions, also across examples, and likewise a completion
+            that several examples of the prompt share; ``False`` repeats them. The results agree.
+        device: device of the tensors.
 
     Raises:
         ValueError: no example, or a weight on the first token of a tree.

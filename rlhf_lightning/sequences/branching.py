@@ -1,4 +1,4 @@
-"""Trees from paths: sequences whose turns have contexts of their own share the beginnings that are equal."""
+"""Builds trees from paths: turns of a sequence with different contexts share their common prefixes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ WeightedPath = tuple[Tokens, Weights]
 def grow_tree(sequences: Sequence[Sequence[WeightedPath]], trunk: Tokens | None = None) -> Segment:
     """Builds the tree of one example.
 
-    The paths of a sequence share their longest common prefix; a path that another one of its sequence begins with adds
-    its weights to that one. Sequences share the trunk alone.
+    The paths of a sequence share their longest common prefix; a path that is a prefix of a later one in its sequence
+    is merged into it, weights included. Different sequences share only the trunk.
 
     Args:
-        sequences: the paths of each sequence, its last turn last; each as tokens and weights, which must agree in
-            length.
+        sequences: the paths of each sequence, its last turn last; each as tokens and weights of equal length.
         trunk: the tokens of the root, if all paths begin with them; otherwise, and by default where there are several
-            sequences, the root is what all paths have in common before their first scored token.
+            sequences, the root is the common prefix of all paths before their first scored token.
 
     Returns:
-        The root. A single sequence without trunk is rooted at what its paths have in common, scored tokens included.
+        The root. Without trunk, the root of a single sequence is the common prefix of its paths, scored tokens
+        included.
 
     Raises:
         ValueError: no path, or paths that differ in their first token.
@@ -43,6 +43,8 @@ def grow_tree(sequences: Sequence[Sequence[WeightedPath]], trunk: Tokens | None 
     paths = [path for sequence in sequences for path in sequence]
     if not paths or not all(sequences):
         raise ValueError("a tree needs at least one path of each sequence")
+
+    # A computed trunk ends before the first scored token, since each sequence scores its own.
     if trunk is None or not all(_begins_with(tokens, trunk) for tokens, _ in paths):
         if trunk is None and len(sequences) == 1:
             return _branch(list(enumerate(sequences[0])), 0, last=True)
@@ -52,6 +54,7 @@ def grow_tree(sequences: Sequence[Sequence[WeightedPath]], trunk: Tokens | None 
             "the renderings of a row's turns differ from their first token on: expected a chat template that begins "
             "them alike, for instance with a beginning-of-sequence token"
         )
+
     children = []
     for sequence in sequences:
         children += _children(list(enumerate(sequence)), len(trunk), last=True)
@@ -59,7 +62,7 @@ def grow_tree(sequences: Sequence[Sequence[WeightedPath]], trunk: Tokens | None 
 
 
 def unfold_tree(root: Segment) -> list[list[WeightedPath]]:
-    """The paths of each sequence of a tree, as ``grow_tree`` takes them.
+    """Lists the paths of each sequence of a tree, as ``grow_tree`` takes them.
 
     Example:
         >>> pair = Segment([1], children=(Segment([2], [1]), Segment([3, 4], [0, 1])))
@@ -81,8 +84,8 @@ def unfold_tree(root: Segment) -> list[list[WeightedPath]]:
 def split_answer(example: Example) -> tuple[Tokens, Segment]:
     """Splits an example into its prompt and its first sequence's answer.
 
-    Where the answer's turns have contexts of their own, the prompt is what comes before the first scored token, and the
-    answer is the last turn alone, which can stand behind another prompt.
+    Where the answer's turns have different contexts, the prompt is everything before the first scored token, and the
+    answer is only the last turn, which can follow another prompt.
 
     Example:
         >>> prompt, answer = split_answer(Example("rows:0", Segment([1, 2], children=(Segment([3, 4], [0, 1]),))))
@@ -108,8 +111,8 @@ def with_answer(root: Segment, prompt: Tokens, answer: Segment) -> Segment:
     """Adds one more sequence to a tree: an answer to its prompt.
 
     Args:
-        root: the tree; its root's tokens begin the prompt.
-        prompt: as ``split_answer`` gives it.
+        root: the tree; the prompt begins with its tokens.
+        prompt: as returned by ``split_answer``.
         answer: without children.
 
     Example:
@@ -126,7 +129,7 @@ def with_answer(root: Segment, prompt: Tokens, answer: Segment) -> Segment:
 
 
 def shared_length(one: Tokens, other: Tokens) -> int:
-    """How many tokens two paths have in common at their beginning.
+    """Counts the leading tokens that two paths share.
 
     Example:
         >>> shared_length(np.array([1, 2, 3]), np.array([1, 2, 4, 5]))
@@ -138,7 +141,7 @@ def shared_length(one: Tokens, other: Tokens) -> int:
 
 
 def _absorbed(paths: Sequence[WeightedPath]) -> list[WeightedPath]:
-    """The paths of a sequence with which no other one begins, those others' weights included."""
+    """Drops paths that are prefixes of later ones, and merges their weights into these."""
     merged = [(tokens, weights.copy()) for tokens, weights in paths]
     kept: list[WeightedPath] = []
     for number, (tokens, weights) in enumerate(merged):
@@ -151,11 +154,11 @@ def _absorbed(paths: Sequence[WeightedPath]) -> list[WeightedPath]:
     return kept
 
 
-_Numbered = list[tuple[int, WeightedPath]]  # paths with their places in the sequence
+_Numbered = list[tuple[int, WeightedPath]]  # paths with their positions in the sequence
 
 
 def _branch(paths: _Numbered, start: int, *, last: bool) -> Segment:
-    """The segment from ``start`` on that paths share, with what follows it."""
+    """Makes the segment that paths share from ``start`` on, with its children."""
     first = paths[0][1][0]
     end = min(shared_length(first, tokens) for _, (tokens, _) in paths)
     if end == start:
@@ -169,7 +172,7 @@ def _branch(paths: _Numbered, start: int, *, last: bool) -> Segment:
 
 
 def _children(paths: _Numbered, start: int, *, last: bool) -> list[Segment]:
-    """What follows a segment; the path of the last turn comes last."""
+    """Makes the children of a segment; the path of the last turn comes last."""
     groups: dict[int, _Numbered] = {}
     for number, (tokens, weights) in paths:
         if len(tokens) > start:

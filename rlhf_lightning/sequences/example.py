@@ -1,4 +1,4 @@
-"""What a row becomes once it is tokenised: a tree of token segments; and the batch of such trees that loaders yield."""
+"""Tokenised rows: trees of token segments, and the batches of them that loaders yield."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Segment:
 
     Args:
         tokens: token ids, at least one.
-        weights: one loss weight per token (0 = the token is context, 1 = it counts); ``None`` means that none counts.
-            The first token of a root has no token before it to be predicted from: its weight must be 0.
+        weights: one loss weight per token (0 = the token is context, 1 = it counts); ``None`` = all are context. The
+            first token of a root has no token before it to be predicted from: its weight must be 0.
         children: the segments that continue this one. A segment without children ends a *path*; the paths of a tree
             are taken in depth-first order.
-        continued: of a segment without children: the next path belongs to the same sequence. A *sequence* is what a
-            loss compares or counts (a completion, a conversation). It is one path, or several where its turns are
-            generated in contexts that do not extend one another; the last of them is its last turn. Each of its tokens
-            is scored once, on the first of its paths through it.
+        continued: for a segment without children: the next path belongs to the same sequence. A *sequence* is the unit
+            that a loss compares or counts (a completion, a conversation). It is one path, or several where its turns
+            are generated in contexts that do not extend one another; the last path is its last turn. Each token is
+            scored once, on the first path of the sequence through it.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -78,7 +78,7 @@ class Segment:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in this segment and all below it, each counted once."""
+        """Tokens in this segment and its descendants, each counted once."""
         return len(self.tokens) + sum(child.num_tokens for child in self.children)
 
 
@@ -86,7 +86,7 @@ Path = tuple[Segment, ...]
 
 
 def distinct_segments(sequence: Sequence[Path]) -> list[Segment]:
-    """The segments of a sequence's paths, each once: what it scores.
+    """Lists the segments of a sequence's paths, each once.
 
     Args:
         sequence: the paths of one sequence.
@@ -115,7 +115,7 @@ class Example:
         return list(self.root.sequences())
 
     def weights_per_sequence(self) -> list[npt.NDArray[np.float32]]:
-        """The weights above 0 of each sequence's tokens."""
+        """Collects the weights above 0 of each sequence's tokens."""
         found = []
         for sequence in self.root.sequences():
             parts = [s.weights[s.weights > 0] for s in distinct_segments(sequence) if s.weights is not None]
@@ -123,7 +123,7 @@ class Example:
         return found
 
     def content_hash(self) -> str:
-        """A digest of tokens, weights and tree shape: equal for equal content, whatever the row is called."""
+        """Digests tokens, weights and tree shape: equal for equal content, whatever the row's id."""
         digest = blake2b(digest_size=16)
 
         def feed(segment: Segment) -> None:
@@ -142,16 +142,16 @@ class Example:
 class ExampleBatch:
     """One rank's share of a global batch: the examples of one optimizer step.
 
-    It is deliberately no ``collections.abc.Sequence``: Lightning would take it apart, row by row, looking for tensors
-    to convert. A share may be empty (the last batch of an epoch over several ranks); it is yielded all the same, so
-    that every rank sees the same number of batches.
+    It is deliberately not a ``collections.abc.Sequence``: Lightning would traverse it row by row, looking for tensors
+    to convert. A share may be empty (the last batch of an epoch over several ranks); it is still yielded, so that
+    every rank sees the same number of batches.
 
     Args:
         examples: this rank's examples.
-        on_consumed: called once by whoever has finished with the batch; a loader counts its rows as consumed then, and
-            not when the batch was fetched.
-        contract: the datamodule whose kind of rows these are, such as ``"PreferenceDataModule"``; ``None`` for one of
-            one's own.
+        on_consumed: called once when the batch has been used; a loader counts its rows as consumed then, and not when
+            the batch was fetched.
+        contract: the datamodule whose kind of rows these are, such as ``"PreferenceDataModule"``; ``None`` for a
+            user's own.
     """
 
     def __init__(
@@ -178,11 +178,11 @@ class ExampleBatch:
 
 
 def check_contract(module: object, contract: str | None) -> None:
-    """Refuses rows of a contract that a module does not learn from, whatever their trees look like.
+    """Refuses rows of a contract that a module does not learn from, whatever the shape of their trees.
 
     Args:
-        module: one with ``contracts``, the names of the datamodules whose rows it takes; none or no such: all.
-        contract: the datamodule's name; ``None`` for rows of one's own making.
+        module: its ``contracts`` are the names of the datamodules whose rows it takes; if missing or empty, all.
+        contract: the datamodule's name; ``None`` for a user's own rows.
 
     Raises:
         ValueError: with the datamodule to use instead.

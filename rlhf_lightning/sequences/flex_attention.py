@@ -1,7 +1,7 @@
-"""The same attention by FlexAttention, for CUDA: the geometry as a one-line mask, skipped block by block.
+"""Tree attention by FlexAttention, for CUDA: the geometry is a one-line mask, and hidden blocks are skipped.
 
 A model loaded with ``attn_implementation="rlhf_tree_flex"`` uses it for packed batches; calls without a tree go to the
-plain attention. FlexAttention has no backward pass on the CPU, so that there it serves evaluation alone.
+plain attention. FlexAttention has no backward pass on the CPU, so that there it serves evaluation only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .tree_attention import TreeGeometry, tree_attention
 
 FLEX_ATTENTION_NAME = "rlhf_tree_flex"
 
-_COMPILATIONS = 128  # of one process, at least
+_COMPILATIONS = 128  # that torch allows in one process, at least
 
 
 def flex_mask(tree: TreeGeometry, window: int | None) -> BlockMask:
-    """The geometry as a block mask, made once per window and kept for all layers."""
+    """Returns the geometry as a block mask, made once per window and cached for all layers."""
     if window not in tree.flex_masks:
         end, depth = tree.subtree_end, tree.depth
         size = len(end)
@@ -41,7 +41,7 @@ def flex_mask(tree: TreeGeometry, window: int | None) -> BlockMask:
 
 @cache
 def _kernel(compiled: bool) -> Any:
-    """The kernel, compiled once per kind of layer; never in silence the unfused one, which holds T x T scores.
+    """Returns the kernel, compiled once per kind of layer; never silently the unfused one, with its T x T scores.
 
     Each kind of layer (heads, sizes, window, soft cap, with and without gradient) of each model is one compilation, and
     torch gives up after ``recompile_limit`` of them: with ``fullgraph`` as an error.
@@ -66,9 +66,9 @@ def flex_tree_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed forest by FlexAttention; arguments and results are those of ``tree_attention``.
+    """Computes attention of a packed forest by FlexAttention; arguments and results as in ``tree_attention``.
 
-    Attention dropout is not something FlexAttention has: with it, ``tree_attention`` runs instead.
+    FlexAttention has no attention dropout: with it, ``tree_attention`` runs instead.
 
     Raises:
         RuntimeError: there are more kinds of layers than torch compiles.
@@ -105,7 +105,7 @@ def flex_tree_attention(
             enable_gqa=query.shape[1] != key.shape[1],
             return_aux=AuxRequest(lse=True),
         )
-    except FailOnRecompileLimitHit as error:  # torch's message is of many lines, and of its own options
+    except FailOnRecompileLimitHit as error:  # torch's message has many lines, about its own options
         raise RuntimeError(
             f"FlexAttention has been compiled {torch._dynamo.config.recompile_limit} times in this process, once for "
             "each kind of layer of each model, and torch would go on without its kernel: write attention: sdpa, or use "

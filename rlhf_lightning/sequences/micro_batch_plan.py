@@ -1,4 +1,4 @@
-"""Splits a batch into micro-batches under a token budget; the budget is a memory knob and cannot change a result."""
+"""Splits a batch into micro-batches under a token budget, which sets memory use and cannot change a result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .example import Example, Segment
 
 
 def example_cost(example: Example, *, share_prefix: bool) -> int:
-    """Tokens that the backbone computes for an example."""
+    """Counts the tokens that the backbone computes for an example."""
     if share_prefix:
         return example.root.num_tokens
     return sum(len(segment.tokens) for path in example.root.paths() for segment in path)
@@ -18,12 +18,12 @@ def example_cost(example: Example, *, share_prefix: bool) -> int:
 def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix: bool = True) -> list[list[int]]:
     """Assigns examples to micro-batches of at most ``budget`` tokens, longest first (first-fit decreasing).
 
-    An example is what a loss couples (a pair, a sequence) and is never split; one above the budget runs alone, with one
-    warning. Examples of one prompt come together where prompts are shared, because ``pack`` lays out what they have in
-    common once; then examples of similar length, which keeps padding small where padding is needed.
+    An example is the unit that a loss couples (a pair, a sequence) and is never split; one above the budget runs alone,
+    with one warning. Examples of one prompt are grouped where prompts are shared, because ``pack`` lays out common
+    prefixes once; then examples of similar length, which limits padding where padding is needed.
 
     Args:
-        examples: any number; none gives no micro-batch.
+        examples: any number; an empty list gives no micro-batch.
         budget: tokens per micro-batch, above 0.
         share_prefix: whether a prompt counts once or once per completion.
 
@@ -41,6 +41,7 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
     """
     if budget <= 0:
         raise ValueError(f"micro_batch_tokens is {budget}; it must be above 0 (8192 is a good start)")
+
     costs = [example_cost(example, share_prefix=share_prefix) for example in examples]
     longest = min(range(len(examples)), key=lambda n: (-costs[n], n), default=None)
     if longest is not None and costs[longest] > budget:
@@ -50,11 +51,13 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
             "by the longest row (lower max_length to bound it)",
             stacklevel=2,
         )
+
+    # Longest first; ties by position, so that the plan is deterministic.
     units = _families(examples, budget) if share_prefix else [([n], cost) for n, cost in enumerate(costs)]
     units.sort(key=lambda unit: (-unit[1], unit[0]))
     bins: list[list[int]] = []
     room: list[int] = []
-    first_open = 0  # bins before it are full: keeps the search short where rows are short and many
+    first_open = 0  # bins before it are full: keeps the search short for many short rows
     for unit, cost in units:
         while first_open < len(bins) and room[first_open] <= 0:
             first_open += 1
@@ -70,15 +73,15 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
 
 
 class _Level(dict[bytes, "_Level"]):
-    """The distinct segments at one place of merged trees, by their tokens."""
+    """Maps the distinct segments at one node of merged trees, by their tokens."""
 
     def missing(self, segment: Segment) -> int:
-        """How many tokens a segment and what follows it would add, at most."""
+        """Counts the tokens that merging a segment and its descendants would add, at most."""
         below = self.get(segment.tokens.tobytes())
         return segment.num_tokens if below is None else sum(below.missing(child) for child in segment.children)
 
     def add(self, segment: Segment) -> int:
-        """Merges a segment and what follows it; returns how many tokens that added."""
+        """Merges a segment and its descendants; returns the number of tokens added."""
         key = segment.tokens.tobytes()
         added = 0 if key in self else len(segment.tokens)
         below = self.setdefault(key, _Level())
@@ -86,9 +89,9 @@ class _Level(dict[bytes, "_Level"]):
 
 
 def _families(examples: Sequence[Example], budget: int) -> list[tuple[list[int], int]]:
-    """Examples that begin with the same prompt, as many together as the budget allows, and what they cost merged."""
+    """Groups examples of the same prompt, as many together as the budget allows, with their merged cost."""
     found: list[tuple[list[int], int]] = []
-    latest: dict[bytes, tuple[int, _Level]] = {}  # prompt -> its last family and what that holds
+    latest: dict[bytes, tuple[int, _Level]] = {}  # prompt -> its last family and the merged segments of that
     for n, example in enumerate(examples):
         key = example.root.tokens.tobytes()
         number, level = latest.get(key, (-1, _Level()))

@@ -1,4 +1,4 @@
-"""Attention over a packed forest, registered with transformers: no model code is patched.
+"""Attention over a packed forest, registered with transformers; no model code is patched.
 
 A model loaded with ``attn_implementation="rlhf_tree"`` runs a packed ``SequenceBatch`` when its forward is given the
 keyword ``tree=batch.geometry``; without it (generation with a cache, padded batches) the same function is plain
@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "rlhf_tree"
 
-# Segments share a padded block while the padded area stays below this multiple of the area that they need.
+# Segments share a padded block while its area is at most this multiple of the area that they need.
 _MAX_PADDING = 1.3
 
 
@@ -33,9 +33,9 @@ class Block:
     Args:
         query_index: ``(B, Q)`` flat positions of the segments' tokens.
         key_index: ``(B, P)`` flat positions of the tokens on their paths.
-        query_depth: ``(B, Q)`` position along the path; padding sees every key, and nobody reads it.
+        query_depth: ``(B, Q)`` position along the path; padding sees every key, and its output is not read.
         key_depth: ``(B, P)`` position along the path; padding lies beyond every query.
-        causal: every segment is a root of full width: the mask is the plain causal one and need not be built.
+        causal: every segment is a root: the mask is the plain causal one and need not be built.
     """
 
     query_index: Tensor
@@ -45,24 +45,24 @@ class Block:
     causal: bool
 
     def mask(self, window: int | None) -> Tensor:
-        """``(B, 1, Q, P)``, True = visible: keys on the path at or before the query, and within the window."""
+        """Builds the mask ``(B, 1, Q, P)``, True = visible: keys at or before the query, and within the window."""
         query, key = self.query_depth[:, None, :, None], self.key_depth[:, None, None, :]
         visible = query >= key
         if window is not None:
-            # A padding query has no key within reach of a window; it keeps the first key so that softmax stays finite.
+            # A padding query has no key within a window; it sees all of them so that softmax stays finite.
             visible &= (query < key + window) | (query >= _FAR)
         return visible
 
 
-_FAR = 1 << 40  # the depth of padding queries (they see all keys); padding keys lie twice as far (nobody sees them)
+_FAR = 1 << 40  # depth of padding queries, which see all keys of a path; padding keys lie twice as far, hidden from all
 
 
 class TreeGeometry:
-    """Who sees whom in a packed forest.
+    """Visibility between the tokens of a packed forest.
 
     Args:
         segments: ``(start, length, parent)`` per segment in depth-first order; parent is -1 for a root.
-        device: where the index tensors go.
+        device: device of the index tensors.
     """
 
     def __init__(self, segments: list[tuple[int, int, int]], device: torch.device | None = None) -> None:
@@ -70,7 +70,7 @@ class TreeGeometry:
         self.segments = segments
         self.device = device
         self._masks: dict[tuple[int, int | None], Tensor] = {}
-        self.flex_masks: dict[int | None, Any] = {}  # see flex.py
+        self.flex_masks: dict[int | None, Any] = {}  # see flex_attention.py
         ends = [start + length for start, length, _ in segments]
         for number in range(len(segments) - 1, -1, -1):  # children come after their parent
             parent = segments[number][2]
@@ -90,7 +90,7 @@ class TreeGeometry:
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def _paths(self) -> list[np.ndarray]:
-        """Flat positions of each segment's ancestors and of itself."""
+        """Lists flat positions of each segment's ancestors and of itself."""
         paths: list[np.ndarray] = []
         for start, length, parent in self.segments:
             own = np.arange(start, start + length)
@@ -106,7 +106,7 @@ class TreeGeometry:
 
     @cached_property
     def query_index(self) -> Tensor:
-        """``(sum of B * Q,)`` flat positions of all blocks' queries, one block after the other."""
+        """``(sum of B * Q,)`` flat positions of all blocks' queries, block by block."""
         return torch.cat([block.query_index.reshape(-1) for block in self.blocks])
 
     @cached_property
@@ -116,7 +116,7 @@ class TreeGeometry:
 
     @cached_property
     def slot(self) -> Tensor:
-        """``(T,)`` where each token stands among the blocks' queries."""
+        """``(T,)`` index of each token among the blocks' queries."""
         real = torch.cat([(block.query_depth < _FAR).reshape(-1) for block in self.blocks]).nonzero()[:, 0]
         return torch.empty_like(self.subtree_end).index_copy_(0, self.query_index[real], real)
 
@@ -138,14 +138,14 @@ class TreeGeometry:
         return Block(query_i, key_i, query_d, key_d, causal)
 
     def block_mask(self, number: int, window: int | None) -> Tensor:
-        """The mask of one block, made once per window and kept for all layers."""
+        """Returns the mask of one block, made once per window and cached for all layers."""
         key = (number, window)
         if key not in self._masks:
             self._masks[key] = self.blocks[number].mask(window)
         return self._masks[key]
 
     def dense_mask(self, window: int | None = None) -> Tensor:
-        """``(T, T)``, True where key (column) is visible to query (row): the definition, for tests and small trees."""
+        """Builds the mask ``(T, T)``, True where a key (column) is visible to a query (row): for tests, small trees."""
         index = torch.arange(len(self.subtree_end), device=self.subtree_end.device)
         visible = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
         if window is not None:
@@ -155,13 +155,13 @@ class TreeGeometry:
 
 
 def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Joins a segment with its only child: they see the same, and one causal product is cheaper than a masked one."""
+    """Joins each only child with its parent, since one causal product is cheaper than a masked one."""
     num_children = [0] * len(segments)
     for _, _, parent in segments:
         if parent >= 0:
             num_children[parent] += 1
     merged: list[tuple[int, int, int]] = []
-    place: list[int] = []  # where each segment went
+    place: list[int] = []  # new index of each segment
     for start, length, parent in segments:
         if parent >= 0 and num_children[parent] == 1:
             first, so_far, above = merged[place[parent]]
@@ -182,7 +182,7 @@ def _group_by_size(sizes: np.ndarray) -> list[list[int]]:
         area = int(sizes[n][0] * sizes[n][1])
         if groups:
             group = [*groups[-1], n]
-            # Roots stay among themselves: their mask is the plain causal one.
+            # Roots are grouped separately: their mask is the plain causal one.
             same_kind = (sizes[n][0] == sizes[n][1]) == (sizes[groups[-1][0]][0] == sizes[groups[-1][0]][1])
             padded = len(group) * int(sizes[group].max(axis=0).prod())
             if same_kind and padded <= _MAX_PADDING * (needed + area):
@@ -209,7 +209,7 @@ def tree_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed forest, or plain scaled-dot-product attention where no ``tree`` is given.
+    """Computes attention of a packed forest, or plain scaled-dot-product attention where no ``tree`` is given.
 
     Args:
         module: the attention layer.
@@ -224,22 +224,24 @@ def tree_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: ``(H,)`` attention sinks: one more logit per head that takes weight and gives no value.
         is_causal: for calls without ``tree`` and without mask.
-        kwargs: what other layers pass; nothing that attention depends on.
+        kwargs: other keywords that layers pass; refused unless attention does not depend on them.
 
     Returns:
         ``(1, T, H, D)`` and no weights.
 
     Raises:
-        NotImplementedError: a keyword that may change what attention is, or a mask that a layer made itself.
+        NotImplementedError: a keyword that may change attention, or a mask that a layer made itself.
     """
     _check_keywords(kwargs)
     if tree is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         out = _plain(query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal)
         return out.transpose(1, 2).contiguous(), None
+
     if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.numel() != 1):
         raise NotImplementedError("the layer makes an attention mask of its own, which a packed forest does not read")
-    # One look-up for all blocks: its backward pass fills and adds up one tensor, however many blocks there are.
+
+    # One gather for all blocks: its backward pass fills one gradient tensor, however many blocks there are.
     blocks = tree.blocks
     queries = _gathered(query, tree.query_index, [block.query_index for block in blocks])
     keys, values = (_gathered(t, tree.key_index, [block.key_index for block in blocks]) for t in (key, value))
@@ -252,7 +254,7 @@ def tree_attention(
     return gather_rows(torch.cat(outputs), tree.slot)[None], None
 
 
-# Keywords that layers hand on and that change nothing about attention.
+# Keywords that layers pass on and that do not change attention.
 _INERT = frozenset(
     {
         "cache_position",
@@ -269,16 +271,16 @@ _INERT = frozenset(
 
 
 def _check_keywords(keywords: dict[str, Any]) -> None:
-    """Refuses what this attention would ignore: a bias of positions, chosen keys, the lengths of another packing."""
+    """Refuses keywords that this attention would ignore: position biases, selected keys, another packing's lengths."""
     for name, value in keywords.items():
         if name not in _INERT and value is not None and value is not False:
             raise NotImplementedError(f"the layer passes {name!r}, which this attention does not know")
 
 
 def gather_rows(states: Tensor, index: Tensor) -> Tensor:
-    """Picks rows of a tensor: ``(rows, ...), (...) -> (*index.shape, ...)``.
+    """Gathers rows of a tensor: ``(rows, ...), (...) -> (*index.shape, ...)``.
 
-    As an embedding look-up, whose backward pass is 100 times faster on the CPU than that of ``index_select``.
+    By an embedding look-up, whose backward pass is 100 times faster on the CPU than that of ``index_select``.
     """
     return F.embedding(index, states.flatten(1)).view(*index.shape, *states.shape[1:])
 
@@ -302,17 +304,20 @@ def _plain(
     sinks: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Scaled-dot-product attention; spelled out where soft-capping or sinks rule the fused kernels out."""
+    """Computes scaled-dot-product attention; explicitly where soft-capping or sinks rule out the fused kernels."""
     if mask is not None and mask.shape[-1] > key.shape[-2]:
         mask = mask[..., : key.shape[-2]]
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+
+    # A single query sees all keys of a cache: torch's is_causal would align the mask to the first key.
     if softcap is None and sinks is None:
         causal = causal and mask is None and query.shape[2] > 1
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=causal
         )
+
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap is not None:
@@ -322,6 +327,8 @@ def _plain(
     if mask is not None:
         hidden = ~mask if mask.dtype == torch.bool else None
         scores = scores + mask if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+
+    # A sink is one more logit per head: it takes weight in the softmax and is dropped after it.
     if sinks is not None:
         scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)

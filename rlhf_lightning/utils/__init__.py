@@ -1,1 +1,1 @@
-"""Small things that any part of the package may use; they import nothing of it."""
+"""Utilities for any part of the package, from which they import nothing."""

@@ -1,9 +1,9 @@
-"""Files that are whole or not there, and folders whose content is known to be ours.
+"""Writes files atomically, and replaces only folders that the package wrote.
 
-Nothing that the package did not write is ever deleted or replaced. A folder that the package fills holds a hidden list
-of what was put there (``.rlhf_lightning``); before a folder is replaced or emptied, ``check_replaceable`` refuses
-one without a list, one with a file that is not on it, and one that holds something of another kind. Unfinished files
-and folders have names that no other program gives. ``hold`` keeps a second run out of a place.
+The package never deletes or replaces other files. A folder that it fills holds a hidden list of its files
+(``.rlhf_lightning``); before a folder is replaced or emptied, ``check_replaceable`` refuses one without a list, one
+with a file that is not listed, and one with content of another kind. Unfinished files and folders have names that no
+other program uses. ``hold`` keeps a second run out of a place.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 MARKER = ".rlhf_lightning"
-# What the hidden names of an unfinished file or folder, of a folder that makes room, and of a lock end with.
+# Suffixes of the hidden names of an unfinished file or folder, of a folder that is being replaced, and of a lock.
 PARTIAL, REPLACED, LOCK = ".rlhf_lightning.partial", ".rlhf_lightning.old", ".rlhf_lightning.lock"
-_held: dict[Path, int] = {}  # places that this process keeps others out of, with the file that is locked
-_made: set[Path] = set()  # folders that were made for these files, and go with them if nothing else came
+_held: dict[Path, int] = {}  # places that this process holds, with the descriptor of the locked file
+_made: set[Path] = set()  # folders that were made for locks, and are removed with them if they are empty
 
 
 def hidden_beside(place: Path, suffix: str) -> Path:
-    """The hidden name beside a place with one of the suffixes above.
+    """Returns the hidden sibling of a place with one of the suffixes above.
 
     Example:
         >>> hidden_beside(Path("runs/model"), PARTIAL).name
@@ -34,7 +34,7 @@ def hidden_beside(place: Path, suffix: str) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, also after a crash."""
+    """Writes a file that exists completely or not at all, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = hidden_beside(path, PARTIAL)
     try:
@@ -49,7 +49,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    r"""A row as a line of JSON Lines; halves of characters, which UTF-8 has not, are written as JSON's escapes.
+    r"""Formats a row as a line of JSON Lines; lone surrogates, which UTF-8 cannot encode, become JSON escapes.
 
     Example:
         >>> json_line({"a": 1}), json_line({"a": "\ud800"})
@@ -58,16 +58,16 @@ def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
-# Whose a folder is.
+# Ownership of folders.
 
 
 def mark(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
-    """Lists what the package puts into a folder.
+    """Writes the list of the package's files into a folder.
 
     Args:
-        folder: it is there.
-        kind: what it holds, such as ``model``.
-        names: paths below it that the package writes; all files that are there if left out.
+        folder: an existing folder.
+        kind: kind of its content, such as ``model``.
+        names: paths below it that the package writes; all present files if left out.
     """
     listed = _files(folder) if names is None else set(names)
     record = {"written_by": "rlhf_lightning", "kind": kind, "names": sorted(listed)}
@@ -75,7 +75,7 @@ def mark(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """The list in a folder: ``{"kind": ..., "names": [...]}``; ``None`` where there is none that can be read."""
+    """Reads the list in a folder, ``{"kind": ..., "names": [...]}``; ``None`` if it is missing or unreadable."""
     try:
         record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -86,20 +86,20 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def listed_names(folder: Path, kind: str) -> set[str]:
-    """What a folder's list says the package wrote there; nothing where it holds something of another kind."""
+    """Returns the names on a folder's list; empty without a list or with one of another kind."""
     record = read_marker(folder)
     return set(record["names"]) if record is not None and record["kind"] == kind else set()
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
-    """Refuses to replace a folder that holds what the package did not write there.
+    """Refuses to replace a folder with content that the package did not write.
 
     Args:
         folder: may be missing or empty.
-        kind: of what is to take its place.
+        kind: kind of the new content.
 
     Raises:
-        ValueError: it is a file, has no list, holds a file that is not listed, or holds something of another kind.
+        ValueError: it is a file, has no list, holds a file that is not listed, or content of another kind.
     """
     if not folder.exists() and not folder.is_symlink():
         return
@@ -127,15 +127,15 @@ def check_replaceable(folder: Path, kind: str) -> None:
 
 
 def check_names(folder: Path, kind: str, names: Iterable[str]) -> None:
-    """Refuses to write files of certain names into a folder where they are somebody else's.
+    """Refuses to overwrite files of certain names in a folder that the package did not write.
 
     Args:
-        folder: may be missing, and may hold anything else.
-        kind: of the folder's list.
-        names: that are to be written or deleted.
+        folder: may be missing, and may hold other files.
+        kind: kind on the folder's list.
+        names: names that will be written or deleted.
 
     Raises:
-        ValueError: one of them is there and not listed.
+        ValueError: one of them exists and is not listed.
     """
     taken = sorted(name for name in set(names) - listed_names(folder, kind) if (folder / name).exists())
     if taken:
@@ -146,13 +146,13 @@ def check_names(folder: Path, kind: str, names: Iterable[str]) -> None:
 
 
 def _files(folder: Path) -> set[str]:
-    """Files below a folder, links and empty folders included, without the list itself."""
+    """Lists files below a folder, including links and empty folders, without the list itself."""
     found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir() or not any(p.iterdir()))
     return {path.relative_to(folder).as_posix() for path in found} - {MARKER}
 
 
 def discard(folder: Path) -> None:
-    """Deletes a folder that the package wrote, its list last: what a killed process leaves is still known as ours."""
+    """Deletes a folder that the package wrote, its list last, so that a killed process leaves a recognised folder."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -164,11 +164,11 @@ def discard(folder: Path) -> None:
 def recover(folder: Path) -> None:
     """Cleans up after a process that was killed while it replaced a folder.
 
-    Puts the old folder back where the new one did not get to its place, and deletes what is half-written; both only
-    where the list in it says that it is ours.
+    Restores the old folder if the new one did not reach its place, and deletes incomplete ones; both only where their
+    list shows that the package wrote them.
 
     Args:
-        folder: that was being written; ``*`` in its name stands for anything.
+        folder: the folder that was being written; ``*`` in its name matches anything.
     """
     pattern = folder.name.replace("[", "[[]").replace("?", "[?]")
     for suffix in (REPLACED, PARTIAL):
@@ -182,11 +182,11 @@ def recover(folder: Path) -> None:
                 discard(left)
 
 
-# One run in one place.
+# Locks: one run in one place.
 
 
 def hold(place: Path) -> None:
-    """Keeps other processes from writing to a place until ``release``, or until this process ends.
+    """Locks a place against other processes until ``release``, or until this process ends.
 
     Args:
         place: a file or folder, which may be missing.
@@ -213,7 +213,7 @@ def hold(place: Path) -> None:
             raise ValueError(
                 f"another process writes to {str(place)!r}: wait for it, or choose another folder"
             ) from None
-        # Whoever held it before may have deleted the file between the two calls.
+        # The previous holder may have deleted the file between opening and locking it.
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             _held[place] = descriptor
             return
@@ -221,7 +221,7 @@ def hold(place: Path) -> None:
 
 
 def release(place: Path) -> None:
-    """Lets others write to a place again; nothing happens where it is not held."""
+    """Releases the lock of a place, if it is held, and removes empty folders that were made for it."""
     place = place.expanduser().absolute()
     descriptor = _held.pop(place, None)
     if descriptor is not None:
@@ -236,14 +236,14 @@ def release(place: Path) -> None:
 
 
 def check_on_all_ranks(trainer: Any, check: Callable[[], object]) -> None:
-    """Runs a check on the first rank, and raises what it found on all of them.
+    """Runs a check on the first rank, and raises its error on all ranks.
 
     Args:
-        trainer: whose processes are set up.
+        trainer: a trainer whose processes are set up.
         check: raises ``ValueError`` or ``OSError``.
 
     Raises:
-        ValueError: the check found something.
+        ValueError: the check failed.
     """
     found: str | None = None
     if trainer.is_global_zero:

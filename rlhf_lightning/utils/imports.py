@@ -1,4 +1,4 @@
-"""Finding what a dotted path names."""
+"""Imports objects by dotted path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def find_own_modules() -> None:
-    """Lets modules of the current folder be imported, behind all others.
+    """Makes modules of the current folder importable, after all others.
 
-    Python does so by itself for a script or ``python -m``, but not for an installed command.
+    Python does this for a script or ``python -m``, but not for an installed command.
     """
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
@@ -19,7 +19,7 @@ def find_own_modules() -> None:
 
 
 def load_attribute(path: str) -> Any:
-    """What a dotted path names: ``package.module.name``, of the current folder, too."""
+    """Imports the object that a dotted path names, ``package.module.name``, also from the current folder."""
     find_own_modules()
     module, _, name = path.rpartition(".")
     if not module:

@@ -1,4 +1,4 @@
-"""Keyword arguments that are misspelt, or known from elsewhere: what to write instead, in one line."""
+"""Suggests replacements for keyword arguments that are misspelt or belong to other trainers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 _BATCH = "the datamodule's global_batch_size (and the module's micro_batch_tokens for memory)"
-# Options of other trainers, and where they are here.
+# Options of other trainers, and their equivalents here.
 INSTEAD = {
     "lr": "optimizer (in Python optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5); in YAML optimizer.init_args.lr)",
     "learning_rate": "optimizer (in Python optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5); in YAML "
@@ -36,7 +36,7 @@ INSTEAD = {
 
 
 def advise(name: str, allowed: Iterable[str]) -> str:
-    """``"; did you mean 'beta'?"``, ``"; use ..."`` for what other trainers call something, or nothing.
+    """Returns ``"; did you mean 'beta'?"``, ``"; use ..."`` for an option of another trainer, or an empty text.
 
     Example:
         >>> advise("betta", ["beta", "gamma"])
@@ -51,10 +51,10 @@ def advise(name: str, allowed: Iterable[str]) -> str:
 
 
 class CheckedKeywords:
-    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's own message names another class."""
+    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's error may name a parent class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Looks at the names of the keyword arguments.
+        """Checks the names of the keyword arguments.
 
         Raises:
             TypeError: one of them is unknown.
@@ -67,7 +67,7 @@ class CheckedKeywords:
 
 
 def _keywords(cls: type) -> set[str]:
-    """What the ``__init__`` of a class takes, and those that it hands its ``**kwargs`` on to."""
+    """Collects the arguments of a class's ``__init__``, and of those to which it passes its ``**kwargs``."""
     found: set[str] = set()
     for base in cls.__mro__:
         if "__init__" not in vars(base):

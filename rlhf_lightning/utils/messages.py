@@ -1,4 +1,4 @@
-"""What a parser has to say about a mistake, in one line: the key, its value, what is allowed, the nearest name."""
+"""Rewrites a parser's errors as one line: the key, its value, the allowed values, the nearest name."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from .keywords import advise
 from .packaged_configs import nearest_config
 
 _LIMIT = 1000
-# What is said of each type that a value may have and is not even like.
+# Lines that jsonargparse repeats for each allowed type that the value does not resemble.
 _COMMONPLACES = "Expected an? |Does not validate against|Not a valid subclass|a class path|a dict"
 
 
 class UsageError(Exception):
-    """A mistake on the command line or in a YAML file."""
+    """Raised for a mistake on the command line or in a YAML file."""
 
 
 def one_line(text: object, limit: int = _LIMIT) -> str:
-    """A text without line breaks, cut where it stops being read."""
+    """Joins the lines of a text, and cuts it to ``limit`` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'beta'?"``, or nothing.
+    """Returns ``"; did you mean 'beta'?"``, or an empty text.
 
     Example:
         >>> did_you_mean("betta", ["beta", "gamma"])
@@ -36,17 +36,18 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
-    """Says in one line what jsonargparse says in a page; anything else stays as it is, in one line.
+    """Summarises an error of jsonargparse in one line; any other message is joined to one line.
 
     Args:
-        message: its message.
-        options: those that the parser knows, to name the nearest to an unknown one.
-        classes: those that can be named without their path, for the same purpose.
+        message: the error's message.
+        options: the parser's options, to suggest the nearest for an unknown one.
+        classes: classes that can be named without their path, for the same purpose.
 
     Example:
         >>> explain("Option 'betta' is not accepted", ["beta"])
         "no option 'betta'; did you mean 'beta'?"
     """
+    # Classes that cannot be found.
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
     if found := re.search(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.*)", message):
@@ -54,12 +55,16 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         return f"{_key(message)}several classes are called {found[1]}: write {' or '.join(choices)}"
     if found := re.search(r"class_path '([^']+)':\s*(No module named .*|.* is available\..*)", message):
         return f"{_key(message)}cannot import {found[1]!r}: {found[2]}"
+
+    # Values that no type accepts; the message lists a cause for each type.
     causes = re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE)
-    if causes and "Union subtypes" in message:  # of the types that a value may have, one came close
+    if causes and "Union subtypes" in message:  # one of the allowed types came close
         rest = message.partition(causes[0])[2].strip() if causes[0].endswith(":") else ""
         return one_line(f"{causes[0]} {explain(rest, options, classes)}" if rest else causes[0])
     if re.search(r"^argument of type '\w+' is not iterable|^unhashable type: ", message):
         return "a class_path is no text: write the name of a class behind it, such as class_path: DPOModule"
+
+    # Unknown options and missing files.
     if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.partition("\n")[0]):
         return f"no option {found[1]!r}{advise(found[1], options)}"
     if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):
@@ -78,7 +83,7 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
 
 
 def _wrong_value(message: str) -> str | None:
-    """What is said of a value of the wrong type: the key, the value, the types that were tried."""
+    """Describes a value of the wrong type: the key, the value, the allowed types; ``None`` for other errors."""
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     expected = re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", message, flags=re.MULTILINE)
     if value is None or not expected:

@@ -1,4 +1,4 @@
-"""Where files that come with the package are: ``configs/...`` means the same in a clone and in an installed wheel."""
+"""Finds files that come with the package: ``configs/...`` means the same in a clone and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def packaged_config(path: str | Path) -> Path | None:
-    """The packaged file or folder that ``configs/...`` stands for where there is none of that name here.
+    """Finds the packaged file or folder for ``configs/...`` if it does not exist in the current folder.
 
     Args:
         path: what the user wrote.
 
     Returns:
-        The packaged place; ``None`` if the path exists as it is, or if nothing of that name is packaged.
+        The packaged path; ``None`` if the path exists as it is, or is not packaged.
 
     Example:
         >>> packaged_config("my-configs/dpo.yaml") is None
@@ -29,10 +29,10 @@ def packaged_config(path: str | Path) -> Path | None:
 
 
 def nearest_config(path: str | Path) -> str:
-    """``"; did you mean 'configs/dpo/default.yaml'?"`` for a path that is nearly one, or nothing.
+    """Returns ``"; did you mean 'configs/dpo/default.yaml'?"`` for a similar path, or an empty text.
 
     Args:
-        path: of a file that is not there.
+        path: of a missing file.
     """
     root, path = _PACKAGE, Path(path)
     if path.is_absolute() and path.is_relative_to(Path.cwd()):  # as it was written

@@ -1,4 +1,4 @@
-"""Giving back the pages of weight files that a process has read and does not need any more."""
+"""Releases memory pages of weight files that a process has read and no longer needs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DONTNEED = 4  # MADV_DONTNEED of Linux, which Python's mmap names on some syste
 
 
 def drop_file_pages(tensors: Sequence[Tensor]) -> None:
-    """Drops what is in memory of tensors that lie in mapped weight files; whoever reads one again reads the file.
+    """Drops the memory pages of tensors that lie in mapped weight files; a later read fetches them from the file.
 
-    transformers maps weight files, and a mapped page counts as this process's memory until the whole file is let go. Of
-    other tensors nothing is dropped, and on systems other than Linux nothing happens.
+    transformers maps weight files, and a mapped page counts as this process's memory until the whole file is unmapped.
+    Other tensors are not affected, and on systems other than Linux this does nothing.
     """
     maps = Path("/proc/self/maps")
     if not tensors or not maps.is_file():

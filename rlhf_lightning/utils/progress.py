@@ -1,4 +1,4 @@
-"""Progress of what takes long before the first step: tokenising, scoring a reference, sampling."""
+"""Shows progress of long work outside of training steps: tokenising, scoring a reference, sampling."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SECONDS = 30.0  # between two lines where there is no terminal
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yields items, and shows how far it has come: by a bar on a terminal, else by a line every half minute.
+    """Yields items and shows progress: by a bar on a terminal, else by a line every half minute.
 
     Args:
-        items: what is gone through.
-        what: happens to them, such as ``tokenizing rows.jsonl``.
-        total: how many there are, where they cannot say so.
+        items: the items.
+        what: description of the work, such as ``tokenizing rows.jsonl``.
+        total: number of items, if they have no length.
 
     Example:
         >>> list(progress([1, 2, 3], "counting"))
@@ -53,7 +53,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
 
 
 def _starts(bar: Progress) -> bool:
-    """Starts a bar; there may be another one already, and there is room for one."""
+    """Starts a bar; returns False where another one is shown already, since only one can be live."""
     try:
         bar.start()
     except LiveError:

@@ -1,4 +1,4 @@
-"""What other libraries say to everybody, and nobody who trains a model with this one has to read."""
+"""Silences messages of other libraries that do not matter to users of this one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# A kernel for 4-bit weights on the CPU: said to whoever imports peft beside bitsandbytes, quantised or not.
+# A missing kernel for 4-bit weights on the CPU: logged when peft and bitsandbytes are imported, quantised or not.
 _BITSANDBYTES = "bitsandbytes.backends.cpu.ops", ("Failed to load CPU gemm_4bit_forward",)
-# Advertisements for services of its maker's.
+# Advertisements for other products.
 _LIGHTNING = "lightning.pytorch.utilities.rank_zero", ("💡 Tip:",)
 _WARNINGS = (
-    # Validation rows are optional here, and a run without them was meant to be one.
+    # Validation rows are optional here, so a run without them is intended.
     r"You defined a `validation_step` but have no `val_dataloader`",
     r"Total length of `list` across ranks is zero",
     # A policy is trained in the mode in which it is scored, so that ratios begin at 1.
@@ -23,14 +23,14 @@ _WARNINGS = (
 
 
 class _Without(logging.Filter):
-    """Lets everything pass but messages with certain beginnings."""
+    """Drops log records whose messages have certain prefixes."""
 
     def __init__(self, beginnings: tuple[str, ...]) -> None:
         super().__init__()
         self.beginnings = beginnings
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is to be handled."""
+        """Tells whether to handle a record."""
         return not record.getMessage().startswith(self.beginnings)
 
 
@@ -39,14 +39,14 @@ for _name, _beginnings in (_BITSANDBYTES, _LIGHTNING):
 
 
 def ignore_warnings() -> None:
-    """Leaves out warnings that mean nothing here, until somebody resets the filters."""
+    """Ignores warnings that do not apply here, until the filters are reset."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves them out for the command line, from its beginning."""
+    """Ignores these warnings within the context, for the command line."""
     with warnings.catch_warnings():
         ignore_warnings()
         yield

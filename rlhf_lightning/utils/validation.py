@@ -1,4 +1,4 @@
-"""Checks of options and arguments: one line with the value, what is allowed, and what to write instead."""
+"""Checks of options and arguments; errors are one line with the value, the allowed range and a suggestion."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _is_number(value: object) -> bool:
 
 
 def check_positive(name: str, value: float, instead: str) -> None:
-    """Raises unless ``value`` is a finite number above 0; ``instead`` says what is usual."""
+    """Raises unless ``value`` is a finite number above 0; ``instead`` suggests a usual value."""
     if not _is_number(value) or not 0 < value < math.inf:
         _refuse(name, value, "above 0", instead)
 
@@ -59,13 +59,13 @@ def check_count(name: str, value: int, instead: str) -> None:
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises unless the rate of flipped labels is in [0, 0.5): from 0.5 on labels say nothing or the opposite."""
+    """Raises unless the rate of flipped labels is in [0, 0.5): from 0.5 on, labels carry no or inverted information."""
     if not _is_number(label_smoothing) or not 0 <= label_smoothing < 0.5:
         _refuse("label_smoothing", label_smoothing, "in [0, 0.5)", "0 is none; else the rate of wrong labels")
 
 
 def check_same_shape(dims: str, **tensors: Tensor | None) -> None:
-    """Raises unless all given tensors have the first one's shape, one axis for each of ``dims``: none broadcasts."""
+    """Raises unless all given tensors have the first one's shape, one axis for each of ``dims``: no broadcasting."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first = next(iter(given))
     for name, tensor in given.items():

@@ -1,8 +1,8 @@
-"""Values of YAML and of the command line as they were written: a text stays a text, whatever it looks like.
+"""Reads values of YAML and of the command line as they were written: a string stays a string.
 
-jsonargparse reads every string once more as YAML, also one that a file has in quotes, wherever an option may have any
+jsonargparse parses every string again as YAML, even one that is quoted in a file, wherever an option may have any
 value: ``"yes"`` becomes True, ``"4"`` 4, ``"Note: x"`` a mapping. The parser mode ``MODE`` has a loader that marks
-strings that could be read as something else (:class:`Text`), so that they are not, and a dumper that quotes them.
+ambiguous strings (:class:`Text`), so that they are not parsed again, and a dumper that quotes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jsonargparse.typing import register_type
 
 MODE = "as_written"
 
-# What YAML 1.2 takes for a number or a truth value. YAML 1.1, PyYAML's, has more: yes, on, 12:30, 0777, 1_000, dates.
+# Numbers and booleans of YAML 1.2. YAML 1.1, that of PyYAML, has more: yes, on, 12:30, 0777, 1_000, dates.
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
@@ -30,13 +30,13 @@ _FLOAT = re.compile(
 _NULL = re.compile(r"~|null|Null|NULL|")
 _TAG = "tag:yaml.org,2002:"
 _YAML_1_1 = yaml.resolver.Resolver()
-# A name or a path that nothing reads as anything else. It stays a plain string: jsonargparse looks for files of
-# configurations under plain strings alone.
+# An unambiguous name or path. It stays a plain string: jsonargparse looks for configuration files under plain strings
+# only.
 _NAME = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.-]*[A-Za-z_/]|[A-Za-z_/.]")
 
 
 class Text(str):
-    """A string that has been read already; it is not to be read once more."""
+    """A string that has been parsed and must not be parsed again."""
 
     __slots__ = ()
 
@@ -48,7 +48,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML has it
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Makes a mapping; PyYAML would keep the last of equal keys without a word."""
+        """Builds a mapping and refuses repeated keys, of which PyYAML would silently keep the last."""
         seen: set[Any] = set()
         for key_node in (
             key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge"
@@ -67,11 +67,11 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return made
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
-        """Makes a string, marked where it could be taken for something else."""
+        """Builds a string, marked if it is ambiguous."""
         return _mark(self.construct_scalar(node))
 
     def construct_real(self, node: yaml.ScalarNode) -> float:
-        """Makes a number of one that YAML 1.1 takes for a text, such as 1e-5, too."""
+        """Builds a number, also from one that is a string in YAML 1.1, such as 1e-5."""
         value = self.construct_scalar(node).lower()
         return float(value.replace(".inf", "inf").replace(".nan", "nan"))
 
@@ -89,30 +89,30 @@ _Loader.add_constructor(f"{_TAG}float", _Loader.construct_real)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes strings so that neither version of YAML reads them as anything else."""
+    """Writes strings so that both versions of YAML read them as strings."""
 
 
-# YAML 1.1's rules are the dumper's own; these are the loader's that go beyond them.
+# The dumper has YAML 1.1's rules; these are the loader's additional ones.
 _Dumper.add_implicit_resolver(f"{_TAG}float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
-# LightningCLI dumps with PyYAML itself.
+# LightningCLI dumps with plain PyYAML.
 yaml.SafeDumper.add_representer(Text, yaml.representer.SafeRepresenter.represent_str)
-# Lightning's Timer has an enumeration for a default.
+# Lightning's Timer has an enumeration as a default.
 _Dumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 _Dumper.add_representer(Text, yaml.representer.SafeRepresenter.represent_str)
 
 
 def load(text: str, path: str = "") -> Any:
-    """Reads YAML: a file's, or a value of the command line.
+    """Reads YAML from a file, or from a value of the command line.
 
-    Of one line that does not come from a file only braces, brackets and quotes make more than a scalar: ``Note: x``,
-    ``- x``, ``# x`` and ``~`` are texts.
+    A single line that is not from a file is a scalar unless it begins with a brace, bracket or quote: ``Note: x``,
+    ``- x``, ``# x`` and ``~`` are strings.
 
     Args:
-        text: what is written.
+        text: the YAML.
         path: the file that it comes from.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or a mapping has a key twice.
+        yaml.YAMLError: it is not YAML, or a mapping has a key twice.
 
     Example:
         >>> load("12:30"), load("yes"), load("1e3"), load("Note: x"), load("{a: '4'}")
@@ -125,7 +125,7 @@ def load(text: str, path: str = "") -> Any:
 
 
 def dump(value: Any) -> str:
-    """Writes YAML that :func:`load`, and PyYAML, read back as what it was.
+    """Writes YAML that :func:`load` and PyYAML read back as the same value.
 
     Example:
         >>> print(dump({"a": "1e3", "b": ["yes", 2]}), end="")
@@ -139,9 +139,9 @@ def dump(value: Any) -> str:
 
 
 def flow(text: str) -> str:
-    """Writes what Python shows of a list, a mapping or None as YAML of one line; any other text stays as it is.
+    """Converts the ``repr`` of a list, a mapping or None to YAML of one line; returns any other text unchanged.
 
-    jsonargparse hands the value of an option inside of an option (``--model.lora.bias=null``) on in this way.
+    jsonargparse passes on the value of a nested option (``--model.lora.bias=null``) in this form.
 
     Example:
         >>> flow("None"), flow("['a', None]"), flow("it's")
@@ -160,7 +160,7 @@ def flow(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A configuration whose strings are strings again, for those who are to work with it."""
+    """Converts the marked strings of a configuration back to plain ones."""
     if isinstance(value, Text):
         return str(value)
     if isinstance(value, jsonargparse.Namespace):
@@ -175,7 +175,7 @@ def plain(value: Any) -> Any:
 
 
 def with_plain_arguments(instantiate: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps what builds an object, so that the object is given strings, none of them marked."""
+    """Wraps a function that builds an object, so that it is passed plain strings instead of marked ones."""
 
     @wraps(instantiate)
     def call(*args: Any, **kwargs: Any) -> Any:

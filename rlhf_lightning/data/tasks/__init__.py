@@ -19,10 +19,10 @@ _SCHEME = re.compile(r"[A-Za-z]\w+:[^/\\?]*(\?.*)?", re.DOTALL)
 def is_task(source: str) -> bool:
     """Tells whether a data source is written as a task, ``"<task>:<contract>?key=value&..."``.
 
-    A misspelt task counts, so that :func:`open_task` can say what it should have been; paths, URLs and hub ids do not.
+    A misspelt task counts, so that :func:`open_task` can list the known ones; paths, URLs and hub ids do not.
 
     Args:
-        source: where a datamodule was told to take its rows from.
+        source: a datamodule's source of rows.
 
     Example:
         >>> is_task("sums:preference?rows=8"), is_task("data/pairs.jsonl"), is_task("s3://bucket/pairs.jsonl")

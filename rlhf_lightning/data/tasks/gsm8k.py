@@ -2,8 +2,8 @@
 
 The folder holds ``train.jsonl``, ``test.jsonl`` and ``example_model_solutions.jsonl`` as published by its authors (MIT
 licence). The last has four models' solutions of each *test* problem, marked right or wrong. They are the only solutions
-with marks, so the contracts made from them (``preference``, ``unpaired``) train on GSM8K test questions: whoever uses
-their ``train`` split must not report accuracy on the test file, only on that contract's held-out problems.
+with marks, so the contracts made from them (``preference``, ``unpaired``) train on GSM8K test questions: after training
+on their ``train`` split, do not report accuracy on the test file, only on that contract's held-out problems.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
         no_labels = " (GSM8K has no labels on steps: use sums:stepwise)" if contract == "stepwise" else ""
         allowed = ", ".join(CONTRACTS)
         raise ValueError(f"unknown contract {contract!r} in {query.source!r}: allowed are {allowed}{no_labels}")
+
+    # All keys are read before `done`, which refuses any others.
     solved = contract in ("preference", "unpaired")
     folder = query.text("path", os.environ.get("GSM8K_DIR", ""))
     splits = ("train", "validation", "test", "heldout") if solved else ("train", "validation", "test")
@@ -66,12 +68,14 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
     keep = contract != "prompts" and query.choice("annotations", "remove", ("remove", "keep")) == "keep"
     pairs = query.choice("pairs", "one", ("one", "all")) if contract == "preference" else "one"
     query.done()
+
     if solved:
         problems = _split(_read(folder, "example_model_solutions.jsonl", query), split, _OF_SOLVED)
     elif split == "test":
         problems = _read(folder, "test.jsonl", query)
     else:
         problems = _split(_read(folder, "train.jsonl", query), split, _OF_TRAIN)
+
     if contract == "preference":
         rows = [row for problem in problems for row in _preferences(problem, pairs, keep)]
     elif contract == "unpaired":
@@ -98,7 +102,7 @@ def _hash(question: str) -> int:
 
 
 def _split(problems: list[dict[str, Any]], split: str, shares: tuple[float, float]) -> list[dict[str, Any]]:
-    """The problems of a split, in the file's order; which they are depends on the questions, not on that order."""
+    """Selects the problems of a split by a hash of their questions, and keeps the file's order."""
     first, second = (round(share * len(problems)) for share in shares)
     bounds = {
         "train": (0, first),
@@ -115,7 +119,7 @@ def _answer(solution: str) -> str:
 
 
 def _tidy(solution: str, keep: bool) -> str:
-    """A solution that ends as the reference ones do, with or without the calculator's annotations."""
+    """Ends a solution as the reference ones do, and removes the calculator's annotations unless ``keep``."""
     solution = re.sub(r"(^|\n)A: (.*)\Z", r"\1#### \2", solution)
     return solution if keep else _ANNOTATION.sub("", solution)
 

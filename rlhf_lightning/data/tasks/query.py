@@ -1,4 +1,4 @@
-"""The ``key=value`` part of a task string: parsed, checked, and nothing in it left unread."""
+"""Parses and checks the ``key=value`` part of a task string; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 
 
 class Query:
-    """The keys of one task string; each is asked for once, by type, and :meth:`done` refuses those nobody asked for.
+    """Holds the keys of one task string; each is read once, by type, and :meth:`done` refuses unread ones.
 
     Args:
         source: the whole task string, for messages.
@@ -69,11 +69,11 @@ class Query:
         return self._values.get(key, default)
 
     def refusal(self, key: str, value: object, allowed: str) -> ValueError:
-        """The error for a value that is not allowed."""
+        """Builds the error for a value that is not allowed."""
         return ValueError(f"{key}={value} in {self.source!r}: {key} is {allowed}")
 
     def done(self) -> None:
-        """Raises ``ValueError`` if a key was given that nothing asked for."""
+        """Raises ``ValueError`` if a key was given that has not been read."""
         for key in self._values:
             if key not in self._asked:
                 raise ValueError(f"unknown key {key!r} in {self.source!r}: allowed are {', '.join(self._asked)}")

@@ -1,4 +1,4 @@
-"""Step-by-step sums: a task generated from a seed, whose every step and answer can be checked.
+"""Step-by-step sums: a task generated from a seed, in which every step and answer can be checked.
 
 Its solutions come from two authors. The careful one writes each step and then the answer; the careless one guesses an
 answer near the right one and writes no step:
@@ -46,7 +46,7 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
 
     Keys: ``split=train|validation|test``; ``rows=1000``; ``seed=0``; the difficulty ``terms=4`` (2 to 16) numbers from
     ``low=1`` to ``high=20``; ``careless``, the fraction of solutions by the careless author; ``slips``, the fraction of
-    careful solutions with one wrong number, from which the later steps go on consistently.
+    careful solutions with one wrong number, which the later steps continue consistently.
 
     * ``demonstrations``: ``prompt, completion, author``; ``careless=0.5``, ``slips=0``.
     * ``preference``: ``prompt, chosen, rejected``: a careful right solution against a wrong guess (``careless=0.5`` of
@@ -74,6 +74,8 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
     """
     if contract not in _CONTRACTS:
         raise ValueError(f"unknown contract {contract!r} in {query.source!r}: allowed are {', '.join(_CONTRACTS)}")
+
+    # All keys are read before `done`, which refuses any others.
     write, careless, slips = _CONTRACTS[contract]
     split = query.choice("split", "train", SPLITS)
     rows = query.integer("rows", 1000, low=1)
@@ -88,11 +90,12 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
         slips=0.0 if slips is None else query.fraction("slips", slips),
     )
     query.done()
+
     return list(_rows(contract, write, authors, (split, rows, seed, terms, low, high), query))
 
 
 def split_of(prompt: str) -> str:
-    """The split to which a problem belongs, by a hash of its prompt.
+    """Returns the split to which a problem belongs, by a hash of its prompt.
 
     Args:
         prompt: such as ``"3+14+9=?"``.
@@ -157,13 +160,13 @@ def _prompt(numbers: list[int], authors: _Authors, random: Random) -> dict[str, 
 
 
 def _solution(numbers: list[int], authors: _Authors, random: Random) -> tuple[list[str], list[bool]]:
-    """The careful author's steps, with a slip in a random one as often as `authors` says."""
+    """Writes the careful author's steps, with a slip in a random one with probability ``authors.slips``."""
     slip = random.randrange(len(numbers)) if random.random() < authors.slips else None
     return _steps(numbers, slip, random)
 
 
 def _steps(numbers: list[int], slip: int | None, random: Random) -> tuple[list[str], list[bool]]:
-    """One step per addition and one for the answer, and whether each is right; step `slip` has a wrong number."""
+    """Writes one step per addition and one for the answer, with labels; step ``slip`` has a wrong number."""
     steps: list[str] = []
     total = numbers[0]
     for number in numbers[1:]:
@@ -180,11 +183,11 @@ def _guess(numbers: list[int], random: Random) -> str:
 
 
 def _near(value: int, random: Random, *, wrong: bool = False) -> int:
-    """A number near `value`, never negative; `value` itself is among them unless it has to be `wrong`."""
+    """Draws a number near ``value``, never negative; ``value`` itself is possible unless ``wrong``."""
     return random.choice([n for n in range(max(0, value - _NEAR), value + _NEAR + 1) if not (wrong and n == value)])
 
 
-# What writes a contract's columns, and the defaults of `careless` and `slips` (None: the contract has no such key).
+# The writer of each contract's columns, and the defaults of `careless` and `slips` (None: no such key).
 _CONTRACTS: dict[str, tuple[Callable[[list[int], _Authors, Random], dict[str, Any]], float | None, float | None]] = {
     "demonstrations": (_demonstration, 0.5, 0.0),
     "preference": (_preference, 0.5, None),
