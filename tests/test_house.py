@@ -65,3 +65,7 @@ def test_functions_are_short():
 def test_contributing_lists_the_floors():
     text = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text())
     assert "ground first: " + ", ".join(f"`{floor}`" for floor in house.FLOORS) in text
+
+
+def test_contributing_shows_the_picture():
+    assert house.picture() in (ROOT / "CONTRIBUTING.md").read_text()

@@ -21,7 +21,7 @@ from rlhf_lightning.rl import on_policy_module
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "METHODS.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "METHODS.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md")
 
 # In place of the model that the README names; what makes commands quicker changes nothing that they are about.
 MODEL = "Qwen/Qwen3-0.6B"
