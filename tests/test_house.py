@@ -28,7 +28,8 @@ LONG_FILES = {
     "rlhf_lightning/rl/on_policy_module.py": "the docstring of its options",
 }
 LONG_FUNCTIONS = {
-    "rlhf_lightning/models/fused_logprobs.py::forward": "one pass over the tiles, and what its backward needs",
+    "datamodules/base.py::__init__": "one line for each option",
+    "rlhf_lightning/models/fused_head.py::forward": "one pass over the tiles, and what its backward needs",
     "rlhf_lightning/modules/grpo.py::__init__": "one line for each option",
     "rlhf_lightning/rl/on_policy_module.py::__init__": "one line for each option",
 }

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import rlhf_lightning
-from rlhf_lightning import callbacks, datamodules, modules
+from rlhf_lightning import callbacks, core, datamodules, modules
 from rlhf_lightning.cli import main
 from rlhf_lightning.core import headed_module, reference_module
 from rlhf_lightning.rl import on_policy_module
@@ -107,6 +107,7 @@ def test_what_documents_name_is_there(document: str) -> None:
         assert (ROOT / path).is_file(), f"{document} names {path}"
     places = (
         rlhf_lightning,
+        core,
         modules,
         reference_module,
         headed_module,

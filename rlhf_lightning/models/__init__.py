@@ -9,7 +9,7 @@ from .backbone import (
     num_positions,
     token_stats,
 )
-from .fused_logprobs import OutputHead, TokenStats, fused_logprobs, output_head
+from .fused_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .layout import resolve_layout
 from .loading import load_causal_lm, load_tokenizer
 from .reference import AdapterReference, FrozenReference, Reference, folder_fingerprint

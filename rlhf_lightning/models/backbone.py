@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..sequences import SequenceBatch, gather_rows
-from .fused_logprobs import TokenStats, fused_logprobs, output_head
+from .fused_head import TokenStats, fused_logprobs, output_head
 from .rotary import rotary_limit, steady_rotary
 
 Layout = Literal["packed", "padded"]

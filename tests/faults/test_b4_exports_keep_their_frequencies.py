@@ -62,6 +62,12 @@ def _settled(folder: str, longest: int | None = None) -> Any:
     return model
 
 
+def own(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the package says of the parameters; transformers has lines of its own about them."""
+    records = [record for record in caplog.records if record.name.startswith("rlhf_lightning")]
+    return [record.getMessage() for record in records if "rope_parameters" in record.getMessage()]
+
+
 def train_adapter(folder: str, longest: int) -> Any:
     """An adapter, its weights moved, for sequences of so many tokens."""
     model = load_causal_lm(folder, dtype=torch.float32, lora={"r": 2})
@@ -77,12 +83,12 @@ def test_whoever_loads_an_adapter_computes_with_the_trained_frequencies(
     trained = train_adapter(base, ORIGINAL + 1)
     with caplog.at_level(logging.WARNING):
         save_pretrained(trained, char_tokenizer(), export)
-    [said] = [record.getMessage() for record in caplog.records if "rope_parameters" in record.getMessage()]
+    [said] = own(caplog)
     assert "\n" not in said
     assert "merge_adapter=True" in said
     caplog.clear()
     save_pretrained(trained, char_tokenizer(), tmp_path / "merged", merge_adapter=True)
-    assert not [record for record in caplog.records if "rope_parameters" in record.getMessage()]
+    assert not own(caplog)
 
     def elsewhere(**options: Any) -> Any:
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), export).eval()
@@ -102,7 +108,8 @@ def test_whoever_loads_an_adapter_computes_with_the_trained_frequencies(
     for name, load in loaders.items():
         model = load().eval()
         torch.testing.assert_close(frequencies(model), EXACT, rtol=1e-6, atol=0, msg=name)
-        assert torch.allclose(logits(model), expected, atol=1e-5), name
+        # A merged weight is rounded once more than the sum of two products.
+        assert torch.allclose(logits(model), expected, atol=1e-4 if name.startswith("merged") else 1e-5), name
     assert not torch.allclose(frequencies(elsewhere()), EXACT, rtol=1e-2)  # which is why it is said
     again = _settled(export)
     assert num_positions(again) == MAX_POSITIONS
@@ -122,7 +129,7 @@ def test_adapters_of_short_sequences_and_of_other_models_need_nothing(
         with caplog.at_level(logging.WARNING):
             save_pretrained(trained, char_tokenizer(), export)
         assert not (export / "rope_parameters.json").exists()
-        assert not [record for record in caplog.records if "rope_parameters" in record.getMessage()]
+        assert not own(caplog)
         elsewhere = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), export).eval()
         assert torch.allclose(logits(elsewhere), logits(trained), atol=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_lightning import DPOModule, SFTModule
-from rlhf_lightning.models.fused_logprobs import OutputHead, fused_logprobs, output_head
+from rlhf_lightning.models.fused_head import OutputHead, fused_logprobs, output_head
 from rlhf_lightning.sequences import pack
 
 from ..helpers import save_tiny_model

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.models import base_model
-from rlhf_lightning.models.fused_logprobs import fused_logprobs, output_head
+from rlhf_lightning.models.fused_head import fused_logprobs, output_head
 
 from ..helpers import EOS_ID, tiny_model
 

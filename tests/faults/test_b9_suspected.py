@@ -15,7 +15,7 @@ from rlhf_lightning import DPOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.core import WarmupSchedule
 from rlhf_lightning.core.gradients import GradientSums, clip_gradients
 from rlhf_lightning.losses.value import value_clipped, value_loss
-from rlhf_lightning.models.fused_logprobs import OutputHead, fused_logprobs
+from rlhf_lightning.models.fused_head import OutputHead, fused_logprobs
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import save_tiny_model

@@ -104,7 +104,7 @@ def test_places_that_cannot_be_written(
     quick = ["pipeline", "--config", "configs/pipelines/quickstart.yaml"]
     assert "'file' is a file; choose another folder" in said(capsys, *quick, "--run_dir=file")
     logger = ["--trainer.logger.path=file/history.jsonl"]
-    assert "File exists: 'file'" in said(capsys, "fit", "--config", TINY, *logger)
+    assert "cannot be written (File exists): choose another folder" in said(capsys, "fit", "--config", TINY, *logger)
     run = tmp_path / "run"
     run.mkdir()
     (run / "manifest.json").write_bytes(b"\0\0\0")

@@ -241,7 +241,7 @@ def test_heads_in_half_precision_pass(dtype: torch.dtype) -> None:
 def test_modules_check_the_heads_that_they_use(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(save_tiny_model(tmp_path, "llama"))
     SFTModule(folder).configure_model()
-    monkeypatch.setattr("rlhf_lightning.models.fused_logprobs._logit_scale", lambda config: 2.0)
+    monkeypatch.setattr("rlhf_lightning.models.fused_head._logit_scale", lambda config: 2.0)
     with pytest.raises(ValueError, match=r"with the scale 2 and the soft cap None"):
         SFTModule(folder).configure_model()
     RewardModule(folder).configure_model()

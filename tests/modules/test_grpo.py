@@ -381,7 +381,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"kl_in_reward": True}, "kl_in_reward is true but beta is 0"),
     ({"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": False}, "whose gradient in the loss is 0"),
     ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0 is outside (0, 1]"),
-    ({"importance_sampling_correction": "token"}, "unknown engine correction 'token'"),
+    ({"importance_sampling_correction": "token"}, "engine correction is 'token'; it must be one of"),
     ({"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"}, "at their defaults"),
     ({"dynamic_sampling": -1}, "dynamic_sampling is -1; it must be at least 0"),
     ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),

@@ -361,7 +361,7 @@ def test_no_reference_without_a_penalty(folder: str) -> None:
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"gamma": 1.1}, "gamma=1.1 is outside [0, 1]"),
     ({"gae_lambda": -0.1}, "gae_lambda=-0.1 is outside [0, 1]"),
-    ({"cliprange_value": 0.0}, "cliprange=0.0 is not a finite number above 0"),
+    ({"cliprange_value": 0.0}, "cliprange is 0.0; it must be above 0"),
     ({"epsilon": 0.0}, "epsilon=0.0 is outside (0, 1)"),
     ({"vf_coef": -1.0}, "vf_coef is -1.0; it must be at least 0"),
     ({"kl_coef": -0.1}, "kl_coef=-0.1 is not a finite number of at least 0"),

@@ -98,8 +98,8 @@ def test_it_fits_a_few_pairs(folder: str, options: dict[str, Any]) -> None:
     ("options", "message"),
     [
         ({"loss_type": "simpoo"}, "did you mean|simpo"),
-        ({"beta": 0.0}, "beta=0"),
-        ({"gamma": -1.0}, "gamma=-1"),
+        ({"beta": 0.0}, "beta is 0"),
+        ({"gamma": -1.0}, "gamma is -1"),
         ({"loss_type": "orpo", "label_smoothing": 0.1}, "label_smoothing=0.1"),
         ({"nll_weight": -1.0}, "nll_weight"),
     ],

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_lightning.models import OutputHead, TokenStats, fused_logprobs, output_head
+from rlhf_lightning.models import OutputHead, TokenStats, fused_head, fused_logprobs, output_head
 
 from ..helpers import tiny_model
 
@@ -20,8 +20,8 @@ N, D, V, R = 37, 16, 101, 3
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in both directions, the last ones smaller."""
-    monkeypatch.setattr(fused_logprobs, "TILE_ROWS", 8)
-    monkeypatch.setattr(fused_logprobs, "TILE_COLUMNS", 17)
+    monkeypatch.setattr(fused_head, "TILE_ROWS", 8)
+    monkeypatch.setattr(fused_head, "TILE_COLUMNS", 17)
 
 
 def inputs(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, OutputHead, Tensor, list[Tensor]]:
@@ -62,7 +62,7 @@ def test_values_and_gradients(
     scale: float,
     kept: int,
 ) -> None:
-    monkeypatch.setattr(fused_logprobs, "KEPT_BYTES", kept)
+    monkeypatch.setattr(fused_head, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(dtype)
     head.softcap, head.scale = softcap, scale
     stats = fused_logprobs(hidden, head, targets, temperature=1.3, entropy=True, mean=True, power=True)
@@ -82,7 +82,7 @@ def test_values_and_gradients(
 @KEPT
 @pytest.mark.parametrize("asked", [{}, {"entropy": True}, {"mean": True}])
 def test_each_output_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: int) -> None:
-    monkeypatch.setattr(fused_logprobs, "KEPT_BYTES", kept)
+    monkeypatch.setattr(fused_head, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(torch.float64)
     stats = fused_logprobs(hidden, head, targets, **asked)
     expected = naive(hidden, head, targets, 1.0)
@@ -153,7 +153,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_are_never_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_logprobs, "KEPT_BYTES", 2000)
+    monkeypatch.setattr(fused_head, "KEPT_BYTES", 2000)
     hidden, head, targets, _ = inputs(torch.float32)
     with Largest() as seen:
         stats: TokenStats = fused_logprobs(hidden, head, targets, entropy=True, mean=True, power=True)
@@ -178,7 +178,7 @@ class Products(TorchDispatchMode):
 def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: bool) -> None:
     hidden, head, targets, _ = inputs(torch.float64)
     head = OutputHead(head.weight)
-    monkeypatch.setattr(fused_logprobs, "KEPT_BYTES", N * V * 8 if kept else 0)
+    monkeypatch.setattr(fused_head, "KEPT_BYTES", N * V * 8 if kept else 0)
     with Products() as products:
         fused_logprobs(hidden, head, targets, **asked).logprobs.sum().backward()
     num_tiles = -(-N // 8) * -(-V // 17)
@@ -188,7 +188,7 @@ def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, aske
 def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 rows and 17 columns: three fit; a graph that is kept for a second pass gives the same gradient."""
     hidden, head, targets, leaves = inputs(torch.float64)
-    monkeypatch.setattr(fused_logprobs, "KEPT_BYTES", 3 * 8 * 17 * 8 + 8)
+    monkeypatch.setattr(fused_head, "KEPT_BYTES", 3 * 8 * 17 * 8 + 8)
     total = fused_logprobs(hidden, head, targets).logprobs.sum()
     node: Any = total.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     assert list(node.kept_tiles) == [(0, 0), (0, 17), (0, 34)]
@@ -200,13 +200,13 @@ def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    plain = fused_logprobs._Tiles.logits
+    plain = fused_head._Tiles.logits
 
     def spied(self: Any, rows: slice, columns: slice, *, fresh: bool = False) -> Tensor:
         asked.append(fresh)
         return plain(self, rows, columns, fresh=fresh)
 
-    monkeypatch.setattr(fused_logprobs._Tiles, "logits", spied)
+    monkeypatch.setattr(fused_head._Tiles, "logits", spied)
     hidden, head, targets, _ = inputs(torch.float64)
     with torch.no_grad():
         fused_logprobs(hidden, head, targets)
