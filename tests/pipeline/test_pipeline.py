@@ -144,11 +144,12 @@ def test_what_is_finished_and_unchanged_is_not_run_again(written, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("stages.sft.trainer.max_steps=3", ["sft", "pairs", "dpo"]),  # other weights: everything after it
+        # other weights: everything after it
+        pytest.param("stages.sft.trainer.max_steps=3", ["sft", "pairs", "dpo"], marks=pytest.mark.slow),
         ("stages.dpo.model.init_args.beta=0.3", ["dpo"]),
-        ("stages.pairs.sampling.temperature=3.0", ["pairs", "dpo"]),
-        ("seed=4", ["sft", "pairs", "dpo"]),
-        ("evaluation.samples=1", []),
+        pytest.param("stages.pairs.sampling.temperature=3.0", ["pairs", "dpo"], marks=pytest.mark.slow),
+        pytest.param("seed=4", ["sft", "pairs", "dpo"], marks=pytest.mark.slow),
+        pytest.param("evaluation.samples=1", [], marks=pytest.mark.slow),
     ],
 )
 def test_a_change_reruns_what_depends_on_it(written, tmp_path, change, expected):
@@ -261,6 +262,7 @@ def test_test_loss_is_that_of_the_exported_model(written, tmp_path):
     assert metrics["exported_step"] == losses.index(min(losses)) + 1
 
 
+@pytest.mark.slow
 def test_stages_of_a_policy_that_is_not_chosen_stay_finished(written, tmp_path):
     policies = {"a": {"dpo": written["stages"].pop("dpo")}}
     policies["b"] = {"dpo2": policies["a"]["dpo"]}
