@@ -311,3 +311,12 @@ def test_missing_column_and_malformed_test() -> None:
     ):
         with pytest.raises(ValueError, match="is neither code nor a mapping with 'input' and 'output'"):
             score(ADD, [test])
+
+
+def test_an_interpreter_below_the_folder_of_programs_can_be_reached(monkeypatch):
+    """As with an environment that was made in `/tmp`, where programs have a folder in memory."""
+    monkeypatch.setattr(isolations, "_roots", lambda: ("/tmp/project/.venv",))
+    limits = isolations.Limits(memory_mb=64, disk_mb=1, processes=1, cpu_seconds=1)
+    command = " ".join(map(str, isolations.Plan("bubblewrap", drops_user=False)._bubblewrap(limits)))
+    assert "--perms 0755 --dir /tmp/project --ro-bind /tmp/project/.venv /tmp/project/.venv" in command
+    assert "--dir /tmp " not in command

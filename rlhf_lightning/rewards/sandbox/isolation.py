@@ -121,7 +121,7 @@ class Plan:
         for root in (*_roots(), f"{_SCRIPTS}/inside"):
             # Parent folders that bubblewrap creates implicitly would be private: create them readable for all.
             for ancestor in reversed(Path(root).parents[:-1]):
-                if ancestor not in made and not _is_below(str(ancestor), (*_SYSTEM, _FOLDER)):
+                if ancestor not in made and str(ancestor) != _FOLDER and not _is_below(str(ancestor), _SYSTEM):
                     command += ["--perms", "0755", "--dir", str(ancestor)]
                     made.add(ancestor)
             command += ["--ro-bind", str(INSIDE) if root.startswith(_SCRIPTS) else root, root]
