@@ -16,7 +16,7 @@ from ..core import PostTrainingModule
 from ..core.checkpoint_io import check_place
 from ..core.exports import check_merge
 from ..core.position import has_validation
-from ..utils.files import check_on_all_ranks, hold, recover, release, write_atomically
+from ..utils.files import hold, on_first_rank, recover, release, write_atomically
 
 _RECORDED = {"step", "monitor", "value"}  # exactly the keys of an export's record
 
@@ -87,7 +87,7 @@ class ModelExport(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Checks that the folder can be written, locks it, and removes remains of a killed run."""
         if stage == "fit" and not _is_trial(trainer):
-            check_on_all_ranks(trainer, self._prepare_place)
+            on_first_rank(self._prepare_place)
 
     def _prepare_place(self) -> None:
         check_place(self.folder.parent, "the model")
@@ -99,7 +99,7 @@ class ModelExport(lightning.Callback):
         if isinstance(pl_module, PostTrainingModule) and not _is_trial(trainer):
             if self.merge_adapter:
                 check_merge(pl_module)
-            check_on_all_ranks(trainer, lambda: self._check_places(pl_module, trainer.global_step))
+            on_first_rank(lambda: self._check_places(pl_module, trainer.global_step))
 
     def _check_places(self, module: PostTrainingModule, step: int) -> None:
         before, numbered, after = self.folder.name.partition("{step}")
@@ -200,7 +200,7 @@ class ModelExport(lightning.Callback):
         folder.parent.mkdir(parents=True, exist_ok=True)
         pl_module.save_pretrained(str(folder), merge_adapter=self.merge_adapter)
         self.step = trainer.global_step
-        check_on_all_ranks(trainer, lambda: self._record(trainer, folder))
+        on_first_rank(lambda: self._record(trainer, folder))
 
     def _record(self, trainer: lightning.Trainer, folder: Path) -> None:
         record = {"step": self.step, "monitor": self.monitor, "value": self.best_value}

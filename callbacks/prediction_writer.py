@@ -12,7 +12,7 @@ import lightning
 
 from ..core.checkpoint_io import check_place
 from ..distributed.collectives import gather_objects
-from ..utils.files import PARTIAL, check_on_all_ranks, hidden_beside
+from ..utils.files import PARTIAL, hidden_beside, on_first_rank
 
 _MISSING = object()
 
@@ -43,7 +43,7 @@ class PredictionWriter(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Checks that the file can be written."""
         if stage == "predict" and not getattr(trainer, "fast_dev_run", False):
-            check_on_all_ranks(trainer, self._check_path)
+            on_first_rank(self._check_path)
 
     def _check_path(self) -> None:
         if self.path.exists():
@@ -62,7 +62,7 @@ class PredictionWriter(lightning.Callback):
         """Writes the rows of a global batch, which ranks hold in turn."""
         ranks: list[list[Any]] = gather_objects(list(outputs or ()))
         if not getattr(trainer, "fast_dev_run", False):
-            check_on_all_ranks(trainer, lambda: self._append(ranks))
+            on_first_rank(lambda: self._append(ranks))
 
     def _append(self, ranks: list[list[Any]]) -> None:
         if self._file is None:
@@ -75,7 +75,7 @@ class PredictionWriter(lightning.Callback):
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Moves the complete file to its place."""
-        check_on_all_ranks(trainer, self._finish)
+        on_first_rank(self._finish)
 
     def _finish(self) -> None:
         if self._file is not None:

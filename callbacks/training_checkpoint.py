@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..core.checkpoint_io import check_place, damage
 from ..core.position import validation_is_due
-from ..utils.files import PARTIAL, check_on_all_ranks, hold, release
+from ..utils.files import PARTIAL, hold, on_first_rank, release
 
 _PREFIX = "step="
 
@@ -75,7 +75,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Checks that the folder can be written, locks it, and removes unfinished files of a killed run."""
         if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
-            check_on_all_ranks(trainer, self._prepare_folder)
+            on_first_rank(self._prepare_folder)
 
     def _prepare_folder(self) -> None:
         check_place(self.folder, "checkpoints")
@@ -95,7 +95,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     def _refuse_others(self, trainer: lightning.Trainer) -> None:
         resumed, step = trainer.ckpt_path, trainer.global_step
         if not getattr(trainer, "fast_dev_run", False):
-            check_on_all_ranks(trainer, lambda: self._check_others(None if resumed is None else Path(resumed), step))
+            on_first_rank(lambda: self._check_others(None if resumed is None else Path(resumed), step))
 
     def _check_others(self, resumed: Path | None, step: int) -> None:
         found = self._by_step()

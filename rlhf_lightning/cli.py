@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from .core import PostTrainingModule
 from .distributed.collectives import is_peer_loss, rank_prefix
 from .utils import yaml_parser
-from .utils.files import check_on_all_ranks, write_atomically
+from .utils.files import on_first_rank, write_atomically
 from .utils.imports import find_own_modules
 from .utils.messages import UsageError, did_you_mean, explain
 from .utils.packaged_configs import packaged_config
@@ -98,7 +98,7 @@ class SaveConfig(SaveConfigCallback):
         if trial or self.already_saved or folder is None:
             return
         self.already_saved = True
-        check_on_all_ranks(trainer, lambda: self._write(Path(folder)))
+        on_first_rank(lambda: self._write(Path(folder)))
 
     def _write(self, folder: Path) -> None:
         text = self.parser.dump(self.config, skip_none=False)

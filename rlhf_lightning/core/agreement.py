@@ -7,7 +7,7 @@ import socket
 import lightning
 
 from ..distributed.collectives import gather_objects, world_size
-from ..utils.files import check_on_all_ranks
+from ..utils.files import on_first_rank
 from .micro_batching import MicroBatchedModule
 
 
@@ -26,7 +26,7 @@ class RankAgreement(lightning.Callback):
         """Checks that loggers with files of their own, such as ``JSONLLogger``, may write to them."""
         for logger in trainer.loggers:
             if hasattr(logger, "claim"):
-                check_on_all_ranks(trainer, logger.claim)
+                on_first_rank(logger.claim)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Decides the layout of batches."""

@@ -1,7 +1,7 @@
 """Gradient accumulation, reduction over ranks and clipping, between the backward passes of a step and the optimizer.
 
-All sums are taken in at least fp32, whatever the dtype of the weights, so that they are rounded once, for any number of
-micro-batches and ranks.
+Sums over micro-batches, and over the ranks of DDP, are taken in at least fp32 whatever the dtype of the weights, and
+rounded once. Under ``fsdp2``, torch sums over ranks in the dtype of the weights (bf16 for ``bf16-true``).
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..utils.files import (
     discard,
     hidden_beside,
     mark,
+    on_first_rank,
     recover,
     write_atomically,
 )
@@ -87,13 +87,13 @@ def save_pretrained(
     """
     target = Path(folder).expanduser().resolve()
     kind = export_kind(model, merge_adapter=merge_adapter, with_head=beside is not None)
-    _on_writer(lambda: check_replaceable(target, kind))
+    on_first_rank(lambda: check_replaceable(target, kind))
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
     ends = [tokenizer.eos_token_id] if end_tokens is None else list(end_tokens)
     write = _model_writer(model, convert, ends) if adapted is None else _adapter_writer(adapted, ends)
     writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
     with _without_progress_bars():
-        _on_writer(lambda: _replace(target, kind, lambda place: [each(place) for each in writers]))
+        on_first_rank(lambda: _replace(target, kind, lambda place: [each(place) for each in writers]))
     return target
 
 
@@ -197,21 +197,6 @@ def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
 # Place of the folder.
 
 
-def _on_writer(act: Callable[[], object]) -> None:
-    """Runs a function on the rank that writes, and raises its error on every rank."""
-    found: list[str | None] = [None]
-    cause: ValueError | None = None
-    if _is_writer():
-        try:
-            act()
-        except ValueError as error:
-            found, cause = [str(error)], error
-    if _is_distributed():
-        dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        raise ValueError(found[0]) from cause
-
-
 def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: bool = False) -> str:
     """Names the kind of folder that ``save_pretrained`` writes for a model; one kind never replaces another."""
     kind = "adapter" if isinstance(model, PeftModel) and not merge_adapter else "model"
@@ -235,7 +220,8 @@ def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
     except BaseException as error:
         if old.exists():
             old.rename(target)
-        shutil.rmtree(fresh, ignore_errors=True)
+        with suppress(OSError):
+            discard(fresh)
         if isinstance(error, OSError | SafetensorError):
             reason = str(error).splitlines()[0]
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 
 from ..core.checkpoint_io import check_place
 from ..evaluation.answers import load_verifier
-from ..utils.files import check_names, check_replaceable, hold, listed_names, mark, read_marker, release
+from ..utils.files import check_names, check_replaceable, discard, hold, listed_names, mark, read_marker, release
 from ..utils.messages import UsageError
 from .config import FitStage, Pipeline, SampleStage
 from .fit_stage import HISTORY, StageCLI, run_fit
@@ -102,7 +101,7 @@ def _clear(folder: Path) -> None:
     for name in sorted(listed_names(folder, "stage")):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            discard(path)
         else:
             path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

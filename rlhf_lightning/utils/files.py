@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 MARKER = ".rlhf_lightning"
 # Suffixes of the hidden names of an unfinished file or folder, of a folder that is being replaced, and of a lock.
 PARTIAL, REPLACED, LOCK = ".rlhf_lightning.partial", ".rlhf_lightning.old", ".rlhf_lightning.lock"
@@ -175,11 +177,20 @@ def recover(folder: Path) -> None:
         for left in folder.parent.glob(f".{pattern}{suffix}"):
             place = left.with_name(left.name[1:].removesuffix(suffix))
             if read_marker(left) is None:
+                _remove_empty(left)
                 continue
             if suffix == REPLACED and not place.exists():
                 left.rename(place)
             else:
                 discard(left)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes a folder that was just made or is nearly deleted: it holds at most the beginning of its list."""
+    begun = hidden_beside(folder / MARKER, PARTIAL)
+    if folder.is_dir() and not folder.is_symlink() and all(path == begun for path in folder.iterdir()):
+        begun.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 # Locks: one run in one place.
@@ -235,22 +246,24 @@ def release(place: Path) -> None:
         _made.discard(folder)
 
 
-def check_on_all_ranks(trainer: Any, check: Callable[[], object]) -> None:
-    """Runs a check on the first rank, and raises its error on all ranks.
+def on_first_rank(act: Callable[[], object]) -> None:
+    """Runs a function on the first rank, which writes for all, and raises its error on every rank; every rank calls it.
 
     Args:
-        trainer: a trainer whose processes are set up.
-        check: raises ``ValueError`` or ``OSError``.
+        act: raises ``ValueError`` or ``OSError``.
 
     Raises:
-        ValueError: the check failed.
+        ValueError: with the message of that error.
     """
-    found: str | None = None
-    if trainer.is_global_zero:
+    found: list[str | None] = [None]
+    cause: Exception | None = None
+    is_distributed = dist.is_available() and dist.is_initialized()
+    if not is_distributed or dist.get_rank() == 0:
         try:
-            check()
+            act()
         except (ValueError, OSError) as error:
-            found = str(error)
-    found = trainer.strategy.broadcast(found)
-    if found is not None:
-        raise ValueError(found)
+            found, cause = [str(error)], error
+    if is_distributed:
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise ValueError(found[0]) from cause

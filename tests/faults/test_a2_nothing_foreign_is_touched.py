@@ -22,6 +22,7 @@ from rlhf_lightning.datamodules import SFTDataModule
 from rlhf_lightning.loggers import read_history
 from rlhf_lightning.models.saving import _replace
 from rlhf_lightning.pipeline import load_pipeline, run_pipeline
+from rlhf_lightning.pipeline.runner import _clear
 from rlhf_lightning.utils.files import (
     LOCK,
     MARKER,
@@ -148,6 +149,50 @@ def test_killed_while_it_deletes_the_replaced_folder(deleted: int, tmp_path: Pat
     shutil.rmtree(target)
     recover(target)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("suffix", [PARTIAL, REPLACED])
+def test_killed_before_the_list_or_behind_its_deletion(suffix: str, begun: bool, tmp_path: Path) -> None:
+    """Whatever moment a process was killed at, the next export finds its way free."""
+    target = tmp_path / "model"
+    left = hidden_beside(target, suffix)
+    left.mkdir()
+    if begun:
+        hidden_beside(left / MARKER, PARTIAL).write_text("{")
+    _replace(target, "model", lambda place: (place / "a").write_text("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_killed_while_it_gives_up_or_empties_a_stage(tmp_path: Path, monkeypatch) -> None:
+    """Folders that are deleted keep their list to the last, so that the next run takes them for its own."""
+    stage = tmp_path / "sft"
+    doors = {
+        stage / "model": lambda: _clear(stage),
+        hidden_beside(tmp_path / "model", PARTIAL): lambda: recover(tmp_path / "model"),
+    }
+    for folder in doors:
+        folder.mkdir(parents=True)
+        for name in "abc":
+            (folder / name).write_text("old")
+        mark(folder, "model")
+    mark(stage, "stage", ["model"])
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "b":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    for folder, delete in doors.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                delete()
+        assert (folder / "b").exists()
+        check_replaceable(folder, "model")
+        delete()
+        assert not folder.exists()
 
 
 def test_a_place_is_held_by_one_process(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -13,10 +14,11 @@ from rlhf_lightning import GRPOModule, PPOModule, RewardModule
 from rlhf_lightning.callbacks import ReferenceSync, WeightAverage
 from rlhf_lightning.models.backbone import check_output_head
 from rlhf_lightning.models.layout import probe_batch
+from rlhf_lightning.models.routers import find_routers
 from rlhf_lightning.rewards.learned import RewardModelReward
 from rlhf_lightning.sequences import ExampleBatch
 
-from ..helpers import tiny_model
+from ..helpers import save_tiny_model, tiny_model
 from ..invariance.harness import Batches
 from ..invariance.methods import METHODS
 from ..rl.fixed_rollouts import prompts
@@ -101,6 +103,14 @@ def held(name: str, folder: str, scorer: str) -> tuple[lightning.LightningModule
     return built[name]()  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("method", ["sft", pytest.param("kto", marks=pytest.mark.slow)])
+def test_routers_and_their_loss_are_placed(method: str, tmp_path: Path) -> None:
+    """One micro-batch, and several, for which the share of each expert is counted first."""
+    folder = str(save_tiny_model(tmp_path / "qwen3_moe", "qwen3_moe", initializer_range=0.05))
+    options = {"router_aux_loss_coef": 0.5, "micro_batch_tokens": 40 if method == "kto" else 8192}
+    on_card(METHODS[method].module(folder, **options), METHODS[method].rows, 2)
+
+
 HELD = (
     "an engine, a reward model and a reference",
     "a critic of its own",
@@ -131,8 +141,10 @@ def test_whatever_a_module_holds_is_placed(name: str, folder: str, scorer: str) 
 def test_nothing_that_is_made_in_host_memory_goes_where_models_are_built() -> None:
     """Lightning builds models in the context of their device; here a device that has no values stands in for it."""
     model = tiny_model("llama")
+    mixture = tiny_model("qwen3_moe")
     with torch.device("meta"):
         check_output_head(model)
+        assert find_routers(mixture) is not None
         batch = probe_batch(model)
         padded = batch.padded(side="left", extra=2)
         masks = [batch.geometry.block_mask(n, window=2) for n in range(len(batch.geometry.blocks))]
