@@ -55,15 +55,16 @@ def find_routers(model: nn.Module) -> Routers | None:
     if not isinstance(num_experts, int) or not isinstance(top_k, int) or not 0 < top_k <= num_experts:
         return None
 
-    # Random logits, the same on every rank; on the CPU, since the model may be on the meta device.
+    # Random logits, the same on every rank; all on the CPU, since the model may be on the meta device, or be built in the
+    # context of another one, where what transformers creates would go.
     routers = Routers(num_experts, top_k)
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (_TRIED_ROUTERS, _TRIED_TOKENS, routers.num_experts)
-    logits = tuple(torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32))
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):
+        logits = tuple(torch.randn(shape, generator=generator, dtype=torch.float32))
         try:
             expected = load_balancing_loss(router_sums(logits, torch.ones(_TRIED_TOKENS), top_k=routers.top_k))
-            found = own_output(base, torch.zeros(_TRIED_TOKENS, 1, device="cpu"), router_logits=logits).aux_loss
+            found = own_output(base, torch.zeros(_TRIED_TOKENS, 1), router_logits=logits).aux_loss
         except (TypeError, LookupError, AttributeError, RuntimeError, ValueError):
             return None
     agrees = isinstance(found, Tensor) and bool((found - expected).abs() <= _AGREEMENT * expected.abs())

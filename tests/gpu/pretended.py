@@ -133,7 +133,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None:
         given["device"] = torch.device("cpu")
     inner_args, inner_kwargs = tree_map(lambda x: x.inner if isinstance(x, Pretended) else x, (args, given))
-    out = func(*inner_args, **inner_kwargs)
+    if packet is _aten.histc and not inner_args[0].is_floating_point():  # a card counts whole numbers, too
+        out = func(inner_args[0].double(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
+    else:
+        out = func(*inner_args, **inner_kwargs)
     if packet is _aten.copy_ and not isinstance(args[0], Pretended):
         return args[0]
     if packet in (_aten.set_, _aten.resize_):
@@ -217,6 +220,7 @@ def pretended_cuda() -> Iterator[None]:
         "torch.get_autocast_dtype": lambda kind: dtype_of(host(kind)),
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.get_device_capability": lambda device=None: (7, 0),  # no kernel of newer cards is asked for
         "torch.mm": mm,
         "torch.Tensor.to": to,
         "torch.cuda.get_rng_state": lambda device=None: torch.get_rng_state(),
