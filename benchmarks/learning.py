@@ -188,7 +188,7 @@ def requirements(found: list[dict[str, float]]) -> dict[str, bool]:
     return checks
 
 
-def draw(run_dirs: Sequence[Path], path: Path) -> None:
+def sample_next_tokens(run_dirs: Sequence[Path], path: Path) -> None:
     """Accuracy on validation problems against seconds of training: SFT, then the five that start from it.
 
     Thin lines are seeds. Time includes a method's preparations: sampling pairs, or training the reward model.
@@ -250,7 +250,7 @@ def main() -> int:
         table.add_row(name, *shown)
     Console().print(table)
     if args.figure is not None:
-        draw(list(run_dirs.values()), args.figure)
+        sample_next_tokens(list(run_dirs.values()), args.figure)
     checks = requirements(found)
     for name, holds in checks.items():
         print(f"{'yes' if holds else 'NO '}  {name}")

@@ -59,7 +59,7 @@ class RankAgreement(lightning.Callback):
 
     def _decide(self, module: lightning.LightningModule) -> None:
         if world_size() > 1 and isinstance(module, MicroBatchedModule):
-            module.settle_layout()
+            module.decide_layout()
 
     def _compare(self, trainer: lightning.Trainer) -> None:
         path = None if trainer.ckpt_path is None else str(trainer.ckpt_path)

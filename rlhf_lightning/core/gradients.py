@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..distributed.collectives import world_size
 from ..distributed.fsdp2 import copies_of
-from ..distributed.lockstep import lockstep, meet
+from ..distributed.lockstep import barrier, lockstep
 
 _HALF: Final = (torch.bfloat16, torch.float16)
 
@@ -68,14 +68,14 @@ class GradientSums:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
     """Sums gradients over all ranks in flat buckets; FSDP2 has already reduced those of sharded parameters.
 
-    Losses are divided by global totals before the backward pass, so the sum is the gradient of the global batch,
+    Losses are divided by global normalizers before the backward pass, so the sum is the gradient of the global batch,
     however many micro-batches each rank ran, zero included. A missing gradient counts as zero; a parameter without
     gradient on every rank keeps none, so that the optimizer skips it as it would on one rank.
     """
     if world_size() == 1:
         return
 
-    meet()
+    barrier()
     agreement = lockstep()
     if agreement is not None:
         agreement.drop_unreached()
@@ -147,7 +147,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     of_whole = sum((s for s, is_part in zip(squares, sharded, strict=True) if not is_part), zero)
     if meshes:
         of_shards = of_shards.clone()
-        meet()
+        barrier()
         dist.all_reduce(of_shards)
 
     norm: Tensor = (of_shards + of_whole).sqrt()

@@ -108,11 +108,11 @@ class HeadedModule(PostTrainingModule):
             merge_adapter: merge the adapter into the weights and write the whole model.
         """
         self.configure_model()
-        files = self.files_beside()
+        files = self.head_files_writer()
         export_pretrained(self.model, self._export_tokenizer(), folder, merge_adapter=merge_adapter, beside=files)
 
-    def load_beside(self, folder: str) -> None:
-        """Loads the files that ``files_beside`` wrote, or the head of a sequence classifier.
+    def load_head_files(self, folder: str) -> None:
+        """Loads the files that ``head_files_writer`` wrote, or the head of a sequence classifier.
 
         Args:
             folder: folder written by ``save_pretrained`` of a module with the same options.
@@ -123,7 +123,7 @@ class HeadedModule(PostTrainingModule):
         if self.head is not None and not load_head(self.head, folder):
             raise ValueError(f"{folder!r} holds no head: export it again")
 
-    def files_beside(self) -> Callable[[Path], None]:
+    def head_files_writer(self) -> Callable[[Path], None]:
         """Gathers the head on every rank and returns a function that writes it to a folder."""
         return head_files(self.head, {"method": self.method, **self.options()})
 

@@ -87,8 +87,8 @@ def _checked_step(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
         if name == "training_step" and result is not None and self.trainer.global_step == before:
             raise ValueError(
                 f"{type(self).__name__}.training_step returned a {type(result).__name__} and made no optimizer step; "
-                "modules step by themselves here (one batch is one step under global totals): override loss(rows, "
-                "totals) for another loss, or call super().training_step(batch, batch_idx)"
+                "modules step by themselves here (one batch is one step under global normalizers): override "
+                "loss(rows, normalizers) for another loss, or call super().training_step(batch, batch_idx)"
             )
         batch: Any = args[0] if args else kwargs.get("batch")
         if hasattr(batch, "mark_consumed"):

@@ -1,8 +1,9 @@
 """Micro-batching under global normalisers: the interface of a method, and passes that are independent of the split.
 
-A method defines ``constants`` (computed once without gradient, such as a reference's log-probs), ``scores`` (computed
-with gradient) and ``loss`` (a pure function of both, divided by global totals). All three use *rows*: tensors whose
-first dimension is the example. So micro-batches, ranks, gathered losses and validation share one implementation.
+A method defines ``no_grad_rows`` (computed once without gradient, such as a reference's log-probs), ``grad_rows``
+(computed with gradient) and ``loss`` (a pure function of both, divided by global normalizers). All three use *rows*:
+tensors whose first dimension is the example. So micro-batches, ranks, gathered losses and validation share one
+implementation.
 
 Legend: E examples.
 """
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import (
-    Scores,
+    Metrics,
+    Rows,
     concatenate,
-    gather_scores,
+    gather_rows,
     rows_before_this_rank,
     sum_over_ranks,
     world_size,
@@ -39,7 +41,7 @@ ROW_KEY = "_row"  # hash of a row's id, which gives rows a canonical order on an
 
 
 class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
-    """A module whose loss is a sum over rows, divided by totals of the global batch.
+    """A module whose loss is a sum over rows, divided by normalizers of the global batch.
 
     Args:
         micro_batch_tokens: maximum number of tokens per forward, above 0.
@@ -79,7 +81,7 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
             switch_off_dropout(self)
         return self
 
-    def settle_layout(self) -> None:
+    def decide_layout(self) -> None:
         """Decides the layout of batches; called on every rank before the first batch."""
 
     @property
@@ -90,145 +92,145 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
     # The interface of a method.
 
     @property
-    def coupled(self) -> bool:
+    def couples_rows(self) -> bool:
         """Whether a row's loss depends on the other rows of the global batch."""
         return False
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Returns the counts of these examples that the loss is divided by; they are summed over all ranks."""
         return {"examples": float(len(examples))}
 
-    def constants(self, batch: SequenceBatch) -> Scores:
+    def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes rows that carry no gradient; called once per micro-batch, under ``torch.no_grad``."""
         return {}
 
     @property
-    def shares_constants(self) -> bool:
-        """Whether a row's loss reads ``statistics`` of the whole global batch's constants."""
+    def uses_batch_statistics(self) -> bool:
+        """Whether a row's loss reads ``batch_statistics`` of the whole global batch's ``no_grad_rows``."""
         return False
 
-    def statistics(self, constants: Scores, totals: dict[str, float]) -> dict[str, float]:
-        """Computes statistics of the constants of *all* rows that the loss needs; they are added to the totals.
+    def batch_statistics(self, no_grad_rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
+        """Computes statistics of the no-grad rows of *all* examples; they are added to the normalizers.
 
-        A loss that couples rows by its constants alone (KTO's KL estimate) needs no second pass then.
+        A loss that couples rows by its no-grad rows alone (KTO's KL estimate) needs no second pass then.
         """
         return {}
 
-    def remember(self, rows: Scores, totals: dict[str, float]) -> None:
+    def after_step(self, rows: Rows, normalizers: dict[str, float]) -> None:
         """Updates running estimates after the step of a global batch; called with the same rows on every rank."""
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes rows that carry gradient."""
-        raise TypeError(f"{type(self).__name__} must define scores(batch)")
+        raise TypeError(f"{type(self).__name__} must define grad_rows(batch)")
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
-        """Computes the rows' share of the loss: a sum over them, divided by the global totals."""
-        raise TypeError(f"{type(self).__name__} must define loss(rows, totals)")
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
+        """Computes the rows' share of the loss: a sum over them, divided by the global normalizers."""
+        raise TypeError(f"{type(self).__name__} must define loss(rows, normalizers)")
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes logged metrics from the rows of a whole global batch or validation set."""
         return {}
 
     # The passes.
 
-    def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
+    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
         """Accumulates this rank's part of the gradient of the global batch's loss.
 
         Returns:
-            This rank's rows, detached, and the global totals, which include the load-balancing loss where it is
+            This rank's rows, detached, and the global normalizers, which include the load-balancing loss where it is
             trained.
         """
         if not self.drops:
             switch_off_dropout(self)  # a caller may have switched modes since
-        totals = sum_over_ranks(self.totals(examples), self.device)
+        normalizers = sum_over_ranks(self.normalizers(examples), self.device)
         plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         batches = [[examples[n] for n in micro] for micro in plan]
-        if (self.coupled or self.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
-            return self._backward_coupled(batches, totals), totals
+        if (self.couples_rows or self.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
+            return self._backward_coupled(batches, normalizers), normalizers
 
-        # Statistics of the global batch need the constants of every micro-batch before the first loss.
-        known: list[Scores] = []
-        if self.shares_constants:
-            known = [self._constants(self._pack(micro)) for micro in batches]
-            totals |= self._statistics(gather_scores(concatenate(known), self.device), totals)
+        # Statistics of the global batch need the no-grad rows of every micro-batch before the first loss.
+        known: list[Rows] = []
+        if self.uses_batch_statistics:
+            known = [self._no_grad_rows(self._pack(micro)) for micro in batches]
+            normalizers |= self._statistics(gather_rows(concatenate(known), self.device), normalizers)
 
         rows = []
         for n, micro in enumerate(batches):
             batch = self._pack(micro)
-            constants = known[n] if known else self._constants(batch)
-            scores, routed = self._routed_scores(batch)
-            loss = self.loss(in_canonical_order(constants | scores), totals)
+            fixed = known[n] if known else self._no_grad_rows(batch)
+            grad_rows, routed = self._routed_rows(batch)
+            loss = self.loss(in_canonical_order(fixed | grad_rows), normalizers)
             # With a router loss there is a single micro-batch here, so its sums are those of the global batch.
-            balance = self._router_share(routed, self._router_sums([routed], totals))
+            balance = self._router_share(routed, self._router_sums([routed], normalizers))
             self._backward_pass(sum(balance, start=loss))
             self._count(batch)
-            rows.append(constants | _detached(scores))
-        return concatenate(rows), totals
+            rows.append(fixed | _detached(grad_rows))
+        return concatenate(rows), normalizers
 
-    def _backward_coupled(self, batches: list[list[Example]], totals: dict[str, float]) -> Scores:
+    def _backward_coupled(self, batches: list[list[Example]], normalizers: dict[str, float]) -> Rows:
         """Backpropagates a loss that couples the rows of the global batch, by gradient caching.
 
-        GradCache (Gao et al., 2021, arXiv:2101.06983): scores all rows without gradient, differentiates the loss with
+        GradCache (Gao et al., 2021, arXiv:2101.06983): computes all rows without gradient, differentiates the loss with
         respect to them, then recomputes each micro-batch with gradient and backpropagates its slice. Departures: rows
         are gathered over ranks, and the routers' sums over the whole batch are taken in the first pass too.
         """
-        # First pass: scores without gradient; the random state is kept so that dropout repeats in the second pass.
-        states, constants, scored, routed = [], [], [], []
+        # First pass: rows without gradient; the random state is kept so that dropout repeats in the second pass.
+        states, known, computed, routed = [], [], [], []
         for micro in batches:
             batch = self._pack(micro)
-            constants.append(self._constants(batch))
+            known.append(self._no_grad_rows(batch))
             states.append(_random_state(self.device))
             with torch.no_grad():
-                scores, sums = self._routed_scores(batch)
-            scored.append(scores)
+                grad_rows, sums = self._routed_rows(batch)
+            computed.append(grad_rows)
             routed.append(sums)
 
-        # The gradient of the loss with respect to the scores of all ranks, computed on every rank.
-        own = concatenate(c | s for c, s in zip(constants, scored, strict=True))
-        everyone = gather_scores(own, self.device)
-        whole = self._router_sums(routed, totals)
-        if not everyone:
-            return own
-        totals |= self._statistics(everyone, totals)
-        names = [name for name, value in scored[0].items() if value.is_floating_point()] if scored else []
-        leaves = {name: value.clone().requires_grad_(name in names) for name, value in everyone.items()}
+        # The gradient of the loss with respect to the rows of all ranks, computed on every rank.
+        local_rows = concatenate(c | s for c, s in zip(known, computed, strict=True))
+        global_rows = gather_rows(local_rows, self.device)
+        whole = self._router_sums(routed, normalizers)
+        if not global_rows:
+            return local_rows
+        normalizers |= self._statistics(global_rows, normalizers)
+        names = [name for name, value in computed[0].items() if value.is_floating_point()] if computed else []
+        leaves = {name: value.clone().requires_grad_(name in names) for name, value in global_rows.items()}
         with torch.enable_grad():
-            loss = self.loss(in_canonical_order(leaves), totals)
-            slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if scored else ()
+            loss = self.loss(in_canonical_order(leaves), normalizers)
+            slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if computed else ()
 
-        # Second pass: the dot product of scores and cached gradients has the same gradient as the loss.
-        place = rows_before_this_rank(len(own.get(ROW_KEY, ())))
-        for micro, constant, state in zip(batches, constants, states, strict=True):
+        # Second pass: the dot product of rows and cached gradients has the same gradient as the loss.
+        place = rows_before_this_rank(len(local_rows.get(ROW_KEY, ())))
+        for micro, fixed, state in zip(batches, known, states, strict=True):
             _set_random_state(state, self.device)
-            mine = slice(place, place + len(constant[ROW_KEY]))
-            place = mine.stop
+            local = slice(place, place + len(fixed[ROW_KEY]))
+            place = local.stop
             batch = self._pack(micro)
-            again, sums = self._routed_scores(batch)
+            again, sums = self._routed_rows(batch)
             parts = [
-                (again[name] * slope[mine]).sum()
+                (again[name] * slope[local]).sum()
                 for name, slope in zip(names, slopes, strict=True)
                 if slope is not None and again[name].requires_grad
             ]
             parts += self._router_share(sums, whole)
             self._backward_pass(sum(parts[1:], start=parts[0]))
             self._count(batch)
-        return own
+        return local_rows
 
-    def _routed_scores(self, batch: SequenceBatch) -> tuple[Scores, RouterSums | None]:
+    def _routed_rows(self, batch: SequenceBatch) -> tuple[Rows, RouterSums | None]:
         """Computes rows that carry gradient, and the routers' sums over the batch where they have a loss."""
         if self.router_loss is None:
-            return self.scores(batch), None
-        self.settle_layout()  # before recording, as the layout probe is not part of the batch
+            return self.grad_rows(batch), None
+        self.decide_layout()  # before recording, as the layout probe is not part of the batch
         with self.router_loss.recording() as recorder:
-            scores = self.scores(batch)
-        return scores, recorder.sums
+            rows = self.grad_rows(batch)
+        return rows, recorder.sums
 
-    def _router_sums(self, parts: Sequence[RouterSums | None], totals: dict[str, float]) -> RouterSums | None:
-        """Sums the routers' statistics over the global batch and adds their loss to the totals."""
+    def _router_sums(self, parts: Sequence[RouterSums | None], normalizers: dict[str, float]) -> RouterSums | None:
+        """Sums the routers' statistics over the global batch and adds their loss to the normalizers."""
         if self.router_loss is None:
             return None
         whole = self.router_loss.summed([part for part in parts if part is not None], self.device)
-        totals[AUX_LOSS] = float(load_balancing_loss(whole))
+        normalizers[AUX_LOSS] = float(load_balancing_loss(whole))
         return whole
 
     def _router_share(self, part: RouterSums | None, whole: RouterSums | None) -> list[Tensor]:
@@ -256,23 +258,23 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
             self.clock.count_trained(batch)
 
     @torch.no_grad()
-    def _statistics(self, rows: Scores, totals: dict[str, float]) -> dict[str, float]:
-        return self.statistics(in_canonical_order(rows), totals) if self.shares_constants else {}
+    def _statistics(self, rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
+        return self.batch_statistics(in_canonical_order(rows), normalizers) if self.uses_batch_statistics else {}
 
-    def _constants(self, batch: SequenceBatch) -> Scores:
+    def _no_grad_rows(self, batch: SequenceBatch) -> Rows:
         with torch.no_grad(), self.phase("score"):
-            constants = self.constants(batch)
-        return constants | {ROW_KEY: row_keys(batch.examples, self.device)}
+            rows = self.no_grad_rows(batch)
+        return rows | {ROW_KEY: row_keys(batch.examples, self.device)}
 
     def _pack(self, examples: list[Example]) -> SequenceBatch:
         return pack(examples, share_prefix=self.share_prefix, device=self.device)
 
     @torch.no_grad()
-    def score_examples(self, examples: Sequence[Example]) -> Scores:
+    def score_examples(self, examples: Sequence[Example]) -> Rows:
         """Scores examples without gradient in micro-batches, and returns rows in the order of ``examples``."""
-        return self.in_micro_batches(examples, lambda batch: self._constants(batch) | self.scores(batch))
+        return self.in_micro_batches(examples, lambda batch: self._no_grad_rows(batch) | self.grad_rows(batch))
 
-    def in_micro_batches(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Scores]) -> Scores:
+    def in_micro_batches(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Rows]) -> Rows:
         """Applies a function to packed micro-batches and returns its rows in the order of ``examples``."""
         plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         rows = concatenate(rows_of(self._pack([examples[n] for n in micro])) for micro in plan)
@@ -294,11 +296,11 @@ def prompt_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
     return torch.tensor(keys, dtype=torch.long, device=device)
 
 
-def _detached(rows: Scores) -> Scores:
+def _detached(rows: Rows) -> Rows:
     return {name: value.detach() for name, value in rows.items()}
 
 
-def in_canonical_order(rows: Scores) -> Scores:
+def in_canonical_order(rows: Rows) -> Rows:
     """Sorts rows by their id, so that neither ties nor rounding depend on how they were split."""
     order = torch.argsort(rows[ROW_KEY], stable=True)
     return {name: value[order] for name, value in rows.items()}

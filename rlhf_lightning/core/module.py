@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..distributed.collectives import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks, world_size
+from ..distributed.collectives import (
+    Metrics,
+    Rows,
+    concatenate,
+    gather_objects,
+    gather_rows,
+    sum_over_ranks,
+    world_size,
+)
 from ..models import (
     TokenStats,
     base_model,
@@ -30,7 +38,7 @@ from ..models import (
     token_stats,
 )
 from ..models import save_pretrained as export_pretrained
-from ..models.backbone import make_steady
+from ..models.backbone import fix_rotary_frequencies
 from ..models.saving import export_kind
 from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
 from ..sequences.example import check_contract
@@ -151,9 +159,9 @@ class PostTrainingModule(ResumableModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._is_configured = False
-        # Rows and totals of the running validation or test epoch, by the index of the data loader.
-        self._rows: dict[int, list[Scores]] = {}
-        self._row_totals: dict[int, dict[str, float]] = {}
+        # Rows and normalizers of the running validation or test epoch, by the index of the data loader.
+        self._rows: dict[int, list[Rows]] = {}
+        self._row_normalizers: dict[int, dict[str, float]] = {}
 
     # The model.
 
@@ -181,7 +189,7 @@ class PostTrainingModule(ResumableModule):
                 attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
                 headless=not self.predicts_tokens,
             )
-        make_steady(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
+        fix_rotary_frequencies(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
         self._router_loss = router_loss_of(self.model, self.router_aux_loss_coef)
         self.remember_base()
         self.train(self.training)
@@ -226,14 +234,14 @@ class PostTrainingModule(ResumableModule):
                 buffers[name] = before.to(now.device)
         return self
 
-    def settle(self) -> None:
+    def place_on_device(self) -> None:
         """Places state that is not part of the module on its device; called before the first batch of any run."""
 
     def on_fit_start(self) -> None:
-        """Checks the result of ``configure_optimizers``, calls ``settle``, and logs the run's settings."""
+        """Checks the result of ``configure_optimizers``, calls ``place_on_device``, and logs the run's settings."""
         check_optimizers(self)
         report_config_losses(self)
-        self.settle()
+        self.place_on_device()
         log_settings(self)
 
     def on_train_epoch_end(self) -> None:
@@ -241,16 +249,16 @@ class PostTrainingModule(ResumableModule):
         step_schedulers(self, "epoch", waiting=True)
 
     def on_validation_start(self) -> None:
-        """Calls ``settle`` before the first batch."""
-        self.settle()
+        """Calls ``place_on_device`` before the first batch."""
+        self.place_on_device()
 
     def on_test_start(self) -> None:
-        """Calls ``settle`` before the first batch."""
-        self.settle()
+        """Calls ``place_on_device`` before the first batch."""
+        self.place_on_device()
 
     def on_predict_start(self) -> None:
-        """Calls ``settle`` before the first batch."""
-        self.settle()
+        """Calls ``place_on_device`` before the first batch."""
+        self.place_on_device()
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Checks the trainer's flags before Lightning's own checks, and returns the callbacks that every run needs."""
@@ -280,7 +288,7 @@ class PostTrainingModule(ResumableModule):
             self._layout = resolve_layout(self.model, self._requested_layout, *self.models_alike)
         return self._layout
 
-    def settle_layout(self) -> None:
+    def decide_layout(self) -> None:
         """Decides the layout of batches."""
         assert self.layout
 
@@ -327,20 +335,20 @@ class PostTrainingModule(ResumableModule):
 
     # One batch, one step.
 
-    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Metrics | None:
         """Trains on a batch of examples: micro-batches, one clipped step, metrics of the global batch.
 
         Returns:
             The ``outputs`` of callbacks: ``loss`` and all other logged values of the step, by their names without
             ``train/``; ``None`` where a streamed batch has lost all its rows.
         """
-        rows, totals, progress = self.optimize(self._checked(batch))
-        values = self._summary(rows, totals) | progress if rows else {}
+        rows, normalizers, progress = self.optimize(self.validate_batch(batch))
+        values = self._summary(rows, normalizers) | progress if rows else {}
         if rows:
-            self.remember(rows, totals)
+            self.after_step(rows, normalizers)
         return self._finish_batch(batch, values)
 
-    def _finish_batch(self, batch: ExampleBatch, values: Scores) -> Scores | None:
+    def _finish_batch(self, batch: ExampleBatch, values: Metrics) -> Metrics | None:
         """Logs a batch's values, steps epoch-wise schedulers after the last batch, and counts the batch as used."""
         self._log("train", values)
         if self.trainer.is_last_batch:
@@ -348,22 +356,22 @@ class PostTrainingModule(ResumableModule):
         batch.mark_consumed()
         return values or None
 
-    def optimize(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float], Scores]:
+    def optimize(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float], Rows]:
         """Makes one optimizer step on a global batch; every rank calls it with its own part, which may be empty.
 
         Args:
             examples: this rank's part.
 
         Returns:
-            The detached rows of the whole global batch, its totals, and further logged values: the gradient's norm,
-            the learning rate, and the load-balancing loss where it is trained.
+            The detached rows of the whole global batch, its normalizers, and further logged values: the gradient's
+            norm, the learning rate, and the load-balancing loss where it is trained.
         """
         if self.attention == "flex" and self.device.type != "cuda":
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
         with self._local_gradients(), self._summed_gradients(), self.phase("forward_backward"):
-            rows, totals = self.backward_examples(examples)
+            rows, normalizers = self.backward_examples(examples)
         with self.phase("step"):
             sum_gradients(p for p in self.parameters() if p.requires_grad)
             grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
@@ -376,17 +384,21 @@ class PostTrainingModule(ResumableModule):
                 step_schedulers(self, "step")
                 step_schedulers(self, "step", waiting=True)
         progress = {"grad_norm": grad_norm, "learning_rate": rate}
-        if AUX_LOSS in totals:
-            progress[AUX_LOSS] = torch.tensor(totals.pop(AUX_LOSS), dtype=torch.float64)
-        return gather_scores(rows, self.device), totals, progress
+        if AUX_LOSS in normalizers:
+            progress[AUX_LOSS] = torch.tensor(normalizers.pop(AUX_LOSS), dtype=torch.float64)
+        return gather_rows(rows, self.device), normalizers, progress
 
     def _local_gradients(self) -> AbstractContextManager[None]:
         """Disables DDP's gradient averaging: ranks may run different numbers of micro-batches, zero included."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
-    def _checked(self, batch: ExampleBatch) -> list[Example]:
-        """Returns the batch's examples after checking that they fit the model."""
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks that the examples of a batch fit the model and returns them; a method adds its own checks.
+
+        Raises:
+            ValueError: with the row, what is wrong with it, and what to do.
+        """
         if not isinstance(batch, ExampleBatch):
             raise TypeError(
                 f"{type(self).__name__} was given a {type(batch).__name__}; it needs an ExampleBatch: use one of "
@@ -448,11 +460,11 @@ class PostTrainingModule(ResumableModule):
     def on_validation_epoch_start(self) -> None:
         """Discards the rows of an interrupted validation."""
         super().on_validation_epoch_start()
-        self._rows, self._row_totals = {}, {}
+        self._rows, self._row_normalizers = {}, {}
 
     def on_test_epoch_start(self) -> None:
         """Discards the rows of an interrupted test."""
-        self._rows, self._row_totals = {}, {}
+        self._rows, self._row_normalizers = {}, {}
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss and metrics of the validation set."""
@@ -468,25 +480,25 @@ class PostTrainingModule(ResumableModule):
         On several ranks, these are this rank's rows, every ``world_size``-th of a batch: ``PredictionWriter`` merges
         all ranks in order.
         """
-        examples = self._checked(batch)
+        examples = self.validate_batch(batch)
         rows = self.score_examples(examples)
         names = [name for name in rows if name != ROW_KEY]
         values = {name: rows[name].tolist() for name in names}
         return [{"row_id": e.row_id} | {name: values[name][n] for name in names} for n, e in enumerate(examples)]
 
     def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
-        examples = self._checked(batch)
+        examples = self.validate_batch(batch)
         if examples:
             self._rows.setdefault(loader, []).append(self.score_examples(examples))
-            counts = self._row_totals.setdefault(loader, {})
-            for name, count in self.totals(examples).items():
+            counts = self._row_normalizers.setdefault(loader, {})
+            for name, count in self.normalizers(examples).items():
                 counts[name] = counts.get(name, 0.0) + count
         batch.mark_consumed()
 
     def _log_loaders(self, stage: str, num_loaders: int) -> None:
         """Logs the loss and metrics of each data loader, and warns about one without rows."""
         kept, self._rows = self._rows, {}
-        counted, self._row_totals = self._row_totals, {}
+        counted, self._row_normalizers = self._row_normalizers, {}
         for loader in range(num_loaders):
             values = self._collected(kept.get(loader, []), counted.get(loader, {}))
             if values:
@@ -494,19 +506,19 @@ class PostTrainingModule(ResumableModule):
             elif _STEPS[stage] in self.hooks_reached:  # otherwise a subclass has overridden the step
                 warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
 
-    def _collected(self, kept: list[Scores], counts: dict[str, float]) -> Scores:
+    def _collected(self, kept: list[Rows], counts: dict[str, float]) -> Metrics:
         """Computes loss and metrics of the collected rows of all ranks; empty where there are none."""
-        totals = sum_over_ranks(counts or self.totals([]), self.device)
-        rows = gather_scores(concatenate(kept), self.device)
-        return self._summary(rows, totals | self._statistics(rows, totals)) if rows else {}
+        normalizers = sum_over_ranks(counts or self.normalizers([]), self.device)
+        rows = gather_rows(concatenate(kept), self.device)
+        return self._summary(rows, normalizers | self._statistics(rows, normalizers)) if rows else {}
 
     @torch.no_grad()
-    def _summary(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def _summary(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes loss and metrics of a global batch."""
         rows = in_canonical_order(rows)
-        return {"loss": self.loss(rows, totals)} | self.metrics(rows, totals)
+        return {"loss": self.loss(rows, normalizers)} | self.metrics(rows, normalizers)
 
-    def _log(self, stage: str, values: Scores, suffix: str = "") -> None:
+    def _log(self, stage: str, values: Metrics, suffix: str = "") -> None:
         shown = {f"{stage}/{name}{suffix}": value.detach().float() for name, value in values.items()}
         bar = {f"{stage}/{name}{suffix}" for name in self.progress_metrics}
         if stage == "train":

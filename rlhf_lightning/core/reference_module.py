@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..distributed.collectives import Scores, copy_from_first_rank, gather_objects
+from ..distributed.collectives import Rows, copy_from_first_rank, gather_objects
 from ..distributed.strategy import FSDP2Strategy
 from ..models import AdapterReference, FrozenReference, Reference, evaluating, folder_fingerprint
 from ..models.reference import trained_beside_adapters
@@ -37,7 +37,7 @@ class ReferencedModule(PostTrainingModule):
         self.reference_kind = reference
         # In a list, so that it is not registered as a submodule: no optimizer, gradient bucket or checkpoint sees it.
         self._reference: list[Reference] = []
-        self._reference_table: dict[str, Scores] = {}
+        self._reference_table: dict[str, Rows] = {}
         self._lost_table = False
         self._shared_reference = False
 
@@ -51,7 +51,7 @@ class ReferencedModule(PostTrainingModule):
         """The frozen copy, which runs in the policy's layout with the policy's attention."""
         return [reference.model for reference in self._reference if isinstance(reference, FrozenReference)]
 
-    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
+    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Rows:
         """Computes the reference's rows of a batch, each from the content of its own example alone."""
         raise TypeError(f"{type(self).__name__} must define reference_rows(batch, model)")
 
@@ -93,7 +93,7 @@ class ReferencedModule(PostTrainingModule):
         else:
             self._reference = [FrozenReference.copy_of(self.model, rebuildable=self.init == "pretrained" and not drawn)]
 
-    def reference_constants(self, batch: SequenceBatch) -> Scores:
+    def no_grad_reference_rows(self, batch: SequenceBatch) -> Rows:
         """Returns the reference's rows of a batch: computed now, or looked up if they were precomputed."""
         if self._reference:
             with self._reference[0].scoring() as model:
@@ -121,12 +121,12 @@ class ReferencedModule(PostTrainingModule):
                 )
             self._precompute()
 
-    def settle(self) -> None:
+    def place_on_device(self) -> None:
         """Places the reference on the module's device; before training, all ranks copy that of rank 0.
 
         DDP broadcasts the policy of rank 0, but a reference of randomly drawn weights was copied before that.
         """
-        super().settle()
+        super().place_on_device()
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
         for reference in self._reference:
             reference.remember()
@@ -145,9 +145,9 @@ class ReferencedModule(PostTrainingModule):
                 "use reference='frozen' with other loaders or streaming data"
             )
         rank, world = self.global_rank, self.trainer.world_size
-        table: dict[str, Scores] = {}
+        table: dict[str, Rows] = {}
         for examples in progress(datamodule.all_examples(), "scoring the reference, batches"):
-            own = self._checked(ExampleBatch(examples[rank::world]))
+            own = self.validate_batch(ExampleBatch(examples[rank::world]))
             autocast = self.trainer.precision_plugin.forward_context()
             with autocast, evaluating(self.model), torch.no_grad():
                 rows = self.in_micro_batches(own, lambda batch: self.reference_rows(batch, self.model))

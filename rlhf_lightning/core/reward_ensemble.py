@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Rows
 from ..models.reference import ADAPTER_COPY
 from ..models.reward_head import HeadKind, read_head_options, stored_file, whole
 from ..models.safetensors_io import read_weights
@@ -77,7 +77,7 @@ class EnsembleModule(HeadedModule):
         self._mean_weight = 0.0
 
     @property
-    def takes_turns(self) -> bool:
+    def trains_members_in_turn(self) -> bool:
         """Whether members are computed one after the other."""
         return self.ensemble == "adapters" and self.num_models > 1
 
@@ -109,7 +109,7 @@ class EnsembleModule(HeadedModule):
 
     def member_outputs(self, batch: SequenceBatch, states_of: Callable[[SequenceBatch], Tensor]) -> Tensor:
         """Applies the heads of all members (or of the one whose turn it is) to states ``(S, D)``: ``(S, M, K)``."""
-        if not self.takes_turns:
+        if not self.trains_members_in_turn:
             return self.head_outputs(states_of(batch))
         if self._turn is not None:
             return self._own_outputs(batch, states_of, self._turn)
@@ -127,27 +127,29 @@ class EnsembleModule(HeadedModule):
     def router_loss(self) -> RouterLoss | None:
         """The load-balancing loss, averaged over members that take turns, as is the method's own loss."""
         loss = super().router_loss
-        return replace(loss, coef=loss.coef / self.num_models) if loss is not None and self.takes_turns else loss
+        if loss is None or not self.trains_members_in_turn:
+            return loss
+        return replace(loss, coef=loss.coef / self.num_models)
 
-    def backward_examples(self, examples: Sequence[Example]) -> tuple[Scores, dict[str, float]]:
+    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
         """Accumulates the gradient of the global batch's loss, for all members at once or one after the other."""
-        if not self.takes_turns:
+        if not self.trains_members_in_turn:
             return super().backward_examples(examples)
-        parts: list[Scores] = []
-        totals: dict[str, float] = {}
+        parts: list[Rows] = []
+        normalizers: dict[str, float] = {}
         balance = 0.0
         for member in range(self.num_models):
             self._turn = member
             try:
                 with using_member(self.model, member):
-                    rows, totals = super().backward_examples(examples)
+                    rows, normalizers = super().backward_examples(examples)
             finally:
                 self._turn = None
             parts.append(rows)
-            balance += totals.get(AUX_LOSS, 0.0) / self.num_models
-        return self.joined(parts), totals | ({AUX_LOSS: balance} if AUX_LOSS in totals else {})
+            balance += normalizers.get(AUX_LOSS, 0.0) / self.num_models
+        return self.joined(parts), normalizers | ({AUX_LOSS: balance} if AUX_LOSS in normalizers else {})
 
-    def joined(self, parts: Sequence[Scores]) -> Scores:
+    def joined(self, parts: Sequence[Rows]) -> Rows:
         """Joins the rows of each member, of the same examples in the same order, into rows of all."""
         rows = dict(parts[0])
         for name, dim in (("rewards", 2), ("weights", 1)):
@@ -190,21 +192,21 @@ class EnsembleModule(HeadedModule):
         means = {"member_means": self.member_means.tolist()} if self._mean_weight else {}
         return {"num_models": self.num_models, "ensemble": self.ensemble, **means}
 
-    def load_beside(self, folder: str) -> None:
+    def load_head_files(self, folder: str) -> None:
         """Loads the head, the members' means, and the adapters of all members except the first."""
-        super().load_beside(folder)
+        super().load_head_files(folder)
         self._load_means(folder)
-        if self.takes_turns:
+        if self.trains_members_in_turn:
             members = member_state(self.model)
             state = _stored_state(folder, members)
             if not state:
                 raise ValueError(f"{folder!r} holds no adapters of further members: export it again")
             _fill(members, state)
 
-    def files_beside(self) -> Callable[[Path], None]:
+    def head_files_writer(self) -> Callable[[Path], None]:
         """Adds the adapters of all members except the first, which is written as the model's adapter."""
-        write_head = super().files_beside()
-        if not self.takes_turns:
+        write_head = super().head_files_writer()
+        if not self.trains_members_in_turn:
             return write_head
         state = {name: whole(tensor).contiguous() for name, tensor in member_state(self.model).items()}
 

@@ -15,7 +15,7 @@ from ..models import base_model
 from ..models.config_losses import OF_BALANCE, router_losses
 from ..models.routers import RouterRecorder, Routers, find_routers, recording
 
-AUX_LOSS = "aux_loss"  # its name in the totals of a global batch and in the log
+AUX_LOSS = "aux_loss"  # its name in the normalizers of a global batch and in the log
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def per_sequence(
         values_of: function from a batch to one tensor per sequence.
     """
     module.configure_model()
-    checked = PostTrainingModule._checked(module, ExampleBatch(examples))
+    checked = PostTrainingModule.validate_batch(module, ExampleBatch(examples))
     plan = plan_micro_batches(checked, budget=module.micro_batch_tokens, share_prefix=module.share_prefix)
     found: list[list[Tensor]] = [[] for _ in checked]
     with evaluating(module):

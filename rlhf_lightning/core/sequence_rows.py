@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Rows
 from ..sequences import Example, SequenceBatch
 
 
@@ -34,7 +34,7 @@ def check_pairs(examples: Sequence[Example]) -> None:
             )
 
 
-def pair_rows(name: str, values_S: Tensor) -> Scores:
+def pair_rows(name: str, values_S: Tensor) -> Rows:
     """Splits values of alternating chosen and rejected sequences into rows; ``{}`` in the name becomes either word."""
     values = values_S.view(-1, 2)
     return {name.format("chosen"): values[:, 0], name.format("rejected"): values[:, 1]}

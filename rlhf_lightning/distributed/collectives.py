@@ -1,6 +1,6 @@
 """Collectives of the modules; each is a no-op in a single process.
 
-Under FSDP2 each begins with ``meet``, since ranks may still be running different numbers of micro-batches.
+Under FSDP2 each begins with ``barrier``, since ranks may still be running different numbers of micro-batches.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .lockstep import meet
+from .lockstep import barrier
 
-Scores = dict[str, Tensor]
+Rows = dict[str, Tensor]  # per-example tensors: the first dimension is the example
+Metrics = dict[str, Tensor]  # logged values by name
 
 
 def world_size() -> int:
@@ -28,7 +29,7 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
     """Sums counts over all ranks."""
     if world_size() == 1:
         return dict(values)
-    meet()
+    barrier()
     vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(vector)
     return dict(zip(values, vector.tolist(), strict=True))
@@ -38,7 +39,7 @@ def sum_vector_over_ranks(vector: Tensor) -> Tensor:
     """Sums a vector over all ranks, in fp64."""
     if world_size() == 1:
         return vector
-    meet()
+    barrier()
     total = vector.to(torch.float64, copy=True)
     dist.all_reduce(total)
     return total.to(vector.dtype)
@@ -48,19 +49,19 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     """Returns the maximum over all ranks."""
     if world_size() == 1:
         return value
-    meet()
+    barrier()
     largest = torch.tensor(value, dtype=torch.int64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
 
-def gather_scores(scores: Scores, device: torch.device) -> Scores:
+def gather_rows(rows: Rows, device: torch.device) -> Rows:
     """Concatenates the rows of all ranks, which may have none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
     if world_size() == 1:
-        return scores
-    meet()
-    parts: list[Scores] = [{} for _ in range(world_size())]
-    dist.all_gather_object(parts, {name: value.cpu() for name, value in scores.items()})
+        return rows
+    barrier()
+    parts: list[Rows] = [{} for _ in range(world_size())]
+    dist.all_gather_object(parts, {name: value.cpu() for name, value in rows.items()})
     filled = [part for part in parts if part]
     return {name: torch.cat([part[name] for part in filled]).to(device) for name in (filled[0] if filled else ())}
 
@@ -69,7 +70,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Collects one small picklable object per rank, in the order of ranks."""
     if world_size() == 1:
         return [value]
-    meet()
+    barrier()
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
@@ -89,10 +90,10 @@ def is_peer_loss(error: RuntimeError) -> bool:
 
 
 def rows_before_this_rank(count: int) -> int:
-    """Returns the offset of this rank's rows in the result of ``gather_scores``."""
+    """Returns the offset of this rank's rows in the result of ``gather_rows``."""
     if world_size() == 1:
         return 0
-    meet()
+    barrier()
     counts = [0] * world_size()
     dist.all_gather_object(counts, count)
     return sum(counts[: dist.get_rank()])
@@ -102,13 +103,13 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
     """Broadcasts tensors from rank 0 in place; sharded tensors are the same on all ranks already."""
     if world_size() == 1:
         return
-    meet()
+    barrier()
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
             dist.broadcast(tensor.data, src=0)
 
 
-def concatenate(parts: Iterable[Scores]) -> Scores:
+def concatenate(parts: Iterable[Rows]) -> Rows:
     """Concatenates rows: ``[{name: (e, ...)}] -> {name: (E, ...)}``."""
     parts = list(parts)
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}

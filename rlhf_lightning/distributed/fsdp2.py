@@ -72,7 +72,7 @@ class ShardedRoot(nn.Module):
         """The model without its heads."""
         return self.parts[0]
 
-    def stand_in(self) -> Tensor:
+    def dummy_pass(self) -> Tensor:
         """Runs a dummy pass over one token, and returns its hidden states."""
         token = torch.zeros((1, 1), dtype=torch.long, device=next(self.parameters()).device)
         hidden: Tensor = self(self._run, input_ids=token, use_cache=False)[0]
@@ -138,7 +138,7 @@ def shard_model(
 
     units: list[Any] = [root, *decoder_blocks(base)]
     for unit in units:
-        unit.set_gradient_divide_factor(1.0)  # losses are divided by global totals already
+        unit.set_gradient_divide_factor(1.0)  # losses are divided by global normalizers already
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_reduce_scatter_unused_params(True)  # a rank without rows uses few
     for part in root.parts:

@@ -8,8 +8,8 @@ layer needs, unlike gathering all weights for a step.
 
 With hybrid sharding all ranks agree as well, since gradients are summed over the groups.
 
-Passes are ordered: forwards without gradient, forwards with gradient, backwards, and last ``meet``, where ranks wait
-until no rank has a pass left. Every other collective must come after a ``meet``.
+Passes are ordered: forwards without gradient, forwards with gradient, backwards, and last ``barrier``, where ranks wait
+until no rank has a pass left. Every other collective must come after a ``barrier``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ShardedModel(Protocol):
     def model(self) -> nn.Module:
         """The model without its heads."""
 
-    def stand_in(self) -> Tensor:
+    def dummy_pass(self) -> Tensor:
         """Runs a dummy pass over one token and returns its hidden states."""
 
 
@@ -47,7 +47,7 @@ class Lockstep:
         self.models = models
         self._waiting: list[tuple[int, Tensor]] = []  # (model, hidden states) of forwards that await a backward
         self._reached: set[int] = set()  # models that losses of this step depend on
-        self._held = 0
+        self._suspended = 0
 
     @property
     def backward_pass(self) -> int:
@@ -56,7 +56,7 @@ class Lockstep:
 
     def forward(self, number: int, run: Callable[[], Any]) -> Any:
         """Runs a forward of model ``number`` when all ranks have agreed on it."""
-        if self._held:
+        if self._suspended:
             return run()
         self._agree(number + len(self.models) * torch.is_grad_enabled())
         output = run()
@@ -65,7 +65,7 @@ class Lockstep:
 
     def backward(self, loss: Tensor) -> Tensor:
         """Returns a loss whose backward passes through every forward since the last one, when all ranks have agreed."""
-        if self._held:
+        if self._suspended:
             return loss
         self._agree(self.backward_pass)
         self._reached |= _reached(loss, self._waiting)
@@ -78,7 +78,7 @@ class Lockstep:
         """
         reached = torch.tensor([number in self._reached for number in range(len(self.models))], dtype=torch.int32)
         self._reached = set()
-        self.meet()
+        self.barrier()
         reached = reached.to(self.device)
         dist.all_reduce(reached, op=dist.ReduceOp.MAX)
         for model, any_rank in zip(self.models, reached.tolist(), strict=True):
@@ -86,19 +86,19 @@ class Lockstep:
                 for parameter in model.model.parameters():
                     parameter.grad = None
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits until no rank has a pass left, running dummy passes meanwhile."""
-        if not self._held:
+        if not self._suspended:
             self._agree(self.backward_pass + 1)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """Suspends the lockstep while all ranks hold all weights, so that each may run any number of forwards."""
-        self._held += 1
+        self._suspended += 1
         try:
             yield
         finally:
-            self._held -= 1
+            self._suspended -= 1
 
     def _agree(self, wanted: int) -> None:
         while True:
@@ -109,9 +109,9 @@ class Lockstep:
                 return
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):  # dummy passes must not advance the random state
-                self._stand_in(coming)
+                self._dummy_pass(coming)
 
-    def _stand_in(self, coming: int) -> None:
+    def _dummy_pass(self, coming: int) -> None:
         count = len(self.models)
         if coming == self.backward_pass:
             if self._waiting:
@@ -119,7 +119,7 @@ class Lockstep:
             return
         number = coming % count
         with torch.set_grad_enabled(coming >= count):
-            self._wait_for_backward(number, self.models[number].stand_in())
+            self._wait_for_backward(number, self.models[number].dummy_pass())
 
     def _wait_for_backward(self, number: int, hidden: Tensor) -> None:
         if hidden.requires_grad:
@@ -176,7 +176,7 @@ def lockstep() -> Lockstep | None:
     return _current[0] if _current else None
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits for all ranks where weights are sharded; call it before any other collective."""
     if _current:
-        _current[0].meet()
+        _current[0].barrier()

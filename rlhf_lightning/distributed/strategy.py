@@ -30,7 +30,7 @@ from .fsdp2 import (
     sharded_like,
     whole_tensor,
 )
-from .lockstep import Lockstep, meet, set_lockstep
+from .lockstep import Lockstep, barrier, set_lockstep
 
 if TYPE_CHECKING:
     import lightning
@@ -97,7 +97,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Configured by ``trainer.strategy: fsdp2``. Every rank holds a shard of policy, reference and critic, and gathers one
     decoder block at a time (embeddings, output projection and scalar heads are one more unit). Gradients are summed, as
-    losses are divided by global totals; weights after a step are those of one rank, up to rounding. Ranks may have
+    losses are divided by global normalizers; weights after a step are those of one rank, up to rounding. Ranks may have
     different numbers of micro-batches, zero included: see ``distributed.lockstep``.
 
     Rank 0 reads the weights and broadcasts them block by block, so that host memory holds one copy. Checkpoints are
@@ -259,7 +259,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @contextmanager
     def _until_all_are_done(self) -> Iterator[None]:
         yield
-        meet()
+        barrier()
         for root in self._roots:
             root.reshard()  # type: ignore[operator]  # fully_shard has added it
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .fsdp2 import sharded_units
-from .lockstep import lockstep, meet
+from .lockstep import barrier, lockstep
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     sharded: list[Any] = list(sharded_units(model))
     agreement = lockstep() if sharded else None
     if sharded:
-        meet()
+        barrier()
 
     # torch has a public setter of this switch but no getter, so the attribute is read to restore it afterwards.
     switches: list[tuple[Any, Any]] = []
@@ -43,7 +43,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.unshard()
         for group, _ in switches:
             group.post_forward_mesh_info = None
-        with nullcontext() if agreement is None else agreement.held():
+        with nullcontext() if agreement is None else agreement.suspended():
             yield
     finally:
         for group, info in switches:

@@ -86,7 +86,7 @@ class StopFinder:
         return self.text[: min(found)] if found else None
 
 
-class Track:
+class Request:
     """One sample while it is generated.
 
     Args:
@@ -147,29 +147,31 @@ class Track:
         return Completion(self.token_ids, text, self.logprobs, self.finish_reason or "length", model_logprobs)
 
 
-def draw(logits_NV: Tensor, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> list[int]:
-    """Draws the next token of every track from its row of logits and appends it; returns the tokens."""
-    steps = np.fromiter((len(track.token_ids) for track in tracks), dtype=np.uint64, count=len(tracks))
+def sample_next_tokens(
+    logits_NV: Tensor, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]
+) -> list[int]:
+    """Draws the next token of every request from its row of logits and appends it; returns the tokens."""
+    steps = np.fromiter((len(request.token_ids) for request in requests), dtype=np.uint64, count=len(requests))
     uniforms_N = None
     if not params.greedy:
-        uniforms_N = torch.from_numpy(uniforms([track.seed for track in tracks], steps)).to(logits_NV.device)
+        uniforms_N = torch.from_numpy(uniforms([request.seed for request in requests], steps)).to(logits_NV.device)
     banned = None
     early = np.flatnonzero(steps < params.min_new_tokens)
     stop_ids = [token for token in stop_ids if token < logits_NV.shape[-1]]
     if stop_ids and len(early):
         banned = torch.from_numpy(early).to(logits_NV.device), torch.tensor(stop_ids, device=logits_NV.device)
-    seen_NV = _seen(logits_NV, tracks) if params.repetition_penalty != 1 else None
+    seen_NV = _seen(logits_NV, requests) if params.repetition_penalty != 1 else None
     drawn = sample(logits_NV, uniforms_N, params, seen_NV=seen_NV, banned=banned)
     tokens, logprobs = drawn.tokens_N.tolist(), drawn.logprobs_N.tolist()
     model_logprobs = [None] * len(tokens) if drawn.model_logprobs_N is None else drawn.model_logprobs_N.tolist()
-    for track, token, logprob, model_logprob in zip(tracks, tokens, logprobs, model_logprobs, strict=True):
-        track.push(token, logprob, model_logprob)
+    for request, token, logprob, model_logprob in zip(requests, tokens, logprobs, model_logprobs, strict=True):
+        request.push(token, logprob, model_logprob)
     return tokens
 
 
-def _seen(logits_NV: Tensor, tracks: Sequence[Track]) -> Tensor:
-    """Marks the tokens in each track's prompt and completion, ``(N, V)``."""
+def _seen(logits_NV: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Marks the tokens in each request's prompt and completion, ``(N, V)``."""
     seen_NV = torch.zeros(logits_NV.shape, dtype=torch.bool, device=logits_NV.device)
-    for row, track in enumerate(tracks):
-        seen_NV[row, torch.tensor([*track.prompt, *track.token_ids], device=logits_NV.device)] = True
+    for row, request in enumerate(requests):
+        seen_NV[row, torch.tensor([*request.prompt, *request.token_ids], device=logits_NV.device)] = True
     return seen_NV

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .completion import Track, draw
+from .completion import Request, sample_next_tokens
 from .decoder import Decoder
 from .kv_cache import PromptStates, SlotCache
 from .sampling import SamplingParams
@@ -29,7 +29,7 @@ class _Computed:
     index: int
     length: int
     logits_V: Tensor
-    tracks: deque[Track]
+    requests: deque[Request]
 
 
 class ContinuousBatch:
@@ -37,7 +37,7 @@ class ContinuousBatch:
 
     Args:
         decoder: the model.
-        tracks: the samples to make, at least one, in any order.
+        requests: the samples to make, at least one, in any order.
         params: the sampling settings.
         stop_ids: tokens that end a sample.
         max_batch_tokens: maximum tokens of cache, and of a prefill; one row, and one prompt, always fit.
@@ -46,37 +46,37 @@ class ContinuousBatch:
     def __init__(
         self,
         decoder: Decoder,
-        tracks: Sequence[Track],
+        requests: Sequence[Request],
         params: SamplingParams,
         stop_ids: Sequence[int],
         max_batch_tokens: int,
     ) -> None:
-        by_prompt: dict[tuple[int, ...], deque[Track]] = {}
-        for track in tracks:
-            by_prompt.setdefault(track.prompt, deque()).append(track)
+        by_prompt: dict[tuple[int, ...], deque[Request]] = {}
+        for request in requests:
+            by_prompt.setdefault(request.prompt, deque()).append(request)
         # Longest first: neighbours in a prefill differ little in length, and later prompts fit left of written columns.
         self._waiting = deque(sorted(by_prompt.items(), key=lambda item: -len(item[0])))
         self._computed: deque[_Computed] = deque()
-        self._running: list[Track] = []
+        self._running: list[Request] = []
         self._cache: SlotCache | None = None
         self._decoder, self._params, self._stop_ids = decoder, params, stop_ids
         self._budget = max_batch_tokens
-        longest_row = max(len(track.prompt) + track.limit for track in tracks)
-        self._num_rows = min(len(tracks), max(1, max_batch_tokens // longest_row))
+        longest_row = max(len(request.prompt) + request.limit for request in requests)
+        self._num_rows = min(len(requests), max(1, max_batch_tokens // longest_row))
         # With refilled rows, columns keep advancing; spare ones make shifts back to the left rare.
-        self._num_columns = max(map(len, by_prompt)) + max(track.limit for track in tracks)
-        self._num_columns += longest_row if self._num_rows < len(tracks) else 0
+        self._num_columns = max(map(len, by_prompt)) + max(request.limit for request in requests)
+        self._num_columns += longest_row if self._num_rows < len(requests) else 0
 
     def run(self) -> None:
-        """Generates all samples; the results are in the tracks."""
+        """Generates all samples; the results are in the requests."""
         while self._waiting or self._computed or self._running:
             self._admit()
             if self._running and self._cache is not None:
                 self._step(self._cache)
 
     def _step(self, cache: SlotCache) -> None:
-        logits_NV = self._decoder.step([track.token_ids[-1] for track in self._running], cache)
-        draw(logits_NV, self._running, self._params, self._stop_ids)
+        logits_NV = self._decoder.step([request.token_ids[-1] for request in self._running], cache)
+        sample_next_tokens(logits_NV, self._running, self._params, self._stop_ids)
         for row in reversed(range(len(self._running))):
             if self._running[row].finish_reason is not None:
                 cache.release(row)
@@ -91,33 +91,35 @@ class ContinuousBatch:
         while free > 0 and (self._computed or self._waiting):
             if not self._computed:
                 self._prefill(free)
-            chosen: list[tuple[_Computed, list[Track]]] = []
+            chosen: list[tuple[_Computed, list[Request]]] = []
             while free > 0 and self._computed:
                 prompt = self._computed[0]
-                chosen.append((prompt, [prompt.tracks.popleft() for _ in range(min(free, len(prompt.tracks)))]))
+                chosen.append((prompt, [prompt.requests.popleft() for _ in range(min(free, len(prompt.requests)))]))
                 free -= len(chosen[-1][1])
-                if not prompt.tracks:
+                if not prompt.requests:
                     self._computed.popleft()
             self._begin(chosen)
             free = self._num_rows - len(self._running)
 
     def _prefill(self, free: int) -> None:
         """Computes the next prompts: as many as the free rows need, within the token budget."""
-        group: list[tuple[tuple[int, ...], deque[Track]]] = []
+        group: list[tuple[tuple[int, ...], deque[Request]]] = []
         width = len(self._waiting[0][0])
         while self._waiting and (not group or (free > 0 and (len(group) + 1) * width <= self._budget)):
             group.append(self._waiting.popleft())
             free -= len(group[-1][1])
         logits_PV, states = self._decoder.prefill([prompt for prompt, _ in group])
-        for index, (prompt, tracks) in enumerate(group):
-            self._computed.append(_Computed(states, index, len(prompt), logits_PV[index], tracks))
+        for index, (prompt, requests) in enumerate(group):
+            self._computed.append(_Computed(states, index, len(prompt), logits_PV[index], requests))
 
-    def _begin(self, chosen: Sequence[tuple[_Computed, list[Track]]]) -> None:
+    def _begin(self, chosen: Sequence[tuple[_Computed, list[Request]]]) -> None:
         """Draws first tokens from the logits after the prompts; samples that continue get a row each."""
-        logits_NV = torch.cat([prompt.logits_V.expand(len(tracks), -1) for prompt, tracks in chosen])
-        draw(logits_NV, [track for _, tracks in chosen for track in tracks], self._params, self._stop_ids)
-        for prompt, tracks in chosen:
-            going_on = [track for track in tracks if track.finish_reason is None]
+        logits_NV = torch.cat([prompt.logits_V.expand(len(requests), -1) for prompt, requests in chosen])
+        sample_next_tokens(
+            logits_NV, [request for _, requests in chosen for request in requests], self._params, self._stop_ids
+        )
+        for prompt, requests in chosen:
+            going_on = [request for request in requests if request.finish_reason is None]
             if not going_on:
                 continue
             if self._cache is None:

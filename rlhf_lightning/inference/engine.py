@@ -15,7 +15,7 @@ from ..data.text_tokens import prompt_tokens
 from ..distributed.unshard import gathered
 from ..models import base_model, num_positions
 from ..models.own_attention import EAGER, using_attention
-from .completion import Completion, Track
+from .completion import Completion, Request
 from .continuous_batching import ContinuousBatch
 from .cpu_linear import packed_linears
 from .decoder import Decoder
@@ -127,8 +127,8 @@ class LocalEngine:
         numbered = _seeds(seeds, len(token_prompts), num_samples, params)
         stop_ids = sorted(self._eos_token_ids() | set(params.stop_token_ids))
         stops = frozenset(stop_ids)
-        tracks = [
-            Track(
+        requests = [
+            Request(
                 prompt, (row, column), numbered[row][column], self._limit(prompt, params), params, stops, self.tokenizer
             )
             for row, prompt in enumerate(token_prompts)
@@ -137,14 +137,14 @@ class LocalEngine:
 
         # Gathering is a collective, so a rank without prompts has to enter it as well.
         with torch.no_grad(), evaluation_mode(self.model), gathered(self.model), exact_projection(self.model):
-            if tracks:
-                self._run(tracks, params, stop_ids)
+            if requests:
+                self._run(requests, params, stop_ids)
 
-        completions = [track.completion() for track in tracks]
+        completions = [request.completion() for request in requests]
         grouped = [completions[first : first + distinct] for first in range(0, len(completions), distinct)]
         return [group * (num_samples // distinct) for group in grouped]
 
-    def _run(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
+    def _run(self, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]) -> None:
         decoder, model = Decoder(self.model), base_model(self.model)
         if not decoder.looks_back():
             raise ValueError(
@@ -157,13 +157,13 @@ class LocalEngine:
                 "equal ones by where they lie in a batch; use another model"
             )
         if decoder.agrees():
-            self._run_together(decoder, tracks, params, stop_ids)
+            self._run_together(decoder, requests, params, stop_ids)
             return
 
         # The attention function alone may be the cause: try the model's eager one before the slow loop.
         with using_attention(model, EAGER):
             if decoder.agrees():
-                self._run_together(decoder, tracks, params, stop_ids)
+                self._run_together(decoder, requests, params, stop_ids)
                 return
             self._warn_once(
                 f"{type(model).__name__} does not compute rows of different length in one batch as it computes them"
@@ -177,15 +177,15 @@ class LocalEngine:
                 )
             if not use_cache:
                 self._warn_once(f"{type(model).__name__} does not compute the same with its cache: generating without")
-            generate_plain(model, tracks, params, stop_ids, self.max_batch_tokens, use_cache=use_cache)
+            generate_plain(model, requests, params, stop_ids, self.max_batch_tokens, use_cache=use_cache)
 
     def _run_together(
-        self, decoder: Decoder, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]
+        self, decoder: Decoder, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]
     ) -> None:
         """Generates all samples in one batch of rows of different length."""
-        worth_it = max(track.limit for track in tracks) >= _PACKING_STEPS
+        worth_it = max(request.limit for request in requests) >= _PACKING_STEPS
         with packed_linears(self.model) if worth_it else nullcontext():
-            ContinuousBatch(decoder, tracks, params, stop_ids, self.max_batch_tokens).run()
+            ContinuousBatch(decoder, requests, params, stop_ids, self.max_batch_tokens).run()
 
     def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Encodes a prompt, and checks that it is not empty and in the model's vocabulary."""

@@ -1,7 +1,7 @@
 """Generation for models that cannot batch rows of different lengths: one prompt length at a time, by transformers.
 
 Nothing is padded, and the cache is the model's own, so every model that transformers can generate with works; the
-samples are those of the fast path, as both draw with ``draw``.
+samples are those of the fast path, as both draw with ``sample_next_tokens``.
 
 Legend: N rows, T tokens so far, V vocabulary.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from .completion import Track, draw
+from .completion import Request, sample_next_tokens
 from .decoder import special_token
 from .sampling import SamplingParams
 
@@ -25,12 +25,12 @@ from .sampling import SamplingParams
 class _Chooser(LogitsProcessor):
     """Draws each row's token, and masks all others so that the loop takes it."""
 
-    def __init__(self, tracks: Sequence[Track], params: SamplingParams, stop_ids: Sequence[int]) -> None:
-        self.tracks, self.params, self.stop_ids = tracks, params, stop_ids
+    def __init__(self, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]) -> None:
+        self.requests, self.params, self.stop_ids = requests, params, stop_ids
 
     def __call__(self, input_ids_NT: Tensor, scores_NV: Tensor) -> Tensor:
-        rows = [row for row, track in enumerate(self.tracks) if track.finish_reason is None]
-        tokens = draw(scores_NV[rows], [self.tracks[row] for row in rows], self.params, self.stop_ids)
+        rows = [row for row, request in enumerate(self.requests) if request.finish_reason is None]
+        tokens = sample_next_tokens(scores_NV[rows], [self.requests[row] for row in rows], self.params, self.stop_ids)
         chosen_NV = torch.full_like(scores_NV, -math.inf)
         chosen_NV[:, 0] = 0.0  # token of finished rows, which is not read, until all rows have ended
         chosen_NV[rows, 0] = -math.inf
@@ -41,41 +41,41 @@ class _Chooser(LogitsProcessor):
 class _AllEnded(StoppingCriteria):
     """Ends the loop when all rows have ended."""
 
-    def __init__(self, tracks: Sequence[Track]) -> None:
-        self.tracks = tracks
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
 
     def __call__(self, input_ids_NT: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = all(track.finish_reason is not None for track in self.tracks)
+        ended = all(request.finish_reason is not None for request in self.requests)
         return torch.full((len(input_ids_NT),), ended, dtype=torch.bool, device=input_ids_NT.device)
 
 
 def generate_plain(
     model: PreTrainedModel,
-    tracks: Sequence[Track],
+    requests: Sequence[Request],
     params: SamplingParams,
     stop_ids: Sequence[int],
     max_batch_tokens: int,
     *,
     use_cache: bool = True,
 ) -> None:
-    """Generates all samples; the results are in the tracks.
+    """Generates all samples; the results are in the requests.
 
     Args:
         model: the bare transformers model.
-        tracks: the samples to make.
+        requests: the samples to make.
         params: the sampling settings.
         stop_ids: tokens that end a sample.
         max_batch_tokens: tokens of cache; one row always fits.
         use_cache: whether to use the model's cache; False if its results differ with the cache, see ``loops_exactly``.
     """
-    ordered = sorted(tracks, key=lambda track: (len(track.prompt), track.position))
+    ordered = sorted(requests, key=lambda request: (len(request.prompt), request.position))
     saved = model.generation_config
     # The model's own generation settings (penalties, lengths, caches) must not change the logits that are sampled from.
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False, num_beams=1)
     try:
-        for length, same in groupby(ordered, key=lambda track: len(track.prompt)):
+        for length, same in groupby(ordered, key=lambda request: len(request.prompt)):
             group = list(same)
-            longest = max(track.limit for track in group)
+            longest = max(request.limit for request in group)
             rows = max(1, max_batch_tokens // (length + longest))
             for first in range(0, len(group), rows):
                 _loop(model, group[first : first + rows], params, stop_ids, longest, use_cache)
@@ -85,21 +85,21 @@ def generate_plain(
 
 def _loop(
     model: PreTrainedModel,
-    tracks: Sequence[Track],
+    requests: Sequence[Request],
     params: SamplingParams,
     stop_ids: Sequence[int],
     limit: int,
     use_cache: bool,
 ) -> None:
-    input_ids_NT = torch.tensor([track.prompt for track in tracks], device=next(model.parameters()).device)
+    input_ids_NT = torch.tensor([request.prompt for request in requests], device=next(model.parameters()).device)
     generate: Any = model.generate
     generate(
         input_ids_NT,
         attention_mask=torch.ones_like(input_ids_NT),
         max_new_tokens=limit,
         use_cache=use_cache,
-        logits_processor=[_Chooser(tracks, params, stop_ids)],
-        stopping_criteria=[_AllEnded(tracks)],
+        logits_processor=[_Chooser(requests, params, stop_ids)],
+        stopping_criteria=[_AllEnded(requests)],
     )
 
 

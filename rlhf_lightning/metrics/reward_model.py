@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Metrics
 from .functional import attribute_correlation, expected_calibration_error
 
 
-def spread(rewards: Tensor) -> Scores:
+def spread(rewards: Tensor) -> Metrics:
     """Computes mean, standard deviation, minimum and maximum of rewards of any shape."""
     values = {f"rewards/{name}": getattr(rewards, name)() for name in ("mean", "min", "max")}
     return values | ({"rewards/std": rewards.std(correction=0)} if rewards.numel() > 1 else {})
 
 
-def pair_metrics(rewards_E2: Tensor, tie_E: Tensor, *, calibration: bool) -> Scores:
+def pair_metrics(rewards_E2: Tensor, tie_E: Tensor, *, calibration: bool) -> Metrics:
     """Computes means of chosen and rejected rewards and of their margin, and accuracy over pairs that are not ties.
 
     Args:
@@ -41,7 +41,7 @@ def pair_metrics(rewards_E2: Tensor, tie_E: Tensor, *, calibration: bool) -> Sco
     return values
 
 
-def rating_metrics(rewards_EK: Tensor, ratings_EK: Tensor, names: Sequence[str]) -> Scores:
+def rating_metrics(rewards_EK: Tensor, ratings_EK: Tensor, names: Sequence[str]) -> Metrics:
     """Computes mean squared error and correlation of every attribute, over the rows where it was rated.
 
     Args:

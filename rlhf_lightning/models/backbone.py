@@ -169,7 +169,7 @@ def num_positions(model: nn.Module) -> int | None:
     return None if positions is None else int(positions)
 
 
-def make_steady(model: nn.Module, *, longest: int | None = None, head: bool = True) -> None:
+def fix_rotary_frequencies(model: nn.Module, *, longest: int | None = None, head: bool = True) -> None:
     """Prepares a model for its first forward: fixes its rotary frequencies and checks its output projection.
 
     Args:

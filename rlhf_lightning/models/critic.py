@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..sequences import SequenceBatch, register_attention, register_flex_attention
 from . import base_model, hidden_states, load_causal_lm, resolve_layout
-from .backbone import make_steady
+from .backbone import fix_rotary_frequencies
 from .reward_head import (
     HeadKind,
     RewardHead,
@@ -140,7 +140,7 @@ def own_critic(
     _check_head(source, stored)
     name = register_attention() if attention == "sdpa" else register_flex_attention()
     model = load_causal_lm(source, dtype=dtype, attn_implementation=name, headless=True, **options)
-    make_steady(model, longest=longest, head=False)
+    fix_rotary_frequencies(model, longest=longest, head=False)
     freeze_output_projection(model)
 
     # A stored head decides on the shape; a sequence classifier's has no options and is linear.

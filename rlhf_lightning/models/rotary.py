@@ -36,7 +36,7 @@ def steady_rotary(base: nn.Module, longest: int | None = None) -> None:
     """
     if hasattr(base, _LIMIT):
         return
-    _settle_all(base, longest)
+    _fix_all(base, longest)
     limit = rotary_limit(base)
     if limit is not None and longest is not None and longest > limit:
         log.warning(
@@ -67,12 +67,12 @@ def long_rotary_parameters(base: nn.Module) -> dict[str, Any] | None:
 
 def take_long_rotary(base: nn.Module) -> None:
     """Gives all sequences the set for long ones, with which the adapter of this base was trained."""
-    _settle_all(base, sys.maxsize)
+    _fix_all(base, sys.maxsize)
     if rotary_limit(base) is not None:
         object.__setattr__(base, _LIMIT, None)
 
 
-def _settle_all(base: nn.Module, longest: int | None) -> None:
+def _fix_all(base: nn.Module, longest: int | None) -> None:
     """Fixes one set of frequencies in every layer that has two."""
     for rotary in base.modules():
         kind: Any = getattr(rotary, "rope_type", None)

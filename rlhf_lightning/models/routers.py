@@ -55,8 +55,8 @@ def find_routers(model: nn.Module) -> Routers | None:
     if not isinstance(num_experts, int) or not isinstance(top_k, int) or not 0 < top_k <= num_experts:
         return None
 
-    # Random logits, the same on every rank; all on the CPU, since the model may be on the meta device, or be built in the
-    # context of another one, where what transformers creates would go.
+    # Random logits, the same on every rank; all on the CPU, since the model may be on the meta device, or be built in
+    # the context of another one, where what transformers creates would go.
     routers = Routers(num_experts, top_k)
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (_TRIED_ROUTERS, _TRIED_TOKENS, routers.num_experts)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.reference_module import ReferencedModule
 from ..core.sequence_rows import check_pairs, num_scored, pair_rows
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Metrics, Rows
 from ..losses.preference import (
     COUPLED,
     NORMALIZERS,
@@ -100,27 +100,27 @@ class DPOModule(ReferencedModule):
         }
 
     @property
-    def coupled(self) -> bool:
+    def couples_rows(self) -> bool:
         """Whether any of the losses sorts or centres over the batch."""
         return bool(COUPLED & set(self.loss_types))
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts pairs, and tokens of the chosen completions."""
         check_pairs(examples)
         tokens = sum(num_scored(example)[0] for example in examples)
         return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
 
-    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
+    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Rows:
         """Computes log-probs of both completions under the reference."""
         logps = self._sequence_logps(batch, self.token_stats(batch, model).logprobs)
         return pair_rows("ref_{}_logps", logps)
 
-    def constants(self, batch: SequenceBatch) -> Scores:
+    def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes lengths, and log-probs under the reference."""
         lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
-        return self.reference_constants(batch) | pair_rows("{}_lengths", lengths)
+        return self.no_grad_reference_rows(batch) | pair_rows("{}_lengths", lengths)
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of both completions under the policy, and further values of some losses."""
         stats = self.token_stats(batch, power=self.use_weighting)
         rows = pair_rows("{}_logps", self._sequence_logps(batch, stats.logprobs))
@@ -145,7 +145,7 @@ class DPOModule(ReferencedModule):
         public = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
         return ld_alpha_logps(logprobs, batch.sequence_index, position, public_lengths_S=public, ld_alpha=self.ld_alpha)
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Computes the weighted sum of the losses, each divided by its own global total."""
         names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
         total = rows["chosen_logps"].new_zeros(())
@@ -160,10 +160,10 @@ class DPOModule(ReferencedModule):
             )
             if self.use_weighting and NORMALIZERS[loss_type] == "pairs":
                 values = values * rows["weights"].detach()
-            total = total + weight * values.sum() / totals[NORMALIZERS[loss_type]]
+            total = total + weight * values.sum() / normalizers[NORMALIZERS[loss_type]]
         return total
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes implicit rewards beta * log(policy / reference), their margin and accuracy, and log-probs."""
         chosen = self.beta * (rows["chosen_logps"] - rows["ref_chosen_logps"])
         rejected = self.beta * (rows["rejected_logps"] - rows["ref_rejected_logps"])
@@ -176,4 +176,4 @@ class DPOModule(ReferencedModule):
             "logps/rejected": rows["rejected_logps"],
         }
         means = {name: value.mean() for name, value in values.items()}
-        return means | {"mean_token_accuracy": rows["correct"].sum() / totals["chosen_tokens"]}
+        return means | {"mean_token_accuracy": rows["correct"].sum() / normalizers["chosen_tokens"]}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.micro_batching import ROW_KEY, row_keys
-from ..distributed.collectives import Scores, gather_scores, rows_before_this_rank, sum_over_ranks
+from ..distributed.collectives import Metrics, Rows, gather_rows, rows_before_this_rank, sum_over_ranks
 from ..inference import derive_seed
 from ..losses.kl import KLEstimator, kl_per_token
 from ..losses.off_policy import EngineCorrection, top_entropy_mask, top_entropy_threshold
@@ -23,7 +23,16 @@ from ..rl.grpo_options import Aggregation, GRPOOptions
 from ..rl.on_policy_module import OnPolicyModule
 from ..rl.reward_shaping import kl_penalised_scores
 from ..rl.rollout_metrics import sampling_metrics
-from ..rl.rollouts import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_extremes, tree_sums
+from ..rl.rollouts import (
+    Rollouts,
+    attach_token_fields,
+    build_trees,
+    flat_indices,
+    num_tokens,
+    token_field,
+    tree_extremes,
+    tree_sums,
+)
 from ..rl.step_rewards import process_advantages, steps_differ
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.validation import check_count
@@ -189,18 +198,18 @@ class GRPOModule(OnPolicyModule):
         """Chooses a replacement prompt as a function of the replaced row, independent of the number of ranks."""
         pool: Any = self.trainer.train_dataloader.examples  # type: ignore[union-attr]
         number = derive_seed(self.seed, self.iteration, row_id, again) % len(pool)
-        return self._checked(ExampleBatch([pool[number]]))[0]
+        return self.validate_batch(ExampleBatch([pool[number]]))[0]
 
-    # From rollouts to trees with their constants.
+    # From rollouts to training trees.
 
-    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
         """Builds one tree per prompt and attaches advantages, old and reference log-probs, and token weights."""
         options = self.options
         every_EG = torch.ones_like(rollouts.rewards_EGK[:, :, 0], dtype=torch.bool)
         kept_EG = rollouts.ended_EG().bool() if options.mask_truncated_completions else every_EG
-        trees = self._plant(rollouts, kept_EG)
-        places_S, index_N = flat_places(trees, self.device)
-        sequences = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
+        trees = self._build_trees(rollouts, kept_EG)
+        completion_index_S, index_N = flat_indices(trees, self.device)
+        sequences = {"sequence_index_N": index_N, "num_sequences": len(completion_index_S)}
         known = self._known(trees)
 
         # Advantages are per completion; steps add theirs per token.
@@ -208,18 +217,20 @@ class GRPOModule(OnPolicyModule):
         if options.kl_in_reward:
             scores_EG = self._penalised(rollouts, scores_EG, every_EG)
         advantages_EG = self._advantages(rollouts, scores_EG)
-        fixed = {"advantages": advantages_EG.flatten()[places_S][index_N]}
+        fixed = {"advantages": advantages_EG.flatten()[completion_index_S][index_N]}
         if self.has_process_reward:
-            steps_N = process_advantages(rollouts.steps, places_S, index_N, scale_rewards=options.scale_rewards)
+            steps_N = process_advantages(
+                rollouts.steps, completion_index_S, index_N, scale_rewards=options.scale_rewards
+            )
             fixed["advantages"] = fixed["advantages"] + self.rewards.weights[-1] * steps_N
         fixed |= {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
 
-        values: Scores = {}
+        values: Metrics = {}
         if options.dynamic_sampling:
             values["dynamic_sampling/replaced"] = torch.tensor(self._replaced)
         if options.importance_sampling_correction or options.off_policy_mask_threshold:
             samples = [sample for group in rollouts.completions for sample in group]
-            drawn = [logprob for place in places_S.tolist() for logprob in samples[place].logprobs]
+            drawn = [logprob for place in completion_index_S.tolist() for logprob in samples[place].logprobs]
             fixed["sampling_logprobs"] = torch.tensor(drawn, dtype=torch.float64, device=self.device)
 
         # Token weights are fixed before the first update: importance correction and top-entropy mask.
@@ -230,18 +241,18 @@ class GRPOModule(OnPolicyModule):
             assert weights_N is not None
             values |= sampling_metrics(old_N - drawn_N, weights_N)
         if options.top_entropy_quantile < 1:
-            everyone_N = gather_scores({"entropy": known["entropy"]}, self.device)["entropy"]
-            threshold = top_entropy_threshold(everyone_N, top_fraction=options.top_entropy_quantile)
+            global_rows_N = gather_rows({"entropy": known["entropy"]}, self.device)["entropy"]
+            threshold = top_entropy_threshold(global_rows_N, top_fraction=options.top_entropy_quantile)
             uncertain_N = top_entropy_mask(known["entropy"], threshold=threshold).double()
             weights_N = uncertain_N if weights_N is None else weights_N * uncertain_N
         if weights_N is not None:
             fixed["weights"] = weights_N
-        return attach(trees, fixed), values
+        return attach_token_fields(trees, fixed), values
 
-    def _plant(self, rollouts: Rollouts, kept_EG: Tensor) -> list[Example]:
-        return plant(rollouts, kept_EG, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
+    def _build_trees(self, rollouts: Rollouts, kept_EG: Tensor) -> list[Example]:
+        return build_trees(rollouts, kept_EG, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
 
-    def _known(self, trees: Sequence[Example], *, penalty: bool = False) -> Scores:
+    def _known(self, trees: Sequence[Example], *, penalty: bool = False) -> Rows:
         """Computes token log-probs and entropies of the sampling policy and the reference, as far as needed."""
         options = self.options
         moves = self.num_updates * self.num_mini_batches > 1
@@ -251,8 +262,8 @@ class GRPOModule(OnPolicyModule):
         }
         names = [name for name, needed in (policy | {"ref_logprobs": self.has_reference}).items() if needed]
 
-        def values_of(batch: SequenceBatch) -> Scores:
-            found: Scores = {}
+        def values_of(batch: SequenceBatch) -> Rows:
+            found: Rows = {}
             if any(policy.values()):
                 stats = self.token_stats(batch, temperature=self.temperature, entropy=policy["entropy"])
                 found = {"old_logprobs": stats.logprobs, "entropy": stats.entropy}
@@ -264,14 +275,14 @@ class GRPOModule(OnPolicyModule):
 
     def _penalised(self, rollouts: Rollouts, scores_EG: Tensor, every_EG: Tensor) -> Tensor:
         """Subtracts the divergence of every completion, also of those excluded from the loss, from its score."""
-        trees = self._plant(rollouts, every_EG)
-        places_S, index_N = flat_places(trees, self.device)
+        trees = self._build_trees(rollouts, every_EG)
+        completion_index_S, index_N = flat_indices(trees, self.device)
         known = self._known(trees, penalty=True)
         kl_N = kl_per_token(
             known["old_logprobs"], ref_logprobs_N=known["ref_logprobs"], estimator=self.options.kl_estimator
         )
         penalised = kl_penalised_scores(
-            scores_EG.flatten(), kl_N=kl_N, coef=self.options.beta, sequence_index_N=places_S[index_N]
+            scores_EG.flatten(), kl_N=kl_N, coef=self.options.beta, sequence_index_N=completion_index_S[index_N]
         )
         return penalised.view_as(scores_EG)
 
@@ -279,10 +290,10 @@ class GRPOModule(OnPolicyModule):
         """Computes ``(E, G)`` advantages from the rewards of the global batch, in canonical order."""
         keys = row_keys(rollouts.prompts, self.device)
         own = {ROW_KEY: keys, "rewards": rollouts.rewards_EGK, "scores": scores_EG}
-        everyone = gather_scores(own, self.device)
-        order = torch.argsort(everyone[ROW_KEY], stable=True)
-        groups = self._group_advantages(everyone["rewards"][order], everyone["scores"][order])
-        advantages = torch.empty_like(everyone["scores"])
+        global_rows = gather_rows(own, self.device)
+        order = torch.argsort(global_rows[ROW_KEY], stable=True)
+        groups = self._group_advantages(global_rows["rewards"][order], global_rows["scores"][order])
+        advantages = torch.empty_like(global_rows["scores"])
         advantages[order] = groups.advantages_S.view_as(advantages)
         place = rows_before_this_rank(len(keys))
         return advantages[place : place + len(keys)]
@@ -300,12 +311,12 @@ class GRPOModule(OnPolicyModule):
 
     # The update.
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts completions, including those excluded from the loss, and tokens in the loss."""
         completions = sum(example.fields["num_completions"] for example in examples)
         return {"completions": float(completions), "tokens": float(sum(map(num_tokens, examples)))}
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the loss per tree, with the loss type's token weights but not divided by a total yet."""
         stats = self.token_stats(batch, temperature=self.temperature, entropy=True)
         names = ("advantages", "old_logprobs", "ref_logprobs", "sampling_logprobs", "weights")
@@ -317,7 +328,7 @@ class GRPOModule(OnPolicyModule):
             num_sequences=batch.num_sequences,
         )
 
-        # With totals of `unit` the aggregation weights are relative: `loss` divides by the global total.
+        # With normalizers of `unit` the aggregation weights are relative: `loss` divides by the global one.
         lengths_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
         unit = batch.num_sequences
         weights_S = unit * aggregation_weights(
@@ -346,16 +357,16 @@ class GRPOModule(OnPolicyModule):
             rows["kl"] = batch.sum_per_example(losses.kl_N.detach())
         return rows
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Divides the policy loss by the loss type's total, and the entropy bonus by the tokens."""
-        total = rows["policy"].sum() / max(totals[self.options.normalizer], 1.0)
+        total = rows["policy"].sum() / max(normalizers[self.options.normalizer], 1.0)
         if self.options.entropy_coef:
-            total = total + rows["entropy_loss"].sum() / max(totals["tokens"], 1.0)
+            total = total + rows["entropy_loss"].sum() / max(normalizers["tokens"], 1.0)
         return total
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes entropy and divergence per token, and clipped fractions, over all updates of an iteration."""
-        tokens = max(totals["tokens"], 1.0)
+        tokens = max(normalizers["tokens"], 1.0)
         units = rows["clip_units"].sum().clamp(min=1)
         low, high = rows["clip_low"].sum() / units, rows["clip_high"].sum() / units
         values = {

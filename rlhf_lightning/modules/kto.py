@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.reference_module import ReferencedModule
 from ..core.sequence_rows import num_scored
-from ..distributed.collectives import Scores, gather_objects, sum_over_ranks
+from ..distributed.collectives import Metrics, Rows, gather_objects, sum_over_ranks
 from ..losses.kto import COUPLED, KTOLossType, kto_kl, kto_loss, validate_kto_loss
 from ..models import evaluating, num_positions
 from ..sequences import (
@@ -30,7 +30,7 @@ from ..sequences import (
 )
 from ..utils.validation import check_fraction
 
-_BORROWED = "_borrowed"  # the field of an example whose partner comes from an earlier batch
+_FALLBACK = "_borrowed"  # the field of an example whose partner comes from an earlier batch
 
 
 class KTOModule(ReferencedModule):
@@ -98,33 +98,33 @@ class KTOModule(ReferencedModule):
         # The running estimate before division by its weight, which corrects the initial bias.
         self._kl_sum = 0.0
         self._kl_weight = 0.0
-        self._lender: tuple[str, list[int], list[int]] | None = None  # row id, prompt, completion
-        self._own: list[Example] = []
+        self._fallback_partner: tuple[str, list[int], list[int]] | None = None  # row id, prompt, completion
+        self._own_examples: list[Example] = []
 
     @property
-    def shares_constants(self) -> bool:
+    def uses_batch_statistics(self) -> bool:
         """Whether rows share the estimate of the KL divergence."""
         return self.loss_type in COUPLED
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts examples, and those with a partner of their own batch."""
-        partners = sum(_has_partner(e) and _BORROWED not in e.fields for e in examples)
+        partners = sum(_has_partner(e) and _FALLBACK not in e.fields for e in examples)
         return {"examples": float(len(examples)), "partners": float(partners)}
 
-    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Scores:
+    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Rows:
         """Computes log-probs of completions and partners under the reference."""
         logps_S = batch.sum_per_sequence(self.token_stats(batch, model).logprobs)
         first_E, paired_E = _first_sequences(batch)
         rows = {"ref_logps": logps_S[first_E]}
-        if self.shares_constants:
+        if self.uses_batch_statistics:
             rows["ref_kl_logps"] = torch.where(paired_E, logps_S[first_E + paired_E.long()], 0.0)
         return rows
 
-    def constants(self, batch: SequenceBatch) -> Scores:
+    def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes labels, log-probs under the reference, and log-probs of the partners under the policy."""
         labels = [bool(example.fields["label"]) for example in batch.examples]
-        rows = {"label": torch.tensor(labels, device=self.device)} | self.reference_constants(batch)
-        if not self.shares_constants:
+        rows = {"label": torch.tensor(labels, device=self.device)} | self.no_grad_reference_rows(batch)
+        if not self.uses_batch_statistics:
             return rows
         _, paired_E = _first_sequences(batch)
         kl_logps = torch.zeros_like(rows["ref_kl_logps"])
@@ -135,15 +135,15 @@ class KTOModule(ReferencedModule):
                 kl_logps[paired_E] = packed.sum_per_sequence(self.token_stats(packed).logprobs).to(kl_logps.dtype)
         return rows | {"kl_logps": kl_logps, "has_partner": paired_E}
 
-    def statistics(self, constants: Scores, totals: dict[str, float]) -> dict[str, float]:
+    def batch_statistics(self, no_grad_rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
         """Computes the estimate of the KL divergence, its number of partners, and the newest estimate."""
-        paired = constants["has_partner"]
+        paired = no_grad_rows["has_partner"]
         count = float(paired.sum())
         if count == 0:
             return {"kl": max(0.0, self._running_kl()), "kl_samples": 0.0}
-        policy, reference = (constants[name][paired].double() for name in ("kl_logps", "ref_kl_logps"))
+        policy, reference = (no_grad_rows[name][paired].double() for name in ("kl_logps", "ref_kl_logps"))
         newest = float((policy - reference).mean())
-        if totals["partners"] > 0:
+        if normalizers["partners"] > 0:
             return {"kl": float(kto_kl(policy, reference)), "kl_samples": count, "kl_newest": newest}
         return {"kl": max(0.0, self._running_kl(newest)), "kl_samples": count, "kl_newest": newest}
 
@@ -154,95 +154,96 @@ class KTOModule(ReferencedModule):
             total, weight = self.kl_ema_decay * total + newest, self.kl_ema_decay * weight + 1
         return total / weight if weight else 0.0
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of the completions under the policy."""
-        own = self._pack([_only(example, 0) for example in batch.examples]) if self.shares_constants else batch
+        own = self._pack([_only(example, 0) for example in batch.examples]) if self.uses_batch_statistics else batch
         return {"logps": own.sum_per_sequence(self.token_stats(own).logprobs)}
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Averages the loss over the examples of the global batch."""
         losses = kto_loss(
             rows["logps"],
             rows["ref_logps"],
             label_B=rows["label"],
-            kl=totals.get("kl"),
+            kl=normalizers.get("kl"),
             beta=self.beta,
             desirable_weight=self._weights[True],
             undesirable_weight=self._weights[False],
             loss_type=self.loss_type,
         )
-        return losses.sum() / totals["examples"]
+        return losses.sum() / normalizers["examples"]
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes implicit rewards and log-probs of the completions of each label, and the KL estimate."""
         label, rewards = rows["label"], self.beta * (rows["logps"] - rows["ref_logps"])
-        right = (rewards > self.beta * totals.get("kl", 0.0)) == label
+        right = (rewards > self.beta * normalizers.get("kl", 0.0)) == label
         values = {"rewards/accuracies": right.double().mean(), "desirable": label.double().mean()}
         for name, mask in (("chosen", label), ("rejected", ~label)):
             if mask.any():
                 values |= {f"rewards/{name}": rewards[mask].mean(), f"logps/{name}": rows["logps"][mask].mean()}
         if label.any() and not label.all():
             values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
-        if "kl" in totals:
-            values |= {name: torch.tensor(totals[name], dtype=torch.float64) for name in ("kl", "kl_samples")}
+        if "kl" in normalizers:
+            values |= {name: torch.tensor(normalizers[name], dtype=torch.float64) for name in ("kl", "kl_samples")}
         return values
 
     # Batches without partners.
 
-    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Metrics | None:
         """Makes one step; rows of a batch without partners borrow one."""
-        if isinstance(batch, ExampleBatch) and self.shares_constants:
-            self._own = batch.examples
-            batch = self._lend(batch)
+        if isinstance(batch, ExampleBatch) and self.uses_batch_statistics:
+            self._own_examples = batch.examples
+            batch = self._add_fallback_partner(batch)
         return super().training_step(batch, batch_idx)
 
-    def _lend(self, batch: ExampleBatch) -> ExampleBatch:
+    def _add_fallback_partner(self, batch: ExampleBatch) -> ExampleBatch:
         """Gives rows a partner from an earlier batch, if no row of any rank has one."""
         paired = {"partners": float(sum(map(_has_partner, batch.examples)))}
-        if sum_over_ranks(paired, self.device)["partners"] or self._lender is None:
+        if sum_over_ranks(paired, self.device)["partners"] or self._fallback_partner is None:
             return batch
-        row_id, prompt, completion = self._lender
+        row_id, prompt, completion = self._fallback_partner
         positions = num_positions(self.model)
-        lent = []
+        extended = []
         for example in batch.examples:
             tokens, _ = split_answer(example)
             fits = positions is None or len(tokens) + len(completion) <= positions
             if fits and not _has_partner(example) and tokens.tolist() != prompt:
                 partner = Segment(np.asarray(completion), np.ones(len(completion), np.float32))
                 root = with_answer(example.root, tokens, partner)
-                example = Example(example.row_id, root, {**example.fields, "partner": row_id, _BORROWED: True})
-            lent.append(example)
-        return ExampleBatch(lent, on_consumed=batch.mark_consumed)
+                example = Example(example.row_id, root, {**example.fields, "partner": row_id, _FALLBACK: True})
+            extended.append(example)
+        return ExampleBatch(extended, on_consumed=batch.mark_consumed)
 
-    def remember(self, rows: Scores, totals: dict[str, float]) -> None:
+    def after_step(self, rows: Rows, normalizers: dict[str, float]) -> None:
         """Updates the running estimate, and chooses the completion that the next batch without partners may borrow."""
-        if not self.shares_constants:
+        if not self.uses_batch_statistics:
             return
-        if totals["kl_samples"]:
-            self._kl_sum = self.kl_ema_decay * self._kl_sum + totals["kl_newest"]
+        if normalizers["kl_samples"]:
+            self._kl_sum = self.kl_ema_decay * self._kl_sum + normalizers["kl_newest"]
             self._kl_weight = self.kl_ema_decay * self._kl_weight + 1
-        if totals["partners"]:
+        if normalizers["partners"]:
             return
-        offers = [offer for part in gather_objects([_offer(e) for e in self._own]) for offer in part]
-        self._lender = min(offers, key=lambda offer: blake2b(offer[0].encode(), digest_size=8).digest())
+        offers = [offer for part in gather_objects([_as_partner(e) for e in self._own_examples]) for offer in part]
+        self._fallback_partner = min(offers, key=lambda offer: blake2b(offer[0].encode(), digest_size=8).digest())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the running estimate and the completion that may be borrowed."""
         super().on_save_checkpoint(checkpoint)
-        lender = None if self._lender is None else list(self._lender)
-        checkpoint["kto"] = {"kl_sum": self._kl_sum, "kl_weight": self._kl_weight, "lender": lender}
+        partner = None if self._fallback_partner is None else list(self._fallback_partner)
+        checkpoint["kto"] = {"kl_sum": self._kl_sum, "kl_weight": self._kl_weight, "fallback_partner": partner}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the running estimate and the completion that may be borrowed."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint.get("kto", {"kl_sum": 0.0, "kl_weight": 0.0, "lender": None})
+        state = checkpoint.get("kto", {"kl_sum": 0.0, "kl_weight": 0.0, "fallback_partner": None})
         self._kl_sum, self._kl_weight = state["kl_sum"], state["kl_weight"]
-        self._lender = None if state["lender"] is None else tuple(state["lender"])
+        self._fallback_partner = None if state["fallback_partner"] is None else tuple(state["fallback_partner"])
 
     # Checks of rows.
 
-    def _checked(self, batch: ExampleBatch) -> list[Example]:
-        examples = super()._checked(batch)
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks the rows of a batch, also against the method's own requirements."""
+        examples = super().validate_batch(batch)
         for example in examples:
             label, scored = example.fields.get("label"), num_scored(example)
             if not isinstance(label, bool):
@@ -255,7 +256,7 @@ class KTOModule(ReferencedModule):
                     f"row {example.row_id} has {len(scored)} sequences with {scored} scored tokens; it needs a "
                     "completion and at most one partner, with at least one each: use UnpairedDataModule"
                 )
-        return examples if self.shares_constants else [_only(example, 0) for example in examples]
+        return examples if self.uses_batch_statistics else [_only(example, 0) for example in examples]
 
     def on_train_start(self) -> None:
         """Refuses training data with a single label, if all rows are in memory."""
@@ -296,7 +297,7 @@ def _first_sequences(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
     return counts_E.cumsum(0) - counts_E, counts_E > 1
 
 
-def _offer(example: Example) -> tuple[str, list[int], list[int]]:
+def _as_partner(example: Example) -> tuple[str, list[int], list[int]]:
     """Returns row id, prompt and completion of an example, for another prompt to borrow."""
     prompt, completion = split_answer(example)
     return example.row_id, prompt.tolist(), completion.tokens.tolist()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.router_loss import RouterLoss
 from ..core.trainer_checks import longest_sequence, trainer_dtype
-from ..distributed.collectives import Scores, sum_over_ranks, sum_vector_over_ranks
+from ..distributed.collectives import Metrics, Rows, sum_over_ranks, sum_vector_over_ranks
 from ..losses.kl import kl_per_token
 from ..losses.off_policy import entropy_bonus_loss
 from ..losses.policy_gradient import clip_statistics, importance_ratio, policy_gradient_loss
@@ -25,7 +25,7 @@ from ..rl.advantages import gae, moment_sums, whiten
 from ..rl.on_policy_module import OnPolicyModule
 from ..rl.ppo_options import PPOOptions
 from ..rl.reward_shaping import KLController, missing_eos_penalty, token_rewards
-from ..rl.rollouts import Rollouts, attach, flat_places, num_tokens, plant, token_field, tree_sums
+from ..rl.rollouts import Rollouts, attach_token_fields, build_trees, flat_indices, num_tokens, token_field, tree_sums
 from ..rl.step_rewards import at_tokens
 from ..sequences import Example, SequenceBatch
 
@@ -184,20 +184,22 @@ class PPOModule(OnPolicyModule):
             {"params": [p for p in parameters if id(p) in own], "lr_ratio": self.options.value_lr_ratio},
         ]
 
-    # From rollouts to trees with their constants.
+    # From rollouts to training trees.
 
-    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
         """Builds one tree per prompt and attaches advantages, returns, old log-probs and old values."""
         options = self.options
         scores_EG = self.outcome_scores(rollouts.rewards_EGK)
-        trees = plant(rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-        places_S, index_N = flat_places(trees, self.device)
-        sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(places_S)}
+        trees = build_trees(
+            rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix
+        )
+        completion_index_S, index_N = flat_indices(trees, self.device)
+        sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(completion_index_S)}
         names = ["old_logprobs", "old_values", *(["ref_logprobs"] if self.has_reference else [])]
         known = {name: value.double() for name, value in self.per_token(trees, names, self._known).items()}
 
         # Token rewards: the score at the end, the KL penalty everywhere, step rewards where steps end.
-        scores_S, ended_S = scores_EG.flatten()[places_S], rollouts.ended_EG().flatten()[places_S]
+        scores_S, ended_S = scores_EG.flatten()[completion_index_S], rollouts.ended_EG().flatten()[completion_index_S]
         if options.missing_eos_penalty is not None:
             scores_S = missing_eos_penalty(scores_S, has_eos_S=ended_S, penalty=options.missing_eos_penalty)
         kl_N = None
@@ -207,8 +209,8 @@ class PPOModule(OnPolicyModule):
             )
         rewards_N = token_rewards(scores_S, sequence_index_N=index_N, kl_N=kl_N, kl_coef=self.controller.coef)
         if self.has_process_reward:
-            lengths_S = torch.bincount(index_N, minlength=len(places_S))
-            steps_N = float(self.rewards.weights[-1]) * at_tokens(rollouts.steps, places_S, lengths_S)
+            lengths_S = torch.bincount(index_N, minlength=len(completion_index_S))
+            steps_N = float(self.rewards.weights[-1]) * at_tokens(rollouts.steps, completion_index_S, lengths_S)
             rewards_N, scores_S = rewards_N + steps_N, scores_S.index_add(0, index_N, steps_N)
         if options.whiten_rewards:
             rewards_N = whiten(rewards_N, sums=sum_vector_over_ranks(moment_sums(rewards_N)), shift_mean=False)
@@ -224,9 +226,9 @@ class PPOModule(OnPolicyModule):
         sums = sum_vector_over_ranks(explained_variance_sums(known["old_values"], returns_N=returns_N))
         values["explained_variance"] = explained_variance(sums)
         fixed = {"advantages": advantages_N, "returns": returns_N} | {n: known[n] for n in names[:2]}
-        return attach(trees, fixed), {name: value for name, value in values.items() if value.isfinite()}
+        return attach_token_fields(trees, fixed), {name: value for name, value in values.items() if value.isfinite()}
 
-    def _known(self, batch: SequenceBatch) -> Scores:
+    def _known(self, batch: SequenceBatch) -> Rows:
         assert self.critic is not None
         with evaluating(self.critic):
             stats, values_N = self._policy_and_values(batch)
@@ -234,8 +236,8 @@ class PPOModule(OnPolicyModule):
         return found | {"ref_logprobs": self.ref_logprobs(batch)} if self.has_reference else found
 
     def _objective(
-        self, scores_S: Tensor, ended_S: Tensor, known: Scores, kl_N: Tensor | None, sequences: dict[str, Any]
-    ) -> Scores:
+        self, scores_S: Tensor, ended_S: Tensor, known: Rows, kl_N: Tensor | None, sequences: dict[str, Any]
+    ) -> Metrics:
         """Computes mean scores, entropy and KL penalty per completion, and adapts the weight of the divergence."""
         own = {
             "samples": float(len(scores_S)),
@@ -254,7 +256,7 @@ class PPOModule(OnPolicyModule):
         values = {
             "objective/scores": sums["scores"] / count,
             "objective/entropy": sums["entropy"] / count,
-            "val/num_eos_tokens": sums["num_eos"],
+            "completions/num_eos": sums["num_eos"],
         }
         if kl_N is not None:
             penalty = -coef * sums["kl"] / count
@@ -283,11 +285,11 @@ class PPOModule(OnPolicyModule):
         )
         return stats, self.critic.values(hidden_ND.detach() if self.warming else hidden_ND)
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts tokens."""
         return {"tokens": float(sum(map(num_tokens, examples)))}
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the losses per tree, and sums for metrics."""
         options = self.options
         stats, values_N = self._policy_and_values(batch, entropy=True)
@@ -326,17 +328,17 @@ class PPOModule(OnPolicyModule):
             "value_clipped": batch.sum_per_example(value_clipped_N),
         }
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Adds the mean losses over the tokens of a mini-batch; during warm-up only the critic's."""
         value = self.options.vf_coef * rows["value"].sum()
         if not self.warming:
             value = value + rows["policy"].sum() + rows["entropy_loss"].sum()
-        return value / max(totals["tokens"], 1.0)
+        return value / max(normalizers["tokens"], 1.0)
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes losses, entropy, approximate KL, clipped fractions and ratio over all updates of an iteration."""
         names = [name for name, value in rows.items() if value.is_floating_point()]
-        means = {name: rows[name].sum() / max(totals["tokens"], 1.0) for name in names}
+        means = {name: rows[name].sum() / max(normalizers["tokens"], 1.0) for name in names}
         return {
             "loss/policy_avg": means["policy"],
             "loss/value_avg": means["value"],
@@ -345,8 +347,8 @@ class PPOModule(OnPolicyModule):
             "policy/clipfrac_avg": means["clip_low"] + means["clip_high"],
             "clip_ratio/low_mean": means["clip_low"],
             "clip_ratio/high_mean": means["clip_high"],
-            "val/clipfrac_avg": means["value_clipped"],
-            "val/ratio": means["ratio"],
+            "value/clip_frac": means["value_clipped"],
+            "policy/ratio": means["ratio"],
         }
 
     # Checkpoints.

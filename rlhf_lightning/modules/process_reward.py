@@ -17,7 +17,7 @@ from ..core.scoring import TemplateSettings, Text, per_sequence, score_texts, te
 from ..core.sequence_rows import num_scored, scored_lengths, scored_positions
 from ..data.formats import Row
 from ..data.tokenization import RowTokenizer
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Metrics, Rows
 from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_scores, step_bce_loss
 from ..metrics.functional import first_error_f1, first_errors
 from ..models import HiddenStates, OutputHead, hidden_states, output_head
@@ -163,14 +163,14 @@ class ProcessRewardModule(HeadedModule):
 
     # Learning.
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts steps, trained steps, examples, and tokens of completions."""
         steps = float(sum(len(example.fields["labels"]) for example in examples))
         tokens = sum(len(segment.tokens) for example in examples for segment in example.root.children)
         learned = float(len(examples)) if self.train_on_last_step_only else steps
         return {"steps": steps, "learned": learned, "examples": float(len(examples)), "tokens": float(tokens)}
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes per example the sums of losses and of correct predictions, and the first errors."""
         hidden = hidden_states(self.model, batch, self.layout)
         flat_N, depth_N = scored_positions(batch)
@@ -198,7 +198,7 @@ class ProcessRewardModule(HeadedModule):
     def _first_errors(self, scores_N: Tensor, batch: SequenceBatch) -> Tensor:
         return first_errors(scores_N, batch.sequence_index, batch.num_sequences, self.threshold)
 
-    def _boundary_rows(self, hidden: HiddenStates, batch: SequenceBatch) -> Scores:
+    def _boundary_rows(self, hidden: HiddenStates, batch: SequenceBatch) -> Rows:
         """Computes losses and accuracy of the predicted ends of steps, per example."""
         logits_T, sequence_T, depth_T = self._boundary_logits(hidden, batch)
         ends = set(zip(batch.sequence_index.tolist(), (batch.source_depth + 1).tolist(), strict=True))
@@ -217,33 +217,34 @@ class ProcessRewardModule(HeadedModule):
         flat_T, sequence_T, depth_T = _completion_positions(batch)
         return self._read(hidden.read(flat_T, sequence_T, depth_T), "boundary"), sequence_T, depth_T
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Adds the mean over steps and the weighted means over solutions and tokens."""
-        total = rows["loss"].sum() / totals["learned"]
+        total = rows["loss"].sum() / normalizers["learned"]
         if self.outcome_head:
-            total = total + self.outcome_weight * rows["outcome_loss"].sum() / totals["examples"]
+            total = total + self.outcome_weight * rows["outcome_loss"].sum() / normalizers["examples"]
         if self.boundaries == "learned":
-            total = total + self.boundary_weight * rows["boundary_loss"].sum() / totals["tokens"]
+            total = total + self.boundary_weight * rows["boundary_loss"].sum() / normalizers["tokens"]
         return total
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes step accuracy, and accuracies and F1 of the first error where they are defined."""
         found = first_error_f1(rows["predicted_first_error"], rows["first_error"])
         values = {
-            "step_accuracy": rows["correct"].sum() / totals["steps"],
+            "step_accuracy": rows["correct"].sum() / normalizers["steps"],
             "first_error_f1": found.f1,
             "accuracy_with_error": found.with_error,
             "accuracy_without_error": found.without_error,
         }
         values = {name: value for name, value in values.items() if not value.isnan()}
         if self.outcome_head:
-            values["outcome_accuracy"] = rows["outcome_correct"].sum() / totals["examples"]
+            values["outcome_accuracy"] = rows["outcome_correct"].sum() / normalizers["examples"]
         if self.boundaries == "learned":
-            values["boundary_accuracy"] = rows["boundary_correct"].sum() / totals["tokens"]
+            values["boundary_accuracy"] = rows["boundary_correct"].sum() / normalizers["tokens"]
         return values
 
-    def _checked(self, batch: ExampleBatch) -> list[Example]:
-        examples = super()._checked(batch)
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks the rows of a batch, also against the method's own requirements."""
+        examples = super().validate_batch(batch)
         for example in examples:
             labels, steps = example.fields.get("labels"), num_scored(example)
             if not isinstance(labels, Sequence) or len(steps) != 1 or len(labels) != steps[0] or not labels:

@@ -26,7 +26,7 @@ from ..core.reward_options import (
 )
 from ..core.scoring import TemplateSettings, Text, answer_trees, per_sequence, score_texts
 from ..core.sequence_rows import check_pairs, num_scored, scored_positions
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Metrics, Rows
 from ..losses.reward import bradley_terry_loss, centering_penalty, magnitude_penalty, rao_kupper_loss, rating_loss
 from ..metrics.reward_model import pair_metrics, rating_metrics, spread
 from ..models import hidden_states
@@ -176,11 +176,11 @@ class RewardModule(EnsembleModule):
     # Learning.
 
     @property
-    def coupled(self) -> bool:
+    def couples_rows(self) -> bool:
         """Whether a pair's weight depends on the number of pairs of its prompt in the global batch."""
         return self.average_over == "prompts"
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts pairs, or ratings that are not missing."""
         if self.loss_type == "bradley_terry":
             return {"pairs": float(len(examples))}
@@ -188,9 +188,9 @@ class RewardModule(EnsembleModule):
             "ratings": float(sum(not math.isnan(value) for e in examples for value in ratings_of(e, self.attributes)))
         }
 
-    def constants(self, batch: SequenceBatch) -> Scores:
+    def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Collects margins and ties, or ratings, and each member's weights of rows."""
-        rows: Scores = {}
+        rows: Rows = {}
         if self.loss_type == "bradley_terry":
             margins = [self._margin(example) for example in batch.examples]
             rows["margin"] = torch.tensor(margins, dtype=torch.float64, device=self.device)
@@ -209,16 +209,16 @@ class RewardModule(EnsembleModule):
         own = example.fields.get("margin") if self.use_margins else None
         return self.margin if own is None else float(own)
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes rewards: ``(E, sequences of a row, M, K)``."""
         return {"rewards": self.rewards(batch).unflatten(0, (batch.num_examples, -1))}
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Averages over pairs or ratings and over members."""
         if self.loss_type == "bradley_terry":
-            losses, count = self._pair_losses(rows), totals["pairs"]
+            losses, count = self._pair_losses(rows), normalizers["pairs"]
         else:
-            losses, count = self._rating_losses(rows), totals["ratings"]
+            losses, count = self._rating_losses(rows), normalizers["ratings"]
             if count == 0:
                 raise ValueError(
                     f"no row of this batch has a rating of {self.attributes}: name their columns with attributes="
@@ -230,12 +230,12 @@ class RewardModule(EnsembleModule):
             losses, count = losses / sizes[place][:, None], float(len(prompts))
         return losses.sum() / (count * self.num_models)
 
-    def remember(self, rows: Scores, totals: dict[str, float]) -> None:
+    def after_step(self, rows: Rows, normalizers: dict[str, float]) -> None:
         """Updates the running means of an ensemble that learns from pairs."""
         if self.num_models > 1 and self.loss_type == "bradley_terry":
             self.remember_means(rows["rewards"])
 
-    def _pair_losses(self, rows: Scores) -> Tensor:
+    def _pair_losses(self, rows: Rows) -> Tensor:
         """Computes the losses of pairs: ``(E, M)``."""
         chosen, rejected = self.combined(rows["rewards"]).unbind(dim=1)
         if self.tie_threshold is not None:
@@ -249,14 +249,14 @@ class RewardModule(EnsembleModule):
             losses = losses + self.l2_coefficient * magnitude_penalty(chosen, rejected)
         return losses
 
-    def _rating_losses(self, rows: Scores) -> Tensor:
+    def _rating_losses(self, rows: Rows) -> Tensor:
         """Computes the losses of ratings, summed over the attributes: ``(E, M)``."""
         rewards = rows["rewards"].squeeze(1)
         ratings = rows["ratings"].to(rewards.dtype)[:, None].expand_as(rewards)
         kind: Any = self.loss_type
         return rating_loss(rewards, ratings, loss_type=kind, huber_delta=self.huber_delta).sum(dim=-1)
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes metrics of mean rewards: accuracy and margin of pairs, or correlation with ratings."""
         combined = self.combined(self.centred(rows["rewards"]))  # (E, sequences, M)
         rewards = combined.mean(dim=-1)
@@ -274,8 +274,9 @@ class RewardModule(EnsembleModule):
         if examples is not None and self.loss_type != "bradley_terry":
             check_rated(examples, self.attributes)
 
-    def _checked(self, batch: ExampleBatch) -> list[Example]:
-        examples = super()._checked(batch)
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks the rows of a batch, also against the method's own requirements."""
+        examples = super().validate_batch(batch)
         if self.loss_type == "bradley_terry":
             check_pairs(examples)
             for example in examples:
@@ -294,7 +295,7 @@ class RewardModule(EnsembleModule):
         number = isinstance(margin, int | float) and math.isfinite(margin)
         if margin is not None and not number:
             raise ValueError(
-                f"row {example.row_id} has the margin {margin!r}; it must be a finite number: mend the column, or set "
+                f"row {example.row_id} has the margin {margin!r}; it must be a finite number: fix the column, or set "
                 "use_margins=False"
             )
         if example.fields.get("tie") and self.tie_threshold is None:
@@ -384,7 +385,7 @@ class RewardModule(EnsembleModule):
             merge_adapter: merge the adapter into the weights and write the whole model.
         """
         self.configure_model()
-        if merge_adapter and self.takes_turns:
+        if merge_adapter and self.trains_members_in_turn:
             check_merge(self)
         complete = merge_adapter or not hasattr(self.model, "peft_config")
         if complete and self.head_kind == "linear" and self.num_models == 1 and self.pooling == "last":

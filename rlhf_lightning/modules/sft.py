@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..core.module import PostTrainingModule
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Metrics, Rows
 from ..losses.sft import SFTLossType, sft_loss, validate_sft_loss
 from ..sequences import Example, ExampleBatch, SequenceBatch
 
@@ -45,12 +45,12 @@ class SFTModule(PostTrainingModule):
         self.loss_type: SFTLossType = loss_type
         self.label_smoothing = label_smoothing
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts the weighted tokens of all sequences."""
         weights = (weights for example in examples for weights in example.weights_per_sequence())
         return {"tokens": sum(float(part.sum()) for part in weights)}
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes per example the weighted sums of losses, log-probs and correctly predicted tokens."""
         stats = self.token_stats(batch, mean=self.label_smoothing > 0)
         losses = sft_loss(
@@ -66,19 +66,20 @@ class SFTModule(PostTrainingModule):
             "correct": batch.sum_per_example(stats.correct * weights),
         }
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Divides the sum over tokens by the global batch's tokens."""
-        return rows["loss"].sum() / max(totals["tokens"], 1e-12)  # a batch without a scored token has loss 0
+        return rows["loss"].sum() / max(normalizers["tokens"], 1e-12)  # a batch without a scored token has loss 0
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes token accuracy, and the negative log-likelihood unless it is the loss."""
-        values = {"mean_token_accuracy": rows["correct"].sum() / max(totals["tokens"], 1e-12)}
+        values = {"mean_token_accuracy": rows["correct"].sum() / max(normalizers["tokens"], 1e-12)}
         if self.loss_type != "nll" or self.label_smoothing > 0:
-            values["nll"] = -rows["logps"].sum() / max(totals["tokens"], 1e-12)
+            values["nll"] = -rows["logps"].sum() / max(normalizers["tokens"], 1e-12)
         return values
 
-    def _checked(self, batch: ExampleBatch) -> list[Example]:
-        examples = super()._checked(batch)
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks the rows of a batch, also against the method's own requirements."""
+        examples = super().validate_batch(batch)
         for example in examples:
             if all(segment.weights is None for path in example.root.paths() for segment in path):
                 raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.module import PostTrainingModule
 from ..core.sequence_rows import check_pairs, num_scored, pair_rows, scored_lengths
-from ..distributed.collectives import Scores
+from ..distributed.collectives import Metrics, Rows
 from ..losses.simpo import NLL_WEIGHTS, SimPOLossType, alphapo_reward, simpo_loss, validate_simpo_loss
 from ..sequences import Example, ExampleBatch, SequenceBatch
 
@@ -72,16 +72,16 @@ class SimPOModule(PostTrainingModule):
             "label_smoothing": label_smoothing,
         }
 
-    def totals(self, examples: Sequence[Example]) -> dict[str, float]:
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts pairs, and tokens of the chosen completions."""
         tokens = sum(num_scored(example)[0] for example in examples)
         return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
 
-    def constants(self, batch: SequenceBatch) -> Scores:
+    def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the lengths of both completions."""
         return pair_rows("{}_lengths", scored_lengths(batch))
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of both completions under the policy."""
         stats = self.token_stats(batch)
         rows = pair_rows("{}_logps", batch.sum_per_sequence(stats.logprobs))
@@ -89,7 +89,7 @@ class SimPOModule(PostTrainingModule):
         rows["correct"] = pair_rows("{}", correct)["chosen"]
         return rows
 
-    def loss(self, rows: Scores, totals: dict[str, float]) -> Tensor:
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Adds the preference loss per pair and the weighted negative log-likelihood per token."""
         preference, nll = simpo_loss(
             rows["chosen_logps"],
@@ -98,10 +98,10 @@ class SimPOModule(PostTrainingModule):
             rejected_lengths=rows["rejected_lengths"],
             **self._loss_options,
         )
-        total = preference.sum() / totals["pairs"]
-        return total + self.nll_weight * nll.sum() / totals["chosen_tokens"] if self.nll_weight else total
+        total = preference.sum() / normalizers["pairs"]
+        return total + self.nll_weight * nll.sum() / normalizers["chosen_tokens"] if self.nll_weight else total
 
-    def metrics(self, rows: Scores, totals: dict[str, float]) -> Scores:
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes implicit rewards (beta times the values that the loss compares), margin, accuracy and log-probs."""
         chosen, rejected = (self._rewards(rows, name) for name in ("chosen", "rejected"))
         values = {
@@ -114,17 +114,18 @@ class SimPOModule(PostTrainingModule):
         }
         means = {name: value.mean() for name, value in values.items()}
         if self.nll_weight:
-            means["nll"] = -rows["chosen_logps"].sum() / totals["chosen_tokens"]
-        return means | {"mean_token_accuracy": rows["correct"].sum() / totals["chosen_tokens"]}
+            means["nll"] = -rows["chosen_logps"].sum() / normalizers["chosen_tokens"]
+        return means | {"mean_token_accuracy": rows["correct"].sum() / normalizers["chosen_tokens"]}
 
-    def _rewards(self, rows: Scores, name: str) -> Tensor:
+    def _rewards(self, rows: Rows, name: str) -> Tensor:
         logps = rows[f"{name}_logps"]
         if self.loss_type in ("cpo", "cpo_hinge"):
             return self.beta * logps
         mean_logps = logps / rows[f"{name}_lengths"]
         return self.beta * (alphapo_reward(mean_logps, self.alpha) if self.loss_type == "alphapo" else mean_logps)
 
-    def _checked(self, batch: ExampleBatch) -> list[Example]:
-        examples = super()._checked(batch)
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks the rows of a batch, also against the method's own requirements."""
+        examples = super().validate_batch(batch)
         check_pairs(examples)
         return examples

@@ -177,7 +177,7 @@ def load_exported(module: PostTrainingModule, folder: Path) -> None:
         stored = load_causal_lm(folder, dtype=module.model.dtype, trainable=False, headless=not module.predicts_tokens)
         module.model.load_state_dict(stored.state_dict())
     if isinstance(module, HeadedModule):
-        module.load_beside(str(folder))
+        module.load_head_files(str(folder))
 
 
 def finish_wandb() -> None:

@@ -149,7 +149,7 @@ class ConstitutionReward:
         failed: dict[int, Exception] = {}
         for number, (prompt, completion) in enumerate(samples):
             try:
-                kept[number] = self._checked(prompt, completion)
+                kept[number] = self.validate_batch(prompt, completion)
             except Exception as error:  # of a user's predicate: only this sample is lost
                 failed[number] = error
         asked = [(n, principle) for n in range(len(samples)) if n not in failed for principle in self._judged]
@@ -162,7 +162,7 @@ class ConstitutionReward:
                 kept[number].append((principle, verdict))
         return [failed[number] if number in failed else _share(kept[number]) for number in range(len(samples))]
 
-    def _checked(self, prompt: Any, completion: str) -> list[tuple[Principle, float]]:
+    def validate_batch(self, prompt: Any, completion: str) -> list[tuple[Principle, float]]:
         """The verdicts of the applicable principles that need no judge."""
         found = []
         for principle, check in self._checks:

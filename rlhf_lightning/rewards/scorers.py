@@ -146,7 +146,7 @@ def row_templates(
 def frozen(module: Any, dtype: torch.dtype) -> Any:
     """Freezes a module and converts its weights to ``dtype``."""
     module.requires_grad_(False).to(dtype)
-    module.settle()
+    module.place_on_device()
     return module
 
 
@@ -155,7 +155,7 @@ def move(module: HeadedModule, device: torch.device) -> None:
     if module.device != device:
         with torch.inference_mode(False):  # validation may run in inference mode
             module.to(device)
-            module.settle()
+            module.place_on_device()
 
 
 def exactly(device: torch.device) -> AbstractContextManager[Any]:

@@ -133,28 +133,28 @@ class GRPOOptions:
         )
 
     def token_losses(
-        self, logprobs_N: Tensor, entropy_N: Tensor, constants: dict[str, Tensor | None], **sequences: Any
+        self, logprobs_N: Tensor, entropy_N: Tensor, fixed: dict[str, Tensor | None], **sequences: Any
     ) -> TokenLosses:
         """Computes the loss of every token.
 
         Args:
             logprobs_N: log-probs under the policy, with gradient.
             entropy_N: entropy of the policy, with gradient where ``entropy_coef`` is not 0.
-            constants: ``advantages``, and where they are needed ``old_logprobs``, ``ref_logprobs``,
+            fixed: ``advantages``, and where they are needed ``old_logprobs``, ``ref_logprobs``,
                 ``sampling_logprobs``, ``weights``; (N,) each.
             sequences: ``sequence_index_N`` and ``num_sequences``.
         """
-        old_N, advantages_N = constants.get("old_logprobs"), constants["advantages"]
+        old_N, advantages_N = fixed.get("old_logprobs"), fixed["advantages"]
         assert advantages_N is not None
         loss_N = self._policy_loss(logprobs_N, old_N, advantages_N, **sequences)
-        weights_N = constants.get("weights")
+        weights_N = fixed.get("weights")
         if weights_N is not None:
             loss_N = loss_N * weights_N
-        stays_N = self._stays(logprobs_N, constants.get("sampling_logprobs"), advantages_N, **sequences)
+        stays_N = self._stays(logprobs_N, fixed.get("sampling_logprobs"), advantages_N, **sequences)
         if stays_N is not None:
             loss_N = loss_N * stays_N
         ratio_N = importance_ratio(logprobs_N, old_logprobs_N=old_N, level=self.level, **sequences)
-        ref_N, kl_N = constants.get("ref_logprobs"), None
+        ref_N, kl_N = fixed.get("ref_logprobs"), None
         if ref_N is not None:
             kl_N = kl_per_token(logprobs_N, ref_logprobs_N=ref_N, estimator=self.kl_estimator)
             if self.beta and not self.kl_in_reward:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.micro_batching import ROW_KEY, in_canonical_order, row_keys
 from ..core.module import PostTrainingModule
 from ..core.reference_module import ReferencedModule
-from ..distributed.collectives import Scores, concatenate, gather_objects, gather_scores, sum_over_ranks
+from ..distributed.collectives import Metrics, Rows, concatenate, gather_objects, gather_rows, sum_over_ranks
 from ..inference import Completion, LocalEngine, SamplingParams, derive_seed
 from ..models import evaluating, num_positions
 from ..rewards import RewardScores
@@ -147,11 +147,11 @@ class OnPolicyModule(ReferencedModule):
         """Whether the loss or the rewards compare with a reference policy."""
         return False
 
-    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Scores]:
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
         """Turns rollouts into training examples; every rank calls it.
 
         Returns:
-            Trees with their constants attached (see ``rollouts``), and logged values of the iteration.
+            Trees with their token fields attached (see ``rollouts``), and logged values of the iteration.
         """
         raise TypeError(f"{type(self).__name__} must define prepare(rollouts)")
 
@@ -182,40 +182,40 @@ class OnPolicyModule(ReferencedModule):
 
     # One iteration.
 
-    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Scores | None:
+    def training_step(self, batch: ExampleBatch, batch_idx: int) -> Metrics | None:
         """Runs an iteration: generates, scores, and makes all its updates; returns its logged values."""
-        rollouts = self.rollout(self._checked(batch))
-        everyone = in_canonical_order(gather_scores(self._rollout_rows(rollouts), self.device))
+        rollouts = self.rollout(self.validate_batch(batch))
+        global_rows = in_canonical_order(gather_rows(self._rollout_rows(rollouts), self.device))
         failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()}, self.device)
-        self.failing.look(self.rewards.names, everyone["rewards"], failures, rollouts.errors)
+        self.failing.update(self.rewards.names, global_rows["rewards"], failures, rollouts.errors)
         with self.phase("score"):
             trees, values = self.prepare(rollouts)
         lost = {f"rewards/{name}/failures": torch.tensor(count) for name, count in failures.items()}
-        values = self._rollout_metrics(everyone) | lost | values
+        values = self._rollout_metrics(global_rows) | lost | values
         values |= self.update(trees)
         self.last_rollouts = rollouts
         self.iteration += 1
         return self._finish_batch(batch, values)
 
-    def update(self, trees: Sequence[Example]) -> Scores:
+    def update(self, trees: Sequence[Example]) -> Rows:
         """Makes the optimizer steps of an iteration, and returns loss and metrics over all of them."""
-        rows, totals, progress = [], dict.fromkeys(self.totals([]), 0.0), []
+        rows, normalizers, progress = [], dict.fromkeys(self.normalizers([]), 0.0), []
         for part in self._parts(trees):
             part_rows, part_totals, part_progress = self.optimize(part)
             if part_rows:
                 rows.append(part_rows)
-            totals = {name: count + part_totals[name] for name, count in totals.items()}
+            normalizers = {name: count + part_totals[name] for name, count in normalizers.items()}
             progress.append(part_progress)
         if not rows:
             return {}
         means = {name: torch.stack([part[name] for part in progress]).mean() for name in progress[0]}
-        return self._summary(concatenate(rows), totals) | means | {"learning_rate": progress[0]["learning_rate"]}
+        return self._summary(concatenate(rows), normalizers) | means | {"learning_rate": progress[0]["learning_rate"]}
 
     def _parts(self, trees: Sequence[Example]) -> Iterator[list[Example]]:
         """Yields this rank's trees of each optimizer step; the split of prompts does not depend on the ranks."""
-        everyone = {row for rows in gather_objects([tree.fields["prompt_id"] for tree in trees]) for row in rows}
+        global_ids = {row for rows in gather_objects([tree.fields["prompt_id"] for tree in trees]) for row in rows}
         for number in range(self.num_updates):
-            order = sorted(everyone, key=partial(derive_seed, self.seed, self.iteration, number))
+            order = sorted(global_ids, key=partial(derive_seed, self.seed, self.iteration, number))
             for part in range(self.num_mini_batches):
                 bounds = [len(order) * edge // self.num_mini_batches for edge in (part, part + 1)]
                 chosen = set(order[slice(*bounds)])
@@ -289,8 +289,8 @@ class OnPolicyModule(ReferencedModule):
 
     @torch.no_grad()
     def per_token(
-        self, trees: Sequence[Example], names: Sequence[str], values_of: Callable[[SequenceBatch], Scores]
-    ) -> Scores:
+        self, trees: Sequence[Example], names: Sequence[str], values_of: Callable[[SequenceBatch], Rows]
+    ) -> Rows:
         """Computes values of all tokens of trees without gradient, in micro-batches and evaluation mode.
 
         Args:
@@ -319,7 +319,7 @@ class OnPolicyModule(ReferencedModule):
 
     # Metrics of rollouts.
 
-    def _rollout_rows(self, rollouts: Rollouts) -> Scores:
+    def _rollout_rows(self, rollouts: Rollouts) -> Rows:
         return {
             ROW_KEY: row_keys(rollouts.prompts, self.device),
             "rewards": rollouts.rewards_EGK,
@@ -327,7 +327,7 @@ class OnPolicyModule(ReferencedModule):
             "ended": rollouts.ended_EG(),
         }
 
-    def _rollout_metrics(self, rows: Scores) -> Scores:
+    def _rollout_metrics(self, rows: Rows) -> Metrics:
         scores_EG = self.combined(rows["rewards"])
         return rollout_metrics(
             rows["rewards"], scores_EG, names=self.rewards.names, lengths_EG=rows["lengths"], ended_EG=rows["ended"]
@@ -357,19 +357,19 @@ class OnPolicyModule(ReferencedModule):
     # Validation and prediction: completions of the policy and their rewards.
 
     def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
-        rollouts = self.rollout(self._checked(batch), stage="val")
+        rollouts = self.rollout(self.validate_batch(batch), stage="val")
         if rollouts.prompts:
             self._rows.setdefault(loader, []).append(self._rollout_rows(rollouts))
         self.last_rollouts = rollouts
         batch.mark_consumed()
 
-    def _collected(self, kept: list[Scores], counts: dict[str, float]) -> Scores:
-        rows = gather_scores(concatenate(kept), self.device)
+    def _collected(self, kept: list[Rows], counts: dict[str, float]) -> Metrics:
+        rows = gather_rows(concatenate(kept), self.device)
         return self._rollout_metrics(in_canonical_order(rows)) if rows else {}
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Completes prompts and returns one dictionary per row of this rank, with ``completions`` and ``rewards``."""
-        rollouts = self.rollout(self._checked(batch), stage="predict")
+        rollouts = self.rollout(self.validate_batch(batch), stage="predict")
         scores = self.combined(rollouts.rewards_EGK).tolist()
         return [
             {"row_id": prompt.row_id, "completions": [sample.text for sample in group], "rewards": scores[n]}
@@ -381,17 +381,18 @@ class OnPolicyModule(ReferencedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the number of the next iteration, and the failure counts of the rewards."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] = {"iteration": self.iteration, "failing": dict(self.failing.in_a_row)}
+        checkpoint["on_policy"] = {"iteration": self.iteration, "failing": dict(self.failing.consecutive)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the iteration and the failure counts."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("on_policy", {})
         self.iteration = state.get("iteration", 0)
-        self.failing.in_a_row = dict(state.get("failing", {}))
+        self.failing.consecutive = dict(state.get("failing", {}))
 
-    def _checked(self, batch: ExampleBatch) -> list[Example]:
-        examples = super()._checked(batch)
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks that rows are prompts without completions, with positions left for one."""
+        examples = super().validate_batch(batch)
         positions = num_positions(self.model)
         for example in examples:
             if example.root.children:

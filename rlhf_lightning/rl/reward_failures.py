@@ -13,20 +13,20 @@ from torch import Tensor
 from ..distributed.collectives import gather_objects
 from ..utils.messages import one_line
 
-MOST_IN_A_ROW: Final = 3  # tolerates one transient failure and one restart of a server
+MAX_CONSECUTIVE_FAILURES: Final = 3  # tolerates one transient failure and one restart of a server
 
 
 class FailureWatch:
-    """Ends a run if a reward function fails on every sample of ``MOST_IN_A_ROW`` consecutive iterations.
+    """Ends a run if a reward function fails on every sample of ``MAX_CONSECUTIVE_FAILURES`` consecutive iterations.
 
     A function that fails on some samples loses only these. One that fails on all of them would silently change the
     objective, or leave none, until the last step. A function that returns ``None`` abstains and does not fail.
     """
 
     def __init__(self) -> None:
-        self.in_a_row: dict[str, int] = {}
+        self.consecutive: dict[str, int] = {}
 
-    def look(
+    def update(
         self, names: Sequence[str], rewards_EGK: Tensor, failures: Mapping[str, float], errors: Mapping[str, str]
     ) -> None:
         """Counts the failures of an iteration; every rank calls it with the same values, so that all raise together.
@@ -46,13 +46,13 @@ class FailureWatch:
         lost_K = rewards_EGK.isnan().flatten(0, 1).all(dim=0).tolist()
         for name, lost in zip(names, lost_K, strict=True):
             failed = lost and failures[name] >= num_samples
-            self.in_a_row[name] = self.in_a_row.get(name, 0) + 1 if failed else 0
-        worn_out = [name for name in names if self.in_a_row[name] >= MOST_IN_A_ROW]
-        if not worn_out:
+            self.consecutive[name] = self.consecutive.get(name, 0) + 1 if failed else 0
+        failing = [name for name in names if self.consecutive[name] >= MAX_CONSECUTIVE_FAILURES]
+        if not failing:
             return
-        name = worn_out[0]
+        name = failing[0]
         said = [found[name] for found in gather_objects(dict(errors)) if name in found]
         raise ValueError(
-            f"reward {name!r} failed on every sample of {self.in_a_row[name]} iterations in a row, at last with "
-            f"{one_line(said[0], 300)}: mend it or take it out of rewards, and go on from the last checkpoint"
+            f"reward {name!r} failed on every sample of {self.consecutive[name]} iterations in a row, at last with "
+            f"{one_line(said[0], 300)}: fix or remove it, then resume from the last checkpoint"
         )

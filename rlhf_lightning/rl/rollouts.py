@@ -66,7 +66,7 @@ class Rollouts:
         return torch.tensor(values, dtype=torch.float64, device=self.rewards_EGK.device).reshape(shape)
 
 
-def plant(rollouts: Rollouts, kept_EG: Tensor, *, budget: int, share_prefix: bool = True) -> list[Example]:
+def build_trees(rollouts: Rollouts, kept_EG: Tensor, *, budget: int, share_prefix: bool = True) -> list[Example]:
     """Builds one tree per prompt from the kept completions, or several if they exceed the token budget.
 
     A tree has the fields ``prompt_id``, the id of its row; ``places``, the numbers ``prompt * G + completion`` of its
@@ -113,7 +113,7 @@ def num_tokens(tree: Example) -> int:
     return sum(len(child.tokens) for child in tree.root.children)
 
 
-def flat_places(trees: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+def flat_indices(trees: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
     """Maps the completions and tokens of trees back to their rollouts.
 
     Returns:
@@ -122,11 +122,11 @@ def flat_places(trees: Sequence[Example], device: torch.device) -> tuple[Tensor,
     places = [place for tree in trees for place in tree.fields["places"]]
     lengths = [len(child.tokens) for tree in trees for child in tree.root.children]
     lengths_S = torch.tensor(lengths, dtype=torch.long, device=device)
-    places_S = torch.tensor(places, dtype=torch.long, device=device)
-    return places_S, torch.arange(len(lengths), device=device).repeat_interleave(lengths_S)
+    completion_index_S = torch.tensor(places, dtype=torch.long, device=device)
+    return completion_index_S, torch.arange(len(lengths), device=device).repeat_interleave(lengths_S)
 
 
-def attach(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Example]:
+def attach_token_fields(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Example]:
     """Splits ``(N,)`` tensors by tree and stores the parts as arrays in the trees' fields."""
     sizes = [num_tokens(tree) for tree in trees]
     parts = {name: value.detach().cpu().split(sizes) for name, value in values.items()}
@@ -137,7 +137,7 @@ def attach(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Examp
 
 
 def token_field(batch: SequenceBatch, name: str, like_N: Tensor) -> Tensor | None:
-    """Reads a field that ``attach`` stored from a batch of trees: ``(N,)``, or ``None`` if it is missing."""
+    """Reads a field of ``attach_token_fields`` from a batch of trees: ``(N,)``, or ``None`` if it is missing."""
     arrays = [example.fields[name] for example in batch.examples if name in example.fields]
     if len(arrays) < batch.num_examples:
         return None

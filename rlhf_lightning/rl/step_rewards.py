@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..distributed.collectives import gather_scores
+from ..distributed.collectives import gather_rows
 from ..inference import Completion
 from ..inference.completion import decode
 from .advantages import ScaleRewards, gae, group_advantages
@@ -56,12 +56,12 @@ def _token_at(completion: Completion, end: int, tokenizer: PreTrainedTokenizerBa
     return min(max(bisect_left(range(len(tokens)), True, key=is_there), 1), len(tokens)) - 1
 
 
-def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], places_S: Tensor, lengths_S: Tensor) -> Tensor:
+def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], completion_index_S: Tensor, lengths_S: Tensor) -> Tensor:
     """Scatters step rewards to their tokens, with 0 elsewhere: ``(N,)`` in fp64.
 
     Args:
         steps: step rewards of every completion of the rollouts, E lists of G.
-        places_S: places of the trained completions.
+        completion_index_S: places of the trained completions.
         lengths_S: their numbers of tokens.
 
     Example:
@@ -72,11 +72,11 @@ def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], places_S: Tensor, length
     flat = [sample for group in steps for sample in group]
     values = torch.zeros(int(lengths_S.sum()), dtype=torch.float64)
     start = 0
-    for place, length in zip(places_S.tolist(), lengths_S.tolist(), strict=True):
+    for place, length in zip(completion_index_S.tolist(), lengths_S.tolist(), strict=True):
         for token, value in flat[place]:
             values[start + token] += value
         start += length
-    return values.to(places_S.device)
+    return values.to(completion_index_S.device)
 
 
 def steps_differ(steps: Sequence[Sequence[StepsAtTokens]], device: torch.device) -> Tensor:
@@ -87,7 +87,7 @@ def steps_differ(steps: Sequence[Sequence[StepsAtTokens]], device: torch.device)
 
 def process_advantages(
     steps: Sequence[Sequence[StepsAtTokens]],
-    places_S: Tensor,
+    completion_index_S: Tensor,
     index_N: Tensor,
     *,
     scale_rewards: ScaleRewards = "group",
@@ -100,7 +100,7 @@ def process_advantages(
 
     Args:
         steps: step rewards of every completion of the rollouts, E lists of G.
-        places_S: places of the trained completions.
+        completion_index_S: places of the trained completions.
         index_N: sequence of each token.
         scale_rewards: divide by the deviation of the ``group``'s steps, of all steps of the global ``batch``, or not
             at all (``none``); every rank must call this.
@@ -111,7 +111,7 @@ def process_advantages(
         >>> process_advantages(steps, torch.tensor([0, 1]), torch.tensor([0, 0, 1]), scale_rewards="none").tolist()
         [-1.0, -1.0, 1.0]
     """
-    device = places_S.device
+    device = completion_index_S.device
     values = [value for group in steps for sample in group for _, value in sample]
     groups = [number for number, group in enumerate(steps) for sample in group for _ in sample]
     rewards_M = torch.tensor(values, dtype=torch.float64, device=device)
@@ -121,19 +121,19 @@ def process_advantages(
         rewards_M, group_index_S=index_M, num_groups=len(steps), scale_rewards=scale, eps=eps
     ).advantages_S
     if scale_rewards == "batch":
-        everyone_M = gather_scores({"rewards": rewards_M}, device)["rewards"]
+        everyone_M = gather_rows({"rewards": rewards_M}, device)["rewards"]
         normalised_M = normalised_M / (everyone_M.std() + eps if len(everyone_M) > 1 else 1.0)
 
     # A sum over all later steps is GAE with gamma = lambda = 1 and values of 0.
     rest = iter(normalised_M.tolist())
     normalised = [[[(token, next(rest)) for token, _ in sample] for sample in group] for group in steps]
-    lengths_S = torch.bincount(index_N, minlength=len(places_S))
-    rewards_N = at_tokens(normalised, places_S, lengths_S)
+    lengths_S = torch.bincount(index_N, minlength=len(completion_index_S))
+    rewards_N = at_tokens(normalised, completion_index_S, lengths_S)
     return gae(
         rewards_N,
         values_N=torch.zeros_like(rewards_N),
         sequence_index_N=index_N,
-        num_sequences=len(places_S),
+        num_sequences=len(completion_index_S),
         gamma=1.0,
         gae_lambda=1.0,
     ).advantages_N

@@ -344,7 +344,7 @@ def test_an_interval_of_its_own(folder: str, every: int) -> None:
 
 def test_an_exception_ends_it(folder: str) -> None:
     class Broken(SFTModule):
-        def loss(self, rows: Any, totals: Any) -> torch.Tensor:
+        def loss(self, rows: Any, normalizers: Any) -> torch.Tensor:
             raise RuntimeError("broken")
 
     module = Broken(folder)

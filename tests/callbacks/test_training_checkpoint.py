@@ -26,7 +26,7 @@ class SeveralSteps(SFTModule):
 
     def training_step(self, batch, batch_idx):
         for _ in range(self.steps_per_batch - 1):
-            self.optimize(self._checked(batch))
+            self.optimize(self.validate_batch(batch))
         super().training_step(batch, batch_idx)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_lightning import DPOModule, SFTModule
-from rlhf_lightning.distributed.collectives import Scores
+from rlhf_lightning.distributed.collectives import Rows
 from rlhf_lightning.sequences import ExampleBatch, SequenceBatch
 from tests.helpers import leave_together
 from tests.invariance.harness import Batches, trainer
@@ -24,9 +24,9 @@ STILL = partial(torch.optim.SGD, lr=0.0)
 class Losses(SFTModule):
     """Keeps the losses of its own rows."""
 
-    def scores(self, batch: SequenceBatch) -> Scores:
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
         """See SFTModule."""
-        rows = super().scores(batch)
+        rows = super().grad_rows(batch)
         self.__dict__.setdefault("seen", []).append(rows["loss"].detach().tolist())
         return rows
 

@@ -137,8 +137,8 @@ def own_disks(rank: int, model: Path, folder: Path, strategy: str) -> int:
 class NotFinite(SFTModule):
     """A module whose gradient is NaN."""
 
-    def loss(self, rows: Any, totals: Any) -> Any:
-        return super().loss(rows, totals) * float("nan")
+    def loss(self, rows: Any, normalizers: Any) -> Any:
+        return super().loss(rows, normalizers) * float("nan")
 
 
 def not_finite(rank: int, model: Path, folder: Path, strategy: str) -> None:

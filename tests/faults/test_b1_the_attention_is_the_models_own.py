@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.inference.engine import LocalEngine
 from rlhf_lightning.inference.sampling import SamplingParams
 from rlhf_lightning.models import resolve_layout, token_stats
-from rlhf_lightning.models.backbone import make_steady
+from rlhf_lightning.models.backbone import fix_rotary_frequencies
 from rlhf_lightning.models.own_attention import set_attention
 from rlhf_lightning.sequences import Example, Segment, SequenceBatch, pack, register_attention
 
@@ -91,7 +91,7 @@ def trained(kind: str, layout: Any) -> str:
     set_attention(mine, register_attention())  # as loading does
     batch = forest()
     try:
-        make_steady(mine)
+        fix_rotary_frequencies(mine)
         place = resolve_layout(mine, layout)
     except ValueError as error:
         return refused(error)

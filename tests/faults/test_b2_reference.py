@@ -56,13 +56,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def reference_logps(module: ReferencedModule, rows: list[Example]) -> Tensor:
     with torch.no_grad():
-        found = module.reference_constants(pack(rows))
+        found = module.no_grad_reference_rows(pack(rows))
     return torch.cat([found["ref_chosen_logps"], found["ref_rejected_logps"]])
 
 
 def policy_logps(module: DPOModule, rows: list[Example]) -> Tensor:
     with torch.no_grad():
-        found = module.scores(pack(rows))
+        found = module.grad_rows(pack(rows))
     return torch.cat([found["chosen_logps"], found["rejected_logps"]])
 
 

@@ -114,9 +114,9 @@ def test_on_policy_methods_begin_at_ratio_1(folders: dict[str, str], budget: int
     assert found["train/kl"] == pytest.approx(0, abs=1e-9)
     for value_model in (None, folders["gpt2"]):
         found = first_step(FixedPPO(folders["gpt2"], value_model=value_model, **common), prompts(3))
-        assert found["train/val/ratio"] == pytest.approx(1, abs=1e-6)
+        assert found["train/policy/ratio"] == pytest.approx(1, abs=1e-6)
         assert found["train/policy/approxkl_avg"] == pytest.approx(0, abs=1e-9)
-        assert found["train/val/clipfrac_avg"] == found["train/policy/clipfrac_avg"] == 0
+        assert found["train/value/clip_frac"] == found["train/policy/clipfrac_avg"] == 0
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -142,7 +142,7 @@ def test_what_switches_modes_does_not_bring_dropout_back(folders: dict[str, str]
     module.configure_model()
     for switch in (module.train, module.unfreeze, lambda: module.eval().train()):
         switch()
-        once, again = (module.scores(batch)["chosen_logps"].detach() for _ in range(2))
+        once, again = (module.grad_rows(batch)["chosen_logps"].detach() for _ in range(2))
         assert module.training
         assert torch.equal(once, again)
     module.model.train()  # by hand, on the model itself: undone before the next step
@@ -157,7 +157,7 @@ def test_checkpointed_layers_recompute_their_own_mode(folders: dict[str, str]) -
         module.configure_model()
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
-            loss = module.scores(pack(pairs(3)))["chosen_logps"].sum()
+            loss = module.grad_rows(pack(pairs(3)))["chosen_logps"].sum()
         loss.backward()
         found.append((sum(saved), module.model.model.decoder.layers[0].fc1.weight.grad))
     (kept, plain), (kept_less, recomputed) = found
@@ -181,7 +181,7 @@ def rates(module: nn.Module) -> set[float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "dropout", dropout)
         patch.setattr(nn.functional, "scaled_dot_product_attention", attention)
-        module.scores(pack(demonstrations(3)))
+        module.grad_rows(pack(demonstrations(3)))
     return seen
 
 
@@ -217,7 +217,7 @@ def test_policy_methods_drop_where_they_are_asked_to(tmp_path: Path) -> None:
     found = first_step(module, pairs(4))
     assert abs(found["train/loss"] - math.log(2)) > 1e-4
     batch = pack(pairs(4))
-    reference = [module.reference_constants(batch)["ref_chosen_logps"] for _ in range(2)]
+    reference = [module.no_grad_reference_rows(batch)["ref_chosen_logps"] for _ in range(2)]
     assert torch.equal(*reference)  # whatever the policy does
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.models import base_model, load_causal_lm, num_positions, save_pretrained
-from rlhf_lightning.models.backbone import make_steady
+from rlhf_lightning.models.backbone import fix_rotary_frequencies
 from rlhf_lightning.models.critic import own_critic
 
 from ..helpers import MAX_POSITIONS, char_tokenizer, save_tiny_model
@@ -41,7 +41,7 @@ def save_base(place: Path) -> str:
 def test_whoever_loads_an_export_computes_with_the_trained_frequencies(tmp_path: Path) -> None:
     folder, export = save_base(tmp_path / "model"), str(tmp_path / "export")
     trained = load_causal_lm(folder, dtype=torch.float32)
-    make_steady(trained, longest=ORIGINAL + 1)
+    fix_rotary_frequencies(trained, longest=ORIGINAL + 1)
     trained.save_pretrained(export)
     loaders: dict[str, Callable[[], Any]] = {
         "here": lambda: load_causal_lm(export, dtype=torch.float32, trainable=False),
@@ -58,7 +58,7 @@ def test_whoever_loads_an_export_computes_with_the_trained_frequencies(tmp_path:
 
 def _settled(folder: str, longest: int | None = None) -> Any:
     model = load_causal_lm(folder, dtype=torch.float32)
-    make_steady(model, longest=longest)
+    fix_rotary_frequencies(model, longest=longest)
     return model
 
 
@@ -71,7 +71,7 @@ def own(caplog: pytest.LogCaptureFixture) -> list[str]:
 def train_adapter(folder: str, longest: int) -> Any:
     """An adapter, its weights moved, for sequences of so many tokens."""
     model = load_causal_lm(folder, dtype=torch.float32, lora={"r": 2})
-    make_steady(model, longest=longest)
+    fix_rotary_frequencies(model, longest=longest)
     shake(model)
     return model.eval()
 
@@ -137,7 +137,7 @@ def test_adapters_of_short_sequences_and_of_other_models_need_nothing(
 def test_an_adapter_on_an_export_that_was_trained_long_needs_nothing(tmp_path: Path) -> None:
     """The export's own config says with which frequencies."""
     first = load_causal_lm(save_base(tmp_path / "phi3"), dtype=torch.float32)
-    make_steady(first, longest=ORIGINAL + 1)
+    fix_rotary_frequencies(first, longest=ORIGINAL + 1)
     save_pretrained(first, char_tokenizer(), tmp_path / "first")
     trained = train_adapter(str(tmp_path / "first"), ORIGINAL + 1)
     save_pretrained(trained, char_tokenizer(), tmp_path / "export")

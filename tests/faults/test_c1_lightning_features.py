@@ -121,9 +121,9 @@ def test_an_override_that_calls_super_runs_the_core_once(tiny_model_folder: Fold
     calls = []
 
     class Counted(SFTModule):
-        def settle(self) -> None:
-            calls.append("settle")
-            super().settle()
+        def place_on_device(self) -> None:
+            calls.append("placed")
+            super().place_on_device()
 
     class Polite(Counted):
         def on_fit_start(self) -> None:
@@ -132,7 +132,7 @@ def test_an_override_that_calls_super_runs_the_core_once(tiny_model_folder: Fold
             calls.append("after")
 
     trainer(max_steps=1).fit(Polite(str(tiny_model_folder("llama"))), rows("sft", val=None))
-    assert calls == ["before", "settle", "after"]
+    assert calls == ["before", "placed", "after"]
 
 
 def test_a_subclass_may_build_its_own_model(tiny_model_folder: Folder) -> None:

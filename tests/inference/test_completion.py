@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_lightning.inference.completion import StopFinder, Track, decode
+from rlhf_lightning.inference.completion import Request, StopFinder, decode
 from rlhf_lightning.inference.sampling import SamplingParams
 
 from ..helpers import EOS_ID
@@ -51,12 +51,12 @@ def test_without_a_stop_string_the_text_is_the_whole_decoding() -> None:
     assert finder.text == decode(tokenizer, tokens) == "für 3€\n\n weiter"
 
 
-def track(params: SamplingParams, limit: int = 10) -> Track:
-    return Track((5,), (0, 0), 0, limit, params, frozenset({EOS_ID}), byte_tokenizer())
+def request(params: SamplingParams, limit: int = 10) -> Request:
+    return Request((5,), (0, 0), 0, limit, params, frozenset({EOS_ID}), byte_tokenizer())
 
 
 def test_an_end_token_stops_and_is_kept_out_of_the_text() -> None:
-    sample = Track((5,), (0, 0), 0, 10, SamplingParams(), frozenset({0}), byte_tokenizer())
+    sample = Request((5,), (0, 0), 0, 10, SamplingParams(), frozenset({0}), byte_tokenizer())
     for token in [*byte_tokens("ab"), 0]:
         assert sample.finish_reason is None
         sample.push(token, -0.5, None)
@@ -68,14 +68,14 @@ def test_an_end_token_stops_and_is_kept_out_of_the_text() -> None:
 
 def test_the_last_allowed_token_ends_by_length_unless_it_stops() -> None:
     for token, reason in [(byte_tokens("c")[0], "length"), (EOS_ID, "stop")]:
-        sample = track(SamplingParams(), limit=3)
+        sample = request(SamplingParams(), limit=3)
         for each in [*byte_tokens("ab"), token]:
             sample.push(each, 0.0, None)
         assert sample.finish_reason == reason
 
 
 def test_stops_before_the_minimum_length_are_passed_over() -> None:
-    sample = track(SamplingParams(stop=("a",), min_new_tokens=3))
+    sample = request(SamplingParams(stop=("a",), min_new_tokens=3))
     for each in byte_tokens("ab"):
         sample.push(each, 0.0, None)
     assert sample.finish_reason is None

@@ -217,10 +217,10 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tiny_model_folder, tmp_p
     class Broken(SFTModule):
         breaks = True
 
-        def loss(self, rows: Any, totals: Any) -> torch.Tensor:
+        def loss(self, rows: Any, normalizers: Any) -> torch.Tensor:
             training = self.trainer.state.stage == "train" and torch.is_grad_enabled()
             broken = self.breaks and training and self.trainer.global_step == 2
-            return super().loss(rows, totals) * (bad if broken else 1.0)
+            return super().loss(rows, normalizers) * (bad if broken else 1.0)
 
     whole = trained(fit(tiny_model_folder(), tmp_path / "whole"))
     module = Broken(str(tiny_model_folder()), lora={"r": 2, "lora_dropout": 0.2})

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_lightning.models import hidden_states, load_causal_lm, num_positions, output_head, resolve_layout, token_stats
-from rlhf_lightning.models.backbone import check_output_head, decoder_of, make_steady
+from rlhf_lightning.models.backbone import check_output_head, decoder_of, fix_rotary_frequencies
 from rlhf_lightning.models.rotary import steady_rotary
 from rlhf_lightning.modules import RewardModule, SFTModule
 from rlhf_lightning.sequences import Example, Segment, SequenceBatch, pack, register_attention
@@ -229,7 +229,7 @@ def test_a_head_that_is_not_known_is_refused(change: Any) -> None:
     with pytest.raises(ValueError, match=r"^the logits of LlamaForCausalLM are not its output projection with the .*$"):
         check_output_head(model)
     assert "forward" not in decoder_of(model).__dict__
-    make_steady(model, head=False)
+    fix_rotary_frequencies(model, head=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -275,7 +275,7 @@ def test_every_sequence_gets_the_same_frequencies(longest: int, layout: Any, cap
         # In transformers it depends on the longest sequence of a batch.
         assert relative(naive_logprobs(longrope(ones, LONG_FACTOR, "eager"), batch), expected) > 1e-3
         with caplog.at_level(logging.WARNING):
-            make_steady(mine, longest=longest)
+            fix_rotary_frequencies(mine, longest=longest)
         assert f"up to {ORIGINAL} tokens" in caplog.text
         assert resolve_layout(mine, layout) == layout
         assert relative(token_stats(mine, batch, layout).logprobs, expected) < 10 * TOLERANCE
@@ -287,7 +287,7 @@ def test_every_sequence_gets_the_same_frequencies(longest: int, layout: Any, cap
 def test_short_sequences_get_the_frequencies_for_them(longest: int | None) -> None:
     mine = longrope([1.0] * 4, LONG_FACTOR)
     theirs = longrope([1.0] * 4, LONG_FACTOR, "eager")
-    make_steady(mine, longest=longest)
+    fix_rotary_frequencies(mine, longest=longest)
     batch = pack([Example("a", Segment([5, 9, 3], children=(Segment([4, 8], [1, 1]), Segment([7, 6, 1], [1, 1, 1]))))])
     with torch.no_grad():
         expected = naive_logprobs(theirs, batch)
@@ -306,7 +306,7 @@ def test_frequencies_are_settled_once_and_others_left_alone() -> None:
     assert torch.allclose(settled, 1 / (factors * 10000.0 ** (torch.arange(4) / 4)), rtol=1e-6)
     llama, _ = twins("llama", torch.float32)
     before = llama.model.rotary_emb.inv_freq.clone()
-    make_steady(llama, longest=10**6)
+    fix_rotary_frequencies(llama, longest=10**6)
     assert torch.equal(llama.model.rotary_emb.inv_freq, before)
     assert num_positions(llama) == 128
 

@@ -211,9 +211,9 @@ def test_first_update(variant: str, folder: str, policy: Any, head: Tensor) -> N
         "objective/entropy": -sum(float(p.sum()) for p in fixed.logprobs) / len(fixed.logprobs),
         "objective/scores": sum(s.reward - (0 if s.ended else fixing.get("penalty", 0)) for s in samples())
         / len(fixed.kl),
-        "val/num_eos_tokens": sum(s.ended for s in samples()),
+        "completions/num_eos": sum(s.ended for s in samples()),
         "kl_coef": KL_COEF,
-        "val/ratio": 1.0,
+        "policy/ratio": 1.0,
     }
     logged["objective/non_score_reward"] = -KL_COEF * logged["objective/kl"]
     logged["objective/rlhf_reward"] = logged["objective/non_score_reward"] + logged["objective/scores"]
@@ -255,7 +255,7 @@ def test_epochs_and_mini_batches(folder: str, policy: Any, head: Tensor) -> None
         assert float((found.gradient[f"model.{name}"] - moved).norm()) <= 1e-9 * max(float(moved.norm()), 1e-4), name
     assert torch.allclose(found.gradient["critic.head.weight"][0, 0], head - naive.head, rtol=1e-9, atol=1e-12)
     assert 0 < clipped / tokens < 1
-    assert found.metrics["train/val/clipfrac_avg"] == pytest.approx(clipped / tokens, rel=1e-5)
+    assert found.metrics["train/value/clip_frac"] == pytest.approx(clipped / tokens, rel=1e-5)
 
 
 def test_critic_with_a_backbone_of_its_own(folder: str, policy: Any, head: Tensor, tmp_path: Path) -> None:

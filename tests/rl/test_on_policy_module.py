@@ -172,7 +172,7 @@ def test_a_reward_that_only_fails_ends_the_run(cls: type[OnPolicyModule], folder
         train(made, 6)
     assert str(error.value) == (
         "reward 'Away' failed on every sample of 3 iterations in a row, at last with RuntimeError: the server is away "
-        "in 3: mend it or take it out of rewards, and go on from the last checkpoint"
+        "in 3: fix or remove it, then resume from the last checkpoint"
     )
     assert made.iteration == 3
 

@@ -18,19 +18,19 @@ def rewards(*columns: float) -> Tensor:
     return torch.tensor(columns, dtype=torch.float64).expand(2, 3, len(columns))
 
 
-def look(watch: FailureWatch, values: Tensor, failed: tuple[float, float]) -> None:
-    watch.look(NAMES, values, dict(zip(NAMES, failed, strict=True)), {"b": "RuntimeError: away"})
+def update(watch: FailureWatch, values: Tensor, failed: tuple[float, float]) -> None:
+    watch.update(NAMES, values, dict(zip(NAMES, failed, strict=True)), {"b": "RuntimeError: away"})
 
 
 def test_three_in_a_row_of_one_function() -> None:
     watch = FailureWatch()
-    look(watch, rewards(1.0, NAN), (0, 6))
-    look(watch, rewards(1.0, NAN), (0, 12))  # groups were replaced, and failed again
-    assert watch.in_a_row == {"a": 0, "b": 2}
+    update(watch, rewards(1.0, NAN), (0, 6))
+    update(watch, rewards(1.0, NAN), (0, 12))  # groups were replaced, and failed again
+    assert watch.consecutive == {"a": 0, "b": 2}
     with pytest.raises(
         ValueError, match=r"^reward 'b' failed on every sample of 3 iterations in a row, .*Error: away: m"
     ):
-        look(watch, rewards(1.0, NAN), (0, 6))
+        update(watch, rewards(1.0, NAN), (0, 6))
 
 
 @pytest.mark.parametrize(
@@ -45,17 +45,17 @@ def test_three_in_a_row_of_one_function() -> None:
 def test_what_ends_the_row(values: Tensor, failed: tuple[float, float]) -> None:
     watch = FailureWatch()
     for _ in range(3):
-        look(watch, rewards(1.0, NAN), (0, 6))
-        look(watch, rewards(1.0, NAN), (0, 6))
-        look(watch, values, failed)
-        assert watch.in_a_row == {"a": 0, "b": 0}
+        update(watch, rewards(1.0, NAN), (0, 6))
+        update(watch, rewards(1.0, NAN), (0, 6))
+        update(watch, values, failed)
+        assert watch.consecutive == {"a": 0, "b": 0}
 
 
 def test_an_iteration_without_prompts_says_nothing() -> None:
     watch = FailureWatch()
     for _ in range(5):
-        look(watch, rewards(NAN, NAN)[:0], (0, 0))
-    assert watch.in_a_row == {}
+        update(watch, rewards(NAN, NAN)[:0], (0, 0))
+    assert watch.consecutive == {}
 
 
 def test_a_rank_without_samples_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,10 +64,10 @@ def test_a_rank_without_samples_says_the_same(monkeypatch: pytest.MonkeyPatch) -
         reward_failures, "gather_objects", lambda errors: [{}, {"a": "KeyError: 7"}, {"a": "other"}, errors]
     )
     watch, said = FailureWatch(), set()
-    watch.in_a_row = {"a": 2, "b": 0}
+    watch.consecutive = {"a": 2, "b": 0}
     for errors in ({}, {"a": "mine"}):
-        watch.in_a_row["a"] = 2
+        watch.consecutive["a"] = 2
         with pytest.raises(ValueError, match="KeyError: 7") as error:
-            watch.look(NAMES, rewards(NAN, 1.0), {"a": 6.0, "b": 0.0}, errors)
+            watch.update(NAMES, rewards(NAN, 1.0), {"a": 6.0, "b": 0.0}, errors)
         said.add(str(error.value))
     assert len(said) == 1

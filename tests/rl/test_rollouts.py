@@ -9,10 +9,10 @@ import torch
 from rlhf_lightning.inference import Completion
 from rlhf_lightning.rl.rollouts import (
     Rollouts,
-    attach,
-    flat_places,
+    attach_token_fields,
+    build_trees,
+    flat_indices,
     num_tokens,
-    plant,
     token_field,
     tree_extremes,
     tree_sums,
@@ -40,7 +40,7 @@ def completions(trees: list[Example]) -> list[list[list[int]]]:
 
 
 def test_a_group_is_one_tree() -> None:
-    trees = plant(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=100)
+    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=100)
     assert completions(trees) == [[[10, 10], [20], [30] * 4], [[40] * 3, [50] * 3, [60]]]
     assert [tree.root.tokens.tolist() for tree in trees] == [[9, 9, 9], [8]]
     assert [tree.fields for tree in trees] == [
@@ -56,7 +56,7 @@ def test_a_group_is_one_tree() -> None:
 )
 def test_a_group_above_the_budget_is_split(share_prefix: bool, expected: list[list[int]]) -> None:
     """Each part repeats the prompt: 3 + 2 + 1 and 3 + 4 fit into 7, 3 + 2 + 1 + 4 does not."""
-    trees = plant(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=7, share_prefix=share_prefix)
+    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=7, share_prefix=share_prefix)
     assert [[len(tokens) for tokens in tree] for tree in completions(trees)] == expected
     assert all(example_cost(tree, share_prefix=share_prefix) <= 7 for tree in trees)
     assert [place for tree in trees for place in tree.fields["places"]] == list(range(6))
@@ -65,26 +65,26 @@ def test_a_group_above_the_budget_is_split(share_prefix: bool, expected: list[li
 
 
 def test_one_completion_above_the_budget_stays_whole() -> None:
-    trees = plant(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=1)
+    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=1)
     assert [len(tree.root.children) for tree in trees] == [1] * 6
 
 
 def test_what_is_left_out_still_counts() -> None:
     kept = torch.tensor([[True, False, True], [False, False, False]])
-    trees = plant(rollouts(), kept, budget=7)
+    trees = build_trees(rollouts(), kept, budget=7)
     assert completions(trees) == [[[10, 10]], [[30] * 4], []]
     assert [tree.fields["num_completions"] for tree in trees] == [2, 1, 3]
     assert [num_tokens(tree) for tree in trees] == [2, 4, 0]
-    places_S, index_N = flat_places(trees, torch.device("cpu"))
-    assert places_S.tolist() == [0, 2]
+    completion_index_S, index_N = flat_indices(trees, torch.device("cpu"))
+    assert completion_index_S.tolist() == [0, 2]
     assert index_N.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_values_reach_their_tokens() -> None:
     """In any order of packing: what is attached is read beside the token that it was attached for."""
-    trees = plant(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=7)
+    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=7)
     tokens_N = torch.tensor([t for tree in completions(trees) for row in tree for t in row], dtype=torch.float64)
-    attached = attach(trees, {"twice": 2 * tokens_N})
+    attached = attach_token_fields(trees, {"twice": 2 * tokens_N})
     assert isinstance(attached[0].fields["twice"], np.ndarray)
     batch = pack([attached[n] for n in (2, 0, 3, 1)])
     found = token_field(batch, "twice", torch.zeros(1, dtype=torch.float32))
@@ -96,7 +96,7 @@ def test_values_reach_their_tokens() -> None:
 
 
 def test_values_of_trees() -> None:
-    trees = plant(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=100)
+    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=100)
     batch = pack(trees)
     values_S = torch.tensor([1.0, -2.0, 4.0, 8.0, 16.0, 32.0])
     assert tree_sums(batch, values_S).tolist() == [3.0, 56.0]

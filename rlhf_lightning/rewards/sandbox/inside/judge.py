@@ -200,7 +200,7 @@ class JudgePeer(Peer):
         arguments = [self.decoded(item) for item in frame.get("arguments", ())]
         return {"value": self.encoded(function(*arguments, **dict(self.decoded(frame.get("named")))))}
 
-    def stand_in(self, number: int) -> Remote:
+    def dummy_pass(self, number: int) -> Remote:
         """One stand-in for each object, so that ``is`` works."""
         return self._stand_ins.setdefault(number, Remote(self, number))
 

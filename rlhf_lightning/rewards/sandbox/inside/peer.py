@@ -63,7 +63,7 @@ class Peer:
     def replied(self, frame: Mapping[str, Any]) -> None:
         """Reads further parts of a reply; does nothing here."""
 
-    def stand_in(self, number: int) -> Any:
+    def dummy_pass(self, number: int) -> Any:
         """Returns the stand-in for an object of the other process."""
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class Peer:
         if type(number) is not int:
             raise ProtocolError(f"{number!r} is no number of an object")
         if tag == OBJECT:
-            return self.stand_in(number)
+            return self.dummy_pass(number)
         if number not in self._objects:
             raise ProtocolError(f"there is no object {number}")
         return self._objects[number]
