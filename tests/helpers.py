@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from rlhf_lightning.sequences.tree_attention import TreeGeometry
+
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyz+-*/=#?.,:;!()[]<>|_'\"&"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -108,6 +110,15 @@ def save_tiny_model(folder: str | Path, arch: str = "llama", *, seed: int = 0, *
     tiny_model(arch, seed=seed, **overrides).save_pretrained(folder)
     char_tokenizer().save_pretrained(folder)
     return Path(folder)
+
+
+def dense_mask(tree: TreeGeometry, window: int | None = None) -> torch.Tensor:
+    """Builds the mask (T, T) of a small tree, True where a key (column) is visible to a query (row)."""
+    index = torch.arange(len(tree.subtree_end), device=tree.subtree_end.device)
+    visible = (index[None, :] <= index[:, None]) & (index[:, None] < tree.subtree_end[None, :])
+    if window is not None:
+        visible &= tree.depth[:, None] - tree.depth[None, :] < window
+    return visible
 
 
 def leave_together() -> None:

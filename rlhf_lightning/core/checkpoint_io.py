@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ..utils.files import PARTIAL, hidden_beside
+from ..utils.files import atomic_file, flush_to_disk
 
 
 class UnwrittenCheckpointError(ValueError):
@@ -45,22 +45,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        fresh = hidden_beside(target, PARTIAL)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with fresh.open("wb") as file:
+            with atomic_file(target) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(target)
         except (OSError, RuntimeError) as error:
-            fresh.unlink(missing_ok=True)
             reason = str(error).splitlines()[0]
             raise UnwrittenCheckpointError(
                 f"cannot write the checkpoint {str(target)!r} ({reason}): make room or choose another folder; "
                 "checkpoints that were there are untouched"
             ) from error
-        _flush_entry(target.parent)
+        flush_to_disk(target.parent)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
@@ -159,11 +153,3 @@ def _save_when_due(
         ModelCheckpoint.on_train_batch_end(callback, trainer, pl_module, outputs, batch, batch_idx)
     finally:
         callback._every_n_train_steps = every
-
-
-def _flush_entry(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from hashlib import blake2b
@@ -18,12 +17,14 @@ from importlib.metadata import version
 from inspect import isfunction
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..sequences import example
+from ..utils.files import atomic_file
 from .example_store import ExampleStore
 from .files import RowFile, RowSource
 from .sources import JoinedRows, MemoryRows, RenamedRows
@@ -95,15 +96,9 @@ def write_entry(name: str, store: ExampleStore, report: Mapping[str, int]) -> No
     if folder is None or any(repr(one) != repr(two) for one, two in zip(again, fields, strict=True)):
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, allow_pickle=False, about=np.frombuffer(written.encode(), np.uint8), **arrays)
-            Path(partial).replace(folder / f"{name}.npz")
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        # Runs on one machine or several may make the same entry at the same time.
+        with atomic_file(folder / f"{name}.npz", writer=f".{uuid4().hex}") as file:
+            np.savez(file, allow_pickle=False, about=np.frombuffer(written.encode(), np.uint8), **arrays)
         entries = sorted((file for file in folder.iterdir() if _ENTRY.fullmatch(file.name)), key=_used)
         for old in entries[:-_MOST_ENTRIES]:
             old.unlink(missing_ok=True)

@@ -26,12 +26,23 @@ def _beyond(exponent: Tensor) -> Tensor:
     return math.exp(MAX_EXPONENT) * (exponent - MAX_EXPONENT).relu()
 
 
-def exp(exponent: Tensor) -> Tensor:
-    """Computes e^x, continued by its tangent above ``MAX_EXPONENT``."""
+def bounded_exp(exponent: Tensor) -> Tensor:
+    """Computes exp(x), continued by its tangent above ``MAX_EXPONENT`` so that no log-ratio overflows.
+
+    Args:
+        exponent: any shape.
+
+    Returns:
+        Finite values of the same shape for any finite exponent.
+
+    Example:
+        >>> bounded_exp(torch.tensor([0.0, 1e4])).isfinite().all()
+        tensor(True)
+    """
     return exponent.clamp(max=MAX_EXPONENT).exp() + _beyond(exponent)
 
 
-def expm1(exponent: Tensor) -> Tensor:
+def bounded_expm1(exponent: Tensor) -> Tensor:
     """Computes exp(x) - 1, continued by its tangent above ``MAX_EXPONENT``."""
     return exponent.clamp(max=MAX_EXPONENT).expm1() + _beyond(exponent)
 

@@ -5,42 +5,22 @@ Shapes: N sampled tokens of all sequences, flat.
 
 from __future__ import annotations
 
-import math
 from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..utils.validation import check_choice, check_same_shape
+from ._stable import bounded_exp
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
 KL_ESTIMATORS: Final[tuple[KLEstimator, ...]] = get_args(KLEstimator)
 
-# Above this exponent, exp is continued by its tangent: finite in fp32 for any log-ratio, with a gradient that, unlike
-# with a clamp, does not vanish.
-MAX_EXPONENT: Final = 30.0
-# Below this magnitude exp(x) - 1 - x loses digits to cancellation and its series is used; the first term left out is
+# Below this magnitude exp(x) - 1 - x loses digits to cancellation and its series is used; the first omitted term is
 # below the rounding of fp64 there.
 _SERIES_BELOW: Final = 0.5
 _SERIES_LAST: Final = 14
-
-
-def bounded_exp(exponent: Tensor) -> Tensor:
-    """Computes exp(x), continued by its tangent above ``MAX_EXPONENT`` so that no log-ratio overflows.
-
-    Args:
-        exponent: any shape.
-
-    Returns:
-        Finite values of the same shape for any finite exponent.
-
-    Example:
-        >>> bounded_exp(torch.tensor([0.0, 1e4])).isfinite().all()
-        tensor(True)
-    """
-    beyond = (exponent - MAX_EXPONENT).relu()
-    return torch.exp(exponent.clamp(max=MAX_EXPONENT)) + math.exp(MAX_EXPONENT) * beyond
 
 
 def _exp_minus_tangent(exponent: Tensor) -> Tensor:

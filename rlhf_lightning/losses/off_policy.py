@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..utils.validation import check_choice, check_positive, check_same_shape
-from .kl import bounded_exp
+from ._stable import bounded_exp
 from .policy_gradient import sequence_mean, sequence_sum
 
 EngineCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]

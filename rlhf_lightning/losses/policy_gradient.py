@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..utils.validation import check_choice, check_positive, check_same_shape
-from .kl import bounded_exp
+from ._stable import bounded_exp
 
 PolicyLossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo", "luspo"]
 ImportanceLevel = Literal["token", "sequence", "sequence_token"]

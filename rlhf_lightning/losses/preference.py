@@ -159,7 +159,7 @@ def _discopop(pairs: _Pairs) -> Tensor:
     gate = margin / pairs.discopop_tau
     logistic = -F.logsigmoid(margin) * (-gate).sigmoid()
     # exp(-margin) may overflow where its gate is zero: multiply in the exponent.
-    return logistic + _stable.exp(F.logsigmoid(gate) - margin)
+    return logistic + _stable.bounded_exp(F.logsigmoid(gate) - margin)
 
 
 def _sft(pairs: _Pairs) -> Tensor:
@@ -216,9 +216,9 @@ def f_divergence_score(logratios: Tensor, f_divergence_type: FDivergenceType, al
     if f_divergence_type == "js_divergence":
         return math.log(2) + F.logsigmoid(logratios)
     if f_divergence_type == "forward_kl":
-        return -_stable.expm1(-logratios)
+        return -_stable.bounded_expm1(-logratios)
     if f_divergence_type == "alpha_divergence" and alpha > 0:
-        return -_stable.expm1(-alpha * logratios) / alpha
+        return -_stable.bounded_expm1(-alpha * logratios) / alpha
     return logratios
 
 

@@ -1,6 +1,6 @@
 """Losses of process reward models, one value per step, and the aggregation of step scores per completion.
 
-Shapes: M steps of all sequences, flat and in order; C classes; S sequences.
+Shapes: M steps of all sequences, flat and in order; S sequences.
 """
 
 from __future__ import annotations
@@ -41,53 +41,11 @@ def step_bce_loss(logits_M: Tensor, labels_M: Tensor) -> Tensor:
     """
     check_same_shape("M", logits_M=logits_M, labels_M=labels_M)
     labels_M = labels_M.to(logits_M)
-    _check_probabilities("labels_M", labels_M)
+    outside = ~((labels_M >= 0) & (labels_M <= 1))
+    if outside.any():
+        value = labels_M[outside][0].item()
+        raise ValueError(f"labels_M holds {value:.4g}, outside [0, 1]: give 0, 1 or a probability")
     return -labels_M * F.logsigmoid(logits_M) - (1 - labels_M) * F.logsigmoid(-logits_M)
-
-
-def step_ce_loss(logits_MC: Tensor, labels: Tensor) -> Tensor:
-    """Computes the cross-entropy of each step's class logits with its label, hard or soft.
-
-    Paper: as ``step_bce_loss``; classes may be bad / neutral / good (PRM800K), or the tokens that a language model
-    writes for them.
-
-    Args:
-        logits_MC: C logits per step, (M, C).
-        labels: class numbers, (M,), integer; or a distribution over the classes per step, (M, C), floating-point.
-
-    Returns:
-        Losses (M,), unreduced: divide their sum over the global batch by the number of steps.
-
-    Raises:
-        ValueError: shapes or types that do not match, a class out of range, or rows that are not distributions.
-
-    Example:
-        >>> step_ce_loss(torch.zeros(1, 2), torch.tensor([1]))
-        tensor([0.6931])
-    """
-    shapes = f"logits_MC has shape {tuple(logits_MC.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
-    if logits_MC.ndim != 2:
-        raise ValueError(f"{shapes}: give C logits per step, (M, C)")
-
-    # Soft labels: a distribution over the classes.
-    if labels.is_floating_point():
-        if labels.shape != logits_MC.shape:
-            raise ValueError(f"{shapes}: give a probability per class, (M, C), or class numbers as integers, (M,)")
-        _check_probabilities("labels", labels)
-        total_M = labels.sum(-1)
-        if not torch.allclose(total_M, torch.ones_like(total_M), atol=1e-3):
-            worst = total_M[(total_M - 1).abs().argmax()].item()
-            raise ValueError(f"labels of one step sum to {worst:.4g}: give each row of (M, C) the sum 1")
-        return -(labels.to(logits_MC) * logits_MC.log_softmax(-1)).sum(-1)
-
-    # Hard labels; bool is refused because it would be a binary label, not a class number.
-    if labels.dtype == torch.bool or labels.shape != logits_MC.shape[:1]:
-        raise ValueError(f"{shapes}: give class numbers as integers, (M,), or a probability per class, (M, C)")
-    num_classes = logits_MC.shape[1]
-    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
-        bad = labels[(labels < 0) | (labels >= num_classes)][0].item()
-        raise ValueError(f"class {bad} is outside 0 to {num_classes - 1}: logits_MC has {num_classes} classes")
-    return -logits_MC.log_softmax(-1).gather(1, labels.long()[:, None])[:, 0]
 
 
 def aggregate_step_scores(
@@ -119,7 +77,7 @@ def aggregate_step_scores(
     steps_S = torch.bincount(sequence_index_M, minlength=num_sequences)
     if not steps_S.all():
         empty = int((steps_S == 0).nonzero()[0])
-        raise ValueError(f"sequence {empty} has no steps: leave it out, or score it as one step")
+        raise ValueError(f"sequence {empty} has no steps: drop it, or score it as one step")
     if aggregation == "last":
         order_M = torch.arange(len(scores_M), device=scores_M.device)
         last_S = order_M.new_zeros(num_sequences).scatter_reduce(0, sequence_index_M, order_M, "amax")
@@ -127,9 +85,3 @@ def aggregate_step_scores(
     reduction = {"min": "amin", "product": "prod", "mean": "mean"}[aggregation]
     start_S = scores_M.new_zeros(num_sequences)
     return start_S.scatter_reduce(0, sequence_index_M, scores_M, reduction, include_self=False)
-
-
-def _check_probabilities(name: str, values: Tensor) -> None:
-    outside = ~((values >= 0) & (values <= 1))
-    if outside.any():
-        raise ValueError(f"{name} holds {values[outside][0].item():.4g}, outside [0, 1]: give 0, 1 or a probability")

@@ -91,7 +91,7 @@ def alphapo_reward(mean_logps: Tensor, alpha: float) -> Tensor:
         >>> alphapo_reward(torch.tensor([0.25]).log(), alpha=0.5)
         tensor([-2.])
     """
-    return mean_logps if alpha == 0 else -_stable.expm1(-alpha * mean_logps) / alpha
+    return mean_logps if alpha == 0 else -_stable.bounded_expm1(-alpha * mean_logps) / alpha
 
 
 def simpo_loss(

@@ -5,19 +5,10 @@ Shapes: N sampled tokens of all sequences, flat.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..utils.validation import check_positive, check_same_shape
-
-
-class ValueClipCounts(NamedTuple):
-    """Counts of values whose error is that of the clipped branch, and of all values; scalars, to be summed."""
-
-    clipped: Tensor
-    total: Tensor
 
 
 def _squared_errors(
@@ -81,29 +72,6 @@ def value_loss(values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cli
     """
     errors_N, clipped_errors_N = _squared_errors(values_N, old_values_N, returns_N, cliprange)
     return torch.maximum(errors_N, clipped_errors_N) / 2
-
-
-def value_clip_counts(
-    values_N: Tensor, *, old_values_N: Tensor, returns_N: Tensor, cliprange: float | None = 0.2
-) -> ValueClipCounts:
-    """Counts the tokens whose value loss is that of the clipped value, which has no gradient.
-
-    Args:
-        values_N: the critic's values, (N,).
-        old_values_N: its values when the tokens were sampled, (N,).
-        returns_N: targets, (N,).
-        cliprange: as for ``value_loss``.
-
-    Returns:
-        The two counts; their quotient, after summing over micro-batches and ranks, is the clipped share.
-
-    Example:
-        >>> one = torch.ones(1)
-        >>> value_clip_counts(0.5 * one, old_values_N=0 * one, returns_N=one, cliprange=0.2).clipped
-        tensor(1)
-    """
-    clipped_N = value_clipped(values_N, old_values_N=old_values_N, returns_N=returns_N, cliprange=cliprange)
-    return ValueClipCounts(clipped_N.long().sum(), torch.tensor(clipped_N.numel(), device=clipped_N.device))
 
 
 def explained_variance_sums(values_N: Tensor, *, returns_N: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Formulas of the metrics, on sums that can be added over batches and ranks before division.
+"""Formulas of the metrics: pure functions of all values of a batch.
 
-Shapes: P pairs, B values, K attributes, M steps, S sequences, N bins.
+Shapes: B values, K attributes, M steps, S sequences, N bins.
 """
 
 from __future__ import annotations
@@ -10,88 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.validation import check_same_shape
+
 NO_ERROR = -1  # index of the first error in a sequence without one
-
-
-def _check_same_shape(**tensors: Tensor) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"the shapes differ ({text}): give tensors of one shape")
-
-
-def preference_accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Computes the share of pairs whose chosen completion has the higher reward; equal rewards count as wrong.
-
-    Args:
-        chosen_P: rewards of the chosen completions, at least one.
-        rejected_P: rewards of the rejected ones, the same shape.
-
-    Returns:
-        A scalar in [0, 1], fp64.
-
-    Raises:
-        ValueError: shapes that differ.
-
-    Example:
-        >>> preference_accuracy(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, -1.0]))
-        tensor(0.6667, dtype=torch.float64)
-    """
-    _check_same_shape(chosen_P=chosen_P, rejected_P=rejected_P)
-    return (chosen_P > rejected_P).double().mean()
-
-
-def preference_margin(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Computes the mean of chosen minus rejected reward.
-
-    Args:
-        chosen_P: rewards of the chosen completions, at least one.
-        rejected_P: rewards of the rejected ones, the same shape.
-
-    Returns:
-        A scalar, fp64.
-
-    Raises:
-        ValueError: shapes that differ.
-
-    Example:
-        >>> preference_margin(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]))
-        tensor(0.5000, dtype=torch.float64)
-    """
-    _check_same_shape(chosen_P=chosen_P, rejected_P=rejected_P)
-    return (chosen_P.double() - rejected_P.double()).mean()
-
-
-def calibration_sums(confidence_B: Tensor, correct_B: Tensor, num_bins: int) -> Tensor:
-    """Computes the sums of the calibration error: per bin count, sum of confidences and hits, ``(3, N)`` in fp64.
-
-    Args:
-        confidence_B: in [0, 1].
-        correct_B: whether the prediction was right, bool or 0 and 1, the same shape.
-        num_bins: bins of equal width over [0, 1]; the last one includes 1.
-
-    Raises:
-        ValueError: shapes that differ, or a confidence outside [0, 1].
-
-    Example:
-        >>> calibration_sums(torch.tensor([0.2, 0.9]), torch.tensor([True, True]), num_bins=2).tolist()
-        [[1.0, 1.0], [0.20000000298023224, 0.8999999761581421], [1.0, 1.0]]
-    """
-    _check_same_shape(confidence_B=confidence_B, correct_B=correct_B)
-    confidence = confidence_B.detach().double().flatten()
-    outside = ~((confidence >= 0) & (confidence <= 1))
-    if outside.any():
-        raise ValueError(f"a confidence is {confidence[outside][0].item():.4g}, outside [0, 1]: give probabilities")
-    bins = (confidence * num_bins).long().clamp(max=num_bins - 1)
-    values = torch.stack([torch.ones_like(confidence), confidence, correct_B.double().flatten()])
-    return values.new_zeros(3, num_bins).index_add(1, bins, values)
-
-
-def calibration_error(sums: Tensor) -> Tensor:
-    """Computes the calibration error from the sums of ``calibration_sums``: a scalar; nan without any value."""
-    count, confidence, correct = sums
-    error: Tensor = (confidence - correct).abs().sum() / count.sum()
-    return error
 
 
 def expected_calibration_error(confidence_B: Tensor, correct_B: Tensor, num_bins: int = 15) -> Tensor:
@@ -115,40 +36,18 @@ def expected_calibration_error(confidence_B: Tensor, correct_B: Tensor, num_bins
         >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([1, 0, 1, 0]), num_bins=10)
         tensor(0.2500, dtype=torch.float64)
     """
-    return calibration_error(calibration_sums(confidence_B, correct_B, num_bins))
+    check_same_shape("B", confidence_B=confidence_B, correct_B=correct_B)
+    confidence_B = confidence_B.detach().double()
+    outside = ~((confidence_B >= 0) & (confidence_B <= 1))
+    if outside.any():
+        raise ValueError(f"a confidence is {confidence_B[outside][0].item():.4g}, outside [0, 1]: give probabilities")
 
-
-def correlation_sums(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
-    """Computes the sums of the correlation: per attribute n, x, y, xx, yy, xy, ``(6, K)`` in fp64.
-
-    Args:
-        rewards_BK: (B, K).
-        ratings_BK: the same shape; NaN where an attribute was not rated.
-
-    Raises:
-        ValueError: shapes that differ or are not (B, K).
-
-    Example:
-        >>> correlation_sums(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [float("nan")]])).flatten().tolist()
-        [1.0, 1.0, 3.0, 1.0, 9.0, 3.0]
-    """
-    _check_same_shape(rewards_BK=rewards_BK, ratings_BK=ratings_BK)
-    if rewards_BK.ndim != 2:
-        raise ValueError(f"rewards_BK has shape {tuple(rewards_BK.shape)}: give (B, K), one column per attribute")
-    counts = ~ratings_BK.isnan()
-    x = torch.where(counts, rewards_BK.detach().double(), 0.0)
-    y = torch.where(counts, ratings_BK.double(), 0.0)
-    return torch.stack([counts.double(), x, y, x * x, y * y, x * y]).sum(dim=1)
-
-
-def correlation(sums: Tensor) -> Tensor:
-    """Computes correlations (K,) from the sums of ``correlation_sums``; nan where either side is constant."""
-    n, x, y, xx, yy, xy = sums
-    covariance = n * xy - x * y
-    spread = (n * xx - x * x) * (n * yy - y * y)
-    # A variance within rounding noise is that of a constant.
-    constant = (n * xx - x * x <= 1e-12 * n * xx) | (n * yy - y * y <= 1e-12 * n * yy)
-    return torch.where(constant, torch.nan, covariance / spread.clamp_min(1e-300).sqrt())
+    # Per bin: number of values, sum of confidences, number of hits. The last bin includes 1.
+    bins_B = (confidence_B * num_bins).long().clamp(max=num_bins - 1)
+    values_3B = torch.stack([torch.ones_like(confidence_B), confidence_B, correct_B.double()])
+    count_N, confidence_N, correct_N = values_3B.new_zeros(3, num_bins).index_add(1, bins_B, values_3B)
+    error: Tensor = (confidence_N - correct_N).abs().sum() / count_N.sum()
+    return error
 
 
 def attribute_correlation(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
@@ -168,7 +67,18 @@ def attribute_correlation(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
         >>> attribute_correlation(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0.0], [1.0], [3.0]]))
         tensor([1.], dtype=torch.float64)
     """
-    return correlation(correlation_sums(rewards_BK, ratings_BK))
+    check_same_shape("BK", rewards_BK=rewards_BK, ratings_BK=ratings_BK)
+    rated_BK = ~ratings_BK.isnan()
+    x_BK = torch.where(rated_BK, rewards_BK.detach().double(), 0.0)
+    y_BK = torch.where(rated_BK, ratings_BK.double(), 0.0)
+    n, x, y = rated_BK.double().sum(0), x_BK.sum(0), y_BK.sum(0)
+    xx, yy, xy = x_BK.square().sum(0), y_BK.square().sum(0), (x_BK * y_BK).sum(0)
+
+    # A variance within rounding noise is that of a constant.
+    variance_x, variance_y = n * xx - x * x, n * yy - y * y
+    is_constant = (variance_x <= 1e-12 * n * xx) | (variance_y <= 1e-12 * n * yy)
+    spread = (variance_x * variance_y).clamp_min(1e-300).sqrt()
+    return torch.where(is_constant, torch.nan, (n * xy - x * y) / spread)
 
 
 def first_errors(scores_M: Tensor, sequence_index_M: Tensor, num_sequences: int, threshold: float = 0.5) -> Tensor:
@@ -190,7 +100,7 @@ def first_errors(scores_M: Tensor, sequence_index_M: Tensor, num_sequences: int,
         >>> first_errors(torch.tensor([0.9, 0.2, 0.1, 0.8]), torch.tensor([0, 0, 0, 1]), 2)
         tensor([ 1, -1])
     """
-    _check_same_shape(scores_M=scores_M, sequence_index_M=sequence_index_M)
+    check_same_shape("M", scores_M=scores_M, sequence_index_M=sequence_index_M)
     counts_S = torch.bincount(sequence_index_M, minlength=num_sequences)
     first_S = counts_S.cumsum(0) - counts_S
     step_M = torch.arange(len(scores_M), device=scores_M.device) - first_S[sequence_index_M]
@@ -214,34 +124,6 @@ class FirstError(NamedTuple):
     without_error: Tensor
 
 
-def first_error_sums(predicted_S: Tensor, expected_S: Tensor) -> Tensor:
-    """Computes the sums of the F1: sequences with an error, hits among them, without one, hits among those; ``(4,)``.
-
-    Args:
-        predicted_S: step numbers, ``NO_ERROR`` for none.
-        expected_S: the same shape.
-
-    Raises:
-        ValueError: shapes that differ.
-
-    Example:
-        >>> first_error_sums(torch.tensor([1, -1]), torch.tensor([2, -1])).tolist()
-        [1.0, 0.0, 1.0, 1.0]
-    """
-    _check_same_shape(predicted_S=predicted_S, expected_S=expected_S)
-    wrong, hit = expected_S != NO_ERROR, predicted_S == expected_S
-    return torch.stack([wrong.sum(), (wrong & hit).sum(), (~wrong).sum(), (~wrong & hit).sum()]).double()
-
-
-def first_error(sums: Tensor) -> FirstError:
-    """Computes F1 and accuracies from the sums of ``first_error_sums``; nan where sequences of a kind are missing."""
-    wrong, found, right, passed = sums
-    with_error, without_error = found / wrong, passed / right
-    total = with_error + without_error
-    f1 = torch.where(total == 0, 0.0, 2 * with_error * without_error / total)
-    return FirstError(f1, with_error, without_error)
-
-
 def first_error_f1(predicted_S: Tensor, expected_S: Tensor) -> FirstError:
     """Computes the F1 of ProcessBench, which rewards finding the first wrong step, and none where all are right.
 
@@ -253,7 +135,7 @@ def first_error_f1(predicted_S: Tensor, expected_S: Tensor) -> FirstError:
         expected_S: the same shape.
 
     Returns:
-        F1 and both accuracies, scalars in [0, 1], fp64.
+        F1 and both accuracies, scalars in [0, 1], fp64; nan without sequences of a kind.
 
     Raises:
         ValueError: shapes that differ.
@@ -262,4 +144,10 @@ def first_error_f1(predicted_S: Tensor, expected_S: Tensor) -> FirstError:
         >>> first_error_f1(torch.tensor([1, 2, -1]), torch.tensor([1, 0, -1])).f1
         tensor(0.6667, dtype=torch.float64)
     """
-    return first_error(first_error_sums(predicted_S, expected_S))
+    check_same_shape("S", predicted_S=predicted_S, expected_S=expected_S)
+    has_error, is_hit = expected_S != NO_ERROR, predicted_S == expected_S
+    with_error = (has_error & is_hit).sum().double() / has_error.sum()
+    without_error = (~has_error & is_hit).sum().double() / (~has_error).sum()
+    total = with_error + without_error
+    f1 = torch.where(total == 0, 0.0, 2 * with_error * without_error / total)
+    return FirstError(f1, with_error, without_error)

@@ -75,31 +75,28 @@ def take_long_rotary(base: nn.Module) -> None:
 def _fix_all(base: nn.Module, longest: int | None) -> None:
     """Fixes one set of frequencies in every layer that has two."""
     for rotary in base.modules():
-        kind: Any = getattr(rotary, "rope_type", None)
-        if isinstance(kind, str):
-            limit = _settle(rotary, kind, None, longest)
-            if limit is not None:
+        kinds: Any = getattr(rotary, "rope_type", None)
+        # A dict where each type of layer has its own frequencies.
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            limit = _fix(rotary, layer_type, longest) if kind == "longrope" else None
+            if limit is None:
+                continue
+            if layer_type is None:
                 rotary.rope_type = _STEADY  # type: ignore[assignment]
-                object.__setattr__(base, _LIMIT, limit)
-        elif isinstance(kind, dict):  # frequencies for each type of layer
-            for layer_type, name in kind.items():
-                limit = _settle(rotary, name, layer_type, longest)
-                if limit is not None:
-                    kind[layer_type] = _STEADY
-                    object.__setattr__(base, _LIMIT, limit)
+            else:
+                kinds[layer_type] = _STEADY
+            object.__setattr__(base, _LIMIT, limit)
 
 
-def _settle(rotary: Any, kind: str, layer_type: str | None, longest: int | None) -> int | None:
+def _fix(rotary: Any, layer_type: str | None, longest: int | None) -> int | None:
     """Fixes one set of frequencies; returns the length at which they would change, or None if they do not."""
-    if kind != "longrope":
-        return None
     prefix, named = ("", {}) if layer_type is None else (f"{layer_type}_", {"layer_type": layer_type})
     parameters = rotary.config.rope_parameters if layer_type is None else rotary.config.rope_parameters[layer_type]
     if list(parameters["short_factor"]) == list(parameters["long_factor"]):  # fixed in an earlier training
         return None
     limit = int(parameters["original_max_position_embeddings"])
     buffer = getattr(rotary, f"{prefix}inv_freq")
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](rotary.config, buffer.device, seq_len=longest or 1, **named)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, buffer.device, seq_len=longest or 1, **named)
     rotary.register_buffer(f"{prefix}inv_freq", frequencies.to(buffer.dtype), persistent=False)
     if longest is not None and longest > limit:
         # Stored with the model, so that it is loaded anywhere with the frequencies of its training.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..utils.files import (
     REPLACED,
     check_replaceable,
     discard,
+    flush_to_disk,
     hidden_beside,
     mark,
     on_first_rank,
@@ -213,7 +213,8 @@ def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
         mark(fresh, kind, ())  # so that remains of a killed process are recognised as ours
         write(fresh)
         mark(fresh, kind)
-        _flush(fresh)
+        for path in (*fresh.rglob("*"), fresh):
+            flush_to_disk(path)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
@@ -229,25 +230,12 @@ def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
                 "that was there is untouched"
             ) from error
         raise
-    _flush_entry(target.parent)
+    flush_to_disk(target.parent)
     if old.exists():
         # Renamed as incomplete first: a partly deleted folder must never be restored.
         with suppress(OSError):
             old.rename(fresh)
             discard(fresh)
-
-
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -144,15 +144,6 @@ class TreeGeometry:
             self._masks[key] = self.blocks[number].mask(window)
         return self._masks[key]
 
-    def dense_mask(self, window: int | None = None) -> Tensor:
-        """Builds the mask ``(T, T)``, True where a key (column) is visible to a query (row): for tests, small trees."""
-        index = torch.arange(len(self.subtree_end), device=self.subtree_end.device)
-        visible = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
-        if window is not None:
-            depth = self.depth
-            visible &= depth[:, None] - depth[None, :] < window
-        return visible
-
 
 def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """Joins each only child with its parent, since one causal product is cheaper than a masked one."""

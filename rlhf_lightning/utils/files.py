@@ -12,9 +12,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
@@ -35,19 +36,47 @@ def hidden_beside(place: Path, suffix: str) -> Path:
     return place.with_name(f".{place.name}{suffix}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that exists completely or not at all, also after a crash."""
+@contextmanager
+def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears under its name complete or not at all, also after a crash.
+
+    What is written goes to a hidden sibling, which is flushed to disk and renamed when the block ends, and removed when
+    it raises.
+
+    Args:
+        path: the file; its folder is made.
+        writer: part of the sibling's name; processes that may write the same file at the same time need their own.
+
+    Example:
+        >>> with atomic_file(Path("model.bin")) as file:  # doctest: +SKIP
+        ...     file.write(b"...")
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = hidden_beside(path, PARTIAL)
+    partial = hidden_beside(path, f"{writer}{PARTIAL}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 with ``atomic_file``."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, so that they survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def json_line(row: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_lightning.sequences import Example, Segment, pack
 from rlhf_lightning.sequences.flex_attention import flex_tree_attention
 from rlhf_lightning.sequences.tree_attention import TreeGeometry, tree_attention
+from tests.helpers import dense_mask
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 
@@ -64,7 +65,7 @@ def test_forward_and_gradient(
     slope = draw(1, size, HEADS, SIZE)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     sinks64 = None if sinks is None else sinks.double()
-    expected = dense(*exact, tree.dense_mask(window).to(device), softcap, sinks64)
+    expected = dense(*exact, dense_mask(tree, window).to(device), softcap, sinks64)
     options = {"scaling": 0.3, "tree": tree, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
     with torch.set_grad_enabled(backward):
         found, _ = attention(nn.Module(), *leaves, None, **options)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.losses.kl import KL_ESTIMATORS, bounded_exp, kl_per_token
+from rlhf_lightning.losses._stable import bounded_exp
+from rlhf_lightning.losses.kl import KL_ESTIMATORS, kl_per_token
 
 getcontext().prec = 50
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf_lightning.losses.process_reward import AGGREGATIONS, aggregate_step_scores, step_bce_loss, step_ce_loss
+from rlhf_lightning.losses.process_reward import AGGREGATIONS, aggregate_step_scores, step_bce_loss
 
 
 @pytest.mark.parametrize("labels", [[1.0, 0.0, 1.0, 0.0], [0.9, 0.25, 0.0, 0.5], [True, False, False, True]])
@@ -35,34 +35,11 @@ def test_bce_agrees_with_torch_and_is_log_2_at_logit_0() -> None:
     assert step_bce_loss(torch.zeros(2), torch.tensor([0, 1])).tolist() == pytest.approx([math.log(2)] * 2)
 
 
-def test_ce_with_classes_and_with_distributions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    classes = torch.tensor([2, 0, 1, 1, 2])
-    soft = torch.rand(5, 3, generator=generator, dtype=torch.float64).softmax(-1)
-    for labels in (classes, soft, F.one_hot(classes, 3).double()):
-        losses = step_ce_loss(logits, labels)
-        torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))
-        mine, other = (
-            torch.autograd.grad(loss.sum(), logits)[0]
-            for loss in (losses, F.cross_entropy(logits, labels, reduction="none"))
-        )
-        torch.testing.assert_close(mine, other)
-    assert step_ce_loss(torch.zeros(1, 4), torch.tensor([3])).item() == pytest.approx(math.log(4))
-
-
-def test_two_classes_are_the_binary_loss() -> None:
-    logits, labels = torch.tensor([0.3, -2.0, 4.0]), torch.tensor([1.0, 0.25, 0.0])
-    pair = torch.stack([torch.zeros(3), logits], -1)
-    torch.testing.assert_close(step_ce_loss(pair, torch.stack([1 - labels, labels], -1)), step_bce_loss(logits, labels))
-
-
 def test_gradients_are_the_numerical_derivatives() -> None:
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    logits = torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.tensor([0.0, 1.0, 0.3, 0.5], dtype=torch.float64)
-    torch.autograd.gradcheck(lambda x: step_bce_loss(x[:, 0], labels), logits)
-    torch.autograd.gradcheck(lambda x: step_ce_loss(x, torch.tensor([0, 1, 2, 0])), logits)
+    torch.autograd.gradcheck(lambda x: step_bce_loss(x, labels), logits)
     scores = torch.rand(5, generator=generator, dtype=torch.float64).requires_grad_()
     index = torch.tensor([0, 0, 1, 1, 1])
     for aggregation in AGGREGATIONS:
@@ -75,7 +52,6 @@ def test_extreme_logits_stay_finite_in_fp32() -> None:
     logits = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
     losses = step_bce_loss(logits, torch.tensor([1, 1, 0, 0]))
     assert losses.tolist() == [0.0, 1e4, 1e4, 0.0]
-    losses = losses + step_ce_loss(torch.stack([-logits, logits], -1), torch.tensor([1, 1, 0, 0]))
     losses.sum().backward()
     assert losses.isfinite().all()
     assert logits.grad.isfinite().all()
@@ -114,34 +90,12 @@ def test_aggregation(aggregation: str, oracle: Callable[[list[float]], float]) -
             "labels_M holds nan, outside [0, 1]: give 0, 1 or a probability",
         ),
         (
-            lambda: step_ce_loss(torch.zeros(2), torch.zeros(2)),
-            "logits_MC has shape (2,) and labels (2,) of torch.float32: give C logits per step, (M, C)",
-        ),
-        (
-            lambda: step_ce_loss(torch.zeros(2, 3), torch.zeros(2)),
-            "logits_MC has shape (2, 3) and labels (2,) of torch.float32: give a probability per class, (M, C), "
-            "or class numbers as integers, (M,)",
-        ),
-        (
-            lambda: step_ce_loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool)),
-            "logits_MC has shape (2, 3) and labels (2,) of torch.bool: give class numbers as integers, (M,), "
-            "or a probability per class, (M, C)",
-        ),
-        (
-            lambda: step_ce_loss(torch.zeros(1, 2), torch.tensor([[0.25, 0.25]])),
-            "labels of one step sum to 0.5: give each row of (M, C) the sum 1",
-        ),
-        (
-            lambda: step_ce_loss(torch.zeros(1, 2), torch.tensor([2])),
-            "class 2 is outside 0 to 1: logits_MC has 2 classes",
-        ),
-        (
             lambda: aggregate_step_scores(torch.ones(1), torch.tensor([0]), num_sequences=1, aggregation="prod"),
             "aggregation is 'prod'; it must be one of min, product, last, mean; did you mean 'product'?",
         ),
         (
             lambda: aggregate_step_scores(torch.ones(1), torch.tensor([1]), num_sequences=2),
-            "sequence 0 has no steps: leave it out, or score it as one step",
+            "sequence 0 has no steps: drop it, or score it as one step",
         ),
     ],
 )

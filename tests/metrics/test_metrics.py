@@ -1,9 +1,6 @@
-"""Metrics against loops, numpy and hand-derived numbers; however the data is cut, the result is that of the whole."""
+"""Formulas of the metrics against loops, numpy and numbers derived by hand."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchmetrics import Metric
 
-from rlhf_lightning.metrics import (
-    NO_ERROR,
-    AttributeCorrelation,
-    ExpectedCalibrationError,
-    FirstErrorF1,
-    PreferenceAccuracy,
-    PreferenceMargin,
-    RewardStatistics,
-)
 from rlhf_lightning.metrics import functional as F
 
 
@@ -33,63 +20,6 @@ def rated(count: int) -> tuple[Tensor, Tensor]:
     ratings = draw(count, 3, seed=1)
     ratings[::4, 1] = torch.nan
     return ratings * 2 + draw(count, 3, seed=2), ratings
-
-
-METRICS: dict[str, tuple[Callable[[], Metric], Callable[[int], tuple[Tensor, ...]]]] = {
-    "accuracy": (PreferenceAccuracy, lambda n: (draw(n), draw(n, seed=1))),
-    "margin": (PreferenceMargin, lambda n: (draw(n), draw(n, seed=1))),
-    "calibration": (ExpectedCalibrationError, lambda n: (draw(n).sigmoid(), draw(n, seed=1) > 0)),
-    "statistics": (RewardStatistics, lambda n: (draw(n) + 1e6,)),
-    "correlation": (lambda: AttributeCorrelation(3), rated),
-    "first-error": (FirstErrorF1, lambda n: (torch.arange(n) % 4 - 1, torch.arange(n) % 3 - 1)),
-}
-
-
-def flat(value: Any) -> list[float]:
-    values = value.values() if isinstance(value, dict) else [value]
-    return [float(x) for part in values for x in part.flatten()]
-
-
-@pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("sizes", [(1, 1, 38), (17, 23), (0, 40)])
-def test_batches_and_ranks_add_up_to_the_whole(name: str, sizes: tuple[int, ...]) -> None:
-    make, data = METRICS[name]
-    whole, batched, ranks = make(), make(), [make() for _ in sizes]
-    columns = data(40)
-    whole.update(*columns)
-    start = 0
-    for size, rank in zip(sizes, ranks, strict=True):
-        part = [column[start : start + size] for column in columns]
-        batched.update(*part)
-        rank.update(*part)
-        start += size
-    for other in ranks[1:]:
-        ranks[0].merge_state(other)
-    expected = flat(whole.compute())
-    assert all(np.isfinite(expected))
-    assert flat(batched.compute()) == pytest.approx(expected, rel=1e-10)
-    assert flat(ranks[0].compute()) == pytest.approx(expected, rel=1e-10)
-    whole.reset()
-    whole.update(*columns)
-    assert flat(whole.compute()) == expected
-
-
-def test_accuracy_counts_equal_rewards_as_wrong() -> None:
-    chosen, rejected = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, -1.0])
-    assert float(F.preference_accuracy(chosen, rejected)) == 0.5
-    assert float(F.preference_margin(chosen, rejected)) == 0.25
-
-
-def test_statistics_keep_their_digits_far_from_zero() -> None:
-    metric = RewardStatistics()
-    values = 1e8 + torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
-    for value in values:
-        metric.update(value[None])
-    found = metric.compute()
-    assert float(found["mean"]) == 1e8 + 1.5
-    assert float(found["std"]) == pytest.approx(np.sqrt(1.25), rel=1e-9)
-    assert (float(found["min"]), float(found["max"])) == (1e8, 1e8 + 3)
-    assert all(np.isnan(flat(RewardStatistics().compute())))
 
 
 @pytest.mark.parametrize("num_bins", [1, 7, 15])
@@ -132,7 +62,7 @@ def test_correlation_with_a_constant_is_undefined() -> None:
 def test_first_errors_is_the_first_below_the_threshold(rows: list[list[float]], threshold: float) -> None:
     scores = torch.tensor([x for row in rows for x in row], dtype=torch.float64)
     index = torch.tensor([n for n, row in enumerate(rows) for _ in row], dtype=torch.long)
-    expected = [next((i for i, x in enumerate(row) if x < threshold), NO_ERROR) for row in rows]
+    expected = [next((i for i, x in enumerate(row) if x < threshold), F.NO_ERROR) for row in rows]
     assert F.first_errors(scores, index, len(rows), threshold).tolist() == expected
 
 
@@ -149,10 +79,7 @@ def test_first_error_f1_is_processbenchs() -> None:
 
 
 def test_shapes_that_differ_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"the shapes differ \(chosen_P \(2,\), rejected_P \(3,\)\)"):
-        PreferenceAccuracy().update(torch.zeros(2), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"rewards_BK has shape \(2,\): give \(B, K\)"):
-        AttributeCorrelation(1).update(torch.zeros(2), torch.zeros(2))
-    for make in (lambda: ExpectedCalibrationError(0), lambda: AttributeCorrelation(0)):
-        with pytest.raises(ValueError, match="is 0; it must be at least 1"):
-            make()
+    with pytest.raises(ValueError, match=r"confidence_B has shape \(2,\) and correct_B \(3,\): give all"):
+        F.expected_calibration_error(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"rewards_BK has shape \(2,\) .*the shape \(B, K\)$"):
+        F.attribute_correlation(torch.zeros(2), torch.zeros(2))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.sequences import Example, Segment, pack
+from tests.helpers import dense_mask
 
 
 @st.composite
@@ -43,7 +44,7 @@ def test_visibility_is_ancestry(forest: list[Segment], share_prefix: bool) -> No
     for path in batch.path_index.split(batch.lengths.tolist()):
         for place, token in enumerate(path):
             expected[token, path[: place + 1]] = True
-    assert torch.equal(batch.geometry.dense_mask(), expected)
+    assert torch.equal(dense_mask(batch.geometry), expected)
     blocks = batch.geometry.blocks
     for block in blocks:
         visible = torch.zeros_like(expected)

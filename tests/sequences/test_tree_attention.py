@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_lightning.sequences import Example, Segment, pack
 from rlhf_lightning.sequences.flex_attention import flex_tree_attention
 from rlhf_lightning.sequences.tree_attention import TreeGeometry, tree_attention
+from tests.helpers import dense_mask
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 
@@ -55,7 +56,7 @@ def test_attention(window: int | None, softcap: float | None, with_sinks: bool, 
     q, k, v = draw(1, HEADS, size, SIZE), draw(1, KV_HEADS, size, SIZE), draw(1, KV_HEADS, size, SIZE)
     sinks = draw(HEADS) if with_sinks else None
     options = {"scaling": 0.3, "tree": tree, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
-    expected = naive(q, k, v, tree.dense_mask(window), softcap, sinks, 0.3)
+    expected = naive(q, k, v, dense_mask(tree, window), softcap, sinks, 0.3)
     if attention is flex_tree_attention:  # no backward pass on the CPU
         with torch.no_grad():
             found, _ = attention(nn.Module(), q, k, v, None, **options)
@@ -63,7 +64,7 @@ def test_attention(window: int | None, softcap: float | None, with_sinks: bool, 
         return
     for leaf in (q, k, v):
         leaf.requires_grad_()
-    expected = naive(q, k, v, tree.dense_mask(window), softcap, sinks, 0.3)
+    expected = naive(q, k, v, dense_mask(tree, window), softcap, sinks, 0.3)
     found, _ = attention(nn.Module(), q, k, v, None, **options)
     assert torch.allclose(found, expected, atol=1e-12)
     slope = torch.randn(found.shape, generator=generator, dtype=dtype)
