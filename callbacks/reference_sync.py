@@ -8,7 +8,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from ..core.reference_module import ReferencedModule
+from ..core import PostTrainingModule
 from ..models import AdapterReference, FrozenReference
 from ..models.reference import ADAPTER_COPY
 
@@ -79,7 +79,7 @@ class ReferenceSync(lightning.Callback):
 
 def _reference(module: lightning.LightningModule) -> FrozenReference | AdapterReference:
     name = type(module).__name__
-    if not isinstance(module, ReferencedModule):
+    if not isinstance(module, PostTrainingModule) or module.reference is None:
         raise ValueError(f"{name} has no reference policy, so ReferenceSync has nothing to move: leave it out")
     for reference in module.references:
         if isinstance(reference, AdapterReference) and ADAPTER_COPY in reference.model.peft_config:

@@ -22,7 +22,7 @@ UP = {
     ("rlhf_lightning.rewards.scorers", "rlhf_lightning.modules.reward"),
 }
 LONG_FILES = {
-    "rlhf_lightning/core/module.py": "every hook of the core, in the order in which Lightning calls them",
+    "rlhf_lightning/core/module.py": "the options, the interface and the Lightning hooks of every method, each a few lines long",
     "rlhf_lightning/data/loaders.py": "three loaders and the state that a run is resumed from",
     "rlhf_lightning/modules/process_reward.py": "the docstring of its options",
     "rlhf_lightning/rl/on_policy_module.py": "the docstring of its options",

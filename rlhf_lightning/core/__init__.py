@@ -2,6 +2,6 @@
 
 from .lr_schedules import WarmupSchedule
 from .module import PostTrainingModule
-from .reference_module import ReferencedModule
+from .reference_policy import ReferencePolicy
 
-__all__ = ["PostTrainingModule", "ReferencedModule", "WarmupSchedule"]
+__all__ = ["PostTrainingModule", "ReferencePolicy", "WarmupSchedule"]

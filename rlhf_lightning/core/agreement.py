@@ -8,7 +8,6 @@ import lightning
 
 from ..distributed.collectives import gather_objects, world_size
 from ..utils.files import on_first_rank
-from .micro_batching import MicroBatchedModule
 
 
 class RankAgreement(lightning.Callback):
@@ -58,8 +57,9 @@ class RankAgreement(lightning.Callback):
         self._decide(module)
 
     def _decide(self, module: lightning.LightningModule) -> None:
-        if world_size() > 1 and isinstance(module, MicroBatchedModule):
-            module.decide_layout()
+        decide = getattr(module, "decide_layout", None)
+        if world_size() > 1 and decide is not None:
+            decide()
 
     def _compare(self, trainer: lightning.Trainer) -> None:
         path = None if trainer.ckpt_path is None else str(trainer.ckpt_path)

@@ -144,7 +144,7 @@ def _save_when_due(
     may skip, and ignores ``train_time_interval`` in manual optimization.
     """
     every, interval = callback._every_n_train_steps, callback._train_time_interval
-    due = every >= 1 and trainer.global_step // every > pl_module.step_before_batch // every
+    due = every >= 1 and trainer.global_step // every > pl_module.resume.step_before_batch // every
     if interval is not None and callback._last_time_checked is not None:
         late = time.monotonic() - callback._last_time_checked >= interval.total_seconds()
         due = trainer.strategy.broadcast(late)  # clocks differ between ranks

@@ -6,7 +6,7 @@ rounded once. Under ``fsdp2``, torch sums over ranks in the dtype of the weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from ..distributed.collectives import world_size
+from ..distributed.collectives import gather_objects, world_size
 from ..distributed.fsdp2 import copies_of
 from ..distributed.lockstep import barrier, lockstep
+from ..sequences import Example
 
 _HALF: Final = (torch.bfloat16, torch.float16)
 
@@ -159,3 +160,27 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         else:  # in half precision, round the product and not the factor
             part.copy_(part.to(dtype).mul_(own))
     return norm
+
+
+def check_gradient(module: Any, grad_norm: Tensor, examples: Sequence[Example]) -> None:
+    """Raises before a step with a non-finite gradient; fp16's gradient scaler skips such steps instead.
+
+    Args:
+        module: a ``PostTrainingModule``; its gradients are cleared.
+        grad_norm: norm of the gradient of the global batch.
+        examples: this rank's part of the batch, to name in the message.
+
+    Raises:
+        ValueError: the norm is not finite.
+    """
+    if bool(torch.isfinite(grad_norm)) or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+        return
+    module.zero_grad()
+    rows = ", ".join(example.row_id for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
+    # The norm is the same on all ranks, so all raise, with the rows of every rank.
+    if world_size() > 1:
+        rows = "; ".join(f"of rank {n}: {part}" for n, part in enumerate(gather_objects(rows)) if part)
+    raise ValueError(
+        f"the gradient's norm is {float(grad_norm)} in step {module.trainer.global_step + 1} (rows {rows}); the "
+        "weights are still those of the step before: look at these rows, or lower the learning rate"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import lightning
@@ -29,6 +29,31 @@ def forget_others(trainer: lightning.Trainer, names: Container[str]) -> None:
     for result in (results or {}).values():
         if result.meta.fx == _STEP and result.meta.name.startswith("train/") and result.meta.name not in names:
             result.reset()
+
+
+def log_values(module: Any, stage: str, values: Mapping[str, Tensor], suffix: str = "") -> None:
+    """Logs values of a training step or of a validation or test epoch as ``<stage>/<name><suffix>``.
+
+    Args:
+        module: a ``PostTrainingModule``; its ``progress_metrics`` are shown in the progress bar.
+        stage: ``train``, ``val`` or ``test``.
+        values: values by name, the same on every rank.
+        suffix: the end of all names, with several data loaders.
+    """
+    shown = {f"{stage}/{name}{suffix}": value.detach().float() for name, value in values.items()}
+    bar = {f"{stage}/{name}{suffix}" for name in module.progress_metrics}
+    if stage == "train":
+        forget_others(module.trainer, shown)
+    for name, value in shown.items():
+        module.log(
+            name,
+            value,
+            prog_bar=name in bar,
+            on_step=stage == "train",
+            on_epoch=stage != "train",
+            batch_size=1,
+            add_dataloader_idx=not suffix,
+        )
 
 
 def call_hooks(trainer: lightning.Trainer, name: str, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Micro-batching under global normalisers: the interface of a method, and passes that are independent of the split.
+"""Passes over micro-batches under global normalizers; no result depends on how a batch is split.
 
 A method defines ``no_grad_rows`` (computed once without gradient, such as a reference's log-probs), ``grad_rows``
 (computed with gradient) and ``loss`` (a pure function of both, divided by global normalizers). All three use *rows*:
@@ -11,155 +11,60 @@ Legend: E examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any, ClassVar, Self
+from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import (
-    Metrics,
-    Rows,
-    concatenate,
-    gather_rows,
-    rows_before_this_rank,
-    sum_over_ranks,
-    world_size,
-)
+from ..distributed.collectives import Rows, concatenate, gather_rows, rows_before_this_rank, sum_over_ranks, world_size
 from ..losses.router import RouterSums, load_balancing_loss
 from ..models.dropout import switch_off_dropout
 from ..sequences import Example, SequenceBatch, pack, plan_micro_batches
-from ..utils.keywords import CheckedKeywords
 from .gradients import GradientSums
-from .hooks import wrap_hooks
-from .router_loss import AUX_LOSS, RouterLoss
-from .timing import PhaseClock
+from .router_loss import AUX_LOSS
 
 ROW_KEY = "_row"  # hash of a row's id, which gives rows a canonical order on any number of ranks
 
 
-class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
-    """A module whose loss is a sum over rows, divided by normalizers of the global batch.
+class MicroBatching:
+    """Runs a module's forward and backward passes in micro-batches of at most ``micro_batch_tokens`` tokens.
 
     Args:
-        micro_batch_tokens: maximum number of tokens per forward, above 0.
-        share_prefix: compute a prompt once for all its completions.
+        module: a ``PostTrainingModule``: its ``micro_batch_tokens`` and ``share_prefix`` are read at each pass.
     """
 
-    keeps_dropout: ClassVar[bool] = False  # whether dropout=None means the rates of the model's config
-    dropout: float | None = None
-
-    def __init__(self, *, micro_batch_tokens: int, share_prefix: bool) -> None:
-        super().__init__()
-        self.micro_batch_tokens = micro_batch_tokens
-        self.share_prefix = share_prefix
+    def __init__(self, module: Any) -> None:
+        self.module = module
         self._sums: GradientSums | None = None  # of the running step
-        self.hooks_reached: set[str] = set()  # names of the core's hooks that have run
-        # By the id of a scheduler: the monitored metric, and whether it is required.
-        self.scheduler_monitors: dict[int, tuple[str | None, bool]] = {}
-        self.clock: PhaseClock | None = None  # set by callbacks that measure time
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        wrap_hooks(cls)
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Measures the time of a block as one of ``timing.PHASES``; does nothing without a clock."""
-        return nullcontext() if self.clock is None else self.clock.phase(name)
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout is active in training; if not, the policy is trained as it is scored."""
-        return self.keeps_dropout if self.dropout is None else self.dropout > 0
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the mode as torch does; without dropout, the models within stay in evaluation mode."""
-        super().train(mode)
-        if mode and not self.drops:
-            switch_off_dropout(self)
-        return self
-
-    def decide_layout(self) -> None:
-        """Decides the layout of batches; called on every rank before the first batch."""
-
-    @property
-    def router_loss(self) -> RouterLoss | None:
-        """The load-balancing loss to add to the method's own; it couples all tokens of the global batch."""
-        return None
-
-    # The interface of a method.
-
-    @property
-    def couples_rows(self) -> bool:
-        """Whether a row's loss depends on the other rows of the global batch."""
-        return False
-
-    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Returns the counts of these examples that the loss is divided by; they are summed over all ranks."""
-        return {"examples": float(len(examples))}
-
-    def no_grad_rows(self, batch: SequenceBatch) -> Rows:
-        """Computes rows that carry no gradient; called once per micro-batch, under ``torch.no_grad``."""
-        return {}
-
-    @property
-    def uses_batch_statistics(self) -> bool:
-        """Whether a row's loss reads ``batch_statistics`` of the whole global batch's ``no_grad_rows``."""
-        return False
-
-    def batch_statistics(self, no_grad_rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
-        """Computes statistics of the no-grad rows of *all* examples; they are added to the normalizers.
-
-        A loss that couples rows by its no-grad rows alone (KTO's KL estimate) needs no second pass then.
-        """
-        return {}
-
-    def after_step(self, rows: Rows, normalizers: dict[str, float]) -> None:
-        """Updates running estimates after the step of a global batch; called with the same rows on every rank."""
-
-    def grad_rows(self, batch: SequenceBatch) -> Rows:
-        """Computes rows that carry gradient."""
-        raise TypeError(f"{type(self).__name__} must define grad_rows(batch)")
-
-    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
-        """Computes the rows' share of the loss: a sum over them, divided by the global normalizers."""
-        raise TypeError(f"{type(self).__name__} must define loss(rows, normalizers)")
-
-    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
-        """Computes logged metrics from the rows of a whole global batch or validation set."""
-        return {}
-
-    # The passes.
-
-    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
+    def backward(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
         """Accumulates this rank's part of the gradient of the global batch's loss.
 
         Returns:
             This rank's rows, detached, and the global normalizers, which include the load-balancing loss where it is
             trained.
         """
-        if not self.drops:
-            switch_off_dropout(self)  # a caller may have switched modes since
-        normalizers = sum_over_ranks(self.normalizers(examples), self.device)
-        plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-        batches = [[examples[n] for n in micro] for micro in plan]
-        if (self.couples_rows or self.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
+        if not self.module.drops:
+            switch_off_dropout(self.module)  # a caller may have switched modes since
+        normalizers = sum_over_ranks(self.module.normalizers(examples), self.module.device)
+        batches = [[examples[n] for n in micro] for micro in self.plan(examples)]
+        if (self.module.couples_rows or self.module.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
             return self._backward_coupled(batches, normalizers), normalizers
 
         # Statistics of the global batch need the no-grad rows of every micro-batch before the first loss.
         known: list[Rows] = []
-        if self.uses_batch_statistics:
-            known = [self._no_grad_rows(self._pack(micro)) for micro in batches]
-            normalizers |= self._statistics(gather_rows(concatenate(known), self.device), normalizers)
+        if self.module.uses_batch_statistics:
+            known = [self._no_grad_rows(self.pack(micro)) for micro in batches]
+            normalizers |= self.statistics(gather_rows(concatenate(known), self.module.device), normalizers)
 
         rows = []
         for n, micro in enumerate(batches):
-            batch = self._pack(micro)
+            batch = self.pack(micro)
             fixed = known[n] if known else self._no_grad_rows(batch)
             grad_rows, routed = self._routed_rows(batch)
-            loss = self.loss(in_canonical_order(fixed | grad_rows), normalizers)
+            loss = self.module.loss(in_canonical_order(fixed | grad_rows), normalizers)
             # With a router loss there is a single micro-batch here, so its sums are those of the global batch.
             balance = self._router_share(routed, self._router_sums([routed], normalizers))
             self._backward_pass(sum(balance, start=loss))
@@ -177,9 +82,9 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
         # First pass: rows without gradient; the random state is kept so that dropout repeats in the second pass.
         states, known, computed, routed = [], [], [], []
         for micro in batches:
-            batch = self._pack(micro)
+            batch = self.pack(micro)
             known.append(self._no_grad_rows(batch))
-            states.append(_random_state(self.device))
+            states.append(_random_state(self.module.device))
             with torch.no_grad():
                 grad_rows, sums = self._routed_rows(batch)
             computed.append(grad_rows)
@@ -187,24 +92,24 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
 
         # The gradient of the loss with respect to the rows of all ranks, computed on every rank.
         local_rows = concatenate(c | s for c, s in zip(known, computed, strict=True))
-        global_rows = gather_rows(local_rows, self.device)
+        global_rows = gather_rows(local_rows, self.module.device)
         whole = self._router_sums(routed, normalizers)
         if not global_rows:
             return local_rows
-        normalizers |= self._statistics(global_rows, normalizers)
+        normalizers |= self.statistics(global_rows, normalizers)
         names = [name for name, value in computed[0].items() if value.is_floating_point()] if computed else []
         leaves = {name: value.clone().requires_grad_(name in names) for name, value in global_rows.items()}
         with torch.enable_grad():
-            loss = self.loss(in_canonical_order(leaves), normalizers)
+            loss = self.module.loss(in_canonical_order(leaves), normalizers)
             slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if computed else ()
 
         # Second pass: the dot product of rows and cached gradients has the same gradient as the loss.
         place = rows_before_this_rank(len(local_rows.get(ROW_KEY, ())))
         for micro, fixed, state in zip(batches, known, states, strict=True):
-            _set_random_state(state, self.device)
+            _set_random_state(state, self.module.device)
             local = slice(place, place + len(fixed[ROW_KEY]))
             place = local.stop
-            batch = self._pack(micro)
+            batch = self.pack(micro)
             again, sums = self._routed_rows(batch)
             parts = [
                 (again[name] * slope[local]).sum()
@@ -218,30 +123,32 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
 
     def _routed_rows(self, batch: SequenceBatch) -> tuple[Rows, RouterSums | None]:
         """Computes rows that carry gradient, and the routers' sums over the batch where they have a loss."""
-        if self.router_loss is None:
-            return self.grad_rows(batch), None
-        self.decide_layout()  # before recording, as the layout probe is not part of the batch
-        with self.router_loss.recording() as recorder:
-            rows = self.grad_rows(batch)
+        if self.module.router_loss is None:
+            return self.module.grad_rows(batch), None
+        self.module.decide_layout()  # before recording, as the layout probe is not part of the batch
+        with self.module.router_loss.recording() as recorder:
+            rows = self.module.grad_rows(batch)
         return rows, recorder.sums
 
     def _router_sums(self, parts: Sequence[RouterSums | None], normalizers: dict[str, float]) -> RouterSums | None:
         """Sums the routers' statistics over the global batch and adds their loss to the normalizers."""
-        if self.router_loss is None:
+        if self.module.router_loss is None:
             return None
-        whole = self.router_loss.summed([part for part in parts if part is not None], self.device)
+        whole: RouterSums = self.module.router_loss.summed(
+            [part for part in parts if part is not None], self.module.device
+        )
         normalizers[AUX_LOSS] = float(load_balancing_loss(whole))
         return whole
 
     def _router_share(self, part: RouterSums | None, whole: RouterSums | None) -> list[Tensor]:
         """Returns a micro-batch's share of the load-balancing loss in a list, empty where none is trained."""
-        loss = self.router_loss
+        loss = self.module.router_loss
         return [] if loss is None or part is None or whole is None else [loss.share(part, whole)]
 
     @contextmanager
-    def _summed_gradients(self) -> Iterator[None]:
+    def summed_gradients(self) -> Iterator[None]:
         """Accumulates the gradients of the backward passes in the context with ``GradientSums``."""
-        self._sums = GradientSums(self.parameters())
+        self._sums = GradientSums(self.module.parameters())
         try:
             yield
         finally:
@@ -251,34 +158,45 @@ class MicroBatchedModule(CheckedKeywords, lightning.LightningModule):
     def _backward_pass(self, loss: Tensor) -> None:
         if self._sums is not None:
             self._sums.begin_pass()
-        self.manual_backward(loss)
+        self.module.manual_backward(loss)
 
     def _count(self, batch: SequenceBatch) -> None:
-        if self.clock is not None:
-            self.clock.count_trained(batch)
+        if self.module.clock is not None:
+            self.module.clock.count_trained(batch)
 
     @torch.no_grad()
-    def _statistics(self, rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
-        return self.batch_statistics(in_canonical_order(rows), normalizers) if self.uses_batch_statistics else {}
+    def statistics(self, rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
+        """Computes the method's statistics of the rows of a whole global batch; empty where it uses none."""
+        if not self.module.uses_batch_statistics:
+            return {}
+        found: dict[str, float] = self.module.batch_statistics(in_canonical_order(rows), normalizers)
+        return found
 
     def _no_grad_rows(self, batch: SequenceBatch) -> Rows:
-        with torch.no_grad(), self.phase("score"):
-            rows = self.no_grad_rows(batch)
-        return rows | {ROW_KEY: row_keys(batch.examples, self.device)}
+        with torch.no_grad(), self.module.phase("score"):
+            rows: Rows = self.module.no_grad_rows(batch)
+        return rows | {ROW_KEY: row_keys(batch.examples, self.module.device)}
 
-    def _pack(self, examples: list[Example]) -> SequenceBatch:
-        return pack(examples, share_prefix=self.share_prefix, device=self.device)
+    def plan(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Groups examples into micro-batches within the budget; returns the numbers of the examples of each."""
+        module = self.module
+        return plan_micro_batches(examples, budget=module.micro_batch_tokens, share_prefix=module.share_prefix)
+
+    def pack(self, examples: Sequence[Example]) -> SequenceBatch:
+        """Packs examples into one batch on the module's device."""
+        return pack(list(examples), share_prefix=self.module.share_prefix, device=self.module.device)
 
     @torch.no_grad()
-    def score_examples(self, examples: Sequence[Example]) -> Rows:
+    def score(self, examples: Sequence[Example]) -> Rows:
         """Scores examples without gradient in micro-batches, and returns rows in the order of ``examples``."""
-        return self.in_micro_batches(examples, lambda batch: self._no_grad_rows(batch) | self.grad_rows(batch))
+        return self.map(examples, lambda batch: self._no_grad_rows(batch) | self.module.grad_rows(batch))
 
-    def in_micro_batches(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Rows]) -> Rows:
+    def map(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Rows]) -> Rows:
         """Applies a function to packed micro-batches and returns its rows in the order of ``examples``."""
-        plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-        rows = concatenate(rows_of(self._pack([examples[n] for n in micro])) for micro in plan)
-        order = torch.argsort(torch.tensor([n for micro in plan for n in micro], dtype=torch.long)).to(self.device)
+        plan = self.plan(examples)
+        rows = concatenate(rows_of(self.pack([examples[n] for n in micro])) for micro in plan)
+        order = torch.argsort(torch.tensor([n for micro in plan for n in micro], dtype=torch.long))
+        order = order.to(self.module.device)
         return {name: value[order] for name, value in rows.items()}
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from os import PathLike
@@ -17,46 +16,34 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..distributed.collectives import (
-    Metrics,
-    Rows,
-    concatenate,
-    gather_objects,
-    gather_rows,
-    sum_over_ranks,
-    world_size,
-)
-from ..models import (
-    TokenStats,
-    base_model,
-    load_causal_lm,
-    load_tokenizer,
-    num_positions,
-    resolve_layout,
-    token_stats,
-)
+from ..distributed.collectives import Metrics, Rows, gather_rows, sum_over_ranks
+from ..models import Reference, TokenStats, load_causal_lm, load_tokenizer, resolve_layout, token_stats
 from ..models import save_pretrained as export_pretrained
 from ..models.backbone import fix_rotary_frequencies
+from ..models.dropout import switch_off_dropout
 from ..models.saving import export_kind
 from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
-from ..sequences.example import check_contract
 from ..utils.files import check_replaceable
+from ..utils.keywords import check_keywords
 from .agreement import RankAgreement
+from .batch_checks import check_batch
 from .checkpoint_io import prepare_checkpoints
 from .exports import trained_end_tokens
-from .gradients import clip_gradients, loss_scale, sum_gradients
-from .hooks import check_optimizers, step_schedulers
-from .logging import call_hooks, forget_others, log_settings
-from .lr_schedules import WarmupSchedule
-from .micro_batching import ROW_KEY, in_canonical_order
-from .optimizers import build_optimizer, without_decay
+from .gradients import check_gradient, clip_gradients, loss_scale, sum_gradients
+from .hooks import check_optimizers, step_schedulers, wrap_hooks
+from .logging import call_hooks, log_settings, log_values
+from .micro_batching import ROW_KEY, MicroBatching, in_canonical_order
+from .optimizers import build_optimizer_and_scheduler
 from .position import ResumePosition
+from .precision import apply_in_fp32
 from .progress_bar import prepare_screen
-from .resume import ResumableModule
+from .reference_policy import ReferencePolicy
+from .resume import ResumeState, adapted_models
 from .router_loss import AUX_LOSS, RouterLoss, router_loss_of
 from .stopping import StopOnSignal
+from .timing import PhaseClock
 from .trainer_checks import (
     check_module,
     check_module_options,
@@ -65,12 +52,15 @@ from .trainer_checks import (
     report_config_losses,
     trainer_dtype,
 )
+from .validation_rows import ValidationRows
 
-_STEPS = {"val": "validation_step", "test": "test_step"}
 
+class PostTrainingModule(lightning.LightningModule):
+    """Loads a causal language model, runs packed micro-batches under global normalizers, and steps once per batch.
 
-class PostTrainingModule(ResumableModule):
-    """Loads a causal language model, runs packed micro-batches under global normalisers, and steps once per batch.
+    A method overrides what stands under *The interface of a method*: ``grad_rows`` and ``loss`` at least. The work is
+    done by parts that a module holds: ``micro_batching`` (passes), ``resume`` (checkpoints), ``validation_rows``, and
+    ``reference`` where a method compares the policy with its beginning.
 
     Args:
         model: Hugging Face id or folder: weights, config, or a PEFT adapter.
@@ -102,6 +92,16 @@ class PostTrainingModule(ResumableModule):
     default_learning_rate: ClassVar[float] = 1e-5
     contracts: ClassVar[tuple[str, ...]] = ()  # datamodules whose rows are accepted; () for any
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # metrics in the progress bar
+    keeps_dropout: ClassVar[bool] = False  # whether dropout=None means the rates of the model's config
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses keyword arguments that no ``__init__`` of the class takes, with a suggestion."""
+        check_keywords(cls, kwargs)
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        wrap_hooks(cls)
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class PostTrainingModule(ResumableModule):
                 f"model is a {type(model).__name__}; pass the folder or hub id that it came from, or write it with "
                 "model.save_pretrained(folder) and tokenizer.save_pretrained(folder), and pass the folder"
             )
-        super().__init__(micro_batch_tokens=micro_batch_tokens, share_prefix=share_prefix)
+        super().__init__()
         check_module_options(
             init=init,
             micro_batch_tokens=micro_batch_tokens,
@@ -144,6 +144,8 @@ class PostTrainingModule(ResumableModule):
         self.model: Any = None
         self.model_source = str(model)
         self.init = init
+        self.micro_batch_tokens = micro_batch_tokens
+        self.share_prefix = share_prefix
         self.attention = attention
         self.lora = dict(lora) if lora is not None else None
         self.quantization = quantization
@@ -159,16 +161,87 @@ class PostTrainingModule(ResumableModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._is_configured = False
-        # Rows and normalizers of the running validation or test epoch, by the index of the data loader.
-        self._rows: dict[int, list[Rows]] = {}
-        self._row_normalizers: dict[int, dict[str, float]] = {}
 
-    # The model.
+        # The parts.
+        self.micro_batching = MicroBatching(self)
+        self.resume = ResumeState(self)
+        self.validation_rows = ValidationRows(self)
+        self.reference: ReferencePolicy | None = None  # set by methods that compare with one
+        self.clock: PhaseClock | None = None  # set by callbacks that measure time
+        self.hooks_reached: set[str] = set()  # names of the core's hooks that have run
+        # By the id of a scheduler: the monitored metric, and whether it is required.
+        self.scheduler_monitors: dict[int, tuple[str | None, bool]] = {}
+
+    # The interface of a method.
+
+    def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Returns the counts of these examples that the loss is divided by; they are summed over all ranks."""
+        return {"examples": float(len(examples))}
+
+    def no_grad_rows(self, batch: SequenceBatch) -> Rows:
+        """Computes rows that carry no gradient; called once per micro-batch, under ``torch.no_grad``."""
+        return {}
+
+    def grad_rows(self, batch: SequenceBatch) -> Rows:
+        """Computes rows that carry gradient."""
+        raise TypeError(f"{type(self).__name__} must define grad_rows(batch)")
+
+    def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
+        """Computes the rows' share of the loss: a sum over them, divided by the global normalizers."""
+        raise TypeError(f"{type(self).__name__} must define loss(rows, normalizers)")
+
+    def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
+        """Computes logged metrics from the rows of a whole global batch or validation set."""
+        return {}
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether a row's loss depends on the other rows of the global batch."""
+        return False
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether a row's loss reads ``batch_statistics`` of the whole global batch's ``no_grad_rows``."""
+        return False
+
+    def batch_statistics(self, no_grad_rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
+        """Computes statistics of the no-grad rows of *all* examples; they are added to the normalizers.
+
+        A loss that couples rows by its no-grad rows alone (KTO's KL estimate) needs no second pass then.
+        """
+        return {}
+
+    def after_step(self, rows: Rows, normalizers: dict[str, float]) -> None:
+        """Updates running estimates after the step of a global batch; called with the same rows on every rank."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss or the rewards compare with a reference policy, in a method that holds one."""
+        return True
+
+    def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Rows:
+        """Computes the reference's rows of a batch, each from the content of its own example alone."""
+        raise TypeError(f"{type(self).__name__} must define reference_rows(batch, model)")
 
     @property
     def predicts_tokens(self) -> bool:
         """Whether the model's output projection is used; if not, the checkpoint need not have one."""
         return True
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is active in training; if not, the policy is trained as it is scored."""
+        return self.keeps_dropout if self.dropout is None else self.dropout > 0
+
+    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
+        """Checks that the examples of a batch fit the model and returns them; a method adds its own checks.
+
+        Raises:
+            ValueError: with the row, what is wrong with it, and what to do.
+        """
+        return check_batch(self, batch)
+
+    # The model.
 
     def configure_model(self) -> None:
         """Builds the model once, in the dtype of the trainer's precision.
@@ -191,9 +264,11 @@ class PostTrainingModule(ResumableModule):
             )
         fix_rotary_frequencies(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
         self._router_loss = router_loss_of(self.model, self.router_aux_loss_coef)
-        self.remember_base()
+        self.resume.remember_base()
         self.train(self.training)
         self._is_configured = True
+        if self.reference is not None:
+            self.reference.build()
 
     @property
     def is_configured(self) -> bool:
@@ -219,30 +294,54 @@ class PostTrainingModule(ResumableModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves and converts the module as torch does, but keeps the fp32 buffers of its models in fp32.
-
-        Lightning's ``bf16-true`` and ``16-true`` convert everything. Models keep rotary frequencies in fp32: rounded,
-        position 1000 is off by tenths of a radian. Done here rather than in a hook, so that no override can undo it.
-        """
-        models = [model for model in self.modules() if isinstance(model, PreTrainedModel)]
-        owners = {id(owner): owner for model in models for owner in model.modules()}.values()
-        exact = [(owner._buffers, name, b) for owner in owners for name, b in owner._buffers.items() if b is not None]
-        super()._apply(fn, recurse)
-        for buffers, name, before in exact:
-            now = buffers[name]
-            if before.dtype == torch.float32 and now is not None and now.dtype != before.dtype:
-                buffers[name] = before.to(now.device)
+        """Moves and casts as torch does, but keeps what must stay in fp32; no hook that overrides it can undo this."""
+        apply_in_fp32(self, fn, partial(super()._apply, recurse=recurse))
         return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode as torch does; without dropout, the models within stay in evaluation mode."""
+        super().train(mode)
+        if mode and not self.drops:
+            switch_off_dropout(self)
+        return self
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Measures the time of a block as one of ``timing.PHASES``; does nothing without a clock."""
+        return nullcontext() if self.clock is None else self.clock.phase(name)
+
+    @property
+    def references(self) -> list[Reference]:
+        """The reference policy in a list, which is empty where none is in memory."""
+        return [] if self.reference is None else self.reference.policies
+
+    @property
+    def models_alike(self) -> list[nn.Module]:
+        """Further models that run in the policy's layout."""
+        return [] if self.reference is None else self.reference.models
+
+    # The hooks of a run.
 
     def place_on_device(self) -> None:
         """Places state that is not part of the module on its device; called before the first batch of any run."""
+        if self.reference is not None:
+            self.reference.place_on_device()
 
     def on_fit_start(self) -> None:
-        """Checks the result of ``configure_optimizers``, calls ``place_on_device``, and logs the run's settings."""
+        """Checks the result of ``configure_optimizers``, logs the run's settings, and prepares the reference."""
         check_optimizers(self)
         report_config_losses(self)
         self.place_on_device()
         log_settings(self)
+        if self.reference is not None:
+            self.reference.begin_fit()
+
+    def on_train_start(self) -> None:
+        """Restores the random states of a checkpoint."""
+        self.resume.begin_training()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Restores random states once more in mid-epoch."""
+        self.resume.begin_batch(batch_idx)
 
     def on_train_epoch_end(self) -> None:
         """Steps epoch-wise schedulers that monitor a metric, which validation may have logged."""
@@ -292,11 +391,6 @@ class PostTrainingModule(ResumableModule):
         """Decides the layout of batches."""
         assert self.layout
 
-    @property
-    def models_alike(self) -> list[nn.Module]:
-        """Further models that run in the policy's layout."""
-        return []
-
     def token_stats(self, batch: SequenceBatch, model: nn.Module | None = None, **options: Any) -> TokenStats:
         """Computes log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""
         return token_stats(self.model if model is None else model, batch, self.layout, **options)
@@ -307,27 +401,15 @@ class PostTrainingModule(ResumableModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer on the trainable parameters, and its scheduler."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(
-                "nothing is trainable: give lora={'r': 16}, leave quantization out, or call unfreeze() after freeze()"
-            )
         build = self._optimizer or partial(AdamW, lr=self.default_learning_rate, weight_decay=0.0, fused=True)
-        optimizer = build_optimizer(build, self.parameter_groups(parameters), without_decay(self))
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError(
-                "lr_scheduler is ReduceLROnPlateau, which waits for a metric; schedules step with every optimizer step "
-                "here: use rlhf_lightning.core.WarmupSchedule or another torch schedule, or override "
-                "configure_optimizers and return it with its monitor"
-            )
-        if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
-            scheduler.set_total_steps(self._num_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return build_optimizer_and_scheduler(self, build, self._lr_scheduler)
 
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
+        """Returns the number of optimizer steps of the whole run, for a schedule without its own.
+
+        Raises:
+            ValueError: the run has no end.
+        """
         steps = self.trainer.estimated_stepping_batches
         if steps in (float("inf"), -1):
             raise ValueError("the schedule has no end: set trainer.max_steps, or total_steps of the lr_scheduler")
@@ -350,7 +432,7 @@ class PostTrainingModule(ResumableModule):
 
     def _finish_batch(self, batch: ExampleBatch, values: Metrics) -> Metrics | None:
         """Logs a batch's values, steps epoch-wise schedulers after the last batch, and counts the batch as used."""
-        self._log("train", values)
+        log_values(self, "train", values)
         if self.trainer.is_last_batch:
             step_schedulers(self, "epoch")
         batch.mark_consumed()
@@ -370,12 +452,12 @@ class PostTrainingModule(ResumableModule):
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
-        with self._local_gradients(), self._summed_gradients(), self.phase("forward_backward"):
+        with self._local_gradients(), self.micro_batching.summed_gradients(), self.phase("forward_backward"):
             rows, normalizers = self.backward_examples(examples)
         with self.phase("step"):
             sum_gradients(p for p in self.parameters() if p.requires_grad)
             grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
-            self._check_gradient(grad_norm, examples)
+            check_gradient(self, grad_norm, examples)
             scale = loss_scale(self.trainer)
             optimizer.step()
             call_hooks(self.trainer, "on_before_zero_grad", optimizer.optimizer)
@@ -388,61 +470,24 @@ class PostTrainingModule(ResumableModule):
             progress[AUX_LOSS] = torch.tensor(normalizers.pop(AUX_LOSS), dtype=torch.float64)
         return gather_rows(rows, self.device), normalizers, progress
 
+    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
+        """Accumulates this rank's part of the gradient of the global batch's loss.
+
+        Returns:
+            This rank's rows, detached, and the global normalizers, which include the load-balancing loss where it is
+            trained.
+        """
+        return self.micro_batching.backward(examples)
+
     def _local_gradients(self) -> AbstractContextManager[None]:
         """Disables DDP's gradient averaging: ranks may run different numbers of micro-batches, zero included."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
-    def validate_batch(self, batch: ExampleBatch) -> list[Example]:
-        """Checks that the examples of a batch fit the model and returns them; a method adds its own checks.
-
-        Raises:
-            ValueError: with the row, what is wrong with it, and what to do.
-        """
-        if not isinstance(batch, ExampleBatch):
-            raise TypeError(
-                f"{type(self).__name__} was given a {type(batch).__name__}; it needs an ExampleBatch: use one of "
-                "rlhf_lightning.datamodules, or wrap your examples in rlhf_lightning.sequences.ExampleBatch"
-            )
-        check_contract(self, batch.contract)
-        positions = num_positions(self.model)
-        embeddings: Any = base_model(self.model).get_input_embeddings()
-        vocab_size = int(embeddings.weight.shape[0])
-        for example in batch.examples:
-            for path in example.root.paths():
-                length = sum(len(segment.tokens) for segment in path)
-                if positions is not None and length > positions:
-                    raise ValueError(
-                        f"row {example.row_id} has {length} tokens, the model has {positions} positions: set the "
-                        f"datamodule's max_length to {positions} or less"
-                    )
-                ends = [int(end) for segment in path for end in (segment.tokens.min(), segment.tokens.max())]
-                if min(ends) < 0 or max(ends) >= vocab_size:
-                    wrong = min(ends) if min(ends) < 0 else max(ends)
-                    raise ValueError(
-                        f"row {example.row_id} has token {wrong}, the model's vocabulary has {vocab_size}: the "
-                        "tokenizer is not this model's"
-                    )
-        return batch.examples
-
     def _clip(self) -> Tensor:
         scale = loss_scale(self.trainer)
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm * scale
         return clip_gradients((p for p in self.parameters() if p.requires_grad), limit) / scale
-
-    def _check_gradient(self, grad_norm: Tensor, examples: Sequence[Example]) -> None:
-        """Raises before a step with a non-finite gradient; fp16's gradient scaler skips such steps instead."""
-        if bool(torch.isfinite(grad_norm)) or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return
-        self.zero_grad()
-        rows = ", ".join(example.row_id for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
-        # The norm is the same on all ranks, so all raise, with the rows of every rank.
-        if world_size() > 1:
-            rows = "; ".join(f"of rank {n}: {part}" for n, part in enumerate(gather_objects(rows)) if part)
-        raise ValueError(
-            f"the gradient's norm is {float(grad_norm)} in step {self.trainer.global_step + 1} (rows {rows}); the "
-            "weights are still those of the step before: look at these rows, or lower the learning rate"
-        )
 
     # Validation: rows are collected, then loss and metrics of the whole set are computed.
 
@@ -459,20 +504,20 @@ class PostTrainingModule(ResumableModule):
 
     def on_validation_epoch_start(self) -> None:
         """Discards the rows of an interrupted validation."""
-        super().on_validation_epoch_start()
-        self._rows, self._row_normalizers = {}, {}
+        self.resume.begin_validation()
+        self.validation_rows.clear()
 
     def on_test_epoch_start(self) -> None:
         """Discards the rows of an interrupted test."""
-        self._rows, self._row_normalizers = {}, {}
+        self.validation_rows.clear()
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss and metrics of the validation set."""
-        self._log_loaders("val", len(self.trainer.num_val_batches))
+        self.validation_rows.log("val", len(self.trainer.num_val_batches))
 
     def on_test_epoch_end(self) -> None:
         """Logs loss and metrics of the test set."""
-        self._log_loaders("test", len(self.trainer.num_test_batches))
+        self.validation_rows.log("test", len(self.trainer.num_test_batches))
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Scores rows and returns one dictionary per row, with ``row_id`` and every score.
@@ -489,28 +534,18 @@ class PostTrainingModule(ResumableModule):
     def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
         examples = self.validate_batch(batch)
         if examples:
-            self._rows.setdefault(loader, []).append(self.score_examples(examples))
-            counts = self._row_normalizers.setdefault(loader, {})
-            for name, count in self.normalizers(examples).items():
-                counts[name] = counts.get(name, 0.0) + count
+            self.validation_rows.add(loader, self.score_examples(examples), self.normalizers(examples))
         batch.mark_consumed()
 
-    def _log_loaders(self, stage: str, num_loaders: int) -> None:
-        """Logs the loss and metrics of each data loader, and warns about one without rows."""
-        kept, self._rows = self._rows, {}
-        counted, self._row_normalizers = self._row_normalizers, {}
-        for loader in range(num_loaders):
-            values = self._collected(kept.get(loader, []), counted.get(loader, {}))
-            if values:
-                self._log(stage, values, suffix=f"/dataloader_idx_{loader}" if num_loaders > 1 else "")
-            elif _STEPS[stage] in self.hooks_reached:  # otherwise a subclass has overridden the step
-                warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
+    def summarize(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
+        """Computes loss and metrics of the rows of all ranks of a validation or test set; the rows may be none."""
+        totals = sum_over_ranks(normalizers or self.normalizers([]), self.device)
+        gathered = gather_rows(rows, self.device)
+        return self._summary(gathered, totals | self.micro_batching.statistics(gathered, totals)) if gathered else {}
 
-    def _collected(self, kept: list[Rows], counts: dict[str, float]) -> Metrics:
-        """Computes loss and metrics of the collected rows of all ranks; empty where there are none."""
-        normalizers = sum_over_ranks(counts or self.normalizers([]), self.device)
-        rows = gather_rows(concatenate(kept), self.device)
-        return self._summary(rows, normalizers | self._statistics(rows, normalizers)) if rows else {}
+    def score_examples(self, examples: Sequence[Example]) -> Rows:
+        """Scores examples without gradient in micro-batches, and returns rows in the order of ``examples``."""
+        return self.micro_batching.score(examples)
 
     @torch.no_grad()
     def _summary(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
@@ -518,21 +553,36 @@ class PostTrainingModule(ResumableModule):
         rows = in_canonical_order(rows)
         return {"loss": self.loss(rows, normalizers)} | self.metrics(rows, normalizers)
 
-    def _log(self, stage: str, values: Metrics, suffix: str = "") -> None:
-        shown = {f"{stage}/{name}{suffix}": value.detach().float() for name, value in values.items()}
-        bar = {f"{stage}/{name}{suffix}" for name in self.progress_metrics}
-        if stage == "train":
-            forget_others(self.trainer, shown)
-        for name, value in shown.items():
-            self.log(
-                name,
-                value,
-                prog_bar=name in bar,
-                on_step=stage == "train",
-                on_epoch=stage != "train",
-                batch_size=1,
-                add_dataloader_idx=not suffix,
-            )
+    # Checkpoints.
+
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint must hold every weight: not with an adapter, where ``on_load_checkpoint`` checks it."""
+        if self._strict_loading is not None:
+            return self._strict_loading
+        return self.model is not None and not adapted_models(self)
+
+    @strict_loading.setter
+    def strict_loading(self, strict_loading: bool) -> None:
+        self._strict_loading = strict_loading
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the random states and what a reference cannot rebuild; removes the frozen weights under adapters."""
+        self.resume.save(checkpoint)
+        if self.reference is not None:
+            self.reference.save(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint fits this model, and restores the reference."""
+        self.resume.load(checkpoint)
+        if self.reference is not None:
+            self.reference.load(checkpoint)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads weights as torch does, building the model first; frozen weights of an adapted model may be missing."""
+        if self.model is None and state_dict:
+            self.configure_model()  # strategies that fork pass a trained state to a module that is not built
+        return self.resume.load_weights(partial(super().load_state_dict, assign=assign), state_dict, strict=strict)
 
     # Export.
 
@@ -574,3 +624,6 @@ class PostTrainingModule(ResumableModule):
         if self._tokenizer_source is None and isinstance(given, PreTrainedTokenizerBase):
             return given
         return self.tokenizer
+
+
+wrap_hooks(PostTrainingModule)

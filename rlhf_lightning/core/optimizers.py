@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from .lr_schedules import WarmupSchedule
 
 
 def build_optimizer(
@@ -45,3 +49,36 @@ def _split(groups: Sequence[Any], exempt: set[int]) -> list[dict[str, Any]]:
         split += [{**group, "params": decayed}] if decayed else []
         split += [{**group, "params": others, "weight_decay": 0.0}] if others else []
     return split
+
+
+def build_optimizer_and_scheduler(
+    module: Any, build: Callable[[Any], Optimizer], build_scheduler: Callable[[Optimizer], Any] | None
+) -> OptimizerLRScheduler:
+    """Builds a module's optimizer on its trainable parameters, and a schedule that is stepped with every step.
+
+    Args:
+        module: a ``PostTrainingModule``.
+        build: function from parameters or groups of them to an optimizer.
+        build_scheduler: function from the optimizer to a scheduler; ``None`` for none.
+
+    Raises:
+        ValueError: nothing is trainable, or the scheduler waits for a metric.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            "nothing is trainable: give lora={'r': 16}, leave quantization out, or call unfreeze() after freeze()"
+        )
+    optimizer = build_optimizer(build, module.parameter_groups(parameters), without_decay(module))
+    if build_scheduler is None:
+        return optimizer
+    scheduler = build_scheduler(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "lr_scheduler is ReduceLROnPlateau, which waits for a metric; schedules step with every optimizer step "
+            "here: use rlhf_lightning.core.WarmupSchedule or another torch schedule, or override "
+            "configure_optimizers and return it with its monitor"
+        )
+    if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
+        scheduler.set_total_steps(module.num_steps())
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -15,7 +15,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
-from .resume import ResumableModule, random_state
+from .resume import random_state
 
 _EPOCHS = "epoch_progress"
 _BATCHES = "epoch_loop.batch_progress"
@@ -114,17 +114,17 @@ class ResumePosition(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Records the state that a run stopped during the following validation returns to."""
-        assert isinstance(pl_module, ResumableModule)
-        self._before_validation = pl_module.random_before_validation = None
+        resume: Any = pl_module.resume
+        self._before_validation = resume.random_before_validation = None
         if validation_is_due(trainer):
             self._before_validation = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
-            pl_module.random_before_validation = random_state(pl_module.device)
+            resume.random_before_validation = random_state(pl_module.device)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Records that the validation has finished."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            assert isinstance(pl_module, ResumableModule)
-            self._before_validation = pl_module.random_before_validation = None
+            resume: Any = pl_module.resume
+            self._before_validation = resume.random_before_validation = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns whether the validation after the last batch is still to come."""

@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..distributed.collectives import gather_objects
 from ..models.reference import ADAPTER_COPY
-from .micro_batching import MicroBatchedModule
 
 _KEY = "post_training"  # key of this module's state in a checkpoint
 # Keys of a config that describe how a model was loaded, not what it computes.
@@ -29,19 +28,18 @@ _NOT_THE_MODEL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version
 _EDGE = 32  # values at either end of each weight that a fingerprint reads
 
 
-class ResumableModule(MicroBatchedModule):
-    """A module whose checkpoints are small and resume exactly; on CPUs bit for bit.
+class ResumeState:
+    """Saves and restores what a run needs besides its weights to continue exactly; on CPUs bit for bit.
 
     With another number of ranks, a resumed run is not bit-identical: rank r takes the random state of rank r, and
     additional ranks derive theirs from that of rank 0.
+
+    Args:
+        module: a ``PostTrainingModule``.
     """
 
-    model: Any
-    model_source: str
-    quantization: Literal["nf4", "fp4", "int8"] | None
-
-    def __init__(self, *, micro_batch_tokens: int, share_prefix: bool) -> None:
-        super().__init__(micro_batch_tokens=micro_batch_tokens, share_prefix=share_prefix)
+    def __init__(self, module: Any) -> None:
+        self.module = module
         self._base: dict[str, str] = {}
         self.random_before_validation: dict[str, Any] | None = None  # set while a validation is due or runs
         self._loaded_random: dict[str, Any] | None = None
@@ -52,59 +50,50 @@ class ResumableModule(MicroBatchedModule):
 
     # Random states.
 
-    def on_train_start(self) -> None:
+    def begin_training(self) -> None:
         """Restores the random states of a checkpoint, after setup has drawn from them.
 
         In a new run every rank except rank 0 derives a random state of its own.
         """
+        module = self.module
         self._redo_random = self._loaded_random is not None
         if self._loaded_random is not None:
-            set_random_state(self._loaded_random, self.device)
-        elif self.global_rank > 0:  # with a shared seed, all ranks would drop the same units
-            own, derived = random_state(self.device), _derived_state(random_state(self.device), self.global_rank)
-            set_random_state(own | {name: derived[name] for name in ("torch", "cuda")}, self.device)
+            set_random_state(self._loaded_random, module.device)
+        elif module.global_rank > 0:  # with a shared seed, all ranks would drop the same units
+            own = random_state(module.device)
+            derived = _derived_state(own, module.global_rank)
+            set_random_state(own | {name: derived[name] for name in ("torch", "cuda")}, module.device)
         if self._was_stopped:  # by early stopping or a guard, just before the checkpoint was made
-            self._was_stopped, self.trainer.should_stop = False, True
+            self._was_stopped, module.trainer.should_stop = False, True
         # Monitored metrics that have not been logged again yet.
-        self.trainer.callback_metrics.update({k: v.to(self.device) for k, v in self._loaded_metrics.items()})
+        module.trainer.callback_metrics.update({k: v.to(module.device) for k, v in self._loaded_metrics.items()})
         self._loaded_metrics = {}
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def begin_batch(self, batch_idx: int) -> None:
         """Restores random states once more in mid-epoch, since restarting a data loader may draw from them."""
-        self.step_before_batch = self.trainer.global_step
+        self.step_before_batch = self.module.trainer.global_step
         if self._loaded_random is None:
             return
         if self._redo_random and batch_idx > 0:
-            set_random_state(self._loaded_random, self.device)
+            set_random_state(self._loaded_random, self.module.device)
         self._loaded_random, self._redo_random = None, False
         # Lightning counts the last batch twice when a run is resumed at the end of an epoch, which would shift the
         # logged steps by one.
-        loop = self.trainer.fit_loop.epoch_loop
+        loop = self.module.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
-    def on_validation_epoch_start(self) -> None:
+    def begin_validation(self) -> None:
         """Cancels the second restore: random numbers that validation draws belong to the run."""
         self._redo_random = False
 
     # Checkpoints.
 
-    @property
-    def strict_loading(self) -> bool:
-        """Whether a checkpoint must hold every weight: not with an adapter, where ``on_load_checkpoint`` checks it."""
-        if self._strict_loading is not None:
-            return self._strict_loading
-        return self.model is not None and not adapted_models(self)
-
-    @strict_loading.setter
-    def strict_loading(self, strict_loading: bool) -> None:
-        self._strict_loading = strict_loading
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def save(self, checkpoint: dict[str, Any]) -> None:
         """Adds the random states, and removes the frozen weights of models with an adapter."""
-        adapted, trainer = bool(adapted_models(self)), self._trainer
+        adapted, trainer = bool(adapted_models(self.module)), self.module._trainer
         checkpoint[_KEY] = {
             # A validation that has not ended will be run again.
-            "random": gather_objects(self.random_before_validation or random_state(self.device)),
+            "random": gather_objects(self.random_before_validation or random_state(self.module.device)),
             "adapter": adapted,
             "base": self._base,
             "should_stop": trainer is not None and bool(trainer.should_stop) and not is_out_of_time(trainer),
@@ -113,33 +102,35 @@ class ResumableModule(MicroBatchedModule):
         # A distributed checkpoint is a folder that torch fills by the names in the module.
         sharded = getattr(getattr(trainer, "strategy", None), "_save_distributed_checkpoint", False)
         if adapted and not sharded:
-            left_out = rebuildable_names(self)
+            left_out = rebuildable_names(self.module)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in left_out}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def load(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint fits this model, and keeps the random states until training starts."""
-        self.configure_model()
+        self.module.configure_model()
         state = checkpoint.get(_KEY, {})
-        adapted = bool(adapted_models(self))
+        adapted = bool(adapted_models(self.module))
         self._check_kind(state.get("adapter", adapted), adapted)
         self._check_base(state.get("base", {}))
         if checkpoint.get("state_dict"):
             self._check_weights(checkpoint["state_dict"])
         states = state.get("random")
-        if states and self._trainer is not None and self._trainer.state.fn == "fit":
+        if states and self.module._trainer is not None and self.module._trainer.state.fn == "fit":
             self._was_stopped = state.get("should_stop", False)
             self._loaded_metrics = state.get("metrics", {})
-            rank = self.global_rank
+            rank = self.module.global_rank
             self._loaded_random = states[rank] if rank < len(states) else _derived_state(states[0], rank)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads weights as torch does, building the model first; frozen weights of an adapted model may be missing."""
-        if self.model is None and state_dict:
-            self.configure_model()  # strategies that fork pass a trained state to a module that is not built
-        left_out = rebuildable_names(self)
+    def load_weights(self, load: Callable[..., Any], state_dict: Mapping[str, Any], *, strict: bool) -> Any:
+        """Loads weights by torch's ``load(state_dict, strict=...)``; frozen weights of an adapted model may be missing.
+
+        Raises:
+            RuntimeError: names are missing or unknown, and ``strict`` is true.
+        """
+        left_out = rebuildable_names(self.module)
         if not left_out:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        keys: Any = super().load_state_dict(state_dict, strict=False, assign=assign)
+            return load(state_dict, strict=strict)
+        keys = load(state_dict, strict=False)
         missing, extra = ([name for name in names if name not in left_out] for names in keys)
         if strict and (missing or extra):
             raise RuntimeError(f"the state dict lacks {missing or 'nothing'} and has {extra or 'nothing'} too many")
@@ -147,8 +138,8 @@ class ResumableModule(MicroBatchedModule):
 
     def remember_base(self) -> None:
         """Stores a fingerprint of the frozen weights of an adapted model, as loaded."""
-        if isinstance(self.model, PeftModel):
-            self._base = base_fingerprint(self.model, self.quantization)
+        if isinstance(self.module.model, PeftModel):
+            self._base = base_fingerprint(self.module.model, self.module.quantization)
 
     def _check_kind(self, then: bool, now: bool) -> None:
         if then and not now:
@@ -174,14 +165,14 @@ class ResumableModule(MicroBatchedModule):
         same_weights = then["weights"] == now["weights"] or then["dtype"] != now["dtype"]  # rounded, they differ
         if then["config"] != now["config"] or not same_weights:
             raise ValueError(
-                f"the weights in {self.model_source} are not those that the checkpoint's adapter was trained on: "
-                "restore them, or start a new run"
+                f"the weights in {self.module.model_source} are not the base that the checkpoint's adapter was trained "
+                "on: restore them, or start a new run"
             )
 
     def _check_weights(self, stored: dict[str, Any]) -> None:
         """Compares names and shapes, to report a mismatch in one line and not as a list of all weights."""
-        left_out = rebuildable_names(self)
-        expected = {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
+        left_out = rebuildable_names(self.module)
+        expected = {name: tensor for name, tensor in self.module.state_dict().items() if name not in left_out}
         wrong = None
         if missing := [name for name in expected if name not in stored]:
             wrong = f"{len(missing)} of this model's weights are not in it, the first {missing[0]!r}"
@@ -195,28 +186,9 @@ class ResumableModule(MicroBatchedModule):
                     break
         if wrong is not None:
             raise ValueError(
-                f"the checkpoint does not fit {type(self).__name__}: {wrong}: use the model and the options that it "
-                "was made with, or start a new run"
+                f"the checkpoint does not fit {type(self.module).__name__}: {wrong}: use the model and the options "
+                "that it was made with, or start a new run"
             )
-
-    # Precision.
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves and casts as torch does, but keeps fp32 adapters in fp32.
-
-        Lightning's ``bf16-true`` and ``16-true`` cast every weight; an adapter's updates are often below the resolution
-        of half precision, and so few weights cost little in fp32. The dtype of sharded weights is fixed from here on,
-        so a cast could not be undone later.
-        """
-        exact = [p for p in _adapter_parameters(self) if p.dtype == torch.float32]
-        kept = {id(tensor) for p in exact for tensor in (p, p.grad) if tensor is not None}
-
-        def apply(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            half = changed.dtype in (torch.bfloat16, torch.float16)
-            return tensor.to(changed.device) if half and id(tensor) in kept else changed
-
-        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
 
 
 def is_out_of_time(trainer: Any) -> bool:
@@ -313,10 +285,3 @@ def _frozen_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
         if not parameter.requires_grad and f".{ADAPTER_COPY}." not in name and not parameter.is_meta:
             # The name in the model without adapters, so that it does not depend on the adapted layers.
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
-
-
-def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    for model in adapted_models(module).values():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or f".{ADAPTER_COPY}." in name:
-                yield parameter

@@ -119,7 +119,7 @@ def per_sequence(
     found: list[list[Tensor]] = [[] for _ in checked]
     with evaluating(module):
         for micro in plan:
-            batch = module._pack([checked[n] for n in micro])
+            batch = module.micro_batching.pack([checked[n] for n in micro])
             for value, example in zip(values_of(batch), batch.example_index.tolist(), strict=True):
                 found[micro[example]].append(value.cpu())
     return found

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.reference_module import ReferencedModule
+from ..core.module import PostTrainingModule
+from ..core.reference_policy import ReferencePolicy
 from ..core.sequence_rows import check_pairs, num_scored, pair_rows
 from ..distributed.collectives import Metrics, Rows
 from ..losses.preference import (
@@ -24,7 +25,7 @@ from ..losses.preference import (
 from ..sequences import Example, SequenceBatch
 
 
-class DPOModule(ReferencedModule):
+class DPOModule(PostTrainingModule):
     r"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290) and related losses.
 
     .. math:: L = -\frac{1}{P} \sum \log \sigma\big(\beta \log\tfrac{\pi(y_c|x)}{\pi_{ref}(y_c|x)}
@@ -44,7 +45,7 @@ class DPOModule(ReferencedModule):
         discopop_tau: temperature of ``discopop``, above 0.
         ld_alpha: weight of tokens beyond the shorter completion's length (LD-DPO), in [0, 1]; ``None`` is 1.
         use_weighting: weight pairs by their likelihood under the policy (WPO); the ``sft`` term is not weighted.
-        reference: see ``ReferencedModule``.
+        reference: see ``core.ReferencePolicy``.
         kwargs: options of ``PostTrainingModule``.
 
     Example::
@@ -55,6 +56,7 @@ class DPOModule(ReferencedModule):
 
     default_learning_rate: ClassVar[float] = 1e-6
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/accuracies", "rewards/margins")
+    reference: ReferencePolicy
     contracts: ClassVar[tuple[str, ...]] = ("PreferenceDataModule",)
 
     def __init__(
@@ -85,7 +87,8 @@ class DPOModule(ReferencedModule):
             use_weighting=use_weighting,
         )
 
-        super().__init__(model, reference=reference, **kwargs)
+        super().__init__(model, **kwargs)
+        self.reference = ReferencePolicy(self, reference)
         self.beta = beta
         self.loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self.loss_weights = loss_weights or [1.0] * len(self.loss_types)
@@ -118,7 +121,7 @@ class DPOModule(ReferencedModule):
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes lengths, and log-probs under the reference."""
         lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
-        return self.no_grad_reference_rows(batch) | pair_rows("{}_lengths", lengths)
+        return self.reference.rows(batch) | pair_rows("{}_lengths", lengths)
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of both completions under the policy, and further values of some losses."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.reference_module import ReferencedModule
+from ..core.module import PostTrainingModule
+from ..core.reference_policy import ReferencePolicy
 from ..core.sequence_rows import num_scored
 from ..distributed.collectives import Metrics, Rows, gather_objects, sum_over_ranks
 from ..losses.kto import COUPLED, KTOLossType, kto_kl, kto_loss, validate_kto_loss
@@ -33,7 +34,7 @@ from ..utils.validation import check_fraction
 _FALLBACK = "_borrowed"  # the field of an example whose partner comes from an earlier batch
 
 
-class KTOModule(ReferencedModule):
+class KTOModule(PostTrainingModule):
     r"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306) and unpaired APO-zero.
 
     .. math:: L = \frac{1}{B} \sum w_y\, \sigma\big(\mp\beta(h - z)\big), \qquad
@@ -56,7 +57,7 @@ class KTOModule(ReferencedModule):
         undesirable_weight: weight of completions labelled false, at least 0.
         loss_type: ``kto``; or ``apo_zero_unpaired``, which uses 0 instead of z and needs no partners.
         kl_ema_decay: decay of the running estimate per step, in [0, 1); 0 uses the newest estimate alone.
-        reference: see ``ReferencedModule``; ``precomputed`` is for ``apo_zero_unpaired``, since partners change.
+        reference: see ``core.ReferencePolicy``; ``precomputed`` is for ``apo_zero_unpaired``, since partners change.
         kwargs: options of ``PostTrainingModule``.
 
     Example::
@@ -67,6 +68,7 @@ class KTOModule(ReferencedModule):
 
     default_learning_rate: ClassVar[float] = 1e-6
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "kl", "rewards/margins")
+    reference: ReferencePolicy
     contracts: ClassVar[tuple[str, ...]] = ("UnpairedDataModule",)
 
     def __init__(
@@ -90,7 +92,8 @@ class KTOModule(ReferencedModule):
                 f"reference is 'precomputed', but the partners of loss_type {loss_type!r} change with every batch: use "
                 "'frozen', or 'adapter' with lora, or loss_type='apo_zero_unpaired'"
             )
-        super().__init__(model, reference=reference, **kwargs)
+        super().__init__(model, **kwargs)
+        self.reference = ReferencePolicy(self, reference)
         self.beta = beta
         self.loss_type: KTOLossType = loss_type
         self.kl_ema_decay = kl_ema_decay
@@ -123,7 +126,7 @@ class KTOModule(ReferencedModule):
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes labels, log-probs under the reference, and log-probs of the partners under the policy."""
         labels = [bool(example.fields["label"]) for example in batch.examples]
-        rows = {"label": torch.tensor(labels, device=self.device)} | self.no_grad_reference_rows(batch)
+        rows = {"label": torch.tensor(labels, device=self.device)} | self.reference.rows(batch)
         if not self.uses_batch_statistics:
             return rows
         _, paired_E = _first_sequences(batch)
@@ -131,7 +134,7 @@ class KTOModule(ReferencedModule):
         if paired_E.any():
             partners = [_only(example, 1) for example in batch.examples if _has_partner(example)]
             with evaluating(self.model):
-                packed = self._pack(partners)
+                packed = self.micro_batching.pack(partners)
                 kl_logps[paired_E] = packed.sum_per_sequence(self.token_stats(packed).logprobs).to(kl_logps.dtype)
         return rows | {"kl_logps": kl_logps, "has_partner": paired_E}
 
@@ -156,8 +159,9 @@ class KTOModule(ReferencedModule):
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of the completions under the policy."""
-        own = self._pack([_only(example, 0) for example in batch.examples]) if self.uses_batch_statistics else batch
-        return {"logps": own.sum_per_sequence(self.token_stats(own).logprobs)}
+        if self.uses_batch_statistics:  # without the partners, whose log-probs carry no gradient
+            batch = self.micro_batching.pack([_only(example, 0) for example in batch.examples])
+        return {"logps": batch.sum_per_sequence(self.token_stats(batch).logprobs)}
 
     def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Averages the loss over the examples of the global batch."""

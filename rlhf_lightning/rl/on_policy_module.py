@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..core.micro_batching import ROW_KEY, in_canonical_order, row_keys
 from ..core.module import PostTrainingModule
-from ..core.reference_module import ReferencedModule
+from ..core.reference_policy import ReferencePolicy
 from ..distributed.collectives import Metrics, Rows, concatenate, gather_objects, gather_rows, sum_over_ranks
 from ..inference import Completion, LocalEngine, SamplingParams, derive_seed
 from ..models import evaluating, num_positions
 from ..rewards import RewardScores
 from ..rewards.specs import RewardSpec, build_rewards, plain_specs
-from ..sequences import Example, ExampleBatch, SequenceBatch, plan_micro_batches
+from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.validation import check_choice, check_count, check_positive
 from .advantages import combine_rewards
 from .reward_failures import FailureWatch
@@ -34,7 +34,7 @@ from .rollouts import Rollouts, num_tokens
 from .step_rewards import StepsAtTokens, place_steps
 
 
-class OnPolicyModule(ReferencedModule):
+class OnPolicyModule(PostTrainingModule):
     """A module that learns from its own completions: it generates, scores, and updates.
 
     Args:
@@ -64,7 +64,7 @@ class OnPolicyModule(ReferencedModule):
             function that raises or times out loses only its own samples, counted in ``rewards/<name>/failures``. One
             that fails on every sample of 3 consecutive iterations ends the run.
         seed: seed of sampling.
-        reference: ``frozen`` or ``adapter`` as in ``ReferencedModule``; ``auto``: only where the loss needs one.
+        reference: ``frozen`` or ``adapter`` as in ``core.ReferencePolicy``; ``auto``: only where the loss needs one.
         kwargs: options of ``PostTrainingModule``.
     """
 
@@ -105,7 +105,8 @@ class OnPolicyModule(ReferencedModule):
         check_count("num_updates", num_updates, "1 stays on policy")
         check_count("num_mini_batches", num_mini_batches, "1 takes all prompts in one step")
         check_count("generation_batch_tokens", generation_batch_tokens, "65536 is a good start")
-        super().__init__(model, reference=reference, **kwargs)
+        super().__init__(model, **kwargs)
+        self.reference = ReferencePolicy(self, reference)
 
         # Checkpoints must load without the script that defined the reward functions, so store plain specs.
         self.hparams["rewards"] = plain_specs(rewards)
@@ -144,7 +145,7 @@ class OnPolicyModule(ReferencedModule):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the loss or the rewards compare with a reference policy."""
+        """Whether the loss or the rewards compare with a reference policy; a method with such a term overrides it."""
         return False
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
@@ -155,23 +156,16 @@ class OnPolicyModule(ReferencedModule):
         """
         raise TypeError(f"{type(self).__name__} must define prepare(rollouts)")
 
-    # The model and its reference.
-
-    def configure_model(self) -> None:
-        """Builds the policy, and a reference if one is used or requested."""
-        if self.uses_reference or self.reference_kind != "auto":
-            super().configure_model()
-        else:
-            PostTrainingModule.configure_model(self)
+    # The reference and the schedule.
 
     @property
     def has_reference(self) -> bool:
         """Whether a reference policy is in memory."""
         return bool(self.references)
 
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
         """Counts the steps of the run: per batch and pass ``num_mini_batches``, or its number of prompts if fewer."""
-        batches, most = super()._num_steps(), self.trainer.max_steps
+        batches, most = super().num_steps(), self.trainer.max_steps
         sizes = getattr(self.trainer.train_dataloader, "batch_sizes", None) or [self.num_mini_batches]
         steps = 0
         for number in range(batches):
@@ -302,10 +296,9 @@ class OnPolicyModule(ReferencedModule):
             ``{name: (N,)}``, tree after tree.
         """
         found: dict[str, list[Tensor]] = {name: [torch.empty(0, device=self.device)] * len(trees) for name in names}
-        plan = plan_micro_batches(trees, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         with evaluating(self.model):
-            for micro in plan:
-                values = values_of(self._pack([trees[n] for n in micro]))
+            for micro in self.micro_batching.plan(trees):
+                values = values_of(self.micro_batching.pack([trees[n] for n in micro]))
                 sizes = [num_tokens(trees[n]) for n in micro]
                 for name in names:
                     for n, part in zip(micro, values[name].split(sizes), strict=True):
@@ -359,13 +352,14 @@ class OnPolicyModule(ReferencedModule):
     def _collect(self, batch: ExampleBatch, loader: int = 0) -> None:
         rollouts = self.rollout(self.validate_batch(batch), stage="val")
         if rollouts.prompts:
-            self._rows.setdefault(loader, []).append(self._rollout_rows(rollouts))
+            self.validation_rows.add(loader, self._rollout_rows(rollouts))
         self.last_rollouts = rollouts
         batch.mark_consumed()
 
-    def _collected(self, kept: list[Rows], counts: dict[str, float]) -> Metrics:
-        rows = gather_rows(concatenate(kept), self.device)
-        return self._rollout_metrics(in_canonical_order(rows)) if rows else {}
+    def summarize(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
+        """Computes metrics of the rollouts of all ranks of a validation or test set."""
+        gathered = gather_rows(rows, self.device)
+        return self._rollout_metrics(in_canonical_order(gathered)) if gathered else {}
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Completes prompts and returns one dictionary per row of this rank, with ``completions`` and ``rewards``."""

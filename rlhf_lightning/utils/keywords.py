@@ -51,7 +51,7 @@ def advise(name: str, allowed: Iterable[str]) -> str:
 
 
 class CheckedKeywords:
-    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's error may name a parent class."""
+    """Refuses keyword arguments that no ``__init__`` of a class takes."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Checks the names of the keyword arguments.
@@ -59,11 +59,20 @@ class CheckedKeywords:
         Raises:
             TypeError: one of them is unknown.
         """
-        allowed = _keywords(cls)
-        for name in kwargs if allowed is not None else ():
-            if name not in allowed:
-                raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, allowed)}")
+        check_keywords(cls, kwargs)
         return super().__new__(cls)
+
+
+def check_keywords(cls: type, names: Iterable[str]) -> None:
+    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's error may name a parent class.
+
+    Raises:
+        TypeError: one of them is unknown; the message suggests another.
+    """
+    allowed = _keywords(cls)
+    for name in names:
+        if name not in allowed:
+            raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, allowed)}")
 
 
 def _keywords(cls: type) -> set[str]:

@@ -177,7 +177,7 @@ def test_an_adapter_is_not_put_on_other_weights(tiny_model_folder, tmp_path):
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.01
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     said = refused(SFTModule(str(tmp_path / "base"), lora=LORA), tmp_path / "x.ckpt")
-    assert "are not those that the checkpoint's adapter was trained on" in said
+    assert "are not the base that the checkpoint's adapter was trained on" in said
     assert str(tmp_path / "base") in said
 
 

@@ -173,7 +173,7 @@ def test_the_estimate_of_an_evaluation_is_that_of_the_whole_set(stage: str, fold
         module = KTOModule(folder, micro_batch_tokens=budget, **WEIGHTS)
         module.configure_model()
         module.double().model.load_state_dict(policy.state_dict())
-        module._reference[0].model.double()
+        module.references[0].model.double()
         run = trainer()
         evaluate = run.validate if stage == "val" else run.test
         rows = UnpairedDataModule(**{stage: ROWS}, tokenizer=char_tokenizer(), seed=3, eval_batch_size=size)
@@ -243,7 +243,7 @@ def test_the_running_estimate_is_in_the_checkpoint(folder: str) -> None:
     second.on_load_checkpoint(checkpoint)
     second.configure_model()  # the reference; the policy goes on from where the first one is
     second.double().model.load_state_dict(first.model.state_dict())
-    second._reference[0].model.double()
+    second.references[0].model.double()
     rest = run_single_rows(second, examples[3:])
     names = ("train/kl", "train/loss")
     assert [[s[n] for n in names] for s in rest] == [[s[n] for n in names] for s in whole[3:]]

@@ -331,10 +331,10 @@ def test_schedule_counts_every_update(folder: str) -> None:
     rows = [{"prompt": f"{n}"} for n in range(8)]
     run = trainer("32-true", max_epochs=2, limit_train_batches=2)
     run.fit(made, PromptDataModule(train=rows, global_batch_size=4))
-    assert run.global_step == made._num_steps() == 2 * 2 * 3 * 2
+    assert run.global_step == made.num_steps() == 2 * 2 * 3 * 2
     assert made.iteration == 4
     run = trainer("32-true", max_steps=5)
     made = module(folder, num_updates=3, num_mini_batches=2)
     run.fit(made, PromptDataModule(train=rows, global_batch_size=4))
     # An iteration is made to its end: the limit of 5 is passed by its sixth update.
-    assert run.global_step == made._num_steps() == 6
+    assert run.global_step == made.num_steps() == 6
