@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlhf_lightning import DPOModule
 from rlhf_lightning.callbacks import ReferenceSync
-from rlhf_lightning.core.module import PostTrainingModule
 from rlhf_lightning.sequences import Example, ExampleBatch, pack
 
 from ..helpers import save_tiny_model
@@ -54,9 +53,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def reference_logps(module: PostTrainingModule, rows: list[Example]) -> Tensor:
+def reference_logps(module: DPOModule, rows: list[Example]) -> Tensor:
     with torch.no_grad():
-        found = module.no_grad_reference_rows(pack(rows))
+        found = module.reference.rows(pack(rows))
     return torch.cat([found["ref_chosen_logps"], found["ref_rejected_logps"]])
 
 

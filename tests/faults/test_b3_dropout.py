@@ -217,7 +217,7 @@ def test_policy_methods_drop_where_they_are_asked_to(tmp_path: Path) -> None:
     found = first_step(module, pairs(4))
     assert abs(found["train/loss"] - math.log(2)) > 1e-4
     batch = pack(pairs(4))
-    reference = [module.no_grad_reference_rows(batch)["ref_chosen_logps"] for _ in range(2)]
+    reference = [module.reference.rows(batch)["ref_chosen_logps"] for _ in range(2)]
     assert torch.equal(*reference)  # whatever the policy does
 
 
