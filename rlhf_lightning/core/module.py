@@ -26,7 +26,7 @@ from ..models.dropout import switch_off_dropout
 from ..models.saving import export_kind
 from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
 from ..utils.files import check_replaceable
-from ..utils.keywords import check_keywords
+from ..utils.keywords import CheckedKeywords
 from .agreement import RankAgreement
 from .batch_checks import check_batch
 from .checkpoint_io import prepare_checkpoints
@@ -55,7 +55,7 @@ from .trainer_checks import (
 from .validation_rows import ValidationRows
 
 
-class PostTrainingModule(lightning.LightningModule):
+class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
     """Loads a causal language model, runs packed micro-batches under global normalizers, and steps once per batch.
 
     A method overrides what stands under *The interface of a method*: ``grad_rows`` and ``loss`` at least. The work is
@@ -93,11 +93,6 @@ class PostTrainingModule(lightning.LightningModule):
     contracts: ClassVar[tuple[str, ...]] = ()  # datamodules whose rows are accepted; () for any
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # metrics in the progress bar
     keeps_dropout: ClassVar[bool] = False  # whether dropout=None means the rates of the model's config
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuses keyword arguments that no ``__init__`` of the class takes, with a suggestion."""
-        check_keywords(cls, kwargs)
-        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
