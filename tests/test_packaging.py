@@ -24,7 +24,7 @@ DATA = {".yaml", ".json", ".jinja", ".html"}
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """A wheel built from a copy of the sources, so that nothing is left in the repository."""
     source = tmp_path_factory.mktemp("packaging") / "source"
-    kept = ("rlhf_lightning", *LINKED, "pyproject.toml", "README.md", "LICENSE")
+    kept = ("rlhf_lightning", *LINKED, "examples", "pyproject.toml", "README.md", "LICENSE")
     source.mkdir()
     for name in kept:
         if (ROOT / name).is_dir():

@@ -100,7 +100,8 @@ def test_readme_from_top_to_bottom(
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_what_documents_name_is_there(document: str) -> None:
     text = (ROOT / document).read_text()
-    for path in re.findall(r"`((?:configs|tests|benchmarks|rlhf_lightning|datamodules|callbacks)/[\w./]*)`", text):
+    folders = "configs|tests|benchmarks|examples|rlhf_lightning|datamodules|callbacks"
+    for path in re.findall(rf"`((?:{folders})/[\w./]*)`", text):
         if "/x" not in path and "_x" not in path:  # the method that CONTRIBUTING adds
             assert (ROOT / path).exists(), f"{document} names {path}"
     for path in re.findall(r"--config (configs/\S+?\.yaml)", text):
