@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import rlhf_lightning
 from rlhf_lightning import callbacks, core, datamodules, modules
 from rlhf_lightning.cli import main
-from rlhf_lightning.core import headed_module, reference_module
+from rlhf_lightning.core import headed_module
 from rlhf_lightning.rl import on_policy_module
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,6 @@ def test_what_documents_name_is_there(document: str) -> None:
         rlhf_lightning,
         core,
         modules,
-        reference_module,
         headed_module,
         on_policy_module,
         datamodules,
