@@ -24,7 +24,7 @@ class GenerationAccuracy(lightning.Callback):
         prompts: source of the prompts, as for ``PromptDataModule``; rows need the columns that the verifier reads.
         verifier: dotted path of a reward function, called as ``fn(prompts, completions, **columns)``.
         max_new_tokens: maximum number of tokens of a completion, at least 1.
-        limit: number of prompts to use, from the first, at least 1; all if left out.
+        limit: number of prompts to use, from the first, at least 1; all if omitted.
         name: logged as ``val/<name>``.
         before_training: also measure before the first step.
         chat_template_kwargs: passed to the chat template; the rows' own override them by name; by default those of

@@ -32,7 +32,7 @@ class ModelExport(lightning.Callback):
         folder: destination; ``{step}`` in its name becomes the number of optimizer steps, so that every export stays.
         monitor: the logged metric by which the best model is chosen, after each validation; without one, the model is
             written when training ends.
-        mode: whether more (``max``) or less (``min``) of the metric is better; if left out, derived from its name,
+        mode: whether more (``max``) or less (``min``) of the metric is better; if omitted, derived from its name,
             such as ``val/loss`` or ``val/accuracy``.
         merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
         every_n_steps: also write it every so many optimizer steps, at least 1; not with ``monitor``.
@@ -66,8 +66,8 @@ class ModelExport(lightning.Callback):
             raise ValueError(f"every_n_steps is {every_n_steps!r}; it must be a whole number of at least 1, or null")
         if every_n_steps is not None and monitor is not None:
             raise ValueError(
-                f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: leave one out, or use two ModelExport "
-                "callbacks with a folder each"
+                f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: remove one of them, or use two "
+                "ModelExport callbacks with a folder each"
             )
         self.folder = Path(folder)
         self.monitor = monitor
@@ -114,7 +114,7 @@ class ModelExport(lightning.Callback):
             record = place.with_name(f"{place.name}.json")
             if record.exists() and not _is_record(record):
                 raise ValueError(
-                    f"{str(record)!r} is there already and was not written by ModelExport, which would replace it: "
+                    f"{str(record)!r} already exists and was not written by ModelExport, which would replace it: "
                     "move it away, or choose another folder"
                 )
 
@@ -122,13 +122,13 @@ class ModelExport(lightning.Callback):
         """Starts counting at the first step of this run.
 
         Raises:
-            ValueError: ``monitor`` is set and there are no validation rows.
+            ValueError: ``monitor`` is set without validation rows.
         """
         self._last_step = trainer.global_step
         if self.monitor is not None and not has_validation(trainer):
             raise ValueError(
-                f"monitor is {self.monitor!r}, and there are no validation rows by which to choose: set the "
-                "datamodule's val, or leave monitor out to export the model of the last step"
+                f"monitor is {self.monitor!r}, and there are no validation rows to measure it on: set the "
+                "datamodule's val, or remove monitor to export the model of the last step"
             )
 
     def on_train_batch_end(

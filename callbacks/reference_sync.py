@@ -80,7 +80,7 @@ class ReferenceSync(lightning.Callback):
 def _reference(module: lightning.LightningModule) -> FrozenReference | AdapterReference:
     name = type(module).__name__
     if not isinstance(module, PostTrainingModule) or module.reference is None:
-        raise ValueError(f"{name} has no reference policy, so ReferenceSync has nothing to move: leave it out")
+        raise ValueError(f"{name} has no reference policy, so ReferenceSync has nothing to move: remove it")
     for reference in module.references:
         if isinstance(reference, AdapterReference) and ADAPTER_COPY in reference.model.peft_config:
             return reference

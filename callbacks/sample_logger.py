@@ -56,7 +56,7 @@ class SampleLogger(lightning.Callback):
         """
         if not isinstance(pl_module, OnPolicyModule):
             name = type(pl_module).__name__
-            raise ValueError(f"SampleLogger needs GRPOModule or PPOModule; {name} writes nothing: leave it out")
+            raise ValueError(f"SampleLogger needs GRPOModule or PPOModule; {name} writes nothing: remove it")
 
     def on_train_batch_end(
         self,

@@ -69,7 +69,7 @@ def flops_per_token(model: nn.Module, length: float) -> float:
 
     6N + 12 L H Q T: N weights, L layers of H heads of size Q, sequences of T tokens. Attention is counted as if a token
     saw the whole sequence, and recomputation to save memory is not counted. Departures: a frozen weight has no
-    gradient, so it costs 4 instead of 6; of a mixture's experts, only those that a token is sent to count.
+    gradient, so it costs 4 instead of 6; of a mixture's experts, only the ones that a token is routed to count.
 
     Args:
         model: a causal language model, also one with adapters.
@@ -109,9 +109,9 @@ class Throughput(lightning.Callback):
     On CUDA, phases are timed by events; only logging synchronises with the device.
 
     Args:
-        peak_flops: peak floating-point operations per second of one device, above 0; if left out, that of known GPUs,
+        peak_flops: peak floating-point operations per second of one device, above 0; if omitted, that of known GPUs,
             and no ``throughput/mfu`` on others.
-        every_n_batches: batches between two logs, at least 1; the trainer's ``log_every_n_steps`` if left out.
+        every_n_batches: batches between two logs, at least 1; the trainer's ``log_every_n_steps`` if omitted.
 
     Raises:
         ValueError: a number out of range, or a module that is not a ``PostTrainingModule``.

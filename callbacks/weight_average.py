@@ -39,7 +39,7 @@ class WeightAverage(lightning.Callback):
 
     Args:
         decay: d, in [0, 1]; the average covers about the last 1 / (1 - d) steps.
-        start_step: number of initial optimizer steps to leave out, at least 0.
+        start_step: number of initial optimizer steps to skip, at least 0.
 
     Raises:
         ValueError: a number out of range, a module that is not a ``PostTrainingModule``, or a checkpoint whose average
@@ -119,7 +119,7 @@ class WeightAverage(lightning.Callback):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Replaces the weights by the average within the context; does nothing if there is none yet."""
+        """Replaces the weights by the average within the context; does nothing before the first average."""
         nested = self._own is not None
         self._show()
         try:
@@ -224,7 +224,7 @@ def _placed(average: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> dic
     if wrong:
         raise ValueError(
             f"the checkpoint's average is not one of the weights that are trained here ({len(wrong)} differ, the first "
-            f"{wrong[0]!r}): use the options that it was made with, or leave WeightAverage out"
+            f"{wrong[0]!r}): use the options that it was made with, or remove WeightAverage"
         )
     placed: dict[str, Tensor] = {}
     for name, weight in trained.items():

@@ -33,22 +33,22 @@ class UnpairedDataModule(ExampleDataModule):
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder, hub id or tokenizer object; the module's if left out.
+        tokenizer: folder, hub id or tokenizer object; the module's if omitted.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
-        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
-        max_length: maximum number of tokens of a sequence; unlimited if left out.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if omitted.
+        max_length: maximum number of tokens of a sequence; unlimited if omitted.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, or of the one segment), ``truncate_end``
             (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
         columns: new name of a column -> its name in the rows.
-        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to drop the row; in YAML the
             function's dotted path.
         chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
             ``chat_template_kwargs`` override them by name.
         partners: give each example the completion of another prompt of its batch, for the KL estimate.
         seed: seed of the order of training rows, together with the epoch; at least 0.
         shuffle: draw a new order of training rows in each epoch.
-        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        drop_last: drop a last training batch of fewer than ``global_batch_size`` examples.
         group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
             batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows on demand instead of tokenising all of them first.
@@ -191,7 +191,7 @@ class NextPartner:
             self._nodes[node] = _shorter(self._nodes[2 * node], self._nodes[2 * node + 1])
 
     def __call__(self, place: int, room: float) -> int | None:
-        """Finds the next place; ``None`` if there is none.
+        """Finds the next place; ``None`` without one.
 
         Args:
             place: the place that needs a partner.

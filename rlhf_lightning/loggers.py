@@ -93,7 +93,7 @@ class JSONLLogger(Logger):
         if self._is_claimed:
             return
         if self.path.is_dir() or (self.path.is_file() and not _is_history(self.path)):
-            raise ValueError(f"{str(self.path)!r} is no log of metrics, and none is added to it: choose another path")
+            raise ValueError(f"{str(self.path)!r} is not a log of metrics and is left unchanged: choose another path")
         hold(self.path)
         self._is_claimed = True
 
@@ -119,7 +119,7 @@ def _is_history(path: Path) -> bool:
 def read_history(path: str | Path) -> list[dict[str, Any]]:
     """Reads a log of ``JSONLLogger``; a missing file is an empty history.
 
-    A truncated line is left out. Rows of a resumed run replace earlier rows of the same and later steps.
+    A truncated line is skipped. Rows of a resumed run replace earlier rows of the same and later steps.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []

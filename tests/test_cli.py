@@ -270,15 +270,15 @@ Parser key "model.lr":
 
 @pytest.mark.parametrize("callback", ["TrainingCheckpoint", "lightning.pytorch.callbacks.ModelCheckpoint"])
 def test_checkpoints_that_the_trainer_is_told_not_to_make(capsys, tmp_path, callback):
-    """The tiny configs make none: whoever adds a callback for them is told what to write beside it."""
+    """The tiny configs make none: whoever adds a callback for them is told which option to write."""
     args = ["fit", "--config", TINY_DPO, f"--trainer.callbacks+={callback}", f"--trainer.default_root_dir={tmp_path}"]
     args += [f"--trainer.callbacks.{'folder' if callback.startswith('Training') else 'dirpath'}={tmp_path}/checkpoints"]
     status, message = refused(capsys, *args)
     assert status == 1
     assert message == (
         f"trainer.enable_checkpointing is false, and {callback.rpartition('.')[2]} makes checkpoints: write "
-        "--trainer.enable_checkpointing=true (in YAML, enable_checkpointing: true under trainer), or leave the "
-        "callback out"
+        "--trainer.enable_checkpointing=true (in YAML, enable_checkpointing: true under trainer), or remove the "
+        "callback"
     )
     built = PostTrainingCLI([*args[1:], "--trainer.enable_checkpointing=true"], run=False).trainer
     assert callback.rpartition(".")[2] in {type(each).__name__ for each in built.checkpoint_callbacks}

@@ -17,7 +17,7 @@ def forget_others(trainer: lightning.Trainer, names: Container[str]) -> None:
     """Resets logged values of earlier training steps that this step does not log again.
 
     Lightning keeps every value logged within an epoch and passes it to the loggers with each step until it is logged
-    anew. A metric that a batch does not define (rewards of rejected completions in a batch without any) would repeat
+    again. A metric that a batch does not define (rewards of rejected completions in a batch without any) would repeat
     its last value, and a resumed run, which has none to repeat, would log differently from an uninterrupted one.
     Monitored values (``trainer.callback_metrics``) are kept.
 

@@ -75,5 +75,5 @@ def router_loss_of(model: nn.Module, coef: float | None) -> RouterLoss | None:
         return None
     raise ValueError(
         f"router_aux_loss_coef is {coef:g}, but {config.model_type} has no routers whose load-balancing loss "
-        "transformers computes from recorded logits: leave it out, or use a mixture of experts such as qwen3_moe"
+        "transformers computes from recorded logits: remove it, or use a mixture of experts such as qwen3_moe"
     )

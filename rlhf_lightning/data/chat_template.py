@@ -20,7 +20,7 @@ from .text_tokens import shared_prefix
 Messages = list[dict[str, Any]]
 Settings = Mapping[str, Any]
 
-# A character for private use stands for a content, to see where the template puts it.
+# A character for private use replaces a message's content, to find where the template puts it.
 _CONTENT = "\ue0f0"
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -76,7 +76,7 @@ class ChatTemplate:
             options: passed to ``apply_chat_template``.
 
         Raises:
-            ValueError: there is no template, or it refuses the messages.
+            ValueError: the tokenizer has no template, or it refuses the messages.
         """
         return str(self._apply(messages, self.merged(own), tokenize=False, **options))
 
@@ -233,7 +233,7 @@ class ChatTemplate:
         return _behind(whole[whole.rindex(ending, 0, limit) + low :], opened)
 
     def _restored(self, message: Mapping[str, Any], answer: str, opened: str, own: Settings | None) -> str:
-        """Restores the reasoning that a template leaves out of an answer although the model should write it."""
+        """Restores the reasoning that a template drops from an answer although the model should write it."""
         ending = self.ending(own)
         body = answer.removesuffix(ending) if ending else answer
         content = message.get("content")
@@ -254,7 +254,7 @@ class ChatTemplate:
             self._warned = True
             warnings.warn(
                 f"the chat template's generation prompt opens {opened.strip()!r}, and answers do not close it: they "
-                f"are learnt as they stand, behind the open tag. Write {closing!r} into the answers, or let "
+                f"are learnt as they stand, after the open tag. Write {closing!r} into the answers, or let "
                 "chat_template_kwargs turn the tag off where the template can",
                 stacklevel=2,
             )

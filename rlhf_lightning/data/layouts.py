@@ -50,13 +50,13 @@ def check_rest(rest: Mapping[str, Any]) -> None:
     """
     if media := first_medium(rest):
         raise ValueError(
-            f"the row has {media!r}, and media are not supported: leave the row out, or rename a column that holds "
+            f"the row has {media!r}, and media are not supported: remove the row, or rename a column that holds "
             f"none with columns={{'my_{media}': {media!r}}}"
         )
     for name in (*_SYSTEM, "history"):
         if not is_missing(rest.get(name)):
             raise ValueError(
-                f"{name!r} is there without a prompt that it could come before: write the prompt in its own column, or "
+                f"{name!r} is given without a prompt to put it in front of: write the prompt in its own column, or "
                 f"rename one that the model is not to see with columns={{'my_{name}': {name!r}}}"
             )
 
@@ -94,14 +94,14 @@ def check_completion(value: Any, name: str) -> Text:
     """Checks that an answer is text or messages, and not empty."""
     text = check_text(value, name)
     if not text:
-        raise ValueError(f"{name!r} is empty: write at least one character or message, or leave the row out")
+        raise ValueError(f"{name!r} is empty: write at least one character or message, or remove the row")
     if not isinstance(text, str) and not any(message.get("content") or message.get("tool_calls") for message in text):
-        raise ValueError(f"{name!r} has no content: write what the assistant says, or leave the row out")
+        raise ValueError(f"{name!r} has no content: write what the assistant says, or remove the row")
     return text
 
 
 def take_prompt(rest: dict[str, Any]) -> tuple[Text | None, Messages]:
-    """Takes the prompt (``None`` if there is none), and the messages that :func:`in_context` puts before it."""
+    """Takes the prompt (``None`` without one), and the messages that :func:`in_context` puts before it."""
     if not is_missing(rest.get("prompt")):
         return check_text(rest.pop("prompt"), "prompt"), take_context(rest)
     if not (is_missing(rest.get("messages")) and is_missing(rest.get("conversations"))):
@@ -196,7 +196,9 @@ def in_context(prompt: Text, context: Messages) -> Text:
         return [*context, {"role": "user", "content": prompt}] if prompt else context
     opening, history = (context[:1], context[1:]) if context[0]["role"] == "system" else ([], context)
     if history and any(message["role"] == "assistant" for message in prompt):
-        raise ValueError("'history' is beside messages that have earlier answers: write all of them as messages")
+        raise ValueError(
+            "'history' is given together with messages that have earlier answers: write all of them as messages"
+        )
     if prompt and prompt[0]["role"] == "system":
         if opening and opening[0]["content"].strip() != prompt[0].get("content", "").strip():
             raise ValueError(
@@ -224,7 +226,7 @@ def take_template(rest: dict[str, Any]) -> dict[str, Any]:
     functions = rest.get("functions")
     if is_list(functions) and functions and all(isinstance(each, Mapping) and "name" in each for each in functions):
         if tools:
-            raise ValueError("'tools' and 'functions' are both there: write tools alone")
+            raise ValueError("'tools' and 'functions' are both given: write only tools")
         tools = [{"type": "function", "function": clean(each)} for each in rest.pop("functions")]
     return settings | ({"tools": tools} if tools else {})
 

@@ -103,7 +103,8 @@ def _cut_start(root: Segment, excess: int, opening: Tokens) -> Segment | None:
     if len(root.tokens) - kept <= excess:
         if len(sequences) > 1 or len(sequences[0]) == 1:
             return None
-        # The cut reaches beyond the first fork: only turns that share the removed tokens and one more can be cut alike.
+        # The cut reaches beyond the first fork: only turns that share the removed tokens and one more can be cut at the
+        # same place.
         last, trunk = sequences[0][-1][0], None
         sequences = [[path for path in sequences[0] if shared_length(path[0], last) > kept + excess]]
     shorter = [

@@ -101,7 +101,7 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
     """Reads the column ``tools``: a list of functions, or the JSON text of one.
 
     Returns:
-        The functions as described, without null keys; an empty list where there are none.
+        The functions as described, without null keys; an empty list without any.
 
     Raises:
         ValueError: for anything else.
@@ -127,11 +127,11 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
 
 
 def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -> None:
-    """Checks that a chat template has dropped nothing that a row says.
+    """Checks that a chat template has dropped nothing of a row.
 
     Every message of a user, a system or a tool must appear in the rendering (ignoring whitespace, as text or as JSON),
     and so must the name of each function that is called or offered. Messages of the assistant may be cut: templates
-    leave out its earlier reasoning.
+    drop its earlier reasoning.
 
     Args:
         messages: in the form of :func:`check_text`.
@@ -147,20 +147,20 @@ def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -
             name = _function_name(call)
             if name and name not in text:
                 raise ValueError(
-                    f"the chat template leaves out the call of {name!r} in message {number}: use one that renders "
+                    f"the chat template drops the call of {name!r} in message {number}: use one that renders "
                     "tool_calls, or write the call as content"
                 )
         said = message.get("content") or ""
         if message["role"] != "assistant" and not any(form in seen for form in _forms(said)):
             raise ValueError(
-                f"the chat template leaves out message {number}, of role {message['role']!r}: use one that renders it, "
-                "or leave the message out"
+                f"the chat template drops message {number}, of role {message['role']!r}: use one that renders it, "
+                "or remove the message"
             )
     for tool in template.get("tools") or ():
         name = _function_name(tool)
         if name and name not in text:
             raise ValueError(
-                f"the chat template leaves out the tool {name!r}: use one that renders tools, or leave the column out"
+                f"the chat template drops the tool {name!r}: use one that renders tools, or remove the column"
             )
 
 
@@ -168,8 +168,8 @@ def check_no_tools(template: Mapping[str, Any]) -> None:
     """Refuses tools with a prompt that is text: no template would show them to the model."""
     if template.get("tools"):
         raise ValueError(
-            "'tools' beside a prompt that is text, where no chat template shows them to the model: write the prompt as "
-            "messages (transform: rlhf_lightning.data.transforms.chat_prompt), or leave the column out"
+            "'tools' are given with a prompt that is text, where no chat template shows them to the model: write the "
+            "prompt as messages (transform: rlhf_lightning.data.transforms.chat_prompt), or remove the column"
         )
 
 
@@ -193,14 +193,14 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{where} has no role{describe_columns(message, 'role')}, expected role and content")
     if "value" in message:
-        raise ValueError(f"{where} has a value beside its content: write one of them")
+        raise ValueError(f"{where} has both a value and a content: write one of them")
     _take_calls(message, where)
     if "content" in message:
         message["content"] = joined_text(message["content"], f"the content of {where}")
     elif "tool_calls" not in message:
         raise ValueError(f"{where} has no content{describe_columns(message, 'content')}, expected role and content")
     if media := first_medium(message):
-        raise ValueError(f"{where} has {media!r}, and media are not supported: leave the row out")
+        raise ValueError(f"{where} has {media!r}, and media are not supported: remove the row")
     return _weighed(message, where)
 
 
@@ -223,7 +223,7 @@ def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
     for name in _PARTLY_LEARNED:
         if message.pop(name, None):
             raise ValueError(
-                f"{where} has {name!r}, and a message is learned whole or not at all: leave the key out, or write "
+                f"{where} has {name!r}, and a message is learned completely or not at all: remove the key, or write "
                 "'weight': 0 or 1"
             )
     learned = {}
@@ -234,7 +234,7 @@ def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
                 raise ValueError(f"{where} has {name!r} {short(value)}, expected 0 or 1: it is learned or it is not")
             learned[name] = bool(value) == means_learned
     if len(set(learned.values())) > 1:
-        raise ValueError(f"{where} is to be learned by one of {', '.join(learned)} and not by another: write one")
+        raise ValueError(f"{where} is marked as learned by one of {', '.join(learned)} and not by another: write one")
     return message if all(learned.values()) else {**message, "weight": 0}
 
 

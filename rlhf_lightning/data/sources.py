@@ -44,7 +44,7 @@ class MemoryRows(RowSource):
         name: what the user called them.
         rows: the rows.
         num_rows: their number; ``None`` if unknown.
-        fingerprint: the one of ``datasets``; computed from the rows if left out.
+        fingerprint: the one of ``datasets``; computed from the rows if omitted.
     """
 
     def __init__(self, name: str, rows: Any, *, num_rows: int | None, fingerprint: str | None = None) -> None:
@@ -363,7 +363,7 @@ def _open_hub(name: str, split: str | None, streaming: bool, wanted: Mapping[str
     except Exception as error:  # whatever a download can raise, the user needs to know which source it was
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"{name!r} is no file or folder here, and the hub did not give it as a dataset ({reason}): give a file "
+            f"{name!r} is not a file or folder here, and the hub has no such dataset ({reason}): give a file "
             f"({ACCEPTED}), a folder of such files, a hub id like 'org/name?config=main' or a task like 'sums:prompts'"
         ) from error
     rows = loaded[_pick_split(name, list(loaded), split)]

@@ -52,8 +52,8 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenizes a text that a model continues.
 
-    The tokens begin once with those that the tokenizer puts before every text; a chat that was rendered by hand may
-    have them already. An empty text is the beginning-of-sequence token, or else the end-of-sequence token.
+    The tokens begin once with the tokens that the tokenizer puts before every text; a chat that was rendered by hand
+    may have them already. An empty text is the beginning-of-sequence token, or else the end-of-sequence token.
     """
     opening = opening_tokens(tokenizer)
     tokens = encode(tokenizer, text) if text else []
@@ -70,7 +70,7 @@ def continuing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Returns a version of a tokenizer for continuations: it neither adds a leading space nor strips one.
 
     Args:
-        tokenizer: any; one that does neither is returned as it is.
+        tokenizer: any; one that does neither is returned unchanged.
     """
     known = _CONTINUING.get(tokenizer)
     if known is None or known[0] != len(tokenizer):  # tokens may have been added since
@@ -106,7 +106,7 @@ def check_encodable(text: str) -> str:
         half = repr(text[error.start])
         raise ValueError(
             f"character {error.start + 1} of a text is {half}, half of a surrogate pair: write the whole character, or "
-            "leave it out"
+            "remove it"
         ) from None
     return text
 

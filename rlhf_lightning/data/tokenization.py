@@ -40,7 +40,7 @@ class RowTokenizer:
     In a chat, each turn of the assistant is scored in the context in which it is generated: after the template's
     rendering of everything before it, generation prompt included. Turns whose contexts extend one another are one
     path; where the template renders earlier turns differently (say, without reasoning), paths fork. A turn ends with
-    the first added token of the vocabulary that the template writes after its content; where there is none, the
+    the first added token of the vocabulary that the template writes after its content; without one, the
     end-of-sequence token is added. Text that the template writes after that is context: it is never generated.
 
     Args:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..models.backbone import base_model, decoder_of
-from ..models.dropout import layers_left_out
+from ..models.dropout import layerdrop_rate
 from ..utils.page_cache import drop_file_pages
 from .lockstep import lockstep
 
@@ -166,10 +166,10 @@ def check_runs_all_layers(model: nn.Module) -> None:
     Raises:
         ValueError: its rate of layerdrop is above 0.
     """
-    rate = layers_left_out(model)
+    rate = layerdrop_rate(model)
     if rate > 0:
         raise ValueError(
-            f"strategy is 'fsdp2' and the config of {type(base_model(model)).__name__} leaves out layers at random "
+            f"strategy is 'fsdp2' and the config of {type(base_model(model)).__name__} skips layers at random "
             f"(layerdrop {rate:g}), on each rank others, whose weights no other rank would then gather: set "
             "one rate for all its dropout (--model.dropout=0.1), with which every layer runs, or use strategy 'ddp'"
         )

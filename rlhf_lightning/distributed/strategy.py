@@ -52,7 +52,7 @@ def check_can_be_sharded(precision: str, quantization: str | None) -> None:
     if quantization is not None:
         raise ValueError(
             f"quantization is {quantization!r} with strategy 'fsdp2', but bitsandbytes packs a whole matrix with its "
-            "scales, which cannot be split over ranks: use strategy 'ddp', or leave quantization out"
+            "scales, which cannot be split over ranks: use strategy 'ddp', or remove quantization"
         )
 
 
@@ -151,7 +151,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if cpu_offload and process_group_backend == "nccl":
             raise ValueError(
                 "process_group_backend is 'nccl' with cpu_offload=True, whose weights lie in host memory, where nccl "
-                "cannot gather them: write 'cpu:gloo,cuda:nccl', or leave it out"
+                "cannot gather them: write 'cpu:gloo,cuda:nccl', or remove it"
             )
         self.shard_over = shard_over
         self.cpu_offload = cpu_offload

@@ -1,4 +1,4 @@
-"""Continuous batching: a prompt is computed once, its samples decode together, finished rows make room for new ones.
+"""Continuous batching: a prompt is computed once, its samples decode together, new rows replace finished ones.
 
 Legend: N rows of the batch, P prompts of a prefill, V vocabulary.
 """

@@ -62,7 +62,7 @@ class LocalEngine:
     prompts.
 
     Args:
-        model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its
+        model: a causal language model of transformers, bare or with adapters around it. Called unchanged: in its
             precision, on its device, with its attention function. It runs in evaluation mode without gradients, and
             every submodule's mode is restored.
         tokenizer: encodes string prompts like those of rows, decodes tokens, and defines by its chat template which

@@ -21,8 +21,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LONGEST_PAUSE = 30.0
-# Statuses worth a retry: too early, too slow, too many requests; and server failures (5xx), except for those that mean
-# that the server cannot do this at all.
+# Statuses worth a retry: too early, too slow, too many requests; and server failures (5xx), except for the ones that
+# mean that the server cannot do this at all.
 _PASSING = (408, 425, 429)
 _FINAL_FAILURES = (501, 505)
 _KEY = re.compile(r"[!-~]+")
@@ -99,7 +99,7 @@ class Endpoint:
             raise ValueError(f"url={url!r} is not allowed: write it with http:// or https://, as http://{rest}")
         if api_key is not None and not _KEY.fullmatch(api_key):
             raise ValueError(
-                f"the api_key has {len(api_key)} characters, of which some are no visible ASCII (a line break, a "
+                f"the api_key has {len(api_key)} characters, some of them not visible ASCII (a line break, a "
                 "blank): write the key alone"
             )
         for name, value, valid, allowed in (
@@ -166,11 +166,12 @@ class Endpoint:
             raise self._unreachable(error) from None
         try:
             answer = json.loads(content)
-        except ValueError:  # of JSON and of UTF-8 alike
+        except ValueError:  # a JSON or a UTF-8 error
             answer = None
         if not isinstance(answer, dict):
             shown = one_line(content[:60].decode(errors="replace"))
-            raise _FailedAttemptError(f"the server at {self.url} answers with no JSON object: {shown!r}", passing=True)
+            said = f"the server at {self.url} did not answer with a JSON object: {shown!r}"
+            raise _FailedAttemptError(said, passing=True)
         return answer
 
     def _unreachable(self, error: Exception) -> _FailedAttemptError:
@@ -182,7 +183,7 @@ class Endpoint:
                 passing=True,
             )
         if isinstance(reason, http.client.HTTPException | ConnectionResetError | BrokenPipeError):
-            said = f"the server at {self.url} broke off its answer: {one_line(reason) or type(reason).__name__}"
+            said = f"the server at {self.url} ended its answer early: {one_line(reason) or type(reason).__name__}"
             return _FailedAttemptError(said, passing=True)
         return _FailedAttemptError(
             f"no server answers at {self.url}: {one_line(reason)}; start one, for instance with vllm serve MODEL, or "

@@ -51,7 +51,7 @@ def _token_id(value: Any) -> int:
     if isinstance(value, str) and value.isdecimal() and value.isascii():
         return int(value)
     if type(value) is not int or value < 0:
-        raise UnusableError(f"returns the token id {value!r}, which is no whole number from 0")
+        raise UnusableError(f"returns the token id {value!r}, which is not a whole number of at least 0")
     return value
 
 

@@ -216,7 +216,7 @@ def _floor(work_NV: Tensor, params: SamplingParams) -> Tensor | None:
     """The lowest score that survives top-k, top-p and min-p in each row, ``(N, 1)``; ``None`` without a filter.
 
     A filter keeps the tokens above some score, so filters in sequence are one comparison with the highest of their
-    floors; top-p measures its mass among the survivors of top-k, and min-p only looks at the top token, which all keep.
+    floors; top-p measures its mass among the survivors of top-k, and min-p depends on the top token, which all keep.
     """
     vocabulary = work_NV.shape[-1]
     floors = []

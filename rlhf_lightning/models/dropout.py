@@ -77,7 +77,7 @@ def set_dropout(model: nn.Module, rate: float) -> None:
             module.config = _Rated(config, rate)  # type: ignore[assignment]
 
 
-def layers_left_out(model: nn.Module) -> float:
+def layerdrop_rate(model: nn.Module) -> float:
     """Returns the highest rate at which a model randomly skips whole layers in its present mode; 0 if it never does.
 
     Args:

@@ -60,7 +60,7 @@ class OutputHead:
 
 
 class TokenStats(NamedTuple):
-    """Holds statistics of each scored token; those that were not requested are 0.
+    """Holds statistics of each scored token; the ones that were not requested are 0.
 
     Args:
         logprobs: ``(N,)`` log-probability of the target.
@@ -375,7 +375,7 @@ def output_head(model: nn.Module) -> OutputHead:
         if active and (active[0] in getattr(layer, "lora_variant", {}) or layer.lora_B[active[0]].bias is not None):
             raise ValueError(
                 "the output projection has a DoRA adapter or one with a bias, which the fused head does not know: "
-                "leave lm_head out of lora's target_modules, or use plain LoRA"
+                "remove lm_head from lora's target_modules, or use plain LoRA"
             )
         if active:
             name = active[0]

@@ -41,14 +41,14 @@ _UNSUPPORTED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError
 _SINGLE = 1e-5  # agreement that fp64 models can reach with their own forward
 
 
-def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *alike: nn.Module) -> Layout:
+def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *others: nn.Module) -> Layout:
     """Decides how a model runs, and sets the attention that this needs.
 
     Args:
         model: the model, on its device.
         layout: ``auto`` takes the first that agrees with the model's own forward, with one warning where that is not
             ``packed``; ``packed`` raises where it does not agree.
-        alike: models of the same kind that run in the same layout; they get the same attention.
+        others: models of the same kind that run in the same layout; they get the same attention.
 
     Raises:
         ValueError: ``packed`` was requested and does not agree, or no layout agrees with the model's own forward.
@@ -60,7 +60,7 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
     for kind, attention in _candidates(base, layout):
         reason = _why_not(model, kind, attention)
         if reason is None:
-            for other in (model, *alike):
+            for other in (model, *others):
                 set_attention(base_model(other), attention or EAGER)
             if kind == "padded" and layout == "auto":
                 log.warning("%s runs in the padded layout: %s", name, reasons[0])
@@ -128,7 +128,7 @@ def _disagreement(
             except _UNSUPPORTED as error:
                 return f"its own forward failed ({_said(error)})"
             if not _looks_back(model, batch, expected, tolerance):
-                return "an earlier token sees later ones: it is no causal language model as it is configured"
+                return "an earlier token sees later ones: with its config it is not a causal language model"
             seen.append(expected)
             try:
                 with using_attention(base, attention or EAGER):

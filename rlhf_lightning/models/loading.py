@@ -45,7 +45,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         source: a folder or hub id with a tokenizer; for an adapter without one, its base model's is loaded.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no end-of-sequence token.
+        ValueError: the folder has no tokenizer, or that has no end-of-sequence token.
 
     Example:
         >>> load_tokenizer("runs/sft/export").eos_token  # doctest: +SKIP
@@ -142,7 +142,7 @@ def load_causal_lm(
     if adapter is not None:
         if lora is not None or init == "random":
             raise ValueError(
-                f"{str(model)!r} holds an adapter, which is trained further: leave lora and init out, "
+                f"{str(model)!r} holds an adapter, which is trained further: remove lora and init, "
                 "or pass the base model's folder to start a new adapter"
             )
         loaded = load_adapter(place, adapter, lambda base: load(_locate(base, what="base model")), trainable=trainable)
@@ -174,13 +174,15 @@ def _check_options(
     if init not in ("pretrained", "random"):
         raise ValueError(f"init is {init!r}: use 'pretrained' or 'random'")
     if quantization not in (None, "nf4", "fp4", "int8"):
-        raise ValueError(f"quantization is {quantization!r}: use 'nf4', 'fp4' or 'int8', or leave it out")
+        raise ValueError(f"quantization is {quantization!r}: use 'nf4', 'fp4' or 'int8', or omit it")
     if init == "random" and quantization is not None:
-        raise ValueError(f"quantization={quantization!r} with init='random' would freeze random weights: leave one out")
+        raise ValueError(
+            f"quantization={quantization!r} with init='random' would freeze random weights: remove one of them"
+        )
     if init == "random" and lora is not None:
-        raise ValueError("lora with init='random' would adapt random weights that stay frozen: leave one out")
+        raise ValueError("lora with init='random' would adapt random weights that stay frozen: remove one of them")
     if lora is not None and not trainable:
-        raise ValueError(f"trainable=False with a new adapter, lora={dict(lora)!r}: leave lora out")
+        raise ValueError(f"trainable=False with a new adapter, lora={dict(lora)!r}: remove lora")
     if quantization is not None and dtype == torch.float64:
         raise ValueError(f"quantization={quantization!r} does not compute in float64: use float32, bfloat16 or float16")
 
@@ -219,7 +221,7 @@ def _load_base(
     arguments: dict[str, Any] = {"dtype": dtype}
     stored = getattr(config, "quantization_config", None)
     if stored is not None and quantization is not None:
-        raise ValueError(f"the weights of {place!r} are quantised already: leave quantization={quantization!r} out")
+        raise ValueError(f"the weights of {place!r} are quantised already: remove quantization={quantization!r}")
     if quantization is not None:
         arguments["quantization_config"] = quantization_config(quantization, dtype)
     if quantization is not None or stored is not None:
@@ -285,7 +287,7 @@ def _read_config(place: str) -> PreTrainedConfig:
         if folder.is_dir():
             raise ValueError(f"cannot read {place}/config.json: {first_line(error)}") from error
         raise ValueError(
-            f"{place!r} is no folder (looked for {str(folder.absolute())!r}) and could not be had from the hub "
+            f"{place!r} is not a folder (looked for {str(folder.absolute())!r}) and could not be loaded from the hub "
             f"({first_line(error)}): pass an existing folder, or a hub id that is cached or can be reached"
         ) from error
 

@@ -1,6 +1,6 @@
 """Reference policies: adapters off, a copied adapter, or a frozen second model; never part of the module's parameters.
 
-A reference is a context that yields the model to score with, so that all three kinds look alike to a loss::
+A reference is a context that yields the model to score with, so that a loss uses all three kinds in the same way::
 
     with reference.scoring() as model:
         stats = token_stats(model, batch, layout)
@@ -71,8 +71,8 @@ class AdapterReference:
         for name, parameter in trained_beside_adapters(self.model).items():
             if isinstance(parameter, DTensor):
                 raise ValueError(
-                    f"the reference is the model with its adapter off, but {name} is trained beside the adapter, in "
-                    "shards: use reference='frozen'"
+                    f"the reference is the model with its adapter off, but {name} is trained in addition to the "
+                    "adapter, in shards: use reference='frozen'"
                 )
             if name not in self.kept:
                 self.kept[name] = parameter.detach().clone()

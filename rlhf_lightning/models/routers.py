@@ -38,7 +38,7 @@ def find_routers(model: nn.Module) -> Routers | None:
         model: a causal language model, or one wrapped by PEFT.
 
     Returns:
-        ``None`` where there are no routers, transformers records none, or the model has another loss for them.
+        ``None`` where the model has no routers, transformers records none, or the model has another loss for them.
 
     Example:
         >>> from transformers import AutoConfig, AutoModelForCausalLM

@@ -27,7 +27,7 @@ from ..utils.files import (
     check_replaceable,
     discard,
     flush_to_disk,
-    hidden_beside,
+    hidden_sibling,
     mark,
     on_first_rank,
     recover,
@@ -116,7 +116,7 @@ def _adapter_writer(model: PeftModel, end_tokens: Sequence[Any]) -> Callable[[Pa
     if rotary is not None and _is_writer():
         log.warning(
             "the adapter was trained with LongRoPE's frequencies for long sequences: elsewhere, load its base "
-            "with the rope_parameters in %s beside it, or export the whole model (merge_adapter=True)",
+            "with the rope_parameters in %s next to it, or export the whole model (merge_adapter=True)",
             ROPE_PARAMETERS,
         )
 
@@ -173,7 +173,7 @@ def _generation_config(model: PreTrainedModel, end_tokens: Sequence[Any]) -> Gen
     try:
         config.validate(strict=True)
     except ValueError as error:
-        log.warning("the generation config is invalid and is left out of the export: %s", str(error).splitlines()[0])
+        log.warning("the generation config is invalid and is not exported: %s", str(error).splitlines()[0])
         config = GenerationConfig.from_model_config(model.config)
     before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [int(token) for token in dict.fromkeys((*end_tokens, *before)) if token is not None]
@@ -205,7 +205,7 @@ def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: boo
 
 def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
     """Writes a folder under a hidden name and renames it to its place."""
-    fresh, old = hidden_beside(target, PARTIAL), hidden_beside(target, REPLACED)
+    fresh, old = hidden_sibling(target, PARTIAL), hidden_sibling(target, REPLACED)
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
     fresh.mkdir()
@@ -226,8 +226,8 @@ def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
         if isinstance(error, OSError | SafetensorError):
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"cannot write the model to {str(target)!r} ({reason}): make room or choose another folder; an export "
-                "that was there is untouched"
+                f"cannot write the model to {str(target)!r} ({reason}): free disk space or choose another folder; an "
+                "export that was there is untouched"
             ) from error
         raise
     flush_to_disk(target.parent)

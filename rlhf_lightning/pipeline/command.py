@@ -60,7 +60,7 @@ def run_command(args: Sequence[str]) -> None:
         )
     except KeyboardInterrupt:
         print(
-            f"\ninterrupted: the same command goes on from the last finished stage in {pipeline.run_dir}",
+            f"\ninterrupted: the same command resumes from the last finished stage in {pipeline.run_dir}",
             file=sys.stderr,
         )
         raise SystemExit(130) from None

@@ -91,7 +91,7 @@ _TOP_LEVEL = (
 class Comparison:
     """A figure of one metric over the steps, or the seconds of training, of several stages.
 
-    It leaves out stages of policies that are not chosen.
+    Stages of policies that are not chosen are skipped.
     """
 
     metric: str
@@ -175,10 +175,10 @@ def _choose_policies(config: DictConfig) -> set[str]:
     policies = written.get("policies") if isinstance(written, dict) else None
     if policies is None:
         if "policy" in config:
-            raise UsageError(f"policy is {config.policy!r}, and there are no policies to choose from")
+            raise UsageError(f"policy is {config.policy!r}, but the file defines no policies")
         return set()
     if not isinstance(policies, dict) or not all(isinstance(stages, dict) for stages in policies.values()):
-        raise UsageError("policies is no mapping of names to stages: write policies: {dpo: {dpo: {kind: fit, ...}}}")
+        raise UsageError("policies is not a mapping of names to stages: write policies: {dpo: {dpo: {kind: fit, ...}}}")
     policy = written.get("policy")  # type: ignore[union-attr]
     chosen: list[Any] = policy if isinstance(policy, list) else [policy]
     for name in chosen:

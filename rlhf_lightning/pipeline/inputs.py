@@ -99,9 +99,9 @@ def _bases(name: str, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def own_sources(dotted: str) -> list[Path]:
-    """Finds the user's source files behind a dotted path, and those that they import.
+    """Finds the user's source files of a dotted path, and the files that they import.
 
-    Nothing is imported or run. Installed packages and Python itself are left out: their versions are recorded.
+    Nothing is imported or run. Installed packages and Python itself are not listed: their versions are recorded.
 
     Args:
         dotted: ``package.module.name``.

@@ -32,8 +32,9 @@ _OF_STAGE = ("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS,
 def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
     """Runs unfinished stages, evaluates exported models, and records both.
 
-    A stage is finished if its record says so, its configuration, inputs and the package's version match the record, and
-    its outputs are unchanged. Otherwise its earlier files are removed and it starts from its inputs. Nothing else is
+    A stage is finished if it is recorded as such, its configuration, inputs and the package's version match the record,
+    and its outputs are unchanged. Otherwise its earlier files are removed and it starts from its inputs. Nothing else
+    is
     removed: a folder of a stage's name that no pipeline made is refused before anything runs, and other files in the
     folders of a run stay.
 

@@ -170,7 +170,7 @@ def sampling_params(written: dict[str, Any]) -> SamplingParams:
     try:
         return SamplingParams(**written)
     except TypeError as error:  # a text where a number belongs
-        raise ValueError(f"sampling is {written!r}, of which a value is of the wrong kind: {error}") from error
+        raise ValueError(f"sampling is {written!r}; one of its values has the wrong type: {error}") from error
 
 
 def remote_engine(written: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> RemoteEngine:

@@ -113,7 +113,7 @@ class LineWorker:
         except (CallTimeoutError, LineWorkerDiedError) as error:
             raise LineWorkerError(f"{self._script.name} does not start: {error}") from error
         if greeting != b"ready":
-            raise LineWorkerError(f"{self._script.name} does not start: it says {greeting!r}")
+            raise LineWorkerError(f"{self._script.name} does not start: it answered {greeting!r}")
         return process
 
     def _stop(self) -> None:

@@ -134,7 +134,7 @@ class ConstitutionReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any
     ) -> list[float | Exception | None]:
-        """Scores each completion; without an applicable principle there is no score.
+        """Scores each completion; ``None`` without an applicable principle.
 
         Args:
             prompts: texts, or lists of chat messages.

@@ -37,7 +37,7 @@ def final_answer(text: str) -> str | None:
         text: a solution.
 
     Returns:
-        The answer without surrounding blanks; ``None`` if there is no marker, or nothing after the last one.
+        The answer without surrounding blanks; ``None`` without a marker, or with nothing after the last one.
 
     Example:
         >>> final_answer("3+14=17\n17+9=26\n#26"), final_answer("I do not know")

@@ -49,7 +49,7 @@ class StepReward:
 
     Args:
         function: returns, for each completion, a list with one number per step, or ``None``.
-        separator: text between steps; empty steps are left out.
+        separator: text between steps; empty steps are dropped.
 
     Example:
         >>> def lengths(completions): return [[len(step) for step in text.split(";")] for text in completions]

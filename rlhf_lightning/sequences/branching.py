@@ -52,7 +52,7 @@ def grow_tree(sequences: Sequence[Sequence[WeightedPath]], trunk: Tokens | None 
     if not len(trunk):
         raise ValueError(
             "the renderings of a row's turns differ from their first token on: expected a chat template that begins "
-            "them alike, for instance with a beginning-of-sequence token"
+            "them with the same token, such as a beginning-of-sequence token"
         )
 
     children = []
@@ -164,7 +164,7 @@ def _branch(paths: _Numbered, start: int, *, last: bool) -> Segment:
     if end == start:
         raise ValueError(
             "the renderings of a row's turns differ from their first token on: expected a chat template that begins "
-            "them alike, for instance with a beginning-of-sequence token"
+            "them with the same token, such as a beginning-of-sequence token"
         )
     children = _children(paths, end, last=last)
     weights = _merged([weights[start:end] for _, (_, weights) in paths])

@@ -26,11 +26,11 @@ _held: dict[Path, int] = {}  # places that this process holds, with the descript
 _made: set[Path] = set()  # folders that were made for locks, and are removed with them if they are empty
 
 
-def hidden_beside(place: Path, suffix: str) -> Path:
+def hidden_sibling(place: Path, suffix: str) -> Path:
     """Returns the hidden sibling of a place with one of the suffixes above.
 
     Example:
-        >>> hidden_beside(Path("runs/model"), PARTIAL).name
+        >>> hidden_sibling(Path("runs/model"), PARTIAL).name
         '.model.rlhf_lightning.partial'
     """
     return place.with_name(f".{place.name}{suffix}")
@@ -52,7 +52,7 @@ def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
         ...     file.write(b"...")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = hidden_beside(path, f"{writer}{PARTIAL}")
+    partial = hidden_sibling(path, f"{writer}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             yield file
@@ -98,7 +98,7 @@ def mark(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
     Args:
         folder: an existing folder.
         kind: kind of its content, such as ``model``.
-        names: paths below it that the package writes; all present files if left out.
+        names: paths below it that the package writes; all present files if omitted.
     """
     listed = _files(folder) if names is None else set(names)
     record = {"written_by": "rlhf_lightning", "kind": kind, "names": sorted(listed)}
@@ -171,7 +171,7 @@ def check_names(folder: Path, kind: str, names: Iterable[str]) -> None:
     taken = sorted(name for name in set(names) - listed_names(folder, kind) if (folder / name).exists())
     if taken:
         raise ValueError(
-            f"{str(folder / taken[0])!r} is there already and was not written by this package: move it away, or choose "
+            f"{str(folder / taken[0])!r} already exists and was not written by this package: move it away, or choose "
             "another folder"
         )
 
@@ -216,7 +216,7 @@ def recover(folder: Path) -> None:
 
 def _remove_empty(folder: Path) -> None:
     """Removes a folder that was just made or is nearly deleted: it holds at most the beginning of its list."""
-    begun = hidden_beside(folder / MARKER, PARTIAL)
+    begun = hidden_sibling(folder / MARKER, PARTIAL)
     if folder.is_dir() and not folder.is_symlink() and all(path == begun for path in folder.iterdir()):
         begun.unlink(missing_ok=True)
         folder.rmdir()
@@ -243,7 +243,7 @@ def hold(place: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{str(place)!r} cannot be written ({error.strerror}): choose another folder") from error
     _made.update(missing)
-    path = hidden_beside(place, LOCK)
+    path = hidden_sibling(place, LOCK)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -265,7 +265,7 @@ def release(place: Path) -> None:
     place = place.expanduser().absolute()
     descriptor = _held.pop(place, None)
     if descriptor is not None:
-        hidden_beside(place, LOCK).unlink(missing_ok=True)
+        hidden_sibling(place, LOCK).unlink(missing_ok=True)
         os.close(descriptor)
     for folder in (folder for folder in place.parents if folder in _made):
         try:

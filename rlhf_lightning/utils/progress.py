@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-_SECONDS = 30.0  # between two lines where there is no terminal
+_SECONDS = 30.0  # between two lines without a terminal
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

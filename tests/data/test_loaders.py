@@ -295,7 +295,7 @@ def test_a_row_without_an_example_leaves_its_place_empty() -> None:
 def test_a_stream_of_unknown_length_has_none() -> None:
     loader = streamed(5, 2)
     loader.source._num_rows = None  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match="nobody knows how many rows"):
+    with pytest.raises(TypeError, match="the number of rows of its source is unknown"):
         len(loader)
     assert [len(batch) for batch in loader] == [2, 2, 1]
 

@@ -259,7 +259,7 @@ def test_columns_are_renamed() -> None:
         ("rows.jsonl", "no file, folder or dataset 'rows.jsonl': give a file (.jsonl, .json, .csv, .parquet, .arrow"),
         ("./rows", "no file, folder or dataset './rows'"),
         ("a/b/c", "no file, folder or dataset 'a/b/c'"),
-        ("nobody/nothing", "'nobody/nothing' is no file or folder here, and the hub did not give it as a dataset ("),
+        ("nobody/nothing", "'nobody/nothing' is not a file or folder here, and the hub has no such dataset ("),
         ("nobody/nothing?split=test", "'nobody/nothing' is no file or folder here"),
         (
             "nobody/nothing?splt=x",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.data.files import LeftOutError
+from rlhf_lightning.data.files import FilteredRowError
 from rlhf_lightning.data.transformed_rows import PairedRows, TransformedRows
 from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule, open_source
 
@@ -30,7 +30,7 @@ def test_a_function_rewrites_rows_or_leaves_them_out() -> None:
     ]
     assert (source.name, source.num_rows) == ("memory", 3)
     (_, stored) = list(source.raw())[1]
-    with pytest.raises(LeftOutError):
+    with pytest.raises(FilteredRowError):
         source.parse(stored)
 
 
@@ -54,7 +54,7 @@ def test_what_is_no_row_is_refused() -> None:
     source = TransformedRows(open_source(ROWS), str)  # type: ignore[arg-type]
     assert complaint(lambda: list(source)) == (
         "memory:1: transform builtins.str returned str (\"{'q': '1+1=', 'a': '2'}\"), expected columns with their "
-        "values, or None to leave the row out"
+        "values, or None to drop the row"
     )
 
 
@@ -77,7 +77,7 @@ def test_a_datamodule_counts_what_was_left_out(streaming: bool) -> None:
     # A stream's batch is two rows, whatever becomes of them.
     assert batches == ([[ids("2~")], [ids("6~")]] if streaming else [[ids("2~"), ids("6~")]])
     report = data.report["train"]
-    assert (report["rows"], report["kept"], report["left_out"], report["bad"]) == (3, 2, 1, 0)
+    assert (report["rows"], report["kept"], report["filtered"], report["bad"]) == (3, 2, 1, 0)
 
 
 # Pairs.

@@ -196,7 +196,7 @@ def test_changed_rows_are_an_error_on_resume(tmp_path: Path) -> None:
     ):
         fit(tmp_path, resume=tmp_path / "step=3.ckpt", data={"train": changed})
     with pytest.raises(
-        ValueError, match="global_batch_size was 2 in the checkpoint and is 3 now; put back what it was"
+        ValueError, match="global_batch_size was 2 in the checkpoint and is 3 now; restore the old value"
     ):
         fit(tmp_path, resume=tmp_path / "step=3.ckpt", data={"global_batch_size": 3})
 

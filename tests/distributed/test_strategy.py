@@ -132,7 +132,7 @@ def test_the_name_is_known_to_lightning() -> None:
     ("strategy", "reason"),
     [
         (FSDPStrategy(), r"FSDP1\).*neither step by hand nor clip.*write strategy: fsdp2"),
-        (object.__new__(DeepSpeedStrategy), r"DeepSpeedStrategy, whose engine .* steps by itself .*strategy: fsdp2"),
+        (object.__new__(DeepSpeedStrategy), r"DeepSpeedStrategy, whose engine averages, clips .*strategy: fsdp2"),
         (ModelParallelStrategy(), r"ModelParallelStrategy, which .* hangs .*class_path: rlhf_lightning.FSDP2Strategy"),
     ],
 )

@@ -212,7 +212,7 @@ def _unless_in_memory(full: Any) -> Any:
     return lambda value, file, **options: (save if isinstance(file, io.BytesIO) else full)(value, file, **options)
 
 
-def layers_left_out(rank: int, model: Path, folder: Path, strategy: str, dropout: float | None) -> int:
+def layerdrop_rate(rank: int, model: Path, folder: Path, strategy: str, dropout: float | None) -> int:
     """A run of a model whose config leaves layers out."""
     trainer = trainer_for(strategy)
     trainer.fit(SFTModule(str(model), dropout=dropout), data(val=None))

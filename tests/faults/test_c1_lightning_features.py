@@ -168,7 +168,7 @@ def test_a_training_step_that_only_returns_a_loss_is_refused(method: str, tiny_m
 def test_hooks_that_are_never_called_are_refused(hook: str, tiny_model_folder: Folder) -> None:
     cls = type("Mine", (SFTModule,), {hook: lambda self, *args, **kwargs: None})
     with pytest.raises(
-        ValueError, match=f"Mine overrides {hook}, which is never called where a module steps by itself: "
+        ValueError, match=f"Mine overrides {hook}, which is never called where a module steps manually: "
     ):
         trainer().fit(cls(str(tiny_model_folder("llama"))), rows("sft"))
 

@@ -58,7 +58,7 @@ def test_tables_in_upper_case(suffix: str, tmp_path: Path) -> None:
 def test_a_packed_file_that_breaks_off_is_named(packer: str, tmp_path: Path) -> None:
     whole = PACKERS[packer](WRITTEN[".jsonl"].encode() * 100)
     (tmp_path / f"rows.jsonl{packer}").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"rows\.jsonl{packer}' is not a whole (gzip|bzip2|xz) file"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl{packer}' is not a complete (gzip|bzip2|xz) file"):
         list(open_source(str(tmp_path / f"rows.jsonl{packer}")))
 
 

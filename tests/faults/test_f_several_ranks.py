@@ -158,7 +158,7 @@ def test_f7_a_log_that_is_somebody_elses_ends_all_ranks_with_the_reason(
     processes, strategy, tiny_model_folder, tmp_path
 ):
     found = outcomes(start(processes, "foreign_log", tiny_model_folder(), tmp_path, strategy), tmp_path)
-    reason = f"{str(tmp_path / 'history-0.jsonl')!r} is no log of metrics, and none is added to it: choose another path"
+    reason = f"{str(tmp_path / 'history-0.jsonl')!r} is not a log of metrics and is left unchanged: choose another path"
     assert found == [(1, reason)] * 2
     assert (tmp_path / "history-0.jsonl").read_text() == "mine\n"
 

@@ -144,7 +144,7 @@ def test_whose_log_probabilities_they_are():
     assert processed[0][0].logprobs == [-0.5]
     of_model, _ = ask(reported, ["p"], sampling=SamplingParams(4, 0.7, seed=0, model_logprobs=True))
     assert (of_model[0][0].logprobs, of_model[0][0].model_logprobs) == ([], [-0.5])
-    with pytest.raises(ValueError, match=r"^model_logprobs cannot be had from a server that reports"):
+    with pytest.raises(ValueError, match=r"^model_logprobs are not available from a server that reports"):
         ask(
             reported,
             ["p"],
@@ -159,7 +159,7 @@ def test_whose_log_probabilities_they_are():
         (completion("a"), "returns no log-probabilities, which are needed here: use one that does, such as vLLM"),
         (completion("a", logprobs={"token_logprobs": None}), "returns no log-probabilities"),
         (completion("a", token_ids=[1, 2], logprobs={"token_logprobs": [-1.0]}), "1 log-probabilities for 2 tokens"),
-        (completion("a", logprobs={"token_logprobs": [None]}), "some that are no numbers"),
+        (completion("a", logprobs={"token_logprobs": [None]}), "some that are not numbers"),
         ({"object": "text"}, "without the choices of api='completions': {'object': 'text'}"),
         (said("a"), "without the choices of api='completions'"),
         ({"choices": []}, "without the choices of api='completions'"),

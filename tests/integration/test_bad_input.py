@@ -69,7 +69,7 @@ def test_empty_completion(command, capsys):
     said = command(capsys, [GOOD, GOOD, {**GOOD, "rejected": ""}])
     assert "pairs.jsonl:3" in said
     assert "'rejected' is empty" in said
-    assert "leave the row out" in said
+    assert "remove the row" in said
 
 
 def test_row_that_is_not_json(command, capsys):

@@ -105,7 +105,7 @@ def test_no_room_for_a_checkpoint(tiny_model_folder, tmp_path):
 
 def test_no_room_for_an_export(tiny_model_folder, tmp_path):
     export = ModelExport(str(tmp_path / "out/model"), every_n_steps=2)
-    with no_room() as fill, pytest.raises(ValueError, match=r"^cannot write the model to '.*model' \(.*\): make room"):
+    with no_room() as fill, pytest.raises(ValueError, match=r"^cannot write the model to '.*model' \(.*\): free"):
         fit(tiny_model_folder(), tmp_path / "c", At(3, fill), export, every=99)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "model.json"]
     assert load_file(tmp_path / "out/model/adapter_model.safetensors")

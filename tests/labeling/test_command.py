@@ -88,7 +88,7 @@ def test_labels_are_those_that_the_script_makes(scripted, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("2 of 5 prompts: 4 solutions labelled")
     assert lines[-2] == (
-        "10 solutions of 5 prompts in 20 steps: mean label 0.38, 50% right; left out: 5 cut off, 10 alike"
+        "10 solutions of 5 prompts in 20 steps: mean label 0.38, 50% right; skipped: 5 cut off, 10 alike"
     )
     assert engine.prompts[:4] == ["0+1=?", "1+1=?", "0+1=?so\n", "0+1=?so\n"]
 
@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_where_it_was(scripted, capsys):
     with pytest.raises(SystemExit) as exit_info:
         scripted(first)
     assert exit_info.value.code == 130
-    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert "interrupted: the same command resumes" in capsys.readouterr().err
     second = Scripted()
     output = scripted(second)
     assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}
@@ -133,12 +133,12 @@ def test_a_run_does_not_go_on_with_other_settings(scripted, capsys, tmp_path):
         scripted(Scripted(), "--labels=hard", "--seed=1")
     assert exit_info.value.code == 1
     said = capsys.readouterr().err
-    assert "was begun with other labels and seed: go on as it was begun" in said
+    assert "was started with different labels and seed: resume with the same" in said
     with (tmp_path / "problems.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "7+1=?", "answer": "8"}) + "\n")
     with pytest.raises(SystemExit):
         scripted(Scripted())
-    assert "was begun with other files" in capsys.readouterr().err
+    assert "was started with different files" in capsys.readouterr().err
     scripted(Scripted(), f"--output={tmp_path / 'another.jsonl'}")
     assert len(rows_of(tmp_path / "another.jsonl")) == 12
 
@@ -179,7 +179,7 @@ def test_what_is_too_long_costs_itself_alone(scripted, tmp_path, problems, capsy
     assert not output.exists()
     assert rows_of(scripted(second)) == whole
     assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}, "what was done is kept"
-    assert capsys.readouterr().out.splitlines()[-2].endswith("left out: 1 too long, 5 cut off, 10 alike")
+    assert capsys.readouterr().out.splitlines()[-2].endswith("skipped: 1 too long, 5 cut off, 10 alike")
 
 
 class Limited(Scripted):
@@ -226,7 +226,7 @@ def test_the_embedded_task_from_end_to_end(tiny_model_folder, tmp_path, capsys):
         assert TOKENIZER.decode(steps.tokens) == "".join(f"{step}\n" for step in row["completions"])
         assert steps.weights.sum() == len(row["labels"])
     assert run("again.jsonl").read_text() == output.read_text()
-    assert "left out: " in capsys.readouterr().out
+    assert "skipped: " in capsys.readouterr().out
 
 
 def test_a_server_instead_of_a_model(tiny_model_folder, tmp_path):
@@ -265,9 +265,9 @@ def test_a_server_instead_of_a_model(tiny_model_folder, tmp_path):
         (["--model=m", "--step_separator="], 1, "step_separator is ''"),
         (["--model=m", "--verifier=nowhere.fn"], 1, "verifier 'nowhere.fn' cannot be imported"),
         (["--model=nowhere"], 1, "nowhere"),
-        (["--url=http://127.0.0.1:1"], 1, "with --url alone nothing says how text becomes tokens: give --tokenizer"),
+        (["--url=http://127.0.0.1:1"], 1, "--url alone gives no tokenizer: pass --tokenizer"),
         (["--url=http://127.0.0.1:1", "--model=qwen"], 1, "--model=qwen is a name that the server knows, and no token"),
-        (["--limit=3"], 1, "nothing says what writes the solutions: give --model with a folder, or --url"),
+        (["--limit=3"], 1, "no model for the solutions is given: pass --model with a folder, or --url"),
     ],
 )
 def test_mistakes(capsys, tmp_path, monkeypatch, problems, args, code, message):
@@ -283,7 +283,7 @@ def test_a_file_is_not_written_over(capsys, tmp_path, problems):
     (tmp_path / "steps.jsonl").write_text("mine\n")
     args = [f"--prompts={problems}", f"--output={tmp_path / 'steps.jsonl'}", "--model=m"]
     code, said = refused(capsys, "label-steps", *args)
-    assert (code, "is there already: remove it" in said) == (1, True)
+    assert (code, "already exists: remove it" in said) == (1, True)
     assert (tmp_path / "steps.jsonl").read_text() == "mine\n"
 
 

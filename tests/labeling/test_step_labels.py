@@ -136,7 +136,7 @@ def test_only_wrong_solutions_are_given_up() -> None:
 
 
 def test_rows_without_an_answer_are_left_out() -> None:
-    with pytest.warns(UserWarning, match="1 rows were left out"):
+    with pytest.warns(UserWarning, match="1 rows were skipped"):
         found = labelled(rows=[{**ROWS[0], "answer": None}, ROWS[2]])
     assert [row["prompt"] for row in found] == ["9=?"]
 
@@ -208,7 +208,7 @@ def test_solutions_are_split_and_those_of_no_use_are_counted() -> None:
         {"prompt": "9=?", "row_id": "x:7/0", "completions": ["a", "b"]},
         {"prompt": "9=?", "row_id": "x:7/5", "completions": ["b"]},
     ]
-    assert (found.cut_off, found.empty, found.alike) == (2, 4, 2)
+    assert (found.cut_off, found.empty, found.duplicates) == (2, 4, 2)
     assert [TOKENIZER.decode(ids) for ids in engine.prompts] == ["1+1=?", "9=?"]
 
 
@@ -262,7 +262,7 @@ def test_rows_that_fill_the_models_positions_are_left_out() -> None:
     found = labelled(engine, rows, left_out=left_out, **options)
     assert [len(row["completions"][0]) for row in found] == [123, 6, 2]
     assert left_out == {"too long": 1, "without verdict": 1}
-    with pytest.warns(UserWarning, match="2 rows were left out: 1 are too long, and the verifier .* about 1"):
+    with pytest.warns(UserWarning, match="2 rows were skipped: 1 are too long, and the verifier .* about 1"):
         assert labelled(engine, rows, **options) == found
     with pytest.raises(
         ValueError, match="row rows:1 is too long: its prompt and first 1 steps have 128 tokens, and at m"

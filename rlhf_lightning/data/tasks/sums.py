@@ -52,7 +52,7 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
     * ``preference``: ``prompt, chosen, rejected``: a careful right solution against a wrong guess (``careless=0.5`` of
       the rows) or against a careful solution with a slip (the others). A guess differs from a solution at the
       first token; to tell a slip takes the arithmetic.
-    * ``unpaired``: ``prompt, completion, label``: the label says whether the answer is right; ``careless=0.5``,
+    * ``unpaired``: ``prompt, completion, label``: the label tells whether the answer is right; ``careless=0.5``,
       ``slips=0``.
     * ``stepwise``: ``prompt, completions, labels``: the steps of a careful solution, to be joined by
       :data:`STEP_SEPARATOR`; a label is true before the first wrong number and false from there on; ``slips=0.5``.

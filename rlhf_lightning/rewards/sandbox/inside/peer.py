@@ -99,7 +99,7 @@ class Peer:
 
     def _find(self, tag: str, number: Any) -> Any:
         if type(number) is not int:
-            raise ProtocolError(f"{number!r} is no number of an object")
+            raise ProtocolError(f"{number!r} is not the number of an object")
         if tag == OBJECT:
             return self.dummy_pass(number)
         if number not in self._objects:
