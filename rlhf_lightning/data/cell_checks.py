@@ -59,6 +59,7 @@ def clean(value: Any) -> Any:
         >>> clean({"a": {"type": "string", "enum": None}, "b": None, "c": [None]})
         {'a': {'type': 'string'}, 'c': [None]}
     """
+    # Parquet readers return lists as numpy arrays.
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, RepeatedKeys):
@@ -91,6 +92,7 @@ def read_structure(value: Any, name: str) -> Any:
         >>> read_structure('["a", {"b": null}]', "tools"), read_structure("a", "tools")
         (['a', {}], 'a')
     """
+    # Plain text is a value of its own, not JSON.
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return clean(value)
     try:

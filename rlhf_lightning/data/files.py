@@ -160,6 +160,7 @@ class JsonLines(RowFile):
     def parse(self, stored: bytes) -> dict[str, Any]:
         """Reads one line."""
         try:
+            # Editors on Windows begin files with a byte-order mark, which utf-8-sig drops.
             row = json.loads(stored.decode("utf-8-sig"), object_pairs_hook=read_object)
         except UnicodeDecodeError as error:
             raise ValueError(
@@ -202,6 +203,8 @@ class CsvTable(RowFile):
         csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(self._lines()))
         reader = csv.reader(lines, strict=True)
+
+        # A quoted cell may span lines, so a row is named after the line on which it starts.
         start, header = 1, None
         try:
             for cells in reader:

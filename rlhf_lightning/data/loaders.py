@@ -106,6 +106,7 @@ class BatchLoader(ABC):
             self._next_epoch()
         current = self._current = object()
         for examples, stop, last in self._batches(self._epoch, self._consumed):
+            # Modules mark a batch when its step is done; for other consumers, asking for the next batch is the mark.
             consumed = partial(self._advance, current, stop, last)
             if last and not self._marks:
                 consumed()
@@ -130,6 +131,8 @@ class BatchLoader(ABC):
                     f"cannot resume on other data: {_READABLE.get(key, key)} was {before!r} in the checkpoint and is "
                     f"{now.get(key)!r} now; restore the old value, or start a new run from the checkpoint's weights"
                 )
+
+        # Batches of earlier iterators may still be marked: they no longer move the position.
         self._epoch, self._consumed, self._marks = int(state["epoch"]), int(state["rows"]), bool(state["marks"])
         self._current = None
 
@@ -294,6 +297,7 @@ class ExampleLoader(BatchLoader):
         """Returns this rank's share of a global batch."""
         if not self.group_by_prompt:
             return slice(self.rank, None, self.world_size)
+        # Neighbouring rows share a prompt: contiguous shares keep them on one rank.
         return slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[list[Example], int, bool]]:
@@ -302,6 +306,7 @@ class ExampleLoader(BatchLoader):
         for batch in range(start // self.batch_size, number):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             stop = batch * self.batch_size + len(rows)
+            # Coupling depends on the global batch, so every rank couples all of it and then takes its share.
             if self.couple is None:
                 examples = [self.examples[row] for row in rows[self._share(len(rows))]]
             else:

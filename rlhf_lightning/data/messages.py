@@ -150,6 +150,7 @@ def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -
                     f"the chat template drops the call of {name!r} in message {number}: use one that renders "
                     "tool_calls, or write the call as content"
                 )
+        # Templates may strip blanks and escape content, so that forms are compared without blanks.
         said = message.get("content") or ""
         if message["role"] != "assistant" and not any(form in seen for form in _forms(said)):
             raise ValueError(
@@ -178,6 +179,8 @@ def check_no_tools(template: Mapping[str, Any]) -> None:
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     message = dict(message)
+
+    # ShareGPT: who speaks is `from`, what is said is `value`.
     if "role" not in message and "from" in message:
         role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
         if role is None:
@@ -186,6 +189,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         message = {"role": role, "content": message.pop("value", message.pop("content", "")), **message}
         if calls:
             message = _with_written_calls(message)
+    # OpenAI's form, with other trainers' names of the speakers.
     elif isinstance(message.get("role"), str):
         message["role"] = _ROLES.get(message["role"].lower(), message["role"])
         if "content" not in message and "value" in message:
@@ -194,6 +198,8 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no role{describe_columns(message, 'role')}, expected role and content")
     if "value" in message:
         raise ValueError(f"{where} has both a value and a content: write one of them")
+
+    # A message has a content, calls, or both.
     _take_calls(message, where)
     if "content" in message:
         message["content"] = joined_text(message["content"], f"the content of {where}")
@@ -226,6 +232,8 @@ def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
                 f"{where} has {name!r}, and a message is learned completely or not at all: remove the key, or write "
                 "'weight': 0 or 1"
             )
+
+    # Several keys may mark a message, as long as they agree.
     learned = {}
     for name, means_learned in _LEARNED.items():
         if name in message:
@@ -259,6 +267,7 @@ def _written_messages(text: str, name: str) -> list[Any] | None:
     try:
         found = json.loads(text, object_pairs_hook=read_object)
     except (ValueError, RecursionError):
+        # Only what looks like messages is an error: any other text in brackets is a prompt of its own.
         if is_printed(text) and any(f"'{key}'" in text for key in ("role", "from")):
             raise ValueError(
                 f"{name!r} is {short(text)}, messages as Python prints them: write a list of messages, or JSON"
@@ -281,6 +290,7 @@ def _is_written_message(message: Any) -> bool:
 
 def _take_calls(message: dict[str, Any], where: str) -> None:
     """Brings a message's calls to one form."""
+    # OpenAI's older key for a single call.
     if isinstance(message.get("function_call"), Mapping):
         message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", ())]
     if "tool_calls" not in message:
@@ -295,9 +305,12 @@ def _take_calls(message: dict[str, Any], where: str) -> None:
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    # The function may be bare or wrapped.
     call = dict(call) if isinstance(call.get("function"), Mapping) else {"type": "function", "function": dict(call)}
     function = dict(call["function"])
     arguments = function.get("arguments")
+
+    # Templates print arguments in a notation of their own and need a mapping; text that is not JSON stays text.
     if isinstance(arguments, str):
         try:
             read = clean(json.loads(arguments or "{}"))
@@ -317,6 +330,35 @@ def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         return message
     return {**message, "content": "", "tool_calls": clean(calls)}
+
+
+# Forms that some templates need.
+
+
+def in_blocks(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes a content that is text a list of one block."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
+
+
+def arguments_of(call: Mapping[str, Any]) -> Any:
+    """Returns the arguments of a call, whether or not its function is wrapped."""
+    return call.get("function", call).get("arguments")
+
+
+def with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the arguments of a message's calls as JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return dict(message)
+    written = []
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        written.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": written}
 
 
 # Texts that a rendering must contain.

@@ -68,6 +68,7 @@ class RowReader:
         except FilteredRowError:
             self.report["filtered"] += 1
             return []
+        # `on_too_long: error` was asked for, so `on_bad_row: skip` does not apply.
         except TooLongError as error:
             raise ValueError(one_line(f"{row_id}: {error}")) from error
         except ValueError as error:

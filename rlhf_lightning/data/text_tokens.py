@@ -44,6 +44,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that a tokenizer puts before every text: a beginning-of-sequence token, or none."""
+    # Compared on a sample, because tokenizers add these tokens by a post-processor or by an option.
     bare, dressed = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
     return dressed[:at]
@@ -61,6 +62,8 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         tokens = opening + tokens
     if tokens:
         return tokens
+
+    # A model needs at least one token to continue.
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     token: Any = last if first is None else first
     return [] if token is None else [int(token)]
@@ -120,6 +123,7 @@ def _without_blank(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     changed = {name: _plain(part) for name, part in described.items()}
     if changed == described:
         return tokenizer
+    # Rebuilt from its description, since the parts of the original are shared with it.
     whole = json.loads(backend.to_str())
     other = copy.copy(tokenizer)
     replaced: Any = other

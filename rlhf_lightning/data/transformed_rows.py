@@ -47,6 +47,8 @@ class TransformedRows(RowSource):
             changed: Any = self.transform(row)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"transform {self._function} failed with {type(error).__name__}: {error}") from error
+
+        # The transform chooses to drop the row, which is no error.
         if changed is None:
             raise FilteredRowError
         if not isinstance(changed, Mapping):
@@ -106,6 +108,7 @@ class PairedRows(RowSource):
                 bad += 1
                 yield row_id, row
                 continue
+            # Completions of one prompt follow one another, so that a run ends where the prompt changes.
             if run and run[0][1]["shown"] != row["shown"]:
                 for pair in self._pairs(run):
                     pairs += 1
@@ -155,6 +158,7 @@ class PairedRows(RowSource):
                 yield row_id, error
 
     def _scored(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        # Ratings are columns, or a mapping in one column.
         rest = dict(row)
         ratings = rest.pop("ratings", None) or {}
         rated = {**row, **ratings} if isinstance(ratings, Mapping) else row
@@ -180,6 +184,7 @@ class PairedRows(RowSource):
             if first["score"] == second["score"]:
                 continue
             better, worse = (first, second) if first["score"] > second["score"] else (second, first)
+            # A column in which both rows agree describes the pair; any other belongs to one completion.
             agreed = {name: value for name, value in first["rest"].items() if second["rest"].get(name) == value}
             pair = {
                 **agreed,

@@ -136,6 +136,7 @@ def _last_box(solution: str) -> str:
     if not boxes:
         return ""
     start, depth = boxes[-1].end(), 1
+    # Formulas nest braces, so the end of the box is found by counting.
     for brace in _BRACE.finditer(solution, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:

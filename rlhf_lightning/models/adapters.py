@@ -93,6 +93,7 @@ def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
         ValueError: for an unknown option, or one with which the adapter could not be exported, merged or trained.
     """
     allowed = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    # Unknown and unsupported options are refused before the model is loaded.
     for key, value in lora.items():
         if key not in allowed:
             close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
@@ -111,6 +112,8 @@ def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
         )
     if options["task_type"] != "CAUSAL_LM":
         raise ValueError(f"lora's task_type is {options['task_type']!r}: remove it, or write 'CAUSAL_LM'")
+
+    # The default for modules would add adapters besides the parameters that the user named.
     if "target_parameters" in lora and "target_modules" not in lora:
         options["target_modules"] = None
     try:
@@ -135,6 +138,8 @@ def add_adapter(base: PreTrainedModel, config: LoraConfig, source: str) -> PeftM
             model = get_peft_model(base, config)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"cannot add a LoRA adapter to {type(base).__name__}: {first_line(error)}") from error
+
+    # The name as the user wrote it, so that an export can be loaded elsewhere.
     config.base_model_name_or_path = source
     _tie(model, "default")
     return cast(PeftModel, model)
@@ -166,6 +171,7 @@ def load_adapter(place: str, config_file: str, load: Callable[[str], PreTrainedM
     if unsupported is not None and trainable:
         raise ValueError(f"the adapter in {place!r} was made with {unsupported}, which cannot be trained further")
 
+    # A wrong base is reported together with the file that names it.
     source = locate_base(source, place)
     try:
         base = load(source)
@@ -204,6 +210,7 @@ def locate_base(source: str, place: str | Path) -> str:
     path, folder = Path(source).expanduser(), Path(place).resolve()
     if path.is_absolute() or path.exists() or not folder.is_dir():
         return source
+    # A relative path was relative to the folder in which training ran, which is often above the adapter's.
     found = (above / path for above in (folder, *folder.parents) if (above / path / "config.json").is_file())
     return str(next(found, source))
 
@@ -252,6 +259,7 @@ def _add_copy(model: PeftModel) -> None:
     reference policy keeps copies of them.
     """
     config: Any = copy.deepcopy(model.peft_config["default"])
+    # Trained biases belong to the base model; the reference keeps its own copies of them.
     config.bias, config.inference_mode = "none", True
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.add_adapter(ADAPTER_COPY, config)
@@ -260,6 +268,7 @@ def _add_copy(model: PeftModel) -> None:
     with torch.no_grad():
         for name, parameter in state.items():
             parts = name.split(".")
+            # In the precision of the original, which peft may have chosen otherwise.
             if ADAPTER_COPY in parts:
                 own = ".".join("default" if part == ADAPTER_COPY else part for part in parts)
                 parameter.data = parameter.data.to(state[own].dtype)

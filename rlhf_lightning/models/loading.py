@@ -55,6 +55,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except LOADING_ERRORS as error:
+        # A folder of an adapter may lack a tokenizer: its base has one.
         adapter = find_adapter_config_file(place)
         base = read_json(adapter).get("base_model_name_or_path") if adapter else None
         if base:
@@ -68,6 +69,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"the tokenizer of {str(source)!r} has no end-of-sequence token, without which no completion can end: "
             "set eos_token in its tokenizer_config.json"
         )
+    # Padding is masked, so that any token will do.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -154,6 +156,7 @@ def load_causal_lm(
             raise ValueError(f"the weights in {str(model)!r} are quantised and stay frozen: pass lora={{'r': 16}}")
         loaded = base if config is None else add_adapter(base, config, _written(model))
 
+    # After adapters were added, since they have rates as well.
     if dropout:
         set_dropout(loaded, dropout)
     if gradient_checkpointing:
@@ -195,6 +198,7 @@ def _locate(source: str | Path, *, what: str) -> str:
     if path.exists():
         raise ValueError(f"the {what} {str(source)!r} is a file: pass the folder that holds it")
     text = str(source)
+    # A hub id has at most one slash; anything else was meant as a path.
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise ValueError(f"there is no folder {str(path.absolute())!r} to load the {what} from")
     return text
@@ -214,6 +218,7 @@ def _load_base(
     headless: bool,
 ) -> PreTrainedModel:
     """Reads a model, and refuses an incomplete one."""
+    # Under fsdp2 only rank 0 reads weights.
     if skeletons_wanted():
         return _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
 

@@ -84,6 +84,7 @@ class AdapterReference:
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
         """Yields the policy as it was before training, in evaluation mode and without gradients."""
+        # Weights may have been unfrozen since the last call.
         self.remember()
         switched = self._switched_off() if ADAPTER_COPY not in self.model.peft_config else self._copy_active()
         with evaluating(self.model), torch.no_grad(), self._exchanged(), _same_trainable(self.model), switched:
@@ -145,6 +146,7 @@ class FrozenReference:
     """
 
     def __init__(self, model: nn.Module, *, rebuildable: bool) -> None:
+        # Which of its weights differ from the source's: those that a checkpoint has to hold.
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.model = model.eval().requires_grad_(False)
         self.rebuildable = rebuildable
@@ -223,6 +225,7 @@ def folder_fingerprint(folder: str) -> str | None:
         return None
     digest = blake2b(digest_size=16)
     edge = 1 << 20
+    # Both ends of each file: the header with its shapes, and weights. Reading all would take minutes for large models.
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())

@@ -125,6 +125,7 @@ class TreeGeometry:
         shape_q, shape_k = (len(group), num_queries), (len(group), num_keys)
         query_index, query_depth = np.zeros(shape_q, np.int64), np.full(shape_q, _FAR)
         key_index, key_depth = np.zeros(shape_k, np.int64), np.full(shape_k, 2 * _FAR)
+        # Queries are a segment's own tokens, keys those of its whole path; both begin at the left of their row.
         for row, number in enumerate(group):
             length, path = sizes[number][0], paths[number]
             query_index[row, :length] = path[-length:]
@@ -154,6 +155,7 @@ def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, 
     merged: list[tuple[int, int, int]] = []
     place: list[int] = []  # new index of each segment
     for start, length, parent in segments:
+        # Extend the parent's merged segment; the child's tokens directly follow it in the layout.
         if parent >= 0 and num_children[parent] == 1:
             first, so_far, above = merged[place[parent]]
             merged[place[parent]] = (first, so_far + length, above)
@@ -169,6 +171,7 @@ def _group_by_size(sizes: np.ndarray) -> list[list[int]]:
     order = sorted(range(len(sizes)), key=lambda n: (sizes[n][1] == sizes[n][0], sizes[n][0], sizes[n][1]))
     groups: list[list[int]] = []
     needed = 0
+    # Neighbours in this order have similar sizes, so a greedy scan is enough.
     for n in order:
         area = int(sizes[n][0] * sizes[n][1])
         if groups:
@@ -296,8 +299,10 @@ def _plain(
     causal: bool,
 ) -> Tensor:
     """Computes scaled-dot-product attention; explicitly where soft-capping or sinks rule out the fused kernels."""
+    # A mask made for a cache may be wider than the keys so far.
     if mask is not None and mask.shape[-1] > key.shape[-2]:
         mask = mask[..., : key.shape[-2]]
+    # Grouped queries: repeat the shared keys and values.
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
@@ -309,6 +314,7 @@ def _plain(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=causal
         )
 
+    # Explicit scores, since the fused kernels know neither soft caps nor sinks.
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap is not None:
