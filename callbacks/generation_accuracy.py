@@ -61,6 +61,7 @@ class GenerationAccuracy(lightning.Callback):
         """Measures the model before training."""
         if not self.before_training or trainer.global_step > 0 or self._measured == (id(pl_module), 0):
             return
+        # Logged directly: Lightning has no step before the first.
         value = self.measure(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_metrics({self.name: value}, step=0)
@@ -81,6 +82,8 @@ class GenerationAccuracy(lightning.Callback):
             raise ValueError(
                 f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}"
             )
+
+        # The prompts are rendered with the settings of training.
         if self._examples is None:
             settings = self.chat_template_kwargs
             if settings is None:
@@ -88,6 +91,8 @@ class GenerationAccuracy(lightning.Callback):
             self._examples = read_prompts(
                 self.prompts, pl_module.tokenizer, limit=self.limit, chat_template_kwargs=settings
             )
+
+        # Each rank answers its share. Sums are added, since shares may differ in size.
         own = self._examples[trainer.global_rank :: trainer.world_size]
         engine = LocalEngine(pl_module.model, pl_module.tokenizer)
         groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)

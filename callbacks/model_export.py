@@ -91,6 +91,7 @@ class ModelExport(lightning.Callback):
 
     def _prepare_place(self) -> None:
         check_place(self.folder.parent, "the model")
+        # A second run that writes here fails at its start, not at its end.
         hold(self.folder)
         recover(Path(str(self.folder).replace("{step}", "*")).expanduser().absolute())
 
@@ -102,6 +103,7 @@ class ModelExport(lightning.Callback):
             on_first_rank(lambda: self._check_places(pl_module, trainer.global_step))
 
     def _check_places(self, module: PostTrainingModule, step: int) -> None:
+        # With {step} in the name, later steps of this run would replace these folders.
         before, numbered, after = self.folder.name.partition("{step}")
         places = [self.folder]
         if numbered:
@@ -156,6 +158,7 @@ class ModelExport(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the final model, unless a metric has chosen one."""
+        # A metric that was never measured must not leave the user without a model.
         if self.monitor is not None and self.best_value is None:
             rank_zero_warn(
                 f"{self.monitor!r} was never measured in {trainer.global_step} steps: the model is exported as it is "
@@ -213,6 +216,7 @@ class ModelExport(lightning.Callback):
         import wandb  # installed if its logger is used
 
         run: Any = logger.experiment
+        # W&B allows letters, digits and a few signs in names.
         name = re.sub(r"[^\w.-]+", "-", self.folder.name.replace("{step}", "")).strip("-_.") or "model"
         artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=record)
         artifact.add_dir(str(folder))
@@ -235,6 +239,7 @@ def direction_of(monitor: str) -> Literal["max", "min"]:
         >>> direction_of("val/loss"), direction_of("val/rewards/accuracies")
         ('min', 'max')
     """
+    # A quality_loss is a loss: words for less win over words for more.
     words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
     if words & _LESS and not words & _NEITHER:
         return "min"

@@ -68,6 +68,7 @@ class PredictionWriter(lightning.Callback):
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = hidden_sibling(self.path, PARTIAL).open("w", encoding="utf-8")
+        # Rank r has the rows r, r + world_size, ...: taking one of each rank in turn restores the order.
         for row in chain.from_iterable(zip_longest(*ranks, fillvalue=_MISSING)):
             if row is not _MISSING:
                 self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")

@@ -84,6 +84,7 @@ class SampleLogger(lightning.Callback):
         rows = self._rows(module, module.last_rollouts, trainer.global_step)
         # The step of this batch's metrics in Lightning; without one, W&B would use that of the previous metrics.
         place = trainer.fit_loop.epoch_loop._batches_that_stepped
+        # Only loggers that know tables, as that of W&B.
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
                 logger.log_table(f"{stage}/samples", columns=columns, data=rows, step=place)

@@ -58,6 +58,7 @@ class TrainingCheckpoint(ModelCheckpoint):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if every_minutes is not None and not every_minutes > 0:
             raise ValueError(f"every_minutes is {every_minutes!r}; it must be above 0 (null goes by steps alone)")
+        # save_top_k=-1 keeps Lightning from deleting: this class deletes, and only what the run has made.
         super().__init__(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=every_n_steps)
         self.folder = Path(self.dirpath or folder)
         self.every_n_steps = every_n_steps
@@ -167,6 +168,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         """
         found = self._by_step()
         for path in reversed(found):
+            # Checksums find a file that a killed machine has not written completely.
             reason = damage(path) if path.is_file() else None
             if reason is None:
                 return path
@@ -218,6 +220,7 @@ class TrainingCheckpoint(ModelCheckpoint):
             path.rename(path.with_name(f"{path.name}.damaged"))  # of another run, which cannot be resumed from it
         self._made.add(path.name)
         self._save_checkpoint(trainer, str(path))
+        # After the new one is complete, so that there is always one.
         if trainer.is_global_zero:
             others = [other for other in self._by_step() if other != path and other.name in self._made]
             for old in others[: -self.keep + 1 or None]:

@@ -210,6 +210,8 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         """Returns the training loader; the same trainer gets the same loader again, which continues at its position."""
         if self.sources["train"] is None:
             raise ValueError(f"there are no training rows: write {type(self).__name__}(train='rows.jsonl')")
+
+        # Lightning asks again in every epoch with reload_dataloaders_every_n_epochs: the position must not be lost.
         trainer = self.trainer
         if self._train_loader is None or trainer is None or self._train_loader_of is not trainer:
             self._train_loader, self._train_loader_of = self._make_train_loader(), trainer
@@ -240,6 +242,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the training loader's position from a checkpoint."""
+        # `validate` and `test` read weights from a checkpoint, and no position.
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         state = state_dict.get("train") if fitting else None
         if state is not None and self._train_loader is not None and self._train_loader_of is self.trainer:
@@ -318,6 +321,8 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
                 f"drop_last=True leaves no batch of {loader.num_rows} training {kind} with global_batch_size="
                 f"{self.global_batch_size}: set drop_last=False, or a global_batch_size of at most {loader.num_rows}"
             )
+
+        # Set last, since a fraction needs the loader's length.
         loader.limit = self._limit(loader)
         loader.contract = self.contract
         return loader
@@ -329,6 +334,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
             return None
         if isinstance(limit, int):
             return limit
+        # A fraction of the batches, if their number is known.
         return None if loader.num_rows is None else max(1, int(len(loader) * limit))
 
     def _eval_loader(self, split: Split) -> list[Any] | ExampleLoader:
@@ -356,6 +362,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         if split not in self._stores:
             reader = self._reader(split)
             entry = self._entry(reader.source)
+            # Tokenized in an earlier run from the same rows, tokenizer, options and code.
             kept = None if entry is None else read_entry(entry)
             if kept is None:
                 self._stores[split] = reader.read_all()
@@ -369,6 +376,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
 
     def _entry(self, source: RowSource) -> str | None:
         """Returns the name under which examples are cached; ``None`` where they are not."""
+        # Only the package's own datamodules: the code of a user's class is not part of the key.
         few = cache_folder() is None or (source.num_rows or 0) < LEAST_ROWS
         if few or type(self).__module__.rpartition(".")[0] != __package__:
             return None

@@ -147,6 +147,7 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
         >>> [[child.tokens.tolist() for child in e.root.children] for e in mismatch(rows)]
         [[[10], [20]], [[20], [10]]]
     """
+    # The order of a hash: partners do not depend on the order of rows or on ranks.
     order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
     coupled = list(examples)
 
@@ -184,6 +185,7 @@ class NextPartner:
     def __init__(self, prompts: Sequence[int], lengths: Sequence[int]) -> None:
         self.prompts = prompts
         self.size = 1 << max(0, len(prompts) - 1).bit_length()
+        # A segment tree, because a scan for every example would take quadratic time on long batches.
         empty = (math.inf, -1, math.inf)
         leaves = [(float(length), prompt, math.inf) for prompt, length in zip(prompts, lengths, strict=True)]
         self._nodes = [empty] * self.size + leaves + [empty] * (self.size - len(leaves))
@@ -205,6 +207,7 @@ class NextPartner:
         """Finds the first place from ``least`` on below a node, which spans ``start`` to ``stop``."""
         shortest, of_prompt, other = self._nodes[node]
         best = other if of_prompt == prompt else shortest
+        # No place in this span qualifies.
         if stop <= least or best == math.inf or best > room:
             return None
         if stop - start == 1:

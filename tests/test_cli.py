@@ -178,7 +178,7 @@ def test_mistakes_in_a_file(capsys, tmp_path, content, message):
     assert len(said) < 400
 
 
-def test_yaml_that_is_none(capsys, tmp_path):
+def test_invalid_yaml(capsys, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("model: [\n")
     code, said = refused(capsys, "fit", "--config", str(file))

@@ -39,6 +39,7 @@ class RouterLoss:
     def summed(self, parts: Sequence[RouterSums], device: torch.device) -> RouterSums:
         """Sums the recorded statistics of all micro-batches of all ranks; every rank calls it, with any number."""
         count = self.routers.num_experts
+        # One vector, so that all ranks take part in one collective however many micro-batches each has.
         vector = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
         for part in parts:
             vector += torch.cat([part.weight[None], part.choices_E, part.probs_E.detach().double()])

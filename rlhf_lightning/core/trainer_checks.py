@@ -104,6 +104,8 @@ def check_launch(trainer: Any) -> None:
             f"--trainer.devices to the processes of a machine and --trainer.num_nodes to the machines (together "
             f"{number}), or start without {launcher}"
         )
+
+    # Lightning's default environment would wait for machines that nobody starts.
     environment = getattr(trainer.strategy, "cluster_environment", None)
     alone = isinstance(environment, LightningEnvironment) and environment.main_address in ("127.0.0.1", "localhost")
     if launched is None and nodes > 1 and alone and os.environ.get("NODE_RANK", "0") == "0":
@@ -208,12 +210,16 @@ def check_module(module: Any) -> None:
     for hook, instead in _NEVER_CALLED.items():
         if is_overridden(hook, module, LightningModule):
             raise ValueError(f"{name} overrides {hook}, which is never called where a module steps manually: {instead}")
+
+    # Names of W&B's hooks tell what was asked for.
     watched = getattr(module, "_wandb_hook_names", None)
     if watched is not None and not all(name.startswith("gradients/") for name in watched):
         raise ValueError(
             "WandbLogger.watch was asked for parameters, which it reads when forward() is called, and no step here "
             "calls it: write logger.watch(module, log='gradients', log_graph=False)"
         )
+
+    # The model is built in fit: freezing or watching before that finds nothing.
     unbuilt = {
         "WandbLogger.watch found no weights": watched is not None and not watched,
         **{
@@ -231,6 +237,8 @@ def report_config_losses(module: Any) -> None:
     models = [model for model in module.modules() if isinstance(model, PreTrainedModel)]
     trained = [model for model in models if any(p.requires_grad for p in model.parameters())]
     balanced = _report_router_loss(module)
+
+    # Sets, so that several copies of one kind of model (policy, critic) are reported once.
     on_routers, on_logits = set(), set()
     for model in trained:
         losses = router_losses(model.config)

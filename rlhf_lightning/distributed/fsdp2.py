@@ -50,6 +50,7 @@ class ShardedRoot(nn.Module):
 
     def take_over(self) -> None:
         """Routes every forward of the decoder through this unit, in lockstep with the other ranks."""
+        # Embeddings, final norm and heads have no module of their own around the decoder's forward, so it is wrapped.
         decoder: Any = self._decoder[0]
         own_forward = decoder.forward
         takes_positions = "position_ids" in inspect.signature(own_forward).parameters
@@ -124,6 +125,7 @@ def shard_model(
         check_one_dtype(block)
         read = _take_from_first_rank(block, device)
         fully_shard(block, mesh=mesh, reshard_after_forward=True, **options)
+        # Trainers move modules to the device; offloaded shards stay in host memory.
         if "offload_policy" in options:
             _keep_in_place(block)
         drop_file_pages(read)
@@ -136,6 +138,7 @@ def shard_model(
     drop_file_pages(read)
     del read
 
+    # Gradients are summed, never averaged.
     units: list[Any] = [root, *decoder_blocks(base)]
     for unit in units:
         unit.set_gradient_divide_factor(1.0)  # losses are divided by global normalizers already
@@ -250,6 +253,7 @@ def check_one_dtype(unit: nn.Module) -> None:
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of a decoder: its ``ModuleList`` with the most parameters."""
     lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
+    # Decoders may have other lists, such as those of a vision tower.
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 
@@ -259,6 +263,7 @@ def local_shard(whole: Tensor, like: DTensor) -> Tensor:
     mesh = like.device_mesh
     dimension = mesh.ndim - 1  # a dimension before it is that of copies
     chunks = torch.chunk(whole, mesh.size(dimension), dim=0)
+    # torch.chunk may return fewer chunks than ranks: the last ranks then have none.
     rank = mesh.get_local_rank(dimension)
     return chunks[rank] if rank < len(chunks) else whole[:0]
 
@@ -308,6 +313,7 @@ def _take_from_first_rank(unit: nn.Module, device: torch.device) -> list[Tensor]
                 kept = _placed_parameter(parameter, device)
                 made[id(parameter)] = made[id(kept)] = kept
             owner._parameters[name] = kept
+            # Tied weights are sent once.
             if id(kept) not in sent:
                 sent.add(id(kept))
                 _broadcast(kept.data)

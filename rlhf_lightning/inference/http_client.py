@@ -109,6 +109,8 @@ class Endpoint:
         ):
             if not valid:
                 raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")
+
+        # Servers put the protocol below /v1: added to an address without a path.
         self.url = url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
         self.timeout = timeout
         self.max_retries = max_retries
@@ -117,6 +119,8 @@ class Endpoint:
         self._api_key = api_key
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+
+        # A proxy cannot reach this machine's own loopback.
         proxies = [urllib.request.ProxyHandler({})] if parts.hostname in _LOOPBACK else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
@@ -146,6 +150,7 @@ class Endpoint:
                 said = self._without_key(str(failed))
                 if not failed.passing:
                     raise ServerError(said, failed.status) from None
+                # Exponential backoff, or as long as the server asks for.
                 pause = min(max(self.backoff * 2.0**attempt, failed.pause), _LONGEST_PAUSE)
                 if attempt == self.max_retries or _is_stopped(pause, stopped):
                     tried = f"{attempt + 1} attempts" if attempt else "1 attempt"
@@ -192,6 +197,7 @@ class Endpoint:
         )
 
     def _refused(self, error: urllib.error.HTTPError, request: urllib.request.Request) -> _FailedAttemptError:
+        # The body says more than the status, if it can be read.
         status = error.code
         passing = status in _PASSING or (status >= 500 and status not in _FINAL_FAILURES)
         try:
@@ -241,6 +247,7 @@ def _detail(content: bytes) -> str:
         found = json.loads(content)
     except ValueError:
         return one_line(content.decode(errors="replace"), 200)
+    # Servers nest the message differently.
     for key in ("error", "message", "detail"):
         while isinstance(found, dict) and key in found:
             found = found[key]
@@ -275,6 +282,7 @@ def in_parallel(
         >>> in_parallel(str, [1, 2, 3], limit=2)
         ['1', '2', '3']
     """
+    # Daemon threads and a queue instead of a pool, which would wait for slow requests after an error or Ctrl-C.
     waiting = iter(enumerate(items))
     lock = threading.Lock()
     stopped = stopped or threading.Event()

@@ -145,6 +145,7 @@ def uniforms(seeds: npt.ArrayLike, steps: npt.ArrayLike) -> npt.NDArray[np.float
 
 
 def _uniforms64(seeds: npt.NDArray[np.uint64], steps: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    # SplitMix64 with the seed mixed first, so that neighbouring seeds and steps are unrelated.
     bits = _mix(_mix(seeds) + (steps + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     # 52 bits and half a step keep clear of both ends: 0 would pick a token of no mass, 1 would run off the end.
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
@@ -177,10 +178,14 @@ def sample(
     """
     raw_NV = logits_NV.float()
     scores_NV = raw_NV
+
+    # Before the temperature, as in transformers: scores of seen tokens move away from being chosen.
     if params.repetition_penalty != 1 and seen_NV is not None:
         penalty = params.repetition_penalty
         punished_NV = torch.where(scores_NV < 0, scores_NV * penalty, scores_NV / penalty)
         scores_NV = torch.where(seen_NV, punished_NV, scores_NV)
+
+    # Never in place on the caller's logits.
     if banned is not None:
         scores_NV = scores_NV.clone() if scores_NV is logits_NV or params.model_logprobs else scores_NV
         scores_NV[banned[0][:, None], banned[1]] = -math.inf
@@ -192,6 +197,8 @@ def sample(
         if uniforms_N is None:
             raise ValueError(f"temperature={params.temperature} samples, and sampling needs one uniform per row")
         tokens_N, logprobs_N = _draw(scores_NV, uniforms_N, params)
+
+    # Under the model itself: temperature 1, without filters and penalties.
     model_logprobs_N = None
     if params.model_logprobs:
         model_logprobs_N = raw_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - raw_NV.logsumexp(-1)

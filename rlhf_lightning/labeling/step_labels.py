@@ -115,6 +115,7 @@ def sample_solutions(
         seen: set[tuple[str, ...]] = set()
         for number, completion in enumerate(group):
             steps = [step for step in readable(completion.text).split(step_separator) if step]
+            # Counted for one reason each: cut off first, since such a text may be empty or repeated by chance.
             ended = completion.finish_reason == "stop"
             cut_off += not ended
             empty += ended and not steps
@@ -267,6 +268,8 @@ class _Labeller:
                 f"row {row_id} has the columns {sorted(row)}; it needs a prompt, and completions (a list of steps) or "
                 "completion (a text of at least one step)"
             )
+
+        # Tokenized step by step, as the datamodule of process reward models does.
         steps = [readable(step) for step in steps]
         step_ids = [encode(self.tokenizer, step + self.separator, continues=True) for step in steps]
         prompt_ids = list(self.prompt_tokens(row)) if self.prompt_tokens else _prompt_ids(self.tokenizer, row)
@@ -287,6 +290,7 @@ class _Labeller:
         if not skip_after_failure:
             self._sample(tasks)
             return
+        # Step by step, because whether a step is sampled depends on the one before it.
         for count in range(1, max((len(s.steps) for s in solutions), default=1)):
             self._sample([task for task in tasks if task[1] == count and not _given_up(task[0], count)])
 
@@ -295,6 +299,7 @@ class _Labeller:
         if not tasks:
             return
         prompts = [solution.prefix_ids(count) for solution, count in tasks]
+        # Seeds depend on row, step and sample, so that an interrupted run continues with the same samples.
         seeds = [
             [derive_seed(self.seed, solution.row_id, count, sample) for sample in range(self.num_samples)]
             for solution, count in tasks

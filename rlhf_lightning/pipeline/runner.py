@@ -92,6 +92,7 @@ def _check_places(pipeline: Pipeline) -> None:
                     "another run_dir, or move that folder away"
                 )
             check_names(folder, "stage", _OF_STAGE)
+            # A model that the user put there must not be replaced.
             model = folder / "model"
             record = read_marker(model)
             check_replaceable(model, "model" if record is None else record["kind"])
@@ -99,6 +100,7 @@ def _check_places(pipeline: Pipeline) -> None:
 
 def _clear(folder: Path) -> None:
     """Removes the files of a stage's earlier run, and makes its folder."""
+    # Only what is on the stage's list: other files may be the user's.
     for name in sorted(listed_names(folder, "stage")):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -120,6 +122,7 @@ def _check_all(pipeline: Pipeline) -> None:
                 # Some classes read a model when they are built: such a stage is checked once its model exists.
                 if not any(place in str(error) for place in awaited):
                     raise
+        # Not there yet: a later stage that reads one of these cannot be checked.
         places = [pipeline.folder(name) / place for place in stage.outputs.values()]
         awaited += [str(place) for place in places if not place.exists()]
 
@@ -148,6 +151,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
     else:
         metrics = run_sample(stage, folder, seed, pipeline.dtype, lambda line: say(f"{name}: {line}"))
 
+    # Hashes of the outputs are inputs of later stages.
     outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
     for place, digest in outputs.items():
         if digest is None:
@@ -167,6 +171,7 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
     record = manifest.stages[name]
     config = asdict(pipeline.evaluation)
     shown = config.pop("samples")  # number in the report, no input of the result
+    # Evaluated again if the model, the prompts or the settings have changed.
     key = stage_key([config, pipeline.dtype], input_hashes(config) | record["outputs"], pipeline.run_dir)
     answers_file = pipeline.folder(name) / ANSWERS
     if record.get("evaluation", {}).get("key") != key or not answers_file.is_file():

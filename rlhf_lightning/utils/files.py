@@ -139,6 +139,8 @@ def check_replaceable(folder: Path, kind: str) -> None:
     present = _files(folder)
     if not present:
         return
+
+    # The folder has content: it must be the package's, of the same kind, and nothing else.
     record = read_marker(folder)
     if record is None:
         raise ValueError(
@@ -184,6 +186,7 @@ def _files(folder: Path) -> set[str]:
 
 def discard(folder: Path) -> None:
     """Deletes a folder that the package wrote, its list last, so that a killed process leaves a recognised folder."""
+    # The list goes last: without it, the rest would look like a user's files.
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -208,6 +211,7 @@ def recover(folder: Path) -> None:
             if read_marker(left) is None:
                 _remove_empty(left)
                 continue
+            # The old folder was moved aside and the new one never arrived.
             if suffix == REPLACED and not place.exists():
                 left.rename(place)
             else:
@@ -237,6 +241,7 @@ def hold(place: Path) -> None:
     place = place.expanduser().absolute()
     if place in _held:
         return
+    # Folders that are made for the lock are removed with it.
     missing = {folder for folder in place.parents if not folder.exists()}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -292,6 +297,8 @@ def on_first_rank(act: Callable[[], object]) -> None:
             act()
         except (ValueError, OSError) as error:
             found, cause = [str(error)], error
+
+    # All ranks take part, so that none waits for a rank that has failed.
     if is_distributed:
         dist.broadcast_object_list(found, src=0)
     if found[0] is not None:

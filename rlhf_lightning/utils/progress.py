@@ -42,6 +42,8 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
         finally:
             bar.stop()
         return
+
+    # Logs get a line now and then instead of a bar.
     started = said = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item

@@ -75,7 +75,7 @@ def test_nan_is_never_the_best(tiny_model_folder, tmp_path):
     assert (export.best_value, export.step) == (pytest.approx(0.1), 2)
 
 
-def test_a_metric_that_is_not_logged_is_named_with_those_that_are(tiny_model_folder, tmp_path):
+def test_a_metric_that_is_not_logged_is_named_with_the_logged_ones(tiny_model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"monitor is 'val/nonsense'.*logged: .*val/loss"):
         fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/nonsense", mode="min"), [0.0])
     assert not (tmp_path / "model").exists()

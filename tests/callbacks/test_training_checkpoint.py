@@ -116,7 +116,7 @@ def test_the_newest_whole_one_is_taken(tiny_model_folder, tmp_path):
         saver.newest()
 
 
-def test_the_same_call_starts_and_goes_on(tiny_model_folder, tmp_path):
+def test_the_same_call_starts_and_continues(tiny_model_folder, tmp_path):
     with pytest.warns(UserWarning, match="there is no last checkpoint"):
         fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path))], ckpt_path="last", max_steps=3)
     trainer = fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path))], ckpt_path="last", max_steps=5)
@@ -124,7 +124,7 @@ def test_the_same_call_starts_and_goes_on(tiny_model_folder, tmp_path):
     assert names(tmp_path) == ["step=3.ckpt", "step=5.ckpt"]
 
 
-def test_beside_lightnings_checkpoints_of_the_best_models(tiny_model_folder, tmp_path, recwarn):
+def test_together_with_lightnings_checkpoints_of_the_best_models(tiny_model_folder, tmp_path, recwarn):
     losses: dict[str, float] = {}
 
     class Losses(lightning.Callback):

@@ -72,7 +72,7 @@ def test_a_rank_without_a_row_gets_an_empty_batch(make: Make) -> None:
 
 
 @KINDS
-def test_the_last_smaller_batch_can_be_left_out(make: Make) -> None:
+def test_the_last_smaller_batch_can_be_dropped(make: Make) -> None:
     loader = make(7, 3, drop_last=True)
     assert len(loader) == 2
     assert [len(batch) for batch in consume(loader)] == [3, 3]

@@ -135,7 +135,7 @@ def test_a_chat_whose_joint_tokens_differ_from_the_prompts_is_tokenised_apart() 
     assert root.children[0].tokens.tolist() == [*inner("4")["input_ids"], 0]
 
 
-def test_an_answer_stands_behind_the_generation_prompt_whatever_the_finished_conversation_looks_like() -> None:
+def test_an_answer_stands_after_the_generation_prompt_whatever_the_finished_conversation_looks_like() -> None:
     row = Row([user("1"), assistant("2"), user("3")], ([assistant("4")],))
     root = RowTokenizer(chars(FORGETFUL)).answers(row)
     assert [spelt(root), spelt(root.children[0])] == [("u:1~a:^~u:3~a:".replace("^", "~"), "-"), ("4~", "11")]

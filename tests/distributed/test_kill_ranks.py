@@ -139,7 +139,7 @@ def named(folder: Path) -> list[int]:
 
 @pytest.mark.skipif("RLHF_LIGHTNING_KILLS" not in os.environ, reason="takes minutes: set RLHF_LIGHTNING_KILLS=1")
 @pytest.mark.skipif(not Path("/proc/self/cmdline").is_file(), reason="processes are looked for in /proc")
-def test_torchrun_leaves_no_process_behind(processes, tiny_model_folder, tmp_path):
+def test_torchrun_leaves_no_process(processes, tiny_model_folder, tmp_path):
     model, chance = str(tiny_model_folder()), random.Random(KILLS)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

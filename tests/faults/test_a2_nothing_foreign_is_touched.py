@@ -153,7 +153,7 @@ def test_killed_while_it_deletes_the_replaced_folder(deleted: int, tmp_path: Pat
 
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("suffix", [PARTIAL, REPLACED])
-def test_killed_before_the_list_or_behind_its_deletion(suffix: str, begun: bool, tmp_path: Path) -> None:
+def test_killed_before_the_list_or_after_its_deletion(suffix: str, begun: bool, tmp_path: Path) -> None:
     """Whatever moment a process was killed at, the next export finds its way free."""
     target = tmp_path / "model"
     left = hidden_sibling(target, suffix)

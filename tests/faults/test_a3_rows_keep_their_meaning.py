@@ -167,7 +167,7 @@ DOORS = [as_json_lines, as_json_list, as_csv, as_parquet, as_parquet_with_json, 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("contract", CONTRACTS)
-def test_tools_blocks_and_nulls_read_alike_from_every_source(
+def test_tools_blocks_and_nulls_read_the_same_way_from_every_source(
     contract: str, door: Callable[..., Any], streaming: bool, tmp_path: Path
 ) -> None:
     cls, endings = CONTRACTS[contract]
@@ -481,7 +481,7 @@ def test_weights_of_messages(message: dict[str, Any], key: str, value: Any, lear
         {"from": "function_call", "value": '[{"name": "add", "arguments": "{\\"a\\": 1}"}]'},
     ],
 )
-def test_calls_are_read_alike(message: dict[str, Any]) -> None:
+def test_calls_are_read_the_same_way(message: dict[str, Any]) -> None:
     [read] = check_text([message], "messages")
     assert isinstance(read, dict)
     assert read["role"] == "assistant"
@@ -492,7 +492,7 @@ def test_calls_are_read_alike(message: dict[str, Any]) -> None:
         assert ChatTemplate(chars(template)).render([read]) == 'add{"a": 1}'
 
 
-def test_calls_without_arguments_are_read_alike() -> None:
+def test_calls_without_arguments_are_read_the_same_way() -> None:
     """Whichever row comes first says nothing about those behind it."""
     calls = [
         {"function": {"name": "add", "arguments": arguments}} for arguments in ({}, {"a": 1}, {"b": None, "c": "x"})
@@ -534,14 +534,14 @@ def test_text_of_a_function_call_that_is_no_call_stays_text() -> None:
         ([Q], {"tools": [{"name": "add"}]}, "u:q", "the chat template drops the tool 'add'"),
     ],
 )
-def test_what_a_template_leaves_out(messages: Any, template: Any, text: str, message: str | None) -> None:
+def test_what_a_template_drops(messages: Any, template: Any, text: str, message: str | None) -> None:
     if message is None:
         check_rendered(messages, template, text)
     else:
         assert complaint(check_rendered, messages, template, text).startswith(message)
 
 
-def test_tools_beside_text() -> None:
+def test_tools_with_text() -> None:
     check_no_tools({"tools": []})
     assert complaint(check_no_tools, {"tools": [ADD]}).startswith("'tools' are given with a prompt that is text")
 

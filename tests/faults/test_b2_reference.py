@@ -100,7 +100,7 @@ def test_the_reference_stays_whatever_lora_trains(folders: dict[str, str], model
     assert all("original_module" in n or "lora_A" in n or "k_proj" in n for n in stuck), stuck
 
 
-def test_what_somebody_unfreezes_beside_an_adapter_is_kept(folders: dict[str, str]) -> None:
+def test_what_somebody_unfreezes_besides_an_adapter_is_kept(folders: dict[str, str]) -> None:
     class TunedNorms(DPOModule):
         def configure_model(self) -> None:
             super().configure_model()

@@ -239,7 +239,7 @@ def test_a_rate_out_of_range_is_named(value: Any) -> None:
         (partial(DPOModule, gradient_checkpointing=True), 0.0),
     ],
 )
-def test_which_models_leave_layers_out_as_they_are_trained(folders: dict[str, str], build: Any, rate: float) -> None:
+def test_which_models_skip_layers_as_they_are_trained(folders: dict[str, str], build: Any, rate: float) -> None:
     module = build(folders["opt"])
     module.configure_model()
     assert layerdrop_rate(module) == rate

@@ -128,7 +128,7 @@ def test_values_within_the_range_are_not_counted_as_clipped() -> None:
 # fp16's scaler.
 
 
-def test_a_step_that_the_scaler_leaves_out_is_none_of_the_schedule(folder: str) -> None:
+def test_a_step_that_the_scaler_skips_does_not_advance_the_schedule(folder: str) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     module = SFTModule(
         folder,

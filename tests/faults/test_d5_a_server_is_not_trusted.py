@@ -18,7 +18,7 @@ PLAIN = SamplingParams(max_new_tokens=4, seed=5)
 
 @pytest.mark.parametrize("key", ["first\nsecond", "first\r\nX-Other: 1", "a b", "k\u00e9y", "a\0b", "\ud800"])
 @pytest.mark.parametrize("door", ["endpoint", "variable"])
-def test_a_key_that_is_none_is_refused_and_not_shown(key: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_key_is_refused_and_not_shown(key: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Some of these cannot be put into an environment.
     monkeypatch.setattr("os.environ", {"KEY": key})
     make, options = (Endpoint, {"api_key": key}) if door == "endpoint" else (RemoteEngine, {"api_key_variable": "KEY"})

@@ -179,7 +179,7 @@ def test_text_ends_before_a_stop_string():
     assert ask(completion("a#bcd"), ["p"], sampling=late)[0][0][0].text == "a#bcd"
 
 
-def test_the_model_may_be_left_out():
+def test_the_model_may_be_omitted():
     def answer(path, body, number):
         return {"data": [{"id": "only"}]} if path == "/v1/models" else completion(body["model"])
 
@@ -211,7 +211,7 @@ def test_an_unknown_model():
         engine(served.url).generate(["p"])
 
 
-def test_one_failure_is_mended_and_does_not_lose_the_others():
+def test_one_failure_is_fixed_and_does_not_lose_the_others():
     def answer(path, body, number):
         return Answer(500, {"error": "busy"}) if number in (1, 3) else completion(f"<{body['prompt']}>")
 

@@ -234,7 +234,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tiny_model_folder, tmp_p
     assert_equal(trained(fit(tiny_model_folder(), tmp_path / "c", module=mended, ckpt_path="last")), whole)
 
 
-def test_after_sigterm_the_run_goes_on_from_the_step_that_it_had_made(tiny_model_folder, tmp_path):
+def test_after_sigterm_the_run_continues_from_the_step_that_it_had_made(tiny_model_folder, tmp_path):
     whole = trained(fit(tiny_model_folder(), tmp_path / "whole"))
     for step in (2, 4):  # in the middle of an epoch, and at its end
         folder = tmp_path / f"{step}"

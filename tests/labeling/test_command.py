@@ -76,7 +76,7 @@ def scripted(monkeypatch, tiny_model_folder, problems, tmp_path):
     return run
 
 
-def test_labels_are_those_that_the_script_makes(scripted, capsys):
+def test_labels_are_the_ones_of_the_script(scripted, capsys):
     engine = Scripted()
     found = rows_of(scripted(engine))
     # Of five solutions two repeat others and one is cut off; the first step of the others is saved by 2 of 8.
@@ -97,7 +97,7 @@ def test_hard_labels_and_skipping(scripted):
     assert [row["labels"] for row in rows_of(scripted(Scripted(), "--labels=hard"))] == [[1.0, 1.0], [1.0, 0.0]] * 5
 
 
-def test_an_interrupted_run_goes_on_where_it_was(scripted, capsys):
+def test_an_interrupted_run_continues_where_it_was(scripted, capsys):
     first = Scripted(fail_at=4)  # in the labels of the second pair of prompts
     with pytest.raises(SystemExit) as exit_info:
         scripted(first)
@@ -125,7 +125,7 @@ def test_a_line_that_was_cut_off_is_done_again(scripted, tmp_path):
     assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}
 
 
-def test_a_run_does_not_go_on_with_other_settings(scripted, capsys, tmp_path):
+def test_a_run_does_not_continue_with_other_settings(scripted, capsys, tmp_path):
     with pytest.raises(SystemExit):
         scripted(Scripted(fail_at=3))
     capsys.readouterr()

@@ -90,7 +90,7 @@ def test_seeds_depend_on_the_row_and_not_on_its_neighbours() -> None:
     assert not {seed for row in alone.seeds for seed in row} & {seed for row in other.seeds for seed in row}
 
 
-def test_nothing_is_sampled_behind_a_hopeless_step() -> None:
+def test_nothing_is_sampled_after_a_hopeless_step() -> None:
     engine = Scripted()
     first, second, third = labelled(engine, skip_after_failure=True)
     assert (first["labels"], second["labels"], third["labels"]) == ([3 / 6, 2 / 6, 1.0], [0.0, 0.0, 0.0], [1.0])
@@ -98,7 +98,7 @@ def test_nothing_is_sampled_behind_a_hopeless_step() -> None:
 
 
 @pytest.mark.parametrize("labels", ["soft", "hard"])
-def test_a_right_answer_behind_a_hopeless_step_counts(labels: Literal["soft", "hard"]) -> None:
+def test_a_right_answer_after_a_hopeless_step_counts(labels: Literal["soft", "hard"]) -> None:
     """The hard label of the last step is whether the solution is right, whatever was given up before."""
     rows = [{"prompt": "2+3=?", "completions": ["2+3=5", "#5"], "answer": "5"}]  # "=5" makes the script fail
     assert labelled(rows=rows, labels=labels)[0]["labels"] == [0.0, 1.0]
@@ -135,7 +135,7 @@ def test_only_wrong_solutions_are_given_up() -> None:
     ]
 
 
-def test_rows_without_an_answer_are_left_out() -> None:
+def test_rows_without_an_answer_are_skipped() -> None:
     with pytest.warns(UserWarning, match="1 rows were skipped"):
         found = labelled(rows=[{**ROWS[0], "answer": None}, ROWS[2]])
     assert [row["prompt"] for row in found] == ["9=?"]
@@ -249,7 +249,7 @@ def test_solutions_that_cannot_be_sampled_are_refused() -> None:
 # Rows that are too long.
 
 
-def test_rows_that_fill_the_models_positions_are_left_out() -> None:
+def test_rows_that_fill_the_models_positions_are_skipped() -> None:
     """128 positions: 127 tokens of prompt and steps leave room for one more. The last step needs no room."""
 
     def row(length: int, answer: str) -> dict[str, Any]:

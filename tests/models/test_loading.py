@@ -205,7 +205,7 @@ def test_lora_computes_w_plus_scaled_b_a(tiny_model_folder: Folder) -> None:
     assert torch.allclose(layer(x), x @ weight.T, atol=1e-5)
 
 
-def test_adapters_stay_in_fp32_beside_half_precision_weights(tiny_model_folder: Folder) -> None:
+def test_adapters_stay_in_fp32_with_half_precision_weights(tiny_model_folder: Folder) -> None:
     model = load_causal_lm(str(tiny_model_folder("llama")), dtype=torch.bfloat16, lora=LORA)
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
@@ -487,7 +487,7 @@ def test_places_that_hold_nothing(tmp_path: Path) -> None:
         load_causal_lm(tmp_path, dtype=torch.float32, init="random")
 
 
-def test_hub_id_that_cannot_be_had_says_what_was_looked_for() -> None:
+def test_hub_id_that_cannot_be_loaded_names_the_folder_that_was_tried() -> None:
     with pytest.raises(ValueError, match=r"^'acme/no-such-model' is not a folder \(looked for '/.*/acme/no-such"):
         load_causal_lm("acme/no-such-model", dtype=torch.float32)
     with pytest.raises(ValueError, match=r"^no tokenizer in 'acme/no-such-model'"):

@@ -115,7 +115,7 @@ def test_a_reward_that_raises_costs_its_samples(cls: type[OnPolicyModule], folde
     assert any(float(gradient.norm()) > 0 for gradient in found.gradient.values())
 
 
-def test_ppo_leaves_out_what_could_not_be_scored(folder: str) -> None:
+def test_ppo_drops_what_could_not_be_scored(folder: str) -> None:
     made = module(folder, PPOModule, rewards=[fragile], num_generations=8, num_updates=1)
     kept: list[Example] = []
     optimize = made.optimize

@@ -69,7 +69,7 @@ def test_one_completion_above_the_budget_stays_whole() -> None:
     assert [len(tree.root.children) for tree in trees] == [1] * 6
 
 
-def test_what_is_left_out_still_counts() -> None:
+def test_what_is_dropped_still_counts() -> None:
     kept = torch.tensor([[True, False, True], [False, False, False]])
     trees = build_trees(rollouts(), kept, budget=7)
     assert completions(trees) == [[[10, 10]], [[30] * 4], []]

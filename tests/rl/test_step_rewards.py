@@ -197,7 +197,7 @@ def test_ppo_puts_rewards_where_steps_end(folder: str) -> None:
     assert float(values["objective/scores"]) == pytest.approx(sum(totals) / 9)
 
 
-def test_ppo_leaves_out_what_no_reward_could_score(folder: str) -> None:
+def test_ppo_drops_what_no_reward_could_score(folder: str) -> None:
     module = TextPPO(folder, rewards=[], process_reward=of_steps, num_generations=3, kl_coef=0.0)
     module.configure_model()
     trees, _ = module.prepare(module.rollout(PROMPTS))

@@ -166,7 +166,7 @@ def test_rows_of_one_prompt_are_laid_out_once() -> None:
     assert alone.distinct is None
 
 
-def test_a_sequence_may_go_on_where_another_one_ends() -> None:
+def test_a_sequence_may_continue_where_another_one_ends() -> None:
     ends, goes_on = Segment([5], [1]), Segment([5], [0], (Segment([6, 7], [1, 1]),))
     batch = pack(
         [Example("rows:0", Segment([4], children=(ends,))), Example("rows:1", Segment([4], children=(goes_on,)))]
