@@ -105,7 +105,7 @@ def check_launch(trainer: Any) -> None:
             f"{number}), or start without {launcher}"
         )
 
-    # Lightning's default environment would wait for machines that nobody starts.
+    # Lightning's default environment would wait forever for the other machines.
     environment = getattr(trainer.strategy, "cluster_environment", None)
     alone = isinstance(environment, LightningEnvironment) and environment.main_address in ("127.0.0.1", "localhost")
     if launched is None and nodes > 1 and alone and os.environ.get("NODE_RANK", "0") == "0":

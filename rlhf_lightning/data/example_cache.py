@@ -59,7 +59,7 @@ def entry_name(source: RowSource, tokenizer: PreTrainedTokenizerBase, options: M
         return None
     try:
         content = json.dumps([rows, words, _code(), options], sort_keys=True)
-    # An option that is no plain value, such as a user's function.
+    # An option that is not a plain value, such as a user's function.
     except TypeError:
         return None
     return blake2b(content.encode(), digest_size=32).hexdigest()

@@ -180,7 +180,7 @@ def check_no_tools(template: Mapping[str, Any]) -> None:
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     message = dict(message)
 
-    # ShareGPT: who speaks is `from`, what is said is `value`.
+    # ShareGPT: the speaker is `from`, the text is `value`.
     if "role" not in message and "from" in message:
         role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
         if role is None:

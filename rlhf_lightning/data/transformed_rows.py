@@ -48,7 +48,7 @@ class TransformedRows(RowSource):
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"transform {self._function} failed with {type(error).__name__}: {error}") from error
 
-        # The transform chooses to drop the row, which is no error.
+        # The transform chooses to drop the row, which is not an error.
         if changed is None:
             raise FilteredRowError
         if not isinstance(changed, Mapping):

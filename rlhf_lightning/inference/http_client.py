@@ -197,7 +197,7 @@ class Endpoint:
         )
 
     def _refused(self, error: urllib.error.HTTPError, request: urllib.request.Request) -> _FailedAttemptError:
-        # The body says more than the status, if it can be read.
+        # The body explains the status, if it can be read.
         status = error.code
         passing = status in _PASSING or (status >= 500 and status not in _FINAL_FAILURES)
         try:

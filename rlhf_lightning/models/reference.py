@@ -146,7 +146,7 @@ class FrozenReference:
     """
 
     def __init__(self, model: nn.Module, *, rebuildable: bool) -> None:
-        # Which of its weights differ from the source's: those that a checkpoint has to hold.
+        # Which of its weights differ from the source's: a checkpoint has to hold them.
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.model = model.eval().requires_grad_(False)
         self.rebuildable = rebuildable
