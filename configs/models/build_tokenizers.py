@@ -56,7 +56,7 @@ def byte_pairs(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def gsm8k_texts(folder: Path) -> Iterator[str]:
-    """Questions and answers of the training file; the calculator's annotations are removed, as by the datamodule does."""
+    """Questions and answers of the training file; the calculator's annotations are removed, as in the datamodule."""
     from rlhf_lightning.data.tasks import open_task
 
     for split in ("train", "validation"):
