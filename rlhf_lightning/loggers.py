@@ -60,6 +60,8 @@ class JSONLLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Appends a line; non-finite values are written as null."""
         self.claim()
+
+        # JSON has no NaN and no infinity.
         row: dict[str, Any] = {"step": step} | ({} if self._run == "fit" else {"run": self._run})
         row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +135,7 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
             if "run" in row:  # not of training: replaces no rows
                 rows.append(row)
                 continue
+            # A resumed run repeats the steps after its checkpoint: its rows replace the earlier ones.
             if begins and row["step"] is not None:
                 rows = [r for r in rows if "run" in r or r["step"] is None or r["step"] < row["step"]]
                 begins = False

@@ -154,11 +154,15 @@ def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> 
     examples = read_prompts(
         options.prompts, tokenizer, limit=options.limit, chat_template_kwargs=options.chat_template_kwargs
     )
+
+    # The journal begins with everything that the results depend on: options, contents of files, the served model.
     settings = {name: value for name, value in asdict(options).items() if name not in _NOT_RESULTS}
     origin = {**settings, "files": input_hashes(settings)}
     if isinstance(engine, RemoteEngine):
         origin["served model"] = engine.served_model()
     journal = _Journal(Path(options.output).expanduser(), origin)
+
+    # Parts of a few prompts, so that little is lost when the run is interrupted.
     while part := examples[journal.done : journal.done + _PROMPTS_AT_ONCE]:
         journal.append(len(part), *_labelled(part, options, engine, tokenizer, verify))
         say(f"{journal.done} of {len(examples)} prompts: {len(journal.rows)} solutions labelled")
@@ -185,6 +189,8 @@ def _labelled(
 
     cut_off = empty = duplicates = too_long = 0
     skipped: Counter[str] = Counter()
+
+    # Solutions of the model; without them, the rows hold solutions.
     if options.num_solutions:
         rows, cut_off, empty, duplicates, too_long = sample_solutions(
             rows,
@@ -210,6 +216,8 @@ def _labelled(
         skipped=skipped,
         **common,
     )
+
+    # Row ids are for seeds and messages only.
     written = [{name: value for name, value in row.items() if name != "row_id"} for row in labelled]
     counts = too_long + skipped[TOO_LONG], cut_off, empty, duplicates, skipped[UNJUDGED]
     return written, dict(zip(_COUNTED, counts, strict=True))
@@ -255,6 +263,7 @@ class _Journal:
         self.done = 0
         self.rows: list[dict[str, Any]] = []
         self.skipped = dict.fromkeys(_COUNTED, 0)
+        # As JSON gives it back, so that it compares equal to what a journal holds.
         origin = json.loads(json.dumps(origin, default=str))
         if self.path.exists():
             self._read(origin)
@@ -275,12 +284,13 @@ class _Journal:
         if not lines:
             self._write(origin)
             return
+
+        # Rows of different settings must not be mixed in one file.
         changed = [name for name in {**origin, **lines[0]} if origin.get(name) != lines[0].get(name)]
         if changed:
             raise ValueError(
                 f"output {str(self.target)!r} was started with different {' and '.join(changed)}: resume with the "
-                "same, "
-                f"write to another file, or remove {self.path}"
+                f"same, write to another file, or remove {self.path}"
             )
         for line in lines[1:]:
             self._count(line)
@@ -289,6 +299,7 @@ class _Journal:
         try:
             line: dict[str, Any] = json.loads(part)
             if number > 1:
+                # Read as `_count` will, which must not fail halfway.
                 sum([line["prompts"], *line["skipped"].values()])
                 [row["labels"] for row in line["rows"]]
             elif not isinstance(line, dict):
@@ -362,6 +373,8 @@ def run_command(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
     parser.add_class_arguments(LabelOptions, as_group=False)
     given = yaml_parser.plain(parser.instantiate(parser.parse_args([*args])))
+
+    # Before a model is loaded.
     check_single_process("label-steps")
     options = LabelOptions(**{option.name: given[option.name] for option in fields(LabelOptions)})
     transformers.utils.logging.disable_progress_bar()

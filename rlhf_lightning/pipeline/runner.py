@@ -69,6 +69,8 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
                 _run_stage(pipeline, manifest, name, stage, say)
                 if isinstance(stage, FitStage) and stage.evaluate and pipeline.evaluation is not None:
                     _evaluate_stage(pipeline, manifest, name, say)
+
+        # In the order of the pipeline, then stages of other policies.
         manifest.content["stages"] = {name: manifest.stages[name] for name in pipeline.stages} | {
             name: record for name, record in others.items() if name not in pipeline.stages
         }
