@@ -260,7 +260,7 @@ def test_columns_are_renamed() -> None:
         ("./rows", "no file, folder or dataset './rows'"),
         ("a/b/c", "no file, folder or dataset 'a/b/c'"),
         ("nobody/nothing", "'nobody/nothing' is not a file or folder here, and the hub has no such dataset ("),
-        ("nobody/nothing?split=test", "'nobody/nothing' is no file or folder here"),
+        ("nobody/nothing?split=test", "'nobody/nothing' is not a file or folder here"),
         (
             "nobody/nothing?splt=x",
             "cannot read 'splt=x' in 'nobody/nothing?splt=x': allowed are split=, config= and revision=",

@@ -88,7 +88,7 @@ def test_labels_are_the_ones_of_the_script(scripted, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("2 of 5 prompts: 4 solutions labelled")
     assert lines[-2] == (
-        "10 solutions of 5 prompts in 20 steps: mean label 0.38, 50% right; skipped: 5 cut off, 10 alike"
+        "10 solutions of 5 prompts in 20 steps: mean label 0.38, 50% right; skipped: 5 cut off, 10 duplicates"
     )
     assert engine.prompts[:4] == ["0+1=?", "1+1=?", "0+1=?so\n", "0+1=?so\n"]
 
@@ -179,7 +179,7 @@ def test_what_is_too_long_costs_itself_alone(scripted, tmp_path, problems, capsy
     assert not output.exists()
     assert rows_of(scripted(second)) == whole
     assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}, "what was done is kept"
-    assert capsys.readouterr().out.splitlines()[-2].endswith("skipped: 1 too long, 5 cut off, 10 alike")
+    assert capsys.readouterr().out.splitlines()[-2].endswith("skipped: 1 too long, 5 cut off, 10 duplicates")
 
 
 class Limited(Scripted):

@@ -257,11 +257,11 @@ def test_rows_that_fill_the_models_positions_are_skipped() -> None:
 
     engine = LocalEngine(tiny_model("llama"), TOKENIZER)
     rows = [row(127, "#1"), row(128, "#1"), {**row(9, "#1"), "answer": None}, row(10, "#1" + "0" * 200), ROWS[2]]
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     options: dict[str, Any] = {"sampling": SamplingParams(max_new_tokens=2), "num_samples": 1}
-    found = labelled(engine, rows, left_out=left_out, **options)
+    found = labelled(engine, rows, skipped=skipped, **options)
     assert [len(row["completions"][0]) for row in found] == [123, 6, 2]
-    assert left_out == {"too long": 1, "without verdict": 1}
+    assert skipped == {"too long": 1, "without verdict": 1}
     with pytest.warns(UserWarning, match="2 rows were skipped: 1 are too long, and the verifier .* about 1"):
         assert labelled(engine, rows, **options) == found
     with pytest.raises(
@@ -273,9 +273,9 @@ def test_rows_that_fill_the_models_positions_are_skipped() -> None:
 def test_a_length_of_ones_own() -> None:
     rows = [{"prompt": "1=?", "completions": ["aa", "#1"], "answer": "1"}, ROWS[2]]
     for limit, expected in ((5, 1), (6, 2)):  # three tokens of prompt, two of the step, one of its separator
-        left_out: Counter[str] = Counter()
-        assert len(labelled(Fixed("#1"), rows, max_length=limit, left_out=left_out, num_samples=1)) == expected
-        assert left_out["too long"] == 2 - expected
+        skipped: Counter[str] = Counter()
+        assert len(labelled(Fixed("#1"), rows, max_length=limit, skipped=skipped, num_samples=1)) == expected
+        assert skipped["too long"] == 2 - expected
     found = sample_solutions(rows, Fixed("a"), TOKENIZER, num_solutions=1, max_length=2)
     assert (found.rows, found.too_long) == ([], 2)
 
