@@ -129,12 +129,12 @@ def test_seed_defaults_to_zero(capsys):
         (["fitt"], "no subcommand 'fitt'; did you mean 'fit'?"),
         (["label_steps"], "no subcommand 'label_steps'; did you mean 'label-steps'?"),
         (["frobnicate"], "use one of fit, validate, test, predict, pipeline, label-steps"),
-        (["fit"], "nothing says what"),
+        (["fit"], " given: pass --config with a file"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml'"),
         (["fit", "--config", TINY_DPO, "--trainer.max_stepz=3"], "did you mean 'trainer.max_steps'?"),
         (["fit", "--config", TINY_DPO, "--model.betta=3"], "no option 'betta'; did you mean 'beta'?"),
         (["fit", "--config", TINY_DPO, "--model.beta=much"], "beta: 'much' is not allowed: expected float"),
-        (["pipeline"], "nothing says what to do: give --config with a file"),
+        (["pipeline"], "no configuration is given: pass --config with a file"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(capsys, args, message):

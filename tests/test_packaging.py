@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it lives beside a project that has its own ``callbacks``."""
+"""The wheel: what is in it, and that it lives next to a project that has its own ``callbacks``."""
 
 from __future__ import annotations
 

@@ -187,5 +187,5 @@ def check_gradient(module: Any, grad_norm: Tensor, examples: Sequence[Example]) 
         rows = "; ".join(f"of rank {n}: {part}" for n, part in enumerate(gather_objects(rows)) if part)
     raise ValueError(
         f"the gradient's norm is {float(grad_norm)} in step {module.trainer.global_step + 1} (rows {rows}); the "
-        "weights are still those of the step before: look at these rows, or lower the learning rate"
+        "weights are still those of the step before: check these rows, or lower the learning rate"
     )

@@ -1,4 +1,4 @@
-"""When checkpoints are made, which stay, and which one a run goes on from."""
+"""When checkpoints are made, which stay, and which one a run resumes from."""
 
 from __future__ import annotations
 

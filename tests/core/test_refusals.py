@@ -1,4 +1,4 @@
-"""What was mended once and must stay so: refusals in one line, and steps that nothing may spoil."""
+"""What was fixed once and must stay so: refusals in one line, and steps that nothing may spoil."""
 
 from __future__ import annotations
 

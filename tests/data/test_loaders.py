@@ -1,4 +1,4 @@
-"""Loaders: every row once an epoch, in an order that depends on seed and epoch alone, from wherever they go on."""
+"""Loaders: every row once an epoch, in an order that depends on seed and epoch alone, from wherever they continue."""
 
 from __future__ import annotations
 

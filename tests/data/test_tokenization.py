@@ -163,7 +163,7 @@ def test_a_conversation_scores_what_the_assistant_says(template: str, expected: 
 
 
 def test_each_turn_is_ended_where_the_template_knows_no_end() -> None:
-    """The model has to end its first answer, too: that end is a leaf, since the conversation goes on without it."""
+    """The model has to end its first answer, too: that end is a leaf, since the conversation continues without it."""
     tokenizer = RowTokenizer(chars(ENDLESS))
     for messages in (CONVERSATION, [*CONVERSATION, user("5")]):
         root = tokenizer.whole(Row(messages))

@@ -165,7 +165,7 @@ def numbered(count: int) -> list[Example]:
 
 
 def loader(kind: str, count: int, **options: Any) -> ExampleLoader | StreamLoader:
-    """Loaders of the same rows: in memory, streamed, streamed with every third row left out."""
+    """Loaders of the same rows: in memory, streamed, streamed with every third row dropped."""
     if kind == "memory":
         return ExampleLoader(numbered(count), shuffle=True, **options)
 

@@ -115,7 +115,7 @@ def fit(
     return module.seen
 
 
-# Eleven rows in batches of two are six batches: steps 5, 6 and 7 are before, at and behind the end of an epoch.
+# Eleven rows in batches of two are six batches: steps 5, 6 and 7 are before, at and after the end of an epoch.
 SETTINGS: dict[str, dict[str, Any]] = {
     "in memory": {},
     "asked for the number of steps": {"asks": True},

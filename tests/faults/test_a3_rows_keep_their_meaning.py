@@ -493,7 +493,7 @@ def test_calls_are_read_the_same_way(message: dict[str, Any]) -> None:
 
 
 def test_calls_without_arguments_are_read_the_same_way() -> None:
-    """Whichever row comes first says nothing about those behind it."""
+    """Whichever row comes first says nothing about the ones after it."""
     calls = [
         {"function": {"name": "add", "arguments": arguments}} for arguments in ({}, {"a": 1}, {"b": None, "c": "x"})
     ]

@@ -40,7 +40,7 @@ def context(name: str, messages: list[Message], **settings: Any) -> str:
 
 
 def learnt(name: str, example: Example) -> list[list[tuple[str, str]]]:
-    """Per sequence, what is scored behind which context, as the packed batch has it: each run of scored tokens."""
+    """Per sequence, what is scored after which context, as the packed batch has it: each run of scored tokens."""
     tokenizer, batch = family_tokenizer(name), pack([example])
     paths = batch.path_index.split(batch.lengths.tolist())
     found: list[list[tuple[str, str]]] = [[] for _ in range(batch.num_sequences)]

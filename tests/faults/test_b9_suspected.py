@@ -42,7 +42,7 @@ def test_many_small_gradients_add_up_in_bf16_too() -> None:
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad.tolist() == [2.0] * 3
-    (weight.sum() * 1.0).backward()  # nothing is left behind that would take it away
+    (weight.sum() * 1.0).backward()  # nothing remains that would take it away
     assert weight.grad.tolist() == [3.0] * 3
 
 

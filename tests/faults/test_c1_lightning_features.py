@@ -234,7 +234,7 @@ SCHEDULES = {
         },
         [1, 1, 1, 1, 0.5],
     ),
-    "plateau, monitor beside it": (
+    "plateau, monitor next to it": (
         lambda o: {
             "optimizer": o,
             "lr_scheduler": ReduceLROnPlateau(o, factor=0.5, patience=0, eps=0),
@@ -381,7 +381,7 @@ def test_freezing_before_fit(tiny_model_folder: Folder) -> None:
     assert not torch.equal(seen[1], before)
 
 
-# What goes on as anywhere.
+# What continues as anywhere.
 
 
 @pytest.mark.parametrize("method", METHODS)

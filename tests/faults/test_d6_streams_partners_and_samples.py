@@ -219,7 +219,7 @@ def test_an_interrupted_sample_stage_continues(tmp_path: Path, monkeypatch: pyte
     assert not kept.exists()
     assert resumed == run("whole")
     assert len(resumed) == 30
-    # Another configuration starts anew.
+    # Another configuration starts again.
     stop_at[0] = len(asked) + 10
     stage["num_samples"] = 3
     with pytest.raises(KeyboardInterrupt):

@@ -160,7 +160,7 @@ def test_pairs_by_other_weights_are_tokenised_again(tmp_path: Path, read: list[i
 
 
 class Own(SFTDataModule):
-    """A datamodule of one's own, whose code nobody looks at."""
+    """A datamodule of one's own, whose code nobody reads."""
 
 
 def test_what_cannot_be_told_exactly_is_not_kept(rows: Path, folder: Path) -> None:

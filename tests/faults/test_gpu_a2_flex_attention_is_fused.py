@@ -20,7 +20,7 @@ from ..helpers import save_tiny_model
 from ..sequences.test_tree_attention import geometry
 
 TREE = geometry()
-TORCH_LIMIT = 8  # of compilations of one function, behind which torch runs it unfused
+TORCH_LIMIT = 8  # of compilations of one function, after which torch runs it unfused
 
 
 class Compiler:
@@ -72,7 +72,7 @@ def test_a_kind_of_layer_beyond_the_last_compilation_is_an_error_in_one_line(
     assert "\n" not in message
     assert message.startswith("FlexAttention has been compiled 1 times in this process")
     assert "attention: sdpa" in message
-    attend(softcap=None)  # what was compiled goes on
+    attend(softcap=None)  # what was compiled continues
 
 
 def test_a_probe_beyond_the_last_compilation_says_so(

@@ -1,4 +1,4 @@
-"""The engine behind the OpenAI protocol: what it asks for, what it makes of answers, and a server of transformers."""
+"""The engine for the OpenAI protocol: what it asks for, what it makes of answers, and a server of transformers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_sample_has_its_own_seed():
 
 
 def test_all_settings_are_stated_to_vllm():
-    # What is left out, such a server would take from the model's own generation_config.json.
+    # What is omitted, such a server would take from the model's own generation_config.json.
     _, served = ask(completion("x"), [[5, 6]])
     assert served.bodies == [
         {

@@ -1,4 +1,4 @@
-"""``rlhf-lightning label-steps``: its rows, what it says of mistakes, and how it goes on after an interruption."""
+"""``rlhf-lightning label-steps``: its rows, what it says of mistakes, and how it resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 class Scripted:
-    """Solves ``n+1=?`` in two steps, of which the first is ``so``, right in every second solution.
+    """Solves ``n+1=?`` in two steps; the first is ``so``, right in every second solution.
 
     After the prefix with ``so`` one completion in four is right; solutions 2 and 3 repeat 0 and 1, and the last of five
     is cut off.
@@ -194,7 +194,7 @@ def test_solutions_of_the_rows_that_are_too_long(tiny_model_folder, tmp_path):
     solved = [
         {"prompt": "1+2=?", "completion": "so\n#3", "answer": "3"},
         {"prompt": "2+2=?", "completions": [LONG, "#4"], "answer": "4"},
-        {"prompt": "2+3=?", "completions": ["so", LONG], "answer": "5"},  # nothing is completed behind its last step
+        {"prompt": "2+3=?", "completions": ["so", LONG], "answer": "5"},  # nothing is completed after its last step
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in solved))
     options = LabelOptions(str(source), str(output), str(tiny_model_folder()), num_solutions=0, num_completions=1)
@@ -251,7 +251,7 @@ def test_a_server_instead_of_a_model(tiny_model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        ([], 2, "label-steps: nothing says what prompts and output should be"),
+        ([], 2, "label-steps: no prompts and no output given: pass --config"),
         (["--num_solution=3"], 2, "label-steps: no option 'num_solution'; did you mean 'num_solutions'?"),
         (["--sampling.temprature=3"], 2, "no option 'sampling.temprature'; did you mean 'sampling.temperature'?"),
         (["--labels=sof"], 2, "did you mean 'soft'?"),

@@ -106,7 +106,7 @@ def test_a_right_answer_after_a_hopeless_step_counts(labels: Literal["soft", "ha
 
 
 class Unlucky:
-    """Completes with the right answer, 5, but never behind exactly one step."""
+    """Completes with the right answer, 5, but never after exactly one step."""
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
@@ -174,7 +174,7 @@ def test_what_cannot_be_labelled_is_refused(options: dict[str, Any], message: st
 
 
 class Fixed:
-    """Writes the same texts after every prompt; those that end in ``...`` are cut off."""
+    """Writes the same texts after every prompt; the ones that end in ``...`` are cut off."""
 
     def __init__(self, *texts: str) -> None:
         self.texts = texts

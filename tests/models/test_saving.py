@@ -328,7 +328,7 @@ def _export_sharded(rank: int, store: str, source: str, out: str) -> None:
         save_pretrained(model, char_tokenizer(), f"{out}/{name}")
         if lora:
             save_pretrained(model, char_tokenizer(), f"{out}/merged", merge_adapter=True)
-        assert Path(out, name, "tokenizer.json").exists(), "no rank goes on before the export is there"
+        assert Path(out, name, "tokenizer.json").exists(), "no rank continues before the export is there"
     torch.distributed.destroy_process_group()
 
 

@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def ends_of(text: str) -> list[int]:
-    """The token of each step's end: one token per character, the end of the sequence behind them."""
+    """The token of each step's end: one token per character, the end of the sequence after them."""
     ends = [n for n, letter in enumerate(text) if letter == "\n" and n and text[n - 1] != "\n"]
     return [*ends[: len(reward_of(text)) - 1], len(text)]
 

@@ -39,7 +39,7 @@ def examples_of(forest: list[Segment]) -> list[Example]:
 @given(forests, st.booleans())
 def test_visibility_is_ancestry(forest: list[Segment], share_prefix: bool) -> None:
     batch = pack(examples_of(forest), share_prefix=share_prefix)
-    # The oracle: a token sees another when some path holds both, the other not behind it.
+    # The oracle: a token sees another when some path holds both, the other not after it.
     expected = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
     for path in batch.path_index.split(batch.lengths.tolist()):
         for place, token in enumerate(path):
