@@ -71,7 +71,7 @@ lint: dev ## check style and spelling
 type: dev ## check types
 	$(BIN)/mypy
 
-format: dev ## fix what ruff can fix
+format: dev ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -143,13 +143,13 @@ def equality(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]
         save_tiny_model(folder / "equal", "llama", hidden_size=64, intermediate_size=96, initializer_range=0.05)
     )
     # FlexAttention has no backward pass on CPUs: a rehearsal skips it.
-    attentions = ("sdpa", "flex") if scale.device == "cuda" else ("sdpa",)
+    attentions = ("auto", "blocks", "flex") if scale.device == "cuda" else ("auto",)
     rows = []
     for name in EIGHT:
         if left() < 0:
             rows.append(Row(f"equality, {name}", OURS, "no time left"))
             continue
-        loss, exact = first_step(name, model, "cpu", "32-true", "sdpa")
+        loss, exact = first_step(name, model, "cpu", "32-true", "blocks")
         for attention in attentions:
             found = []
             for precision in ("32-true", "bf16-mixed"):
@@ -263,7 +263,7 @@ def main() -> int:
         sampled(Scale(*scale), folder)
         return 0
     if not arguments.rehearse and not torch.cuda.is_available():
-        parser.error("no CUDA device was found: --rehearse runs the same code on a CPU")
+        parser.error("there is no CUDA device here: --rehearse runs the same code on a CPU")
     scale = REHEARSAL if arguments.rehearse else CARD
     name = torch.cuda.get_device_name() if scale.device == "cuda" else "CPU (a rehearsal: its speeds mean nothing)"
 

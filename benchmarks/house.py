@@ -3,7 +3,7 @@
     python benchmarks/house.py             # the numbers
     python benchmarks/house.py --picture   # the rooms, one floor a line, with the imports of each
 
-``CONTRIBUTING.md`` lists the floors, and ``tests/test_house.py`` checks the code against them.
+The floors are those that ``CONTRIBUTING.md`` lists and ``tests/test_house.py`` holds the code to.
 """
 
 from __future__ import annotations
@@ -171,8 +171,7 @@ def numbers() -> dict[str, str]:
         "imports from a floor above": str(len(upward(graph))),
         "depth of inheritance": f"{chain} ({name})",
         "comment lines per code line": f"{comments / code:.3f}",
-        "docstrings, and how many begin with "
-        "'What'": f"{len(texts)}, {sum(text.startswith('What ') for text in texts)}",
+        "docstrings, of which begin with 'What'": f"{len(texts)}, {sum(text.startswith('What ') for text in texts)}",
     }
     for method in ("sft", "dpo", "grpo"):
         reached = closure(graph, f"{PACKAGE}.modules.{method}") - {PACKAGE}

@@ -28,15 +28,15 @@ class PreferenceDataModule(ExampleDataModule):
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder, hub id or tokenizer object; the module's if omitted.
+        tokenizer: folder, hub id or tokenizer object; the module's if left out.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
-        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if omitted.
-        max_length: maximum number of tokens of the longer sequence of a pair; unlimited if omitted.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
+        max_length: maximum number of tokens of the longer sequence of a pair; unlimited if left out.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt), ``truncate_end`` (of the completions,
             with their end-of-sequence tokens), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
         columns: new name of a column -> its name in the rows.
-        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to drop the row; in YAML the
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
             function's dotted path.
         chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
             ``chat_template_kwargs`` override them by name.
@@ -44,7 +44,7 @@ class PreferenceDataModule(ExampleDataModule):
             are paired; rows with equal sums make no pair. With ``streaming``, the number of pairs is unknown.
         seed: seed of the order of training rows, together with the epoch; at least 0.
         shuffle: draw a new order of training rows in each epoch.
-        drop_last: drop a last training batch of fewer than ``global_batch_size`` examples.
+        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
         group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
             batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows on demand instead of tokenising all of them first.

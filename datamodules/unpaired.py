@@ -33,22 +33,22 @@ class UnpairedDataModule(ExampleDataModule):
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder, hub id or tokenizer object; the module's if omitted.
+        tokenizer: folder, hub id or tokenizer object; the module's if left out.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
-        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if omitted.
-        max_length: maximum number of tokens of a sequence; unlimited if omitted.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
+        max_length: maximum number of tokens of a sequence; unlimited if left out.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, or of the one segment), ``truncate_end``
             (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it.
         columns: new name of a column -> its name in the rows.
-        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to drop the row; in YAML the
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
             function's dotted path.
         chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
             ``chat_template_kwargs`` override them by name.
         partners: give each example the completion of another prompt of its batch, for the KL estimate.
         seed: seed of the order of training rows, together with the epoch; at least 0.
         shuffle: draw a new order of training rows in each epoch.
-        drop_last: drop a last training batch of fewer than ``global_batch_size`` examples.
+        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
         group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
             batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows on demand instead of tokenising all of them first.
@@ -147,7 +147,6 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
         >>> [[child.tokens.tolist() for child in e.root.children] for e in mismatch(rows)]
         [[[10], [20]], [[20], [10]]]
     """
-    # The order of a hash: partners do not depend on the order of rows or on ranks.
     order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
     coupled = list(examples)
 
@@ -185,7 +184,6 @@ class NextPartner:
     def __init__(self, prompts: Sequence[int], lengths: Sequence[int]) -> None:
         self.prompts = prompts
         self.size = 1 << max(0, len(prompts) - 1).bit_length()
-        # A segment tree, because a scan for every example would take quadratic time on long batches.
         empty = (math.inf, -1, math.inf)
         leaves = [(float(length), prompt, math.inf) for prompt, length in zip(prompts, lengths, strict=True)]
         self._nodes = [empty] * self.size + leaves + [empty] * (self.size - len(leaves))
@@ -193,7 +191,7 @@ class NextPartner:
             self._nodes[node] = _shorter(self._nodes[2 * node], self._nodes[2 * node + 1])
 
     def __call__(self, place: int, room: float) -> int | None:
-        """Finds the next place; ``None`` without one.
+        """Finds the next place; ``None`` if there is none.
 
         Args:
             place: the place that needs a partner.
@@ -207,7 +205,6 @@ class NextPartner:
         """Finds the first place from ``least`` on below a node, which spans ``start`` to ``stop``."""
         shortest, of_prompt, other = self._nodes[node]
         best = other if of_prompt == prompt else shortest
-        # No place in this span qualifies.
         if stop <= least or best == math.inf or best > room:
             return None
         if stop - start == 1:

@@ -24,7 +24,7 @@ from ..models import save_pretrained as export_pretrained
 from ..models.backbone import fix_rotary_frequencies
 from ..models.dropout import switch_off_dropout
 from ..models.saving import export_kind
-from ..sequences import Example, ExampleBatch, SequenceBatch, register_attention, register_flex_attention
+from ..sequences import AttentionKernel, Example, ExampleBatch, SequenceBatch, register_attention
 from ..utils.files import check_replaceable
 from ..utils.keywords import CheckedKeywords
 from .agreement import RankAgreement
@@ -67,7 +67,9 @@ class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
         init: ``"pretrained"`` loads weights; ``"random"`` draws them from the config.
         tokenizer: id or folder, if not the model's.
         micro_batch_tokens: maximum number of tokens per forward, above 0; affects memory, not results.
-        attention: kernel of the packed layout: ``"sdpa"``, or ``"flex"``: FlexAttention, which trains only on CUDA.
+        attention: kernel of the packed layout; does not affect results. ``"blocks"``: scaled-dot-product attention of
+            padded blocks; ``"cascade"``: flash attention along the tree, on CUDA in half precision; ``"flex"``:
+            FlexAttention, which trains only on CUDA; ``"auto"``: the fastest that applies (``tree_attention``).
         layout: ``"packed"``, ``"padded"``, or ``"auto"``: packed where a probe shows that the model supports it.
         share_prefix: compute a prompt once for all its completions; does not affect results.
         lora: arguments of ``peft.LoraConfig`` (``{"r": 16}``); ``None`` trains all weights.
@@ -105,7 +107,7 @@ class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
         init: Literal["pretrained", "random"] = "pretrained",
         tokenizer: str | None = None,
         micro_batch_tokens: int = 8192,
-        attention: Literal["sdpa", "flex"] = "sdpa",
+        attention: AttentionKernel = "auto",
         layout: Literal["auto", "packed", "padded"] = "auto",
         share_prefix: bool = True,
         lora: dict[str, Any] | None = None,
@@ -254,7 +256,7 @@ class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
                 lora=self.lora,
                 dropout=self.dropout,
                 gradient_checkpointing=self.gradient_checkpointing,
-                attn_implementation=register_attention() if self.attention == "sdpa" else register_flex_attention(),
+                attn_implementation=register_attention(self.attention),
                 headless=not self.predicts_tokens,
             )
         fix_rotary_frequencies(self.model, longest=longest_sequence(self), head=self.predicts_tokens)
@@ -444,7 +446,7 @@ class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
             norm, the learning rate, and the load-balancing loss where it is trained.
         """
         if self.attention == "flex" and self.device.type != "cuda":
-            raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'sdpa'")
+            raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'auto'")
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
         with self._local_gradients(), self.micro_batching.summed_gradients(), self.phase("forward_backward"):

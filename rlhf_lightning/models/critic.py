@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..sequences import SequenceBatch, register_attention, register_flex_attention
+from ..sequences import AttentionKernel, SequenceBatch, register_attention
 from . import base_model, hidden_states, load_causal_lm, resolve_layout
 from .backbone import fix_rotary_frequencies
 from .reward_head import (
@@ -115,7 +115,7 @@ def own_critic(
     kind: HeadKind,
     seed: int,
     dtype: torch.dtype,
-    attention: Literal["sdpa", "flex"],
+    attention: AttentionKernel,
     layout: Literal["auto", "packed", "padded"],
     longest: int | None = None,
     **options: Any,
@@ -138,7 +138,7 @@ def own_critic(
     # A head of another kind is refused before the weights are read.
     stored = read_head_options(source)
     _check_head(source, stored)
-    name = register_attention() if attention == "sdpa" else register_flex_attention()
+    name = register_attention(attention)
     model = load_causal_lm(source, dtype=dtype, attn_implementation=name, headless=True, **options)
     fix_rotary_frequencies(model, longest=longest, head=False)
     freeze_output_projection(model)

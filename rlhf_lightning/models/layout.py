@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..sequences import ATTENTION_NAME, FLEX_ATTENTION_NAME, Example, Segment, SequenceBatch, pack
+from ..sequences import ATTENTION_NAME, ATTENTION_NAMES, Example, Segment, SequenceBatch, pack
 from .backbone import TOLERANCE, Layout, base_model, decoder_of, evaluating, hidden_states
 from .own_attention import (
     EAGER,
@@ -33,7 +33,6 @@ from .rotary import steady_rotary
 
 log = logging.getLogger(__name__)
 
-_OURS = (ATTENTION_NAME, FLEX_ATTENTION_NAME)
 # Errors of models that cannot run a layout.
 _UNSUPPORTED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
@@ -41,14 +40,14 @@ _UNSUPPORTED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError
 _SINGLE = 1e-5  # agreement that fp64 models can reach with their own forward
 
 
-def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *others: nn.Module) -> Layout:
+def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *alike: nn.Module) -> Layout:
     """Decides how a model runs, and sets the attention that this needs.
 
     Args:
         model: the model, on its device.
         layout: ``auto`` takes the first that agrees with the model's own forward, with one warning where that is not
             ``packed``; ``packed`` raises where it does not agree.
-        others: models of the same kind that run in the same layout; they get the same attention.
+        alike: models of the same kind that run in the same layout; they get the same attention.
 
     Raises:
         ValueError: ``packed`` was requested and does not agree, or no layout agrees with the model's own forward.
@@ -60,7 +59,7 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
     for kind, attention in _candidates(base, layout):
         reason = _why_not(model, kind, attention)
         if reason is None:
-            for other in (model, *others):
+            for other in (model, *alike):
                 set_attention(base_model(other), attention or EAGER)
             if kind == "padded" and layout == "auto":
                 log.warning("%s runs in the padded layout: %s", name, reasons[0])
@@ -75,7 +74,6 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
 
 def _candidates(base: nn.Module, layout: str) -> list[tuple[Layout, str | None]]:
     """Lists layouts and attentions in the order in which they are tried; ``None`` is the model's own attention."""
-    # The fast layout first; within a layout the attention that the user asked for, then the model's eager one.
     own = attention_of(base)
     if not is_switchable(base):
         return [("packed", own), ("padded", own)] if layout != "padded" else [("padded", own)]
@@ -87,25 +85,22 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
     """Returns the reason why a model cannot run in a layout with an attention, or None."""
     base = base_model(model)
     if layout == "packed":
-        if attention not in _OURS:
+        if attention not in ATTENTION_NAMES.values():
             return f"its attention implementation is {attention!r}, not {ATTENTION_NAME!r}"
         kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
         if others := kinds - {"full_attention", "sliding_attention"}:
             return f"it has layers of type {sorted(others)}"
-
-    # Sparse attention: ties between keys depend on the layout, so results would.
     chosen = vars(base.config.get_text_config()).get("index_topk")
     if isinstance(chosen, int) and chosen > 0:
         return f"it chooses the {chosen} keys that it reads (index_topk), and equal ones by where they lie in a batch"
-
-    # Half precision is too coarse to tell a wrong mask from rounding: compare in fp32 where the weights can be widened.
     batch = probe_batch(model)
     device = next(model.parameters()).device
     # Eager attention computes its softmax, and RMS norms their squares, in fp32 whatever the precision of the weights.
     tolerance = max(TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16]), _SINGLE)
+    half = tolerance > TOLERANCE[torch.float32]
     with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         widened: AbstractContextManager[None] = single_precision(model)
-        if tolerance > TOLERANCE[torch.float32]:
+        if half:
             try:
                 with widened:
                     _alone(model, batch)
@@ -113,7 +108,21 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
             except _UNSUPPORTED:  # weights used outside of their own module, or quantised ones
                 widened = nullcontext()
         with widened:
-            return _disagreement(model, batch, layout, attention, tolerance)
+            reason = _disagreement(model, batch, layout, attention, tolerance)
+        if reason is None and half and layout == "packed":
+            # Half precision may have a kernel of its own.
+            reason = _failure(model, batch, attention)
+    return reason
+
+
+def _failure(model: nn.Module, batch: SequenceBatch, attention: str | None) -> str | None:
+    """Returns why the packed layout does not run in the precision of the weights, or None."""
+    try:
+        with using_attention(base_model(model), attention or EAGER):
+            hidden_states(model, batch, "packed")
+    except _UNSUPPORTED as error:
+        return f"the packed probe failed in {next(model.parameters()).dtype} ({_said(error)})"
+    return None
 
 
 def _disagreement(
@@ -121,7 +130,6 @@ def _disagreement(
 ) -> str | None:
     """Describes the first disagreement with the model's own forward, at full and shortened reach, or None."""
     base = base_model(model)
-    # Windows longer than the probe would not show: try them shortened as well.
     hidden = reaches(base, int(batch.lengths.max()))
     seen: list[Tensor] = []
     settings: list[Callable[[], AbstractContextManager[None]]] = [nullcontext]
@@ -134,7 +142,7 @@ def _disagreement(
             except _UNSUPPORTED as error:
                 return f"its own forward failed ({_said(error)})"
             if not _looks_back(model, batch, expected, tolerance):
-                return "an earlier token sees later ones: with its config it is not a causal language model"
+                return "an earlier token sees later ones: it is no causal language model as it is configured"
             seen.append(expected)
             try:
                 with using_attention(base, attention or EAGER):
@@ -144,7 +152,6 @@ def _disagreement(
         # A nan (an untrained quantised model, say) must not pass for agreement.
         if not (difference := distance(found, expected)) <= tolerance:
             return f"{layout} hidden states differ from its own eager forward by {difference:.1e}"
-    # Shortening that changes nothing has not reached the code that applies the window.
     if layout == "packed" and hidden and distance(seen[1], seen[0]) <= tolerance:
         return f"its {hidden[0]} is longer than what can be tried"
     return None

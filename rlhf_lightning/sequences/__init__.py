@@ -3,13 +3,23 @@
 from .batch import PaddedBatch, SequenceBatch, pack
 from .branching import grow_tree, shared_length, split_answer, unfold_tree, with_answer
 from .example import Example, ExampleBatch, Segment, distinct_segments
-from .flex_attention import FLEX_ATTENTION_NAME, register_flex_attention
+from .geometry import TreeGeometry
 from .micro_batch_plan import example_cost, plan_micro_batches
-from .tree_attention import ATTENTION_NAME, TreeGeometry, gather_rows, register_attention, tree_attention
+from .tree_attention import (
+    ATTENTION_KERNELS,
+    ATTENTION_NAME,
+    ATTENTION_NAMES,
+    AttentionKernel,
+    gather_rows,
+    register_attention,
+    tree_attention,
+)
 
 __all__ = [
+    "ATTENTION_KERNELS",
     "ATTENTION_NAME",
-    "FLEX_ATTENTION_NAME",
+    "ATTENTION_NAMES",
+    "AttentionKernel",
     "Example",
     "ExampleBatch",
     "PaddedBatch",
@@ -23,7 +33,6 @@ __all__ = [
     "pack",
     "plan_micro_batches",
     "register_attention",
-    "register_flex_attention",
     "shared_length",
     "split_answer",
     "tree_attention",

@@ -47,7 +47,7 @@ def test_whoever_loads_an_export_computes_with_the_trained_frequencies(tmp_path:
         "here": lambda: load_causal_lm(export, dtype=torch.float32, trainable=False),
         "settled without a length": lambda: _settled(export),
         "a critic": lambda: (
-            own_critic(export, kind="linear", seed=0, dtype=torch.float32, attention="sdpa", layout="auto").model
+            own_critic(export, kind="linear", seed=0, dtype=torch.float32, attention="auto", layout="auto").model
         ),
         "transformers": lambda: AutoModelForCausalLM.from_pretrained(export),
     }
@@ -99,7 +99,7 @@ def test_whoever_loads_an_adapter_computes_with_the_trained_frequencies(
         "the next stage, of short sequences": lambda: _settled(export, longest=ORIGINAL - 1),
         "the next stage, of long ones": lambda: _settled(export, longest=ORIGINAL + 3),
         "a critic": lambda: (
-            own_critic(export, kind="linear", seed=0, dtype=torch.float32, attention="sdpa", layout="auto").model
+            own_critic(export, kind="linear", seed=0, dtype=torch.float32, attention="auto", layout="auto").model
         ),
         "merged, by transformers": lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
         "elsewhere, as the line says": lambda: elsewhere(rope_parameters=stored),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import lightning
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import GRPOModule, PPOModule, RewardModule
 from rlhf_lightning.callbacks import ReferenceSync, WeightAverage
 from rlhf_lightning.models.backbone import check_output_head
-from rlhf_lightning.models.layout import probe_batch
+from rlhf_lightning.models.layout import probe_batch, resolve_layout
+from rlhf_lightning.models.own_attention import set_attention
 from rlhf_lightning.models.routers import find_routers
 from rlhf_lightning.rewards.learned import RewardModelReward
-from rlhf_lightning.sequences import ExampleBatch
+from rlhf_lightning.sequences import ExampleBatch, cascade, register_attention
+from rlhf_lightning.sequences.flex_attention import flex_mask
+from rlhf_lightning.sequences.tree_attention import _kernel_for
 
 from ..helpers import save_tiny_model, tiny_model
 from ..invariance.harness import Batches
@@ -138,6 +143,111 @@ def test_whatever_a_module_holds_is_placed(name: str, folder: str, scorer: str) 
     on_card(module, rows, 2, *callbacks, **options)
 
 
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets flash attention apply wherever torch says that it does on a card; which parts of it have run."""
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        original = getattr(cascade, name)
+
+        def run(*args: Any) -> Any:
+            calls.append(name)
+            return original(*args)
+
+        return run
+
+    monkeypatch.setattr(cascade, "can_use_flash_attention", lambda params: True)
+    for name in ("plain_forward", "plain_backward"):
+        monkeypatch.setattr(cascade, name, counted(name))
+    return calls
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "options", "found"),
+    [
+        ("auto", HALF, {}, "cascade"),
+        ("auto", torch.float16, {}, "cascade"),
+        ("auto", SINGLE, {}, "blocks"),
+        ("auto", HALF, {"dropout": 0.1}, "blocks"),
+        ("auto", HALF, {"softcap": 50.0}, "flex"),
+        ("auto", HALF, {"sinks": True}, "flex"),
+        ("auto", HALF, {"softcap": 50.0, "dropout": 0.1}, "blocks"),
+        ("auto", SINGLE, {"softcap": 50.0}, "blocks"),
+        ("auto", HALF, {"softcap": 50.0, "size": 8}, "blocks"),  # less than FlexAttention takes
+        ("auto", HALF, {"size": 20}, "blocks"),  # no multiple of 8
+        ("auto", HALF, {"value_size": 32}, "blocks"),
+        ("cascade", HALF, {}, "cascade"),
+        ("cascade", SINGLE, {}, "blocks"),
+        ("cascade", HALF, {"softcap": 50.0}, "blocks"),
+        ("blocks", HALF, {}, "blocks"),
+        ("flex", HALF, {}, "flex"),
+        ("flex", SINGLE, {"softcap": 50.0}, "flex"),
+        ("flex", SINGLE, {"dropout": 0.1}, "blocks"),
+    ],
+)
+def test_kernels_by_layer(wanted: Any, dtype: torch.dtype, options: dict[str, Any], found: str, flash: Any) -> None:
+    size = options.get("size", 16)
+    with pretended_cuda():
+        query, key = (torch.zeros(1, heads, 3, size, dtype=dtype, device="cuda") for heads in (4, 2))
+        value = torch.zeros(1, 2, 3, options.get("value_size", size), dtype=dtype, device="cuda")
+        sinks = torch.zeros(4) if "sinks" in options else None
+        given = (options.get("dropout", 0.0), options.get("softcap"), sinks)
+        assert _kernel_for(wanted, query, key, value, *given) == found
+
+
+def test_what_flash_attention_does_not_take_runs_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch knows cards and sizes, and is asked with the layer's own states."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cascade, "SDPAParams", lambda *given: given)
+    monkeypatch.setattr(cascade, "can_use_flash_attention", lambda given: bool(asked.append(given)))
+    with pretended_cuda():
+        query, key = (torch.zeros(1, heads, 3, 16, dtype=HALF, device="cuda") for heads in (4, 2))
+        assert _kernel_for("auto", query, key, key, 0.0, None, None) == "blocks"
+    [(first, second, third, mask, dropout, causal, grouped)] = asked
+    assert (first is query, second is key, third is key) == (True, True, True)
+    assert (mask, dropout, causal, grouped) == (None, 0.0, True, True)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision_runs_in_the_cascade(precision: str, folder: str, flash: list[str]) -> None:
+    """Its own probe included; the step is near that of the blocks."""
+    found = []
+    for attention in ("auto", "blocks"):
+        method = METHODS["dpo"]
+        optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+        module = method.module(folder, **{**method.options, "optimizer": optimizer, "attention": attention})
+        found.append(on_card(module, method.rows, 1, precision=precision))
+        assert ("plain_forward" in flash, "plain_backward" in flash) == (attention == "auto",) * 2
+        flash.clear()
+    for key, weight in found[1].items():
+        torch.testing.assert_close(found[0][key], weight, rtol=2e-2, atol=2e-3, msg=key)
+
+
+def test_single_precision_runs_in_blocks(folder: str, flash: list[str]) -> None:
+    on_card(METHODS["sft"].module(folder), METHODS["sft"].rows, 1)
+    assert flash == []
+
+
+def test_the_probe_finds_a_kernel_that_does_not_run(
+    folder: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    set_attention(model, register_attention())
+    monkeypatch.setattr(cascade, "can_use_flash_attention", lambda params: True)
+
+    def missing(*args: Any) -> Any:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(cascade, "plain_forward", missing)
+    with pretended_cuda(), caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+        assert resolve_layout(model.to("cuda"), "auto") == "padded"
+    assert "the packed probe failed in torch.bfloat16 (RuntimeError: no kernel image" in caplog.text
+
+
 def test_nothing_that_is_made_in_host_memory_goes_where_models_are_built() -> None:
     """Lightning builds models in the context of their device; here a device that has no values stands in for it."""
     model = tiny_model("llama")
@@ -149,5 +259,8 @@ def test_nothing_that_is_made_in_host_memory_goes_where_models_are_built() -> No
         padded = batch.padded(side="left", extra=2)
         masks = [batch.geometry.block_mask(n, window=2) for n in range(len(batch.geometry.blocks))]
         tensors = [*vars(batch).values(), *vars(padded).values(), batch.geometry.depth, batch.geometry.slot, *masks]
+        for stretches in (batch.geometry.stretches(None), batch.geometry.stretches(2)):
+            tensors += [*stretches.bounds, stretches.key_index]
+        tensors += [flex_mask(batch.geometry, 2).kv_indices, flex_mask(batch.geometry, None).full_kv_indices]
     devices = {t.device.type for t in tensors if isinstance(t, Tensor)}
     assert devices == {"cpu"}

@@ -47,6 +47,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "repeated-prompts": {"share_prefix": False},
     "repeated-prompts-budget": {"share_prefix": False, "micro_batch_tokens": 41},
     "checkpointed": {"gradient_checkpointing": True},
+    "cascade": {"attention": "cascade"},
+    "cascade-budget": {"attention": "cascade", "micro_batch_tokens": 60},
 }
 
 

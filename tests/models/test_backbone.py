@@ -15,7 +15,7 @@ from rlhf_lightning.models import hidden_states, load_causal_lm, num_positions, 
 from rlhf_lightning.models.backbone import check_output_head, decoder_of, fix_rotary_frequencies
 from rlhf_lightning.models.rotary import steady_rotary
 from rlhf_lightning.modules import RewardModule, SFTModule
-from rlhf_lightning.sequences import Example, Segment, SequenceBatch, pack, register_attention
+from rlhf_lightning.sequences import AttentionKernel, Example, Segment, SequenceBatch, pack, register_attention
 
 from ..helpers import ARCHITECTURES, VOCAB_SIZE, save_tiny_model, tiny_config
 
@@ -53,10 +53,11 @@ def naive_logprobs(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
     return torch.cat(found)
 
 
-def twins(arch: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+def twins(arch: str, dtype: torch.dtype, kernel: AttentionKernel = "auto") -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same weights with the registered attention and with the model's own eager one."""
     torch.manual_seed(0)
-    mine = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=dtype, attn_implementation=register_attention())
+    name = register_attention(kernel)
+    mine = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=dtype, attn_implementation=name)
     theirs = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=dtype, attn_implementation="eager")
     theirs.load_state_dict(mine.state_dict())
     return mine.eval(), theirs.eval()
@@ -67,9 +68,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_log_probs_and_gradients(arch: str, layout: str) -> None:
-    mine, theirs = twins(arch, DTYPES[arch])
+@pytest.mark.parametrize(("layout", "kernel"), [("packed", "auto"), ("padded", "auto"), ("packed", "cascade")])
+def test_log_probs_and_gradients(arch: str, layout: str, kernel: AttentionKernel) -> None:
+    mine, theirs = twins(arch, DTYPES[arch], kernel)
     batch = forest()
     coefficients = torch.randn(len(batch.target_ids), dtype=DTYPES[arch], generator=torch.Generator().manual_seed(1))
     found = token_stats(mine, batch, layout).logprobs  # type: ignore[arg-type]
@@ -86,8 +87,9 @@ def test_log_probs_and_gradients(arch: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_listed_architecture_packs(arch: str) -> None:
-    mine, _ = twins(arch, torch.float32)
+@pytest.mark.parametrize("kernel", ["auto", "cascade"])
+def test_every_listed_architecture_packs(arch: str, kernel: AttentionKernel) -> None:
+    mine, _ = twins(arch, torch.float32, kernel)
     assert resolve_layout(mine, "auto") == "packed"
     assert resolve_layout(mine, "padded") == "padded"
 

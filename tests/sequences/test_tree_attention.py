@@ -1,4 +1,4 @@
-"""The registered attentions against softmax on the dense mask, the definition of a packed forest's geometry."""
+"""The attention's kernels against softmax on the dense mask, the definition of a packed forest's geometry."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.sequences import Example, Segment, pack
-from rlhf_lightning.sequences.flex_attention import flex_tree_attention
-from rlhf_lightning.sequences.tree_attention import TreeGeometry, tree_attention
+from rlhf_lightning.sequences import (
+    ATTENTION_KERNELS,
+    AttentionKernel,
+    Example,
+    Segment,
+    TreeGeometry,
+    pack,
+    tree_attention,
+)
 from tests.helpers import dense_mask
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -42,13 +48,13 @@ def naive(
 @pytest.mark.parametrize("window", [None, 4, 100])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("attention", [tree_attention, flex_tree_attention])
+@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_attention(window: int | None, softcap: float | None, with_sinks: bool, attention: Any) -> None:
+def test_attention(window: int | None, softcap: float | None, with_sinks: bool, kernel: AttentionKernel) -> None:
     tree = geometry()
     size = len(tree.subtree_end)
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.float64 if attention is tree_attention else torch.float32
+    dtype = torch.float64 if kernel != "flex" else torch.float32
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype)
@@ -56,16 +62,17 @@ def test_attention(window: int | None, softcap: float | None, with_sinks: bool, 
     q, k, v = draw(1, HEADS, size, SIZE), draw(1, KV_HEADS, size, SIZE), draw(1, KV_HEADS, size, SIZE)
     sinks = draw(HEADS) if with_sinks else None
     options = {"scaling": 0.3, "tree": tree, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    options["kernel"] = kernel
     expected = naive(q, k, v, dense_mask(tree, window), softcap, sinks, 0.3)
-    if attention is flex_tree_attention:  # no backward pass on the CPU
+    if kernel == "flex":  # no backward pass on the CPU
         with torch.no_grad():
-            found, _ = attention(nn.Module(), q, k, v, None, **options)
+            found, _ = tree_attention(nn.Module(), q, k, v, None, **options)
         assert torch.allclose(found, expected, atol=1e-5)
         return
     for leaf in (q, k, v):
         leaf.requires_grad_()
     expected = naive(q, k, v, dense_mask(tree, window), softcap, sinks, 0.3)
-    found, _ = attention(nn.Module(), q, k, v, None, **options)
+    found, _ = tree_attention(nn.Module(), q, k, v, None, **options)
     assert torch.allclose(found, expected, atol=1e-12)
     slope = torch.randn(found.shape, generator=generator, dtype=dtype)
     for a, b in zip(
@@ -85,8 +92,32 @@ def test_depth_counts_along_the_path() -> None:
 def test_dropout_zero_and_one_forward_without_a_tree() -> None:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, HEADS, 5, SIZE, generator=generator) for _ in range(3))
-    for attention in (tree_attention, flex_tree_attention):
-        found, weights = attention(nn.Module(), q, k, v, None)
+    for kernel in ATTENTION_KERNELS:
+        found, weights = tree_attention(nn.Module(), q, k, v, None, kernel=kernel)
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         assert torch.allclose(found, expected, atol=1e-6)
         assert weights is None
+
+
+def test_cudnn_plans_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would plan every new shape; the setting of other models is kept."""
+    seen: list[bool] = []
+
+    def record(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return query
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    tree = geometry()
+    states = torch.zeros(1, HEADS, len(tree.subtree_end), SIZE)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for enabled in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            tree_attention(nn.Module(), states, states, states, None, tree=tree, kernel="blocks")
+            tree_attention(nn.Module(), states, states, states, None)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen
+    assert not any(seen)
