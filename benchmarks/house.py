@@ -2,6 +2,7 @@
 
     python benchmarks/house.py             # the numbers
     python benchmarks/house.py --picture   # the rooms, one floor a line, with the imports of each
+    python benchmarks/house.py --twice     # the places of code that occurs twice
 
 The floors are those that ``CONTRIBUTING.md`` lists and ``tests/test_house.py`` holds the code to.
 """
@@ -152,6 +153,41 @@ def depth(files: dict[str, Path]) -> tuple[int, str]:
     return max((below(name), name) for name in bases)
 
 
+def duplicated(files: dict[str, Path], size: int = 6) -> list[tuple[str, str]]:
+    """The pairs of places ``file:line`` that share at least ``size`` lines of code, imports and docstrings aside."""
+    seen: dict[tuple[str, ...], tuple[str, int, int]] = {}  # the block's lines -> file, line, position in the file
+    pairs: list[tuple[str, str]] = []
+    last: tuple[str, int, str, int] | None = None  # where the block before this one was found, here and there
+    for path in files.values():
+        name, written = str(path.relative_to(ROOT)), list(_statements(path))
+        for at in range(len(written) - size + 1):
+            block = tuple(text for _, text in written[at : at + size])
+            if block not in seen:
+                seen[block] = name, written[at][0], at
+                continue
+            other, line, there = seen[block]
+            # A longer block is found at each of its lines, and counts once.
+            if last != (name, at - 1, other, there - 1):
+                pairs.append((f"{name}:{written[at][0]}", f"{other}:{line}"))
+            last = name, at, other, there
+    return pairs
+
+
+def _statements(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of code of a file with their numbers, without imports, docstrings, comments and closing brackets."""
+    text = path.read_text(encoding="utf-8")
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ):
+            left_out |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    for number, line in enumerate(text.splitlines(), start=1):
+        code = line.strip()
+        if number not in left_out and code.strip("()[]{},:") and not code.startswith("#"):
+            yield number, code
+
+
 def lines(paths: Iterable[Path]) -> int:
     """Total number of lines of files."""
     return sum(path.read_text(encoding="utf-8").count("\n") for path in paths)
@@ -171,6 +207,7 @@ def numbers() -> dict[str, str]:
         "imports from a floor above": str(len(upward(graph))),
         "depth of inheritance": f"{chain} ({name})",
         "comment lines per code line": f"{comments / code:.3f}",
+        "blocks of 6 lines that occur twice": str(len(duplicated(files))),
         "docstrings, of which begin with 'What'": f"{len(texts)}, {sum(text.startswith('What ') for text in texts)}",
     }
     for method in ("sft", "dpo", "grpo"):

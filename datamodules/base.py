@@ -89,6 +89,7 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
     def __init__(
         self,
         train: Source | None = None,
+        *,
         val: Source | None = None,
         test: Source | None = None,
         predict: Source | None = None,
