@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,7 +19,7 @@ from ..data.sources import Source, is_remote, open_source
 from ..data.tokenization import OnTooLong, RowTokenizer, TokenizerSource
 from ..data.transformed_rows import Transform, TransformedRows
 from ..sequences.example import Example, check_contract
-from ..utils.keywords import CheckedKeywords
+from ..utils.keywords import CheckedKeywords, options_of
 from ..utils.packaged_configs import packaged_config
 
 # Options that select the rows, which the source's digest covers, or the order and size of batches.
@@ -373,8 +372,8 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         few = cache_folder() is None or (source.num_rows or 0) < LEAST_ROWS
         if few or type(self).__module__.rpartition(".")[0] != __package__:
             return None
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NOT_OF_EXAMPLES]
-        options = {name: getattr(self, name) for name in names[1:]}
+        names = sorted(options_of(type(self)) - set(_NOT_OF_EXAMPLES))
+        options = {name: getattr(self, name) for name in names}
         return entry_name(source, self.tokenizer, {"class": type(self).__qualname__, **options})
 
 

@@ -69,13 +69,13 @@ def check_keywords(cls: type, names: Iterable[str]) -> None:
     Raises:
         TypeError: one of them is unknown; the message suggests another.
     """
-    allowed = _keywords(cls)
+    allowed = options_of(cls)
     for name in names:
         if name not in allowed:
             raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, allowed)}")
 
 
-def _keywords(cls: type) -> set[str]:
+def options_of(cls: type) -> set[str]:
     """Collects the arguments of a class's ``__init__``, and of those to which it passes its ``**kwargs``."""
     found: set[str] = set()
     for base in cls.__mro__:
