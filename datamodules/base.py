@@ -19,7 +19,7 @@ from ..data.sources import Source, is_remote, open_source
 from ..data.tokenization import OnTooLong, RowTokenizer, TokenizerSource
 from ..data.transformed_rows import Transform, TransformedRows
 from ..sequences.example import Example, check_contract
-from ..utils.keywords import CheckedKeywords, options_of
+from ..utils.keywords import options_of, refuse_unknown
 from ..utils.packaged_configs import packaged_config
 
 # Options that select the rows, which the source's digest covers, or the order and size of batches.
@@ -40,7 +40,7 @@ _STAGES: dict[str, tuple[Split, ...]] = {
 _SPLIT_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
 
 
-class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
+class ExampleDataModule(pl.LightningDataModule):
     """Serves rows of any source as batches of token trees; subclasses make the examples of a row.
 
     A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
@@ -76,8 +76,10 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
             long, bad or left out then stays empty in the batch.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
             as many places; files (of a list or folder) and Parquet row groups are reordered in each epoch.
+        unknown: options that do not exist.
 
     Raises:
+        TypeError: an option does not exist; the message suggests another.
         ValueError: for a value outside its range.
     """
 
@@ -107,7 +109,9 @@ class ExampleDataModule(CheckedKeywords, pl.LightningDataModule):
         group_by_prompt: bool = False,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         super().__init__()
         _check_least("global_batch_size", global_batch_size, 1)
         _check_least("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1)

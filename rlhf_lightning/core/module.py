@@ -26,7 +26,7 @@ from ..models.dropout import switch_off_dropout
 from ..models.saving import export_kind
 from ..sequences import AttentionKernel, Example, ExampleBatch, SequenceBatch, register_attention
 from ..utils.files import check_replaceable
-from ..utils.keywords import CheckedKeywords
+from ..utils.keywords import refuse_unknown
 from .agreement import RankAgreement
 from .batch_checks import check_batch
 from .checkpoint_io import prepare_checkpoints
@@ -86,8 +86,10 @@ class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
         optimizer: function from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without
             weight decay. Its weight decay is applied to matrices only.
         lr_scheduler: function from an optimizer to a scheduler, stepped once per optimizer step.
+        unknown: options that do not exist.
 
     Raises:
+        TypeError: an option does not exist; the message suggests another.
         ValueError: an option is out of range; the message names a valid value.
     """
 
@@ -118,7 +120,9 @@ class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         if not isinstance(model, str | PathLike):
             raise TypeError(
                 f"model is a {type(model).__name__}; pass the folder or hub id that it came from, or write it with "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable
-from typing import Any, Self
 
 _BATCH = "the datamodule's global_batch_size (and the module's micro_batch_tokens for memory)"
 # Options of other trainers, and their equivalents here.
@@ -50,29 +49,18 @@ def advise(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-class CheckedKeywords:
-    """Refuses keyword arguments that no ``__init__`` of a class takes."""
+def refuse_unknown(cls: type, unknown: Iterable[str]) -> None:
+    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's error would name a parent class.
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Checks the names of the keyword arguments.
-
-        Raises:
-            TypeError: one of them is unknown.
-        """
-        check_keywords(cls, kwargs)
-        return super().__new__(cls)
-
-
-def check_keywords(cls: type, names: Iterable[str]) -> None:
-    """Refuses keyword arguments that no ``__init__`` of a class takes; Python's error may name a parent class.
+    Args:
+        cls: the class.
+        unknown: the names that are left for its last parent.
 
     Raises:
-        TypeError: one of them is unknown; the message suggests another.
+        TypeError: there is one; the message suggests another.
     """
-    allowed = options_of(cls)
-    for name in names:
-        if name not in allowed:
-            raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, allowed)}")
+    for name in unknown:
+        raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, options_of(cls))}")
 
 
 def options_of(cls: type) -> set[str]:
