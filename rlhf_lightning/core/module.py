@@ -55,7 +55,7 @@ from .trainer_checks import (
 from .validation_rows import ValidationRows
 
 
-class PostTrainingModule(CheckedKeywords, lightning.LightningModule):
+class PostTrainingModule(lightning.LightningModule):
     """Loads a causal language model, runs packed micro-batches under global normalizers, and steps once per batch.
 
     A method overrides what stands under *The interface of a method*: ``grad_rows`` and ``loss`` at least. The work is
