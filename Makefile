@@ -71,7 +71,7 @@ lint: dev ## check style and spelling
 type: dev ## check types
 	$(BIN)/mypy
 
-format: dev ## mend what ruff can mend
+format: dev ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

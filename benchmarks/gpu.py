@@ -263,7 +263,7 @@ def main() -> int:
         sampled(Scale(*scale), folder)
         return 0
     if not arguments.rehearse and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here: --rehearse runs the same code on a CPU")
+        parser.error("no CUDA device was found: --rehearse runs the same code on a CPU")
     scale = REHEARSAL if arguments.rehearse else CARD
     name = torch.cuda.get_device_name() if scale.device == "cuda" else "CPU (a rehearsal: its speeds mean nothing)"
 

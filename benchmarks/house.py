@@ -4,7 +4,7 @@
     python benchmarks/house.py --picture   # the rooms, one floor a line, with the imports of each
     python benchmarks/house.py --twice     # the places of code that occurs twice
 
-The floors are those that ``CONTRIBUTING.md`` lists and ``tests/test_house.py`` holds the code to.
+``CONTRIBUTING.md`` lists the floors, and ``tests/test_house.py`` checks the code against them.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def numbers() -> dict[str, str]:
         "depth of inheritance": f"{chain} ({name})",
         "comment lines per code line": f"{comments / code:.3f}",
         "blocks of 6 lines that occur twice": str(len(duplicated(files))),
-        "docstrings, of which begin with 'What'": f"{len(texts)}, {sum(text.startswith('What ') for text in texts)}",
+        "docstrings, and how many begin with "
+        "'What'": f"{len(texts)}, {sum(text.startswith('What ') for text in texts)}",
     }
     for method in ("sft", "dpo", "grpo"):
         reached = closure(graph, f"{PACKAGE}.modules.{method}") - {PACKAGE}

@@ -59,7 +59,7 @@ def compare(measure: Callable[[str, int], Figures], settings: Sequence[str], pai
     Args:
         measure: runs a side (``ours`` or a setting), given the number of the repetition.
         settings: the peer's, the one that it comes with first. Each is run once to find the fastest, in tokens
-            per second; one that the peer refuses is left out, with its reason.
+            per second; one that the peer refuses is skipped, with its reason.
         pairs: how often ours and the two settings are then run, in turn; ratios are medians over these.
         title: the printed table's first line.
     """

@@ -24,7 +24,7 @@ class GenerationAccuracy(lightning.Callback):
         prompts: source of the prompts, as for ``PromptDataModule``; rows need the columns that the verifier reads.
         verifier: dotted path of a reward function, called as ``fn(prompts, completions, **columns)``.
         max_new_tokens: maximum number of tokens of a completion, at least 1.
-        limit: number of prompts to use, from the first, at least 1; all if left out.
+        limit: number of prompts to use, from the first, at least 1; all if omitted.
         name: logged as ``val/<name>``.
         before_training: also measure before the first step.
         chat_template_kwargs: passed to the chat template; the rows' own override them by name; by default those of
@@ -61,6 +61,7 @@ class GenerationAccuracy(lightning.Callback):
         """Measures the model before training."""
         if not self.before_training or trainer.global_step > 0 or self._measured == (id(pl_module), 0):
             return
+        # Logged directly: Lightning has no step before the first.
         value = self.measure(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_metrics({self.name: value}, step=0)
@@ -81,6 +82,8 @@ class GenerationAccuracy(lightning.Callback):
             raise ValueError(
                 f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}"
             )
+
+        # The prompts are rendered with the settings of training.
         if self._examples is None:
             settings = self.chat_template_kwargs
             if settings is None:
@@ -88,6 +91,8 @@ class GenerationAccuracy(lightning.Callback):
             self._examples = read_prompts(
                 self.prompts, pl_module.tokenizer, limit=self.limit, chat_template_kwargs=settings
             )
+
+        # Each rank answers its share. Sums are added, since shares may differ in size.
         own = self._examples[trainer.global_rank :: trainer.world_size]
         engine = LocalEngine(pl_module.model, pl_module.tokenizer)
         groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)

@@ -58,6 +58,7 @@ class KLGuard(lightning.Callback):
                 "give the module a reference policy, with beta or kl_coef above 0 or reference='frozen'"
             )
         value = float(trainer.callback_metrics[self.monitor])
+        # Negated, so that a nan counts as above.
         self.above = self.above + 1 if not value <= self.max_kl else 0
         if self.above > self.patience:
             self.stopped_at = trainer.global_step

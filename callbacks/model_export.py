@@ -32,7 +32,7 @@ class ModelExport(lightning.Callback):
         folder: destination; ``{step}`` in its name becomes the number of optimizer steps, so that every export stays.
         monitor: the logged metric by which the best model is chosen, after each validation; without one, the model is
             written when training ends.
-        mode: whether more (``max``) or less (``min``) of the metric is better; if left out, derived from its name,
+        mode: whether more (``max``) or less (``min``) of the metric is better; if omitted, derived from its name,
             such as ``val/loss`` or ``val/accuracy``.
         merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
         every_n_steps: also write it every so many optimizer steps, at least 1; not with ``monitor``.
@@ -66,8 +66,8 @@ class ModelExport(lightning.Callback):
             raise ValueError(f"every_n_steps is {every_n_steps!r}; it must be a whole number of at least 1, or null")
         if every_n_steps is not None and monitor is not None:
             raise ValueError(
-                f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: leave one out, or use two ModelExport "
-                "callbacks with a folder each"
+                f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: remove one of them, or use two "
+                "ModelExport callbacks with a folder each"
             )
         self.folder = Path(folder)
         self.monitor = monitor
@@ -91,6 +91,7 @@ class ModelExport(lightning.Callback):
 
     def _prepare_place(self) -> None:
         check_place(self.folder.parent, "the model")
+        # A second run that writes here fails at its start, not at its end.
         hold(self.folder)
         recover(Path(str(self.folder).replace("{step}", "*")).expanduser().absolute())
 
@@ -102,6 +103,7 @@ class ModelExport(lightning.Callback):
             on_first_rank(lambda: self._check_places(pl_module, trainer.global_step))
 
     def _check_places(self, module: PostTrainingModule, step: int) -> None:
+        # With {step} in the name, later steps of this run would replace these folders.
         before, numbered, after = self.folder.name.partition("{step}")
         places = [self.folder]
         if numbered:
@@ -114,7 +116,7 @@ class ModelExport(lightning.Callback):
             record = place.with_name(f"{place.name}.json")
             if record.exists() and not _is_record(record):
                 raise ValueError(
-                    f"{str(record)!r} is there already and was not written by ModelExport, which would replace it: "
+                    f"{str(record)!r} already exists and was not written by ModelExport, which would replace it: "
                     "move it away, or choose another folder"
                 )
 
@@ -122,13 +124,13 @@ class ModelExport(lightning.Callback):
         """Starts counting at the first step of this run.
 
         Raises:
-            ValueError: ``monitor`` is set and there are no validation rows.
+            ValueError: ``monitor`` is set without validation rows.
         """
         self._last_step = trainer.global_step
         if self.monitor is not None and not has_validation(trainer):
             raise ValueError(
-                f"monitor is {self.monitor!r}, and there are no validation rows by which to choose: set the "
-                "datamodule's val, or leave monitor out to export the model of the last step"
+                f"monitor is {self.monitor!r}, and there are no validation rows to measure it on: set the "
+                "datamodule's val, or remove monitor to export the model of the last step"
             )
 
     def on_train_batch_end(
@@ -156,6 +158,7 @@ class ModelExport(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the final model, unless a metric has chosen one."""
+        # A metric that was never measured must not leave the user without a model.
         if self.monitor is not None and self.best_value is None:
             rank_zero_warn(
                 f"{self.monitor!r} was never measured in {trainer.global_step} steps: the model is exported as it is "
@@ -213,6 +216,7 @@ class ModelExport(lightning.Callback):
         import wandb  # installed if its logger is used
 
         run: Any = logger.experiment
+        # W&B allows letters, digits and a few signs in names.
         name = re.sub(r"[^\w.-]+", "-", self.folder.name.replace("{step}", "")).strip("-_.") or "model"
         artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=record)
         artifact.add_dir(str(folder))
@@ -235,6 +239,7 @@ def direction_of(monitor: str) -> Literal["max", "min"]:
         >>> direction_of("val/loss"), direction_of("val/rewards/accuracies")
         ('min', 'max')
     """
+    # A quality_loss is a loss: words for less win over words for more.
     words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
     if words & _LESS and not words & _NEITHER:
         return "min"

@@ -12,7 +12,7 @@ import lightning
 
 from ..core.checkpoint_io import check_place
 from ..distributed.collectives import gather_objects
-from ..utils.files import PARTIAL, hidden_beside, on_first_rank
+from ..utils.files import PARTIAL, hidden_sibling, on_first_rank
 
 _MISSING = object()
 
@@ -47,7 +47,7 @@ class PredictionWriter(lightning.Callback):
 
     def _check_path(self) -> None:
         if self.path.exists():
-            raise ValueError(f"output {str(self.path)!r} is there already: remove it, or write to another file")
+            raise ValueError(f"output {str(self.path)!r} already exists: remove it, or write to another file")
         check_place(self.path.parent, "predictions")
 
     def on_predict_batch_end(
@@ -67,7 +67,8 @@ class PredictionWriter(lightning.Callback):
     def _append(self, ranks: list[list[Any]]) -> None:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = hidden_beside(self.path, PARTIAL).open("w", encoding="utf-8")
+            self._file = hidden_sibling(self.path, PARTIAL).open("w", encoding="utf-8")
+        # Rank r has the rows r, r + world_size, ...: taking one of each rank in turn restores the order.
         for row in chain.from_iterable(zip_longest(*ranks, fillvalue=_MISSING)):
             if row is not _MISSING:
                 self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
@@ -80,7 +81,7 @@ class PredictionWriter(lightning.Callback):
     def _finish(self) -> None:
         if self._file is not None:
             self._file.close()
-            hidden_beside(self.path, PARTIAL).replace(self.path)
+            hidden_sibling(self.path, PARTIAL).replace(self.path)
             self._file = None
 
     def on_exception(
@@ -89,7 +90,7 @@ class PredictionWriter(lightning.Callback):
         """Removes the incomplete file."""
         if self._file is not None:
             self._file.close()
-            hidden_beside(self.path, PARTIAL).unlink(missing_ok=True)
+            hidden_sibling(self.path, PARTIAL).unlink(missing_ok=True)
             self._file = None
 
 

@@ -58,6 +58,7 @@ class ReferenceSync(lightning.Callback):
         batch_idx: int,
     ) -> None:
         """Moves the reference once for every multiple of ``every_n_steps`` that the last batch has passed."""
+        # A batch may make several steps and pass several multiples.
         while self.num_syncs < trainer.global_step // self.every_n_steps:
             self.num_syncs += 1
             self.sync(pl_module)
@@ -65,6 +66,7 @@ class ReferenceSync(lightning.Callback):
     @torch.no_grad()
     def sync(self, pl_module: lightning.LightningModule) -> None:
         """Moves the reference once."""
+        # reference <- (1 - alpha) reference + alpha policy
         for moved, policy in _pairs(_reference(pl_module), pl_module):
             moved.lerp_(policy.detach().to(moved), self.alpha)
 
@@ -80,7 +82,7 @@ class ReferenceSync(lightning.Callback):
 def _reference(module: lightning.LightningModule) -> FrozenReference | AdapterReference:
     name = type(module).__name__
     if not isinstance(module, PostTrainingModule) or module.reference is None:
-        raise ValueError(f"{name} has no reference policy, so ReferenceSync has nothing to move: leave it out")
+        raise ValueError(f"{name} has no reference policy, so ReferenceSync has nothing to move: remove it")
     for reference in module.references:
         if isinstance(reference, AdapterReference) and ADAPTER_COPY in reference.model.peft_config:
             return reference
@@ -102,6 +104,8 @@ def _pairs(
     policy: Any = module.model
     if isinstance(reference, FrozenReference):
         return _same_names(dict(reference.model.named_parameters()), dict(policy.named_parameters()))
+
+    # An adapter's copy, and the weights outside of the adapter that the reference keeps.
     weights = dict(policy.named_parameters())
     copies = {name: weight for name, weight in weights.items() if f".{ADAPTER_COPY}." in name}
     active = policy.active_adapter

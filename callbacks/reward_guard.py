@@ -92,6 +92,7 @@ class RewardGuard(lightning.Callback):
         self._num_batches += 1
         if self.every_n_batches is None:
             return
+        # The check is a training metric as well, averaged over the same batches.
         self._sums[1] += self._value(trainer, self.check, "check")
         if self._num_batches >= self.every_n_batches:
             self._compare(trainer, self._sums[1] / self._num_batches)
@@ -115,6 +116,7 @@ class RewardGuard(lightning.Callback):
         raise ValueError(f"{role} is {name!r}, which is not logged (logged: {logged}): {instead}")
 
     def _compare(self, trainer: lightning.Trainer, check: float) -> None:
+        # The mean of the proxy since the last check: single batches are noisy.
         proxy = self._sums[0] / self._num_batches
         self._sums, self._num_batches = [0.0, 0.0], 0
         sign = 1.0 if self.mode == "max" else -1.0

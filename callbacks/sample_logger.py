@@ -56,7 +56,7 @@ class SampleLogger(lightning.Callback):
         """
         if not isinstance(pl_module, OnPolicyModule):
             name = type(pl_module).__name__
-            raise ValueError(f"SampleLogger needs GRPOModule or PPOModule; {name} writes nothing: leave it out")
+            raise ValueError(f"SampleLogger needs GRPOModule or PPOModule; {name} writes nothing: remove it")
 
     def on_train_batch_end(
         self,
@@ -84,6 +84,7 @@ class SampleLogger(lightning.Callback):
         rows = self._rows(module, module.last_rollouts, trainer.global_step)
         # The step of this batch's metrics in Lightning; without one, W&B would use that of the previous metrics.
         place = trainer.fit_loop.epoch_loop._batches_that_stepped
+        # Only loggers that know tables, as that of W&B.
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
                 logger.log_table(f"{stage}/samples", columns=columns, data=rows, step=place)

@@ -60,6 +60,7 @@ def peak_flops_of(name: str, precision: str, *, tf32: bool = False) -> float | N
     """
     if "64" in precision:
         return None
+    # fp32 uses the TF32 units only if the user has allowed it.
     column = 0 if "16" in precision else 1 if tf32 else 2
     return next((1e12 * peaks[column] for gpu, peaks in _PEAKS if gpu.lower() in name.lower()), None)
 
@@ -69,7 +70,7 @@ def flops_per_token(model: nn.Module, length: float) -> float:
 
     6N + 12 L H Q T: N weights, L layers of H heads of size Q, sequences of T tokens. Attention is counted as if a token
     saw the whole sequence, and recomputation to save memory is not counted. Departures: a frozen weight has no
-    gradient, so it costs 4 instead of 6; of a mixture's experts, only those that a token is sent to count.
+    gradient, so it costs 4 instead of 6; of a mixture's experts, only the ones that a token is routed to count.
 
     Args:
         model: a causal language model, also one with adapters.
@@ -77,12 +78,14 @@ def flops_per_token(model: nn.Module, length: float) -> float:
     """
     config: Any = base_model(model).config.get_text_config()
     heads = config.num_attention_heads
+    # Some models have heads of another size than hidden_size / heads.
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     share = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
     weights = 0.0
     for name, parameter in model.named_parameters():
         stored: Any = getattr(parameter, "quant_state", None)  # of 4 bits: two weights in a byte
+        # A frozen weight has no gradient of its own: 4 operations per token instead of 6.
         count = parameter.numel() if stored is None else math.prod(stored.shape)
         weights += (6 if parameter.requires_grad else 4) * count * (share if ".experts." in name else 1.0)
     return weights + float(12 * config.num_hidden_layers * heads * size) * length
@@ -109,9 +112,9 @@ class Throughput(lightning.Callback):
     On CUDA, phases are timed by events; only logging synchronises with the device.
 
     Args:
-        peak_flops: peak floating-point operations per second of one device, above 0; if left out, that of known GPUs,
+        peak_flops: peak floating-point operations per second of one device, above 0; if omitted, that of known GPUs,
             and no ``throughput/mfu`` on others.
-        every_n_batches: batches between two logs, at least 1; the trainer's ``log_every_n_steps`` if left out.
+        every_n_batches: batches between two logs, at least 1; the trainer's ``log_every_n_steps`` if omitted.
 
     Raises:
         ValueError: a number out of range, or a module that is not a ``PostTrainingModule``.
@@ -198,6 +201,7 @@ class Throughput(lightning.Callback):
     def _measure(self, trainer: lightning.Trainer, module: PostTrainingModule, own: Work) -> dict[str, float]:
         ranks: list[tuple[Work, float]] = gather_objects((own, _peak_memory(module.device)))
         works = [work for work, _ in ranks]
+        # The slowest rank decides how long a phase takes.
         seconds = {name: max(work.seconds[name] for work in works) for name in own.seconds}
         total = max(sum(work.seconds.values()) for work in works)
 
@@ -215,6 +219,8 @@ class Throughput(lightning.Callback):
             "time/batch": total / own.batches,
         }
         values |= {f"time/{name}": value / own.batches for name, value in seconds.items()}
+
+        # Without any token there is nothing to compare.
         if repeated:
             values["throughput/padding_saved"] = 1 - repeated / padded if packed else 0.0
             values["throughput/prefix_saved"] = 1 - tokens / repeated

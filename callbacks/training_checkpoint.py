@@ -23,7 +23,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     """Saves the whole state of training every so many optimizer steps, and finds the newest complete checkpoint.
 
     ``fit --ckpt_path last`` (``Trainer.fit(..., ckpt_path="last")``) continues from the complete checkpoint of the
-    latest step in the folder, and starts from the beginning where there is none: the same command starts a run and
+    latest step in the folder, and starts from the beginning without one: the same command starts a run and
     continues it.
 
     Lightning's ``ModelCheckpoint(monitor="val/loss", save_top_k=3)`` keeps the best models as well. With
@@ -58,6 +58,7 @@ class TrainingCheckpoint(ModelCheckpoint):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if every_minutes is not None and not every_minutes > 0:
             raise ValueError(f"every_minutes is {every_minutes!r}; it must be above 0 (null goes by steps alone)")
+        # save_top_k=-1 keeps Lightning from deleting: this class deletes, and only what the run has made.
         super().__init__(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=every_n_steps)
         self.folder = Path(self.dirpath or folder)
         self.every_n_steps = every_n_steps
@@ -103,13 +104,13 @@ class TrainingCheckpoint(ModelCheckpoint):
         if found and not goes_on:
             raise ValueError(
                 f"{str(self.folder)!r} holds checkpoints of another run (the newest: {found[-1].name}), which this one "
-                "would replace: go on from there with ckpt_path='last' (--ckpt_path=last), or choose another folder"
+                "would replace: resume it with ckpt_path='last' (--ckpt_path=last), or choose another folder"
             )
         for path in found:
             later = _step(path) > max(step, _step(Path(resumed or "")))
             if later and path.name not in self._made and not (path.is_file() and damage(path)):
                 raise ValueError(
-                    f"{str(path)!r} was not made by this run, which would replace it when it gets there: move it away"
+                    f"{str(path)!r} was not made by this run, which would replace it at that step: move it away"
                 )
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -160,29 +161,31 @@ class TrainingCheckpoint(ModelCheckpoint):
         self._made |= set(state_dict.get("made", ()))
 
     def newest(self) -> Path | None:
-        """Finds the newest complete checkpoint; ``None`` where there is no checkpoint.
+        """Finds the newest complete checkpoint; ``None`` without a checkpoint.
 
         Raises:
             ValueError: all checkpoints are damaged.
         """
         found = self._by_step()
         for path in reversed(found):
+            # Checksums find a file that a killed machine has not written completely.
             reason = damage(path) if path.is_file() else None
             if reason is None:
                 return path
             rank_zero_warn(f"the checkpoint {str(path)!r} is damaged ({reason}): the one before it is taken")
         if found:
             raise ValueError(
-                f"all {len(found)} checkpoints in {str(self.folder)!r} are damaged: delete them to start anew"
+                f"all {len(found)} checkpoints in {str(self.folder)!r} are damaged: delete them to start from the "
+                "beginning"
             )
         return None
 
     def _find_last_checkpoints(self, trainer: lightning.Trainer) -> set[str]:
-        """Returns Lightning's candidates for ``ckpt_path="last"``, which it ignores if there are none."""
+        """Returns Lightning's candidates for ``ckpt_path="last"``, which it ignores if the list is empty."""
         newest = self.newest()
         if newest is None and trainer.state.fn != "fit" and len(trainer.checkpoint_callbacks) == 1:
             raise ValueError(
-                f"ckpt_path is 'last', and there is no checkpoint in {str(self.folder)!r}: name one, or leave it out "
+                f"ckpt_path is 'last', and there is no checkpoint in {str(self.folder)!r}: name one, or remove it "
                 "to measure the model that the configuration names"
             )
         return set() if newest is None else {str(newest)}
@@ -217,6 +220,7 @@ class TrainingCheckpoint(ModelCheckpoint):
             path.rename(path.with_name(f"{path.name}.damaged"))  # of another run, which cannot be resumed from it
         self._made.add(path.name)
         self._save_checkpoint(trainer, str(path))
+        # After the new one is complete, so that there is always one.
         if trainer.is_global_zero:
             others = [other for other in self._by_step() if other != path and other.name in self._made]
             for old in others[: -self.keep + 1 or None]:
@@ -225,13 +229,13 @@ class TrainingCheckpoint(ModelCheckpoint):
 
 
 def _step(path: Path) -> int:
-    """Reads the step from a checkpoint's name; -1 if there is none."""
+    """Reads the step from a checkpoint's name; -1 without one."""
     number = path.name.removeprefix(_PREFIX).removesuffix(".ckpt")
     return int(number) if number.isdecimal() else -1
 
 
 def check_last(trainer: lightning.Trainer, subcommand: str) -> None:
-    """Refuses ``ckpt_path="last"`` where there is no checkpoint, for commands that do not train.
+    """Refuses ``ckpt_path="last"`` without a checkpoint, for commands that do not train.
 
     Raises:
         ValueError: no callback of the trainer finds a checkpoint.
@@ -240,7 +244,7 @@ def check_last(trainer: lightning.Trainer, subcommand: str) -> None:
     if not any(maker._find_last_checkpoints(trainer) for maker in makers):
         raise ValueError(
             f"ckpt_path is 'last', and {subcommand} finds no checkpoint of the callbacks that are configured: name a "
-            "file, or leave it out to measure the model that the configuration names"
+            "file, or remove it to measure the model that the configuration names"
         )
 
 
@@ -264,5 +268,5 @@ def check_enabled(enabled: bool | None, callbacks: Iterable[Any]) -> None:
         what = f"{makers[0]} makes" if len(makers) == 1 else f"{' and '.join(makers)} make"
         raise ValueError(
             f"trainer.enable_checkpointing is false, and {what} checkpoints: write --trainer.enable_checkpointing=true "
-            "(in YAML, enable_checkpointing: true under trainer), or leave the callback out"
+            "(in YAML, enable_checkpointing: true under trainer), or remove the callback"
         )

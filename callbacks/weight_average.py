@@ -39,7 +39,7 @@ class WeightAverage(lightning.Callback):
 
     Args:
         decay: d, in [0, 1]; the average covers about the last 1 / (1 - d) steps.
-        start_step: number of initial optimizer steps to leave out, at least 0.
+        start_step: number of initial optimizer steps to skip, at least 0.
 
     Raises:
         ValueError: a number out of range, a module that is not a ``PostTrainingModule``, or a checkpoint whose average
@@ -72,6 +72,8 @@ class WeightAverage(lightning.Callback):
         if self._module is pl_module:
             return
         self.num_steps, self.average, self._is_loaded, self._module = 0, {}, False, pl_module
+
+        # On the instance, since exports of other modules must not change.
         attributes = vars(pl_module)
         attributes.pop("save_pretrained", None)  # of an earlier average
         export = pl_module.save_pretrained
@@ -102,6 +104,8 @@ class WeightAverage(lightning.Callback):
             self.average = {name: _exact(weight).clone() for name, weight in trained.items()}
             self.start_step = self.num_steps - 1
             return
+
+        # Adam's bias correction: the initial weights are not in the average.
         factor = 1 / count if self.decay == 1 else (1 - self.decay) / (1 - self.decay**count)
         for name, weight in trained.items():
             self.average[name].lerp_(_exact(weight), factor)
@@ -119,7 +123,8 @@ class WeightAverage(lightning.Callback):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Replaces the weights by the average within the context; does nothing if there is none yet."""
+        """Replaces the weights by the average within the context; does nothing before the first average."""
+        # An export during validation finds the average in place and must leave it there.
         nested = self._own is not None
         self._show()
         try:
@@ -201,6 +206,7 @@ class WeightAverage(lightning.Callback):
         """Restores the state of an earlier run."""
         self.num_steps, self.average = state_dict["num_steps"], dict(state_dict["average"])
         self._is_loaded = True
+        # Before the first average, the start_step of this run applies.
         if self.average:
             self.start_step = state_dict["start_step"]
 
@@ -224,7 +230,7 @@ def _placed(average: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> dic
     if wrong:
         raise ValueError(
             f"the checkpoint's average is not one of the weights that are trained here ({len(wrong)} differ, the first "
-            f"{wrong[0]!r}): use the options that it was made with, or leave WeightAverage out"
+            f"{wrong[0]!r}): use the options that it was made with, or remove WeightAverage"
         )
     placed: dict[str, Tensor] = {}
     for name, weight in trained.items():

@@ -46,7 +46,7 @@ class ExampleDataModule(pl.LightningDataModule):
     A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
     id on the hub, an embedded task (``"sums:preference?rows=1000"``), a list of such strings, and in Python a list of
     dictionaries or a ``datasets.Dataset``. :attr:`report` counts, per split: ``rows`` read, ``examples`` made of them,
-    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (skipped), ``left_out`` (by the transform), ``tokens`` and
+    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (skipped), ``filtered`` (by the transform), ``tokens`` and
     ``longest``; with ``streaming``, for the training rows that this rank has processed so far, in all epochs.
 
     Args:
@@ -54,26 +54,26 @@ class ExampleDataModule(pl.LightningDataModule):
         val: source of the validation rows.
         test: source of the test rows.
         predict: source of the rows to predict.
-        tokenizer: folder, hub id or tokenizer object; the module's (``module.tokenizer``) if left out.
+        tokenizer: folder, hub id or tokenizer object; the module's (``module.tokenizer``) if omitted.
         global_batch_size: examples of one optimizer step, over all ranks; at least 1.
-        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if left out.
-        max_length: maximum number of tokens of a sequence (of the longer one of a pair); unlimited if left out.
+        eval_batch_size: the same for validation, test and prediction; ``global_batch_size`` if omitted.
+        max_length: maximum number of tokens of a sequence (of the longer one of a pair); unlimited if omitted.
         on_too_long: ``drop`` the example, ``truncate_start`` (of the prompt, after its beginning-of-sequence token),
             ``truncate_end`` (of the completion, with its end-of-sequence token), or ``error``.
         on_bad_row: ``error`` at the first row that cannot be used, or ``skip`` it; skipped rows are counted and the
             first ones shown.
         columns: new name of a column -> its name in the rows.
-        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to leave the row out; in YAML the
+        transform: maps a row's columns (already renamed) to new ones, or to ``None`` to drop the row; in YAML the
             function's dotted path. :mod:`~rlhf_lightning.data.transforms` has some.
         chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
             ``chat_template_kwargs`` override them by name.
         seed: seed of the order of training rows, together with the epoch; at least 0.
         shuffle: draw a new order of training rows in each epoch.
-        drop_last: leave out a last training batch of fewer than ``global_batch_size`` examples.
+        drop_last: drop a last training batch of fewer than ``global_batch_size`` examples.
         group_by_prompt: keep training rows of the same prompt together in every order, and on one rank where the
             batch allows it, so that their prompt is computed once; not with ``streaming``.
         streaming: read training rows on demand instead of tokenising all of them first. The place of a row that is too
-            long, bad or left out then stays empty in the batch.
+            long, bad or dropped then stays empty in the batch.
         shuffle_buffer: with ``streaming``, the rows among which the next one is drawn; at least 1. Rows move by about
             as many places; files (of a list or folder) and Parquet row groups are reordered in each epoch.
         unknown: options that do not exist.
@@ -126,7 +126,7 @@ class ExampleDataModule(pl.LightningDataModule):
                 "to false"
             )
 
-        # Options are attributes of the same names: `_entry` reads those that examples depend on.
+        # Options are attributes of the same names: `_entry` reads the ones that examples depend on.
         self.sources: dict[Split, Any] = {"train": train, "val": val, "test": test, "predict": predict}
         self.global_batch_size = global_batch_size
         self.eval_batch_size = global_batch_size if eval_batch_size is None else eval_batch_size
@@ -214,6 +214,8 @@ class ExampleDataModule(pl.LightningDataModule):
         """Returns the training loader; the same trainer gets the same loader again, which continues at its position."""
         if self.sources["train"] is None:
             raise ValueError(f"there are no training rows: write {type(self).__name__}(train='rows.jsonl')")
+
+        # Lightning asks again in every epoch with reload_dataloaders_every_n_epochs: the position must not be lost.
         trainer = self.trainer
         if self._train_loader is None or trainer is None or self._train_loader_of is not trainer:
             self._train_loader, self._train_loader_of = self._make_train_loader(), trainer
@@ -244,6 +246,7 @@ class ExampleDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the training loader's position from a checkpoint."""
+        # `validate` and `test` read weights from a checkpoint, and no position.
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         state = state_dict.get("train") if fitting else None
         if state is not None and self._train_loader is not None and self._train_loader_of is self.trainer:
@@ -322,6 +325,8 @@ class ExampleDataModule(pl.LightningDataModule):
                 f"drop_last=True leaves no batch of {loader.num_rows} training {kind} with global_batch_size="
                 f"{self.global_batch_size}: set drop_last=False, or a global_batch_size of at most {loader.num_rows}"
             )
+
+        # Set last, since a fraction needs the loader's length.
         loader.limit = self._limit(loader)
         loader.contract = self.contract
         return loader
@@ -333,6 +338,7 @@ class ExampleDataModule(pl.LightningDataModule):
             return None
         if isinstance(limit, int):
             return limit
+        # A fraction of the batches, if their number is known.
         return None if loader.num_rows is None else max(1, int(len(loader) * limit))
 
     def _eval_loader(self, split: Split) -> list[Any] | ExampleLoader:
@@ -360,6 +366,7 @@ class ExampleDataModule(pl.LightningDataModule):
         if split not in self._stores:
             reader = self._reader(split)
             entry = self._entry(reader.source)
+            # Tokenized in an earlier run from the same rows, tokenizer, options and code.
             kept = None if entry is None else read_entry(entry)
             if kept is None:
                 self._stores[split] = reader.read_all()
@@ -373,6 +380,7 @@ class ExampleDataModule(pl.LightningDataModule):
 
     def _entry(self, source: RowSource) -> str | None:
         """Returns the name under which examples are cached; ``None`` where they are not."""
+        # Only the package's own datamodules: the code of a user's class is not part of the key.
         few = cache_folder() is None or (source.num_rows or 0) < LEAST_ROWS
         if few or type(self).__module__.rpartition(".")[0] != __package__:
             return None

@@ -30,6 +30,7 @@ class PromptDataModule(ExampleDataModule):
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
         """Makes the example of one row."""
         row = prompt_only(columns)
+        # Rewards may render the chat themselves, so that they get the tools and settings of the template.
         settings = self.rows.chat.merged(row.template) if not isinstance(row.prompt, str) else row.template
         tools = {"tools": settings.pop("tools")} if settings.get("tools") else {}
         fields = {**row.fields, **tools, **({"chat_template_kwargs": settings} if settings else {})}

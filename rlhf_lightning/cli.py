@@ -194,7 +194,7 @@ class PostTrainingCLI(LightningCLI):
         if output is not None:
             callbacks.append(PredictionWriter(output))
         elif not any(isinstance(callback, BasePredictionWriter | PredictionWriter) for callback in callbacks):
-            raise UsageError("nothing says where predictions go: give --output=FILE.jsonl")
+            raise UsageError("no file for the predictions is given: pass --output=FILE.jsonl")
 
     def predict(self, **kwargs: Any) -> None:
         """Predicts without keeping results in memory: a callback writes them."""
@@ -252,7 +252,7 @@ def _said(error: Exception) -> str:
     """Describes an error in one line; an unexpected one with its type and how to see the traceback."""
     text = explain(str(error))
     if isinstance(error, RuntimeError) and is_peer_loss(error):
-        return f"another rank has ended, and says why ({' '.join(str(error).split())[:120]})"
+        return f"another rank has failed ({' '.join(str(error).split())[:120]})"
     if isinstance(error, UsageError | ValueError | OSError | ImportError | MisconfigurationException):
         return text or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):

@@ -60,6 +60,8 @@ class JSONLLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Appends a line; non-finite values are written as null."""
         self.claim()
+
+        # JSON has no NaN and no infinity.
         row: dict[str, Any] = {"step": step} | ({} if self._run == "fit" else {"run": self._run})
         row |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ class JSONLLogger(Logger):
         if self._is_claimed:
             return
         if self.path.is_dir() or (self.path.is_file() and not _is_history(self.path)):
-            raise ValueError(f"{str(self.path)!r} is no log of metrics, and none is added to it: choose another path")
+            raise ValueError(f"{str(self.path)!r} is not a log of metrics and is left unchanged: choose another path")
         hold(self.path)
         self._is_claimed = True
 
@@ -119,7 +121,7 @@ def _is_history(path: Path) -> bool:
 def read_history(path: str | Path) -> list[dict[str, Any]]:
     """Reads a log of ``JSONLLogger``; a missing file is an empty history.
 
-    A truncated line is left out. Rows of a resumed run replace earlier rows of the same and later steps.
+    A truncated line is skipped. Rows of a resumed run replace earlier rows of the same and later steps.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
@@ -133,6 +135,7 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
             if "run" in row:  # not of training: replaces no rows
                 rows.append(row)
                 continue
+            # A resumed run repeats the steps after its checkpoint: its rows replace the earlier ones.
             if begins and row["step"] is not None:
                 rows = [r for r in rows if "run" in r or r["step"] is None or r["step"] < row["step"]]
                 begins = False

@@ -9,7 +9,7 @@ import os
 # small are slower on two, and because sums keep one order.
 os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "MPLBACKEND": "agg"})
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests tokenize anew, unless they are about what is kept.
+# Tests tokenize again, unless they are about what is kept.
 os.environ["RLHF_LIGHTNING_CACHE"] = "0"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -24,8 +24,8 @@ class Family:
         answer: what the assistant writes for a content without reasoning, its end included.
         tokens: special tokens, the end-of-sequence token first.
         opening: the tokenizer puts ``<bos>`` in front of every text.
-        reasoned: what it writes for a content behind reasoning; ``None`` where the template knows none.
-        roles: roles beside user and assistant that it takes.
+        reasoned: what it writes for a content after reasoning; ``None`` where the template knows none.
+        roles: roles besides user and assistant that it takes.
         settings: a setting that the template reads, with another value than its default.
     """
 
@@ -42,7 +42,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Reasoning is shown behind the last question alone, and an empty one is opened where none is wanted.
+# Reasoning is shown after the last question alone, and an empty one is opened where none is wanted.
 QWEN3 = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"

@@ -129,12 +129,12 @@ def test_seed_defaults_to_zero(capsys):
         (["fitt"], "no subcommand 'fitt'; did you mean 'fit'?"),
         (["label_steps"], "no subcommand 'label_steps'; did you mean 'label-steps'?"),
         (["frobnicate"], "use one of fit, validate, test, predict, pipeline, label-steps"),
-        (["fit"], "nothing says what"),
+        (["fit"], " given: pass --config with a file"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml'"),
         (["fit", "--config", TINY_DPO, "--trainer.max_stepz=3"], "did you mean 'trainer.max_steps'?"),
         (["fit", "--config", TINY_DPO, "--model.betta=3"], "no option 'betta'; did you mean 'beta'?"),
         (["fit", "--config", TINY_DPO, "--model.beta=much"], "beta: 'much' is not allowed: expected float"),
-        (["pipeline"], "nothing says what to do: give --config with a file"),
+        (["pipeline"], "no configuration is given: pass --config with a file"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(capsys, args, message):
@@ -178,7 +178,7 @@ def test_mistakes_in_a_file(capsys, tmp_path, content, message):
     assert len(said) < 400
 
 
-def test_yaml_that_is_none(capsys, tmp_path):
+def test_invalid_yaml(capsys, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("model: [\n")
     code, said = refused(capsys, "fit", "--config", str(file))
@@ -270,15 +270,15 @@ Parser key "model.lr":
 
 @pytest.mark.parametrize("callback", ["TrainingCheckpoint", "lightning.pytorch.callbacks.ModelCheckpoint"])
 def test_checkpoints_that_the_trainer_is_told_not_to_make(capsys, tmp_path, callback):
-    """The tiny configs make none: whoever adds a callback for them is told what to write beside it."""
+    """The tiny configs make none: whoever adds a callback for them is told which option to write."""
     args = ["fit", "--config", TINY_DPO, f"--trainer.callbacks+={callback}", f"--trainer.default_root_dir={tmp_path}"]
     args += [f"--trainer.callbacks.{'folder' if callback.startswith('Training') else 'dirpath'}={tmp_path}/checkpoints"]
     status, message = refused(capsys, *args)
     assert status == 1
     assert message == (
         f"trainer.enable_checkpointing is false, and {callback.rpartition('.')[2]} makes checkpoints: write "
-        "--trainer.enable_checkpointing=true (in YAML, enable_checkpointing: true under trainer), or leave the "
-        "callback out"
+        "--trainer.enable_checkpointing=true (in YAML, enable_checkpointing: true under trainer), or remove the "
+        "callback"
     )
     built = PostTrainingCLI([*args[1:], "--trainer.enable_checkpointing=true"], run=False).trainer
     assert callback.rpartition(".")[2] in {type(each).__name__ for each in built.checkpoint_callbacks}

@@ -203,7 +203,7 @@ def test_a_class_path_that_is_no_text(tmp_path: Path, section: str, value: Any) 
     assert "class_path" in said
 
 
-def test_what_is_wrong_inside_of_a_class_is_said(tmp_path: Path) -> None:
+def test_what_is_wrong_inside_of_a_class_is_reported(tmp_path: Path) -> None:
     content = copy.deepcopy(TINY["dpo"])
     content["trainer"]["logger"]["init_args"] = [1]
     file = tmp_path / "mine.yaml"

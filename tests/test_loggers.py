@@ -26,7 +26,7 @@ def test_no_file_is_no_history(tmp_path):
     assert read_history(tmp_path / "none.jsonl") == []
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+def test_a_line_that_was_cut_off_is_skipped(tmp_path):
     path = tmp_path / "history.jsonl"
     JSONLLogger(str(path)).log_metrics({"a": 1.0}, step=1)
     with path.open("a") as file:

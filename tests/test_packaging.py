@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it lives beside a project that has its own ``callbacks``."""
+"""The wheel: what is in it, and that it lives next to a project that has its own ``callbacks``."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ print(json.dumps(report))
 """
 
 
-def test_wheel_beside_a_project_with_its_own_callbacks(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+def test_wheel_next_to_a_project_with_its_own_callbacks(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     site, project = tmp_path / "site", tmp_path / "project"
     wheel.extractall(site)
     (project / "callbacks").mkdir(parents=True)

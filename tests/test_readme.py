@@ -163,7 +163,7 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
 
 
 def logged_names(module: str) -> list[tuple[set[str], set[str]]]:
-    """What METHODS.md says that a module logs: in every stage, and in training beside it; (always, at times) each."""
+    """What METHODS.md says that a module logs: in every stage, and in training also; (always, at times) each."""
     rows = {}
     for line in (ROOT / "METHODS.md").read_text().partition("## What is logged")[2].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -56,7 +56,7 @@ def byte_pairs(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def gsm8k_texts(folder: Path) -> Iterator[str]:
-    """Questions and answers of the training file; the calculator's annotations are left out, as the datamodule does."""
+    """Questions and answers of the training file; the calculator's annotations are removed, as in the datamodule."""
     from rlhf_lightning.data.tasks import open_task
 
     for split in ("train", "validation"):
@@ -97,7 +97,7 @@ def save(tokenizer: Tokenizer, folder: Path, *, max_length: int, **shape: Any) -
 
 
 def main() -> None:
-    """Builds the folder named on the command line, beside this file."""
+    """Builds the folder named on the command line, next to this file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", choices=["nano", "small"])
     parser.add_argument("--gsm8k", type=Path, help="folder with GSM8K's train.jsonl (needed for small)")

@@ -62,6 +62,7 @@ class RankAgreement(lightning.Callback):
             decide()
 
     def _compare(self, trainer: lightning.Trainer) -> None:
+        # Host names are in the message, because a checkpoint that only one machine has is the usual cause.
         path = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         found = gather_objects((path, trainer.global_step, socket.gethostname()))
         for rank, (other, step, host) in enumerate(found):

@@ -51,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UnwrittenCheckpointError(
-                f"cannot write the checkpoint {str(target)!r} ({reason}): make room or choose another folder; "
+                f"cannot write the checkpoint {str(target)!r} ({reason}): free disk space or choose another folder; "
                 "checkpoints that were there are untouched"
             ) from error
         flush_to_disk(target.parent)
@@ -67,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" not in str(path) and Path(path).is_file() and (reason := damage(path)):
             raise ValueError(
                 f"the checkpoint {str(path)!r} is damaged ({reason}): resume from another one; TrainingCheckpoint with "
-                "ckpt_path='last' takes the newest that is whole"
+                "ckpt_path='last' takes the newest complete one"
             )
         place = (lambda storage, _: storage) if map_location is None else map_location
         # By default Lightning unpickles arbitrary objects, code included, from a URL.

@@ -42,6 +42,7 @@ class GradientSums:
     def begin_pass(self) -> None:
         """Announces another backward pass; the second one switches to fp32 accumulation."""
         self._passes += 1
+        # A single pass needs no sum: its gradients stay where they are.
         if self._passes == 2:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -59,6 +60,7 @@ class GradientSums:
     def _take(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
+        # Taken away, so that the next pass does not add to it in half precision.
         grad, parameter.grad = parameter.grad, None
         if parameter in self._sums:
             self._sums[parameter].add_(grad)
@@ -88,6 +90,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
     used = torch.tensor([parameter.grad is not None for parameter in whole], device=whole[0].device).int()
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
 
+    # Large buckets, because a collective for every parameter would cost more in latency than in transfer.
     bucket: list[Tensor] = []
 
     def flush() -> None:
@@ -101,6 +104,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
         bucket.clear()
 
     for parameter in (parameter for parameter, count in zip(whole, used.tolist(), strict=True) if count):
+        # Another rank has a gradient: this one takes part with 0.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and bucket[0].dtype != parameter.grad.dtype:
@@ -151,6 +155,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         barrier()
         dist.all_reduce(of_shards)
 
+    # Parts are scaled in place, shards like whole gradients, by the same factor on all ranks.
     norm: Tensor = (of_shards + of_whole).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch does
     for part, dtype in zip(local, wide, strict=True):
@@ -182,5 +187,5 @@ def check_gradient(module: Any, grad_norm: Tensor, examples: Sequence[Example]) 
         rows = "; ".join(f"of rank {n}: {part}" for n, part in enumerate(gather_objects(rows)) if part)
     raise ValueError(
         f"the gradient's norm is {float(grad_norm)} in step {module.trainer.global_step + 1} (rows {rows}); the "
-        "weights are still those of the step before: look at these rows, or lower the learning rate"
+        "weights are still those of the step before: check these rows, or lower the learning rate"
     )

@@ -32,6 +32,7 @@ def wrap_hooks(cls: type) -> None:
         hook = vars(cls).get(name)
         if not callable(hook):
             continue
+        # The package's own classes call super() and record that they were reached; overrides of users are checked.
         if is_own:
             setattr(cls, name, _noted(hook, name))
         elif name in CORE_HOOKS:
@@ -62,6 +63,8 @@ def _followed(hook: Callable[..., Any], name: str, cls: type) -> Callable[..., A
         result = hook(self, *args, **kwargs)
         if name in self.hooks_reached:
             return result
+
+        # The override has not called super(): the core's hook follows it.
         own = getattr(super(cls, self), name)(*args, **kwargs)
         if name == "configure_callbacks":  # the only one whose result counts
             return [*own, *([] if result is None else result if isinstance(result, list | tuple) else [result])]
@@ -90,6 +93,8 @@ def _checked_step(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
                 "modules step by themselves here (one batch is one step under global normalizers): override "
                 "loss(rows, normalizers) for another loss, or call super().training_step(batch, batch_idx)"
             )
+
+        # The loader's position moves on, as it does after the module's own step.
         batch: Any = args[0] if args else kwargs.get("batch")
         if hasattr(batch, "mark_consumed"):
             batch.mark_consumed()
@@ -143,6 +148,7 @@ def step_schedulers(module: Any, interval: str, *, waiting: bool = False) -> Non
             continue
         if isinstance(config.scheduler, ReduceLROnPlateau) is not waiting:
             continue
+        # A plateau schedule waits for its metric, which only exists after validation.
         value = None
         if waiting:
             monitor, strict = module.scheduler_monitors[id(config.scheduler)]

@@ -17,7 +17,7 @@ def forget_others(trainer: lightning.Trainer, names: Container[str]) -> None:
     """Resets logged values of earlier training steps that this step does not log again.
 
     Lightning keeps every value logged within an epoch and passes it to the loggers with each step until it is logged
-    anew. A metric that a batch does not define (rewards of rejected completions in a batch without any) would repeat
+    again. A metric that a batch does not define (rewards of rejected completions in a batch without any) would repeat
     its last value, and a resumed run, which has none to repeat, would log differently from an uninterrupted one.
     Monitored values (``trainer.callback_metrics``) are kept.
 
@@ -70,10 +70,14 @@ def log_settings(module: Any) -> None:
         options = {name: _plain(value) for name, value in optimizer.defaults.items()}
         rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         settings["optimizer"] = {"name": type(optimizer).__name__, **options, "lr": max(rates)}
+
+    # Schedules keep their options as public attributes.
     for config in trainer.lr_scheduler_configs:
         options = {k: v for k, v in vars(config.scheduler).items() if isinstance(v, _PLAIN) and not k.startswith("_")}
         settings["lr_scheduler"] = {"name": type(config.scheduler).__name__, "interval": config.interval, **options}
         settings["lr_scheduler"].pop("last_epoch", None)
+
+    # The options of the data, and the number of ranks, which decides how batches are split.
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None:
         settings["data"] = {"name": type(datamodule).__name__, **_public(datamodule)}

@@ -74,10 +74,13 @@ class WarmupSchedule(LRScheduler):
         warmup = self.warmup_steps
         if 0 < warmup < 1:
             warmup = warmup * (total or 0)
+        # The first step has a rate above 0.
         if step < warmup:
             return min(1.0, (step + 1) / warmup)
         if total is None or self.decay == "constant":
             return 1.0
+
+        # From 1 at the end of the warm-up to 0 at the last step.
         progress = min(1.0, max(0.0, (step - warmup) / max(1.0, total - warmup)))
         fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1 - progress
         return self.min_ratio + (1 - self.min_ratio) * fall

@@ -67,7 +67,7 @@ def build_optimizer_and_scheduler(
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(
-            "nothing is trainable: give lora={'r': 16}, leave quantization out, or call unfreeze() after freeze()"
+            "nothing is trainable: give lora={'r': 16}, remove quantization, or call unfreeze() after freeze()"
         )
     optimizer = build_optimizer(build, module.parameter_groups(parameters), without_decay(module))
     if build_scheduler is None:

@@ -56,11 +56,14 @@ def settle_loops(state: dict[str, Any], *, validation_pending: bool) -> Position
     cut_short = current["started"] == current["processed"] and not ended
     epoch = current["processed"] - (1 if cut_short or ended else 0)
 
+    # The same counters for the running epoch and for the whole run.
     for progress in (epochs["current"], epochs["total"]):
         progress["ready"] = progress["started"] = epoch + 1
         progress["processed"] = progress["completed"] = epoch + ended
     for progress in (batches["current"], batches["total"]):
         progress["ready"] = progress["started"] = progress["completed"] = progress["processed"]
+
+    # A validation that was interrupted begins again.
     if validation_pending:
         validation = state[_VALIDATION]
         validation["current"] = dict.fromkeys(validation["current"], 0)
@@ -155,6 +158,7 @@ class ResumePosition(lightning.Callback):
         position = self._resumed
         if position is None:
             return
+        # Due when saved and no longer due, since this run validates at other intervals.
         if position.validation_pending and not validation_is_due(trainer):
             position = self._resumed = Position(position.epoch, position.batches, position.all_done, False, False)
         if position.validation_pending:

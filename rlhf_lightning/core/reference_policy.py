@@ -74,9 +74,9 @@ class ReferencePolicy:
         strategy = None if module._trainer is None else module._trainer.strategy
         mixed = has_adapter and isinstance(strategy, FSDP2Strategy) and bool(trained_beside_adapters(module.model))
         if self.kind == "adapter" and mixed:
-            beside = next(iter(trained_beside_adapters(module.model)))
+            name = next(iter(trained_beside_adapters(module.model)))
             raise ValueError(
-                f"reference is 'adapter' with strategy 'fsdp2', but {beside} is trained beside the adapter: use "
+                f"reference is 'adapter' with strategy 'fsdp2', but {name} is trained in addition to the adapter: use "
                 "reference='frozen', or lora's bias='none'"
             )
 
@@ -172,8 +172,8 @@ class ReferencePolicy:
         now, then = folder_fingerprint(self.module.model_source), state.get("fingerprint")
         if self.module.init == "pretrained" and now is not None and then is not None and now != then:
             raise ValueError(
-                f"the weights in {self.module.model_source} are not those that training began with, and they are the "
-                "reference policy: restore them, or start a new run"
+                f"the weights in {self.module.model_source} are not the initial ones of this training, and they are "
+                "the reference policy: restore them, or start a new run"
             )
         self._table = state.get("table", {})
         self._lost_table = self.kind == "precomputed" and not self._table

@@ -149,7 +149,7 @@ class ResumeState:
             )
         if now and not then:
             raise ValueError(
-                "the checkpoint holds a whole model, and this run trains a LoRA adapter: leave lora out, or start a "
+                "the checkpoint holds a whole model, and this run trains a LoRA adapter: remove lora, or start a "
                 "new run from the exported model"
             )
 
@@ -160,7 +160,7 @@ class ResumeState:
         if then["quantization"] != now["quantization"]:
             raise ValueError(
                 f"the checkpoint's adapter was trained on weights with quantization={then['quantization']}, and this "
-                f"run has quantization={now['quantization']}: put back what it was, or start a new run"
+                f"run has quantization={now['quantization']}: restore the old value, or start a new run"
             )
         same_weights = then["weights"] == now["weights"] or then["dtype"] != now["dtype"]  # rounded, they differ
         if then["config"] != now["config"] or not same_weights:

@@ -39,6 +39,7 @@ class RouterLoss:
     def summed(self, parts: Sequence[RouterSums], device: torch.device) -> RouterSums:
         """Sums the recorded statistics of all micro-batches of all ranks; every rank calls it, with any number."""
         count = self.routers.num_experts
+        # One vector, so that all ranks take part in one collective however many micro-batches each has.
         vector = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
         for part in parts:
             vector += torch.cat([part.weight[None], part.choices_E, part.probs_E.detach().double()])
@@ -75,5 +76,5 @@ def router_loss_of(model: nn.Module, coef: float | None) -> RouterLoss | None:
         return None
     raise ValueError(
         f"router_aux_loss_coef is {coef:g}, but {config.model_type} has no routers whose load-balancing loss "
-        "transformers computes from recorded logits: leave it out, or use a mixture of experts such as qwen3_moe"
+        "transformers computes from recorded logits: remove it, or use a mixture of experts such as qwen3_moe"
     )

@@ -51,6 +51,7 @@ def scored_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
     Returns:
         ``(N,)`` flat positions in the forest, and ``(N,)`` positions along their paths.
     """
+    # Scored tokens are predicted from the token before them on the same path.
     first_P = batch.lengths.cumsum(0) - batch.lengths
     depth_N = batch.source_depth + 1
     return batch.path_index[first_P[batch.source_path] + depth_N], depth_N

@@ -50,6 +50,7 @@ class StopOnSignal(lightning.Callback):
         Raises:
             KeyboardInterrupt: Ctrl-C for the second time.
         """
+        # The handler only records: collectives and files are out of reach within a signal handler.
         now = time.monotonic()
         if self.signum:
             if signum == signal.SIGINT and now - self._noted > _SAME:
@@ -117,6 +118,7 @@ class StopOnSignal(lightning.Callback):
         agreed = max_over_ranks(self.signum, module.device)
         if agreed:
             self.signum = agreed
+            # Lightning's own flag, with which it ends the loops and saves.
             trainer._signal_connector.received_sigterm = True
         return bool(agreed)
 

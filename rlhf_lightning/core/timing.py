@@ -113,6 +113,7 @@ class PhaseClock:
         """Counts a micro-batch that went forward and backward, without synchronising with the device."""
         if not self.running:
             return
+        # From the examples on the host, since reading tensors would wait for the device.
         lengths = [sum(len(s.tokens) for s in path) for example in batch.examples for path in example.root.paths()]
         self._work.tokens += batch.num_tokens
         self._work.unshared_tokens += sum(lengths)
@@ -131,6 +132,7 @@ class PhaseClock:
         return work
 
     def _mark(self, begins: str | None) -> None:
+        # Events instead of the clock: kernels run asynchronously, and waiting for them would slow training down.
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))

@@ -75,7 +75,7 @@ def check_trainer(trainer: Any) -> None:
         )
     if trainer.gradient_clip_val is not None:
         raise ValueError(
-            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; leave it out and set the module's "
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; remove it and set the module's "
             "max_grad_norm instead (it clips the norm of the global batch's gradient)"
         )
 
@@ -105,12 +105,14 @@ def check_launch(trainer: Any) -> None:
             f"--trainer.devices to the processes of a machine and --trainer.num_nodes to the machines (together "
             f"{number}), or start without {launcher}"
         )
+
+    # Lightning's default environment would wait forever for the other machines.
     environment = getattr(trainer.strategy, "cluster_environment", None)
     alone = isinstance(environment, LightningEnvironment) and environment.main_address in ("127.0.0.1", "localhost")
     if launched is None and nodes > 1 and alone and os.environ.get("NODE_RANK", "0") == "0":
         raise ValueError(
-            f"trainer.num_nodes is {nodes}, and nothing says where the other machines are: start this command on each "
-            f"with torchrun --nnodes={nodes} --nproc-per-node=... --rdzv-endpoint=HOST:PORT, or set MASTER_ADDR, "
+            f"trainer.num_nodes is {nodes}, and the address of the other machines is unknown: start this command on "
+            f"each with torchrun --nnodes={nodes} --nproc-per-node=... --rdzv-endpoint=HOST:PORT, or set MASTER_ADDR, "
             "MASTER_PORT and NODE_RANK there; on one machine set --trainer.num_nodes=1"
         )
 
@@ -137,15 +139,15 @@ def check_tuners(callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, LearningRateFinder):
             raise ValueError(
-                f"{type(callback).__name__} needs Lightning's automatic optimisation, and this module steps by itself "
-                "(one batch is one or more steps, under one global normaliser): leave it out, run fit with "
+                f"{type(callback).__name__} needs Lightning's automatic optimisation, and this module steps manually "
+                "(one batch is one or more steps, under one global normaliser): remove it, run fit with "
                 "trainer.max_steps of 50 or so at a few values of optimizer.init_args.lr, and compare train/loss, or "
                 "train/reward"
             )
         if isinstance(callback, BatchSizeFinder):
             raise ValueError(
                 f"{type(callback).__name__} enlarges batches until memory runs out, but a batch is what a step learns "
-                "from here, over all ranks, and needs no more memory than a micro-batch: leave it out, set the "
+                "from here, over all ranks, and needs no more memory than a micro-batch: remove it, set the "
                 "datamodule's global_batch_size by what learns best, and the module's micro_batch_tokens by what fits"
             )
 
@@ -208,15 +210,17 @@ def check_module(module: Any) -> None:
         )
     for hook, instead in _NEVER_CALLED.items():
         if is_overridden(hook, module, LightningModule):
-            raise ValueError(
-                f"{name} overrides {hook}, which is never called where a module steps by itself: {instead}"
-            )
+            raise ValueError(f"{name} overrides {hook}, which is never called where a module steps manually: {instead}")
+
+    # Names of W&B's hooks tell what was asked for.
     watched = getattr(module, "_wandb_hook_names", None)
     if watched is not None and not all(name.startswith("gradients/") for name in watched):
         raise ValueError(
             "WandbLogger.watch was asked for parameters, which it reads when forward() is called, and no step here "
             "calls it: write logger.watch(module, log='gradients', log_graph=False)"
         )
+
+    # The model is built in fit: freezing or watching before that finds nothing.
     unbuilt = {
         "WandbLogger.watch found no weights": watched is not None and not watched,
         **{
@@ -234,6 +238,8 @@ def report_config_losses(module: Any) -> None:
     models = [model for model in module.modules() if isinstance(model, PreTrainedModel)]
     trained = [model for model in models if any(p.requires_grad for p in model.parameters())]
     balanced = _report_router_loss(module)
+
+    # Sets, so that several copies of one kind of model (policy, critic) are reported once.
     on_routers, on_logits = set(), set()
     for model in trained:
         losses = router_losses(model.config)
@@ -274,7 +280,7 @@ def _report_router_loss(module: Any) -> set[int]:
         reason = by if given is None else f"router_aux_loss_coef is {given:g}"
         rank_zero_info(
             f"the load-balancing loss of {loss.routers.num_experts} experts, over the whole global batch, is added "
-            f"with the coefficient {loss.coef:g}, since {reason}; router_aux_loss_coef=0 leaves it out"
+            f"with the coefficient {loss.coef:g}, since {reason}; router_aux_loss_coef=0 switches it off"
         )
     elif asked:
         rank_zero_info(f"no load-balancing loss is added, since router_aux_loss_coef is 0, although {by}")
@@ -298,7 +304,7 @@ def check_strategy(strategy: Any) -> None:
         )
     if isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
-            "trainer.strategy is DeepSpeedStrategy, whose engine averages, clips and steps by itself and needs equally "
+            "trainer.strategy is DeepSpeedStrategy, whose engine averages, clips and steps and needs equally "
             "many micro-batches on every rank: write strategy: fsdp2, which shards the same (ZeRO 3), or strategy: ddp"
         )
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):

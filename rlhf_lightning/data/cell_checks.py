@@ -59,10 +59,11 @@ def clean(value: Any) -> Any:
         >>> clean({"a": {"type": "string", "enum": None}, "b": None, "c": [None]})
         {'a': {'type': 'string'}, 'c': [None]}
     """
+    # Parquet readers return lists as numpy arrays.
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, RepeatedKeys):
-        raise ValueError(f"the key {value.key!r} is there twice in one object: keep one of them")
+        raise ValueError(f"the key {value.key!r} appears twice in one object: keep one of them")
     if isinstance(value, Mapping):
         return {key: clean(inner) for key, inner in value.items() if inner is not None}
     return [clean(inner) for inner in value] if is_list(value) else value
@@ -79,7 +80,7 @@ def is_missing(value: Any) -> bool:
 
 
 def read_structure(value: Any, name: str) -> Any:
-    """Reads a cell that should hold a list or a mapping: as it is, or as the JSON text that tables keep it as.
+    """Reads a cell that should hold a list or a mapping: as such, or as JSON text in a table.
 
     Returns:
         The list or mapping; any other value as it came, for the caller to refuse.
@@ -91,6 +92,7 @@ def read_structure(value: Any, name: str) -> Any:
         >>> read_structure('["a", {"b": null}]', "tools"), read_structure("a", "tools")
         (['a', {}], 'a')
     """
+    # Plain text is a value of its own, not JSON.
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return clean(value)
     try:

@@ -6,7 +6,6 @@ included; the answer is the rest of the rendering of the conversation up to and 
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,12 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from .messages import Messages, arguments_of, in_blocks, with_text_arguments
 from .text_tokens import shared_prefix
 
-Messages = list[dict[str, Any]]
 Settings = Mapping[str, Any]
 
-# A character for private use stands for a content, to see where the template puts it.
+# A character for private use replaces a message's content, to find where the template puts it.
 _CONTENT = "\ue0f0"
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -76,7 +75,7 @@ class ChatTemplate:
             options: passed to ``apply_chat_template``.
 
         Raises:
-            ValueError: there is no template, or it refuses the messages.
+            ValueError: the tokenizer has no template, or it refuses the messages.
         """
         return str(self._apply(messages, self.merged(own), tokenize=False, **options))
 
@@ -90,6 +89,7 @@ class ChatTemplate:
         if not is_begun(messages):
             return self.render(messages, own, add_generation_prompt=True)
         begun = str(messages[-1]["content"])
+        # Nothing has been written yet: the answer begins where any other would.
         if not begun.strip():
             return self._before(messages[:-1], own)
         try:
@@ -115,6 +115,8 @@ class ChatTemplate:
         """
         *history, message = messages
         whole = self.render(messages, own)
+
+        # A begun answer: the model continues its words, so they belong to the context.
         if begun:
             context = self.context([*history, {**message, "content": begun}], own)
             if whole.startswith(context):
@@ -122,6 +124,8 @@ class ChatTemplate:
             else:
                 answer = str(message["content"])[len(begun) :] + (self.ending(own) or "")
             return Turn(context, *self.cut(answer, own))
+
+        # Most templates render the context as a prefix of the whole; otherwise, find where the answer begins.
         context, opened = self._before(history, own, message), ""
         if whole.startswith(context):
             answer = whole[len(context) :]
@@ -132,9 +136,11 @@ class ChatTemplate:
 
     def ending(self, own: Settings | None = None) -> str | None:
         """Returns the text that the template writes after a final answer's content; ``None`` if undetectable."""
+        # Tools only change what comes before an answer.
         merged = {name: value for name, value in self.merged(own).items() if name != "tools"}
         key = repr((self._template(merged), sorted(merged.items(), key=lambda item: item[0])))
         if key not in self._endings:
+            # A marker in place of the content shows what the template puts after it.
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _CONTENT}]
             try:
                 text = str(self._apply(probe, merged, tokenize=False))
@@ -149,6 +155,8 @@ class ChatTemplate:
         if ending is not None and answer.endswith(ending):
             found = self._control_tokens().search(ending)
             return (answer, False) if found is None else (answer[: len(answer) - len(ending) + found.end()], True)
+
+        # Not the ending of a plain answer (a tool call, say): the last control token, if nothing follows it.
         stripped = answer.rstrip()
         last = list(self._control_tokens().finditer(stripped))[-1:]
         return (stripped, True) if last and last[0].end() == len(stripped) else (answer, False)
@@ -163,6 +171,7 @@ class ChatTemplate:
         found = []
         call = {"type": "function", "function": {"name": "f", "arguments": {}}}
         user = {"role": "user", "content": "a"}
+        # A template may end tool calls by another token than answers.
         for message in ({"content": "b"}, {"content": "", "tool_calls": [call]}):
             try:
                 answer, ended = self.cut(self.render([user, {"role": "assistant", **message}]), None)
@@ -204,6 +213,7 @@ class ChatTemplate:
             answered = self.render([*history, {"role": "assistant", "content": _CONTENT}], own).partition(_CONTENT)[0]
         except ValueError:
             return ""
+        # What an answered rendering shares with the generation prompt is not opened by it alone.
         shared = shared_prefix(context, answered)
         if shared >= shared_prefix(context, without):
             return context[shared:]
@@ -233,19 +243,24 @@ class ChatTemplate:
         return _behind(whole[whole.rindex(ending, 0, limit) + low :], opened)
 
     def _restored(self, message: Mapping[str, Any], answer: str, opened: str, own: Settings | None) -> str:
-        """Restores the reasoning that a template leaves out of an answer although the model should write it."""
+        """Restores the reasoning that a template drops from an answer although the model should write it."""
         ending = self.ending(own)
         body = answer.removesuffix(ending) if ending else answer
         content = message.get("content")
         said, kept = content.strip() if isinstance(content, str) else "", body.strip()
+        # An empty answer would be learned silently.
         if not kept and (said or message.get("tool_calls")):
             raise ValueError(
                 f"the chat template writes nothing of the assistant's message ({(said or 'tool calls')[:40]!r}): give "
                 "the tokenizer a template that does"
             )
+
+        # The template shows the end of the content: it has cut what comes before, a block of thoughts.
         rest = answer[len(body) :]
         if kept != said and said.endswith(kept):
             return _behind(str(content), opened).rstrip() + rest
+
+        # Thoughts in a field of their own that the template does not render are put before the answer.
         closing = _closing(opened)
         reasoning = next((str(message[name]) for name in _REASONING if message.get(name)), "")
         if closing and reasoning and reasoning.strip() not in body:
@@ -254,7 +269,7 @@ class ChatTemplate:
             self._warned = True
             warnings.warn(
                 f"the chat template's generation prompt opens {opened.strip()!r}, and answers do not close it: they "
-                f"are learnt as they stand, behind the open tag. Write {closing!r} into the answers, or let "
+                f"are learnt as they stand, after the open tag. Write {closing!r} into the answers, or let "
                 "chat_template_kwargs turn the tag off where the template can",
                 stacklevel=2,
             )
@@ -265,6 +280,7 @@ class ChatTemplate:
         if self._controls is None or self._controls[0] != len(self.tokenizer):
             names = {*self.tokenizer.get_added_vocab(), str(self.tokenizer.eos_token)}
             names = {name for name in names if name.strip()}
+            # The longest first, so that a token is not taken for another one that it begins with.
             pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
             self._controls = len(self.tokenizer), re.compile(pattern)
         return self._controls[1]
@@ -274,10 +290,10 @@ class ChatTemplate:
         # The weight of a message is not part of the chat format.
         written = [{name: value for name, value in m.items() if name != "weight"} for m in messages]
         if self._wants_blocks(template, merged):
-            written = [_in_blocks(message) for message in written]
+            written = [in_blocks(message) for message in written]
         try:
             if self._wants_text_arguments(template, written, merged):
-                written = [_with_text_arguments(message) for message in written]
+                written = [with_text_arguments(message) for message in written]
             return self.tokenizer.apply_chat_template(written, **options, **merged)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses the row: {' '.join(str(error).split())}") from error
@@ -285,12 +301,14 @@ class ChatTemplate:
     def _wants_blocks(self, template: str, merged: dict[str, Any]) -> bool:
         """Tells whether the template renders a content only as a list of blocks."""
         if template not in self._blocks:
+            # Set before the probe, which asks this method again.
             self._blocks[template] = False
+            # Tools could refuse the probe for reasons of their own.
             settings = {name: value for name, value in merged.items() if name != "tools"}
             message = {"role": "user", "content": _CONTENT}
             try:
                 as_text = self._apply([message], settings, tokenize=False)
-                as_blocks = "" if _CONTENT in as_text else self._apply([_in_blocks(message)], settings, tokenize=False)
+                as_blocks = "" if _CONTENT in as_text else self._apply([in_blocks(message)], settings, tokenize=False)
                 self._blocks[template] = _CONTENT in as_blocks
             except ValueError:
                 pass
@@ -298,10 +316,11 @@ class ChatTemplate:
 
     def _wants_text_arguments(self, template: str, messages: Messages, merged: dict[str, Any]) -> bool:
         """Tells whether the template needs a call's arguments as text: else it fails, or prints them as Python does."""
-        arguments = [_arguments(call) for message in messages for call in message.get("tool_calls") or ()]
+        arguments = [arguments_of(call) for message in messages for call in message.get("tool_calls") or ()]
         given = [each for each in arguments if not isinstance(each, str)]
         if given and template not in self._text_arguments:
             try:
+                # A template that prints the dictionary shows it in Python's notation, which models are not trained on.
                 text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **merged))
                 if telling := [str(each) for each in given if each]:  # Python and JSON agree on {}
                     self._text_arguments[template] = any(each in text for each in telling)
@@ -347,6 +366,7 @@ def _behind(text: str, opened: str) -> str:
     tag = opened.strip()
     if not tag or not text.lstrip().startswith(tag):
         return text
+    # Blanks around the tag differ between templates: strip them where the generation prompt has written them already.
     if text.startswith(opened):
         return text[len(opened) :]
     rest = text.lstrip()[len(tag) :]
@@ -365,26 +385,3 @@ def _closing(opened: str) -> str:
         return ""
     left, name, right = (group for group in found.groups() if group is not None)
     return f"{left}/{name}{right}"
-
-
-def _in_blocks(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
-
-
-def _arguments(call: Mapping[str, Any]) -> Any:
-    return call.get("function", call).get("arguments")
-
-
-def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return dict(message)
-    written = []
-    for call in calls:
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        if not isinstance(arguments, str):
-            function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        written.append({**call, "function": function} if "function" in call else function)
-    return {**message, "tool_calls": written}

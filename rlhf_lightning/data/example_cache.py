@@ -59,6 +59,7 @@ def entry_name(source: RowSource, tokenizer: PreTrainedTokenizerBase, options: M
         return None
     try:
         content = json.dumps([rows, words, _code(), options], sort_keys=True)
+    # An option that is not a plain value, such as a user's function.
     except TypeError:
         return None
     return blake2b(content.encode(), digest_size=32).hexdigest()
@@ -74,9 +75,11 @@ def read_entry(name: str) -> tuple[ExampleStore, dict[str, int]] | None:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
         about = json.loads(arrays.pop("about").tobytes())
+        # A damaged disk must not change what is trained on.
         if about["digest"] != _digest_of_arrays(arrays):
             return None
         store = ExampleStore.from_arrays(arrays, about["row_ids"], about["fields"])
+        # The time of the last use, by which old entries are removed.
         os.utime(path)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
@@ -92,6 +95,8 @@ def write_entry(name: str, store: ExampleStore, report: Mapping[str, int]) -> No
         written = json.dumps(about)
     except (TypeError, ValueError):
         return
+
+    # JSON turns some values into others (tuples, keys that are numbers): only what comes back the same is cached.
     again = json.loads(written)["fields"]
     if folder is None or any(repr(one) != repr(two) for one, two in zip(again, fields, strict=True)):
         return
@@ -123,15 +128,20 @@ def _digest_of_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
 
 def _digest_of_rows(source: RowSource) -> Any:
     """Digests all that determines a source's rows and their ids; ``None`` where that is unknown."""
+    # Rows on disk: by their bytes, and by the name and suffix that decide on their ids and reader.
     if isinstance(source, RowFile):
         with source.path.open("rb") as file:
             digest = blake2b(digest_size=32)
             while block := file.read(1 << 20):
                 digest.update(block)
         return [type(source).__name__, source.name, source.path.suffix.lower(), digest.hexdigest()]
+
+    # Several parts: by the digest of each.
     if isinstance(source, JoinedRows):
         parts = [_digest_of_rows(part) for part in source.parts]
         return None if None in parts else [type(source).__name__, source.name, parts, getattr(source, "time", 0)]
+
+    # Rows in memory, if JSON can represent them.
     if isinstance(source, MemoryRows):
         if not isinstance(source.rows, list):
             return None
@@ -139,6 +149,8 @@ def _digest_of_rows(source: RowSource) -> Any:
             return [source.name, blake2b(json.dumps(source.rows).encode(), digest_size=32).hexdigest()]
         except TypeError:
             return None
+
+    # Rows that are changed on the way: by the change and by what it changes.
     inner = getattr(source, "inner", None)
     rows = None if inner is None else _digest_of_rows(inner)
     if rows is None:
@@ -149,6 +161,7 @@ def _digest_of_rows(source: RowSource) -> Any:
         return ["paired", list(source.weights.items()), rows]
     if isinstance(source, TransformedRows) and isfunction(source.transform):
         function = source.transform
+        # Only transforms of this package, whose code is part of the key; a user's function may read anything.
         if function.__module__.startswith(f"{_OWN}.") and function.__closure__ is None:
             return ["transformed", function.__module__, function.__qualname__, rows]
     return None
@@ -159,6 +172,7 @@ def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     template = tokenizer.chat_template
     known = type(tokenizer).__module__.startswith("transformers.")
+    # A template that writes today's date gives other tokens tomorrow.
     if backend is None or not known or "strftime_now" in json.dumps(template):
         return None
     # Settings are attributes as well: add_bos_token, the special tokens, a longest length.

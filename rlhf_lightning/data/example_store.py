@@ -93,6 +93,7 @@ class ExampleStore(Sequence[Example]):
             self._binary,
             self._fractional,
         )
+        # Lengths keep apart arrays whose joined bytes would be equal.
         for part in arrays:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(memoryview(part).cast("B") if len(part) else b"")
@@ -124,6 +125,8 @@ class ExampleStore(Sequence[Example]):
         self._first_binary.append(len(self._binary))
         self._first_fractional.append(len(self._fractional))
         self._num_children.append(_CONTINUED if segment.continued else len(segment.children))
+
+        # Most weights are 0 and 1, which take one byte instead of four.
         weights = segment.weights
         if weights is None:
             self._kind.append(_UNSCORED)
@@ -140,6 +143,8 @@ class ExampleStore(Sequence[Example]):
         here = next(segments)
         start, stop = self._first_token[here], self._first_token[here + 1]
         tokens = np.frombuffer(self._tokens[start:stop], np.int32).astype(np.int64)
+
+        # Copies, since the arrays may still grow and be moved in memory.
         weights = None
         if self._kind[here] == _BINARY:
             at = self._first_binary[here]

@@ -27,8 +27,8 @@ _BLOCK, _SAMPLED_BLOCKS = 1 << 20, 256
 ACCEPTED = ", ".join(SUFFIXES) + " (text also with .gz, .bz2 or .xz)"
 
 
-class LeftOutError(Exception):
-    """Raised for a valid row that a transform leaves out."""
+class FilteredRowError(Exception):
+    """Raised for a valid row that a transform drops."""
 
 
 class RowSource:
@@ -49,7 +49,7 @@ class RowSource:
         """Yields the rows as they are stored.
 
         Raises:
-            ValueError: if there are none.
+            ValueError: without any.
         """
         empty = True
         for number, stored in self._stored():
@@ -73,7 +73,7 @@ class RowSource:
         """Makes a dictionary of a stored row.
 
         Raises:
-            LeftOutError: for a row that a transform leaves out.
+            FilteredRowError: for a row that a transform drops.
             ValueError: saying what is wrong with the row, but not where it is.
         """
         if not isinstance(stored, Mapping):
@@ -84,7 +84,7 @@ class RowSource:
         for row_id, stored in self.raw():
             try:
                 row = self.parse(stored)
-            except LeftOutError:
+            except FilteredRowError:
                 continue
             except ValueError as error:
                 raise ValueError(f"{row_id}: {error}") from error
@@ -146,7 +146,7 @@ class RowFile(RowSource):
                 if self.path.suffix.lower() not in _OPENERS:
                     raise
                 kind = {".gz": "gzip", ".bz2": "bzip2"}.get(self.path.suffix.lower(), "xz")
-                raise ValueError(f"{self.name!r} is not a whole {kind} file: {_one_line(error)}") from error
+                raise ValueError(f"{self.name!r} is not a complete {kind} file: {_one_line(error)}") from error
 
 
 class JsonLines(RowFile):
@@ -160,6 +160,7 @@ class JsonLines(RowFile):
     def parse(self, stored: bytes) -> dict[str, Any]:
         """Reads one line."""
         try:
+            # Editors on Windows begin files with a byte-order mark, which utf-8-sig drops.
             row = json.loads(stored.decode("utf-8-sig"), object_pairs_hook=read_object)
         except UnicodeDecodeError as error:
             raise ValueError(
@@ -202,6 +203,8 @@ class CsvTable(RowFile):
         csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(self._lines()))
         reader = csv.reader(lines, strict=True)
+
+        # A quoted cell may span lines, so a row is named after the line on which it starts.
         start, header = 1, None
         try:
             for cells in reader:
@@ -260,7 +263,7 @@ class ParquetTable(RowFile):
             except StopIteration:
                 return
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{self.name!r} breaks off behind row {number}: {_one_line(error)}") from error
+                raise ValueError(f"{self.name!r} is truncated after row {number}: {_one_line(error)}") from error
             for row in rows:
                 number += 1
                 yield number, row
@@ -351,7 +354,7 @@ def _check_names(source: str, names: Sequence[str]) -> None:
 def _check_once(value: Any) -> None:
     """Refuses a JSON object that has a key twice, at any depth."""
     if isinstance(value, RepeatedKeys):
-        raise ValueError(f"the key {value.key!r} is there twice in one object: keep one of them")
+        raise ValueError(f"the key {value.key!r} appears twice in one object: keep one of them")
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         if isinstance(inner, (dict, list)):
             _check_once(inner)

@@ -90,8 +90,8 @@ def demonstration(columns: Mapping[str, Any]) -> Row:
     for name in _LABEL:
         if str(columns.get(name)).lower() == "false":
             raise ValueError(
-                f"{name!r} is false, so the answer is not one to imitate: leave the row out, or train on it with KTO "
-                f"(UnpairedDataModule); rename a column that is no verdict with columns={{'my_{name}': {name!r}}}"
+                f"{name!r} is false, so the answer is not one to imitate: remove the row, or train on it with KTO "
+                f"(UnpairedDataModule); rename a column that is not a verdict with columns={{'my_{name}': {name!r}}}"
             )
 
     # Layouts whose columns are all empty come last, so that the error names the empty column.
@@ -203,7 +203,7 @@ def unpaired(columns: Mapping[str, Any]) -> tuple[Row, ...]:
     # Joined tables may have both names, as long as they agree.
     verdicts = {check_verdict(rest.pop(name), name) for name in _LABEL if not is_missing(rest.get(name))}
     if len(verdicts) > 1:
-        raise ValueError("'label' and 'kto_tag' say different things: write one of them")
+        raise ValueError("'label' and 'kto_tag' disagree: write one of them")
     rest["label"] = verdicts.pop() if verdicts else check_verdict(columns[label], label)
     rest.pop("kto_tag", None)
 
@@ -247,7 +247,7 @@ def stepwise(columns: Mapping[str, Any]) -> Row:
         )
     blank = next((number for number, step in enumerate(steps, start=1) if not step.strip("\r\n")), None)
     if blank is not None:
-        raise ValueError(f"step {blank} of 'completions' is empty: leave it out, with its label")
+        raise ValueError(f"step {blank} of 'completions' is empty: remove it and its label")
 
     rest["labels"] = [_step_label(label, f"label {number}") for number, label in enumerate(labels, start=1)]
     return _row(prompt, tuple(steps), rest, template)
@@ -311,7 +311,7 @@ def _paired(prompt: Text | None, pair: tuple[Text, Text], rest: dict[str, Any], 
     """Makes a row of a pair; takes the prompt from the columns unless it is given."""
     if isinstance(pair[0], str) != isinstance(pair[1], str):
         if prompt is None:
-            raise ValueError("of chosen and rejected one is a string and one is messages: write both alike")
+            raise ValueError("of chosen and rejected one is a string and one is messages: write both in the same form")
         pair = cast(tuple[Text, Text], tuple(_answer(each) for each in pair))
     if pair[0] == pair[1]:
         raise ValueError(f"chosen and rejected are equal ({short(pair[0])}): a pair needs two different completions")

@@ -50,13 +50,13 @@ def check_rest(rest: Mapping[str, Any]) -> None:
     """
     if media := first_medium(rest):
         raise ValueError(
-            f"the row has {media!r}, and media are not supported: leave the row out, or rename a column that holds "
+            f"the row has {media!r}, and media are not supported: remove the row, or rename a column that holds "
             f"none with columns={{'my_{media}': {media!r}}}"
         )
     for name in (*_SYSTEM, "history"):
         if not is_missing(rest.get(name)):
             raise ValueError(
-                f"{name!r} is there without a prompt that it could come before: write the prompt in its own column, or "
+                f"{name!r} is given without a prompt to put it in front of: write the prompt in its own column, or "
                 f"rename one that the model is not to see with columns={{'my_{name}': {name!r}}}"
             )
 
@@ -84,6 +84,7 @@ def take_completion(rest: dict[str, Any], *names: str) -> Text:
     for other in given[1:]:
         if clean(rest[other]) != clean(rest[name]):
             raise ValueError(f"{name!r} and {other!r} are two different answers: rename one of them with columns=")
+    # Aliases that repeat the answer are taken as well: left over, they would look like another target.
     value = rest[name]
     for each in names:
         rest.pop(each, None)
@@ -94,16 +95,18 @@ def check_completion(value: Any, name: str) -> Text:
     """Checks that an answer is text or messages, and not empty."""
     text = check_text(value, name)
     if not text:
-        raise ValueError(f"{name!r} is empty: write at least one character or message, or leave the row out")
+        raise ValueError(f"{name!r} is empty: write at least one character or message, or remove the row")
     if not isinstance(text, str) and not any(message.get("content") or message.get("tool_calls") for message in text):
-        raise ValueError(f"{name!r} has no content: write what the assistant says, or leave the row out")
+        raise ValueError(f"{name!r} has no content: write what the assistant says, or remove the row")
     return text
 
 
 def take_prompt(rest: dict[str, Any]) -> tuple[Text | None, Messages]:
-    """Takes the prompt (``None`` if there is none), and the messages that :func:`in_context` puts before it."""
+    """Takes the prompt (``None`` without one), and the messages that :func:`in_context` puts before it."""
     if not is_missing(rest.get("prompt")):
         return check_text(rest.pop("prompt"), "prompt"), take_context(rest)
+
+    # An empty prompt column gives way to the layouts below.
     if not (is_missing(rest.get("messages")) and is_missing(rest.get("conversations"))):
         rest.pop("prompt", None)
         return _take_messages(rest), take_context(rest)
@@ -174,6 +177,8 @@ def _take_history(rest: dict[str, Any]) -> Messages:
     if not is_list(turns):
         raise wrong_type(value, "history", "a list of earlier [question, answer] pairs")
     del rest["history"]
+
+    # Messages with roles are accepted in place of pairs.
     if turns and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns):
         return cast(Messages, check_text(turns, "history"))
     messages: Messages = []
@@ -194,9 +199,13 @@ def in_context(prompt: Text, context: Messages) -> Text:
         return prompt
     if isinstance(prompt, str):
         return [*context, {"role": "user", "content": prompt}] if prompt else context
+
+    # Messages may have a system message of their own, which has to agree with the column's.
     opening, history = (context[:1], context[1:]) if context[0]["role"] == "system" else ([], context)
     if history and any(message["role"] == "assistant" for message in prompt):
-        raise ValueError("'history' is beside messages that have earlier answers: write all of them as messages")
+        raise ValueError(
+            "'history' is given together with messages that have earlier answers: write all of them as messages"
+        )
     if prompt and prompt[0]["role"] == "system":
         if opening and opening[0]["content"].strip() != prompt[0].get("content", "").strip():
             raise ValueError(
@@ -217,14 +226,18 @@ def take_template(rest: dict[str, Any]) -> dict[str, Any]:
     settings = {} if is_missing(value) else read_structure(value, "chat_template_kwargs")
     if not isinstance(settings, Mapping):
         raise wrong_type(settings, "chat_template_kwargs", "a mapping of names to values")
+
+    # Qwen's switch as a column of its own; the mapping takes precedence.
     settings = dict(settings)
     if isinstance(rest.get("enable_thinking"), bool):
         settings = {"enable_thinking": rest.pop("enable_thinking"), **settings}
+
+    # `functions` is OpenAI's older name for tools. A column of that name that is not a list of definitions is data.
     tools = check_tools(rest.pop("tools", None))
     functions = rest.get("functions")
     if is_list(functions) and functions and all(isinstance(each, Mapping) and "name" in each for each in functions):
         if tools:
-            raise ValueError("'tools' and 'functions' are both there: write tools alone")
+            raise ValueError("'tools' and 'functions' are both given: write only tools")
         tools = [{"type": "function", "function": clean(each)} for each in rest.pop("functions")]
     return settings | ({"tools": tools} if tools else {})
 
@@ -255,6 +268,8 @@ def joined(
             # Whole conversations that repeat the question of the prompt column: the prompt ends with that question.
             length = _prompt_length(completions[0], prompt)
             prompt = cast(Messages, completions[0])[:length]
+
+    # From here on all are messages. Completions may repeat the prompt, which is then cut off.
     if prompt and all(completion[: len(prompt)] == prompt for completion in completions):
         completions = tuple(completion[len(prompt) :] for completion in completions)
     for completion in completions:
@@ -278,6 +293,8 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]
     if isinstance(chosen, str):
         pairs = zip(chosen, rejected, strict=False)
         shared = chosen[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+
+        # HH-RLHF writes conversations as text, where an answer begins after the last speaker.
         turn = shared.rfind("\n\nAssistant:")
         if turn >= 0:
             cut = turn + len("\n\nAssistant:")
@@ -287,6 +304,7 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]
         prompt: Text = chosen[:cut]
     else:
         cut = 0
+        # At least one message of each must remain as its answer.
         while cut < min(len(chosen), len(rejected)) - 1 and chosen[cut] == rejected[cut]:
             cut += 1
         prompt = chosen[:cut]

@@ -67,6 +67,7 @@ def fit(
     # Completions that became equal, or lost all scored tokens, would train on nothing.
     if cut is None or has_equal_sequences(cut):
         return None, False
+    # An example that scored something and no longer does.
     shorter = Example(example.row_id, cut, example.fields)
     counts = [len(weights) for weights in shorter.weights_per_sequence()]
     if any(map(len, example.weights_per_sequence())) and 0 in counts:
@@ -96,14 +97,18 @@ def has_equal_sequences(root: Segment) -> bool:
 
 
 def _cut_start(root: Segment, excess: int, opening: Tokens) -> Segment | None:
+    # A beginning-of-sequence token stays in its place.
     kept = len(opening) if root.tokens[: len(opening)].tolist() == opening.tolist() else 0
     gone = slice(kept, kept + excess)
     sequences = unfold_tree(root)
     trunk = np.delete(root.tokens, gone) if root.children else None
+
+    # Completions would lose tokens of their own; turns of one conversation may share more than the root.
     if len(root.tokens) - kept <= excess:
         if len(sequences) > 1 or len(sequences[0]) == 1:
             return None
-        # The cut reaches beyond the first fork: only turns that share the removed tokens and one more can be cut alike.
+        # The cut reaches beyond the first fork: only turns that share the removed tokens and one more can be cut at the
+        # same place.
         last, trunk = sequences[0][-1][0], None
         sequences = [[path for path in sequences[0] if shared_length(path[0], last) > kept + excess]]
     shorter = [
@@ -117,6 +122,7 @@ def _cut_end(root: Segment, max_length: int) -> Segment | None:
     if not root.children:
         return Segment(root.tokens[:max_length], None if root.weights is None else root.weights[:max_length])
     sequences = unfold_tree(root)
+    # Without any token of its own, no completion differs from another.
     if len(root.tokens) >= max_length and len(sequences) > 1:
         return None
     shorter = [

@@ -37,9 +37,10 @@ class BatchLoader(ABC):
         seed: seed of the order.
         rank: this process, from 0.
         world_size: how many processes there are.
-        drop_last: leave out a last batch of fewer rows; otherwise it is kept, and ranks without a row get an empty
+        drop_last: drop a last batch of fewer rows; otherwise it is kept, and ranks without a row get an empty
             batch.
-        limit: end an epoch after this many batches; ``len`` leaves it out, as Lightning takes its limit off the length.
+        limit: end an epoch after this many batches; ``len`` ignores it, since Lightning applies its own limit to the
+            length.
 
     Raises:
         ValueError: for a batch size, rank or limit outside its range.
@@ -86,7 +87,7 @@ class BatchLoader(ABC):
     def __len__(self) -> int:
         num_rows = self.num_rows
         if num_rows is None:
-            raise TypeError(f"{type(self).__name__} has no length: nobody knows how many rows its source has")
+            raise TypeError(f"{type(self).__name__} has no length: the number of rows of its source is unknown")
         full, rest = divmod(num_rows, self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
@@ -105,6 +106,7 @@ class BatchLoader(ABC):
             self._next_epoch()
         current = self._current = object()
         for examples, stop, last in self._batches(self._epoch, self._consumed):
+            # Modules mark a batch when its step is done; for other consumers, asking for the next batch is the mark.
             consumed = partial(self._advance, current, stop, last)
             if last and not self._marks:
                 consumed()
@@ -127,8 +129,10 @@ class BatchLoader(ABC):
             if now.get(key) != before:
                 raise ValueError(
                     f"cannot resume on other data: {_READABLE.get(key, key)} was {before!r} in the checkpoint and is "
-                    f"{now.get(key)!r} now; put back what it was, or start a new run from the checkpoint's weights"
+                    f"{now.get(key)!r} now; restore the old value, or start a new run from the checkpoint's weights"
                 )
+
+        # Batches of earlier iterators may still be marked: they no longer move the position.
         self._epoch, self._consumed, self._marks = int(state["epoch"]), int(state["rows"]), bool(state["marks"])
         self._current = None
 
@@ -229,7 +233,7 @@ class ExampleLoader(BatchLoader):
         seed: seed of the orders, at least 0.
         rank: this process, from 0.
         world_size: how many processes there are.
-        drop_last: leave out a last batch of fewer examples.
+        drop_last: drop a last batch of fewer examples.
         limit: end an epoch after this many batches.
         couple: changes the examples of a *global* batch together, one for one, before a rank takes its share.
         fingerprint: identifies the examples when a position is loaded.
@@ -293,6 +297,7 @@ class ExampleLoader(BatchLoader):
         """Returns this rank's share of a global batch."""
         if not self.group_by_prompt:
             return slice(self.rank, None, self.world_size)
+        # Neighbouring rows share a prompt: contiguous shares keep them on one rank.
         return slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[list[Example], int, bool]]:
@@ -301,6 +306,7 @@ class ExampleLoader(BatchLoader):
         for batch in range(start // self.batch_size, number):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             stop = batch * self.batch_size + len(rows)
+            # Coupling depends on the global batch, so every rank couples all of it and then takes its share.
             if self.couple is None:
                 examples = [self.examples[row] for row in rows[self._share(len(rows))]]
             else:
@@ -317,14 +323,14 @@ class StreamLoader(BatchLoader):
 
     Args:
         source: the rows, in a fixed order.
-        make: makes the examples of one row, none to leave it out; called with the row's id and the stored row.
+        make: makes the examples of one row, none to drop it; called with the row's id and the stored row.
         batch_size: rows in a global batch, over all ranks; at least 1.
         shuffle_buffer: rows among which the next one is drawn; below 2, rows come in the source's order. A row moves
             by about as many places; further only with its file or row group, which are reordered in each epoch.
         seed: seed of the draws, together with the epoch; at least 0.
         rank: this process, from 0.
         world_size: how many processes there are.
-        drop_last: leave out a last batch of fewer rows.
+        drop_last: drop a last batch of fewer rows.
         limit: end an epoch after this many batches.
         couple: changes the examples of a *global* batch together, one for one; every rank then tokenises all of them.
     """

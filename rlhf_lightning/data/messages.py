@@ -101,7 +101,7 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
     """Reads the column ``tools``: a list of functions, or the JSON text of one.
 
     Returns:
-        The functions as described, without null keys; an empty list where there are none.
+        The functions as described, without null keys; an empty list without any.
 
     Raises:
         ValueError: for anything else.
@@ -127,11 +127,11 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
 
 
 def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -> None:
-    """Checks that a chat template has dropped nothing that a row says.
+    """Checks that a chat template has dropped nothing of a row.
 
     Every message of a user, a system or a tool must appear in the rendering (ignoring whitespace, as text or as JSON),
     and so must the name of each function that is called or offered. Messages of the assistant may be cut: templates
-    leave out its earlier reasoning.
+    drop its earlier reasoning.
 
     Args:
         messages: in the form of :func:`check_text`.
@@ -147,20 +147,21 @@ def check_rendered(messages: Messages, template: Mapping[str, Any], text: str) -
             name = _function_name(call)
             if name and name not in text:
                 raise ValueError(
-                    f"the chat template leaves out the call of {name!r} in message {number}: use one that renders "
+                    f"the chat template drops the call of {name!r} in message {number}: use one that renders "
                     "tool_calls, or write the call as content"
                 )
+        # Templates may strip blanks and escape content, so that forms are compared without blanks.
         said = message.get("content") or ""
         if message["role"] != "assistant" and not any(form in seen for form in _forms(said)):
             raise ValueError(
-                f"the chat template leaves out message {number}, of role {message['role']!r}: use one that renders it, "
-                "or leave the message out"
+                f"the chat template drops message {number}, of role {message['role']!r}: use one that renders it, "
+                "or remove the message"
             )
     for tool in template.get("tools") or ():
         name = _function_name(tool)
         if name and name not in text:
             raise ValueError(
-                f"the chat template leaves out the tool {name!r}: use one that renders tools, or leave the column out"
+                f"the chat template drops the tool {name!r}: use one that renders tools, or remove the column"
             )
 
 
@@ -168,8 +169,8 @@ def check_no_tools(template: Mapping[str, Any]) -> None:
     """Refuses tools with a prompt that is text: no template would show them to the model."""
     if template.get("tools"):
         raise ValueError(
-            "'tools' beside a prompt that is text, where no chat template shows them to the model: write the prompt as "
-            "messages (transform: rlhf_lightning.data.transforms.chat_prompt), or leave the column out"
+            "'tools' are given with a prompt that is text, where no chat template shows them to the model: write the "
+            "prompt as messages (transform: rlhf_lightning.data.transforms.chat_prompt), or remove the column"
         )
 
 
@@ -178,6 +179,8 @@ def check_no_tools(template: Mapping[str, Any]) -> None:
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     message = dict(message)
+
+    # ShareGPT: the speaker is `from`, the text is `value`.
     if "role" not in message and "from" in message:
         role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
         if role is None:
@@ -186,6 +189,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         message = {"role": role, "content": message.pop("value", message.pop("content", "")), **message}
         if calls:
             message = _with_written_calls(message)
+    # OpenAI's form, with other trainers' names of the speakers.
     elif isinstance(message.get("role"), str):
         message["role"] = _ROLES.get(message["role"].lower(), message["role"])
         if "content" not in message and "value" in message:
@@ -193,14 +197,16 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{where} has no role{describe_columns(message, 'role')}, expected role and content")
     if "value" in message:
-        raise ValueError(f"{where} has a value beside its content: write one of them")
+        raise ValueError(f"{where} has both a value and a content: write one of them")
+
+    # A message has a content, calls, or both.
     _take_calls(message, where)
     if "content" in message:
         message["content"] = joined_text(message["content"], f"the content of {where}")
     elif "tool_calls" not in message:
         raise ValueError(f"{where} has no content{describe_columns(message, 'content')}, expected role and content")
     if media := first_medium(message):
-        raise ValueError(f"{where} has {media!r}, and media are not supported: leave the row out")
+        raise ValueError(f"{where} has {media!r}, and media are not supported: remove the row")
     return _weighed(message, where)
 
 
@@ -223,9 +229,11 @@ def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
     for name in _PARTLY_LEARNED:
         if message.pop(name, None):
             raise ValueError(
-                f"{where} has {name!r}, and a message is learned whole or not at all: leave the key out, or write "
+                f"{where} has {name!r}, and a message is learned completely or not at all: remove the key, or write "
                 "'weight': 0 or 1"
             )
+
+    # Several keys may mark a message, as long as they agree.
     learned = {}
     for name, means_learned in _LEARNED.items():
         if name in message:
@@ -234,7 +242,7 @@ def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
                 raise ValueError(f"{where} has {name!r} {short(value)}, expected 0 or 1: it is learned or it is not")
             learned[name] = bool(value) == means_learned
     if len(set(learned.values())) > 1:
-        raise ValueError(f"{where} is to be learned by one of {', '.join(learned)} and not by another: write one")
+        raise ValueError(f"{where} is marked as learned by one of {', '.join(learned)} and not by another: write one")
     return message if all(learned.values()) else {**message, "weight": 0}
 
 
@@ -259,6 +267,7 @@ def _written_messages(text: str, name: str) -> list[Any] | None:
     try:
         found = json.loads(text, object_pairs_hook=read_object)
     except (ValueError, RecursionError):
+        # Only what looks like messages is an error: any other text in brackets is a prompt of its own.
         if is_printed(text) and any(f"'{key}'" in text for key in ("role", "from")):
             raise ValueError(
                 f"{name!r} is {short(text)}, messages as Python prints them: write a list of messages, or JSON"
@@ -281,6 +290,7 @@ def _is_written_message(message: Any) -> bool:
 
 def _take_calls(message: dict[str, Any], where: str) -> None:
     """Brings a message's calls to one form."""
+    # OpenAI's older key for a single call.
     if isinstance(message.get("function_call"), Mapping):
         message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", ())]
     if "tool_calls" not in message:
@@ -295,9 +305,12 @@ def _take_calls(message: dict[str, Any], where: str) -> None:
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    # The function may be bare or wrapped.
     call = dict(call) if isinstance(call.get("function"), Mapping) else {"type": "function", "function": dict(call)}
     function = dict(call["function"])
     arguments = function.get("arguments")
+
+    # Templates print arguments in a notation of their own and need a mapping; text that is not JSON stays text.
     if isinstance(arguments, str):
         try:
             read = clean(json.loads(arguments or "{}"))
@@ -317,6 +330,35 @@ def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         return message
     return {**message, "content": "", "tool_calls": clean(calls)}
+
+
+# Forms that some templates need.
+
+
+def in_blocks(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes a content that is text a list of one block."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
+
+
+def arguments_of(call: Mapping[str, Any]) -> Any:
+    """Returns the arguments of a call, whether or not its function is wrapped."""
+    return call.get("function", call).get("arguments")
+
+
+def with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the arguments of a message's calls as JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return dict(message)
+    written = []
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        written.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": written}
 
 
 # Texts that a rendering must contain.

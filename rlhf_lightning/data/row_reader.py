@@ -1,4 +1,4 @@
-"""Turns the rows of a source into examples, and counts those that are dropped, cut, skipped or left out."""
+"""Turns the rows of a source into examples, and counts how many are dropped, cut, skipped or filtered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..sequences.example import Example
 from ..utils.progress import progress
 from .cell_checks import one_line
 from .example_store import ExampleStore
-from .files import LeftOutError, RowSource
+from .files import FilteredRowError, RowSource
 from .tokenization import OnTooLong, TooLongError, fit, longest
 
 OnBadRow = Literal["error", "skip"]
@@ -32,7 +32,7 @@ class RowReader:
 
     Attributes:
         report: ``rows`` read, ``examples`` made of them, ``kept``, ``dropped`` (too long), ``truncated`` (and kept),
-            ``bad`` (rows skipped), ``left_out`` (rows, by the transform), ``tokens`` (shared ones once) and the
+            ``bad`` (rows skipped), ``filtered`` (rows, by the transform), ``tokens`` (shared ones once) and the
             ``longest`` sequence kept.
     """
 
@@ -52,7 +52,7 @@ class RowReader:
         self.on_too_long = on_too_long
         self.on_bad_row = on_bad_row
         self.opening = opening
-        names = ("rows", "examples", "kept", "dropped", "truncated", "bad", "left_out", "tokens", "longest")
+        names = ("rows", "examples", "kept", "dropped", "truncated", "bad", "filtered", "tokens", "longest")
         self.report = dict.fromkeys(names, 0)
 
     def read(self, row_id: str, stored: Any) -> list[Example]:
@@ -65,9 +65,10 @@ class RowReader:
         try:
             examples = self.make(row_id, self.source.parse(stored))
             fitted = [fit(example, self.max_length, self.on_too_long, self.opening) for example in examples]
-        except LeftOutError:
-            self.report["left_out"] += 1
+        except FilteredRowError:
+            self.report["filtered"] += 1
             return []
+        # `on_too_long: error` was asked for, so `on_bad_row: skip` does not apply.
         except TooLongError as error:
             raise ValueError(one_line(f"{row_id}: {error}")) from error
         except ValueError as error:
@@ -106,8 +107,8 @@ class RowReader:
             parts.append(f"{report['truncated']} cut to max_length={self.max_length} ({self.on_too_long})")
         if report["bad"]:
             parts.append(f"{report['bad']} bad rows skipped")
-        if report["left_out"]:
-            parts.append(f"{report['left_out']} rows left out by the transform")
+        if report["filtered"]:
+            parts.append(f"{report['filtered']} rows filtered out by the transform")
         parts.append(f"{report['tokens']} tokens, longest sequence {report['longest']}")
         return f"{self.source.name}: {', '.join(parts)}"
 

@@ -44,7 +44,7 @@ class MemoryRows(RowSource):
         name: what the user called them.
         rows: the rows.
         num_rows: their number; ``None`` if unknown.
-        fingerprint: the one of ``datasets``; computed from the rows if left out.
+        fingerprint: the one of ``datasets``; computed from the rows if omitted.
     """
 
     def __init__(self, name: str, rows: Any, *, num_rows: int | None, fingerprint: str | None = None) -> None:
@@ -142,6 +142,8 @@ class RenamedRows(RowSource):
                 raise ValueError(
                     f"no column {theirs!r} for columns={{{ours!r}: {theirs!r}}}{describe_columns(row, theirs)}"
                 )
+
+        # A name that is taken must not silently replace another column.
         renamed = set(self.columns.values())
         kept = {name: value for name, value in row.items() if name not in renamed}
         for ours, theirs in self.columns.items():
@@ -218,6 +220,7 @@ def _open(source: Any, split: str | None, streaming: bool) -> RowSource:
         return _open_string(str(source), split, streaming)
     if isinstance(source, Sequence):
         return _open_list(source, split, streaming)
+    # `datasets` is recognised by its attributes, because importing it takes seconds.
     if hasattr(source, "_fingerprint") and hasattr(source, "__len__"):
         return MemoryRows("dataset", source, num_rows=len(source), fingerprint=source._fingerprint)
     if hasattr(source, "features") and hasattr(source, "__iter__"):
@@ -271,6 +274,7 @@ def _open_string(source: str, split: str | None, streaming: bool) -> RowSource:
         if not rows:
             raise ValueError(f"{source!r} has no rows: ask for at least one")
         return MemoryRows(source, rows, num_rows=len(rows))
+    # A query belongs to the name only if no such file exists.
     wanted: dict[str, str] = {}
     if not path.exists() and "?" in source:
         source, wanted = _split_query(source)
@@ -308,6 +312,7 @@ def _open_folder(name: str, path: Path, split: str | None) -> RowSource:
         if isinstance(loaded, datasets.DatasetDict):
             loaded = loaded[_pick_split(name, list(loaded), split)]
         return MemoryRows(name, loaded, num_rows=len(loaded), fingerprint=loaded._fingerprint)
+    # Otherwise all row files below the folder; where their names tell splits, those of the wanted one.
     files = sorted(file for file in path.rglob("*") if file.is_file() and _has_rows(file.relative_to(path)))
     if not files:
         raise ValueError(f"the folder {name!r} has no file to read: put files of {ACCEPTED} there")
@@ -340,6 +345,7 @@ def _refuse_strays(name: str, path: Path, by_split: Mapping[str | None, Sequence
 
 
 def _split_of(file: Path) -> str | None:
+    # Whole words, so that "contest.jsonl" is not a test split.
     words = re.split(r"[^a-z]+", str(file).lower())
     return next((split for split, names in _SPLITS.items() if any(word in names for word in words)), None)
 
@@ -347,6 +353,7 @@ def _split_of(file: Path) -> str | None:
 def _pick_split(name: str, found: Sequence[str], wanted: str | None) -> str:
     if wanted is None and len(found) == 1:
         return found[0]
+    # The exact name first, then its usual synonyms.
     for candidate in (wanted, *_SPLITS.get(wanted or "train", ())):
         if candidate in found:
             return str(candidate)
@@ -363,7 +370,7 @@ def _open_hub(name: str, split: str | None, streaming: bool, wanted: Mapping[str
     except Exception as error:  # whatever a download can raise, the user needs to know which source it was
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"{name!r} is no file or folder here, and the hub did not give it as a dataset ({reason}): give a file "
+            f"{name!r} is not a file or folder here, and the hub has no such dataset ({reason}): give a file "
             f"({ACCEPTED}), a folder of such files, a hub id like 'org/name?config=main' or a task like 'sums:prompts'"
         ) from error
     rows = loaded[_pick_split(name, list(loaded), split)]

@@ -44,6 +44,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that a tokenizer puts before every text: a beginning-of-sequence token, or none."""
+    # Compared on a sample, because tokenizers add these tokens by a post-processor or by an option.
     bare, dressed = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
     return dressed[:at]
@@ -52,8 +53,8 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenizes a text that a model continues.
 
-    The tokens begin once with those that the tokenizer puts before every text; a chat that was rendered by hand may
-    have them already. An empty text is the beginning-of-sequence token, or else the end-of-sequence token.
+    The tokens begin once with the tokens that the tokenizer puts before every text; a chat that was rendered by hand
+    may have them already. An empty text is the beginning-of-sequence token, or else the end-of-sequence token.
     """
     opening = opening_tokens(tokenizer)
     tokens = encode(tokenizer, text) if text else []
@@ -61,6 +62,8 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         tokens = opening + tokens
     if tokens:
         return tokens
+
+    # A model needs at least one token to continue.
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     token: Any = last if first is None else first
     return [] if token is None else [int(token)]
@@ -70,7 +73,7 @@ def continuing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Returns a version of a tokenizer for continuations: it neither adds a leading space nor strips one.
 
     Args:
-        tokenizer: any; one that does neither is returned as it is.
+        tokenizer: any; one that does neither is returned unchanged.
     """
     known = _CONTINUING.get(tokenizer)
     if known is None or known[0] != len(tokenizer):  # tokens may have been added since
@@ -106,7 +109,7 @@ def check_encodable(text: str) -> str:
         half = repr(text[error.start])
         raise ValueError(
             f"character {error.start + 1} of a text is {half}, half of a surrogate pair: write the whole character, or "
-            "leave it out"
+            "remove it"
         ) from None
     return text
 
@@ -120,6 +123,7 @@ def _without_blank(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     changed = {name: _plain(part) for name, part in described.items()}
     if changed == described:
         return tokenizer
+    # Rebuilt from its description, since the parts of the original are shared with it.
     whole = json.loads(backend.to_str())
     other = copy.copy(tokenizer)
     replaced: Any = other

@@ -40,7 +40,7 @@ class RowTokenizer:
     In a chat, each turn of the assistant is scored in the context in which it is generated: after the template's
     rendering of everything before it, generation prompt included. Turns whose contexts extend one another are one
     path; where the template renders earlier turns differently (say, without reasoning), paths fork. A turn ends with
-    the first added token of the vocabulary that the template writes after its content; where there is none, the
+    the first added token of the vocabulary that the template writes after its content; without one, the
     end-of-sequence token is added. Text that the template writes after that is context: it is never generated.
 
     Args:
@@ -97,11 +97,14 @@ class RowTokenizer:
             prompt = np.asarray(self.prompt(row))
             children = [self._text_answer(cast(str, completion), bool(row.prompt)) for completion in row.completions]
             return Segment(prompt, _all_but_first(len(prompt)) if prompt_loss else None, children)
+
+        # Chats: the trunk is what the first completion sees before its first scored token.
         history = cast(Messages, row.prompt)
         sequences = [self._completion(row, cast(Messages, c), assistant_only) for c in row.completions]
         trunk = sequences[0][0][0][: _first_scored(sequences[0][0][1])]
         if not history:
             trunk = np.asarray(self.prompt(row))
+        # The first token has no prediction.
         if prompt_loss:
             for (_, weights), *_ in sequences:
                 weights[1 : len(trunk)] = 1.0
@@ -135,6 +138,8 @@ class RowTokenizer:
             paths = [self._rendering(row.prompt, row.template)]
         for _, weights in paths:
             weights[0] = 0.0  # nothing comes before it
+
+        # Turns without a scored token, such as those of weight 0, teach nothing.
         paths = [_trimmed(path) for path in paths if path[1].any()]
         if not paths:
             raise ValueError("no token to learn from: expected a message of role 'assistant' with some content")
@@ -191,8 +196,12 @@ class RowTokenizer:
         rest = [token for token in token_ids[stop:] if token not in own_ends | {self.eos}]
         if str(self.tokenizer.decode(rest)).strip():  # words follow, so this is not the end
             return self._closed(list(token_ids))
+
+        # Sampled up to the template's own end.
         if stop < len(token_ids) and token_ids[stop] in own_ends - {self.eos}:
             return list(token_ids[: stop + 1])
+
+        # Cut off, or ended by the end-of-sequence token: append the template's end, which may have begun already.
         body, end = list(token_ids[:stop]), self._end(template) if chat else [self.eos]
         if len(end) > 1 and body[1 - len(end) :] == end[:-1]:
             body = body[: 1 - len(end)]
@@ -253,6 +262,8 @@ class RowTokenizer:
         text, ended = self.chat.cut(self.chat.render(messages, template), template)
         tokens = encode(self.tokenizer, text)
         weights = np.ones(len(tokens), np.float32)
+
+        # A message's tokens are those between two renderings, with and without it.
         for number, message in enumerate(messages):
             if message.get("weight") == 0:
                 start = encode(self.tokenizer, self.chat.render(messages[:number], template)) if number else []
@@ -263,6 +274,8 @@ class RowTokenizer:
                         "follow it, so that its tokens cannot be found: set assistant_only_loss=True"
                     )
                 weights[len(start) : len(stop)] = 0.0
+
+        # The end of the last turn is scored as the turn is.
         if not ended and tokens[-1:] != [self.eos]:
             tokens, weights = [*tokens, self.eos], np.append(weights, weights[-1])
         return np.asarray(tokens), weights
@@ -291,6 +304,8 @@ class RowTokenizer:
             turn = self.chat.turn(so_far, template, begun=begun[1] if number == begun[0] else None)
             paths.append(self._path(turn, self.chat.marks(so_far, template) if marked else None))
             text = turn.context + turn.answer
+
+        # Once, on the longest context: it contains all earlier messages.
         if text is not None:
             check_rendered(messages[: spoken[-1] + 1], self.chat.merged(template), text)
         return paths
@@ -299,11 +314,13 @@ class RowTokenizer:
         """Tokenizes a turn after its context; marks are the rendering's tokens and the mask of scored ones."""
         context = encode(self.tokenizer, turn.context) if turn.context else []
         tokens = encode(self.tokenizer, turn.context + turn.answer)
+        # Tokens may merge across the boundary; generation never does that, so they are tokenized separately.
         if tokens[: len(context)] != context:
             tokens = context + self.continued(turn.answer)
         weights = [0.0] * len(context) + [1.0] * (len(tokens) - len(context))
         if marks is not None and marks[0][: len(tokens)] == tokens:
             weights[len(context) :] = [float(mark) for mark in marks[1][len(context) : len(tokens)]]
+            # Templates differ in whether their marks include the token that ends the turn.
             if len(weights) > 1 and turn.ended:
                 weights[-1] = max(weights[-1], weights[-2])
         if not turn.ended and tokens[-1:] != [self.eos]:

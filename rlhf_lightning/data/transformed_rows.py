@@ -11,7 +11,7 @@ import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from .cell_checks import check_number, describe_columns, short
-from .files import LeftOutError, RowSource
+from .files import FilteredRowError, RowSource
 from .layouts import CONTEXT
 from .messages import first_medium
 
@@ -23,7 +23,7 @@ class TransformedRows(RowSource):
 
     Args:
         inner: the source.
-        transform: maps a row's columns to new ones, or to ``None`` to leave the row out. A row for which it raises
+        transform: maps a row's columns to new ones, or to ``None`` to drop the row. A row for which it raises
             ``ValueError``, ``KeyError``, ``TypeError``, ``IndexError`` or ``AttributeError`` is a bad row.
     """
 
@@ -47,18 +47,20 @@ class TransformedRows(RowSource):
             changed: Any = self.transform(row)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"transform {self._function} failed with {type(error).__name__}: {error}") from error
+
+        # The transform chooses to drop the row, which is not an error.
         if changed is None:
-            raise LeftOutError
+            raise FilteredRowError
         if not isinstance(changed, Mapping):
             raise ValueError(
                 f"transform {self._function} returned {type(changed).__name__} ({short(changed)}), expected columns "
-                "with their values, or None to leave the row out"
+                "with their values, or None to drop the row"
             )
         return dict(changed)
 
     @property
     def num_rows(self) -> int | None:
-        """Number of rows, including rows that will be left out."""
+        """Number of rows, including rows that will be dropped."""
         return self.inner.num_rows
 
     @property
@@ -106,6 +108,7 @@ class PairedRows(RowSource):
                 bad += 1
                 yield row_id, row
                 continue
+            # Completions of one prompt follow one another, so that a run ends where the prompt changes.
             if run and run[0][1]["shown"] != row["shown"]:
                 for pair in self._pairs(run):
                     pairs += 1
@@ -149,12 +152,13 @@ class PairedRows(RowSource):
             try:
                 row = self.inner.parse(stored)
                 yield row_id, self._scored(row)
-            except LeftOutError:
+            except FilteredRowError:
                 continue
             except ValueError as error:
                 yield row_id, error
 
     def _scored(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        # Ratings are columns, or a mapping in one column.
         rest = dict(row)
         ratings = rest.pop("ratings", None) or {}
         rated = {**row, **ratings} if isinstance(ratings, Mapping) else row
@@ -170,7 +174,7 @@ class PairedRows(RowSource):
         own = ("prompt", "completion", "response", *self.weights)
         rest = {column: value for column, value in rest.items() if column not in own}
         if media := first_medium(rest):
-            raise ValueError(f"the row has {media!r}, and media are not supported: leave the row out")
+            raise ValueError(f"the row has {media!r}, and media are not supported: remove the row")
         # The model's whole input before the completion: both answers of a pair must answer the same.
         shown = (row["prompt"], *(row.get(column) for column in CONTEXT))
         return {"prompt": row["prompt"], "completion": row[name], "score": score, "shown": shown, "rest": rest}
@@ -180,6 +184,7 @@ class PairedRows(RowSource):
             if first["score"] == second["score"]:
                 continue
             better, worse = (first, second) if first["score"] > second["score"] else (second, first)
+            # A column in which both rows agree describes the pair; any other belongs to one completion.
             agreed = {name: value for name, value in first["rest"].items() if second["rest"].get(name) == value}
             pair = {
                 **agreed,

@@ -1,6 +1,6 @@
 r"""Functions for ``transform=`` that map the columns of a published dataset to those of a data contract.
 
-Each takes a row's columns and returns new ones, or ``None`` to leave the row out; any function that does so can be
+Each takes a row's columns and returns new ones, or ``None`` to drop the row; any function that does so can be
 used instead, named by its dotted path in YAML.
 """
 
@@ -131,11 +131,12 @@ def boxed_answer(columns: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _last_box(solution: str) -> str:
-    r"""Returns the content of the last ``\boxed{}`` of a text; empty if there is none or it is not closed."""
+    r"""Returns the content of the last ``\boxed{}`` of a text; empty without one, or if it is not closed."""
     boxes = list(_BOXED.finditer(solution))
     if not boxes:
         return ""
     start, depth = boxes[-1].end(), 1
+    # Formulas nest braces, so the end of the box is found by counting.
     for brace in _BRACE.finditer(solution, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:

@@ -30,6 +30,7 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
     if world_size() == 1:
         return dict(values)
     barrier()
+    # fp64, since counts of tokens exceed the whole numbers that fp32 represents.
     vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(vector)
     return dict(zip(values, vector.tolist(), strict=True))
@@ -62,6 +63,7 @@ def gather_rows(rows: Rows, device: torch.device) -> Rows:
     barrier()
     parts: list[Rows] = [{} for _ in range(world_size())]
     dist.all_gather_object(parts, {name: value.cpu() for name, value in rows.items()})
+    # Ranks without rows do not know the names.
     filled = [part for part in parts if part]
     return {name: torch.cat([part[name] for part in filled]).to(device) for name in (filled[0] if filled else ())}
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..models.backbone import base_model, decoder_of
-from ..models.dropout import layers_left_out
+from ..models.dropout import layerdrop_rate
 from ..utils.page_cache import drop_file_pages
 from .lockstep import lockstep
 
@@ -50,6 +50,7 @@ class ShardedRoot(nn.Module):
 
     def take_over(self) -> None:
         """Routes every forward of the decoder through this unit, in lockstep with the other ranks."""
+        # Embeddings, final norm and heads have no module of their own around the decoder's forward, so it is wrapped.
         decoder: Any = self._decoder[0]
         own_forward = decoder.forward
         takes_positions = "position_ids" in inspect.signature(own_forward).parameters
@@ -124,6 +125,7 @@ def shard_model(
         check_one_dtype(block)
         read = _take_from_first_rank(block, device)
         fully_shard(block, mesh=mesh, reshard_after_forward=True, **options)
+        # Trainers move modules to the device; offloaded shards stay in host memory.
         if "offload_policy" in options:
             _keep_in_place(block)
         drop_file_pages(read)
@@ -136,6 +138,7 @@ def shard_model(
     drop_file_pages(read)
     del read
 
+    # Gradients are summed, never averaged.
     units: list[Any] = [root, *decoder_blocks(base)]
     for unit in units:
         unit.set_gradient_divide_factor(1.0)  # losses are divided by global normalizers already
@@ -166,10 +169,10 @@ def check_runs_all_layers(model: nn.Module) -> None:
     Raises:
         ValueError: its rate of layerdrop is above 0.
     """
-    rate = layers_left_out(model)
+    rate = layerdrop_rate(model)
     if rate > 0:
         raise ValueError(
-            f"strategy is 'fsdp2' and the config of {type(base_model(model)).__name__} leaves out layers at random "
+            f"strategy is 'fsdp2' and the config of {type(base_model(model)).__name__} skips layers at random "
             f"(layerdrop {rate:g}), on each rank others, whose weights no other rank would then gather: set "
             "one rate for all its dropout (--model.dropout=0.1), with which every layer runs, or use strategy 'ddp'"
         )
@@ -250,6 +253,7 @@ def check_one_dtype(unit: nn.Module) -> None:
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of a decoder: its ``ModuleList`` with the most parameters."""
     lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
+    # Decoders may have other lists, such as those of a vision tower.
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 
@@ -259,6 +263,7 @@ def local_shard(whole: Tensor, like: DTensor) -> Tensor:
     mesh = like.device_mesh
     dimension = mesh.ndim - 1  # a dimension before it is that of copies
     chunks = torch.chunk(whole, mesh.size(dimension), dim=0)
+    # torch.chunk may return fewer chunks than ranks: the last ranks then have none.
     rank = mesh.get_local_rank(dimension)
     return chunks[rank] if rank < len(chunks) else whole[:0]
 
@@ -308,6 +313,7 @@ def _take_from_first_rank(unit: nn.Module, device: torch.device) -> list[Tensor]
                 kept = _placed_parameter(parameter, device)
                 made[id(parameter)] = made[id(kept)] = kept
             owner._parameters[name] = kept
+            # Tied weights are sent once.
             if id(kept) not in sent:
                 sent.add(id(kept))
                 _broadcast(kept.data)

@@ -68,6 +68,7 @@ class Lockstep:
         if self._suspended:
             return loss
         self._agree(self.backward_pass)
+        # Which models this loss depends on, before the zero is added that depends on all of them.
         self._reached |= _reached(loss, self._waiting)
         return loss + self._zero() if self._waiting else loss
 
@@ -102,6 +103,7 @@ class Lockstep:
 
     def _agree(self, wanted: int) -> None:
         while True:
+            # The lowest number wins, so that forwards come before the backward pass and all ranks finish it together.
             vote = torch.tensor(wanted, dtype=torch.int64, device=self.device)
             dist.all_reduce(vote, op=dist.ReduceOp.MIN)
             coming = int(vote)
@@ -113,6 +115,7 @@ class Lockstep:
 
     def _dummy_pass(self, coming: int) -> None:
         count = len(self.models)
+        # A backward pass gathers the same weights as the forwards before it.
         if coming == self.backward_pass:
             if self._waiting:
                 self._zero().backward()

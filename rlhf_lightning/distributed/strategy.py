@@ -52,7 +52,7 @@ def check_can_be_sharded(precision: str, quantization: str | None) -> None:
     if quantization is not None:
         raise ValueError(
             f"quantization is {quantization!r} with strategy 'fsdp2', but bitsandbytes packs a whole matrix with its "
-            "scales, which cannot be split over ranks: use strategy 'ddp', or leave quantization out"
+            "scales, which cannot be split over ranks: use strategy 'ddp', or remove quantization"
         )
 
 
@@ -151,7 +151,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if cpu_offload and process_group_backend == "nccl":
             raise ValueError(
                 "process_group_backend is 'nccl' with cpu_offload=True, whose weights lie in host memory, where nccl "
-                "cannot gather them: write 'cpu:gloo,cuda:nccl', or leave it out"
+                "cannot gather them: write 'cpu:gloo,cuda:nccl', or remove it"
             )
         self.shard_over = shard_over
         self.cpu_offload = cpu_offload
@@ -191,6 +191,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: lightning.Trainer) -> None:
         """Shards policy, reference and critic, then continues with Lightning's setup."""
         module: Any = self.lightning_module
+        # Once per strategy: `validate` after `fit` finds the models sharded.
         if not self._roots:
             groups = _models_of(module)
             with _heard_by_all():
@@ -209,6 +210,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _agree_on_the_rest(self, module: Any, models: list[nn.Module]) -> None:
         """Copies the results of loading other than weights from rank 0: configs, fingerprint, random state."""
+        # Skeletons lack what loading reads besides weights, and drew other random numbers.
         bases: list[Any] = [base_model(model) for model in models]
         mine = {
             "generation": [getattr(base, "generation_config", None) for base in bases],
@@ -310,6 +312,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads this rank's part of every optimizer state."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            # States are numbered in the order of the parameter groups, here as in the file.
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             own = dict(state["state"])
@@ -331,6 +334,7 @@ def _mapped(value: Any, function: Any) -> Any:
         return function(value)
     if isinstance(value, dict):
         return {key: _mapped(each, function) for key, each in value.items()}
+    # Named tuples are values of their own, without tensors.
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return type(value)(_mapped(each, function) for each in value)
     return value
@@ -340,6 +344,7 @@ def _models_of(module: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Returns every model of a module with the heads that read its hidden states: policy, critic, references."""
     critic = getattr(module, "critic", None)
     own_critic = getattr(critic, "model", None)
+    # Modules that read the policy's hidden states are gathered with its root; a critic with its own model is not.
     heads = [
         child
         for name, child in module.named_children()
@@ -360,6 +365,8 @@ def _heard_by_all() -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
+
+    # Every rank gets here, whether or not it failed, so that the collective is complete.
     said: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(said, None if mine is None else str(mine))
     if mine is not None:

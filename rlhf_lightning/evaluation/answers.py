@@ -108,6 +108,8 @@ def answer_prompts(
     prompts = [example.root.tokens.tolist() for example in examples]
     groups = engine.generate(prompts, num_samples, sampling, seeds=seeds)
     pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
+
+    # The verifier gets the rows' other columns, one value per completion.
     names = sorted({name for example in examples for name in example.fields} - {"prompt"})
     columns: dict[str, list[Any]] = {name: [example.fields.get(name) for example, _ in pairs] for name in names}
     texts = [example.fields.get("prompt") for example, _ in pairs]

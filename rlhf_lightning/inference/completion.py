@@ -75,10 +75,12 @@ class StopFinder:
 
     def push(self, token_ids: Sequence[int]) -> str | None:
         """Takes all tokens so far, one more than last time; returns the text before a stop string once there is one."""
+        # Only the last tokens are decoded again, since a token can change the text of its neighbours only.
         before = decode(self.tokenizer, token_ids[self._start : self._read])
         after = decode(self.tokenizer, token_ids[self._start :])
         if len(after) <= len(before) or after.endswith("�"):
             return None
+        # A stop string may have begun in earlier tokens.
         searched_from = max(0, len(self.text) - self._reach)
         self.text += after[len(before) :]
         self._start, self._read = self._read, len(token_ids)
@@ -135,6 +137,8 @@ class Request:
             if text is not None and not early:
                 self._text = text
                 self.finish_reason = "stop"
+
+        # A stop token ends the sample even where its text does not show.
         if token in self._stop_ids and not early:
             self.finish_reason = "stop"
         elif self.finish_reason is None and len(self.token_ids) >= self.limit:
@@ -155,6 +159,8 @@ def sample_next_tokens(
     uniforms_N = None
     if not params.greedy:
         uniforms_N = torch.from_numpy(uniforms([request.seed for request in requests], steps)).to(logits_NV.device)
+
+    # Samples below their minimum length must not draw a token that ends them.
     banned = None
     early = np.flatnonzero(steps < params.min_new_tokens)
     stop_ids = [token for token in stop_ids if token < logits_NV.shape[-1]]

@@ -1,4 +1,4 @@
-"""Continuous batching: a prompt is computed once, its samples decode together, finished rows make room for new ones.
+"""Continuous batching: a prompt is computed once, its samples decode together, new rows replace finished ones.
 
 Legend: N rows of the batch, P prompts of a prefill, V vocabulary.
 """
@@ -77,6 +77,7 @@ class ContinuousBatch:
     def _step(self, cache: SlotCache) -> None:
         logits_NV = self._decoder.step([request.token_ids[-1] for request in self._running], cache)
         sample_next_tokens(logits_NV, self._running, self._params, self._stop_ids)
+        # From the end, because the last row replaces a released one.
         for row in reversed(range(len(self._running))):
             if self._running[row].finish_reason is not None:
                 cache.release(row)
@@ -91,6 +92,7 @@ class ContinuousBatch:
         while free > 0 and (self._computed or self._waiting):
             if not self._computed:
                 self._prefill(free)
+            # One draw for all first tokens, whichever prompt they belong to.
             chosen: list[tuple[_Computed, list[Request]]] = []
             while free > 0 and self._computed:
                 prompt = self._computed[0]
@@ -104,6 +106,7 @@ class ContinuousBatch:
     def _prefill(self, free: int) -> None:
         """Computes the next prompts: as many as the free rows need, within the token budget."""
         group: list[tuple[tuple[int, ...], deque[Request]]] = []
+        # The longest prompt comes first, so that its length is the width of the whole group.
         width = len(self._waiting[0][0])
         while self._waiting and (not group or (free > 0 and (len(group) + 1) * width <= self._budget)):
             group.append(self._waiting.popleft())
@@ -119,10 +122,11 @@ class ContinuousBatch:
             logits_NV, [request for _, requests in chosen for request in requests], self._params, self._stop_ids
         )
         for prompt, requests in chosen:
-            going_on = [request for request in requests if request.finish_reason is None]
-            if not going_on:
+            continuing = [request for request in requests if request.finish_reason is None]
+            # All ended with their first token: no row is needed.
+            if not continuing:
                 continue
             if self._cache is None:
                 self._cache = SlotCache(prompt.states, self._num_rows, self._num_columns)
-            self._cache.admit(prompt.states, prompt.index, prompt.length, copies=len(going_on))
-            self._running.extend(going_on)
+            self._cache.admit(prompt.states, prompt.index, prompt.length, copies=len(continuing))
+            self._running.extend(continuing)

@@ -53,6 +53,7 @@ def _available() -> bool:
 
 
 def _suits(module: nn.Linear) -> bool:
+    # Subclasses, and layers whose forward is replaced, compute something else.
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     weight = module.weight

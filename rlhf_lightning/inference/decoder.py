@@ -59,6 +59,7 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             input_ids_PL[row, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
             mask_PL[row, width - len(prompt) :] = 1
+        # Padding on the left gets position 0, which nothing reads.
         positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
         padded = min(map(len, prompts)) < width
@@ -112,9 +113,12 @@ class Decoder:
         length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
         vocabulary = int(model.config.get_text_config().vocab_size)
         first = [(3 + 7 * i) % vocabulary for i in range(length + 3)]
+        # A padding token within a prompt, since some models compute positions or masks from it.
         first[1] = special_token(model)
         second = [(5 + 11 * i) % vocabulary for i in range(4)]
         expected = torch.cat((self._reference(first)[-4:], self._reference(second)[-3:]))
+
+        # As in sampling: two prompts, and the shorter one joins a step later.
         logits_PV, prompts = self.prefill([first[:length], second[:2]])
         cache = SlotCache(prompts, num_rows=2, num_columns=length + 4)
         cache.admit(prompts, 0, length, copies=1)
@@ -124,6 +128,8 @@ class Decoder:
             logits_NV = self.step([first[length + 1 + i], second[2 + i]], cache)
             first_rows.append(logits_NV[0])
             second_rows.append(logits_NV[1])
+
+        # Relative to the spread of the logits, since their scale differs between models.
         tolerance = 0.1 if computes_in_half(model) else 1e-3
         error = (torch.stack(first_rows + second_rows).double() - expected.double()).square().mean().sqrt()
         spread = (expected.double() - expected.double().mean(-1, keepdim=True)).square().mean().sqrt()
@@ -133,6 +139,7 @@ class Decoder:
         """Whether the logits after a token do not depend on later tokens; probed once per model."""
         known = _PROBED.setdefault(base_model(self.model), {})
         if "looks back" not in known:
+            # With shortened windows as well, which these few tokens would not exceed otherwise.
             known["looks back"] = self._looks_back()
             with short_reach(base_model(self.model)):
                 known["looks back"] &= self._looks_back()

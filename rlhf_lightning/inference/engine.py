@@ -62,7 +62,7 @@ class LocalEngine:
     prompts.
 
     Args:
-        model: a causal language model of transformers, bare or with adapters around it. Called as it is: in its
+        model: a causal language model of transformers, bare or with adapters around it. Called unchanged: in its
             precision, on its device, with its attention function. It runs in evaluation mode without gradients, and
             every submodule's mode is restored.
         tokenizer: encodes string prompts like those of rows, decodes tokens, and defines by its chat template which
@@ -127,6 +127,8 @@ class LocalEngine:
         numbered = _seeds(seeds, len(token_prompts), num_samples, params)
         stop_ids = sorted(self._eos_token_ids() | set(params.stop_token_ids))
         stops = frozenset(stop_ids)
+
+        # Every sample has a seed of its own, so that neither batching nor order changes it.
         requests = [
             Request(
                 prompt, (row, column), numbered[row][column], self._limit(prompt, params), params, stops, self.tokenizer
@@ -145,6 +147,7 @@ class LocalEngine:
         return [group * (num_samples // distinct) for group in grouped]
 
     def _run(self, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]) -> None:
+        # Two properties that batched sampling rests on: causality, and keys that do not depend on the layout.
         decoder, model = Decoder(self.model), base_model(self.model)
         if not decoder.looks_back():
             raise ValueError(
@@ -218,6 +221,7 @@ class LocalEngine:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the model's {positions} positions: shorten it"
             )
+        # Completions end where the model's positions end.
         return min(params.max_new_tokens, positions - len(prompt))
 
     def _eos_token_ids(self) -> set[int]:
@@ -226,6 +230,7 @@ class LocalEngine:
         if self._template_ends is None:
             self._template_ends = [] if self.tokenizer is None else ChatTemplate(self.tokenizer).end_tokens()
         found = set(self._template_ends)
+        # Configs name end tokens in several places, and none is complete.
         for source in (getattr(model, "generation_config", None), model.config.get_text_config(), self.tokenizer):
             token = getattr(source, "eos_token_id", None)
             found.update([] if token is None else [token] if isinstance(token, int) else token)

@@ -68,6 +68,7 @@ def generate_plain(
         max_batch_tokens: tokens of cache; one row always fits.
         use_cache: whether to use the model's cache; False if its results differ with the cache, see ``loops_exactly``.
     """
+    # Equal lengths need no padding, so that any model can batch them.
     ordered = sorted(requests, key=lambda request: (len(request.prompt), request.position))
     saved = model.generation_config
     # The model's own generation settings (penalties, lengths, caches) must not change the logits that are sampled from.
@@ -119,6 +120,7 @@ def loops_exactly(model: PreTrainedModel, *, use_cache: bool) -> bool:
     try:
         options = {"output_logits": True, "return_dict_in_generate": True, "use_cache": use_cache}
         out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **options)
+        # The same tokens through one forward without a cache are the reference.
         found = torch.cat(list(out.logits)).double()
         expected = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[0, ids.shape[1] - 1 :].double()
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError):

@@ -21,8 +21,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LONGEST_PAUSE = 30.0
-# Statuses worth a retry: too early, too slow, too many requests; and server failures (5xx), except for those that mean
-# that the server cannot do this at all.
+# Statuses worth a retry: too early, too slow, too many requests; and server failures (5xx), except for the ones that
+# mean that the server cannot do this at all.
 _PASSING = (408, 425, 429)
 _FINAL_FAILURES = (501, 505)
 _KEY = re.compile(r"[!-~]+")
@@ -99,7 +99,7 @@ class Endpoint:
             raise ValueError(f"url={url!r} is not allowed: write it with http:// or https://, as http://{rest}")
         if api_key is not None and not _KEY.fullmatch(api_key):
             raise ValueError(
-                f"the api_key has {len(api_key)} characters, of which some are no visible ASCII (a line break, a "
+                f"the api_key has {len(api_key)} characters, some of them not visible ASCII (a line break, a "
                 "blank): write the key alone"
             )
         for name, value, valid, allowed in (
@@ -109,6 +109,8 @@ class Endpoint:
         ):
             if not valid:
                 raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")
+
+        # Servers put the protocol below /v1: added to an address without a path.
         self.url = url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
         self.timeout = timeout
         self.max_retries = max_retries
@@ -117,6 +119,8 @@ class Endpoint:
         self._api_key = api_key
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+
+        # A proxy cannot reach this machine's own loopback.
         proxies = [urllib.request.ProxyHandler({})] if parts.hostname in _LOOPBACK else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
@@ -146,6 +150,7 @@ class Endpoint:
                 said = self._without_key(str(failed))
                 if not failed.passing:
                     raise ServerError(said, failed.status) from None
+                # Exponential backoff, or as long as the server asks for.
                 pause = min(max(self.backoff * 2.0**attempt, failed.pause), _LONGEST_PAUSE)
                 if attempt == self.max_retries or _is_stopped(pause, stopped):
                     tried = f"{attempt + 1} attempts" if attempt else "1 attempt"
@@ -166,11 +171,12 @@ class Endpoint:
             raise self._unreachable(error) from None
         try:
             answer = json.loads(content)
-        except ValueError:  # of JSON and of UTF-8 alike
+        except ValueError:  # a JSON or a UTF-8 error
             answer = None
         if not isinstance(answer, dict):
             shown = one_line(content[:60].decode(errors="replace"))
-            raise _FailedAttemptError(f"the server at {self.url} answers with no JSON object: {shown!r}", passing=True)
+            said = f"the server at {self.url} did not answer with a JSON object: {shown!r}"
+            raise _FailedAttemptError(said, passing=True)
         return answer
 
     def _unreachable(self, error: Exception) -> _FailedAttemptError:
@@ -182,7 +188,7 @@ class Endpoint:
                 passing=True,
             )
         if isinstance(reason, http.client.HTTPException | ConnectionResetError | BrokenPipeError):
-            said = f"the server at {self.url} broke off its answer: {one_line(reason) or type(reason).__name__}"
+            said = f"the server at {self.url} ended its answer early: {one_line(reason) or type(reason).__name__}"
             return _FailedAttemptError(said, passing=True)
         return _FailedAttemptError(
             f"no server answers at {self.url}: {one_line(reason)}; start one, for instance with vllm serve MODEL, or "
@@ -191,6 +197,7 @@ class Endpoint:
         )
 
     def _refused(self, error: urllib.error.HTTPError, request: urllib.request.Request) -> _FailedAttemptError:
+        # The body explains the status, if it can be read.
         status = error.code
         passing = status in _PASSING or (status >= 500 and status not in _FINAL_FAILURES)
         try:
@@ -240,6 +247,7 @@ def _detail(content: bytes) -> str:
         found = json.loads(content)
     except ValueError:
         return one_line(content.decode(errors="replace"), 200)
+    # Servers nest the message differently.
     for key in ("error", "message", "detail"):
         while isinstance(found, dict) and key in found:
             found = found[key]
@@ -274,6 +282,7 @@ def in_parallel(
         >>> in_parallel(str, [1, 2, 3], limit=2)
         ['1', '2', '3']
     """
+    # Daemon threads and a queue instead of a pool, which would wait for slow requests after an error or Ctrl-C.
     waiting = iter(enumerate(items))
     lock = threading.Lock()
     stopped = stopped or threading.Event()

@@ -84,8 +84,10 @@ class SlotCache(Cache):
 
     def admit(self, prompts: PromptStates, index: int, length: int, copies: int) -> None:
         """Appends rows that each begin with one prompt of a left-padded batch."""
+        # An empty batch starts over at column 0.
         if self.num_rows == 0:
             self.base = self.end = 0
+        # All rows end at the same column, so that the written ones move right until the prompt fits before it.
         if self.end < length:
             self._shift_to(length)
         rows = slice(self.num_rows, self.num_rows + copies)
@@ -118,6 +120,7 @@ class SlotCache(Cache):
         shift = end - self.end
         for slot in self.slots:
             for states_RHCD in (slot.keys, slot.values):
+                # A copy, since source and destination overlap.
                 used = states_RHCD[: self.num_rows, :, self.base : self.end].clone()
                 states_RHCD[: self.num_rows, :, self.base + shift : end] = used
         self.starts += shift
@@ -129,6 +132,8 @@ class SlotCache(Cache):
         starts = self.starts[: self.num_rows]
         if (starts == self.base).all():
             return None
+
+        # Padding lies left of a row's first column.
         columns = np.arange(self.base, self.end + 1)
         return torch.from_numpy((columns >= starts[:, None]).astype(np.int64))
 

@@ -59,6 +59,7 @@ def _fp32_forward(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Ca
 
     def forward(input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
+            # Operands rounded as the layer would, sums in fp32: the arithmetic of the fused head in training.
             rows = input.flatten(0, -2).to(dtype)
             options: dict[str, Any] = {"out_dtype": torch.float32} if rows.is_cuda else {}
             product: Tensor = torch.mm(rows if rows.is_cuda else rows.float(), rounded.T, **options)

@@ -35,6 +35,8 @@ def spoken_tokens(choice: Mapping[str, Any], api: str) -> tuple[list[int], list[
     elif reported and api == "completions" and reported.get("token_logprobs") is not None:
         tokens = reported.get("tokens") or []
         logprobs = [_number(value) for value in reported["token_logprobs"]]
+
+    # Two places for token ids: vLLM's own field, and names of tokens among the log-probabilities.
     given = None if choice.get("token_ids") is None else [_token_id(token) for token in choice["token_ids"]]
     if tokens and all(str(token).startswith(_TOKEN_PREFIX) for token in tokens):
         named = [_token_id(str(token).removeprefix(_TOKEN_PREFIX)) for token in tokens]
@@ -51,7 +53,7 @@ def _token_id(value: Any) -> int:
     if isinstance(value, str) and value.isdecimal() and value.isascii():
         return int(value)
     if type(value) is not int or value < 0:
-        raise UnusableError(f"returns the token id {value!r}, which is no whole number from 0")
+        raise UnusableError(f"returns the token id {value!r}, which is not a whole number of at least 0")
     return value
 
 

@@ -138,7 +138,7 @@ class RemoteEngine:
             One list per prompt, in order, with ``num_samples`` completions.
 
         Raises:
-            ServerError: the server is unreachable, refuses, fails, or leaves out a needed field; a ``ValueError``.
+            ServerError: the server is unreachable, refuses, fails, or omits a needed field; a ``ValueError``.
             ValueError: a prompt or setting that this server does not support.
         """
         params = sampling or SamplingParams()
@@ -178,12 +178,14 @@ class RemoteEngine:
         advice = "use temperature 1 without top_k, top_p, min_p, repetition_penalty and min_new_tokens"
         if self.logprobs and self.server_logprobs == "model":
             raise ValueError(
-                "logprobs of the sampling distribution cannot be had from a server that reports the unmodified model's:"
-                f" {advice}, or start vLLM with --logprobs-mode processed_logprobs and set server_logprobs='sampling'"
+                "logprobs of the sampling distribution are not available from a server that reports the unmodified "
+                f"model's: {advice}, or start vLLM with --logprobs-mode processed_logprobs and set "
+                "server_logprobs='sampling'"
             )
         if params.model_logprobs and self.server_logprobs == "sampling":
             raise ValueError(
-                f"model_logprobs cannot be had from a server that reports those of the sampling distribution: {advice}"
+                "model_logprobs are not available from a server that reports those of the sampling distribution: "
+                f"{advice}"
             )
 
     def _prompt(self, number: int, prompt: str | Sequence[int] | Messages) -> dict[str, Any]:
@@ -278,7 +280,7 @@ class RemoteEngine:
         return max(length - sampling.max_new_tokens, 0) if isinstance(length, int) else None
 
     def served_model(self) -> dict[str, Any]:
-        """Identifies the model on the server: its name, and the path behind the name if the server reports it.
+        """Identifies the model on the server: its name, and the path of that name if the server reports it.
 
         Raises:
             ServerError: no server answers, or it serves several models and none was chosen.
@@ -338,12 +340,12 @@ class RemoteEngine:
         if logprobs is None:
             raise ServerError(
                 f"the server at {self.endpoint.url} returns no log-probabilities, which are needed here: use one that "
-                "does, such as vLLM, or do without logprobs and model_logprobs"
+                "does, such as vLLM, or run without logprobs and model_logprobs"
             )
         if (token_ids and len(token_ids) != len(logprobs)) or not all(value <= _ROUNDING for value in logprobs):
             raise ServerError(
                 f"the server at {self.endpoint.url} returns {len(logprobs)} log-probabilities for {len(token_ids)} "
-                f"tokens, or some that are no numbers up to 0: {one_line(logprobs, 80)}"
+                f"tokens, or some that are not numbers of at most 0: {one_line(logprobs, 80)}"
             )
         logprobs = [min(value, 0.0) for value in logprobs]
         # A greedy draw is certain.

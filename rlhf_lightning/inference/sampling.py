@@ -145,6 +145,7 @@ def uniforms(seeds: npt.ArrayLike, steps: npt.ArrayLike) -> npt.NDArray[np.float
 
 
 def _uniforms64(seeds: npt.NDArray[np.uint64], steps: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    # SplitMix64 with the seed mixed first, so that neighbouring seeds and steps are unrelated.
     bits = _mix(_mix(seeds) + (steps + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     # 52 bits and half a step keep clear of both ends: 0 would pick a token of no mass, 1 would run off the end.
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
@@ -177,10 +178,14 @@ def sample(
     """
     raw_NV = logits_NV.float()
     scores_NV = raw_NV
+
+    # Before the temperature, as in transformers: scores of seen tokens move away from being chosen.
     if params.repetition_penalty != 1 and seen_NV is not None:
         penalty = params.repetition_penalty
         punished_NV = torch.where(scores_NV < 0, scores_NV * penalty, scores_NV / penalty)
         scores_NV = torch.where(seen_NV, punished_NV, scores_NV)
+
+    # Never in place on the caller's logits.
     if banned is not None:
         scores_NV = scores_NV.clone() if scores_NV is logits_NV or params.model_logprobs else scores_NV
         scores_NV[banned[0][:, None], banned[1]] = -math.inf
@@ -192,6 +197,8 @@ def sample(
         if uniforms_N is None:
             raise ValueError(f"temperature={params.temperature} samples, and sampling needs one uniform per row")
         tokens_N, logprobs_N = _draw(scores_NV, uniforms_N, params)
+
+    # Under the model itself: temperature 1, without filters and penalties.
     model_logprobs_N = None
     if params.model_logprobs:
         model_logprobs_N = raw_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - raw_NV.logsumexp(-1)
@@ -203,6 +210,7 @@ def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tupl
     work_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
     if params.temperature != 1:
         work_NV.div_(params.temperature)
+    # Filters apply after the temperature, as in transformers and vLLM.
     floor_N1 = _floor(work_NV, params)
     if floor_N1 is not None:
         work_NV.masked_fill_(work_NV < floor_N1, -math.inf)
@@ -216,7 +224,7 @@ def _floor(work_NV: Tensor, params: SamplingParams) -> Tensor | None:
     """The lowest score that survives top-k, top-p and min-p in each row, ``(N, 1)``; ``None`` without a filter.
 
     A filter keeps the tokens above some score, so filters in sequence are one comparison with the highest of their
-    floors; top-p measures its mass among the survivors of top-k, and min-p only looks at the top token, which all keep.
+    floors; top-p measures its mass among the survivors of top-k, and min-p depends on the top token, which all keep.
     """
     vocabulary = work_NV.shape[-1]
     floors = []
@@ -237,6 +245,8 @@ def _nucleus_floor(work_NV: Tensor, top_k_N1: Tensor | None, params: SamplingPar
     """The score of the last token of the smallest most-likely set with mass ``top_p``, ``(N, 1)``."""
     survivors_NV = work_NV if top_k_N1 is None else work_NV.masked_fill(work_NV < top_k_N1, -math.inf)
     mass_N1 = survivors_NV.exp().sum(-1, keepdim=True, dtype=torch.float64)
+
+    # Usually a few tokens hold the mass: try the best ones before sorting all.
     size = min(max(_NUCLEUS_GUESS, params.top_k), survivors_NV.shape[-1])
     best_NS = survivors_NV.topk(size, dim=-1).values
     floor_N1, reached_N = _mass_floor(best_NS, mass_N1, params.top_p)
@@ -265,12 +275,16 @@ def _invert(weights_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     if vocabulary <= _DIRECT_VOCABULARY:
         token_N1, _, total_N1 = _first_above(weights_NV, uniforms_N[:, None])
         return token_N1.squeeze(-1), total_N1.squeeze(-1)
+
+    # Two levels of about the square root of the vocabulary each.
     width = 1 << round(math.log2(vocabulary) / 2)
     blocks = vocabulary // width
     sums_NB = weights_NV[:, : blocks * width].unflatten(-1, (blocks, width)).sum(-1)
     if blocks * width < vocabulary:
         sums_NB = torch.cat((sums_NB, weights_NV[:, blocks * width :].sum(-1, keepdim=True)), dim=-1)
     block_N1, rest_N1, total_N1 = _first_above(sums_NB, uniforms_N[:, None])
+
+    # Within the block, at the fraction of its weight that is left.
     index_NW = block_N1 * width + torch.arange(width, device=weights_NV.device)
     block_NW = weights_NV.gather(-1, index_NW.clamp(max=vocabulary - 1))
     block_NW = block_NW.masked_fill(index_NW >= vocabulary, 0.0)
@@ -287,6 +301,7 @@ def _first_above(weights_NX: Tensor, fraction_N1: Tensor) -> tuple[Tensor, Tenso
     cumulative_NX = weights_NX.double().cumsum(-1)
     total_N1 = cumulative_NX[:, -1:].contiguous()
     _check_finite(total_N1)
+    # In fp64: a sum over the vocabulary in fp32 would move the boundaries between tokens.
     target_N1 = fraction_N1 * total_N1
     index_N1 = torch.searchsorted(cumulative_NX, target_N1, right=True)
     # Rounding may push a target to the very end: the last entry that has weight takes it.

@@ -31,7 +31,7 @@ from ..utils.messages import UsageError, explain
 from .step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions
 
 _PROMPTS_AT_ONCE = 16
-_COUNTED = (TOO_LONG, "cut off", "without steps", "alike", UNJUDGED)
+_COUNTED = (TOO_LONG, "cut off", "without steps", "duplicates", UNJUDGED)
 # Options that change no result, so a run may be resumed with others; on_too_long too, since error only ends a run.
 _NOT_RESULTS = ("output", "max_concurrency", "timeout", "api_key_variable", "on_too_long")
 
@@ -105,11 +105,11 @@ class LabelOptions:
             ValueError: naming the option, its value and the allowed values.
         """
         if Path(self.output).expanduser().exists():
-            raise ValueError(f"output {self.output!r} is there already: remove it, or write to another file")
+            raise ValueError(f"output {self.output!r} already exists: remove it, or write to another file")
         if self.model is None and self.url is None:
-            raise ValueError("nothing says what writes the solutions: give --model with a folder, or --url of a server")
+            raise ValueError("no model for the solutions is given: pass --model with a folder, or --url of a server")
         if self.url is not None and self.tokenizer is None and self.model is None:
-            raise ValueError("with --url alone nothing says how text becomes tokens: give --tokenizer, the model's")
+            raise ValueError("--url alone gives no tokenizer: pass --tokenizer, the model's")
         for name, least in (("num_solutions", 0), ("num_completions", 1), ("max_length", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -135,8 +135,8 @@ def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> 
 
     Returns:
         Numbers of prompts, solutions and steps; means of the labels (``mean_label``) and of last steps' (``right``);
-        numbers of prompts and solutions left out because they were too long, cut off, without steps, alike or without
-        verdict.
+        numbers of prompts and solutions skipped because they were too long, cut off, without steps, duplicate or
+        without verdict.
 
     Raises:
         ValueError: an option is not allowed, no solution could be labelled, or, with ``on_too_long="error"``, something
@@ -154,11 +154,15 @@ def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> 
     examples = read_prompts(
         options.prompts, tokenizer, limit=options.limit, chat_template_kwargs=options.chat_template_kwargs
     )
+
+    # The journal begins with everything that the results depend on: options, contents of files, the served model.
     settings = {name: value for name, value in asdict(options).items() if name not in _NOT_RESULTS}
     origin = {**settings, "files": input_hashes(settings)}
     if isinstance(engine, RemoteEngine):
         origin["served model"] = engine.served_model()
     journal = _Journal(Path(options.output).expanduser(), origin)
+
+    # Parts of a few prompts, so that little is lost when the run is interrupted.
     while part := examples[journal.done : journal.done + _PROMPTS_AT_ONCE]:
         journal.append(len(part), *_labelled(part, options, engine, tokenizer, verify))
         say(f"{journal.done} of {len(examples)} prompts: {len(journal.rows)} solutions labelled")
@@ -172,7 +176,7 @@ def _labelled(
     tokenizer: PreTrainedTokenizerBase,
     verify: Verifier,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Labels solutions of some prompts; returns them, and how many were left out for which reason."""
+    """Labels solutions of some prompts; returns them, and how many were skipped for each reason."""
     common: dict[str, Any] = {
         "step_separator": options.separator,
         "sampling": options.sampling,
@@ -183,10 +187,12 @@ def _labelled(
     tokens = {example.row_id: example.root.tokens.tolist() for example in part}
     rows = [{**example.fields, "row_id": example.row_id} for example in part]
 
-    cut_off = empty = alike = too_long = 0
-    left_out: Counter[str] = Counter()
+    cut_off = empty = duplicates = too_long = 0
+    skipped: Counter[str] = Counter()
+
+    # Solutions of the model; without them, the rows hold solutions.
     if options.num_solutions:
-        rows, cut_off, empty, alike, too_long = sample_solutions(
+        rows, cut_off, empty, duplicates, too_long = sample_solutions(
             rows,
             engine,
             tokenizer,
@@ -207,11 +213,13 @@ def _labelled(
         success=options.success,
         skip_after_failure=options.skip_after_failure,
         prompt_tokens=lambda row: tokens[row["row_id"]],
-        left_out=left_out,
+        skipped=skipped,
         **common,
     )
+
+    # Row ids are for seeds and messages only.
     written = [{name: value for name, value in row.items() if name != "row_id"} for row in labelled]
-    counts = too_long + left_out[TOO_LONG], cut_off, empty, alike, left_out[UNJUDGED]
+    counts = too_long + skipped[TOO_LONG], cut_off, empty, duplicates, skipped[UNJUDGED]
     return written, dict(zip(_COUNTED, counts, strict=True))
 
 
@@ -254,7 +262,8 @@ class _Journal:
         self.path = target.with_name(f".{target.name}.journal")
         self.done = 0
         self.rows: list[dict[str, Any]] = []
-        self.left_out = dict.fromkeys(_COUNTED, 0)
+        self.skipped = dict.fromkeys(_COUNTED, 0)
+        # As JSON gives it back, so that it compares equal to what a journal holds.
         origin = json.loads(json.dumps(origin, default=str))
         if self.path.exists():
             self._read(origin)
@@ -275,11 +284,13 @@ class _Journal:
         if not lines:
             self._write(origin)
             return
+
+        # Rows of different settings must not be mixed in one file.
         changed = [name for name in {**origin, **lines[0]} if origin.get(name) != lines[0].get(name)]
         if changed:
             raise ValueError(
-                f"output {str(self.target)!r} was begun with other {' and '.join(changed)}: go on as it was begun, "
-                f"write to another file, or remove {self.path}"
+                f"output {str(self.target)!r} was started with different {' and '.join(changed)}: resume with the "
+                f"same, write to another file, or remove {self.path}"
             )
         for line in lines[1:]:
             self._count(line)
@@ -288,27 +299,28 @@ class _Journal:
         try:
             line: dict[str, Any] = json.loads(part)
             if number > 1:
-                sum([line["prompts"], *line["left_out"].values()])
+                # Read as `_count` will, which must not fail halfway.
+                sum([line["prompts"], *line["skipped"].values()])
                 [row["labels"] for row in line["rows"]]
             elif not isinstance(line, dict):
                 raise TypeError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {str(self.path)!r} is damaged ({type(error).__name__}): cut the file before that "
-                "line, or remove it to begin anew"
+                "line, or remove it to start from the beginning"
             ) from None
         return line
 
-    def append(self, num_prompts: int, rows: list[dict[str, Any]], left_out: dict[str, int]) -> None:
-        line = {"prompts": num_prompts, "left_out": left_out, "rows": rows}
+    def append(self, num_prompts: int, rows: list[dict[str, Any]], skipped: dict[str, int]) -> None:
+        line = {"prompts": num_prompts, "skipped": skipped, "rows": rows}
         self._write(line)
         self._count(line)
 
     def _count(self, line: dict[str, Any]) -> None:
         self.done += line["prompts"]
         self.rows += line["rows"]
-        for reason, number in line["left_out"].items():
-            self.left_out[reason] += number
+        for reason, number in line["skipped"].items():
+            self.skipped[reason] += number
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -320,10 +332,10 @@ class _Journal:
         """Writes the output, removes the journal, and returns counts and means."""
         if not self.rows:
             self.path.unlink()
-            reasons = ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
+            reasons = ", ".join(f"{number} {reason}" for reason, number in self.skipped.items() if number)
             raise ValueError(
                 f"no solution of {self.done} prompts could be labelled ({reasons or 'none at all'}): raise "
-                "sampling.max_new_tokens, use another model, or look at what the verifier reads"
+                "sampling.max_new_tokens, use another model, or check what the verifier reads"
             )
         write_atomically(self.target, "".join(map(json_line, self.rows)))
         self.path.unlink()
@@ -334,7 +346,7 @@ class _Journal:
             "steps": len(given),
             "mean_label": sum(given) / len(given),
             "right": sum(row["labels"][-1] for row in self.rows) / len(self.rows),
-            **self.left_out,
+            **self.skipped,
         }
 
 
@@ -361,6 +373,8 @@ def run_command(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
     parser.add_class_arguments(LabelOptions, as_group=False)
     given = yaml_parser.plain(parser.instantiate(parser.parse_args([*args])))
+
+    # Before a model is loaded.
     check_single_process("label-steps")
     options = LabelOptions(**{option.name: given[option.name] for option in fields(LabelOptions)})
     transformers.utils.logging.disable_progress_bar()
@@ -369,11 +383,11 @@ def run_command(args: Sequence[str]) -> None:
     try:
         found = label_prompts(options, lambda line: print(f"[{time.time() - started:6.1f} s] {line}", flush=True))
     except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command goes on from the last line above ({options.output})", file=sys.stderr)
+        print(f"\ninterrupted: the same command resumes from the last line above ({options.output})", file=sys.stderr)
         raise SystemExit(130) from None
-    left_out = ", ".join(f"{found[reason]} {reason}" for reason in _COUNTED if found[reason]) or "none"
+    skipped = ", ".join(f"{found[reason]} {reason}" for reason in _COUNTED if found[reason]) or "none"
     print(
         f"{found['solutions']} solutions of {found['prompts']} prompts in {found['steps']} steps: mean label "
-        f"{found['mean_label']:.2f}, {found['right']:.0%} right; left out: {left_out}"
+        f"{found['mean_label']:.2f}, {found['right']:.0%} right; skipped: {skipped}"
     )
     print(f"rows: {options.output}")

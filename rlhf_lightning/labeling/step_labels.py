@@ -25,7 +25,7 @@ Verifier = Callable[..., Sequence[float | None]]
 PromptTokens = Callable[[Mapping[str, Any]], Sequence[int]]
 OnTooLong = Literal["drop", "error"]
 
-# Reasons for which ``label_steps`` leaves out a row.
+# Reasons for which ``label_steps`` skips a row.
 TOO_LONG: Final = "too long"
 UNJUDGED: Final = "without verdict"
 
@@ -35,20 +35,20 @@ _OF_A_SOLUTION = ("completion", "response", "completions", "label", "labels")
 
 
 class Solutions(NamedTuple):
-    """Sampled solutions, and the numbers of those left out.
+    """Sampled solutions, and the numbers of skipped ones.
 
     Attributes:
         rows: one per solution, as ``label_steps`` takes them: the prompt's row with ``completions`` and a ``row_id``.
         cut_off: number of solutions cut off by the limit.
         empty: number without steps.
-        alike: number that repeated another solution of the same prompt.
+        duplicates: number that repeated another solution of the same prompt.
         too_long: number of prompts (not solutions) that leave the engine no room.
     """
 
     rows: list[dict[str, Any]]
     cut_off: int
     empty: int
-    alike: int
+    duplicates: int
     too_long: int
 
 
@@ -68,7 +68,7 @@ def sample_solutions(
     r"""Samples several solutions of each problem, in steps, for ``label_steps``.
 
     Paper: Math-Shepherd (Wang et al., 2023, arXiv:2312.08935), section 4: several solutions per problem, without
-    duplicates. Departure: truncated solutions are left out as well, since their last step is incomplete.
+    duplicates. Departure: truncated solutions are skipped as well, since their last step is incomplete.
 
     A solution is a function of the model, the settings and (``seed``, the row's id, the solution's number).
 
@@ -97,7 +97,7 @@ def sample_solutions(
     params = replace(sampling or SamplingParams(), seed=seed)
     limit = _Limit.of(engine, params, max_length, on_too_long)
 
-    # Too long prompts are left out before sampling; the samples of the others do not depend on them.
+    # Too long prompts are skipped before sampling; the samples of the others do not depend on them.
     named = [(str(row.get("row_id", f"rows:{number}")), row) for number, row in enumerate(rows)]
     encode = prompt_tokens or (lambda row: _prompt_ids(tokenizer, row))
     for row_id, row in named:
@@ -109,20 +109,21 @@ def sample_solutions(
     groups = engine.generate([ids for _, _, ids in fitting], num_solutions, params, seeds=seeds)
 
     found: list[dict[str, Any]] = []
-    cut_off = empty = alike = 0
+    cut_off = empty = duplicates = 0
     for (row_id, row, _), group in zip(fitting, groups, strict=True):
         rest = {name: value for name, value in row.items() if name not in _OF_A_SOLUTION}
         seen: set[tuple[str, ...]] = set()
         for number, completion in enumerate(group):
             steps = [step for step in readable(completion.text).split(step_separator) if step]
+            # Counted for one reason each: cut off first, since such a text may be empty or repeated by chance.
             ended = completion.finish_reason == "stop"
             cut_off += not ended
             empty += ended and not steps
-            alike += ended and tuple(steps) in seen
+            duplicates += ended and tuple(steps) in seen
             if ended and steps and tuple(steps) not in seen:
                 seen.add(tuple(steps))
                 found.append({**rest, "row_id": f"{row_id}/{number}", "completions": steps})
-    return Solutions(found, cut_off, empty, alike, len(encoded) - len(fitting))
+    return Solutions(found, cut_off, empty, duplicates, len(encoded) - len(fitting))
 
 
 @dataclass
@@ -162,7 +163,7 @@ def label_steps(
     prompt_tokens: PromptTokens | None = None,
     max_length: int | None = None,
     on_too_long: OnTooLong = "drop",
-    left_out: Counter[str] | None = None,
+    skipped: Counter[str] | None = None,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     r"""Labels each step by how often completions from there reach the right answer.
@@ -197,13 +198,13 @@ def label_steps(
         max_length: maximum tokens of a prompt and all steps but the last, at least 1; limited by the engine's own
             maximum.
         on_too_long: ``drop`` a longer row, or ``error``.
-        left_out: counts the rows that are left out, under ``"too long"`` and ``"without verdict"``.
+        skipped: counts the rows that are skipped, under ``"too long"`` and ``"without verdict"``.
         seed: see above.
 
     Yields:
         The rows in order, with ``completions`` (the steps), ``labels`` and all other columns, as ``StepwiseDataModule``
-        reads them. Rows that are too long, or that the verifier cannot judge, are left out; one warning at the end
-        reports their number, unless ``left_out`` counts them.
+        reads them. Rows that are too long, or that the verifier cannot judge, are skipped; one warning at the end
+        reports their number, unless ``skipped`` counts them.
 
     Raises:
         ValueError: an option out of range, a row without prompt or steps, or, with ``error``, one that is too long.
@@ -224,7 +225,7 @@ def label_steps(
     labeller = _Labeller(engine, tokenizer, verify, num_samples, step_separator, params, success, prompt_tokens, seed)
 
     # Answers first: a row without a verdict needs no completions.
-    numbered, lost = enumerate(rows), Counter[str]() if left_out is None else left_out
+    numbered, lost = enumerate(rows), Counter[str]() if skipped is None else skipped
     while part := [labeller.read(number, row) for number, row in islice(numbered, _ROWS_AT_ONCE)]:
         chunk = [solution for solution in part if limit.allows(*solution.longest_prefix())]
         labeller.judge_answers(chunk)
@@ -237,9 +238,9 @@ def label_steps(
                 values = [float(value > 0) for value in values]
             rest = {k: v for k, v in solution.row.items() if k not in ("completion", "response")}
             yield {**rest, "completions": solution.steps, "labels": values}
-    if left_out is None and lost.total():
-        reasons = f"{lost[TOO_LONG]} are too long, and the verifier has nothing to say about {lost[UNJUDGED]}"
-        warnings.warn(f"{lost.total()} rows were left out: {reasons}", stacklevel=2)
+    if skipped is None and lost.total():
+        reasons = f"{lost[TOO_LONG]} are too long, and the verifier gives no verdict on {lost[UNJUDGED]}"
+        warnings.warn(f"{lost.total()} rows were skipped: {reasons}", stacklevel=2)
 
 
 @dataclass
@@ -267,6 +268,8 @@ class _Labeller:
                 f"row {row_id} has the columns {sorted(row)}; it needs a prompt, and completions (a list of steps) or "
                 "completion (a text of at least one step)"
             )
+
+        # Tokenized step by step, as the datamodule of process reward models does.
         steps = [readable(step) for step in steps]
         step_ids = [encode(self.tokenizer, step + self.separator, continues=True) for step in steps]
         prompt_ids = list(self.prompt_tokens(row)) if self.prompt_tokens else _prompt_ids(self.tokenizer, row)
@@ -287,6 +290,7 @@ class _Labeller:
         if not skip_after_failure:
             self._sample(tasks)
             return
+        # Step by step, because whether a step is sampled depends on the one before it.
         for count in range(1, max((len(s.steps) for s in solutions), default=1)):
             self._sample([task for task in tasks if task[1] == count and not _given_up(task[0], count)])
 
@@ -295,6 +299,7 @@ class _Labeller:
         if not tasks:
             return
         prompts = [solution.prefix_ids(count) for solution, count in tasks]
+        # Seeds depend on row, step and sample, so that an interrupted run continues with the same samples.
         seeds = [
             [derive_seed(self.seed, solution.row_id, count, sample) for sample in range(self.num_samples)]
             for solution, count in tasks

@@ -64,7 +64,7 @@ def kl_per_token(
         logprobs_N: the policy's log-probability of each sampled token, (N,).
         ref_logprobs_N: the reference's, (N,).
         estimator: ``k1`` (unbiased, any sign), ``k2`` (biased, low variance) or ``k3`` (unbiased, never negative).
-        importance_ratio_N: p / p_old with its gradient, from ``importance_ratio``, (N,); ``None`` leaves it out.
+        importance_ratio_N: p / p_old with its gradient, from ``importance_ratio``, (N,); ``None`` for none.
 
     Returns:
         Estimates (N,).

@@ -144,7 +144,7 @@ def top_entropy_threshold(entropies_N: Tensor, *, top_fraction: float) -> Tensor
         top_fraction: share of tokens to keep, in (0, 1].
 
     Returns:
-        A scalar; minus infinity where there are no tokens.
+        A scalar; minus infinity without tokens.
 
     Raises:
         ValueError: for a share outside (0, 1].

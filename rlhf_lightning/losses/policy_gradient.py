@@ -288,7 +288,7 @@ def aggregation_weights(
 
     Args:
         loss_type: one of ``LOSS_TYPES``.
-        lengths_S: tokens that count in each sequence, (S,); 0 where a sequence is left out of the loss, but still
+        lengths_S: tokens that count in each sequence, (S,); 0 where a sequence is excluded from the loss, but still
             counts as one of the sequences.
         total_sequences: sequences of the global batch.
         total_tokens: tokens of the global batch that count.

@@ -69,7 +69,7 @@ def bradley_terry_loss(
     if isinstance(margin, Tensor):
         margin = _per_pair(margin, chosen_rewards)
     elif not math.isfinite(margin):
-        raise ValueError(f"margin={margin} is not a finite number: 0 is none, 1 is usual")
+        raise ValueError(f"margin={margin} is not a finite number: 0 is off, 1 is usual")
     return _stable.logistic(chosen_rewards - rejected_rewards - margin, label_smoothing)
 
 

@@ -48,7 +48,7 @@ def router_sums(logits: Iterable[Tensor], weights_T: Tensor, *, top_k: int) -> R
     """
     parts = [_sums(logits_TE, weights_T, top_k) for logits_TE in logits]
     if not parts:
-        raise ValueError("no router has said anything: the load-balancing loss is a sum over at least one")
+        raise ValueError("no router logits are given: the load-balancing loss is a sum over at least one")
     return sum(parts[1:], start=parts[0])
 
 

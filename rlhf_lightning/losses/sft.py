@@ -91,7 +91,7 @@ def validate_sft_loss(loss_type: str, *, label_smoothing: float = 0.0) -> None:
     """
     check_choice("loss_type", loss_type, LOSS_TYPES)
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1): 0.1 is usual, 0 is none")
+        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1): 0.1 is usual, 0 is off")
     if label_smoothing and loss_type != "nll":
         raise ValueError(
             f"label_smoothing={label_smoothing} has no meaning for loss_type {loss_type!r}: set it to 0 or use 'nll'"

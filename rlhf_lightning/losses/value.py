@@ -103,7 +103,7 @@ def explained_variance(sums: Tensor) -> Tensor:
 
     Returns:
         A scalar: 1 is a perfect critic, 0 one as good as a constant, below 0 one that is worse; NaN where all returns
-        are equal or there are none.
+        are equal or missing.
 
     Example:
         >>> returns = torch.tensor([1.0, 2.0, 3.0])

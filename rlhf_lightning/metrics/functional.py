@@ -91,7 +91,7 @@ def first_errors(scores_M: Tensor, sequence_index_M: Tensor, num_sequences: int,
         threshold: a step with a lower score is an error.
 
     Returns:
-        (S,) step numbers from 0; ``NO_ERROR`` where there is none.
+        (S,) step numbers from 0; ``NO_ERROR`` without one.
 
     Raises:
         ValueError: shapes that differ.

@@ -54,6 +54,7 @@ class HiddenStates(NamedTuple):
         """
         if self.start is None:
             return gather_rows(self.states, flat_index)
+        # Padded: skip the padding on the left of the row.
         columns = depth + self.start[path_number]
         flat = self.states.flatten(0, 1)
         return gather_rows(flat, path_number * self.states.shape[1] + columns)
@@ -92,6 +93,7 @@ def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> Hid
     options: dict[str, Any] = {} if recorder is None else {"output_router_logits": True}
     if layout == "padded":
         padded = batch.padded()
+        # Some decoders compute positions themselves and take none.
         if "position_ids" in decoder.forward.__code__.co_varnames or hasattr(decoder.forward, "__wrapped__"):
             options["position_ids"] = padded.position_ids
         output = decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False, **options)
@@ -197,6 +199,7 @@ def check_output_head(model: nn.Module) -> None:
         ValueError: its logits differ from the fused head's.
     """
     base, head = base_model(model), output_head(model)
+    # Without values, or in shards, nothing can be computed here.
     if head.weight.is_meta or isinstance(head.weight, DTensor):
         return
 
@@ -217,6 +220,7 @@ def check_output_head(model: nn.Module) -> None:
                 f"{name} cannot be trained here: what it does with its decoder's hidden states is not known ({said})"
             ) from error
 
+    # Another number of logits, another layer in between, or another scale: each is told apart for the message.
     if found.shape != expected.shape:
         raise ValueError(
             f"{name} gives {expected.shape[-1]} logits and has an output projection of {found.shape[-1]} rows: it is "
@@ -256,6 +260,7 @@ def _own_logits(base: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, list[str
     passed: list[str] = []
     with ExitStack() as stack:
         for name, module in base.named_modules():
+            # Layers with weights outside of decoder and projection: the fused head would skip them.
             if next(module.parameters(), None) is not None and not known & set(module.modules()):
                 stack.callback(module.register_forward_pre_hook(lambda *_, name=name: passed.append(name)).remove)
         logits: Tensor = own_output(base, hidden).logits
@@ -270,8 +275,10 @@ def own_output(base: PreTrainedModel, hidden: Tensor, **given: Any) -> Any:
         hidden: replaces the decoder's output. With ``given``, they are also the logits, and no weight is read.
         given: other outputs of the decoder, requested by ``output_<name>=True``.
     """
+    # The decoder is replaced by one that returns the given states, so that the rest of the forward is the model's own.
     output = _Given(last_hidden_state=hidden[None])
     replaced: list[tuple[nn.Module, Any]] = [(decoder_of(base), lambda *args, **kwargs: output)]
+    # Logits are not asked for: skip the projection.
     if given:
         replaced.append((base.get_output_embeddings(), lambda states: states))
     for name, value in given.items():

@@ -69,15 +69,17 @@ def set_dropout(model: nn.Module, rate: float) -> None:
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
             for adapter in module.lora_dropout:
                 module.lora_dropout[adapter] = nn.Dropout(p=rate)
+        # Rates are also numbers in attributes that a layer passes to functions, such as that of attention weights.
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(module, name, 0.0 if _leaves_layers_out(name) else rate)
+        # Layers that read their rate from the config in every forward.
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
             module.config = _Rated(config, rate)  # type: ignore[assignment]
 
 
-def layers_left_out(model: nn.Module) -> float:
+def layerdrop_rate(model: nn.Module) -> float:
     """Returns the highest rate at which a model randomly skips whole layers in its present mode; 0 if it never does.
 
     Args:

@@ -60,7 +60,7 @@ class OutputHead:
 
 
 class TokenStats(NamedTuple):
-    """Holds statistics of each scored token; those that were not requested are 0.
+    """Holds statistics of each scored token; the ones that were not requested are 0.
 
     Args:
         logprobs: ``(N,)`` log-probability of the target.
@@ -130,6 +130,8 @@ def fused_logprobs(
         kept = hidden_ND if head.lora_dropout is None else head.lora_dropout(hidden_ND)
         low = (kept.to(head.lora_in.dtype) @ head.lora_in.T) * head.lora_scaling
         low_out = head.lora_out
+
+    # As autocast would for a linear layer; within the function it is off, since sums are kept in fp32.
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, weight = hidden_ND.to(dtype), weight.to(dtype)
@@ -185,6 +187,7 @@ class _Tiles:
         """
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         out = self._memory.new_empty(shape) if fresh else self._memory[: shape[0] * shape[1]].view(shape)
+        # In the order of the model's own forward: product, adapter, bias, scale, soft cap.
         tile = _product(self.hidden[rows], self.weight[columns], out)
         if self.low is not None and self.low_out is not None:
             tile.addmm_(self.low[rows].to(self.dtype), self.low_out[columns].to(self.dtype).T)
@@ -234,6 +237,7 @@ class _FusedLogProbs(torch.autograd.Function):
         kept_tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # exp(logits - top), and top
         room = KEPT_BYTES if config.keep else 0
 
+        # Rows outside, columns inside: a row's running statistics are complete after its last tile.
         for rows in _slices(num_tokens, TILE_ROWS):
             count = rows.stop - rows.start
             top = torch.full((count,), -torch.inf, **new)
@@ -243,6 +247,7 @@ class _FusedLogProbs(torch.autograd.Function):
             for columns in _slices(vocab, TILE_COLUMNS):
                 size = count * (columns.stop - columns.start) * tiles.dtype.itemsize
                 tile = tiles.logits(rows, columns, fresh=size <= room)
+                # The target's logit, where it lies in this tile.
                 inside = (target >= columns.start) & (target < columns.stop)
                 place = (target - columns.start).clamp(0, tile.shape[1] - 1)[:, None]
                 picked = tile.gather(1, place)[:, 0]
@@ -258,6 +263,7 @@ class _FusedLogProbs(torch.autograd.Function):
                 rescale = (top - new_top).exp_()
                 if config.mean:
                     total += tile.sum(dim=1)
+                # The entropy needs the logits besides their exponentials.
                 kept = tile.clone() if config.entropy else tile
                 tile = tile.sub_(new_top[:, None]).exp_()
                 mass = mass * rescale + tile.sum(dim=1)
@@ -269,6 +275,8 @@ class _FusedLogProbs(torch.autograd.Function):
                 if size <= room:
                     kept_tiles[rows.start, columns.start] = tile, top
                     room -= size
+
+            # The row is complete: turn sums into statistics.
             lse[rows] = top + mass.log()
             peak[rows], total_mass[rows] = top, mass
             if config.entropy:
@@ -299,6 +307,8 @@ class _FusedLogProbs(torch.autograd.Function):
         # d logits = g_logprob (onehot - p) + g_mean (1/V - p) - g_entropy p (log p + H)
         g_logprob = torch.zeros_like(lse) if g_logprob is None else g_logprob
         pull = g_logprob if g_mean is None else g_logprob + g_mean
+
+        # Columns outside: a slice of the weight and of its gradient is read once for all rows.
         rows_all = _slices(hidden.shape[0], TILE_ROWS)
         for columns in _slices(vocab, TILE_COLUMNS):
             weight_c = weight[columns].to(tiles.dtype)
@@ -316,6 +326,7 @@ class _FusedLogProbs(torch.autograd.Function):
                     grad = _tile_gradient(logits, lse[rows], pull[rows], g_rows, entropy[rows])
                 if g_mean is not None:
                     grad += (g_mean[rows] / vocab)[:, None]
+                # The one-hot part, at the targets that lie in this tile.
                 local = target_ids[rows] - columns.start
                 inside = ((local >= 0) & (local < grad.shape[1])).nonzero()[:, 0]
                 grad[inside, local[inside]] += g_logprob[rows][inside]
@@ -361,6 +372,7 @@ def output_head(model: nn.Module) -> OutputHead:
     if layer is None:
         raise ValueError(f"{type(base).__name__} has no output embeddings; a causal language model is needed")
     text = base.config.get_text_config()
+    # Gemma's name, and that of others.
     softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "output_logit_soft_cap", None)
     parts: dict[str, Any] = {"scale": _logit_scale(text), "softcap": softcap}
     if hasattr(layer, "base_layer"):  # a PEFT layer around the projection
@@ -372,10 +384,11 @@ def output_head(model: nn.Module) -> OutputHead:
             raise ValueError(
                 f"the output projection has {len(active)} active adapters {active}; one at a time is supported"
             )
+        # DoRA rescales the product by a norm of the whole weight, which tiles do not have.
         if active and (active[0] in getattr(layer, "lora_variant", {}) or layer.lora_B[active[0]].bias is not None):
             raise ValueError(
                 "the output projection has a DoRA adapter or one with a bias, which the fused head does not know: "
-                "leave lm_head out of lora's target_modules, or use plain LoRA"
+                "remove lm_head from lora's target_modules, or use plain LoRA"
             )
         if active:
             name = active[0]

@@ -40,14 +40,14 @@ _UNSUPPORTED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError
 _SINGLE = 1e-5  # agreement that fp64 models can reach with their own forward
 
 
-def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *alike: nn.Module) -> Layout:
+def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"], *others: nn.Module) -> Layout:
     """Decides how a model runs, and sets the attention that this needs.
 
     Args:
         model: the model, on its device.
         layout: ``auto`` takes the first that agrees with the model's own forward, with one warning where that is not
             ``packed``; ``packed`` raises where it does not agree.
-        alike: models of the same kind that run in the same layout; they get the same attention.
+        others: models of the same kind that run in the same layout; they get the same attention.
 
     Raises:
         ValueError: ``packed`` was requested and does not agree, or no layout agrees with the model's own forward.
@@ -59,7 +59,7 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
     for kind, attention in _candidates(base, layout):
         reason = _why_not(model, kind, attention)
         if reason is None:
-            for other in (model, *alike):
+            for other in (model, *others):
                 set_attention(base_model(other), attention or EAGER)
             if kind == "padded" and layout == "auto":
                 log.warning("%s runs in the padded layout: %s", name, reasons[0])
@@ -74,6 +74,7 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
 
 def _candidates(base: nn.Module, layout: str) -> list[tuple[Layout, str | None]]:
     """Lists layouts and attentions in the order in which they are tried; ``None`` is the model's own attention."""
+    # The fast layout first; within a layout the attention that the user asked for, then the model's eager one.
     own = attention_of(base)
     if not is_switchable(base):
         return [("packed", own), ("padded", own)] if layout != "padded" else [("padded", own)]
@@ -90,9 +91,13 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
         kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
         if others := kinds - {"full_attention", "sliding_attention"}:
             return f"it has layers of type {sorted(others)}"
+
+    # Sparse attention: ties between keys depend on the layout, so results would.
     chosen = vars(base.config.get_text_config()).get("index_topk")
     if isinstance(chosen, int) and chosen > 0:
         return f"it chooses the {chosen} keys that it reads (index_topk), and equal ones by where they lie in a batch"
+
+    # Half precision is too coarse to tell a wrong mask from rounding: compare in fp32 where the weights can be widened.
     batch = probe_batch(model)
     device = next(model.parameters()).device
     # Eager attention computes its softmax, and RMS norms their squares, in fp32 whatever the precision of the weights.
@@ -130,6 +135,7 @@ def _disagreement(
 ) -> str | None:
     """Describes the first disagreement with the model's own forward, at full and shortened reach, or None."""
     base = base_model(model)
+    # Windows longer than the probe would not show: try them shortened as well.
     hidden = reaches(base, int(batch.lengths.max()))
     seen: list[Tensor] = []
     settings: list[Callable[[], AbstractContextManager[None]]] = [nullcontext]
@@ -142,7 +148,7 @@ def _disagreement(
             except _UNSUPPORTED as error:
                 return f"its own forward failed ({_said(error)})"
             if not _looks_back(model, batch, expected, tolerance):
-                return "an earlier token sees later ones: it is no causal language model as it is configured"
+                return "an earlier token sees later ones: with its config it is not a causal language model"
             seen.append(expected)
             try:
                 with using_attention(base, attention or EAGER):
@@ -152,6 +158,7 @@ def _disagreement(
         # A nan (an untrained quantised model, say) must not pass for agreement.
         if not (difference := distance(found, expected)) <= tolerance:
             return f"{layout} hidden states differ from its own eager forward by {difference:.1e}"
+    # Shortening that changes nothing has not reached the code that applies the window.
     if layout == "packed" and hidden and distance(seen[1], seen[0]) <= tolerance:
         return f"its {hidden[0]} is longer than what can be tried"
     return None

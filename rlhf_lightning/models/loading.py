@@ -45,7 +45,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         source: a folder or hub id with a tokenizer; for an adapter without one, its base model's is loaded.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no end-of-sequence token.
+        ValueError: the folder has no tokenizer, or that has no end-of-sequence token.
 
     Example:
         >>> load_tokenizer("runs/sft/export").eos_token  # doctest: +SKIP
@@ -55,6 +55,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except LOADING_ERRORS as error:
+        # A folder of an adapter may lack a tokenizer: its base has one.
         adapter = find_adapter_config_file(place)
         base = read_json(adapter).get("base_model_name_or_path") if adapter else None
         if base:
@@ -68,6 +69,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"the tokenizer of {str(source)!r} has no end-of-sequence token, without which no completion can end: "
             "set eos_token in its tokenizer_config.json"
         )
+    # Padding is masked, so that any token will do.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -143,7 +145,7 @@ def load_causal_lm(
     if adapter is not None:
         if lora is not None or init == "random":
             raise ValueError(
-                f"{str(model)!r} holds an adapter, which is trained further: leave lora and init out, "
+                f"{str(model)!r} holds an adapter, which is trained further: remove lora and init, "
                 "or pass the base model's folder to start a new adapter"
             )
         loaded = load_adapter(place, adapter, lambda base: load(_locate(base, what="base model")), trainable=trainable)
@@ -155,6 +157,7 @@ def load_causal_lm(
             raise ValueError(f"the weights in {str(model)!r} are quantised and stay frozen: pass lora={{'r': 16}}")
         loaded = base if config is None else add_adapter(base, config, _written(model))
 
+    # After adapters were added, since they have rates as well.
     if dropout:
         set_dropout(loaded, dropout)
     if gradient_checkpointing:
@@ -175,13 +178,15 @@ def _check_options(
     if init not in ("pretrained", "random"):
         raise ValueError(f"init is {init!r}: use 'pretrained' or 'random'")
     if quantization not in (None, "nf4", "fp4", "int8"):
-        raise ValueError(f"quantization is {quantization!r}: use 'nf4', 'fp4' or 'int8', or leave it out")
+        raise ValueError(f"quantization is {quantization!r}: use 'nf4', 'fp4' or 'int8', or omit it")
     if init == "random" and quantization is not None:
-        raise ValueError(f"quantization={quantization!r} with init='random' would freeze random weights: leave one out")
+        raise ValueError(
+            f"quantization={quantization!r} with init='random' would freeze random weights: remove one of them"
+        )
     if init == "random" and lora is not None:
-        raise ValueError("lora with init='random' would adapt random weights that stay frozen: leave one out")
+        raise ValueError("lora with init='random' would adapt random weights that stay frozen: remove one of them")
     if lora is not None and not trainable:
-        raise ValueError(f"trainable=False with a new adapter, lora={dict(lora)!r}: leave lora out")
+        raise ValueError(f"trainable=False with a new adapter, lora={dict(lora)!r}: remove lora")
     if quantization is not None and dtype == torch.float64:
         raise ValueError(f"quantization={quantization!r} does not compute in float64: use float32, bfloat16 or float16")
 
@@ -194,6 +199,7 @@ def _locate(source: str | Path, *, what: str) -> str:
     if path.exists():
         raise ValueError(f"the {what} {str(source)!r} is a file: pass the folder that holds it")
     text = str(source)
+    # A hub id has at most one slash; anything else was meant as a path.
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise ValueError(f"there is no folder {str(path.absolute())!r} to load the {what} from")
     return text
@@ -213,6 +219,7 @@ def _load_base(
     headless: bool,
 ) -> PreTrainedModel:
     """Reads a model, and refuses an incomplete one."""
+    # Under fsdp2 only rank 0 reads weights.
     if skeletons_wanted():
         return _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
 
@@ -220,7 +227,7 @@ def _load_base(
     arguments: dict[str, Any] = {"dtype": dtype}
     stored = getattr(config, "quantization_config", None)
     if stored is not None and quantization is not None:
-        raise ValueError(f"the weights of {place!r} are quantised already: leave quantization={quantization!r} out")
+        raise ValueError(f"the weights of {place!r} are quantised already: remove quantization={quantization!r}")
     if quantization is not None:
         arguments["quantization_config"] = quantization_config(quantization, dtype)
     if quantization is not None or stored is not None:
@@ -286,7 +293,7 @@ def _read_config(place: str) -> PreTrainedConfig:
         if folder.is_dir():
             raise ValueError(f"cannot read {place}/config.json: {first_line(error)}") from error
         raise ValueError(
-            f"{place!r} is no folder (looked for {str(folder.absolute())!r}) and could not be had from the hub "
+            f"{place!r} is not a folder (looked for {str(folder.absolute())!r}) and could not be loaded from the hub "
             f"({first_line(error)}): pass an existing folder, or a hub id that is cached or can be reached"
         ) from error
 

@@ -39,11 +39,14 @@ def merged_state(model: PeftModel) -> dict[str, Tensor]:
     base: Any = model.get_base_model()
     replaced: dict[str, dict[str, Tensor]] = {}
     for name, module in base.named_modules():
+        # A replaced module brings the whole state of what is below it.
         if any(name.startswith(f"{outer}.") for outer in replaced):
             continue
         state = _replaced_state(name, module, adapter)
         if state is not None:
             replaced[name] = state
+
+    # In the order and under the names of the model without adapters.
     merged: dict[str, Tensor] = {}
     for key, tensor in base.state_dict().items():
         outer = next((name for name in replaced if key.startswith(f"{name}.")), None)
@@ -68,6 +71,7 @@ def check_mergeable(model: PeftModel) -> None:
             continue
         inner = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
         leaf = name.rpartition(".")[2]
+        # Layers of one kind are merged by the same code.
         kind = (type(module), type(inner), getattr(inner, "bias", None) is None, leaf)
         if kind not in seen:
             seen.add(kind)
@@ -76,6 +80,7 @@ def check_mergeable(model: PeftModel) -> None:
 
 def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Tensor] | None:
     """Returns the merged and dequantised state of an adapted or quantised module; None for any other module."""
+    # Modules that are trained in full are taken as they are.
     if isinstance(module, ModulesToSaveWrapper):
         return dict(module.modules_to_save[adapter].state_dict())
     if isinstance(module, TrainableTokensWrapper):
@@ -103,6 +108,7 @@ def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Ten
 def _merged_plain(layer: Any, adapter: str) -> dict[str, Tensor]:
     """Applies peft's own merge, for every kind of LoRA, to a copy of one layer."""
     layer = copy.deepcopy(layer, _kept_as_they_are(layer))
+    # peft's merge does not know shards.
     for module in layer.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):

@@ -83,8 +83,11 @@ def reaches(base: PreTrainedModel, length: int) -> list[str]:
     """Names the config values that limit a token's view, but that ``length`` tokens are too few to show."""
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
+    # A window in the config that no layer uses.
     if kinds and kinds <= {"full_attention"}:
         return []
+
+    # A window beyond the model's positions never applies.
     positions = getattr(config, "max_position_embeddings", None) or float("inf")
     numbers = vars(config).items()  # not getattr: some configs answer it per layer only
     return [name for name, value in numbers if _is_reach(name, value) and length <= value < positions]
@@ -130,6 +133,7 @@ def single_precision(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             own = [p for p in module._parameters.values() if p is not None and p.dtype in _HALF]
+            # Shards cannot be replaced one module at a time.
             if own and not any(isinstance(p, DTensor) for p in own):
                 stack.callback(module.register_forward_pre_hook(widen).remove)
                 stack.callback(module.register_forward_hook(restore, always_call=True).remove)

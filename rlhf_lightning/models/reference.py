@@ -1,6 +1,6 @@
 """Reference policies: adapters off, a copied adapter, or a frozen second model; never part of the module's parameters.
 
-A reference is a context that yields the model to score with, so that all three kinds look alike to a loss::
+A reference is a context that yields the model to score with, so that a loss uses all three kinds in the same way::
 
     with reference.scoring() as model:
         stats = token_stats(model, batch, layout)
@@ -71,8 +71,8 @@ class AdapterReference:
         for name, parameter in trained_beside_adapters(self.model).items():
             if isinstance(parameter, DTensor):
                 raise ValueError(
-                    f"the reference is the model with its adapter off, but {name} is trained beside the adapter, in "
-                    "shards: use reference='frozen'"
+                    f"the reference is the model with its adapter off, but {name} is trained in addition to the "
+                    "adapter, in shards: use reference='frozen'"
                 )
             if name not in self.kept:
                 self.kept[name] = parameter.detach().clone()
@@ -84,6 +84,7 @@ class AdapterReference:
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
         """Yields the policy as it was before training, in evaluation mode and without gradients."""
+        # Weights may have been unfrozen since the last call.
         self.remember()
         switched = self._switched_off() if ADAPTER_COPY not in self.model.peft_config else self._copy_active()
         with evaluating(self.model), torch.no_grad(), self._exchanged(), _same_trainable(self.model), switched:
@@ -145,6 +146,7 @@ class FrozenReference:
     """
 
     def __init__(self, model: nn.Module, *, rebuildable: bool) -> None:
+        # Which of its weights differ from the source's: a checkpoint has to hold them.
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.model = model.eval().requires_grad_(False)
         self.rebuildable = rebuildable
@@ -223,6 +225,7 @@ def folder_fingerprint(folder: str) -> str | None:
         return None
     digest = blake2b(digest_size=16)
     edge = 1 << 20
+    # Both ends of each file: the header with its shapes, and weights. Reading all would take minutes for large models.
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())

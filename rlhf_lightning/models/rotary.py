@@ -49,7 +49,7 @@ def steady_rotary(base: nn.Module, longest: int | None = None) -> None:
 
 
 def rotary_limit(base: nn.Module) -> int | None:
-    """Returns the number of tokens up to which fixed frequencies hold; ``None`` if there is no limit."""
+    """Returns the number of tokens up to which fixed frequencies hold; ``None`` without a limit."""
     limit: int | None = getattr(base, _LIMIT, None)
     return limit
 

@@ -38,7 +38,7 @@ def find_routers(model: nn.Module) -> Routers | None:
         model: a causal language model, or one wrapped by PEFT.
 
     Returns:
-        ``None`` where there are no routers, transformers records none, or the model has another loss for them.
+        ``None`` where the model has no routers, transformers records none, or the model has another loss for them.
 
     Example:
         >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,6 +67,8 @@ def find_routers(model: nn.Module) -> Routers | None:
             found = own_output(base, torch.zeros(_TRIED_TOKENS, 1), router_logits=logits).aux_loss
         except (TypeError, LookupError, AttributeError, RuntimeError, ValueError):
             return None
+
+    # Classes exist that weigh or mask the loss otherwise: only one that agrees is known.
     agrees = isinstance(found, Tensor) and bool((found - expected).abs() <= _AGREEMENT * expected.abs())
     return routers if agrees else None
 
@@ -99,6 +101,7 @@ class RouterRecorder:
         Raises:
             ValueError: the shapes of the logits do not fit the tokens and experts.
         """
+        # One matrix of logits per layer; a model that drops or adds tokens has other shapes.
         rows = [part.reshape(-1, part.shape[-1]) for part in logits or ()]
         shape = (len(weights_T), self.routers.num_experts)
         if not rows or any(part.shape != shape for part in rows):

@@ -27,7 +27,7 @@ from ..utils.files import (
     check_replaceable,
     discard,
     flush_to_disk,
-    hidden_beside,
+    hidden_sibling,
     mark,
     on_first_rank,
     recover,
@@ -88,6 +88,7 @@ def save_pretrained(
     target = Path(folder).expanduser().resolve()
     kind = export_kind(model, merge_adapter=merge_adapter, with_head=beside is not None)
     on_first_rank(lambda: check_replaceable(target, kind))
+    # Gathering weights is collective, so every rank does it; only the first one writes.
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
     ends = [tokenizer.eos_token_id] if end_tokens is None else list(end_tokens)
     write = _model_writer(model, convert, ends) if adapted is None else _adapter_writer(adapted, ends)
@@ -116,7 +117,7 @@ def _adapter_writer(model: PeftModel, end_tokens: Sequence[Any]) -> Callable[[Pa
     if rotary is not None and _is_writer():
         log.warning(
             "the adapter was trained with LongRoPE's frequencies for long sequences: elsewhere, load its base "
-            "with the rope_parameters in %s beside it, or export the whole model (merge_adapter=True)",
+            "with the rope_parameters in %s next to it, or export the whole model (merge_adapter=True)",
             ROPE_PARAMETERS,
         )
 
@@ -150,6 +151,7 @@ def _model_writer(
 
 def _shell(base: PreTrainedModel, state: dict[str, Tensor], end_tokens: Sequence[Any]) -> PreTrainedModel:
     """Makes a shallow copy of a model for ``save_pretrained``, which changes the config of the model it saves."""
+    # fully_shard has changed the class: its base is the one that can be loaded.
     plain = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
     shell: Any = plain.__new__(plain)
     shell.__dict__.update(base.__dict__)
@@ -173,8 +175,9 @@ def _generation_config(model: PreTrainedModel, end_tokens: Sequence[Any]) -> Gen
     try:
         config.validate(strict=True)
     except ValueError as error:
-        log.warning("the generation config is invalid and is left out of the export: %s", str(error).splitlines()[0])
+        log.warning("the generation config is invalid and is not exported: %s", str(error).splitlines()[0])
         config = GenerationConfig.from_model_config(model.config)
+    # The first end token is the one that generate() pads with.
     before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [int(token) for token in dict.fromkeys((*end_tokens, *before)) if token is not None]
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
@@ -185,6 +188,7 @@ def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
     """Keeps one of two tied weights, or unties them in the config if an adapter has made them differ."""
     tied: dict[str, str] = getattr(shell, "all_tied_weights_keys", None) or {}
     pairs = [(copy_of, kept) for copy_of, kept in tied.items() if copy_of in state and kept in state]
+    # Still equal: one copy in the file, as transformers expects.
     if all(torch.equal(state[copy_of], state[kept]) for copy_of, kept in pairs):
         for copy_of, _ in pairs:
             del state[copy_of]
@@ -205,7 +209,7 @@ def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: boo
 
 def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
     """Writes a folder under a hidden name and renames it to its place."""
-    fresh, old = hidden_beside(target, PARTIAL), hidden_beside(target, REPLACED)
+    fresh, old = hidden_sibling(target, PARTIAL), hidden_sibling(target, REPLACED)
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
     fresh.mkdir()
@@ -226,8 +230,8 @@ def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
         if isinstance(error, OSError | SafetensorError):
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"cannot write the model to {str(target)!r} ({reason}): make room or choose another folder; an export "
-                "that was there is untouched"
+                f"cannot write the model to {str(target)!r} ({reason}): free disk space or choose another folder; an "
+                "export that was there is untouched"
             ) from error
         raise
     flush_to_disk(target.parent)

@@ -47,6 +47,8 @@ def run_command(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", required=True, help="the pipeline; configs/... may be one of the package")
     parser.add_argument("--run_dir", help="where everything is written, instead of the file's run_dir")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as stages.dpo.trainer.max_epochs=2")
+
+    # Intermixed, so that overrides may stand before and after the options.
     parsed = parser.parse_intermixed_args(args)
     check_single_process("pipeline")
     find_own_modules()
@@ -54,13 +56,15 @@ def run_command(args: Sequence[str]) -> None:
     console = Console()
     started = time.time()
     _quieten()
+
+    # Each line shows the time since the start.
     try:
         manifest = run_pipeline(
             pipeline, lambda line: console.print(f"[{time.time() - started:6.1f} s] {line}", markup=False)
         )
     except KeyboardInterrupt:
         print(
-            f"\ninterrupted: the same command goes on from the last finished stage in {pipeline.run_dir}",
+            f"\ninterrupted: the same command resumes from the last finished stage in {pipeline.run_dir}",
             file=sys.stderr,
         )
         raise SystemExit(130) from None

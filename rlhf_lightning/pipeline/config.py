@@ -91,7 +91,7 @@ _TOP_LEVEL = (
 class Comparison:
     """A figure of one metric over the steps, or the seconds of training, of several stages.
 
-    It leaves out stages of policies that are not chosen.
+    Stages of policies that are not chosen are skipped.
     """
 
     metric: str
@@ -155,6 +155,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), run_dir: str 
         config = OmegaConf.create(yaml_parser.plain(yaml_parser.load(file.read_text(encoding="utf-8"), str(file))))
         if not isinstance(config, DictConfig):
             raise UsageError(f"{str(path)!r} is not a mapping: a pipeline has stages")
+        # Overrides before interpolation, so that they may contain references and change referenced values.
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not key:
@@ -175,16 +176,18 @@ def _choose_policies(config: DictConfig) -> set[str]:
     policies = written.get("policies") if isinstance(written, dict) else None
     if policies is None:
         if "policy" in config:
-            raise UsageError(f"policy is {config.policy!r}, and there are no policies to choose from")
+            raise UsageError(f"policy is {config.policy!r}, but the file defines no policies")
         return set()
     if not isinstance(policies, dict) or not all(isinstance(stages, dict) for stages in policies.values()):
-        raise UsageError("policies is no mapping of names to stages: write policies: {dpo: {dpo: {kind: fit, ...}}}")
+        raise UsageError("policies is not a mapping of names to stages: write policies: {dpo: {dpo: {kind: fit, ...}}}")
     policy = written.get("policy")  # type: ignore[union-attr]
     chosen: list[Any] = policy if isinstance(policy, list) else [policy]
     for name in chosen:
         if name not in list(policies):
             raise UsageError(f"policy is {name!r}; write {', '.join(map(str, policies))}, or several: [a, b]")
     given = config.get("stages") or OmegaConf.create()
+
+    # A stage without a kind is an override of a policy's stage, not a stage.
     always = {name: stage for name, stage in given.items() if not OmegaConf.is_dict(stage) or "kind" in stage}
     # Values under stages take precedence: overrides of a policy's stages on the command line are there.
     config.stages = OmegaConf.merge(always, *(config.policies[name] for name in chosen), given)
@@ -200,6 +203,8 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
         raise UsageError("run_dir is missing: write where the run goes, such as run_dir: runs/mine")
     if not isinstance(source.get("stages"), dict) or not source["stages"]:
         raise UsageError("stages is missing: write at least one stage by name, with its kind")
+
+    # References such as ${outputs.sft.model} are resolved against the stages' places.
     config.outputs = {name: _outputs(config.run_dir, name, written) for name, written in source["stages"].items()}
     resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     stages = {name: _stage(name, written) for name, written in resolved["stages"].items()}
@@ -208,6 +213,8 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
     for name in (name for item in compare for name in item.stages):
         if name not in stages and name not in not_chosen:
             raise UsageError(f"compare names the stage {name!r}, which there is not{did_you_mean(name, stages)}")
+
+    # A figure shows the stages of this run, and needs at least two.
     compare = [dataclasses.replace(item, stages=[n for n in item.stages if n in stages]) for item in compare]
     return Pipeline(
         title=str(resolved.get("title") or "Pipeline"),
@@ -254,6 +261,7 @@ def _build(cls: type[T], written: Any, where: str) -> T:
     for key in written:
         if key not in fields:
             raise UsageError(f"{where} has no key {key!r}{did_you_mean(str(key), fields)}")
+    # Required keys, and lists and mappings by their kind; the other types are checked where they are used.
     for key, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and written.get(key) is None:

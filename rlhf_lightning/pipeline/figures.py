@@ -41,6 +41,8 @@ def stage_figure(history: History, exported_step: float) -> str:
     left.plot(steps, _smooth(values), color=_COLOURS[0], label="train")
     _plot(left, history, "val/loss", _COLOURS[1], "validation")
     _dress(left, "loss", exported_step)
+
+    # The main metric of the method; without validation, the norm of the gradient.
     second = next((name for name in _SECOND_PANEL if points(history, name)[0]), "train/grad_norm")
     _plot(right, history, second, _COLOURS[1], second)
     _dress(right, second, exported_step)
@@ -67,6 +69,7 @@ def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]], ov
         at = [value for step, value in zip(steps, values, strict=True) if step == exported]
         if exported is not None and at:
             axes.plot([exported], at[-1:], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2)
+        # A line marks runs that ended earlier than others, by early stopping or a guard.
         if over == "steps" and steps and steps[-1] < longest:
             axes.axvline(steps[-1], color=colour, linestyle=":", linewidth=1.2)
             axes.annotate(f" {name} stopped", (steps[-1], 0.02), xycoords=("data", "axes fraction"), color=colour)
@@ -79,6 +82,7 @@ def comparison_figure(metric: str, runs: Mapping[str, tuple[History, float]], ov
 def as_image(figure: Figure) -> str:
     """Encodes a figure as a ``data:`` URL."""
     buffer = io.BytesIO()
+    # Without a date, so that the same run gives the same file.
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

@@ -80,6 +80,8 @@ class StageCLI(PostTrainingCLI):
         self.folder = folder
         written = {"seed_everything": seed}
         written |= {key: getattr(stage, key) for key in ("model", "data", "trainer") if getattr(stage, key)}
+
+        # Config files first, then the stage's own values, which override them.
         self.export = ModelExport(str(folder / "model"), **vars(stage.export))
         args = [argument for file in stage.config for argument in ("--config", file)]
         super().__init__(
@@ -140,6 +142,7 @@ def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]
         if sources.get("val") is not None:
             metrics |= _named("val_before", trainer.validate(module, datamodule=data, verbose=False))
         trainer.fit(module, datamodule=data)
+        # The stage's metrics are those of the model that it exports.
         if cli.export.monitor is not None:
             load_exported(module, folder / "model")
         if sources.get("val") is not None:

@@ -42,6 +42,7 @@ def input_hashes(config: Any) -> dict[str, str]:
             digest = content_hash(path)
             if digest is not None:
                 found[name] = digest
+        # A dotted path names code: its source is an input as much as a file of rows.
         if _DOTTED.fullmatch(value) and not Path(value).exists():
             files = own_sources(value)
             if files:
@@ -76,6 +77,8 @@ def _places(key: str, value: str) -> Iterator[tuple[str, Path]]:
         if candidate and known:
             yield candidate, path
             yield from _bases(candidate, path)
+
+    # A folder that a task finds by an environment variable.
     if name.startswith("gsm8k:") and "path=" not in query and os.environ.get("GSM8K_DIR"):
         yield "GSM8K_DIR", Path(os.environ["GSM8K_DIR"]).expanduser()
 
@@ -91,6 +94,7 @@ def _bases(name: str, folder: Path) -> Iterator[tuple[str, Path]]:
         return  # loading reports a damaged file
     if not isinstance(base, str) or not base:
         return
+    # As the loader looks for it: packaged, as written, relative to the adapter.
     for path in (packaged_config(base), Path(base).expanduser(), folder / base):
         if path is not None and path.is_dir() and path.resolve() != folder.resolve():
             yield f"base of {name}", path
@@ -99,9 +103,9 @@ def _bases(name: str, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def own_sources(dotted: str) -> list[Path]:
-    """Finds the user's source files behind a dotted path, and those that they import.
+    """Finds the user's source files of a dotted path, and the files that they import.
 
-    Nothing is imported or run. Installed packages and Python itself are left out: their versions are recorded.
+    Nothing is imported or run. Installed packages and Python itself are not listed: their versions are recorded.
 
     Args:
         dotted: ``package.module.name``.
@@ -113,6 +117,7 @@ def own_sources(dotted: str) -> list[Path]:
     waiting, seen = [dotted.partition(".")[0]], set()
     files: set[Path] = set()
     while waiting:
+        # Whole packages, since a function may call anything in its own.
         root = waiting.pop()
         if root in seen or root in sys.stdlib_module_names:
             continue
@@ -132,6 +137,7 @@ def _files_of(root: str) -> list[Path]:
             files = sorted(package.rglob("*.py"))
         else:
             files = [module] if module.is_file() else []
+        # The first entry that has the name decides, as in an import.
         if files:
             return [] if any(package.is_relative_to(foreign) for foreign in _installed()) else files
     return []

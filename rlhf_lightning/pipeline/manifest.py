@@ -68,6 +68,7 @@ def content_hash(path: Path) -> str | None:
     """Hashes a file, or the names and contents of all files of a folder; ``None`` if the path does not exist."""
     if path.is_dir():
         digest = hashlib.sha256()
+        # Names and contents in a fixed order, whatever the file system's.
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
             digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\n".encode())
         return digest.hexdigest()
@@ -90,6 +91,7 @@ def versions() -> dict[str, str]:
 
 def stage_key(config: Any, inputs: Mapping[str, str], run_dir: Path) -> str:
     """Hashes everything that a stage's result depends on; moving the run directory does not change it."""
+    # As JSON, in which tuples are lists and unknown objects text: a manifest that is read back gives the same key.
     content = json.loads(json.dumps([config, dict(inputs), __version__], default=str))
     return hashlib.sha256(json.dumps(_anywhere(content, str(run_dir)), sort_keys=True).encode()).hexdigest()
 

@@ -28,6 +28,7 @@ def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
     for name in pipeline.stages:
         record = manifest.stages[name]
         evaluation = record.get("evaluation", {})
+        # Plain values only, which JSON and the template can show.
         stages.append(
             {
                 "stage": name,
@@ -58,6 +59,8 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
     """Writes ``summary.json`` and ``report.html`` into the run directory; returns the latter's path."""
     summary = summarize(pipeline, manifest)
     write_atomically(pipeline.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    # One view for each stage, and one for each comparison of stages.
     stages = [_stage_view(pipeline, manifest, row) for row in summary["stages"]]
 
     comparisons = [

@@ -32,8 +32,9 @@ _OF_STAGE = ("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS,
 def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
     """Runs unfinished stages, evaluates exported models, and records both.
 
-    A stage is finished if its record says so, its configuration, inputs and the package's version match the record, and
-    its outputs are unchanged. Otherwise its earlier files are removed and it starts from its inputs. Nothing else is
+    A stage is finished if it is recorded as such, its configuration, inputs and the package's version match the record,
+    and its outputs are unchanged. Otherwise its earlier files are removed and it starts from its inputs. Nothing else
+    is
     removed: a folder of a stage's name that no pipeline made is refused before anything runs, and other files in the
     folders of a run stay.
 
@@ -68,6 +69,8 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
                 _run_stage(pipeline, manifest, name, stage, say)
                 if isinstance(stage, FitStage) and stage.evaluate and pipeline.evaluation is not None:
                     _evaluate_stage(pipeline, manifest, name, say)
+
+        # In the order of the pipeline, then stages of other policies.
         manifest.content["stages"] = {name: manifest.stages[name] for name in pipeline.stages} | {
             name: record for name, record in others.items() if name not in pipeline.stages
         }
@@ -91,6 +94,7 @@ def _check_places(pipeline: Pipeline) -> None:
                     "another run_dir, or move that folder away"
                 )
             check_names(folder, "stage", _OF_STAGE)
+            # A model that the user put there must not be replaced.
             model = folder / "model"
             record = read_marker(model)
             check_replaceable(model, "model" if record is None else record["kind"])
@@ -98,6 +102,7 @@ def _check_places(pipeline: Pipeline) -> None:
 
 def _clear(folder: Path) -> None:
     """Removes the files of a stage's earlier run, and makes its folder."""
+    # Only what is on the stage's list: other files may be the user's.
     for name in sorted(listed_names(folder, "stage")):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -119,6 +124,7 @@ def _check_all(pipeline: Pipeline) -> None:
                 # Some classes read a model when they are built: such a stage is checked once its model exists.
                 if not any(place in str(error) for place in awaited):
                     raise
+        # Not there yet: a later stage that reads one of these cannot be checked.
         places = [pipeline.folder(name) / place for place in stage.outputs.values()]
         awaited += [str(place) for place in places if not place.exists()]
 
@@ -147,6 +153,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
     else:
         metrics = run_sample(stage, folder, seed, pipeline.dtype, lambda line: say(f"{name}: {line}"))
 
+    # Hashes of the outputs are inputs of later stages.
     outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
     for place, digest in outputs.items():
         if digest is None:
@@ -166,6 +173,7 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
     record = manifest.stages[name]
     config = asdict(pipeline.evaluation)
     shown = config.pop("samples")  # number in the report, no input of the result
+    # Evaluated again if the model, the prompts or the settings have changed.
     key = stage_key([config, pipeline.dtype], input_hashes(config) | record["outputs"], pipeline.run_dir)
     answers_file = pipeline.folder(name) / ANSWERS
     if record.get("evaluation", {}).get("key") != key or not answers_file.is_file():

@@ -71,6 +71,7 @@ def run_sample(
         seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(prompts))]
         groups = answer_prompts(engine, prompts, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds)
         parts.append(_summarise(groups))
+        # Each part is on disk before the next one begins: an interrupted stage resumes from it.
         with (folder / SAMPLED).open("a", encoding="utf-8") as file:
             file.write(json_line(parts[-1]))
         rows += parts[-1]["pairs"]
@@ -84,6 +85,8 @@ def run_sample(
             f"no prompt of {stage.prompts!r} got both a better and a worse completion (mean reward {mean:.2f}): "
             "raise num_samples or sampling.temperature, or sample from another model"
         )
+
+    # Complete: the parts are no longer needed.
     write_atomically(folder / PAIRS, "".join(map(json_line, rows)))
     (folder / SAMPLED).unlink(missing_ok=True)
     counts = {name: sum(part[name] for part in parts) for name in ("samples", "cut_off")}
@@ -107,6 +110,7 @@ def _read_parts(file: Path) -> list[dict[str, Any]]:
         return []
     lines = file.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
+    # A crash may leave a part of a line.
     if len(whole) < len(lines):
         file.write_bytes(b"".join(whole))
     return [json.loads(line) for line in whole]
@@ -114,6 +118,7 @@ def _read_parts(file: Path) -> list[dict[str, Any]]:
 
 def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
     """Makes a row of the best and the worst of a prompt's answers, if one is better than the other."""
+    # Only complete answers: a truncated one must be neither preferred nor rejected.
     ended = [
         answer
         for answer in group
@@ -170,7 +175,7 @@ def sampling_params(written: dict[str, Any]) -> SamplingParams:
     try:
         return SamplingParams(**written)
     except TypeError as error:  # a text where a number belongs
-        raise ValueError(f"sampling is {written!r}, of which a value is of the wrong kind: {error}") from error
+        raise ValueError(f"sampling is {written!r}; one of its values has the wrong type: {error}") from error
 
 
 def remote_engine(written: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> RemoteEngine:

@@ -65,6 +65,7 @@ class LineWorker:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process starts a child of its own.
         return {key: getattr(self, key) for key in ("_script", "_timeout", "_startup_timeout", "_memory_mb")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,7 +99,9 @@ class LineWorker:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return self._process
+        # The child has ended, or belongs to the process that this one was forked from.
         self._stop()
+        # A session of its own, so that Ctrl-C reaches only the trainer; -P: no imports from the current folder.
         process = subprocess.Popen(
             [sys.executable, "-P", str(self._script), str(self._memory_mb)],
             stdin=subprocess.PIPE,
@@ -113,7 +116,7 @@ class LineWorker:
         except (CallTimeoutError, LineWorkerDiedError) as error:
             raise LineWorkerError(f"{self._script.name} does not start: {error}") from error
         if greeting != b"ready":
-            raise LineWorkerError(f"{self._script.name} does not start: it says {greeting!r}")
+            raise LineWorkerError(f"{self._script.name} does not start: it answered {greeting!r}")
         return process
 
     def _stop(self) -> None:
@@ -134,6 +137,7 @@ class LineWorker:
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
         deadline = time.monotonic() + seconds
+        # poll() instead of a blocking read, which no timeout would interrupt.
         while b"\n" not in self._buffer:
             if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
                 raise CallTimeoutError(f"took longer than {seconds:g} s")

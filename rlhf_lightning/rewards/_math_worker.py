@@ -40,12 +40,15 @@ def is_right(math_verify: Any, gold: list[Any], completion: str, boxed_only: boo
 
 def main() -> None:
     """Answers questions until the input ends."""
+    # Expressions such as 9^(9^9) would fill the memory of the machine.
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     math_verify = importlib.import_module("math_verify")
     # It warns that its own time limits are off; the parent process enforces one.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     print("ready", flush=True)
+
+    # Completions of one prompt follow one another, so that the reference is parsed once for all.
     cached: tuple[str, list[Any]] = ("", [])
     for line in sys.stdin:
         question = json.loads(line)

@@ -37,6 +37,7 @@ def call_with_limit(function: Callable[[], Any], seconds: float | None) -> Any:
     """
     if seconds is None:
         return function()
+    # Only the main thread receives signals; elsewhere the call is abandoned, not interrupted.
     if threading.current_thread() is threading.main_thread():
         return _call_under_alarm(function, seconds)
     return _call_on_thread(function, seconds)
@@ -46,6 +47,7 @@ def _call_under_alarm(function: Callable[[], Any], seconds: float) -> Any:
     def time_is_up(signum: int, frame: FrameType | None) -> None:
         raise _TimeIsUp
 
+    # The caller may have an alarm of its own, such as a test's time limit: it is restored.
     previous_handler = signal.signal(signal.SIGALRM, time_is_up)
     previous_timer = signal.setitimer(signal.ITIMER_REAL, 0)
     try:

@@ -125,6 +125,7 @@ class CodeTestsReward:
         """Scores each completion."""
         tests = [_tests(value) for value in read_column(columns, self.tests_column, self)]
         with ExitStack() as stack:
+            # The judge's process is started only where a test needs it.
             judge = None
             if any("input" not in test for row in tests for test in row):
                 judge = stack.enter_context(Judge(self.isolation, self.limits, self.timeout, self.num_workers))
@@ -143,6 +144,7 @@ class CodeTestsReward:
         if calls:
             assert judge is not None  # there is one as soon as any row has such a test
             num_passed += sum(judge.run(program, calls))
+        # Scripts run only while all tests can still pass.
         if self.partial_credit or num_passed == len(calls):
             num_passed += self._run_scripts(program, scripts)
         share = num_passed / len(tests)

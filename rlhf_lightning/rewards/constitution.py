@@ -116,6 +116,8 @@ class ConstitutionReward:
             raise ValueError(
                 f"principle {self._judged[0].name!r} has a statement: give a judge, such as a model's folder"
             )
+
+        # A wrong field in the question is found before training.
         try:
             question.format(prompt="", completion="", statement="")
         except (KeyError, IndexError, ValueError) as error:
@@ -134,7 +136,7 @@ class ConstitutionReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any
     ) -> list[float | Exception | None]:
-        """Scores each completion; without an applicable principle there is no score.
+        """Scores each completion; ``None`` without an applicable principle.
 
         Args:
             prompts: texts, or lists of chat messages.
@@ -149,9 +151,11 @@ class ConstitutionReward:
         failed: dict[int, Exception] = {}
         for number, (prompt, completion) in enumerate(samples):
             try:
-                kept[number] = self.validate_batch(prompt, completion)
+                kept[number] = self._rule_verdicts(prompt, completion)
             except Exception as error:  # of a user's predicate: only this sample is lost
                 failed[number] = error
+
+        # All questions at once, so that the judge can batch them.
         asked = [(n, principle) for n in range(len(samples)) if n not in failed for principle in self._judged]
         questions = [self._question(principle, *samples[n]) for n, principle in asked]
         verdicts = self.judge(questions) if self.judge is not None and questions else []
@@ -162,7 +166,7 @@ class ConstitutionReward:
                 kept[number].append((principle, verdict))
         return [failed[number] if number in failed else _share(kept[number]) for number in range(len(samples))]
 
-    def validate_batch(self, prompt: Any, completion: str) -> list[tuple[Principle, float]]:
+    def _rule_verdicts(self, prompt: Any, completion: str) -> list[tuple[Principle, float]]:
         """The verdicts of the applicable principles that need no judge."""
         found = []
         for principle, check in self._checks:

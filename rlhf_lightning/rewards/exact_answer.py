@@ -37,7 +37,7 @@ def final_answer(text: str) -> str | None:
         text: a solution.
 
     Returns:
-        The answer without surrounding blanks; ``None`` if there is no marker, or nothing after the last one.
+        The answer without surrounding blanks; ``None`` without a marker, or with nothing after the last one.
 
     Example:
         >>> final_answer("3+14=17\n17+9=26\n#26"), final_answer("I do not know")
@@ -136,6 +136,7 @@ def _reward(completion: str, right: Any) -> float | None:
     if right is None or (isinstance(right, float) and math.isnan(right)):
         return None
     reference = str(right).strip()
+    # A reference may be a whole solution with its own marker.
     reference = final_answer(reference) or reference
     if not reference:
         return None
@@ -147,6 +148,8 @@ def _equal(given: str, reference: str) -> bool:
     given, reference = _bare(given), _bare(reference)
     if "=" not in reference:
         given = _VARIABLE.sub("", given, count=1) if _VARIABLE.match(given) else given
+
+    # Numbers by value (0.5 is 1/2), with equal units or without; any other answer by its words.
     number, right = _number(given), _number(reference)
     if number is not None and right is not None:
         (value, unit), (right_value, right_unit) = number, right

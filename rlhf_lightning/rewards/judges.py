@@ -72,6 +72,7 @@ class ModelJudge:
 
     def attach(self, module: Any) -> None:
         """Moves to a policy's device."""
+        # Weights that are moved in inference mode could not be used outside of it.
         with torch.inference_mode(False):
             self.model.to(module.device)
 
@@ -80,6 +81,7 @@ class ModelJudge:
         """See ``Judge``."""
         verdicts: list[float | Exception] = [0.0] * len(questions)
         examples, places = [], []
+        # A question that cannot be asked loses only its own verdict.
         for number, question in enumerate(questions):
             try:
                 examples.append(self._example(number, question))
@@ -93,6 +95,7 @@ class ModelJudge:
             for micro in plan_micro_batches(examples, budget=self.micro_batch_tokens):
                 batch = pack([examples[n] for n in micro], device=device)
                 logps_S = batch.sum_per_sequence(token_stats(self.model, batch, self._layout).logprobs.float())
+                # p(yes) / (p(yes) + p(no)), from the log-probabilities of both answers.
                 yes, no = logps_S.view(-1, 2).unbind(dim=1)
                 for n, verdict in zip(micro, (yes - no).sigmoid().tolist(), strict=True):
                     verdicts[places[n]] = verdict
@@ -151,6 +154,7 @@ class EngineJudge:
 
     def _verdict(self, texts: Sequence[str]) -> float | Exception:
         found = [verdict for verdict in (read_verdict(text, self.scale) for text in texts) if verdict is not None]
+        # Samples without a verdict are ignored as long as there is one.
         if not found:
             said = " ".join(texts[0].split())[:40] if texts else ""
             return ValueError(f"the judge wrote {said!r}: neither yes nor no nor a number from 0 to {self.scale:g}")
@@ -167,6 +171,7 @@ def read_verdict(text: str, scale: float = 1.0) -> float | None:
     match = _VERDICT.match(text)
     if match is not None:
         return float(match["yes"] is not None)
+    # Words first: in "Yes, 2 reasons" the number is not the verdict.
     number = _NUMBER.search(text)
     if number is None:
         return None

@@ -61,6 +61,7 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", " x ", text)
     text = re.sub(r"\^\{([-+]?\w+)\}", r"^\1", text)
     text = _FRACTION.sub(_ratio, text)
+    # Commands may be nested.
     while (bare := _BOX.sub(r"\1", _TEXT.sub(r"\1", text))) != text:
         text = bare
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).strip()
@@ -106,6 +107,7 @@ def read_number(text: str) -> Fraction | None:
         (Fraction(2001, 2), Fraction(3, 2), Fraction(2000, 1), None)
     """
     text = text.strip()
+    # Otherwise a hostile answer could take minutes to convert.
     if len(text) > _MAX_LENGTH:
         return None
     if _DECIMAL.fullmatch(text):

@@ -46,6 +46,7 @@ class RepetitionReward:
         num_ngrams = len(units) - self.ngram_size + 1
         if num_ngrams < 1:
             return 0.0
+        # All but the first occurrence of an n-gram are repetitions.
         distinct = {tuple(units[start : start + self.ngram_size]) for start in range(num_ngrams)}
         repeated = num_ngrams - len(distinct)
         return -self.penalty * repeated / num_ngrams if repeated else 0.0

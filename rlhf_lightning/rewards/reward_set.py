@@ -49,7 +49,7 @@ class StepReward:
 
     Args:
         function: returns, for each completion, a list with one number per step, or ``None``.
-        separator: text between steps; empty steps are left out.
+        separator: text between steps; empty steps are dropped.
 
     Example:
         >>> def lengths(completions): return [[len(step) for step in text.split(";")] for text in completions]
@@ -178,6 +178,8 @@ class _Reward:
                     "return a finite number, or None if unscorable"
                 )
             return [number]
+
+        # A tensor, an array or a list of one number per step.
         parts = value.tolist() if hasattr(value, "tolist") else value
         found = [_finite(part) for part in parts] if isinstance(parts, list | tuple) else None
         count = len(self.of_steps.split(completion))
@@ -252,6 +254,8 @@ class RewardSet:
                 raise ValueError(f"{name}={seconds} is not a finite number above 0: null turns it off")
         if on_bad_value not in ("error", "skip"):
             raise ValueError(f"unknown on_bad_value {on_bad_value!r}: use one of error, skip")
+
+        # Names appear in logs, so that each has to be unique.
         functions = [spec if isinstance(spec, StepReward) else resolve_reward(spec) for spec in rewards]
         self.names = _unique(_name(_inner(function)) for function in functions) if names is None else tuple(names)
         if len(set(self.names)) != len(self.names):
@@ -342,6 +346,7 @@ class RewardSet:
                     problems.append(sample_error)
                     raw.append(None)
 
+        # Values are checked one by one: an invalid one loses its own sample, or ends the run.
         found: list[list[float]] = []
         for sample, value in enumerate(raw):
             try:
@@ -361,6 +366,7 @@ class RewardSet:
             except SystemExit as error:
                 raise RuntimeError(f"called sys.exit({error.code!r})") from error
 
+        # Rewards that run programs limit the time of each sample themselves.
         bounds_its_time = getattr(reward.function, "bounds_its_time", False)
         values: list[Any] = call_with_limit(call, None if bounds_its_time else seconds)
         return values
@@ -373,6 +379,7 @@ class RewardSet:
         first = problems[0]
         kind = type(first).__name__
         message = " ".join(f"{kind}: {first}".split())
+        # Once per kind of failure: a reward may fail in every step.
         if (name, kind) not in self._reported:
             self._reported.add((name, kind))
             log.warning("reward %r failed on %d of %d samples: %s", name, len(problems), num_samples, message)

@@ -52,6 +52,7 @@ def build_rewards(
             "the column 'answer'"
         )
 
+    # Weights come from one place: the list, or each reward's own.
     parts = [_read(spec) for spec in rewards]
     own = [weight for _, weight, _ in parts]
     if weights is not None and any(weight is not None for weight in own):
@@ -96,7 +97,9 @@ def _read(spec: RewardSpec) -> tuple[RewardFunction, float | None, str | None]:
     unknown = sorted(set(spec) - set(_KEYS))
     if unknown or not isinstance(spec.get("class_path"), str):
         problem = f"the key {unknown[0]!r}" if unknown else "no class_path"
-        raise ValueError(f"a reward has {problem}: allowed are {', '.join(_KEYS)}, of which class_path is needed")
+        raise ValueError(f"a reward has {problem}: allowed are {', '.join(_KEYS)}, and class_path is required")
+
+    # A class takes the arguments now, a function at every call.
     arguments = dict(spec.get("init_args") or {})
     found = load_attribute(spec["class_path"]) if arguments else resolve_reward(spec["class_path"])
     if arguments and inspect.isclass(found):

@@ -125,6 +125,8 @@ class SequenceBatch:
         lengths = self.lengths.cpu()
         width = int(lengths.max()) + extra
         columns = torch.arange(width, device="cpu")
+
+        # Depth of every cell along its path; cells outside of 0 to length are padding.
         start = torch.zeros_like(lengths) if side == "right" else width - lengths
         depth = columns[None, :] - start[:, None]
         mask = (depth >= 0) & (depth < lengths[:, None])
@@ -156,17 +158,22 @@ class _Layout:
     """Collects the flat arrays of a forest in which equal prefixes are laid out once."""
 
     def __init__(self) -> None:
+        # The forest, token by token.
         self.roots: list[_Node] = []
         self.tokens: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.segments: list[tuple[int, int, int]] = []  # (start, length, parent segment or -1)
         self.size = 0
+
+        # Scored tokens, one array per path: where they are predicted from, their depth and path, and what they are.
         self.source: list[np.ndarray] = []
         self.depth: list[np.ndarray] = []
         self.path: list[np.ndarray] = []
         self.target: list[np.ndarray] = []
         self.weight: list[np.ndarray] = []
         self.sequence: list[np.ndarray] = []
+
+        # Paths and sequences.
         self.paths: list[np.ndarray] = []
         self.path_sequence: list[int] = []
         self.last_path: list[int] = []  # per sequence
@@ -187,6 +194,7 @@ class _Layout:
         number = len(self.example)
         for tokens, weights, nodes in turns:
             flat = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in nodes])
+            # A token is predicted from the one before it on its path.
             scored = np.flatnonzero(weights)
             if len(scored) and scored[0] == 0:
                 raise ValueError(
@@ -212,6 +220,8 @@ def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
     layout = _Layout()
     everything = _Node(np.empty(0, np.int64))  # its children are the roots
     found: list[tuple[list[_Turn], int]] = []
+
+    # First pass: merge the trees. Nothing has a position yet, since a later example may add to an earlier prefix.
     for number, example in enumerate(examples):
         for sequence in example.root.sequences():
             turns: list[_Turn] = []
@@ -228,6 +238,8 @@ def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
                     layout.roots.append(nodes[0])
                 turns.append((tokens, weights, nodes))
             found.append((turns, number))
+
+    # Second pass: positions, depth first, and then the sequences that refer to them.
     for root in (*layout.roots, *everything.children.values()):
         layout.place(root)
     for turns, number in found:
@@ -275,6 +287,7 @@ def pack(
     def tensor(parts: Sequence[np.ndarray | list[int]], dtype: torch.dtype = torch.long) -> Tensor:
         return torch.from_numpy(np.concatenate(parts)).to(dtype=dtype, device=device)
 
+    # A token that several sequences score after the same prefix is projected once.
     lengths = [len(path) for path in layout.paths]
     scored = np.stack([np.concatenate(layout.source), np.concatenate(layout.target)])
     _, first, which = np.unique(scored, axis=1, return_index=True, return_inverse=True)

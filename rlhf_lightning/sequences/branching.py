@@ -52,7 +52,7 @@ def grow_tree(sequences: Sequence[Sequence[WeightedPath]], trunk: Tokens | None 
     if not len(trunk):
         raise ValueError(
             "the renderings of a row's turns differ from their first token on: expected a chat template that begins "
-            "them alike, for instance with a beginning-of-sequence token"
+            "them with the same token, such as a beginning-of-sequence token"
         )
 
     children = []
@@ -97,6 +97,8 @@ def split_answer(example: Example) -> tuple[Tokens, Segment]:
         tokens, weights = unfold_tree(example.root)[0][0]
         start = len(example.root.tokens)
         return example.root.tokens, Segment(tokens[start:], weights[start:])
+
+    # Several turns: only segments that no earlier turn has read are the last turn's own answer.
     paths = unfold_tree(example.root)[0]
     first = int(np.flatnonzero(paths[0][1])[0])
     earlier = set(distinct_segments(sequence[:-1]))
@@ -121,6 +123,7 @@ def with_answer(root: Segment, prompt: Tokens, answer: Segment) -> Segment:
         [[3], [4]]
     """
     rest = prompt[len(root.tokens) :]
+    # A prompt that goes beyond the root brings its remaining tokens along, unscored.
     if len(rest):
         weights = np.zeros(len(answer.tokens), np.float32) if answer.weights is None else answer.weights
         weights = np.concatenate([np.zeros(len(rest), np.float32), weights])
@@ -146,6 +149,7 @@ def _absorbed(paths: Sequence[WeightedPath]) -> list[WeightedPath]:
     kept: list[WeightedPath] = []
     for number, (tokens, weights) in enumerate(merged):
         for longer, own in merged[number + 1 :]:
+            # Its tokens are scored on the longer path instead, each once.
             if len(longer) > len(tokens) and shared_length(longer, tokens) == len(tokens):
                 own[: len(tokens)] = np.maximum(own[: len(tokens)], weights)
                 break
@@ -164,7 +168,7 @@ def _branch(paths: _Numbered, start: int, *, last: bool) -> Segment:
     if end == start:
         raise ValueError(
             "the renderings of a row's turns differ from their first token on: expected a chat template that begins "
-            "them alike, for instance with a beginning-of-sequence token"
+            "them with the same token, such as a beginning-of-sequence token"
         )
     children = _children(paths, end, last=last)
     weights = _merged([weights[start:end] for _, (_, weights) in paths])
@@ -174,9 +178,12 @@ def _branch(paths: _Numbered, start: int, *, last: bool) -> Segment:
 def _children(paths: _Numbered, start: int, *, last: bool) -> list[Segment]:
     """Makes the children of a segment; the path of the last turn comes last."""
     groups: dict[int, _Numbered] = {}
+    # Paths that differ in their next token part here.
     for number, (tokens, weights) in paths:
         if len(tokens) > start:
             groups.setdefault(int(tokens[start]), []).append((number, (tokens, weights)))
+
+    # By the last turn of each group: consumers read the end of a sequence at its last path.
     ordered = sorted(groups.values(), key=lambda group: group[-1][0])
     return [_branch(group, start, last=last and group is ordered[-1]) for group in ordered]
 

@@ -164,8 +164,8 @@ def flex_tree_attention(
     except FailOnRecompileLimitHit as error:  # torch's message has many lines, about its own options
         raise RuntimeError(
             f"FlexAttention has been compiled {torch._dynamo.config.recompile_limit} times in this process, once for "
-            "each kind of layer of each model, and torch would go on without its kernel: write attention: blocks, or "
-            "use fewer models in one run"
+            "each kind of layer of each model, and torch would continue without its kernel: write attention: blocks, "
+            "or use fewer models in one run"
         ) from error
     if sinks is not None:  # a sink is one more exponential in the denominator
         out = out * torch.sigmoid(aux.lse - sinks.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)

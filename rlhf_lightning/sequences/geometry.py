@@ -140,6 +140,7 @@ class TreeGeometry:
         shape_q, shape_k = (len(group), num_queries), (len(group), num_keys)
         query_index, query_depth = np.zeros(shape_q, np.int64), np.full(shape_q, _FAR)
         key_index, key_depth = np.zeros(shape_k, np.int64), np.full(shape_k, 2 * _FAR)
+        # Queries are a segment's own tokens, keys those of its whole path; both begin at the left of their row.
         for row, number in enumerate(group):
             length, path = sizes[number][0], paths[number]
             query_index[row, :length] = path[-length:]
@@ -223,6 +224,7 @@ def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, 
     merged: list[tuple[int, int, int]] = []
     place: list[int] = []  # new index of each segment
     for start, length, parent in segments:
+        # Extend the parent's merged segment; the child's tokens directly follow it in the layout.
         if parent >= 0 and num_children[parent] == 1:
             first, so_far, above = merged[place[parent]]
             merged[place[parent]] = (first, so_far + length, above)
@@ -238,6 +240,7 @@ def _group_by_size(sizes: np.ndarray) -> list[list[int]]:
     order = sorted(range(len(sizes)), key=lambda n: (sizes[n][1] == sizes[n][0], sizes[n][0], sizes[n][1]))
     groups: list[list[int]] = []
     needed = 0
+    # Neighbours in this order have similar sizes, so a greedy scan is enough.
     for n in order:
         area = int(sizes[n][0] * sizes[n][1])
         if groups:

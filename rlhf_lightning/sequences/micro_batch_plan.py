@@ -55,6 +55,8 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
     # Longest first; ties by position, so that the plan is deterministic.
     units = _families(examples, budget) if share_prefix else [([n], cost) for n, cost in enumerate(costs)]
     units.sort(key=lambda unit: (-unit[1], unit[0]))
+
+    # Each unit goes into the first bin with room for it, or opens a new one.
     bins: list[list[int]] = []
     room: list[int] = []
     first_open = 0  # bins before it are full: keeps the search short for many short rows
@@ -95,6 +97,7 @@ def _families(examples: Sequence[Example], budget: int) -> list[tuple[list[int],
     for n, example in enumerate(examples):
         key = example.root.tokens.tobytes()
         number, level = latest.get(key, (-1, _Level()))
+        # A full family is never opened again: its prompt starts another one.
         if number < 0 or found[number][1] + level.missing(example.root) > budget:
             number, level = len(found), _Level()
             found.append(([], 0))

@@ -215,8 +215,10 @@ def _plain(
     causal: bool,
 ) -> Tensor:
     """Computes scaled-dot-product attention; explicitly where soft-capping or sinks rule out the fused kernels."""
+    # A mask made for a cache may be wider than the keys so far.
     if mask is not None and mask.shape[-1] > key.shape[-2]:
         mask = mask[..., : key.shape[-2]]
+    # Grouped queries: repeat the shared keys and values.
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
@@ -229,6 +231,7 @@ def _plain(
                 query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=causal
             )
 
+    # Explicit scores, since the fused kernels know neither soft caps nor sinks.
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap is not None:

@@ -26,11 +26,11 @@ _held: dict[Path, int] = {}  # places that this process holds, with the descript
 _made: set[Path] = set()  # folders that were made for locks, and are removed with them if they are empty
 
 
-def hidden_beside(place: Path, suffix: str) -> Path:
+def hidden_sibling(place: Path, suffix: str) -> Path:
     """Returns the hidden sibling of a place with one of the suffixes above.
 
     Example:
-        >>> hidden_beside(Path("runs/model"), PARTIAL).name
+        >>> hidden_sibling(Path("runs/model"), PARTIAL).name
         '.model.rlhf_lightning.partial'
     """
     return place.with_name(f".{place.name}{suffix}")
@@ -52,7 +52,7 @@ def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
         ...     file.write(b"...")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = hidden_beside(path, f"{writer}{PARTIAL}")
+    partial = hidden_sibling(path, f"{writer}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             yield file
@@ -98,7 +98,7 @@ def mark(folder: Path, kind: str, names: Iterable[str] | None = None) -> None:
     Args:
         folder: an existing folder.
         kind: kind of its content, such as ``model``.
-        names: paths below it that the package writes; all present files if left out.
+        names: paths below it that the package writes; all present files if omitted.
     """
     listed = _files(folder) if names is None else set(names)
     record = {"written_by": "rlhf_lightning", "kind": kind, "names": sorted(listed)}
@@ -139,6 +139,8 @@ def check_replaceable(folder: Path, kind: str) -> None:
     present = _files(folder)
     if not present:
         return
+
+    # The folder has content: it must be the package's, of the same kind, and nothing else.
     record = read_marker(folder)
     if record is None:
         raise ValueError(
@@ -171,7 +173,7 @@ def check_names(folder: Path, kind: str, names: Iterable[str]) -> None:
     taken = sorted(name for name in set(names) - listed_names(folder, kind) if (folder / name).exists())
     if taken:
         raise ValueError(
-            f"{str(folder / taken[0])!r} is there already and was not written by this package: move it away, or choose "
+            f"{str(folder / taken[0])!r} already exists and was not written by this package: move it away, or choose "
             "another folder"
         )
 
@@ -184,6 +186,7 @@ def _files(folder: Path) -> set[str]:
 
 def discard(folder: Path) -> None:
     """Deletes a folder that the package wrote, its list last, so that a killed process leaves a recognised folder."""
+    # The list goes last: without it, the rest would look like a user's files.
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -208,6 +211,7 @@ def recover(folder: Path) -> None:
             if read_marker(left) is None:
                 _remove_empty(left)
                 continue
+            # The old folder was moved aside and the new one never arrived.
             if suffix == REPLACED and not place.exists():
                 left.rename(place)
             else:
@@ -216,7 +220,7 @@ def recover(folder: Path) -> None:
 
 def _remove_empty(folder: Path) -> None:
     """Removes a folder that was just made or is nearly deleted: it holds at most the beginning of its list."""
-    begun = hidden_beside(folder / MARKER, PARTIAL)
+    begun = hidden_sibling(folder / MARKER, PARTIAL)
     if folder.is_dir() and not folder.is_symlink() and all(path == begun for path in folder.iterdir()):
         begun.unlink(missing_ok=True)
         folder.rmdir()
@@ -237,13 +241,14 @@ def hold(place: Path) -> None:
     place = place.expanduser().absolute()
     if place in _held:
         return
+    # Folders that are made for the lock are removed with it.
     missing = {folder for folder in place.parents if not folder.exists()}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{str(place)!r} cannot be written ({error.strerror}): choose another folder") from error
     _made.update(missing)
-    path = hidden_beside(place, LOCK)
+    path = hidden_sibling(place, LOCK)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -265,7 +270,7 @@ def release(place: Path) -> None:
     place = place.expanduser().absolute()
     descriptor = _held.pop(place, None)
     if descriptor is not None:
-        hidden_beside(place, LOCK).unlink(missing_ok=True)
+        hidden_sibling(place, LOCK).unlink(missing_ok=True)
         os.close(descriptor)
     for folder in (folder for folder in place.parents if folder in _made):
         try:
@@ -292,6 +297,8 @@ def on_first_rank(act: Callable[[], object]) -> None:
             act()
         except (ValueError, OSError) as error:
             found, cause = [str(error)], error
+
+    # All ranks take part, so that none waits for a rank that has failed.
     if is_distributed:
         dist.broadcast_object_list(found, src=0)
     if found[0] is not None:

@@ -13,6 +13,7 @@ def find_own_modules() -> None:
 
     Python does this for a script or ``python -m``, but not for an installed command.
     """
+    # Appended, so that a user's file cannot shadow an installed package.
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)

@@ -71,6 +71,7 @@ def options_of(cls: type) -> set[str]:
             continue
         parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
         found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        # A class that does not pass keywords on ends the search.
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found - {"self"}

@@ -62,7 +62,7 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         rest = message.partition(causes[0])[2].strip() if causes[0].endswith(":") else ""
         return one_line(f"{causes[0]} {explain(rest, options, classes)}" if rest else causes[0])
     if re.search(r"^argument of type '\w+' is not iterable|^unhashable type: ", message):
-        return "a class_path is no text: write the name of a class behind it, such as class_path: DPOModule"
+        return "expected the name of a class after class_path, such as class_path: DPOModule; got plain text"
 
     # Unknown options and missing files.
     if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.partition("\n")[0]):
@@ -77,8 +77,8 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         # An option may be listed with its short form: `-c/--config`.
         missing = [name.split("/")[-1].lstrip("-").split(".")[-1] for name in found[1].split(", ")]
         if "config" in missing:
-            return "nothing says what to do: give --config with a file"
-        return f"nothing says what {' and '.join(missing)} should be: give --config with a file, or --{missing[0]}=..."
+            return "no configuration is given: pass --config with a file"
+        return f"no {' and no '.join(missing)} given: pass --config with a file, or --{missing[0]}=..."
     return _wrong_value(message) or one_line(message)
 
 

@@ -15,7 +15,7 @@ def packaged_config(path: str | Path) -> Path | None:
         path: what the user wrote.
 
     Returns:
-        The packaged path; ``None`` if the path exists as it is, or is not packaged.
+        The packaged path; ``None`` if the path exists, or is not packaged.
 
     Example:
         >>> packaged_config("my-configs/dpo.yaml") is None

@@ -22,6 +22,7 @@ def drop_file_pages(tensors: Sequence[Tensor]) -> None:
     if not tensors or not maps.is_file():
         return
     files = []
+    # The mapped files of this process, from the kernel's list.
     for line in maps.read_text(encoding="utf-8").splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5].endswith((".safetensors", ".bin")):
@@ -30,6 +31,8 @@ def drop_file_pages(tensors: Sequence[Tensor]) -> None:
     if advise is None or not files:
         return
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    # Only whole pages: neighbours on shared ones may still be needed.
     page = mmap.PAGESIZE
     for tensor in tensors:
         start = tensor.data_ptr()

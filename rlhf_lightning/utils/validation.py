@@ -61,7 +61,7 @@ def check_count(name: str, value: int, instead: str) -> None:
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raises unless the rate of flipped labels is in [0, 0.5): from 0.5 on, labels carry no or inverted information."""
     if not _is_number(label_smoothing) or not 0 <= label_smoothing < 0.5:
-        _refuse("label_smoothing", label_smoothing, "in [0, 0.5)", "0 is none; else the rate of wrong labels")
+        _refuse("label_smoothing", label_smoothing, "in [0, 0.5)", "0 is off; else the rate of wrong labels")
 
 
 def check_same_shape(dims: str, **tensors: Tensor | None) -> None:

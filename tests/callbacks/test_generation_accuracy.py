@@ -21,7 +21,7 @@ ROWS = [{"prompt": f"{n}+{n}=?", "answer": str(2 * n)} for n in range(6)]
 
 
 def is_long(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """A verifier of which a test can foresee everything: 1 for completions of more than four characters."""
+    """A verifier whose rewards a test can foresee: 1 for completions of more than four characters."""
     return [float(len(text) > 4) for text in completions]
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import ModelExport
 from rlhf_lightning.datamodules import SFTDataModule
-from rlhf_lightning.utils.files import MARKER, PARTIAL, REPLACED, hidden_beside, mark
+from rlhf_lightning.utils.files import MARKER, PARTIAL, REPLACED, hidden_sibling, mark
 
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(8)]
 
@@ -75,14 +75,14 @@ def test_nan_is_never_the_best(tiny_model_folder, tmp_path):
     assert (export.best_value, export.step) == (pytest.approx(0.1), 2)
 
 
-def test_a_metric_that_is_not_logged_is_named_with_those_that_are(tiny_model_folder, tmp_path):
+def test_a_metric_that_is_not_logged_is_named_with_the_logged_ones(tiny_model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"monitor is 'val/nonsense'.*logged: .*val/loss"):
         fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/nonsense", mode="min"), [0.0])
     assert not (tmp_path / "model").exists()
 
 
 def test_a_metric_without_validation_is_an_error(tiny_model_folder, tmp_path):
-    with pytest.raises(ValueError, match="monitor is 'val/loss', and there are no validation rows by which to choose"):
+    with pytest.raises(ValueError, match="monitor is 'val/loss', and there are no validation rows to measure it on"):
         fit(tiny_model_folder(), ModelExport(str(tmp_path / "model"), monitor="val/loss"), [0.0], val=False)
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_was_killed_before_its_export_makes_up_for_it(tiny_model_fold
 def test_what_a_killed_export_left_is_cleaned_up(tiny_model_folder, tmp_path):
     """Killed while writing, and between the two renames."""
     for name, suffix in (("new", PARTIAL), ("at-7", REPLACED), ("at-9", PARTIAL)):
-        left = hidden_beside(tmp_path / name, suffix)
+        left = hidden_sibling(tmp_path / name, suffix)
         left.mkdir()
         (left / "config.json").write_text("{}")
         mark(left, "model")
@@ -196,7 +196,7 @@ def test_what_a_killed_export_left_is_cleaned_up(tiny_model_folder, tmp_path):
     ("options", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps is 0; it must be a whole number of at least 1, or null"),
-        ({"every_n_steps": 3, "monitor": "val/loss"}, "every_n_steps is 3 and monitor is 'val/loss': leave one out"),
+        ({"every_n_steps": 3, "monitor": "val/loss"}, "every_n_steps is 3 and monitor is 'val/loss': remove one"),
     ],
 )
 def test_options_are_checked(options, message):

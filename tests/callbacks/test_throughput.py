@@ -279,7 +279,7 @@ class SlowBatches(Batches):
 
 
 class Slow(FixedGRPO):
-    """Samples for 50 ms, looks at samples for 20 ms, steps for 40 ms."""
+    """Samples for 50 ms, scores samples for 20 ms, steps for 40 ms."""
 
     def generate(self, prompts: Sequence[Example], seeds: Sequence[int]) -> Any:
         time.sleep(0.05)
@@ -322,7 +322,7 @@ def test_phases_of_a_run_add_up(folder: str) -> None:
         for name, least in (("data", 0.03), ("generate", 0.05), ("score", 0.02), ("step", 0.04)):
             assert seconds[name] > least
         assert seconds["forward_backward"] > 0.001
-    # What has no name, metrics and logging, is small beside it even here.
+    # What has no name, metrics and logging, is small compared with it even here.
     assert logged[1]["time/other"] < 0.3 * logged[1]["time/batch"]
     tokens = 2 * sum(len(sample.token_ids) for row in rows for sample in fixed_completions(row.row_id, 3))
     speed = logged[1]["throughput/generated_tokens_per_second"]

@@ -1,4 +1,4 @@
-"""When checkpoints are made, which stay, and which one a run goes on from."""
+"""When checkpoints are made, which stay, and which one a run resumes from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint
 from rlhf_lightning.callbacks.training_checkpoint import check_enabled
 from rlhf_lightning.datamodules import SFTDataModule
-from rlhf_lightning.utils.files import PARTIAL, hidden_beside
+from rlhf_lightning.utils.files import PARTIAL, hidden_sibling
 
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(10)]
 
@@ -72,7 +72,7 @@ def test_a_batch_of_several_steps_does_not_step_over_its_turn(tiny_model_folder,
 
 
 def test_the_newest_stay(tiny_model_folder, tmp_path):
-    hidden_beside(tmp_path / "step=4.ckpt", PARTIAL).write_bytes(b"half")
+    hidden_sibling(tmp_path / "step=4.ckpt", PARTIAL).write_bytes(b"half")
     fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path), every_n_steps=1, keep=2)], max_steps=7)
     assert names(tmp_path) == ["step=6.ckpt", "step=7.ckpt"]
     fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path / "one"), every_n_steps=2, keep=1)], max_steps=7)
@@ -111,12 +111,12 @@ def test_the_newest_whole_one_is_taken(tiny_model_folder, tmp_path):
         os.truncate(path, 3000)
     with (
         pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(ValueError, match=r"all 3 checkpoints in '.*' are damaged: delete them to start anew"),
+        pytest.raises(ValueError, match=r"all 3 checkpoints in '.*' are damaged: delete them to start from"),
     ):
         saver.newest()
 
 
-def test_the_same_call_starts_and_goes_on(tiny_model_folder, tmp_path):
+def test_the_same_call_starts_and_continues(tiny_model_folder, tmp_path):
     with pytest.warns(UserWarning, match="there is no last checkpoint"):
         fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path))], ckpt_path="last", max_steps=3)
     trainer = fit(tiny_model_folder(), [TrainingCheckpoint(str(tmp_path))], ckpt_path="last", max_steps=5)
@@ -124,7 +124,7 @@ def test_the_same_call_starts_and_goes_on(tiny_model_folder, tmp_path):
     assert names(tmp_path) == ["step=3.ckpt", "step=5.ckpt"]
 
 
-def test_beside_lightnings_checkpoints_of_the_best_models(tiny_model_folder, tmp_path, recwarn):
+def test_together_with_lightnings_checkpoints_of_the_best_models(tiny_model_folder, tmp_path, recwarn):
     losses: dict[str, float] = {}
 
     class Losses(lightning.Callback):

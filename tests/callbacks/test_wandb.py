@@ -68,7 +68,7 @@ def test_everything_has_the_axis(run: Path) -> None:
     assert rows == sorted(set(rows))
 
 
-def test_values_are_those_that_were_logged(run: Path) -> None:
+def test_values_are_the_logged_ones(run: Path) -> None:
     expected = read_history(run / "history.jsonl")
     found = [row for row in history(run) if not any(name.startswith(("train/samples", "val/samples")) for name in row)]
     assert len(found) == len(expected)

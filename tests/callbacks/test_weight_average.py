@@ -182,7 +182,7 @@ def test_half_precision_is_averaged_in_single(folder: str) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda f: SFTModule(f, optimizer=ADAM), lambda f: ppo(f)], ids=["sft", "ppo"])
-def test_a_resumed_run_goes_on_exactly(make: Any, folder: str, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_exactly(make: Any, folder: str, tmp_path: Path) -> None:
     def run(name: str, steps: int, resume: str | None = None) -> tuple[Any, WeightAverage]:
         average = WeightAverage(DECAY, start_step=1)
         module = make(folder)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from rlhf_lightning.core.checkpoint_io import AtomicCheckpointIO, damage, prepare_checkpoints
-from rlhf_lightning.utils.files import PARTIAL, hidden_beside
+from rlhf_lightning.utils.files import PARTIAL, hidden_sibling
 
 STATE = {"weights": torch.arange(5000), "step": 3}
 
@@ -63,8 +63,8 @@ def test_damage_is_seen_and_said_in_a_line(tmp_path, kind):
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint(STATE, path)
-    hidden_beside(path, PARTIAL).symlink_to("/dev/full")
-    with pytest.raises(ValueError, match=r"cannot write the checkpoint .*x.ckpt' \(.*\): make room") as error:
+    hidden_sibling(path, PARTIAL).symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"cannot write the checkpoint .*x.ckpt' \(.*\): free disk space") as error:
         AtomicCheckpointIO().save_checkpoint({**STATE, "step": 4}, path)
     assert "\n" not in str(error.value)
     assert AtomicCheckpointIO().load_checkpoint(path)["step"] == 3

@@ -1,4 +1,4 @@
-"""What was mended once and must stay so: refusals in one line, and steps that nothing may spoil."""
+"""What was fixed once and must stay so: refusals in one line, and steps that nothing may spoil."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_schedule_that_waits_for_a_metric_is_refused(folder: str, tmp_path: Pa
         fit(module, SFTDataModule(train=ROWS, global_batch_size=4), tmp_path)
 
 
-def test_a_run_that_goes_on_for_longer_has_a_schedule_of_its_own_length(folder: str, tmp_path: Path) -> None:
+def test_a_run_that_continues_for_longer_has_a_schedule_of_its_own_length(folder: str, tmp_path: Path) -> None:
     def module() -> SFTModule:
         schedule = partial(WarmupSchedule, decay="linear")
         return SFTModule(folder, optimizer=partial(torch.optim.SGD, lr=0.1), lr_scheduler=schedule)

@@ -154,7 +154,7 @@ def test_another_configuration_is_refused_in_a_line(tiny_model_folder, tmp_path)
     assert "holds a LoRA adapter alone, and this run trains all weights" in refused(
         SFTModule(folder), tmp_path / "lora.ckpt"
     )
-    assert "holds a whole model, and this run trains a LoRA adapter: leave lora out" in refused(
+    assert "holds a whole model, and this run trains a LoRA adapter: remove lora" in refused(
         SFTModule(folder, lora=LORA), tmp_path / "full.ckpt"
     )
     said = refused(SFTModule(folder, lora={"r": 4}), tmp_path / "lora.ckpt")

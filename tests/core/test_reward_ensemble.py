@@ -121,7 +121,7 @@ def test_a_folder_gives_the_same_scores_again(ensemble: RewardModule, folder: st
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 40}, {"gradient_checkpointing": True}])
-def test_a_step_is_that_of_every_member_by_itself(options: dict[str, Any], folder: str) -> None:
+def test_a_step_is_that_of_every_member_alone(options: dict[str, Any], folder: str) -> None:
     """Against one-member modules that begin with a member's weights and see rows as often as the member counts them."""
     examples, settings = pairs(5), {**ADAPTERS, **options, "seed": 4}
     counts = bootstrap_weights([e.row_id for e in examples], 3, seed=4)
@@ -209,7 +209,7 @@ def test_validation_and_prediction_are_those_of_the_scores(ensemble: RewardModul
     assert metrics["val/rewards/disagreement"] == pytest.approx(sum(stds) / len(stds), rel=1e-4)
 
 
-def test_members_go_on_from_a_trained_adapter_as_copies_of_it(folder: str, tmp_path: Path) -> None:
+def test_members_continue_from_a_trained_adapter_as_copies_of_it(folder: str, tmp_path: Path) -> None:
     sft = SFTModule(folder, lora={"r": 4, "init_lora_weights": False})
     sft.save_pretrained(str(tmp_path / "sft"))
     module = RewardModule(str(tmp_path / "sft"), ensemble="adapters", num_models=2)

@@ -33,7 +33,7 @@ def test_a_prompt_is_computed_once_where_it_fits() -> None:
     assert grouped([], 10) == ([], [])
 
 
-def test_an_answer_of_several_paths_stays_by_itself() -> None:
+def test_an_answer_of_several_paths_stays_alone() -> None:
     forked = Segment([2, 2], children=(Segment([9], [1.0], continued=True), Segment([8, 9], [0.0, 1.0])))
     examples, numbers = grouped([*trees((2, 3)), forked, *trees((2, 2))], 1000)
     assert numbers == [[0, 2], [1]]

@@ -18,7 +18,7 @@ from ..invariance.harness import Batches, trainer
 from ..invariance.methods import METHODS, pairs
 
 RATE = (
-    r"^LearningRateFinder needs Lightning's automatic optimisation, and this module steps by itself .*"
+    r"^LearningRateFinder needs Lightning's automatic optimisation, and this module steps manually .*"
     r"optimizer\.init_args\.lr[^\n]*$"
 )
 SIZE = r"^BatchSizeFinder enlarges batches until memory runs out, .*global_batch_size .*micro_batch_tokens[^\n]*$"

@@ -12,7 +12,7 @@ from rlhf_lightning.sequences import Example, grow_tree, unfold_tree
 
 
 def path(*tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of which the last is scored."""
+    """Tokens; the last one is scored."""
     return np.array(tokens), np.array([0.0] * (len(tokens) - 1) + [1.0], np.float32)
 
 

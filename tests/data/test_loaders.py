@@ -1,4 +1,4 @@
-"""Loaders: every row once an epoch, in an order that depends on seed and epoch alone, from wherever they go on."""
+"""Loaders: every row once an epoch, in an order that depends on seed and epoch alone, from wherever they continue."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_rank_without_a_row_gets_an_empty_batch(make: Make) -> None:
 
 
 @KINDS
-def test_the_last_smaller_batch_can_be_left_out(make: Make) -> None:
+def test_the_last_smaller_batch_can_be_dropped(make: Make) -> None:
     loader = make(7, 3, drop_last=True)
     assert len(loader) == 2
     assert [len(batch) for batch in consume(loader)] == [3, 3]
@@ -295,7 +295,7 @@ def test_a_row_without_an_example_leaves_its_place_empty() -> None:
 def test_a_stream_of_unknown_length_has_none() -> None:
     loader = streamed(5, 2)
     loader.source._num_rows = None  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match="nobody knows how many rows"):
+    with pytest.raises(TypeError, match="the number of rows of its source is unknown"):
         len(loader)
     assert [len(batch) for batch in loader] == [2, 2, 1]
 

@@ -42,7 +42,7 @@ def reader(rows: Any = PAIRS, **settings: Any) -> RowReader:
 def test_counts(policy: Any, expected: dict[str, int], kept: list[int]) -> None:
     reading = reader(max_length=6, on_too_long=policy, on_bad_row="skip")
     store = reading.read_all()
-    assert reading.report == {"rows": 5, "examples": 4, "bad": 1, "left_out": 0, **expected}
+    assert reading.report == {"rows": 5, "examples": 4, "bad": 1, "filtered": 0, **expected}
     assert [example.row_id for example in store] == [f"memory:{number}" for number in kept]
     assert {tuple(sorted(example.fields)) for example in store} == {()}
 
@@ -70,7 +70,7 @@ def test_nothing_is_cut_without_a_length() -> None:
         "dropped": 0,
         "truncated": 0,
         "bad": 0,
-        "left_out": 0,
+        "filtered": 0,
         "tokens": 6 + 8 + 11,
         "longest": 9,
     }

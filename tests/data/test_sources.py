@@ -259,8 +259,8 @@ def test_columns_are_renamed() -> None:
         ("rows.jsonl", "no file, folder or dataset 'rows.jsonl': give a file (.jsonl, .json, .csv, .parquet, .arrow"),
         ("./rows", "no file, folder or dataset './rows'"),
         ("a/b/c", "no file, folder or dataset 'a/b/c'"),
-        ("nobody/nothing", "'nobody/nothing' is no file or folder here, and the hub did not give it as a dataset ("),
-        ("nobody/nothing?split=test", "'nobody/nothing' is no file or folder here"),
+        ("nobody/nothing", "'nobody/nothing' is not a file or folder here, and the hub has no such dataset ("),
+        ("nobody/nothing?split=test", "'nobody/nothing' is not a file or folder here"),
         (
             "nobody/nothing?splt=x",
             "cannot read 'splt=x' in 'nobody/nothing?splt=x': allowed are split=, config= and revision=",
@@ -302,7 +302,7 @@ def test_a_folder_of_splits_and_of_files_that_name_none_is_refused(tmp_path: Pat
         f"file, such as '{folder}/train.jsonl', or move or rename the others"
     )
     assert [row for _, row in open_source(f"{folder}/train.jsonl", split="train")] == ROWS[:1]
-    # What datasets and hub folders keep beside their rows is no file of rows.
+    # What datasets and hub folders keep next to their rows is not a file of rows.
     for name in ("extra.jsonl", "more.csv"):
         (tmp_path / name).rename(tmp_path / f"{name}.old")
     (tmp_path / "dataset_infos.json").write_text("{}")

@@ -23,7 +23,7 @@ def numbers_of(prompt: str) -> list[int]:
 
 
 def errors_of(prompt: str, steps: list[str]) -> list[int]:
-    """Indices of the steps whose own arithmetic is wrong; fails unless the steps add the terms in order and go on."""
+    """Indices of the steps whose own arithmetic is wrong; fails unless the steps add the terms in order."""
     first, *rest = numbers_of(prompt)
     assert len(steps) == len(rest) + 1
     running, wrong = first, []

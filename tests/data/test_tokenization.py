@@ -135,7 +135,7 @@ def test_a_chat_whose_joint_tokens_differ_from_the_prompts_is_tokenised_apart() 
     assert root.children[0].tokens.tolist() == [*inner("4")["input_ids"], 0]
 
 
-def test_an_answer_stands_behind_the_generation_prompt_whatever_the_finished_conversation_looks_like() -> None:
+def test_an_answer_stands_after_the_generation_prompt_whatever_the_finished_conversation_looks_like() -> None:
     row = Row([user("1"), assistant("2"), user("3")], ([assistant("4")],))
     root = RowTokenizer(chars(FORGETFUL)).answers(row)
     assert [spelt(root), spelt(root.children[0])] == [("u:1~a:^~u:3~a:".replace("^", "~"), "-"), ("4~", "11")]
@@ -163,7 +163,7 @@ def test_a_conversation_scores_what_the_assistant_says(template: str, expected: 
 
 
 def test_each_turn_is_ended_where_the_template_knows_no_end() -> None:
-    """The model has to end its first answer, too: that end is a leaf, since the conversation goes on without it."""
+    """The model has to end its first answer, too: that end is a leaf, since the conversation continues without it."""
     tokenizer = RowTokenizer(chars(ENDLESS))
     for messages in (CONVERSATION, [*CONVERSATION, user("5")]):
         root = tokenizer.whole(Row(messages))

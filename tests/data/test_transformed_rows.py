@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.data.files import LeftOutError
+from rlhf_lightning.data.files import FilteredRowError
 from rlhf_lightning.data.transformed_rows import PairedRows, TransformedRows
 from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule, open_source
 
@@ -22,7 +22,7 @@ def solved(columns: dict[str, Any]) -> dict[str, Any] | None:
     return None if columns["a"] is None else {"prompt": columns["q"], "completion": columns["a"]}
 
 
-def test_a_function_rewrites_rows_or_leaves_them_out() -> None:
+def test_a_function_rewrites_rows_or_drops_them() -> None:
     source = TransformedRows(open_source(ROWS), solved)
     assert list(source) == [
         ("memory:1", {"prompt": "1+1=", "completion": "2"}),
@@ -30,7 +30,7 @@ def test_a_function_rewrites_rows_or_leaves_them_out() -> None:
     ]
     assert (source.name, source.num_rows) == ("memory", 3)
     (_, stored) = list(source.raw())[1]
-    with pytest.raises(LeftOutError):
+    with pytest.raises(FilteredRowError):
         source.parse(stored)
 
 
@@ -54,7 +54,7 @@ def test_what_is_no_row_is_refused() -> None:
     source = TransformedRows(open_source(ROWS), str)  # type: ignore[arg-type]
     assert complaint(lambda: list(source)) == (
         "memory:1: transform builtins.str returned str (\"{'q': '1+1=', 'a': '2'}\"), expected columns with their "
-        "values, or None to leave the row out"
+        "values, or None to drop the row"
     )
 
 
@@ -69,7 +69,7 @@ def test_the_fingerprint_changes_with_the_function() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_datamodule_counts_what_was_left_out(streaming: bool) -> None:
+def test_a_datamodule_counts_what_was_dropped(streaming: bool) -> None:
     data = SFTDataModule(
         train=ROWS, tokenizer=chars(), transform=solved, global_batch_size=2, shuffle=False, streaming=streaming
     )
@@ -77,7 +77,7 @@ def test_a_datamodule_counts_what_was_left_out(streaming: bool) -> None:
     # A stream's batch is two rows, whatever becomes of them.
     assert batches == ([[ids("2~")], [ids("6~")]] if streaming else [[ids("2~"), ids("6~")]])
     report = data.report["train"]
-    assert (report["rows"], report["kept"], report["left_out"], report["bad"]) == (3, 2, 1, 0)
+    assert (report["rows"], report["kept"], report["filtered"], report["bad"]) == (3, 2, 1, 0)
 
 
 # Pairs.
@@ -151,7 +151,7 @@ def test_no_pair_at_all_is_an_error() -> None:
     )
 
 
-def test_rows_left_out_have_no_partner() -> None:
+def test_rows_skipped_have_no_partner() -> None:
     rows = [rated("p", "a", 1), rated("p", "", 9), rated("p", "b", 2)]
     source = TransformedRows(open_source(rows), lambda row: row if row["completion"] else None)
     assert [row_id for row_id, _ in PairedRows(source, {"good": 1.0})] == ["memory:1+3"]

@@ -50,7 +50,7 @@ def test_the_answer_is_in_the_last_box(solution: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize("solution", ["It is 4.", r"\boxed{}", r"\boxed{ }", r"\boxed{4", "", r"\boxed 4"])
-def test_without_an_answer_in_a_box_a_problem_is_left_out(solution: str) -> None:
+def test_without_an_answer_in_a_box_a_problem_is_skipped(solution: str) -> None:
     assert boxed_answer({"problem": "p", "solution": solution}) is None
 
 

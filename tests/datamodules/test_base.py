@@ -38,7 +38,7 @@ ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(7)]
 
 
 def trainer(rank: int = 0, world_size: int = 1, fn: TrainerFn = TrainerFn.FITTING, **settings: Any) -> Any:
-    """The part of a trainer that a datamodule looks at."""
+    """The part of a trainer that a datamodule reads."""
 
     class Part(SimpleNamespace):
         __hash__ = object.__hash__

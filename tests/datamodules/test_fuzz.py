@@ -143,8 +143,8 @@ def test_any_bytes(name: str, tmp_path: Path, content: list[bytes], packed: bool
         ),
         ("rows.jsonl", b'{"a\\nb": 1}', "no column 'prompt' (found: a\\nb)"),
         ("rows.jsonl", b"[" * 100_000, "JSON with hundreds of lists in lists"),
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "1", "completion": "2"}\n' * 9)[:-9], "is not a whole gzip file"),
-        ("rows.csv.gz", b"plain", "is not a whole gzip file"),
+        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "1", "completion": "2"}\n' * 9)[:-9], "not a complete gzip file"),
+        ("rows.csv.gz", b"plain", "is not a complete gzip file"),
         ("rows.arrow", b"\xff" * 9, "is not an Arrow file"),
     ],
     ids=["surrogate", "line end", "nested", "cut gzip", "no gzip", "no arrow"],
@@ -165,7 +165,7 @@ def numbered(count: int) -> list[Example]:
 
 
 def loader(kind: str, count: int, **options: Any) -> ExampleLoader | StreamLoader:
-    """Loaders of the same rows: in memory, streamed, streamed with every third row left out."""
+    """Loaders of the same rows: in memory, streamed, streamed with every third row dropped."""
     if kind == "memory":
         return ExampleLoader(numbered(count), shuffle=True, **options)
 

@@ -1,4 +1,4 @@
-"""Pairs: chosen and rejected behind their prompt."""
+"""Pairs: chosen and rejected after their prompt."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def test_orca_pairs(tmp_path: Path) -> None:
         [ids("u:2+2?~\na:"), ids("4~"), ids("5~")],
     ]
     assert [example.fields for example in examples] == [{}, {}]
-    assert (data.report["train"]["rows"], data.report["train"]["left_out"]) == (6, 4)
+    assert (data.report["train"]["rows"], data.report["train"]["filtered"]) == (6, 4)
 
 
 def test_numinamath_prompts(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_numinamath_prompts(tmp_path: Path) -> None:
         "prompt": [{"role": "user", "content": "8/2?"}],
         "answer": r"\frac{8}{2}",
     }
-    assert data.report["train"]["left_out"] == 1
+    assert data.report["train"]["filtered"] == 1
     assert exact_answer([""], [r"so \boxed{4}"], answer=[examples[1].fields["answer"]]) == [1.0]
 
 

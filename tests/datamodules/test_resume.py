@@ -115,7 +115,7 @@ def fit(
     return module.seen
 
 
-# Eleven rows in batches of two are six batches: steps 5, 6 and 7 are before, at and behind the end of an epoch.
+# Eleven rows in batches of two are six batches: steps 5, 6 and 7 are before, at and after the end of an epoch.
 SETTINGS: dict[str, dict[str, Any]] = {
     "in memory": {},
     "asked for the number of steps": {"asks": True},
@@ -163,14 +163,14 @@ def test_a_batch_whose_step_failed_is_seen_again(tmp_path: Path) -> None:
     assert fit(tmp_path, resume=tmp_path / "failed.ckpt").steps == whole.steps[8:]
 
 
-def test_a_run_saved_at_the_ends_of_epochs_goes_on_with_the_next_epoch(tmp_path: Path) -> None:
+def test_a_run_saved_at_the_ends_of_epochs_continues_with_the_next_epoch(tmp_path: Path) -> None:
     whole = fit(tmp_path, saver={"save_on_train_epoch_end": True})
     for step in (6, 12):
         resumed = fit(tmp_path / "resumed", resume=tmp_path / f"step={step}.ckpt")
         assert resumed.steps == whole.steps[step:]
 
 
-def test_a_run_that_stopped_at_its_last_step_goes_on_when_it_is_given_more(tmp_path: Path) -> None:
+def test_a_run_that_stopped_at_its_last_step_continues_when_it_is_given_more(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", trainer={"max_epochs": -1, "max_steps": 16})
     fit(tmp_path, trainer={"max_epochs": -1, "max_steps": 8})
     resumed = fit(tmp_path, resume=tmp_path / "step=8.ckpt", trainer={"max_epochs": -1, "max_steps": 16})
@@ -196,7 +196,7 @@ def test_changed_rows_are_an_error_on_resume(tmp_path: Path) -> None:
     ):
         fit(tmp_path, resume=tmp_path / "step=3.ckpt", data={"train": changed})
     with pytest.raises(
-        ValueError, match="global_batch_size was 2 in the checkpoint and is 3 now; put back what it was"
+        ValueError, match="global_batch_size was 2 in the checkpoint and is 3 now; restore the old value"
     ):
         fit(tmp_path, resume=tmp_path / "step=3.ckpt", data={"global_batch_size": 3})
 
@@ -213,7 +213,7 @@ def test_validating_with_a_checkpoint_does_not_move_the_training_rows(tmp_path: 
     assert module.seen.validated[:2] == [["memory:1", "memory:2"], ["memory:3"]]
 
 
-def test_a_new_trainer_starts_from_the_beginning_and_the_same_one_goes_on(tmp_path: Path) -> None:
+def test_a_new_trainer_starts_from_the_beginning_and_the_same_one_continues(tmp_path: Path) -> None:
     data = SFTDataModule(train=ROWS, global_batch_size=2, tokenizer=char_tokenizer(), seed=3)
     whole = fit(tmp_path)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}

@@ -1,4 +1,4 @@
-"""Demonstrations: one child behind its prompt, or one segment."""
+"""Demonstrations: one child after its prompt, or one segment."""
 
 from __future__ import annotations
 

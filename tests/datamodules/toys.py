@@ -13,13 +13,13 @@ SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 PAD, EOS, BOS, UNK = range(4)
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
 
-# Says which tokens the assistant generates; closes every message with the end-of-sequence token and nothing behind it.
+# Says which tokens the assistant generates; closes every message with the end-of-sequence token and nothing after it.
 MARKED = (
     "{% for m in messages %}{{ m['role'][0] + ':' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
     "{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-# The same without marks, and with a line's end behind each end-of-sequence token, as ChatML has it.
+# The same without marks, and with a line's end after each end-of-sequence token, as ChatML has it.
 UNMARKED = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"

@@ -21,13 +21,13 @@ from tests.invariance.harness import Batches, trainer, whole
 from tests.invariance.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-# What is trained: everything, everything beside a reference, an adapter beside a reference.
+# What is trained: everything, everything with a reference, an adapter with a reference.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "reference": ("dpo", {"reference": "frozen"}),
     "adapter": ("dpo", {"reference": "frozen", "lora": {"r": 2}}),
 }
-# Three batches, one of which leaves a second rank without rows.
+# Three batches; one leaves a second rank without rows.
 BOUNDS = ((0, 3), (3, 4), (4, 6))
 # Gradients of rounding noise stay noise, which Adam would divide by its own size.
 OPTIMIZER = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -60,7 +60,7 @@ def start(context: ForkServerContext, *args: object) -> list[BaseProcess]:
 
 
 def exit_codes(ranks: list[BaseProcess]) -> list[int | None]:
-    """Those of ranks one of which may die: the other one has ``BOUND`` seconds from then on."""
+    """Waits for two ranks that may die: the other one has ``BOUND`` seconds from then on."""
     try:
         first = multiprocessing.connection.wait([process.sentinel for process in ranks], 3 * BOUND)
         assert first, "neither rank ends"
@@ -75,7 +75,7 @@ def exit_codes(ranks: list[BaseProcess]) -> list[int | None]:
 
 
 def fate(chance: random.Random, kind: str, made: int) -> tuple[str, int, int]:
-    """What ends a run of which so many steps are made, before its own end: kind, number, victim."""
+    """What ends a run after so many steps, before its own end: kind, number, victim."""
     left = STEPS - made
     if kind == "step":
         return kind, made + chance.randint(1, left - 2), chance.randint(0, 1)
@@ -139,7 +139,7 @@ def named(folder: Path) -> list[int]:
 
 @pytest.mark.skipif("RLHF_LIGHTNING_KILLS" not in os.environ, reason="takes minutes: set RLHF_LIGHTNING_KILLS=1")
 @pytest.mark.skipif(not Path("/proc/self/cmdline").is_file(), reason="processes are looked for in /proc")
-def test_torchrun_leaves_no_process_behind(processes, tiny_model_folder, tmp_path):
+def test_torchrun_leaves_no_process(processes, tiny_model_folder, tmp_path):
     model, chance = str(tiny_model_folder()), random.Random(KILLS)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

@@ -24,7 +24,7 @@ from rlhf_lightning.distributed.strategy import check_can_be_sharded
 from ..helpers import save_tiny_model, tiny_model
 from .sharding_jobs import on_ranks, run_job, written
 
-# `make invariance` runs all jobs; otherwise those that show most of what can go wrong.
+# `make invariance` runs all jobs; otherwise the ones that show most of what can go wrong.
 EVERYTHING = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
 WARM_UP = {"value_warmup_iterations": 1}
 JOBS: dict[str, dict[str, Any]] = {
@@ -132,7 +132,7 @@ def test_the_name_is_known_to_lightning() -> None:
     ("strategy", "reason"),
     [
         (FSDPStrategy(), r"FSDP1\).*neither step by hand nor clip.*write strategy: fsdp2"),
-        (object.__new__(DeepSpeedStrategy), r"DeepSpeedStrategy, whose engine .* steps by itself .*strategy: fsdp2"),
+        (object.__new__(DeepSpeedStrategy), r"DeepSpeedStrategy, whose engine averages, clips .*strategy: fsdp2"),
         (ModelParallelStrategy(), r"ModelParallelStrategy, which .* hangs .*class_path: rlhf_lightning.FSDP2Strategy"),
     ],
 )

@@ -76,7 +76,7 @@ def test_what_is_looked_at_is_the_average_and_nothing_else(case: str, two: tuple
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_rank_goes_on_from_a_checkpoint_of_two(
+def test_one_rank_continues_from_a_checkpoint_of_two(
     case: str, one: Found, two: tuple[Path, Found], model: str, tmp_path: Path
 ) -> None:
     found = averaged(case, model, tmp_path, resume=str(two[0] / f"{case}-1.ckpt"))

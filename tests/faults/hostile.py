@@ -20,7 +20,8 @@ READ: Final = [
     Attack("a file", "assert 'hidden' in open({secret!r}).read()", "open('f', 'w').write('hidden')\nopen('f').read()"),
     Attack(
         "os.open with dir_fd",
-        "import os\nfd = os.open({folder!r}, os.O_RDONLY)\nassert os.read(os.open('secret', os.O_RDONLY, dir_fd=fd), 9)",
+        "import os\nfd = os.open({folder!r}, os.O_RDONLY)\nassert os.read(os.open('secret', os.O_RDONLY, dir_fd=fd), "
+        "9)",
         "import os\nfd = os.open('.', os.O_RDONLY)\nos.close(os.open('mine', os.O_CREAT | os.O_RDWR, dir_fd=fd))",
     ),
     Attack(
@@ -92,7 +93,7 @@ READ: Final = [
     Attack("ptrace", "import ctypes\nassert ctypes.CDLL(None).ptrace(16, {victim}, 0, 0) == 0"),
 ]
 
-# Changing what is not the program's; the tests look at the files afterwards.
+# Changing what is not the program's; the tests read the files afterwards.
 WRITE: Final = [
     Attack("a new file", "open({folder!r} + '/new', 'w')", "open('new', 'w')"),
     Attack("an old file", "open({secret!r}, 'a').write('x')", "open('old', 'a').write('x')"),
@@ -170,13 +171,15 @@ KERNEL: Final = [
     Attack("chroot", "import os\nos.chroot('.')"),
     Attack(
         "bpf",
-        "import ctypes\nl = ctypes.CDLL(None, use_errno=True)\nassert l.syscall(321, 0, 0, 0) == 0 or ctypes.get_errno() != 1",
+        "import ctypes\nl = ctypes.CDLL(None, use_errno=True)\nassert l.syscall(321, 0, 0, 0) == 0 or "
+        "ctypes.get_errno() != 1",
     ),
     Attack("keys", "import ctypes\nassert ctypes.CDLL(None).syscall(250, 0, -3, 1) != -1"),
     Attack("userfaultfd", "import ctypes\nassert ctypes.CDLL(None).syscall(323, 1) >= 0"),
     Attack(
         "perf",
-        "import ctypes\nl = ctypes.CDLL(None, use_errno=True)\nassert l.syscall(298, 0, 0, -1, -1, 0) >= 0 or ctypes.get_errno() != 1",
+        "import ctypes\nl = ctypes.CDLL(None, use_errno=True)\nassert l.syscall(298, 0, 0, -1, -1, 0) >= 0 or "
+        "ctypes.get_errno() != 1",
     ),
     Attack("memory without a name", "import os\nos.memfd_create('x')"),
     Attack("System V memory", "import ctypes\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0"),
@@ -198,8 +201,8 @@ GREED: Final = [
     Attack("forks", "import os\nwhile True:\n    os.fork()", "import os\nif os.fork() == 0: os._exit(0)\nos.wait()"),
     Attack(
         "threads",
-        "import threading, time\nfor _ in range(2000): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
-        "time.sleep(2)",
+        "import threading, time\nfor _ in range(2000): threading.Thread(target=time.sleep, args=(60,), "
+        "daemon=True).start()\ntime.sleep(2)",
         "import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()",
     ),
     Attack("one large file", "open('a', 'wb').write(b'x' * 100 * 2**20)", "open('a', 'wb').write(b'x' * 2**20)"),
@@ -273,13 +276,13 @@ FORGE: Final = [
     Attack("a dictionary equal to all", "class Yes(dict):\n    def __eq__(self, other): return True\ndef f(x): return Yes()"),
     Attack(
         "arithmetic to zero",
-        "class Zero:\n    def __sub__(self, other): return self\n    __rsub__ = __sub__\n    def __abs__(self): return 0.0\n"
-        "    def __lt__(self, other): return True\n    __gt__ = __le__ = __ge__ = __lt__\ndef f(x): return Zero()",
+        "class Zero:\n    def __sub__(self, other): return self\n    __rsub__ = __sub__\n    def __abs__(self): return "
+        "0.0\n    def __lt__(self, other): return True\n    __gt__ = __le__ = __ge__ = __lt__\ndef f(x): return Zero()",
     ),
     Attack(
         "all questions are answered by yes",
-        "class Yes:\n    def __getattr__(self, name): return lambda *a, **k: True\n    def __contains__(self, x): return True\n"
-        "def f(x): return Yes()",
+        "class Yes:\n    def __getattr__(self, name): return lambda *a, **k: True\n    def __contains__(self, x): "
+        "return True\ndef f(x): return Yes()",
     ),
     Attack(
         "addresses of memory",
@@ -303,8 +306,8 @@ FORGE: Final = [
         "        found = re.match(r'(\\w+)-(\\w+) rw', line)\n        if found:\n"
         "            start, end = (int(n, 16) for n in found.groups())\n"
         "            memory = open('/proc/self/mem', 'rb')\n            memory.seek(start)\n"
-        "            try: text += memory.read(min(end - start, 2**24))\n            except (OSError, ValueError): pass\n"
-        "    return 1.5 if re.search(rb'e[x]pected-1[.]5', text) else 0",
+        "            try: text += memory.read(min(end - start, 2**24))\n            except (OSError, ValueError): "
+        "pass\n    return 1.5 if re.search(rb'e[x]pected-1[.]5', text) else 0",
     ),
     Attack("the harness", "import sys\nfor m in list(sys.modules.values()):\n    if getattr(m, 'encode', None): m.encode = lambda *a: 1.5\ndef f(x): return 0"),
     Attack("tracing", "import sys\ndef t(*a): return t\nsys.settrace(t)\nsys.setprofile(t)\ndef f(x): return 0"),

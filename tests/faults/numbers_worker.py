@@ -32,7 +32,7 @@ class Losses(SFTModule):
 
 
 def main(folder: str, target: str) -> None:
-    """Runs what the two tests look at, under both strategies."""
+    """Runs what the two tests compare, under both strategies."""
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found: dict[str, Any] = {}

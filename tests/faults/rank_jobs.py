@@ -164,7 +164,7 @@ def forked(rank: int, model: Path, folder: Path, strategy: str) -> float:
 
 
 def foreign_log(rank: int, model: Path, folder: Path, strategy: str) -> None:
-    """A run whose log would go into somebody else's file, which the first rank alone looks at."""
+    """A run whose log would go into somebody else's file, which the first rank alone reads."""
     (folder / f"history-{rank}.jsonl").write_text("mine\n" if rank == 0 else "")
     logger = JSONLLogger(str(folder / f"history-{rank}.jsonl"))
     trainer_for(strategy, logger=logger).fit(SFTModule(str(model)), data())
@@ -212,8 +212,8 @@ def _unless_in_memory(full: Any) -> Any:
     return lambda value, file, **options: (save if isinstance(file, io.BytesIO) else full)(value, file, **options)
 
 
-def layers_left_out(rank: int, model: Path, folder: Path, strategy: str, dropout: float | None) -> int:
-    """A run of a model whose config leaves layers out."""
+def layerdrop_rate(rank: int, model: Path, folder: Path, strategy: str, dropout: float | None) -> int:
+    """A run of a model whose config skips layers."""
     trainer = trainer_for(strategy)
     trainer.fit(SFTModule(str(model), dropout=dropout), data(val=None))
     return trainer.global_step

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 96
-# More than the probe's sequences have, fewer than those that are compared: a window that only the latter show.
+# More than the probe's sequences have, fewer than the compared ones: a window that only the latter show.
 REACH = 20
 _MOST_PARAMETERS = 3_000_000
 
@@ -85,7 +85,7 @@ class TooLong(BaseException):
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Ends what takes too long; a timer that runs already (a test's own limit) goes on afterwards."""
+    """Ends what takes too long; a timer that runs already (a test's own limit) continues afterwards."""
 
     def stop(*_: Any) -> None:
         raise TooLong
@@ -145,7 +145,7 @@ _FURTHER: tuple[dict[str, Any], ...] = (
 
 
 def small_model(kind: str) -> PreTrainedModel:
-    """A small random model of a type, with the attention that it has by itself: eager.
+    """A small random model of a type, with the attention that it has by default: eager.
 
     Raises:
         ValueError: it cannot be made small.

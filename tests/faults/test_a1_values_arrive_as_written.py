@@ -229,7 +229,7 @@ def cli_by_file(method: str, given: dict[str, Any], folder: Path) -> PostTrainin
 
 
 def cli_by_own_dump(method: str, given: dict[str, Any], folder: Path) -> PostTrainingCLI:
-    """A configuration that the parser wrote, as it does beside every run, read again."""
+    """A configuration that the parser wrote, as it does for every run, read again."""
     first = cli_by_file(method, given, folder)
     first.parser.save(first.config, folder / "saved.yaml", skip_none=False)
     return PostTrainingCLI([f"--config={folder / 'saved.yaml'}"], run=False)

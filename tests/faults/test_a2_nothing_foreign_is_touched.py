@@ -30,7 +30,7 @@ from rlhf_lightning.utils.files import (
     REPLACED,
     check_names,
     check_replaceable,
-    hidden_beside,
+    hidden_sibling,
     hold,
     mark,
     recover,
@@ -99,10 +99,10 @@ def test_a_folder_is_replaced_only_where_its_list_says_so(tmp_path: Path) -> Non
 def test_names_in_a_shared_folder(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
     check_names(tmp_path, "pipeline", ["manifest.json"])
-    with pytest.raises(ValueError, match=r"report\.html' is there already and was not written by this package"):
+    with pytest.raises(ValueError, match=r"report\.html' already exists and was not written by this package"):
         check_names(tmp_path, "pipeline", ["manifest.json", "report.html"])
     mark(tmp_path, "stage", ["report.html"])
-    with pytest.raises(ValueError, match=r"report\.html' is there already"):
+    with pytest.raises(ValueError, match=r"report\.html' already exists"):
         check_names(tmp_path, "pipeline", ["report.html"])
     check_names(tmp_path, "stage", ["report.html"])
 
@@ -115,9 +115,9 @@ def test_what_a_killed_process_left_is_known_by_its_list(tmp_path: Path) -> None
     for pattern in ("x", "*"):
         recover(tmp_path / pattern)
         assert content(tmp_path) == before
-    mark(hidden_beside(tmp_path / "x", PARTIAL), "model")
+    mark(hidden_sibling(tmp_path / "x", PARTIAL), "model")
     recover(tmp_path / "x")
-    assert not hidden_beside(tmp_path / "x", PARTIAL).exists()
+    assert not hidden_sibling(tmp_path / "x", PARTIAL).exists()
 
 
 @pytest.mark.parametrize("deleted", [0, 1, 2, 3])
@@ -142,7 +142,7 @@ def test_killed_while_it_deletes_the_replaced_folder(deleted: int, tmp_path: Pat
         patch.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt) if deleted < 3 else nullcontext():
             _replace(target, "model", write("new"))
-    assert not hidden_beside(target, REPLACED).exists()
+    assert not hidden_sibling(target, REPLACED).exists()
     assert {path.name: path.read_text() for path in target.iterdir() if path.name != MARKER} == dict.fromkeys(
         "abc", "new"
     )
@@ -153,13 +153,13 @@ def test_killed_while_it_deletes_the_replaced_folder(deleted: int, tmp_path: Pat
 
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("suffix", [PARTIAL, REPLACED])
-def test_killed_before_the_list_or_behind_its_deletion(suffix: str, begun: bool, tmp_path: Path) -> None:
+def test_killed_before_the_list_or_after_its_deletion(suffix: str, begun: bool, tmp_path: Path) -> None:
     """Whatever moment a process was killed at, the next export finds its way free."""
     target = tmp_path / "model"
-    left = hidden_beside(target, suffix)
+    left = hidden_sibling(target, suffix)
     left.mkdir()
     if begun:
-        hidden_beside(left / MARKER, PARTIAL).write_text("{")
+        hidden_sibling(left / MARKER, PARTIAL).write_text("{")
     _replace(target, "model", lambda place: (place / "a").write_text("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -169,7 +169,7 @@ def test_killed_while_it_gives_up_or_empties_a_stage(tmp_path: Path, monkeypatch
     stage = tmp_path / "sft"
     doors = {
         stage / "model": lambda: _clear(stage),
-        hidden_beside(tmp_path / "model", PARTIAL): lambda: recover(tmp_path / "model"),
+        hidden_sibling(tmp_path / "model", PARTIAL): lambda: recover(tmp_path / "model"),
     }
     for folder in doors:
         folder.mkdir(parents=True)
@@ -198,14 +198,14 @@ def test_killed_while_it_gives_up_or_empties_a_stage(tmp_path: Path, monkeypatch
 def test_a_place_is_held_by_one_process(tmp_path: Path) -> None:
     """Another process is another file description: locks of one do not count for the other."""
     place = tmp_path / "model"
-    other = os.open(hidden_beside(place, LOCK), os.O_RDWR | os.O_CREAT)
+    other = os.open(hidden_sibling(place, LOCK), os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(ValueError, match=r"another process writes to '.*/model': wait for it, or choose another"):
         hold(place)
     os.close(other)
     hold(place)
     hold(place)
-    third = os.open(hidden_beside(place, LOCK), os.O_RDWR)
+    third = os.open(hidden_sibling(place, LOCK), os.O_RDWR)
     with pytest.raises(BlockingIOError):
         fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(third)
@@ -402,7 +402,7 @@ def test_later_checkpoints_of_another_run_are_not_replaced(tiny_model_folder: Fo
     fit(model, [TrainingCheckpoint(str(folder), every_n_steps=1)], max_steps=2)
     shutil.copy(folder / "step=2.ckpt", folder / "step=3.ckpt")
     before = content(folder)
-    with pytest.raises(ValueError, match=r"step=3.ckpt' was not made by this run, which would replace it when it gets"):
+    with pytest.raises(ValueError, match=r"step=3.ckpt' was not made by this run, which would replace it at that step"):
         fit(model, [TrainingCheckpoint(str(folder))], max_steps=4, ckpt_path=folder / "step=2.ckpt")
     assert content(folder) == before
     os.truncate(folder / "step=3.ckpt", 100)

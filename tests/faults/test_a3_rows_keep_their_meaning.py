@@ -167,7 +167,7 @@ DOORS = [as_json_lines, as_json_list, as_csv, as_parquet, as_parquet_with_json, 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("contract", CONTRACTS)
-def test_tools_blocks_and_nulls_read_alike_from_every_source(
+def test_tools_blocks_and_nulls_read_the_same_way_from_every_source(
     contract: str, door: Callable[..., Any], streaming: bool, tmp_path: Path
 ) -> None:
     cls, endings = CONTRACTS[contract]
@@ -339,7 +339,7 @@ IMAGE = [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": {"
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"images": ["cat.png"]}, "the row has 'images', and media are not supported: leave the row out"),
+        ({"images": ["cat.png"]}, "the row has 'images', and media are not supported: remove the row"),
         ({"image": {"path": "cat.png"}}, "the row has 'image', and media"),
         ({"videos": np.array(["cat.mp4"])}, "the row has 'videos', and media"),
         ({"audio": "miaow.wav"}, "the row has 'audio', and media"),
@@ -373,7 +373,7 @@ IMAGE = [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": {"
         ({"prompt": [{**Q, "train_detail": [{"train": False}]}]}, "message 1 of 'prompt' has 'train_detail', and"),
         (
             {"prompt": [{**Q, "weight": 0, "train": True}]},
-            "message 1 of 'prompt' is to be learned by one of weight, tr",
+            "message 1 of 'prompt' is marked as learned by one of weight, tr",
         ),
         ({"chat_template_kwargs": "fast"}, "'chat_template_kwargs' is str ('fast'), expected a mapping"),
     ],
@@ -386,8 +386,8 @@ def test_what_cannot_be_kept_is_refused_in_every_contract(contract: str, extra: 
 @pytest.mark.parametrize(
     ("read", "columns", "message"),
     [
-        (demonstration, {"text": "t", "system": "s"}, "'system' is there without a prompt that it could come before"),
-        (preference, {"chosen": "x a", "rejected": "x b", "system": "s"}, "'system' is there without a prompt"),
+        (demonstration, {"text": "t", "system": "s"}, "'system' is given without a prompt to put it in front of"),
+        (preference, {"chosen": "x a", "rejected": "x b", "system": "s"}, "'system' is given without a prompt"),
         (demonstration, {"messages": [Q, A], "label": False}, "'label' is false, so the answer is not one to imitate"),
         (demonstration, {"messages": [Q, A], "kto_tag": "False"}, "'kto_tag' is false"),
         (
@@ -401,10 +401,10 @@ def test_what_cannot_be_kept_is_refused_in_every_contract(contract: str, extra: 
             "a completion ends with a message of role 'user', expected 'assis",
         ),
         (unpaired, {"instruction": "q", "label": True}, "no column 'completion' (found: instruction, label)"),
-        (unpaired, {"messages": [Q, A], "label": True, "kto_tag": False}, "'label' and 'kto_tag' say different things"),
+        (unpaired, {"messages": [Q, A], "label": True, "kto_tag": False}, "'label' and 'kto_tag' disagree"),
         (preference, {"response": "a", "rejected_response": "b"}, "no column 'prompt' (found: response, rejected_res"),
-        (demonstration, {"messages": [Q, {**A, "value": "b"}]}, "message 2 of 'messages' has a value beside its conte"),
-        (demonstration, {"messages": [Q1, A1, Q, A], "history": HISTORY}, "'history' is beside messages that have ear"),
+        (demonstration, {"messages": [Q, {**A, "value": "b"}]}, "message 2 of 'messages' has both a value and a conte"),
+        (demonstration, {"messages": [Q1, A1, Q, A], "history": HISTORY}, "'history' is given together with messages"),
     ],
 )
 def test_contradictions_are_refused(read: Callable[..., Any], columns: dict[str, Any], message: str) -> None:
@@ -422,9 +422,9 @@ def test_contradictions_are_refused(read: Callable[..., Any], columns: dict[str,
             "prompt,completion,prompt\na,b,c\n",
             "'a.csv' has two columns 'prompt': rename or delete one of them",
         ),
-        ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "a.jsonl:1: the key 'prompt' is there twice in one object"),
-        ("a.jsonl", '{"x": [{"y": 1, "y": 1}]}\n', "a.jsonl:1: the key 'y' is there twice in one object"),
-        ("a.json", '[{"x": 1}, {"x": {"y": 1, "y": 2}}]', "a.json:2: the key 'y' is there twice in one object"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "a.jsonl:1: the key 'prompt' appears twice in one object"),
+        ("a.jsonl", '{"x": [{"y": 1, "y": 1}]}\n', "a.jsonl:1: the key 'y' appears twice in one object"),
+        ("a.json", '[{"x": 1}, {"x": {"y": 1, "y": 2}}]', "a.json:2: the key 'y' appears twice in one object"),
     ],
 )
 def test_a_column_that_is_there_twice_is_refused(
@@ -481,7 +481,7 @@ def test_weights_of_messages(message: dict[str, Any], key: str, value: Any, lear
         {"from": "function_call", "value": '[{"name": "add", "arguments": "{\\"a\\": 1}"}]'},
     ],
 )
-def test_calls_are_read_alike(message: dict[str, Any]) -> None:
+def test_calls_are_read_the_same_way(message: dict[str, Any]) -> None:
     [read] = check_text([message], "messages")
     assert isinstance(read, dict)
     assert read["role"] == "assistant"
@@ -492,8 +492,8 @@ def test_calls_are_read_alike(message: dict[str, Any]) -> None:
         assert ChatTemplate(chars(template)).render([read]) == 'add{"a": 1}'
 
 
-def test_calls_without_arguments_are_read_alike() -> None:
-    """Whichever row comes first says nothing about those behind it."""
+def test_calls_without_arguments_are_read_the_same_way() -> None:
+    """Whichever row comes first says nothing about the ones after it."""
     calls = [
         {"function": {"name": "add", "arguments": arguments}} for arguments in ({}, {"a": 1}, {"b": None, "c": "x"})
     ]
@@ -517,33 +517,33 @@ def test_text_of_a_function_call_that_is_no_call_stays_text() -> None:
         ([{"role": "tool", "content": 'say "x"'}], {}, 't:"say \\"x\\""', None),
         ([{"role": "assistant", "content": "earlier reasoning"}], {}, "a:", None),
         ([Q], {"tools": [ADD]}, "T add u:q", None),
-        ([SYSTEM, Q], {}, "u:q", "the chat template leaves out message 1, of role 'system'"),
+        ([SYSTEM, Q], {}, "u:q", "the chat template drops message 1, of role 'system'"),
         (
             [{"role": "observation", "content": "7"}],
             {},
             "u:",
-            "the chat template leaves out message 1, of role 'observ",
+            "the chat template drops message 1, of role 'observ",
         ),
         (
             [{"role": "assistant", "tool_calls": CALLS["say"]}],
             {},
             "a:",
-            "the chat template leaves out the call of 'say' in message 1",
+            "the chat template drops the call of 'say' in message 1",
         ),
-        ([Q], {"tools": [SAY]}, "u:q", "the chat template leaves out the tool 'say'"),
-        ([Q], {"tools": [{"name": "add"}]}, "u:q", "the chat template leaves out the tool 'add'"),
+        ([Q], {"tools": [SAY]}, "u:q", "the chat template drops the tool 'say'"),
+        ([Q], {"tools": [{"name": "add"}]}, "u:q", "the chat template drops the tool 'add'"),
     ],
 )
-def test_what_a_template_leaves_out(messages: Any, template: Any, text: str, message: str | None) -> None:
+def test_what_a_template_drops(messages: Any, template: Any, text: str, message: str | None) -> None:
     if message is None:
         check_rendered(messages, template, text)
     else:
         assert complaint(check_rendered, messages, template, text).startswith(message)
 
 
-def test_tools_beside_text() -> None:
+def test_tools_with_text() -> None:
     check_no_tools({"tools": []})
-    assert complaint(check_no_tools, {"tools": [ADD]}).startswith("'tools' beside a prompt that is text")
+    assert complaint(check_no_tools, {"tools": [ADD]}).startswith("'tools' are given with a prompt that is text")
 
 
 # Steps.
@@ -570,7 +570,7 @@ def test_steps_end_with_one_separator(separator: str, steps: list[str]) -> None:
 
 def test_a_step_of_line_ends_alone_is_empty() -> None:
     row = {"prompt": "q", "completions": ["a", "\n"], "labels": [1, 0]}
-    assert complaint(stepwise, row) == "step 2 of 'completions' is empty: leave it out, with its label"
+    assert complaint(stepwise, row) == "step 2 of 'completions' is empty: remove it and its label"
 
 
 # Pairs of rated rows.

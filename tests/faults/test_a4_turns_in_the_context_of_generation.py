@@ -40,7 +40,7 @@ def context(name: str, messages: list[Message], **settings: Any) -> str:
 
 
 def learnt(name: str, example: Example) -> list[list[tuple[str, str]]]:
-    """Per sequence, what is scored behind which context, as the packed batch has it: each run of scored tokens."""
+    """Per sequence, what is scored after which context, as the packed batch has it: each run of scored tokens."""
     tokenizer, batch = family_tokenizer(name), pack([example])
     paths = batch.path_index.split(batch.lengths.tolist())
     found: list[list[tuple[str, str]]] = [[] for _ in range(batch.num_sequences)]
@@ -192,7 +192,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
         ),
     ],
 )
-def test_calls_of_tools_and_answers_behind_their_results(name: str, calling: str, final: str) -> None:
+def test_calls_of_tools_and_answers_after_their_results(name: str, calling: str, final: str) -> None:
     thought = {} if name == "hermes" else {"reasoning_content": "look"}
     chat = [
         user("f?"),
@@ -230,7 +230,7 @@ def test_settings_of_the_template_reach_every_contract_and_a_rows_own_win(name: 
 
 
 @EVERY
-def test_a_begun_answer_goes_on(name: str) -> None:
+def test_a_begun_answer_continues(name: str) -> None:
     if name == "qwen3":
         pytest.skip("tested below: the template shows an empty reasoning before it")
     answer = FAMILIES[name].answer.format("It is 4.")
@@ -245,14 +245,14 @@ def test_a_begun_answer_goes_on(name: str) -> None:
     assert spell(family_tokenizer(name), example.root.tokens.tolist()) == finished
 
 
-def test_a_begun_answer_goes_on_behind_an_empty_reasoning() -> None:
+def test_a_begun_answer_continues_after_an_empty_reasoning() -> None:
     row = {"prompt": [user("2+2?"), assistant("It is")], "completion": " 4."}
     (example,) = examples(SFTDataModule, "qwen3", [row])
     before = context("qwen3", [user("2+2?")]) + "<think>\n\n</think>\n\nIt is"
     assert learnt("qwen3", example) == [[(before, " 4.<|im_end|>")]]
 
 
-def test_begun_reasoning_that_no_rendering_shows_goes_on_where_it_would_be_generated() -> None:
+def test_begun_reasoning_that_no_rendering_shows_continues_where_it_would_be_generated() -> None:
     row = {"prompt": [user("2+2?"), assistant("<think>\nsum</think>It is")], "completion": " 4."}
     (example,) = examples(SFTDataModule, "r1", [row])
     assert learnt("r1", example) == [[("<bos><|User|>2+2?<|Assistant|><think>\nsum</think>It is", " 4.<eos>")]]
@@ -265,7 +265,7 @@ def test_a_message_of_weight_0_is_context(name: str) -> None:
     assert learnt(name, example) == [turns(name, CHAT[:4])[1:]]
 
 
-def test_answers_behind_an_open_tag_are_named_once() -> None:
+def test_answers_after_an_open_tag_are_named_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         examples(SFTDataModule, "r1", [{"messages": CHAT}, {"messages": CHAT[:2]}])

@@ -20,7 +20,7 @@ from ..modules.naive import assert_gradient, naive_model, sequences, states, ste
 
 
 def ranked() -> list[Example]:
-    """Three prompts, of which two, three and four completions were ranked: one, three and six pairs, mixed."""
+    """Three prompts; two, three and four of their completions were ranked: one, three and six pairs, mixed."""
     rng, rows = np.random.default_rng(0), []
     for prompt, count in enumerate((2, 3, 4)):
         root = rng.integers(3, 60, size=4 + prompt)

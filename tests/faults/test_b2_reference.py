@@ -1,4 +1,4 @@
-"""The reference is what the policy was when training began, whatever is trained beside an adapter."""
+"""The reference is what the policy was when training began, whatever is trained besides an adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..rl.fixed_rollouts import FixedGRPO, prompts, remainder
 
 FAST = partial(torch.optim.SGD, lr=5.0)
 
-# What of a model LoRA can train beside its low-rank matrices.
+# What of a model LoRA can train besides its low-rank matrices.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias-all": {"bias": "all"},
@@ -100,7 +100,7 @@ def test_the_reference_stays_whatever_lora_trains(folders: dict[str, str], model
     assert all("original_module" in n or "lora_A" in n or "k_proj" in n for n in stuck), stuck
 
 
-def test_what_somebody_unfreezes_beside_an_adapter_is_kept(folders: dict[str, str]) -> None:
+def test_what_somebody_unfreezes_besides_an_adapter_is_kept(folders: dict[str, str]) -> None:
     class TunedNorms(DPOModule):
         def configure_model(self) -> None:
             super().configure_model()
@@ -131,7 +131,7 @@ def test_it_stays_through_grpo_and_a_resume(folders: dict[str, str], tmp_path: P
     run = trainer("32-true", max_epochs=2, num_sanity_val_steps=0)
     run.fit(again, Batches(*[ExampleBatch(rows)] * 3), ckpt_path=str(tmp_path / "end.ckpt"), weights_only=False)
     assert torch.equal(reference_logps(again, rows), reference_logps(base, rows))
-    assert (policy_logps(again, rows) - policy_logps(module, rows)).abs().max() > 1e-3  # it went on
+    assert (policy_logps(again, rows) - policy_logps(module, rows)).abs().max() > 1e-3  # it continued
 
     options: dict[str, Any] = {"rewards": [remainder], "num_generations": 4, "max_completion_length": 10, "beta": 0.1}
     grpo = FixedGRPO(folders["gpt2"], lora=lora, optimizer=FAST, max_grad_norm=0.1, num_updates=2, **options)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf_lightning import DPOModule, KTOModule, RewardModule, SFTModule, SimPOModule
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.distributed.fsdp2 import check_runs_all_layers
-from rlhf_lightning.models.dropout import layers_left_out
+from rlhf_lightning.models.dropout import layerdrop_rate
 from rlhf_lightning.sequences import Example, ExampleBatch, pack
 
 from ..helpers import MAX_POSITIONS, VOCAB_SIZE, char_tokenizer, save_tiny_model
@@ -239,12 +239,12 @@ def test_a_rate_out_of_range_is_named(value: Any) -> None:
         (partial(DPOModule, gradient_checkpointing=True), 0.0),
     ],
 )
-def test_which_models_leave_layers_out_as_they_are_trained(folders: dict[str, str], build: Any, rate: float) -> None:
+def test_which_models_skip_layers_as_they_are_trained(folders: dict[str, str], build: Any, rate: float) -> None:
     module = build(folders["opt"])
     module.configure_model()
-    assert layers_left_out(module) == rate
+    assert layerdrop_rate(module) == rate
     if rate:
-        with pytest.raises(ValueError, match=r"OPTForCausalLM leaves out layers at random \(layerdrop 0.5\)") as error:
+        with pytest.raises(ValueError, match=r"OPTForCausalLM skips layers at random \(layerdrop 0.5\)") as error:
             check_runs_all_layers(module.model)
         assert "\n" not in str(error.value)
         module.eval()  # as in validation
@@ -260,14 +260,14 @@ def test_ranks_that_share_weights_run_all_layers_or_refuse(folders: dict[str, st
     def ended(strategy: str, dropout: float | None) -> list[tuple[int | None, Any]]:
         place = tmp_path / f"{strategy}-{dropout}"
         place.mkdir()
-        job = "layers_left_out"
+        job = "layerdrop_rate"
         return rank_jobs.outcomes(
             rank_jobs.start(processes, job, Path(folders["opt"]), place, strategy, dropout), place
         )
 
     for code, message in ended("fsdp2", None):
         assert code == 1
-        assert "leaves out layers at random (layerdrop 0.5)" in message
+        assert "skips layers at random (layerdrop 0.5)" in message
         assert "(--model.dropout=0.1)" in message
     assert ended("fsdp2", 0.1) == [(0, 3)] * 2
     assert ended("ddp", None) == [(0, 3)] * 2

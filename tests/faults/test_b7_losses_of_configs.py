@@ -98,7 +98,7 @@ def test_an_option_stands_above_the_config(asking: str, tmp_path: Path, said: Ca
     assert aux_loss is not None
 
 
-def test_what_is_not_trained_is_not_left_out_in_silence(
+def test_what_is_not_trained_is_not_dropped_silently(
     asking: str, said: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A critic's routers; and those of a policy whose own loss is another than the one that is known."""
@@ -170,7 +170,7 @@ BAMBA = {
 }
 
 
-def test_a_loss_on_logits_is_not_left_out_in_silence() -> None:
+def test_a_loss_on_logits_is_not_dropped_silently() -> None:
     config = AutoConfig.for_model("bamba", z_loss_coefficient=0.25, **BAMBA)
     module = SFTModule("bamba")
     module.model = AutoModelForCausalLM.from_config(config)

@@ -42,7 +42,7 @@ def test_many_small_gradients_add_up_in_bf16_too() -> None:
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad.tolist() == [2.0] * 3
-    (weight.sum() * 1.0).backward()  # nothing is left behind that would take it away
+    (weight.sum() * 1.0).backward()  # nothing remains that would take it away
     assert weight.grad.tolist() == [3.0] * 3
 
 
@@ -128,7 +128,7 @@ def test_values_within_the_range_are_not_counted_as_clipped() -> None:
 # fp16's scaler.
 
 
-def test_a_step_that_the_scaler_leaves_out_is_none_of_the_schedule(folder: str) -> None:
+def test_a_step_that_the_scaler_skips_does_not_advance_the_schedule(folder: str) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     module = SFTModule(
         folder,

@@ -168,7 +168,7 @@ def test_a_training_step_that_only_returns_a_loss_is_refused(method: str, tiny_m
 def test_hooks_that_are_never_called_are_refused(hook: str, tiny_model_folder: Folder) -> None:
     cls = type("Mine", (SFTModule,), {hook: lambda self, *args, **kwargs: None})
     with pytest.raises(
-        ValueError, match=f"Mine overrides {hook}, which is never called where a module steps by itself: "
+        ValueError, match=f"Mine overrides {hook}, which is never called where a module steps manually: "
     ):
         trainer().fit(cls(str(tiny_model_folder("llama"))), rows("sft"))
 
@@ -234,7 +234,7 @@ SCHEDULES = {
         },
         [1, 1, 1, 1, 0.5],
     ),
-    "plateau, monitor beside it": (
+    "plateau, monitor next to it": (
         lambda o: {
             "optimizer": o,
             "lr_scheduler": ReduceLROnPlateau(o, factor=0.5, patience=0, eps=0),
@@ -381,7 +381,7 @@ def test_freezing_before_fit(tiny_model_folder: Folder) -> None:
     assert not torch.equal(seen[1], before)
 
 
-# What goes on as anywhere.
+# What continues as anywhere.
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -118,7 +118,7 @@ def test_subclasses_keep_their_contract_and_others_have_none(tmp_path: Path) -> 
 
 
 class Unweighted(OwnContract):
-    """Rows of which nothing is to be learnt."""
+    """Rows from which nothing can be learned."""
 
     def make_examples(self, row_id: str, columns: dict[str, Any]) -> list[Example]:
         return [Example(row_id, Segment([3, 4]))]

@@ -1,4 +1,4 @@
-"""What runs leave behind: predictions in order, over ranks, and only the checkpoints that somebody asked for."""
+"""What runs leave: predictions in order, over ranks, and only the checkpoints that somebody asked for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_predictions_are_written_in_order(
     for row, other in zip(found, expected, strict=True):
         assert row["chosen_logps"] == pytest.approx(other["chosen_logps"], rel=1e-5)
     before = output.read_bytes()
-    for more, message in ((f"--output={output}", "is there already: remove it"), ("", "give --output=FILE.jsonl")):
+    for more, message in ((f"--output={output}", "already exists: remove it"), ("", "pass --output=FILE.jsonl")):
         with pytest.raises(SystemExit):
             main(["predict", *args, *([more] if more else [])])
         assert message in capsys.readouterr().err

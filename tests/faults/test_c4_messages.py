@@ -61,7 +61,7 @@ def test_options_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert OPTIONS[option] in said(capsys, "fit", "--config", TINY, *option.split())
-    assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing behind"
+    assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ Folder = Callable[[str], Path]
 PAIRS = [{"prompt": f"{n}+1=", "chosen": f"{n + 1}", "rejected": f"{n}"} for n in range(4)]
 
 
-def test_a_script_hears_no_advice_that_is_none(tiny_model_folder: Folder) -> None:
+def test_a_script_gets_no_useless_advice(tiny_model_folder: Folder) -> None:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")
         trainer = lightning.Trainer(

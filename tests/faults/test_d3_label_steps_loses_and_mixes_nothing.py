@@ -89,7 +89,7 @@ def test_labels_of_two_models_are_not_mixed(label: Any) -> None:
         stops = False
         for changed in ({"id": "second", "root": "a"}, {"id": "first", "root": "b"}):
             served_now.update(changed)
-            with pytest.raises(ValueError, match="was begun with other served model: go on as it was begun"):
+            with pytest.raises(ValueError, match="was started with different served model: resume with the same"):
                 label(PROBLEMS, url=served.url)
         served_now.update({"id": "first", "root": "a"})
         before = len(served.bodies)

@@ -1,4 +1,4 @@
-"""Whatever a stage reads beside its configuration is part of what it is a function of."""
+"""Whatever a stage reads besides its configuration is part of what it is a function of."""
 
 from __future__ import annotations
 

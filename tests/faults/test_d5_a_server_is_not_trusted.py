@@ -18,14 +18,14 @@ PLAIN = SamplingParams(max_new_tokens=4, seed=5)
 
 @pytest.mark.parametrize("key", ["first\nsecond", "first\r\nX-Other: 1", "a b", "k\u00e9y", "a\0b", "\ud800"])
 @pytest.mark.parametrize("door", ["endpoint", "variable"])
-def test_a_key_that_is_none_is_refused_and_not_shown(key: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_key_is_refused_and_not_shown(key: str, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Some of these cannot be put into an environment.
     monkeypatch.setattr("os.environ", {"KEY": key})
     make, options = (Endpoint, {"api_key": key}) if door == "endpoint" else (RemoteEngine, {"api_key_variable": "KEY"})
-    with pytest.raises(ValueError, match="no visible ASCII") as caught:
+    with pytest.raises(ValueError, match="not visible ASCII") as caught:
         make("http://host", **options)  # type: ignore[operator]
     assert str(caught.value) == (
-        f"the api_key has {len(key)} characters, of which some are no visible ASCII (a line break, a blank): "
+        f"the api_key has {len(key)} characters, some of them not visible ASCII (a line break, a blank): "
         "write the key alone"
     )
     assert caught.value.__cause__ is None
@@ -127,21 +127,21 @@ BAD_IDS: list[Any] = [-1, 1.5, 2.0, True, None, "x", "-1", "1.5", "\u0661", [1]]
 @pytest.mark.parametrize("bad", BAD_IDS)
 def test_token_ids_are_whole_numbers_from_0(bad: Any) -> None:
     with pytest.raises(
-        ServerError, match=r"at http://127.0.0.1:\d+/v1 returns the token id .*, which is no whole number"
+        ServerError, match=r"at http://127.0.0.1:\d+/v1 returns the token id .*, which is not a whole number"
     ):
         _ask(completion("a", token_ids=[1, bad]))
     if isinstance(bad, str):
         names = {"tokens": ["token_id:1", f"token_id:{bad}"], "token_logprobs": [-1.0, -1.0]}
-        with pytest.raises(ServerError, match="which is no whole number"):
+        with pytest.raises(ServerError, match="which is not a whole number"):
             _ask(completion("a", logprobs=names), logprobs=True)
         content = [{"token": f"token_id:{bad}", "logprob": -1.0}]
-        with pytest.raises(ServerError, match="which is no whole number"):
+        with pytest.raises(ServerError, match="which is not a whole number"):
             _ask(said("a", logprobs={"content": content}), api="chat", logprobs=True)
 
 
 @pytest.mark.parametrize("bad", [0.5, 0.001, float("nan"), float("inf"), None, "-1", True])
 def test_log_probabilities_are_at_most_0(bad: Any) -> None:
-    with pytest.raises(ServerError, match="2 log-probabilities for 2 tokens, or some that are no numbers up to 0"):
+    with pytest.raises(ServerError, match="2 log-probabilities for 2 tokens, or some that are not numbers of"):
         _ask(completion("a", token_ids=[1, 2], logprobs={"token_logprobs": [-1.0, bad]}), logprobs=True)
     content = [{"token": "a", "logprob": -1.0}, {"token": "b", "logprob": bad}]
     with pytest.raises(ServerError, match="2 log-probabilities for 2 tokens, or some"):

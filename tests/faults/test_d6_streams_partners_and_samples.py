@@ -58,11 +58,11 @@ def test_tables_in_upper_case(suffix: str, tmp_path: Path) -> None:
 def test_a_packed_file_that_breaks_off_is_named(packer: str, tmp_path: Path) -> None:
     whole = PACKERS[packer](WRITTEN[".jsonl"].encode() * 100)
     (tmp_path / f"rows.jsonl{packer}").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"rows\.jsonl{packer}' is not a whole (gzip|bzip2|xz) file"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl{packer}' is not a complete (gzip|bzip2|xz) file"):
         list(open_source(str(tmp_path / f"rows.jsonl{packer}")))
 
 
-def test_no_two_seeds_and_epochs_draw_alike() -> None:
+def test_no_two_seeds_and_epochs_draw_the_same() -> None:
     big = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**64, 2**64 + 1, 2**128, 2**128 + 5]
     drawn = [epoch_draws(seed, epoch).random(4).tobytes() for seed in big for epoch in range(4)]
     assert len(set(drawn)) == len(drawn)
@@ -174,7 +174,7 @@ def test_partners_of_a_whole_split_take_no_quadratic_time(fits: bool) -> None:
 # The sample stage.
 
 
-def test_an_interrupted_sample_stage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sample_stage_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_stage, "_PROMPTS_AT_ONCE", 8)
     monkeypatch.setattr(sample_stage, "_load", lambda folder, dtype: (None, tokenizer))
     monkeypatch.setattr(sample_stage, "LocalEngine", lambda model, tokenizer: None)
@@ -219,7 +219,7 @@ def test_an_interrupted_sample_stage_goes_on(tmp_path: Path, monkeypatch: pytest
     assert not kept.exists()
     assert resumed == run("whole")
     assert len(resumed) == 30
-    # Another configuration starts anew.
+    # Another configuration starts again.
     stop_at[0] = len(asked) + 10
     stage["num_samples"] = 3
     with pytest.raises(KeyboardInterrupt):

@@ -130,7 +130,7 @@ CHANGES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_matters_tokenises_anew(change: str, rows: Path, read: list[int]) -> None:
+def test_whatever_matters_tokenises_again(change: str, rows: Path, read: list[int]) -> None:
     sft(rows)
     options = {"rows": rows} | CHANGES[change](rows)
     content(sft(**options))
@@ -142,14 +142,14 @@ def test_whatever_matters_tokenises_anew(change: str, rows: Path, read: list[int
         assert content(fresh) == content(sft(**options))
 
 
-def test_other_code_tokenises_anew(rows: Path, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_tokenises_again(rows: Path, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     sft(rows)
     monkeypatch.setattr(example_cache, "_code", lambda: ["another"])
     sft(rows)
     assert read == [9, 9]
 
 
-def test_pairs_by_other_weights_are_tokenised_anew(tmp_path: Path, read: list[int]) -> None:
+def test_pairs_by_other_weights_are_tokenised_again(tmp_path: Path, read: list[int]) -> None:
     rows = [{"prompt": f"{n // 2}", "completion": f"{n}", "a": n % 2, "b": -(n % 2)} for n in range(8)]
     (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # How many pairs there will be nobody knows, so they are not looked up.
@@ -160,7 +160,7 @@ def test_pairs_by_other_weights_are_tokenised_anew(tmp_path: Path, read: list[in
 
 
 class Own(SFTDataModule):
-    """A datamodule of one's own, whose code nobody looks at."""
+    """A datamodule of one's own, whose code nobody reads."""
 
 
 def test_what_cannot_be_told_exactly_is_not_kept(rows: Path, folder: Path) -> None:
@@ -175,7 +175,7 @@ def test_what_cannot_be_told_exactly_is_not_kept(rows: Path, folder: Path) -> No
 @pytest.mark.parametrize(
     "damage", [lambda b: b[: len(b) // 2], lambda b: b[:-700] + bytes(600) + b[-100:], lambda b: b""]
 )
-def test_a_damaged_entry_is_made_anew(
+def test_a_damaged_entry_is_made_again(
     damage: Callable[[bytes], bytes], rows: Path, folder: Path, read: list[int]
 ) -> None:
     whole = content(sft(rows))

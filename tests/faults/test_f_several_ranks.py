@@ -92,7 +92,7 @@ def test_f1_a_signal_that_arrives_while_ranks_agree_is_not_lost(monkeypatch):
 @pytest.mark.parametrize("launcher", ["torchrun", "own"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_f1_launchers_end_with_what_they_launched(strategy, launcher, tiny_model_folder, tmp_path):
-    """SIGTERM to the process that was started: a shell does not go on to the next command."""
+    """SIGTERM to the process that was started: a shell does not continue with the next command."""
     script = tmp_path / "run.py"
     script.write_text(
         "import logging, sys, warnings\n"
@@ -158,7 +158,7 @@ def test_f7_a_log_that_is_somebody_elses_ends_all_ranks_with_the_reason(
     processes, strategy, tiny_model_folder, tmp_path
 ):
     found = outcomes(start(processes, "foreign_log", tiny_model_folder(), tmp_path, strategy), tmp_path)
-    reason = f"{str(tmp_path / 'history-0.jsonl')!r} is no log of metrics, and none is added to it: choose another path"
+    reason = f"{str(tmp_path / 'history-0.jsonl')!r} is not a log of metrics and is left unchanged: choose another path"
     assert found == [(1, reason)] * 2
     assert (tmp_path / "history-0.jsonl").read_text() == "mine\n"
 
@@ -248,7 +248,7 @@ def test_f5_machines_that_nobody_names_are_not_waited_for(monkeypatch):
     for name in ("MASTER_ADDR", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     trainer = lightning.Trainer(accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=False)
-    with pytest.raises(ValueError, match=r"trainer.num_nodes is 2, and nothing says where .*torchrun --nnodes=2"):
+    with pytest.raises(ValueError, match=r"trainer.num_nodes is 2, and the address of .*torchrun --nnodes=2"):
         check_launch(trainer)
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     check_launch(trainer)
@@ -295,5 +295,5 @@ def test_f7_a_rank_that_lost_another_says_so_in_a_line(monkeypatch, capsys):
         main(["fit"])
     assert left.value.code == 1
     said = capsys.readouterr().err
-    assert said.startswith("rlhf-lightning: rank 1: another rank has ended, and says why (")
+    assert said.startswith("rlhf-lightning: rank 1: another rank has failed (")
     assert said.count("\n") == 1

@@ -21,7 +21,7 @@ from ..helpers import save_tiny_model
 from ..sequences.test_tree_attention import geometry
 
 TREE = geometry()
-TORCH_LIMIT = 8  # of compilations of one function, behind which torch runs it unfused
+TORCH_LIMIT = 8  # of compilations of one function, after which torch runs it unfused
 
 
 class Compiler:
@@ -60,7 +60,7 @@ def attend(softcap: float | None, window: int | None = None, heads: int = 2, dty
     return out
 
 
-def test_behind_the_last_compilation_is_an_error_in_one_line(
+def test_a_kind_of_layer_beyond_the_last_compilation_is_an_error_in_one_line(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flex_attention, "_COMPILATIONS", 1)
@@ -73,10 +73,10 @@ def test_behind_the_last_compilation_is_an_error_in_one_line(
     assert "\n" not in message
     assert message.startswith("FlexAttention has been compiled 1 times in this process")
     assert "attention: blocks" in message
-    attend(softcap=None)  # what was compiled goes on
+    attend(softcap=None)  # what was compiled continues
 
 
-def test_a_probe_behind_the_last_compilation_says_so(
+def test_a_probe_beyond_the_last_compilation_says_so(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A model that comes after it runs padded, with one line in the log; where packed is asked for, not at all."""
@@ -97,7 +97,7 @@ def test_a_probe_behind_the_last_compilation_says_so(
 
 
 @pytest.mark.slow
-def test_more_kinds_of_layers_than_torch_compiles_by_itself_are_all_compiled(compiler: Compiler) -> None:
+def test_more_kinds_of_layers_than_torch_compiles_by_default_are_all_compiled(compiler: Compiler) -> None:
     kinds: list[dict[str, Any]] = [
         {"softcap": softcap, "window": window, "dtype": dtype}
         for dtype in (torch.float32, torch.float64, torch.bfloat16)

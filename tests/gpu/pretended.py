@@ -1,7 +1,7 @@
 """A pretended CUDA device: tensors that say ``cuda:0`` and compute on the CPU.
 
 What it refuses is what CUDA refuses whatever the kernel: a generator of another device, and operands of mixed devices.
-It knows nothing of kernels, memory, streams or speed. Everything it changes in torch is put back.
+It does not model kernels, memory, streams or speed. Everything it changes in torch is put back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fused log-prob head on the device: values, gradients and memory beside those of full logits."""
+"""The fused log-prob head on the device: values, gradients and memory compared with those of full logits."""
 
 from __future__ import annotations
 

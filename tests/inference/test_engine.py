@@ -297,7 +297,7 @@ def test_string_prompts_are_tokenised_and_an_empty_one_becomes_the_end_token(
     assert flat(engine.generate(["3+4=", ""], 1, GREEDY)) == flat(engine.generate(ids, 1, GREEDY))
 
 
-def test_what_a_tokenizer_adds_in_front_stays_and_what_it_adds_behind_goes() -> None:
+def test_tokens_that_a_tokenizer_adds_in_front_stay_and_tokens_at_the_end_go() -> None:
     tokenizer = char_tokenizer()
     plain = tokenizer("3+4=")["input_ids"]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

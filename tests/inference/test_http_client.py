@@ -67,8 +67,8 @@ def test_what_may_pass_is_tried_again(failure):
     [
         (Answer(500, {"error": {"message": "out\nof memory"}}), "fails at POST .*/v1/x: 500 out of memory", 500),
         (Answer(503, b"<html>"), "fails at POST .*/v1/x: 503 <html>", 503),
-        (Answer(200, b'{"choices": [{"te'), r"""answers with no JSON object: '\{"choices": \[\{"te'""", None),
-        (Answer(200, b'{"fine": 1}', length=500), "broke off its answer: IncompleteRead", None),
+        (Answer(200, b'{"choices": [{"te'), r"""did not answer with a JSON object: '\{"choices": \[\{"te'""", None),
+        (Answer(200, b'{"fine": 1}', length=500), "ended its answer early: IncompleteRead", None),
         (Answer(200, GOOD, wait=30.0), "gave no answer within 0.2 s: raise timeout", None),
     ],
 )

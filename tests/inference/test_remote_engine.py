@@ -1,4 +1,4 @@
-"""The engine behind the OpenAI protocol: what it asks for, what it makes of answers, and a server of transformers."""
+"""The engine for the OpenAI protocol: what it asks for, what it makes of answers, and a server of transformers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_sample_has_its_own_seed():
 
 
 def test_all_settings_are_stated_to_vllm():
-    # What is left out, such a server would take from the model's own generation_config.json.
+    # What is omitted, such a server would take from the model's own generation_config.json.
     _, served = ask(completion("x"), [[5, 6]])
     assert served.bodies == [
         {
@@ -144,7 +144,7 @@ def test_whose_log_probabilities_they_are():
     assert processed[0][0].logprobs == [-0.5]
     of_model, _ = ask(reported, ["p"], sampling=SamplingParams(4, 0.7, seed=0, model_logprobs=True))
     assert (of_model[0][0].logprobs, of_model[0][0].model_logprobs) == ([], [-0.5])
-    with pytest.raises(ValueError, match=r"^model_logprobs cannot be had from a server that reports"):
+    with pytest.raises(ValueError, match=r"^model_logprobs are not available from a server that reports"):
         ask(
             reported,
             ["p"],
@@ -159,7 +159,7 @@ def test_whose_log_probabilities_they_are():
         (completion("a"), "returns no log-probabilities, which are needed here: use one that does, such as vLLM"),
         (completion("a", logprobs={"token_logprobs": None}), "returns no log-probabilities"),
         (completion("a", token_ids=[1, 2], logprobs={"token_logprobs": [-1.0]}), "1 log-probabilities for 2 tokens"),
-        (completion("a", logprobs={"token_logprobs": [None]}), "some that are no numbers"),
+        (completion("a", logprobs={"token_logprobs": [None]}), "some that are not numbers"),
         ({"object": "text"}, "without the choices of api='completions': {'object': 'text'}"),
         (said("a"), "without the choices of api='completions'"),
         ({"choices": []}, "without the choices of api='completions'"),
@@ -179,7 +179,7 @@ def test_text_ends_before_a_stop_string():
     assert ask(completion("a#bcd"), ["p"], sampling=late)[0][0][0].text == "a#bcd"
 
 
-def test_the_model_may_be_left_out():
+def test_the_model_may_be_omitted():
     def answer(path, body, number):
         return {"data": [{"id": "only"}]} if path == "/v1/models" else completion(body["model"])
 
@@ -211,7 +211,7 @@ def test_an_unknown_model():
         engine(served.url).generate(["p"])
 
 
-def test_one_failure_is_mended_and_does_not_lose_the_others():
+def test_one_failure_is_fixed_and_does_not_lose_the_others():
     def answer(path, body, number):
         return Answer(500, {"error": "busy"}) if number in (1, 3) else completion(f"<{body['prompt']}>")
 

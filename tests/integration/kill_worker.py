@@ -98,7 +98,7 @@ class Writes:
 
     Args:
         dies_at: ``("flush", n)``: before the n-th flush of a file or folder; ``("half", n)``: when half of the n-th
-            checkpoint is written; ``("peer", n)``: the other rank dies then, and this one goes on writing.
+            checkpoint is written; ``("peer", n)``: the other rank dies then, and this one continues writing.
         peer: the file with the other rank's process id.
     """
 

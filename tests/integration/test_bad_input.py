@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that says what it was and what to write instead, and nothing left behind."""
+"""What a user gets wrong: one line that says what it was and what to write instead, and nothing else left."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_empty_completion(command, capsys):
     said = command(capsys, [GOOD, GOOD, {**GOOD, "rejected": ""}])
     assert "pairs.jsonl:3" in said
     assert "'rejected' is empty" in said
-    assert "leave the row out" in said
+    assert "remove the row" in said
 
 
 def test_row_that_is_not_json(command, capsys):
@@ -126,7 +126,7 @@ def test_a_model_that_is_nowhere(command, capsys):
 
 
 def test_in_a_pipeline_the_stage_is_named_and_starts_again(tiny_model_folder, tmp_path, capsys):
-    """A stage that fails half-way is not taken for finished, and runs once the mistake is mended."""
+    """A stage that fails half-way is not taken for finished, and runs once the mistake is fixed."""
     rows = written(tmp_path / "pairs.jsonl", [GOOD] * 3 + [{**GOOD, "chosen": "1" * 300}])
     pipeline = {
         "run_dir": str(tmp_path / "run"),

@@ -89,7 +89,7 @@ def test_margins_may_be_absent_or_text_that_is_a_number(fit: Fit) -> None:
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_verdicts_that_are_all_alike(label: bool, fit: Fit) -> None:
+def test_verdicts_that_are_all_the_same(label: bool, fit: Fit) -> None:
     rows = [{**JUDGED, "prompt": f"{n}+1=?", "label": label} for n in range(4)]
     said = fit("KTOModule", "UnpairedDataModule", rows)
     name = "undesirable_weight" if label else "desirable_weight"

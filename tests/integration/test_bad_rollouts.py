@@ -82,7 +82,7 @@ def arguments(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> Callabl
 
 @pytest.fixture
 def refused(arguments: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> Callable[..., str]:
-    """Runs ``fit``, and returns the one line that it said after checking that nothing was left behind."""
+    """Runs ``fit``, and returns the one line that it said after checking that nothing was left."""
 
     def run(*extra: str, **given: Any) -> str:
         with pytest.raises(SystemExit) as exit_info:
@@ -121,7 +121,7 @@ def test_what_is_no_reward(name: str, method: str, refused: Callable[..., str]) 
 def test_what_fails_is_counted(
     name: str, method: str, arguments: Callable[..., list[str]], tmp_path: Path, caplog: Any
 ) -> None:
-    """Asked to skip it, or where the function raises: the run goes on with the other reward, and is exported."""
+    """Asked to skip it, or where the function raises: the run continues with the other reward, and is exported."""
     log = tmp_path / "history.jsonl"
     logger = {"class_path": "rlhf_lightning.callbacks.JSONLLogger", "init_args": {"path": str(log)}}
     extra = [] if name == "broken" else ["--model.on_bad_reward=skip"]

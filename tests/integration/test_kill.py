@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_lightning.core.checkpoint_io import damage
-from rlhf_lightning.utils.files import REPLACED, hidden_beside
+from rlhf_lightning.utils.files import REPLACED, hidden_sibling
 
 from . import kill_worker
 from .test_resume import assert_same
@@ -55,7 +55,7 @@ def outcome(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 def assert_nothing_half_written(folder: Path) -> None:
     for path in (folder / "checkpoints").glob("*.ckpt"):
         assert damage(path) is None, path
-    for model in (folder / "model", hidden_beside(folder / "model", REPLACED)):
+    for model in (folder / "model", hidden_sibling(folder / "model", REPLACED)):
         if model.exists():
             assert load_file(model / "adapter_model.safetensors")
             assert json.loads((model / "adapter_config.json").read_text())["r"] == 2

@@ -97,7 +97,7 @@ def rated(count: int) -> list[Example]:
 
 
 def _turns(rng: np.random.Generator, prompt: np.ndarray) -> list[WeightedPath]:
-    """The paths of a conversation: behind every other turn what was said is shown otherwise than it was generated."""
+    """The paths of a conversation: after every other turn what was said is shown otherwise than it was generated."""
     paths, context = [], prompt
     for number in range(int(rng.integers(1, 4))):
         answer = _tokens(rng, 1, 7)

@@ -1,4 +1,4 @@
-"""``rlhf-lightning label-steps``: its rows, what it says of mistakes, and how it goes on after an interruption."""
+"""``rlhf-lightning label-steps``: its rows, what it says of mistakes, and how it resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 class Scripted:
-    """Solves ``n+1=?`` in two steps, of which the first is ``so``, right in every second solution.
+    """Solves ``n+1=?`` in two steps; the first is ``so``, right in every second solution.
 
     After the prefix with ``so`` one completion in four is right; solutions 2 and 3 repeat 0 and 1, and the last of five
     is cut off.
@@ -76,7 +76,7 @@ def scripted(monkeypatch, tiny_model_folder, problems, tmp_path):
     return run
 
 
-def test_labels_are_those_that_the_script_makes(scripted, capsys):
+def test_labels_are_the_ones_of_the_script(scripted, capsys):
     engine = Scripted()
     found = rows_of(scripted(engine))
     # Of five solutions two repeat others and one is cut off; the first step of the others is saved by 2 of 8.
@@ -88,7 +88,7 @@ def test_labels_are_those_that_the_script_makes(scripted, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("2 of 5 prompts: 4 solutions labelled")
     assert lines[-2] == (
-        "10 solutions of 5 prompts in 20 steps: mean label 0.38, 50% right; left out: 5 cut off, 10 alike"
+        "10 solutions of 5 prompts in 20 steps: mean label 0.38, 50% right; skipped: 5 cut off, 10 duplicates"
     )
     assert engine.prompts[:4] == ["0+1=?", "1+1=?", "0+1=?so\n", "0+1=?so\n"]
 
@@ -97,12 +97,12 @@ def test_hard_labels_and_skipping(scripted):
     assert [row["labels"] for row in rows_of(scripted(Scripted(), "--labels=hard"))] == [[1.0, 1.0], [1.0, 0.0]] * 5
 
 
-def test_an_interrupted_run_goes_on_where_it_was(scripted, capsys):
+def test_an_interrupted_run_continues_where_it_was(scripted, capsys):
     first = Scripted(fail_at=4)  # in the labels of the second pair of prompts
     with pytest.raises(SystemExit) as exit_info:
         scripted(first)
     assert exit_info.value.code == 130
-    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert "interrupted: the same command resumes" in capsys.readouterr().err
     second = Scripted()
     output = scripted(second)
     assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}
@@ -125,7 +125,7 @@ def test_a_line_that_was_cut_off_is_done_again(scripted, tmp_path):
     assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}
 
 
-def test_a_run_does_not_go_on_with_other_settings(scripted, capsys, tmp_path):
+def test_a_run_does_not_continue_with_other_settings(scripted, capsys, tmp_path):
     with pytest.raises(SystemExit):
         scripted(Scripted(fail_at=3))
     capsys.readouterr()
@@ -133,12 +133,12 @@ def test_a_run_does_not_go_on_with_other_settings(scripted, capsys, tmp_path):
         scripted(Scripted(), "--labels=hard", "--seed=1")
     assert exit_info.value.code == 1
     said = capsys.readouterr().err
-    assert "was begun with other labels and seed: go on as it was begun" in said
+    assert "was started with different labels and seed: resume with the same" in said
     with (tmp_path / "problems.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "7+1=?", "answer": "8"}) + "\n")
     with pytest.raises(SystemExit):
         scripted(Scripted())
-    assert "was begun with other files" in capsys.readouterr().err
+    assert "was started with different files" in capsys.readouterr().err
     scripted(Scripted(), f"--output={tmp_path / 'another.jsonl'}")
     assert len(rows_of(tmp_path / "another.jsonl")) == 12
 
@@ -179,7 +179,7 @@ def test_what_is_too_long_costs_itself_alone(scripted, tmp_path, problems, capsy
     assert not output.exists()
     assert rows_of(scripted(second)) == whole
     assert {text.split("+")[0] for text in second.prompts} == {"2", "3", "4"}, "what was done is kept"
-    assert capsys.readouterr().out.splitlines()[-2].endswith("left out: 1 too long, 5 cut off, 10 alike")
+    assert capsys.readouterr().out.splitlines()[-2].endswith("skipped: 1 too long, 5 cut off, 10 duplicates")
 
 
 class Limited(Scripted):
@@ -194,7 +194,7 @@ def test_solutions_of_the_rows_that_are_too_long(tiny_model_folder, tmp_path):
     solved = [
         {"prompt": "1+2=?", "completion": "so\n#3", "answer": "3"},
         {"prompt": "2+2=?", "completions": [LONG, "#4"], "answer": "4"},
-        {"prompt": "2+3=?", "completions": ["so", LONG], "answer": "5"},  # nothing is completed behind its last step
+        {"prompt": "2+3=?", "completions": ["so", LONG], "answer": "5"},  # nothing is completed after its last step
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in solved))
     options = LabelOptions(str(source), str(output), str(tiny_model_folder()), num_solutions=0, num_completions=1)
@@ -226,7 +226,7 @@ def test_the_embedded_task_from_end_to_end(tiny_model_folder, tmp_path, capsys):
         assert TOKENIZER.decode(steps.tokens) == "".join(f"{step}\n" for step in row["completions"])
         assert steps.weights.sum() == len(row["labels"])
     assert run("again.jsonl").read_text() == output.read_text()
-    assert "left out: " in capsys.readouterr().out
+    assert "skipped: " in capsys.readouterr().out
 
 
 def test_a_server_instead_of_a_model(tiny_model_folder, tmp_path):
@@ -251,7 +251,7 @@ def test_a_server_instead_of_a_model(tiny_model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        ([], 2, "label-steps: nothing says what prompts and output should be"),
+        ([], 2, "label-steps: no prompts and no output given: pass --config"),
         (["--num_solution=3"], 2, "label-steps: no option 'num_solution'; did you mean 'num_solutions'?"),
         (["--sampling.temprature=3"], 2, "no option 'sampling.temprature'; did you mean 'sampling.temperature'?"),
         (["--labels=sof"], 2, "did you mean 'soft'?"),
@@ -265,9 +265,9 @@ def test_a_server_instead_of_a_model(tiny_model_folder, tmp_path):
         (["--model=m", "--step_separator="], 1, "step_separator is ''"),
         (["--model=m", "--verifier=nowhere.fn"], 1, "verifier 'nowhere.fn' cannot be imported"),
         (["--model=nowhere"], 1, "nowhere"),
-        (["--url=http://127.0.0.1:1"], 1, "with --url alone nothing says how text becomes tokens: give --tokenizer"),
+        (["--url=http://127.0.0.1:1"], 1, "--url alone gives no tokenizer: pass --tokenizer"),
         (["--url=http://127.0.0.1:1", "--model=qwen"], 1, "--model=qwen is a name that the server knows, and no token"),
-        (["--limit=3"], 1, "nothing says what writes the solutions: give --model with a folder, or --url"),
+        (["--limit=3"], 1, "no model for the solutions is given: pass --model with a folder, or --url"),
     ],
 )
 def test_mistakes(capsys, tmp_path, monkeypatch, problems, args, code, message):
@@ -283,7 +283,7 @@ def test_a_file_is_not_written_over(capsys, tmp_path, problems):
     (tmp_path / "steps.jsonl").write_text("mine\n")
     args = [f"--prompts={problems}", f"--output={tmp_path / 'steps.jsonl'}", "--model=m"]
     code, said = refused(capsys, "label-steps", *args)
-    assert (code, "is there already: remove it" in said) == (1, True)
+    assert (code, "already exists: remove it" in said) == (1, True)
     assert (tmp_path / "steps.jsonl").read_text() == "mine\n"
 
 

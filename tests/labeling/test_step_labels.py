@@ -90,7 +90,7 @@ def test_seeds_depend_on_the_row_and_not_on_its_neighbours() -> None:
     assert not {seed for row in alone.seeds for seed in row} & {seed for row in other.seeds for seed in row}
 
 
-def test_nothing_is_sampled_behind_a_hopeless_step() -> None:
+def test_nothing_is_sampled_after_a_hopeless_step() -> None:
     engine = Scripted()
     first, second, third = labelled(engine, skip_after_failure=True)
     assert (first["labels"], second["labels"], third["labels"]) == ([3 / 6, 2 / 6, 1.0], [0.0, 0.0, 0.0], [1.0])
@@ -98,7 +98,7 @@ def test_nothing_is_sampled_behind_a_hopeless_step() -> None:
 
 
 @pytest.mark.parametrize("labels", ["soft", "hard"])
-def test_a_right_answer_behind_a_hopeless_step_counts(labels: Literal["soft", "hard"]) -> None:
+def test_a_right_answer_after_a_hopeless_step_counts(labels: Literal["soft", "hard"]) -> None:
     """The hard label of the last step is whether the solution is right, whatever was given up before."""
     rows = [{"prompt": "2+3=?", "completions": ["2+3=5", "#5"], "answer": "5"}]  # "=5" makes the script fail
     assert labelled(rows=rows, labels=labels)[0]["labels"] == [0.0, 1.0]
@@ -106,7 +106,7 @@ def test_a_right_answer_behind_a_hopeless_step_counts(labels: Literal["soft", "h
 
 
 class Unlucky:
-    """Completes with the right answer, 5, but never behind exactly one step."""
+    """Completes with the right answer, 5, but never after exactly one step."""
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
@@ -135,8 +135,8 @@ def test_only_wrong_solutions_are_given_up() -> None:
     ]
 
 
-def test_rows_without_an_answer_are_left_out() -> None:
-    with pytest.warns(UserWarning, match="1 rows were left out"):
+def test_rows_without_an_answer_are_skipped() -> None:
+    with pytest.warns(UserWarning, match="1 rows were skipped"):
         found = labelled(rows=[{**ROWS[0], "answer": None}, ROWS[2]])
     assert [row["prompt"] for row in found] == ["9=?"]
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_labelled_is_refused(options: dict[str, Any], message: st
 
 
 class Fixed:
-    """Writes the same texts after every prompt; those that end in ``...`` are cut off."""
+    """Writes the same texts after every prompt; the ones that end in ``...`` are cut off."""
 
     def __init__(self, *texts: str) -> None:
         self.texts = texts
@@ -208,7 +208,7 @@ def test_solutions_are_split_and_those_of_no_use_are_counted() -> None:
         {"prompt": "9=?", "row_id": "x:7/0", "completions": ["a", "b"]},
         {"prompt": "9=?", "row_id": "x:7/5", "completions": ["b"]},
     ]
-    assert (found.cut_off, found.empty, found.alike) == (2, 4, 2)
+    assert (found.cut_off, found.empty, found.duplicates) == (2, 4, 2)
     assert [TOKENIZER.decode(ids) for ids in engine.prompts] == ["1+1=?", "9=?"]
 
 
@@ -249,7 +249,7 @@ def test_solutions_that_cannot_be_sampled_are_refused() -> None:
 # Rows that are too long.
 
 
-def test_rows_that_fill_the_models_positions_are_left_out() -> None:
+def test_rows_that_fill_the_models_positions_are_skipped() -> None:
     """128 positions: 127 tokens of prompt and steps leave room for one more. The last step needs no room."""
 
     def row(length: int, answer: str) -> dict[str, Any]:
@@ -257,12 +257,12 @@ def test_rows_that_fill_the_models_positions_are_left_out() -> None:
 
     engine = LocalEngine(tiny_model("llama"), TOKENIZER)
     rows = [row(127, "#1"), row(128, "#1"), {**row(9, "#1"), "answer": None}, row(10, "#1" + "0" * 200), ROWS[2]]
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     options: dict[str, Any] = {"sampling": SamplingParams(max_new_tokens=2), "num_samples": 1}
-    found = labelled(engine, rows, left_out=left_out, **options)
+    found = labelled(engine, rows, skipped=skipped, **options)
     assert [len(row["completions"][0]) for row in found] == [123, 6, 2]
-    assert left_out == {"too long": 1, "without verdict": 1}
-    with pytest.warns(UserWarning, match="2 rows were left out: 1 are too long, and the verifier .* about 1"):
+    assert skipped == {"too long": 1, "without verdict": 1}
+    with pytest.warns(UserWarning, match="2 rows were skipped: 1 are too long, and the verifier gives no verdict on 1"):
         assert labelled(engine, rows, **options) == found
     with pytest.raises(
         ValueError, match="row rows:1 is too long: its prompt and first 1 steps have 128 tokens, and at m"
@@ -273,9 +273,9 @@ def test_rows_that_fill_the_models_positions_are_left_out() -> None:
 def test_a_length_of_ones_own() -> None:
     rows = [{"prompt": "1=?", "completions": ["aa", "#1"], "answer": "1"}, ROWS[2]]
     for limit, expected in ((5, 1), (6, 2)):  # three tokens of prompt, two of the step, one of its separator
-        left_out: Counter[str] = Counter()
-        assert len(labelled(Fixed("#1"), rows, max_length=limit, left_out=left_out, num_samples=1)) == expected
-        assert left_out["too long"] == 2 - expected
+        skipped: Counter[str] = Counter()
+        assert len(labelled(Fixed("#1"), rows, max_length=limit, skipped=skipped, num_samples=1)) == expected
+        assert skipped["too long"] == 2 - expected
     found = sample_solutions(rows, Fixed("a"), TOKENIZER, num_solutions=1, max_length=2)
     assert (found.rows, found.too_long) == ([], 2)
 

@@ -357,7 +357,7 @@ MESSAGES = [
     ({"discopop_tau": 0.0}, "discopop_tau is 0.0; it must be above 0 (0.05 is usual)"),
     (
         {"label_smoothing": 0.5},
-        "label_smoothing is 0.5; it must be in [0, 0.5) (0 is none; else the rate of wrong labels)",
+        "label_smoothing is 0.5; it must be in [0, 0.5) (0 is off; else the rate of wrong labels)",
     ),
     (
         {"loss_type": "exo_pair"},

@@ -158,11 +158,11 @@ REWARDS = torch.zeros(2)
         ),
         (
             lambda: bradley_terry_loss(REWARDS, REWARDS, margin=NAN),
-            "margin=nan is not a finite number: 0 is none, 1 is usual",
+            "margin=nan is not a finite number: 0 is off, 1 is usual",
         ),
         (
             lambda: bradley_terry_loss(REWARDS, REWARDS, label_smoothing=0.6),
-            "label_smoothing is 0.6; it must be in [0, 0.5) (0 is none; else the rate of wrong labels)",
+            "label_smoothing is 0.6; it must be in [0, 0.5) (0 is off; else the rate of wrong labels)",
         ),
         (
             lambda: rao_kupper_loss(REWARDS, REWARDS, tie_P=torch.zeros(2), threshold=0.5),

@@ -10,7 +10,7 @@ from rlhf_lightning.losses.router import load_balancing_loss, router_sums
 
 
 def test_by_hand() -> None:
-    # Two tokens of one router with probabilities (3/4, 1/4) and (1/5, 4/5), the second of which counts three times:
+    # Two tokens of one router with probabilities (3/4, 1/4) and (1/5, 4/5), where the second counts three times:
     # f = (1/4, 3/4), P = ((3/4 + 3/5) / 4, (1/4 + 12/5) / 4) = (27/80, 53/80), L = 2 (27/320 + 159/320).
     logits = torch.tensor([[3.0, 1.0], [1.0, 4.0]], dtype=torch.float64).log()
     sums = router_sums([logits], torch.tensor([1, 3]), top_k=1)

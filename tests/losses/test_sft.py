@@ -63,7 +63,7 @@ def test_extreme_logprobs_stay_finite() -> None:
         ({"loss_type": "nl"}, "loss_type is 'nl'; it must be one of nll, dft; did you mean 'nll'?"),
         (
             {"loss_type": "nll", "label_smoothing": 1.0},
-            "label_smoothing=1.0 is outside [0, 1): 0.1 is usual, 0 is none",
+            "label_smoothing=1.0 is outside [0, 1): 0.1 is usual, 0 is off",
         ),
         (
             {"loss_type": "dft", "label_smoothing": 0.1},

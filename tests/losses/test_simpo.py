@@ -153,7 +153,7 @@ def test_smoothing_changes_the_losses_said_to_read_it(loss_type: str) -> None:
         ({"alpha": 11.0}, "alpha=11.0 is outside [-10, 10]: 0 is SimPO, 0.25 is usual"),
         (
             {"label_smoothing": -0.1},
-            "label_smoothing is -0.1; it must be in [0, 0.5) (0 is none; else the rate of wrong labels)",
+            "label_smoothing is -0.1; it must be in [0, 0.5) (0 is off; else the rate of wrong labels)",
         ),
         (
             {"loss_type": "orpo", "label_smoothing": 0.1},

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from rlhf_lightning.models import load_causal_lm, load_tokenizer, save_pretrained, saving
 from rlhf_lightning.models.reference import AdapterReference
 from rlhf_lightning.models.saving import export_kind
-from rlhf_lightning.utils.files import MARKER, PARTIAL, REPLACED, hidden_beside, mark
+from rlhf_lightning.utils.files import MARKER, PARTIAL, REPLACED, hidden_sibling, mark
 
 from ..helpers import ARCHITECTURES, PAD_ID, VOCAB_SIZE, char_tokenizer, save_tiny_model
 
@@ -328,7 +328,7 @@ def _export_sharded(rank: int, store: str, source: str, out: str) -> None:
         save_pretrained(model, char_tokenizer(), f"{out}/{name}")
         if lora:
             save_pretrained(model, char_tokenizer(), f"{out}/merged", merge_adapter=True)
-        assert Path(out, name, "tokenizer.json").exists(), "no rank goes on before the export is there"
+        assert Path(out, name, "tokenizer.json").exists(), "no rank continues before the export is there"
     torch.distributed.destroy_process_group()
 
 
@@ -413,7 +413,7 @@ def test_failure_in_the_middle_leaves_the_old_export(
         else:
             patch.setattr(Path, "rename", failing_rename)
         expected = _Killed if isinstance(failure, _Killed) else ValueError
-        with pytest.raises(expected, match=r"^cannot write the model to .* \(No space left on device\): make room|^$"):
+        with pytest.raises(expected, match=r"^cannot write the model to .* \(No space left on device\): free|^$"):
             save_pretrained(model, tokenizer, folder)
 
     assert content(folder) == before
@@ -428,11 +428,11 @@ def test_next_call_puts_back_what_a_kill_left_between_two_renames(
 ) -> None:
     model, folder = exported
     before = content(folder)
-    folder.rename(hidden_beside(folder, REPLACED))
-    shutil.copytree(hidden_beside(folder, REPLACED), hidden_beside(folder, PARTIAL))
+    folder.rename(hidden_sibling(folder, REPLACED))
+    shutil.copytree(hidden_sibling(folder, REPLACED), hidden_sibling(folder, PARTIAL))
     tokenizer = char_tokenizer()
     monkeypatch.setattr(tokenizer, "save_pretrained", lambda place: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(ValueError, match=r"cannot write the model to .* \(full\): make room"):
+    with pytest.raises(ValueError, match=r"cannot write the model to .* \(full\): free disk space"):
         save_pretrained(model, tokenizer, folder)
     assert content(folder) == before
     assert names(folder.parent) == {"out"}

@@ -58,7 +58,7 @@ def look_at_all(model: Any, temperature: float = 1.0) -> Tokens:
 
 
 def naive_rewards() -> list[list[float]]:
-    """Weighted sums; a reward without an opinion counts as 0 beside one with."""
+    """Weighted sums; a reward without an opinion counts as 0 next to one with."""
     totals = []
     for _, group in samples():
         ids = [sample.token_ids for sample in group]

@@ -241,7 +241,7 @@ def test_the_running_estimate_is_in_the_checkpoint(folder: str) -> None:
     first.on_save_checkpoint(checkpoint)
     second = KTOModule(folder, **options)
     second.on_load_checkpoint(checkpoint)
-    second.configure_model()  # the reference; the policy goes on from where the first one is
+    second.configure_model()  # the reference; the policy continues from where the first one is
     second.double().model.load_state_dict(first.model.state_dict())
     second.references[0].model.double()
     rest = run_single_rows(second, examples[3:])
@@ -306,7 +306,7 @@ def test_what_a_step_did_not_measure_is_not_logged_again(folder: str, tmp_path: 
         own, other = ("chosen", "rejected") if label else ("rejected", "chosen")
         assert {"train/loss", "train/kl", f"train/rewards/{own}"} <= whole[number].keys()
         assert not {f"train/rewards/{other}", f"train/logps/{other}"} & whole[number].keys(), number
-    for later in (3, 4):  # a run that goes back replaces none of those that came after
+    for later in (3, 4):  # a run that goes back replaces none of the later ones
         (tmp_path / f"step={later}.ckpt").unlink()
     resumed = run(tmp_path / "step=2.ckpt")
     assert resumed == {number: whole[number] for number in (2, 3)}

@@ -396,7 +396,7 @@ def test_reward_lands_on_the_last_token(folder: str, head: Tensor) -> None:
     assert math.isclose(float(kept[0].fields["returns"][0]), expected[0][0])
 
 
-def test_nothing_is_said_of_completions_where_none_could_be_scored(folder: str, head: Tensor) -> None:
+def test_nothing_is_logged_of_completions_where_none_could_be_scored(folder: str, head: Tensor) -> None:
     """Their mean score is no 0."""
 
     def nothing(completions: list[str]) -> list[None]:

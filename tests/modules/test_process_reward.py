@@ -199,7 +199,7 @@ def test_scoring_refuses_what_has_no_steps(folder: str, prompts: Any, completion
 
 
 @pytest.mark.parametrize("options", [{}, {"head": "mlp", "outcome_head": True}, {"head": "tokens"}, {"lora": {"r": 4}}])
-def test_an_exported_model_scores_alike(options: dict[str, Any], folder: str, tmp_path: Path) -> None:
+def test_an_exported_model_scores_the_same_way(options: dict[str, Any], folder: str, tmp_path: Path) -> None:
     module = ProcessRewardModule(folder, step_separator="|", aggregation="mean", seed=5, **options)
     module.save_pretrained(str(tmp_path / "export"))
     again = ProcessRewardModule.from_pretrained(str(tmp_path / "export"))

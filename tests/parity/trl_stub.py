@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 def head_outputs(log_probs: Tensor, log_sum_sq_probs: Tensor | None = None) -> SimpleNamespace:
-    """What TRL's fused head returns, of which only the log-probs reach a loss."""
+    """What TRL's fused head returns; only the log-probs reach a loss."""
     nothing = torch.zeros_like(log_probs.detach())
     return SimpleNamespace(
         log_probs=log_probs,

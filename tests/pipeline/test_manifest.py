@@ -83,7 +83,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_models_of_other_roles_are_inputs(tmp_path):
-    """A critic or a judge that was trained anew makes another result of the same configuration."""
+    """A critic or a judge that was trained again makes another result of the same configuration."""
     for name in ("critic", "judge"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

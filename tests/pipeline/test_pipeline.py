@@ -194,7 +194,7 @@ def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, mo
     said = capsys.readouterr().err.strip().splitlines()
     if error is KeyboardInterrupt:
         assert len(said) == 1
-        assert said[0].startswith("interrupted: the same command goes on")
+        assert said[0].startswith("interrupted: the same command resumes")
     else:
         assert said[-1] == "rlhf-lightning: RuntimeError (--debug shows where)"
     record = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]

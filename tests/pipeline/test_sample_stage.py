@@ -50,7 +50,7 @@ def test_sampling_settings_are_checked():
         sampling_params({"temperatur_": 1.0})
     with pytest.raises(ValueError, match="sampling has no key 'seed'"):
         sampling_params({"seed": 1})
-    with pytest.raises(ValueError, match=r"sampling is \{'temperature': 'hot'\}, of which a value is"):
+    with pytest.raises(ValueError, match=r"sampling is \{'temperature': 'hot'\}; one of its values has the wrong type"):
         sampling_params({"temperature": "hot"})
 
 

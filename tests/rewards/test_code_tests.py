@@ -65,7 +65,7 @@ class TestVerdicts:
         assert score("print('7\\ndone')\nimport sys\nsys.exit(0)", right) == 1.0
         assert score("print('7\\ndone')\nimport sys\nsys.exit(1)", right) == 0.0
 
-    def test_input_and_output_beside_code(self) -> None:
+    def test_input_and_output_together_with_code(self) -> None:
         program = ADD + "if __name__ == '__main__':\n    print(add(int(input() or 0), 1))"
         assert score(program, [{"input": "4", "output": "5"}]) == 1.0
 
@@ -116,7 +116,7 @@ class TestLimits:
             ):
                 reward(["p"], [ADD], tests=[tests])
 
-    def test_nothing_is_left_behind(self, isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_remains(self, isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         descriptors = set(Path("/proc/self/fd").iterdir())
         program = "open('mine', 'w').write('x')\nassert open('mine').read() == 'x'\n" + ADD
@@ -274,7 +274,7 @@ class TestIsolation:
         finally:
             isolations.plan.cache_clear()
 
-    def test_what_was_chosen_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_the_choice_is_reported(self, caplog: pytest.LogCaptureFixture) -> None:
         if ISOLATION == "none":
             pytest.skip("this system has neither bubblewrap nor Landlock")
         isolations.plan.cache_clear()

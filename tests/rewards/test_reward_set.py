@@ -204,7 +204,7 @@ class TestBadValues:
         assert scores.failures["function"] == np.isnan(scores.values).sum()
         assert list(scores.errors) == ["function"]
 
-    def test_a_wrong_count_for_the_batch_is_mended_by_asking_for_each(self) -> None:
+    def test_a_wrong_count_for_the_batch_is_fixed_by_asking_for_each(self) -> None:
         def dedupes(completions: list[str]) -> list[float]:
             return [float(len(text)) for text in sorted(set(completions))]
 

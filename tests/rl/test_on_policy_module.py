@@ -115,7 +115,7 @@ def test_a_reward_that_raises_costs_its_samples(cls: type[OnPolicyModule], folde
     assert any(float(gradient.norm()) > 0 for gradient in found.gradient.values())
 
 
-def test_ppo_leaves_out_what_could_not_be_scored(folder: str) -> None:
+def test_ppo_drops_what_could_not_be_scored(folder: str) -> None:
     made = module(folder, PPOModule, rewards=[fragile], num_generations=8, num_updates=1)
     kept: list[Example] = []
     optimize = made.optimize
@@ -132,7 +132,7 @@ def test_ppo_leaves_out_what_could_not_be_scored(folder: str) -> None:
 
 
 def test_every_sample_fails(folder: str) -> None:
-    """Nothing can be learned, and the run goes on."""
+    """Nothing can be learned, and the run continues."""
 
     def broken(completions: Sequence[str]) -> list[float]:
         raise RuntimeError("away")
@@ -141,7 +141,7 @@ def test_every_sample_fails(folder: str) -> None:
         found = step(module(folder, cls, rewards=[broken]), prompts(3))
         assert found.metrics["train/rewards/broken/failures"] == 9
         assert "train/reward" not in found.metrics
-        # Policies still pay for their entropy and divergence, of which there is none.
+        # Policies still pay for their entropy and divergence, which are 0 here.
         assert all(float(gradient.abs().sum()) == 0 for gradient in found.gradient.values())
 
 
@@ -166,7 +166,7 @@ def train(made: OnPolicyModule, iterations: int, ckpt_path: Any = None, callback
 
 @pytest.mark.parametrize("cls", METHODS.values())
 def test_a_reward_that_only_fails_ends_the_run(cls: type[OnPolicyModule], folder: str) -> None:
-    """In the third iteration in a row without a single score, before its step; others beside it do not help."""
+    """In the third iteration in a row without a single score, before its step; others next to it do not help."""
     made = module(folder, cls, rewards=[spread, Away(fails_in={1, 2, 3})])
     with pytest.raises(ValueError, match="in a row") as error:
         train(made, 6)
@@ -193,7 +193,7 @@ def test_nothing_to_say_is_no_failure(folder: str) -> None:
 
 
 def test_failures_are_counted_on_where_a_run_is_resumed(folder: str, tmp_path: Path) -> None:
-    """Two iterations before the interruption and one behind it are three in a row."""
+    """Two iterations before the interruption and one after it are three in a row."""
     saver = TrainingCheckpoint(str(tmp_path), every_n_steps=1, keep=99)
     train(module(folder, rewards=[Away(fails_in={1, 2})]), 5, callbacks=[saver])
     last = tmp_path / "step=3.ckpt"

@@ -1,4 +1,4 @@
-"""Runs of GRPO and PPO that are interrupted at the end of an iteration go on as if they had not been, bit for bit."""
+"""Runs of GRPO and PPO that are interrupted at the end of an iteration continue as if they were not, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees of groups: what is split, what is left out, and what is attached to which token."""
+"""Trees of groups: what is split, what is dropped, and what is attached to which token."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_one_completion_above_the_budget_stays_whole() -> None:
     assert [len(tree.root.children) for tree in trees] == [1] * 6
 
 
-def test_what_is_left_out_still_counts() -> None:
+def test_what_is_dropped_still_counts() -> None:
     kept = torch.tensor([[True, False, True], [False, False, False]])
     trees = build_trees(rollouts(), kept, budget=7)
     assert completions(trees) == [[[10, 10]], [[30] * 4], []]
@@ -81,7 +81,7 @@ def test_what_is_left_out_still_counts() -> None:
 
 
 def test_values_reach_their_tokens() -> None:
-    """In any order of packing: what is attached is read beside the token that it was attached for."""
+    """In any order of packing: what is attached is read with the token that it was attached for."""
     trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=7)
     tokens_N = torch.tensor([t for tree in completions(trees) for row in tree for t in row], dtype=torch.float64)
     attached = attach_token_fields(trees, {"twice": 2 * tokens_N})

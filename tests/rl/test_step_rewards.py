@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def ends_of(text: str) -> list[int]:
-    """The token of each step's end: one token per character, the end of the sequence behind them."""
+    """The token of each step's end: one token per character, the end of the sequence after them."""
     ends = [n for n, letter in enumerate(text) if letter == "\n" and n and text[n - 1] != "\n"]
     return [*ends[: len(reward_of(text)) - 1], len(text)]
 
@@ -197,7 +197,7 @@ def test_ppo_puts_rewards_where_steps_end(folder: str) -> None:
     assert float(values["objective/scores"]) == pytest.approx(sum(totals) / 9)
 
 
-def test_ppo_leaves_out_what_no_reward_could_score(folder: str) -> None:
+def test_ppo_drops_what_no_reward_could_score(folder: str) -> None:
     module = TextPPO(folder, rewards=[], process_reward=of_steps, num_generations=3, kl_coef=0.0)
     module.configure_model()
     trees, _ = module.prepare(module.rollout(PROMPTS))

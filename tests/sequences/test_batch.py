@@ -39,7 +39,7 @@ def examples_of(forest: list[Segment]) -> list[Example]:
 @given(forests, st.booleans())
 def test_visibility_is_ancestry(forest: list[Segment], share_prefix: bool) -> None:
     batch = pack(examples_of(forest), share_prefix=share_prefix)
-    # The oracle: a token sees another when some path holds both, the other not behind it.
+    # The oracle: a token sees another when some path holds both, the other not after it.
     expected = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
     for path in batch.path_index.split(batch.lengths.tolist()):
         for place, token in enumerate(path):
@@ -166,7 +166,7 @@ def test_rows_of_one_prompt_are_laid_out_once() -> None:
     assert alone.distinct is None
 
 
-def test_a_sequence_may_go_on_where_another_one_ends() -> None:
+def test_a_sequence_may_continue_where_another_one_ends() -> None:
     ends, goes_on = Segment([5], [1]), Segment([5], [0], (Segment([6, 7], [1, 1]),))
     batch = pack(
         [Example("rows:0", Segment([4], children=(ends,))), Example("rows:1", Segment([4], children=(goes_on,)))]

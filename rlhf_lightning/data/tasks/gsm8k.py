@@ -110,6 +110,7 @@ def _split(problems: list[dict[str, Any]], split: str, shares: tuple[float, floa
         "test": (second, len(problems)),
         "heldout": (first, len(problems)),
     }
+    # A split has a fixed number of problems, whatever their hashes.
     ranked = sorted(range(len(problems)), key=lambda index: _hash(problems[index]["question"]))
     return [problems[index] for index in sorted(ranked[slice(*bounds[split])])]
 

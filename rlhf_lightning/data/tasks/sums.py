@@ -52,7 +52,7 @@ def load(contract: str, query: Query) -> list[dict[str, Any]]:
     * ``preference``: ``prompt, chosen, rejected``: a careful right solution against a wrong guess (``careless=0.5`` of
       the rows) or against a careful solution with a slip (the others). A guess differs from a solution at the
       first token; to tell a slip takes the arithmetic.
-    * ``unpaired``: ``prompt, completion, label``: the label says whether the answer is right; ``careless=0.5``,
+    * ``unpaired``: ``prompt, completion, label``: the label tells whether the answer is right; ``careless=0.5``,
       ``slips=0``.
     * ``stepwise``: ``prompt, completions, labels``: the steps of a careful solution, to be joined by
       :data:`STEP_SEPARATOR`; a label is true before the first wrong number and false from there on; ``slips=0.5``.
@@ -120,6 +120,7 @@ def _rows(
         # Seeded by text, which Python hashes with SHA-512: the same in every process, whatever PYTHONHASHSEED is.
         problems = Random(f"sums/{seed}/{split}/{row}")
         for _ in range(_MAX_DRAWS):
+            # Draw until a problem falls into the split, which a hash of its text decides.
             numbers = [problems.randint(low, high) for _ in range(terms)]
             prompt = "+".join(map(str, numbers)) + "=?"
             if split_of(prompt) == split:
@@ -173,6 +174,7 @@ def _steps(numbers: list[int], slip: int | None, random: Random) -> tuple[list[s
         right = total + number
         shown = _near(right, random, wrong=True) if len(steps) == slip else right
         steps.append(f"{total}+{number}={shown}")
+        # The next step continues from the number that was written, right or wrong.
         total = shown
     steps.append(f"#{_near(total, random, wrong=True) if len(steps) == slip else total}")
     return steps, [slip is None or index < slip for index in range(len(steps))]

@@ -63,7 +63,7 @@ class ProgramPeer(Peer):
         """Encodes arguments."""
         return {"arguments": [self.encoded(item) for item in arguments], "named": self.encoded(named)}
 
-    def dummy_pass(self, number: int) -> Any:
+    def proxy(self, number: int) -> Any:
         """Returns a function that calls the test's."""
         return _Callback(self, number)
 

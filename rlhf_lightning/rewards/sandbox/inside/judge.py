@@ -1,7 +1,7 @@
 """The judge's side of a test: runs the test outside the program's process, and calls the program from there.
 
 Only names and arguments are sent to the program. Its return values are compared here, as plain data. Any other object
-of the program is represented by a stand-in, which equals no plain value, whatever the program claims.
+of the program is represented by a proxy, which equals no plain value, whatever the program claims.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BUILTINS: Final = frozenset(dir(builtins))
 
 
 class Remote:
-    """Stand-in for an object of the program."""
+    """Proxy for an object of the program."""
 
     __slots__ = ("_number", "_peer")
 
@@ -155,7 +155,7 @@ class JudgePeer(Peer):
 
     def __init__(self, channel: int) -> None:
         super().__init__(channel)
-        self._stand_ins: dict[int, Remote] = {}
+        self._proxies: dict[int, Remote] = {}
         self._after: list[Any] | None = None
 
     def call(self, what: str, arguments: Sequence[Any], named: Mapping[str, Any], **parts: Any) -> Any:
@@ -183,7 +183,7 @@ class JudgePeer(Peer):
         return {name: self._or_exception(value) for name, value in found.items()}
 
     def _or_exception(self, value: Any) -> Any:
-        """Converts a stand-in of an exception class to a class that can be caught; returns anything else unchanged."""
+        """Converts a proxy of an exception class to a class that can be caught; returns anything else unchanged."""
         names = self.operate("lineage", value) if isinstance(value, Remote) else None
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             return self.exception_class(names)
@@ -200,9 +200,9 @@ class JudgePeer(Peer):
         arguments = [self.decoded(item) for item in frame.get("arguments", ())]
         return {"value": self.encoded(function(*arguments, **dict(self.decoded(frame.get("named")))))}
 
-    def dummy_pass(self, number: int) -> Remote:
-        """One stand-in for each object, so that ``is`` works."""
-        return self._stand_ins.setdefault(number, Remote(self, number))
+    def proxy(self, number: int) -> Remote:
+        """One proxy for each object, so that ``is`` works."""
+        return self._proxies.setdefault(number, Remote(self, number))
 
     def may_be_named(self, value: Any) -> bool:
         """Only functions, which may be called; attributes of objects must not be read."""

@@ -63,8 +63,8 @@ class Peer:
     def replied(self, frame: Mapping[str, Any]) -> None:
         """Reads further parts of a reply; does nothing here."""
 
-    def dummy_pass(self, number: int) -> Any:
-        """Returns the stand-in for an object of the other process."""
+    def proxy(self, number: int) -> Any:
+        """Returns the proxy for an object of the other process."""
         raise NotImplementedError
 
     def may_be_named(self, value: Any) -> bool:
@@ -72,7 +72,7 @@ class Peer:
         raise NotImplementedError
 
     def number_of(self, value: Any) -> int | None:
-        """The number of the other process's object, if ``value`` is its stand-in."""
+        """The number of the other process's object, if ``value`` is its proxy."""
         raise NotImplementedError
 
     def encoded(self, value: Any) -> Any:
@@ -99,9 +99,9 @@ class Peer:
 
     def _find(self, tag: str, number: Any) -> Any:
         if type(number) is not int:
-            raise ProtocolError(f"{number!r} is no number of an object")
+            raise ProtocolError(f"{number!r} is not the number of an object")
         if tag == OBJECT:
-            return self.dummy_pass(number)
+            return self.proxy(number)
         if number not in self._objects:
             raise ProtocolError(f"there is no object {number}")
         return self._objects[number]

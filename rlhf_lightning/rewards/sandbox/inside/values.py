@@ -108,7 +108,7 @@ def decode(data: Any, find: Callable[[str, Any], Any]) -> Any:
     if isinstance(data, list):
         return [decode(item, find) for item in data]
     if not isinstance(data, dict) or len(data) != 1:
-        raise ProtocolError(f"a {type(data).__name__} stands for no value")
+        raise ProtocolError(f"a {type(data).__name__} does not encode a value")
     ((tag, content),) = data.items()
     try:
         return _decode_tagged(tag, content, find)
@@ -141,4 +141,4 @@ def _decode_tagged(tag: str, content: Any, find: Callable[[str, Any], Any]) -> A
         # Take the width of texts from the texts themselves: the claimed one may be forged.
         found = np.array(decode(flat, find), dtype=str if np.dtype(kind).kind == "U" else kind)
         return found.reshape([int(size) for size in shape])
-    raise ProtocolError(f"{tag!r} stands for no value")
+    raise ProtocolError(f"{tag!r} does not encode a value")
