@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lightning.sequences import Example, Segment, TreeGeometry, pack, tree_attention
 from rlhf_lightning.sequences import cascade as operator
@@ -316,3 +317,25 @@ def test_under_autocast_only_half_precision_is_kept() -> None:
     exact = [each[0].transpose(0, 1).detach().bfloat16().double() for each in given]
     expected, _ = dense(*exact, dense_mask(tree))
     assert float((out[0] - expected).detach().norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_launches_do_not_grow_with_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forest of prompts with completions: two calls of the kernel and their merge."""
+    launched: list[str] = []
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view:
+                launched.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(operator, "plain_forward", operator.flash_forward)
+    tree = forest(*(Segment([n] * 5, children=(Segment([1] * 3), Segment([2] * 4))) for n in range(rows)))
+    query, key, value = (each.to("meta", torch.bfloat16) for each in states(tree))
+    bounds, longest, _, _ = tree.stretches(None)
+    bounds = [each.to("meta") for each in bounds]
+    with Launches():
+        cascade._init_fn(query, key, value, bounds, longest, None, None, SCALE)
+    assert launched.count("_flash_attention_forward.default") == 2
+    assert len(launched) <= 11, launched
