@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from .core import PostTrainingModule
+from .core.device_precision import default_precision
 from .distributed.collectives import is_peer_loss, rank_prefix
 from .utils import yaml_parser
 from .utils.files import on_first_rank, write_atomically
@@ -153,7 +154,10 @@ class PostTrainingCLI(LightningCLI):
         self.parser.add_instantiator(lambda class_type, *args, **kwargs: class_type(*args, **kwargs), object)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Builds the trainer, and refuses contradictory checkpoint options with advice that Lightning does not give."""
+        """Builds the trainer, with the precision of its device.
+
+        Contradictory checkpoint options are refused with advice that Lightning does not give.
+        """
         from .callbacks import ModelExport
         from .callbacks.training_checkpoint import check_enabled
 
@@ -165,6 +169,10 @@ class PostTrainingCLI(LightningCLI):
         exports = any(isinstance(callback, ModelExport) for callback in callbacks)
         if given.get("enable_checkpointing") is None and exports and not makes:
             kwargs["enable_checkpointing"] = False  # the model is exported; Lightning would write it again
+        precision = default_precision(given)
+        if precision is not None:
+            kwargs["precision"] = precision
+            rank_zero_info(f"trainer.precision is {precision}, which this GPU has; 32-true computes in fp32")
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -23,6 +23,7 @@ from ..models import Reference, TokenStats, load_causal_lm, load_tokenizer, reso
 from ..models import save_pretrained as export_pretrained
 from ..models.backbone import fix_rotary_frequencies
 from ..models.dropout import switch_off_dropout
+from ..models.own_attention import avoid_cudnn_attention
 from ..models.saving import export_kind
 from ..sequences import AttentionKernel, Example, ExampleBatch, SequenceBatch, register_attention
 from ..utils.files import check_replaceable
@@ -364,6 +365,7 @@ class PostTrainingModule(lightning.LightningModule):
         """Checks the trainer's flags before Lightning's own checks, and returns the callbacks that every run needs."""
         check_trainer(self.trainer)
         check_module(self)
+        avoid_cudnn_attention(self.trainer.strategy.root_device)
         prepare_checkpoints(self.trainer)
         prepare_screen(self.trainer)
         run = self.trainer.state.fn

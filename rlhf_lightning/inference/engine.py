@@ -14,7 +14,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import prompt_tokens
 from ..distributed.unshard import gathered
 from ..models import base_model, num_positions
-from ..models.own_attention import EAGER, using_attention
+from ..models.own_attention import EAGER, avoid_cudnn_attention, using_attention
 from .completion import Completion, Request
 from .continuous_batching import ContinuousBatch
 from .cpu_linear import packed_linears
@@ -149,6 +149,7 @@ class LocalEngine:
     def _run(self, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]) -> None:
         # Two properties that batched sampling rests on: causality, and keys that do not depend on the layout.
         decoder, model = Decoder(self.model), base_model(self.model)
+        avoid_cudnn_attention(decoder.device)
         if not decoder.looks_back():
             raise ValueError(
                 f"{type(model).__name__} cannot be sampled from: an earlier token sees later ones; use a causal "

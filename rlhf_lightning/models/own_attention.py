@@ -51,6 +51,16 @@ def set_attention(base: nn.Module, name: str) -> None:
         config._attn_implementation_internal = name
 
 
+def avoid_cudnn_attention(device: torch.device) -> None:
+    """Switches cuDNN's kernels of scaled-dot-product attention off in this process, if a run is on a CUDA device.
+
+    On Hopper and Blackwell torch prefers them for half precision. They build a plan for every new shape, which takes
+    0.02 to 1 s, and here nearly every block of a micro-batch and every step of a generation has a shape of its own.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def _configs(base: nn.Module) -> list[Any]:
     """Collects every config in a model: of its parts, of their parts, and the copies that layers keep."""
     found: dict[int, Any] = {}

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 # A missing kernel for 4-bit weights on the CPU: logged when peft and bitsandbytes are imported, quantised or not.
 _BITSANDBYTES = "bitsandbytes.backends.cpu.ops", ("Failed to load CPU gemm_4bit_forward",)
-# Advertisements for other products.
-_LIGHTNING = "lightning.pytorch.utilities.rank_zero", ("💡 Tip:",)
+# Advertisements for other products, and for TF32, which rounds what is kept in fp32 so that it is not rounded.
+_LIGHTNING = "lightning.pytorch.utilities.rank_zero", ("💡 Tip:", "You are using a CUDA device (")
 _WARNINGS = (
     # Validation rows are optional here, so a run without them is intended.
     r"You defined a `validation_step` but have no `val_dataloader`",

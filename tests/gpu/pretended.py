@@ -135,6 +135,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     inner_args, inner_kwargs = tree_map(lambda x: x.inner if isinstance(x, Pretended) else x, (args, given))
     if packet is _aten.histc and not inner_args[0].is_floating_point():  # a card counts whole numbers, too
         out = func(inner_args[0].double(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
+    elif func._overloadname in ("dtype", "dtype_out"):
+        out = _wide_product(func, *inner_args, **inner_kwargs)
     else:
         out = func(*inner_args, **inner_kwargs)
     if packet is _aten.copy_ and not isinstance(args[0], Pretended):
@@ -143,6 +145,16 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     wrapped = tree_map(lambda x: Pretended(x) if isinstance(x, Tensor) and not isinstance(x, Pretended) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _wide_product(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A product that the CPU does not have: of half precision, added up in single precision."""
+    *summand, left, right, wide = args
+    kinds = {left.dtype, right.dtype}, {wide, *(t.dtype for t in (*summand, *kwargs.values()))}
+    if kinds[0] not in ({torch.bfloat16}, {torch.float16}) or kinds[1] != {torch.float32}:
+        raise RuntimeError(f"out_dtype must be fp32 for fp16/bf16 inputs: {func} was given {kinds}")
+    plain = func.overloadpacket.out if "out" in kwargs else func.overloadpacket.default
+    return plain(*summand, left.to(wide), right.to(wide), **kwargs)
 
 
 class OnPretended(SingleDeviceStrategy):
@@ -176,12 +188,8 @@ def _target(args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]
 @contextmanager
 def pretended_cuda() -> Iterator[None]:
     """Within it, ``cuda:0`` is there."""
-    tensor, product, move, autocast = torch.tensor, torch.mm, Tensor.to, torch.autocast
+    tensor, move, autocast = torch.tensor, Tensor.to, torch.autocast
     enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
-
-    def mm(a: Tensor, b: Tensor, *, out_dtype: Any = None, **kwargs: Any) -> Tensor:
-        # A product that the CPU does not have: of half precision, added up in single precision.
-        return product(a, b, **kwargs) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype), **kwargs)
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         device, dtype = _target(args, kwargs)
@@ -221,7 +229,6 @@ def pretended_cuda() -> Iterator[None]:
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.get_device_capability": lambda device=None: (7, 0),  # no kernel of newer cards is asked for
-        "torch.mm": mm,
         "torch.Tensor.to": to,
         "torch.cuda.get_rng_state": lambda device=None: torch.get_rng_state(),
         "torch.cuda.set_rng_state": lambda state, device=None: None,
@@ -234,5 +241,6 @@ def pretended_cuda() -> Iterator[None]:
         # New parameters in the place of old ones: those of another device cannot be put into these.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        stack.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
         stack.enter_context(_Mode())
         yield

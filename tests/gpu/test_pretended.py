@@ -63,6 +63,7 @@ def on_card(module: lightning.LightningModule, rows: Any, steps: int, *callbacks
     with pretended_cuda():
         weights = fit(module, rows, steps, places, *callbacks, strategy=OnPretended(), **options)
         assert places.devices == {"cuda:0"}
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert all(bool(torch.isfinite(p).all()) for p in weights.values())
     return weights
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.models import OutputHead, TokenStats
+from rlhf_lightning.models.logprob_chunks import ChunkedLogProbs
 from rlhf_lightning.sequences import SequenceBatch
 
 from ..helpers import save_tiny_model
@@ -87,6 +88,15 @@ def full_logits(
 @pytest.mark.parametrize("method", METHODS)
 def test_full_logits(method: str, folder: str, baseline: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.models.backbone.fused_logprobs", full_logits)
+    outcome = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS))
+    assert_same(outcome, baseline, TOLERANCE["64-true"])
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo", "ppo"])
+def test_chunks_of_a_gpu(method: str, folder: str, baseline: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a GPU in place of the CPU's tiles; the embeddings are tied to it."""
+    monkeypatch.setattr("rlhf_lightning.models.fused_head._implementation", lambda device: ChunkedLogProbs)
+    monkeypatch.setattr("rlhf_lightning.models.logprob_chunks.CHUNK_BYTES", 5000)
     outcome = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS))
     assert_same(outcome, baseline, TOLERANCE["64-true"])
 

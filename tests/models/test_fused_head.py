@@ -10,7 +10,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_lightning.models import OutputHead, TokenStats, fused_head, fused_logprobs, output_head
+from rlhf_lightning.models import (
+    OutputHead,
+    TokenStats,
+    fused_head,
+    fused_logprobs,
+    logprob_chunks,
+    logprob_tiles,
+    output_head,
+)
+from rlhf_lightning.models.logprob_chunks import ChunkedLogProbs
 
 from ..helpers import tiny_model
 
@@ -20,8 +29,17 @@ N, D, V, R = 37, 16, 101, 3
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in both directions, the last ones smaller."""
-    monkeypatch.setattr(fused_head, "TILE_ROWS", 8)
-    monkeypatch.setattr(fused_head, "TILE_COLUMNS", 17)
+    monkeypatch.setattr(logprob_tiles, "TILE_ROWS", 8)
+    monkeypatch.setattr(logprob_tiles, "TILE_COLUMNS", 17)
+
+
+@pytest.fixture(params=["tiles", "chunks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tiles of a CPU, or the chunks of a GPU computed here: several of up to 15 rows in fp32."""
+    if request.param == "chunks":
+        monkeypatch.setattr(fused_head, "_implementation", lambda device: ChunkedLogProbs)
+        monkeypatch.setattr(logprob_chunks, "CHUNK_BYTES", 15 * V * 4 + 3)
+    return str(request.param)
 
 
 def inputs(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, OutputHead, Tensor, list[Tensor]]:
@@ -54,6 +72,7 @@ KEPT = pytest.mark.parametrize("kept", [0, 4000, 1 << 20])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.usefixtures("way")
 def test_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
@@ -62,7 +81,7 @@ def test_values_and_gradients(
     scale: float,
     kept: int,
 ) -> None:
-    monkeypatch.setattr(fused_head, "KEPT_BYTES", kept)
+    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(dtype)
     head.softcap, head.scale = softcap, scale
     stats = fused_logprobs(hidden, head, targets, temperature=1.3, entropy=True, mean=True, power=True)
@@ -81,8 +100,9 @@ def test_values_and_gradients(
 
 @KEPT
 @pytest.mark.parametrize("asked", [{}, {"entropy": True}, {"mean": True}])
+@pytest.mark.usefixtures("way")
 def test_each_output_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: int) -> None:
-    monkeypatch.setattr(fused_head, "KEPT_BYTES", kept)
+    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(torch.float64)
     stats = fused_logprobs(hidden, head, targets, **asked)
     expected = naive(hidden, head, targets, 1.0)
@@ -94,6 +114,7 @@ def test_each_output_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch, asked
         assert error(a, b) < 1e-12
 
 
+@pytest.mark.usefixtures("way")
 def test_half_precision_accumulates_in_single() -> None:
     hidden, head, targets, _ = inputs(torch.bfloat16)
     exact = naive(
@@ -110,6 +131,7 @@ def test_half_precision_accumulates_in_single() -> None:
     assert hidden.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("way")
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
     weight = torch.tensor([[100.0], [-100.0], [0.0]])
@@ -120,6 +142,7 @@ def test_extreme_logits_stay_finite() -> None:
     assert torch.isfinite(hidden.grad).all()
 
 
+@pytest.mark.usefixtures("way")
 def test_no_rows() -> None:
     hidden, head, _, _ = inputs(torch.float32)
     stats = fused_logprobs(hidden[:0], head, torch.zeros(0, dtype=torch.long))
@@ -129,6 +152,7 @@ def test_no_rows() -> None:
     assert not hidden.grad.any()
 
 
+@pytest.mark.usefixtures("way")
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, head, targets, _ = inputs(torch.float32)
     head = OutputHead(head.weight.detach())
@@ -153,7 +177,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_are_never_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_head, "KEPT_BYTES", 2000)
+    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", 2000)
     hidden, head, targets, _ = inputs(torch.float32)
     with Largest() as seen:
         stats: TokenStats = fused_logprobs(hidden, head, targets, entropy=True, mean=True, power=True)
@@ -178,7 +202,7 @@ class Products(TorchDispatchMode):
 def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: bool) -> None:
     hidden, head, targets, _ = inputs(torch.float64)
     head = OutputHead(head.weight)
-    monkeypatch.setattr(fused_head, "KEPT_BYTES", N * V * 8 if kept else 0)
+    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", N * V * 8 if kept else 0)
     with Products() as products:
         fused_logprobs(hidden, head, targets, **asked).logprobs.sum().backward()
     num_tiles = -(-N // 8) * -(-V // 17)
@@ -188,7 +212,7 @@ def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, aske
 def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 rows and 17 columns: three fit; a graph that is kept for a second pass gives the same gradient."""
     hidden, head, targets, leaves = inputs(torch.float64)
-    monkeypatch.setattr(fused_head, "KEPT_BYTES", 3 * 8 * 17 * 8 + 8)
+    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", 3 * 8 * 17 * 8 + 8)
     total = fused_logprobs(hidden, head, targets).logprobs.sum()
     node: Any = total.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     assert list(node.kept_tiles) == [(0, 0), (0, 17), (0, 34)]
@@ -200,13 +224,13 @@ def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    plain = fused_head._Tiles.logits
+    plain = logprob_tiles._Tiles.logits
 
     def spied(self: Any, rows: slice, columns: slice, *, fresh: bool = False) -> Tensor:
         asked.append(fresh)
         return plain(self, rows, columns, fresh=fresh)
 
-    monkeypatch.setattr(fused_head._Tiles, "logits", spied)
+    monkeypatch.setattr(logprob_tiles._Tiles, "logits", spied)
     hidden, head, targets, _ = inputs(torch.float64)
     with torch.no_grad():
         fused_logprobs(hidden, head, targets)

@@ -24,6 +24,7 @@ def test_advertisements(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     caplog.set_level(logging.INFO, logger=logger.name)
     rank_zero_info("💡 Tip: For seamless cloud logging, try installing something")
+    rank_zero_info("You are using a CUDA device ('NVIDIA H100') that has Tensor Cores. To properly utilize them")
     rank_zero_info("GPU available: False")
     assert caplog.messages == ["GPU available: False"]
 
