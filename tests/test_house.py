@@ -23,7 +23,6 @@ UP = {
 }
 LONG_FILES = {
     "rlhf_lightning/core/module.py": "options, interface and Lightning hooks of every method, each a few lines",
-    "rlhf_lightning/models/fused_head.py": "forward and backward of one kernel, with the reason for each step",
     "rlhf_lightning/data/loaders.py": "three loaders and the state that a run is resumed from",
     "rlhf_lightning/modules/process_reward.py": "the docstring of its options",
     "rlhf_lightning/rl/on_policy_module.py": "the docstring of its options",
