@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import lightning
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf_lightning
 from rlhf_lightning import callbacks, core, datamodules, modules
 from rlhf_lightning.cli import main
-from rlhf_lightning.core import headed_module
 from rlhf_lightning.rl import on_policy_module
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +92,7 @@ def test_readme_from_top_to_bottom(
     assert min(done.values()) >= 2
     for folder in ("runs/sft/model", "runs/dpo/model", "runs/mine/sft/model", "aligned"):
         AutoModelForCausalLM.from_pretrained(folder)
+    AutoModelForSequenceClassification.from_pretrained("runs/reward/model")
     assert Path("runs/mine/dpo/model/adapter_model.safetensors").is_file()
     assert Path("runs/mine/report.html").is_file()
 
@@ -110,7 +110,6 @@ def test_what_documents_name_is_there(document: str) -> None:
         rlhf_lightning,
         core,
         modules,
-        headed_module,
         on_policy_module,
         datamodules,
         callbacks,

@@ -34,9 +34,4 @@ def check_merge(module: Any) -> None:
     """
     module.configure_model()
     if isinstance(module.model, PeftModel):
-        if getattr(module, "trains_members_in_turn", False):
-            raise ValueError(
-                f"merge_adapter is true, but ensemble 'adapters' has {module.num_models} adapters, which cannot become "
-                "one model: set merge_adapter=False, and load the folder with RewardModule.from_pretrained"
-            )
         check_mergeable(module.model)

@@ -1,17 +1,16 @@
 """Helpers that turn packed batches into rows, shared by several methods.
 
-Legend: P paths, S sequences, N scored tokens.
+Legend: S sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..distributed.collectives import Rows
-from ..sequences import Example, SequenceBatch
+from ..sequences import Example
 
 
 def num_scored(example: Example) -> list[int]:
@@ -38,20 +37,3 @@ def pair_rows(name: str, values_S: Tensor) -> Rows:
     """Splits values of alternating chosen and rejected sequences into rows; ``{}`` in the name becomes either word."""
     values = values_S.view(-1, 2)
     return {name.format("chosen"): values[:, 0], name.format("rejected"): values[:, 1]}
-
-
-def scored_lengths(batch: SequenceBatch) -> Tensor:
-    """Counts the scored tokens of each sequence: ``(S,)``."""
-    return torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
-
-
-def scored_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Returns the positions of the scored tokens themselves, not of the tokens before them.
-
-    Returns:
-        ``(N,)`` flat positions in the forest, and ``(N,)`` positions along their paths.
-    """
-    # Scored tokens are predicted from the token before them on the same path.
-    first_P = batch.lengths.cumsum(0) - batch.lengths
-    depth_N = batch.source_depth + 1
-    return batch.path_index[first_P[batch.source_path] + depth_N], depth_N

@@ -1,4 +1,4 @@
-"""Models: loading and export, running a decoder over packed batches, the fused log-prob head, reference policies."""
+"""Models: loading and export, decoders over packed batches, the fused head, reward models, reference policies."""
 
 from .backbone import (
     HiddenStates,
@@ -12,7 +12,9 @@ from .backbone import (
 from .fused_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .layout import resolve_layout
 from .loading import load_causal_lm, load_tokenizer
+from .process_reward_model import ProcessRewardModel, ProcessRewardModelOptions
 from .reference import AdapterReference, FrozenReference, Reference, folder_fingerprint
+from .reward_model import RewardModel, RewardModelOptions
 from .saving import save_pretrained
 
 __all__ = [
@@ -20,7 +22,11 @@ __all__ = [
     "FrozenReference",
     "HiddenStates",
     "OutputHead",
+    "ProcessRewardModel",
+    "ProcessRewardModelOptions",
     "Reference",
+    "RewardModel",
+    "RewardModelOptions",
     "TokenStats",
     "base_model",
     "decoder_of",

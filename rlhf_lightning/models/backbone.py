@@ -8,6 +8,7 @@ Legend: T tokens in the forest, S sequences, L padded length, R positions read, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..sequences import SequenceBatch, gather_rows
+from ..sequences import Example, SequenceBatch, gather_rows
 from .fused_head import TokenStats, fused_logprobs, output_head
 from .rotary import rotary_limit, steady_rotary
 
@@ -169,6 +170,32 @@ def num_positions(model: nn.Module) -> int | None:
         return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None else int(positions)
+
+
+def check_fits(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Checks that examples fit a model's positions and vocabulary.
+
+    Raises:
+        ValueError: with the row, what is wrong with it, and what to do.
+    """
+    positions = num_positions(model)
+    embeddings: Any = base_model(model).get_input_embeddings()
+    vocab_size = int(embeddings.weight.shape[0])
+    for example in examples:
+        for path in example.root.paths():
+            length = sum(len(segment.tokens) for segment in path)
+            if positions is not None and length > positions:
+                raise ValueError(
+                    f"row {example.row_id} has {length} tokens, the model has {positions} positions: set the "
+                    f"datamodule's max_length to {positions} or less"
+                )
+            ends = [int(end) for segment in path for end in (segment.tokens.min(), segment.tokens.max())]
+            if min(ends) < 0 or max(ends) >= vocab_size:
+                wrong = min(ends) if min(ends) < 0 else max(ends)
+                raise ValueError(
+                    f"row {example.row_id} has token {wrong}, the model's vocabulary has {vocab_size}: the "
+                    "tokenizer is not this model's"
+                )
 
 
 def fix_rotary_frequencies(model: nn.Module, *, longest: int | None = None, head: bool = True) -> None:

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..sequences import AttentionKernel, SequenceBatch, register_attention
-from . import base_model, hidden_states, load_causal_lm, resolve_layout
-from .backbone import fix_rotary_frequencies
-from .reward_head import (
-    HeadKind,
-    RewardHead,
-    freeze_output_projection,
-    load_head,
-    read_head_options,
-    read_head_state,
-)
+from .backbone import Layout, base_model, fix_rotary_frequencies, hidden_states
+from .layout import resolve_layout
+from .loading import load_causal_lm
+from .reward_ensemble import MemberMeans
+from .reward_head import HeadKind, RewardHead, freeze_output_projection, read_head_options, read_head_state
+from .reward_model import RewardModel, RewardModelOptions
 
 
 class Critic(nn.Module):
@@ -31,10 +27,10 @@ class Critic(nn.Module):
         head: maps hidden states to one number, or to the outputs of a reward model.
         model: the critic's own model; ``None`` where it reads the policy's hidden states.
         layout: layout of batches in the critic's own model.
-        pooling: state that a value is read from: the ``last`` one, or, as in a reward model with this pooling, the
-            ``mean`` of the completion's states so far (before the first, the state of the prompt).
-        attribute_weights: weights of a reward model's attributes in its reward.
-        member_means: ``(M, K)``, subtracted from the rewards of the members of an ensemble.
+        options: options of the reward model that the head is from: weights of its attributes, and the state that a
+            value is read from: the ``last`` one, or with the pooling ``mean`` that of the completion's states so far
+            (before the first, the state of the prompt).
+        means: running means of its members' rewards.
     """
 
     def __init__(
@@ -43,20 +39,16 @@ class Critic(nn.Module):
         model: nn.Module | None = None,
         layout: Literal["auto", "packed", "padded"] = "auto",
         *,
-        pooling: Literal["last", "mean"] = "last",
-        attribute_weights: list[float] | None = None,
-        member_means: list[list[float]] | None = None,
+        options: RewardModelOptions | None = None,
+        means: MemberMeans | None = None,
     ) -> None:
         super().__init__()
         self.head = head
         self.model = model
-        self.pooling = pooling
-        members, attributes = head.weight.shape[:2]
-        # Not buffers: a trainer's precision would round them.
-        self._weights = [1 / attributes] * attributes if attribute_weights is None else attribute_weights
-        self._means = [[0.0] * attributes] * members if member_means is None else member_means
+        self.options = RewardModelOptions() if options is None else options
+        self.means = MemberMeans(*head.weight.shape[:2]) if means is None else means
         self._requested_layout = layout
-        self._layout: Literal["packed", "padded"] | None = None
+        self._layout: Layout | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -66,8 +58,7 @@ class Critic(nn.Module):
     def values(self, hidden_ND: Tensor) -> Tensor:
         """Computes values, ``(N, D) -> (N,)``: the mean over members of the weighted attributes, as in a reward."""
         values_NMK: Tensor = self.head(hidden_ND)
-        centred_NMK = values_NMK - values_NMK.new_tensor(self._means)
-        return (centred_NMK @ values_NMK.new_tensor(self._weights)).mean(dim=1)
+        return self.options.combined(self.means.centred(values_NMK)).mean(dim=1)
 
     def own_values(self, batch: SequenceBatch) -> Tensor:
         """Computes values ``(N,)`` of the states before the scored tokens with the critic's own model."""
@@ -76,7 +67,9 @@ class Critic(nn.Module):
             self._layout = resolve_layout(self.model, self._requested_layout)
         hidden = hidden_states(self.model, batch, self._layout)
         states_ND = hidden.read(batch.source_index, batch.source_path, batch.source_depth)
-        return self.values(states_ND if self.pooling == "last" else means_so_far(states_ND, batch.sequence_index))
+        if self.options.pooling == "mean":
+            states_ND = means_so_far(states_ND, batch.sequence_index)
+        return self.values(states_ND)
 
 
 def means_so_far(states_ND: Tensor, sequence_index_N: Tensor) -> Tensor:
@@ -141,31 +134,14 @@ def own_critic(
     name = register_attention(attention)
     model = load_causal_lm(source, dtype=dtype, attn_implementation=name, headless=True, **options)
     fix_rotary_frequencies(model, longest=longest, head=False)
+
+    if stored or read_head_state(source):
+        reward = RewardModel(model, RewardModelOptions(**RewardModel.stored_options(source)), dtype=dtype)
+        reward.load_head_files(source)
+        return Critic(reward.head, model, layout, options=reward.options, means=reward.means)
     freeze_output_projection(model)
-
-    # A stored head decides on the shape; a sequence classifier's has no options and is linear.
     size = int(base_model(model).config.get_text_config().hidden_size)
-    state = read_head_state(source)
-    members, attributes = state["weight"].shape[:2] if state else (1, 1)
-    head = RewardHead(
-        size,
-        kind=stored.get("head", kind if not state else "linear"),
-        num_outputs=attributes,
-        num_models=members,
-        seed=seed,
-        dtype=dtype,
-    )
-    if not load_head(head, source):
-        _silent(head)
-
-    return Critic(
-        head,
-        model,
-        layout,
-        pooling=stored.get("pooling", "last"),
-        attribute_weights=stored.get("attribute_weights"),
-        member_means=stored.get("member_means"),
-    )
+    return Critic(_silent(RewardHead(size, kind=kind, seed=seed, dtype=dtype)), model, layout)
 
 
 def _check_head(source: str, stored: Mapping[str, Any]) -> None:

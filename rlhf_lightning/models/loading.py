@@ -51,7 +51,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         >>> load_tokenizer("runs/sft/export").eos_token  # doctest: +SKIP
         '<eos>'
     """
-    place = _locate(source, what="tokenizer")
+    place = locate(source, what="tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except LOADING_ERRORS as error:
@@ -125,7 +125,7 @@ def load_causal_lm(
     """
     _check_options(dtype=dtype, init=init, quantization=quantization, lora=lora, trainable=trainable)
     config = lora_config(lora) if lora is not None else None
-    place = _locate(model, what="model")
+    place = locate(model, what="model")
     adapter = find_adapter_config_file(place)
     if quantization is not None and trainable and lora is None and adapter is None:
         raise ValueError(f"quantization={quantization!r} without lora leaves nothing to train: pass lora={{'r': 16}}")
@@ -148,7 +148,7 @@ def load_causal_lm(
                 f"{str(model)!r} holds an adapter, which is trained further: remove lora and init, "
                 "or pass the base model's folder to start a new adapter"
             )
-        loaded = load_adapter(place, adapter, lambda base: load(_locate(base, what="base model")), trainable=trainable)
+        loaded = load_adapter(place, adapter, lambda base: load(locate(base, what="base model")), trainable=trainable)
     elif init == "random":
         loaded = _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
     else:
@@ -191,7 +191,7 @@ def _check_options(
         raise ValueError(f"quantization={quantization!r} does not compute in float64: use float32, bfloat16 or float16")
 
 
-def _locate(source: str | Path, *, what: str) -> str:
+def locate(source: str | Path, *, what: str) -> str:
     """Resolves a folder here or in the package's configs to an absolute path; returns a hub id unchanged."""
     path = packaged_config(source) or Path(source).expanduser()
     if path.is_dir():

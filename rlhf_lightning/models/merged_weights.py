@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapters import TiedLinear
 from .reference import ADAPTER_COPY
+from .reward_ensemble import num_members
 
 
 def trained_adapter(model: PeftModel) -> str:
@@ -34,8 +35,12 @@ def trained_adapter(model: PeftModel) -> str:
 
 
 def merged_state(model: PeftModel) -> dict[str, Tensor]:
-    """Returns the base model's state dict with the adapter merged, under the names of a model without adapters."""
-    adapter = trained_adapter(model)
+    """Returns the base model's state dict with the adapter merged, under the names of a model without adapters.
+
+    Raises:
+        ValueError: a layer cannot be merged, or the model has the adapters of an ensemble.
+    """
+    adapter = _only_adapter(model)
     base: Any = model.get_base_model()
     replaced: dict[str, dict[str, Tensor]] = {}
     for name, module in base.named_modules():
@@ -61,9 +66,9 @@ def check_mergeable(model: PeftModel) -> None:
     """Merges one layer of every kind, so that a layer that cannot be merged is found before training.
 
     Raises:
-        ValueError: for a layer that cannot be merged.
+        ValueError: a layer cannot be merged, or the model has the adapters of an ensemble.
     """
-    adapter = trained_adapter(model)
+    adapter = _only_adapter(model)
     seen = set()
     for name, module in model.get_base_model().named_modules():
         layer: Any = module
@@ -76,6 +81,16 @@ def check_mergeable(model: PeftModel) -> None:
         if kind not in seen:
             seen.add(kind)
             _replaced_state(name, module, adapter)
+
+
+def _only_adapter(model: PeftModel) -> str:
+    members = num_members(model)
+    if members > 1:
+        raise ValueError(
+            f"merge_adapter is true, but ensemble 'adapters' has {members} adapters, which cannot become one model: "
+            "set merge_adapter=False, and load the folder with RewardModel.from_pretrained"
+        )
+    return trained_adapter(model)
 
 
 def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Tensor] | None:

@@ -1,34 +1,32 @@
 """Process reward models: a score at the end of every step of a solution.
 
-Legend: E examples, S sequences, N scored tokens (the ends of steps), M steps, T tokens of completions, D hidden size.
+Legend: E examples, S sequences, N scored tokens (the ends of steps), M steps, T tokens of completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ..core.headed_module import HeadedModule
-from ..core.scoring import TemplateSettings, Text, per_sequence, score_texts, template_of
-from ..core.sequence_rows import num_scored, scored_lengths, scored_positions
-from ..data.formats import Row
-from ..data.tokenization import RowTokenizer
+from ..core import PostTrainingModule
+from ..core.sequence_rows import num_scored
+from ..core.trainer_checks import trainer_dtype
+from ..data.messages import Text
 from ..distributed.collectives import Metrics, Rows
-from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_scores, step_bce_loss
+from ..losses.process_reward import Aggregation, step_bce_loss
 from ..metrics.functional import first_error_f1, first_errors
-from ..models import HiddenStates, OutputHead, hidden_states, output_head
-from ..sequences import Example, ExampleBatch, Segment, SequenceBatch
-from ..utils.validation import check_choice, check_fraction, check_not_negative
+from ..models import ProcessRewardModel
+from ..models.backbone import Layout
+from ..models.process_reward_model import BoundaryLogits, ProcessRewardModelOptions, Solution, StepHead
+from ..models.scoring import TemplateSettings
+from ..sequences import Example, ExampleBatch, SequenceBatch
+from ..utils.validation import check_not_negative
 
-StepHead = Literal["linear", "mlp", "tokens"]
 
-
-class ProcessRewardModule(HeadedModule):
-    r"""A process reward model (Lightman et al., 2023, arXiv:2305.20050), which scores every step of a solution.
+class ProcessRewardModule(PostTrainingModule):
+    r"""Trains a process reward model (Lightman et al., 2023, arXiv:2305.20050), which scores every step of a solution.
 
     With z the logit read at the last token of a step and y in [0, 1] its label:
 
@@ -89,77 +87,84 @@ class ProcessRewardModule(HeadedModule):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_choice("labels", labels, ("hard", "soft"))
-        check_choice("head", head, ("linear", "mlp", "tokens"))
-        check_choice("aggregation", aggregation, AGGREGATIONS)
-        check_choice("boundaries", boundaries, ("separator", "learned"))
+        options = ProcessRewardModelOptions(
+            head=head,
+            label_tokens=label_tokens,
+            step_separator=step_separator,
+            labels=labels,
+            aggregation=aggregation,
+            outcome_head=outcome_head,
+            boundaries=boundaries,
+            threshold=threshold,
+        )
         check_not_negative("outcome_weight", outcome_weight, "1 is usual")
         check_not_negative("boundary_weight", boundary_weight, "1 is usual")
-        check_fraction("threshold", threshold, "0.5 is usual")
-        if not step_separator:
-            raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
 
-        super().__init__(model, seed=seed, **kwargs)
-        self.head_kind: StepHead = head
-        self.step_separator = step_separator
-        self.labels = labels
-        self.label_tokens = (str(label_tokens[0]), str(label_tokens[1]))
-        self.aggregation: Aggregation = aggregation
+        super().__init__(model, **kwargs)
+        self.options = options
+        self.seed = seed
         self.train_on_last_step_only = train_on_last_step_only
-        self.outcome_head = outcome_head
         self.outcome_weight = outcome_weight
-        self.boundaries = boundaries
         self.boundary_weight = boundary_weight
-        self.threshold = threshold
+        self.head: Any = None
+        # In a list, so that its weights are registered once, as ``model`` and ``head``.
+        self._reward_model: list[ProcessRewardModel] = []
 
-        # Names of the head's outputs in order; label tokens need no output for steps.
-        own = [] if head == "tokens" else ["step"]
-        self._outputs = own + ["outcome"] * outcome_head + ["boundary"] * (boundaries == "learned")
-        self._label_ids: list[int] = []
+    # The model.
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> Self:
+        """Loads an exported process reward model, in evaluation mode.
+
+        Args:
+            folder: as for ``rlhf_lightning.models.ProcessRewardModel.from_pretrained``, which needs no module to score
+                texts.
+            options: options of the module that override the stored ones.
+
+        Raises:
+            ValueError: the folder holds no head, or the head of another method.
+        """
+        module = cls(folder, **{**ProcessRewardModel.stored_options(folder), **options})
+        module.configure_model()
+        return module.eval()
+
+    @property
+    def reward_model(self) -> ProcessRewardModel:
+        """The reward model that is trained: decoder and head, with their scoring; built by ``configure_model``."""
+        return self._reward_model[0]
 
     @property
     def predicts_tokens(self) -> bool:
         """Whether labels are tokens of the language model."""
-        return self.head_kind == "tokens"
+        return self.options.predicts_tokens
 
-    def head_shape(self) -> dict[str, Any]:
-        """Returns a head with one output for each of steps, outcome and boundaries that it predicts."""
-        kind = "mlp" if self.head_kind == "mlp" else "linear"
-        return {"kind": kind, "num_outputs": len(self._outputs)} if self._outputs else {}
+    @property
+    def exports_head(self) -> bool:
+        """Whether a head is written with the model; always true here."""
+        return True
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of batches; decided once, when the model is on its device."""
+        return self.reward_model.layout
 
     def configure_model(self) -> None:
         """Builds the decoder and its head, and looks up the label tokens."""
+        if self.is_configured:
+            return
         super().configure_model()
-        if self.predicts_tokens and not self._label_ids:
-            self._label_ids = [self._label_id(text) for text in self.label_tokens]
-
-    def _label_id(self, text: str) -> int:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
-            raise ValueError(
-                f"label_tokens has {text!r}, which is {len(ids)} tokens of this tokenizer (or unknown to it); give two "
-                "texts of one known token each, such as ['+', '-']"
-            )
-        return int(ids[0])
-
-    def _step_logits(self, states_ND: Tensor) -> Tensor:
-        """Computes the logits of steps being right: ``(N, D) -> (N,)``."""
-        if self.head_kind != "tokens":
-            return self._read(states_ND, "step")
-        dtype = torch.promote_types(states_ND.dtype, torch.float32)
-        whole = output_head(self.model)
-        rows = {"weight": whole.weight, "bias": whole.bias, "lora_out": whole.lora_out}
-        parts: dict[str, Any] = {n: None if t is None else t[self._label_ids].to(dtype) for n, t in rows.items()}
-        parts["lora_in"] = None if whole.lora_in is None else whole.lora_in.to(dtype)
-        head = OutputHead(**parts, lora_scaling=whole.lora_scaling, scale=whole.scale, softcap=whole.softcap)
-        # A small difference of two large logits needs at least fp32, also under autocast.
-        with torch.autocast(states_ND.device.type, enabled=False):
-            right, wrong = head.logits(states_ND.to(dtype)).unbind(dim=1)
-        return right - wrong
-
-    def _read(self, states: Tensor, name: str) -> Tensor:
-        """Reads one output of the head by name."""
-        return self.head_outputs(states)[:, 0, self._outputs.index(name)]
+        reward_model = ProcessRewardModel(
+            self.model,
+            self.options,
+            tokenizer=self.tokenizer if self.predicts_tokens else None,
+            folder=self.model_source if self.init == "pretrained" else None,
+            seed=self.seed,
+            dtype=trainer_dtype(self._trainer),
+            micro_batch_tokens=self.micro_batch_tokens,
+            layout=self._requested_layout,
+            share_prefix=self.share_prefix,
+        )
+        self._reward_model, self.head = [reward_model], reward_model.head
 
     # Learning.
 
@@ -172,57 +177,36 @@ class ProcessRewardModule(HeadedModule):
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes per example the sums of losses and of correct predictions, and the first errors."""
-        hidden = hidden_states(self.model, batch, self.layout)
-        flat_N, depth_N = scored_positions(batch)
-        states_ND = hidden.read(flat_N, batch.source_path, depth_N)
-        logits_N = self._step_logits(states_ND)
-        labels_N = logits_N.new_tensor([label for e in batch.examples for label in e.fields["labels"]])
-        losses_N = step_bce_loss(logits_N, labels_N)
-        last_S = scored_lengths(batch).cumsum(0) - 1
-        right_N = (logits_N.sigmoid() >= self.threshold) == (labels_N >= self.threshold)
+        logits = self.reward_model(batch, self.layout)
+        steps_N = logits.steps_N
+        labels_N = steps_N.new_tensor([label for e in batch.examples for label in e.fields["labels"]])
+        losses_N = step_bce_loss(steps_N, labels_N)
+        last_S = batch.scored_lengths().cumsum(0) - 1
+        threshold = self.options.threshold
+        right_N = (steps_N.sigmoid() >= threshold) == (labels_N >= threshold)
         rows = {
             "loss": losses_N[last_S] if self.train_on_last_step_only else batch.sum_per_example(losses_N),
             "correct": batch.sum_per_example(right_N.to(losses_N.dtype)),
             "first_error": self._first_errors(labels_N, batch),
-            "predicted_first_error": self._first_errors(logits_N.detach().sigmoid(), batch),
+            "predicted_first_error": self._first_errors(steps_N.detach().sigmoid(), batch),
         }
-        if self.outcome_head:
-            outcomes_S = logits_N.new_tensor([_outcome(example) for example in batch.examples])
-            logits_S = self._read(states_ND[last_S], "outcome")
-            rows["outcome_loss"] = step_bce_loss(logits_S, outcomes_S)
-            rows["outcome_correct"] = ((logits_S > 0) == (outcomes_S >= 0.5)).to(losses_N.dtype)
-        if self.boundaries == "learned":
-            rows |= self._boundary_rows(hidden, batch)
+        if logits.outcomes_S is not None:
+            outcomes_S = steps_N.new_tensor([_outcome(example) for example in batch.examples])
+            rows["outcome_loss"] = step_bce_loss(logits.outcomes_S, outcomes_S)
+            rows["outcome_correct"] = ((logits.outcomes_S > 0) == (outcomes_S >= 0.5)).to(losses_N.dtype)
+        if logits.boundaries is not None:
+            rows |= _boundary_rows(logits.boundaries, batch)
         return rows
 
     def _first_errors(self, scores_N: Tensor, batch: SequenceBatch) -> Tensor:
-        return first_errors(scores_N, batch.sequence_index, batch.num_sequences, self.threshold)
-
-    def _boundary_rows(self, hidden: HiddenStates, batch: SequenceBatch) -> Rows:
-        """Computes losses and accuracy of the predicted ends of steps, per example."""
-        logits_T, sequence_T, depth_T = self._boundary_logits(hidden, batch)
-        ends = set(zip(batch.sequence_index.tolist(), (batch.source_depth + 1).tolist(), strict=True))
-        places = zip(sequence_T.tolist(), depth_T.tolist(), strict=True)
-        is_end_T = logits_T.new_tensor([float(place in ends) for place in places])
-        losses_T = step_bce_loss(logits_T, is_end_T)
-        right_T = ((logits_T > 0) == (is_end_T > 0)).to(losses_T.dtype)
-        zeros_S = losses_T.new_zeros(batch.num_sequences)
-        return {
-            "boundary_loss": zeros_S.index_add(0, sequence_T, losses_T),
-            "boundary_correct": zeros_S.index_add(0, sequence_T, right_T),
-        }
-
-    def _boundary_logits(self, hidden: HiddenStates, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes boundary logits of all completion tokens, with their sequences and depths; ``(T,)`` each."""
-        flat_T, sequence_T, depth_T = _completion_positions(batch)
-        return self._read(hidden.read(flat_T, sequence_T, depth_T), "boundary"), sequence_T, depth_T
+        return first_errors(scores_N, batch.sequence_index, batch.num_sequences, self.options.threshold)
 
     def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Adds the mean over steps and the weighted means over solutions and tokens."""
         total = rows["loss"].sum() / normalizers["learned"]
-        if self.outcome_head:
+        if self.options.outcome_head:
             total = total + self.outcome_weight * rows["outcome_loss"].sum() / normalizers["examples"]
-        if self.boundaries == "learned":
+        if self.options.learns_boundaries:
             total = total + self.boundary_weight * rows["boundary_loss"].sum() / normalizers["tokens"]
         return total
 
@@ -236,9 +220,9 @@ class ProcessRewardModule(HeadedModule):
             "accuracy_without_error": found.without_error,
         }
         values = {name: value for name, value in values.items() if not value.isnan()}
-        if self.outcome_head:
+        if self.options.outcome_head:
             values["outcome_accuracy"] = rows["outcome_correct"].sum() / normalizers["examples"]
-        if self.boundaries == "learned":
+        if self.options.learns_boundaries:
             values["boundary_accuracy"] = rows["boundary_correct"].sum() / normalizers["tokens"]
         return values
 
@@ -261,7 +245,7 @@ class ProcessRewardModule(HeadedModule):
     def _check_label(self, row_id: str, number: int, label: Any) -> None:
         if not isinstance(label, int | float) or not 0 <= label <= 1:
             raise ValueError(f"row {row_id} has the label {label!r} at step {number}; it must be in [0, 1]")
-        if self.labels == "hard" and label not in (0, 1):
+        if self.options.labels == "hard" and label not in (0, 1):
             raise ValueError(
                 f"row {row_id} has the label {label!r} at step {number}; hard labels are 0 or 1: set labels='soft'"
             )
@@ -269,88 +253,21 @@ class ProcessRewardModule(HeadedModule):
     # Scoring.
 
     def score_steps(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[str | Sequence[str]],
-        chat_template_kwargs: TemplateSettings = None,
+        self, prompts: Sequence[Text], completions: Sequence[Solution], chat_template_kwargs: TemplateSettings = None
     ) -> list[list[float]]:
-        """Computes the probability that each step is right.
-
-        Args:
-            prompts: texts, or lists of chat messages.
-            completions: one per prompt: a list of steps, or a text that is split at ``step_separator`` (empty steps are
-                dropped). With ``boundaries="learned"``, steps of a text end at predicted tokens and at its end.
-            chat_template_kwargs: arguments of the chat template, such as ``tools``: for all rows, or a list with one
-                per row.
-
-        Returns:
-            One list per completion, with one probability per step.
-
-        Raises:
-            ValueError: lists of different length, or a completion without steps.
-        """
-        if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
-            raise ValueError(
-                f"given {len(prompts)} prompts and {len(completions)} completions; give two lists of one length"
-            )
-        rows = RowTokenizer(self.tokenizer)
-        trees = [
-            self._solution(rows, number, prompt, completion, template_of(chat_template_kwargs, number))
-            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        values = score_texts(self, trees, self._sequence_steps)
-        return [_at_ends(value, self._finds_ends(c)) for value, c in zip(values, completions, strict=True)]
+        """Computes the probability that each step is right, as ``ProcessRewardModel.score_steps`` does."""
+        return self._scorer().score_steps(prompts, completions, chat_template_kwargs)
 
     def score(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[str | Sequence[str]],
-        chat_template_kwargs: TemplateSettings = None,
+        self, prompts: Sequence[Text], completions: Sequence[Solution], chat_template_kwargs: TemplateSettings = None
     ) -> list[float]:
-        """Computes one score per completion by aggregating its steps' probabilities; see ``score_steps``."""
-        steps = self.score_steps(prompts, completions, chat_template_kwargs)
-        index = torch.tensor([number for number, scores in enumerate(steps) for _ in scores], dtype=torch.long)
-        values = torch.tensor([score for scores in steps for score in scores], dtype=torch.float64)
-        if not steps:
-            return []
-        return self._aggregated(values, index, len(steps)).tolist()
+        """Computes one score per completion by aggregating its steps' probabilities, as ``ProcessRewardModel`` does."""
+        return self._scorer().score(prompts, completions, chat_template_kwargs)
 
-    def _aggregated(self, scores_M: Tensor, sequence_index_M: Tensor, num_sequences: int) -> Tensor:
-        return aggregate_step_scores(
-            scores_M, sequence_index_M, num_sequences=num_sequences, aggregation=self.aggregation
-        )
-
-    def _solution(
-        self,
-        rows: RowTokenizer,
-        number: int,
-        prompt: Text,
-        completion: str | Sequence[str],
-        template: dict[str, Any],
-    ) -> Segment:
-        """Builds a prompt with a solution, weighted at the ends of its steps (everywhere if they are predicted)."""
-        if self._finds_ends(completion):
-            tokens = np.asarray(rows.continued(str(completion)))
-            solution = Segment(tokens, np.ones(len(tokens), np.float32))
-            return Segment(np.asarray(rows.prompt(Row(prompt, (), {}, template))), children=(solution,))
-        steps = completion.split(self.step_separator) if isinstance(completion, str) else list(completion)
-        steps = [step for step in steps if step]
-        if not steps:
-            raise ValueError(f"completion {number} has no steps: give at least one character between separators")
-        return rows.steps(Row(prompt, tuple(steps), {}, template), self.step_separator)
-
-    def _finds_ends(self, completion: str | Sequence[str]) -> bool:
-        return self.boundaries == "learned" and isinstance(completion, str) and bool(completion)
-
-    def _sequence_steps(self, batch: SequenceBatch) -> Sequence[Tensor]:
-        """Returns per sequence the scored tokens' probabilities of being right and boundary logits: ``(n, 2)``."""
-        hidden = hidden_states(self.model, batch, self.layout)
-        flat_N, depth_N = scored_positions(batch)
-        states_ND = hidden.read(flat_N, batch.source_path, depth_N)
-        scores_N = self._step_logits(states_ND).sigmoid()
-        ends_N = self._read(states_ND, "boundary") if self.boundaries == "learned" else torch.ones_like(scores_N)
-        both_N2 = torch.stack([scores_N, ends_N], dim=1)
-        return torch.split(both_N2, scored_lengths(batch).tolist())
+    def _scorer(self) -> ProcessRewardModel:
+        self.configure_model()
+        self.reward_model.tokenizer = self.tokenizer
+        return self.reward_model
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Scores rows.
@@ -358,22 +275,32 @@ class ProcessRewardModule(HeadedModule):
         Returns:
             Per row ``row_id``, ``steps`` (probabilities) and ``score`` (their aggregation).
         """
-        rows = []
-        for example, values in zip(
-            batch.examples, per_sequence(self, batch.examples, self._sequence_steps), strict=True
-        ):
-            scores = values[0][:, 0]
-            score = self._aggregated(scores, torch.zeros(len(scores), dtype=torch.long), 1)
-            rows.append({"row_id": example.row_id, "steps": scores.tolist(), "score": float(score)})
-        return rows
+        values = self.reward_model.score_examples(batch.examples)
+        steps = [solution[0][:, 0].tolist() for solution in values]
+        found = zip(batch.examples, steps, self.reward_model.aggregated(steps), strict=True)
+        return [{"row_id": example.row_id, "steps": own, "score": score} for example, own, score in found]
 
     # Export.
 
-    def options(self) -> Mapping[str, Any]:
-        """Returns the options that are stored with the head, from which ``from_pretrained`` rebuilds the module."""
-        names = ("step_separator", "labels", "aggregation", "outcome_head", "boundaries", "threshold")
-        rest = {"head": self.head_kind, "label_tokens": list(self.label_tokens)}
-        return rest | {name: getattr(self, name) for name in names}
+    def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
+        """Writes the process reward model, as ``ProcessRewardModel.save_pretrained`` does."""
+        self.configure_model()
+        self.reward_model.save_pretrained(folder, merge_adapter=merge_adapter, tokenizer=self._export_tokenizer())
+
+
+def _boundary_rows(boundaries: BoundaryLogits, batch: SequenceBatch) -> Rows:
+    """Computes losses and accuracy of the predicted ends of steps, per example."""
+    logits_T, sequence_T, depth_T = boundaries
+    ends = set(zip(batch.sequence_index.tolist(), (batch.source_depth + 1).tolist(), strict=True))
+    places = zip(sequence_T.tolist(), depth_T.tolist(), strict=True)
+    is_end_T = logits_T.new_tensor([float(place in ends) for place in places])
+    losses_T = step_bce_loss(logits_T, is_end_T)
+    right_T = ((logits_T > 0) == (is_end_T > 0)).to(losses_T.dtype)
+    zeros_S = losses_T.new_zeros(batch.num_sequences)
+    return {
+        "boundary_loss": zeros_S.index_add(0, sequence_T, losses_T),
+        "boundary_correct": zeros_S.index_add(0, sequence_T, right_T),
+    }
 
 
 def _outcome(example: Example) -> float:
@@ -384,23 +311,3 @@ def _outcome(example: Example) -> float:
     if not isinstance(outcome, int | float) or not 0 <= outcome <= 1:
         raise ValueError(f"row {example.row_id} has the outcome {outcome!r}; it must be true, false or in [0, 1]")
     return float(outcome)
-
-
-def _at_ends(values: Tensor, find_ends: bool) -> list[float]:
-    """Returns the probabilities at all given ends of steps, or at the predicted ends and the last token."""
-    scores, ends = values.unbind(dim=1)
-    if find_ends:
-        is_end = ends > 0
-        is_end[-1] = True
-        scores = scores[is_end]
-    return [float(score) for score in scores]
-
-
-def _completion_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns flat positions of all tokens after the prompts, their sequences and their depths; ``(T,)`` each."""
-    device = batch.lengths.device
-    prompt_S = torch.tensor([len(e.root.tokens) for e in batch.examples], device=device)[batch.example_index]
-    sequence = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), batch.lengths)
-    depth = torch.arange(len(sequence), device=device) - (batch.lengths.cumsum(0) - batch.lengths)[sequence]
-    behind = depth >= prompt_S[sequence]
-    return batch.path_index[behind], sequence[behind], depth[behind]

@@ -1,43 +1,40 @@
 """Outcome reward models: one scalar, or several, for a whole completion.
 
-Legend: E examples, S sequences, N scored tokens, D hidden size, M members of an ensemble, K attributes.
+Legend: E examples, M members of an ensemble, K attributes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from ..core.exports import check_merge
+from ..core import PostTrainingModule
 from ..core.micro_batching import prompt_keys
-from ..core.reward_ensemble import EnsembleKind, EnsembleModule
-from ..core.reward_options import (
-    RewardLossType,
-    attribute_options,
-    bootstrap_weights,
-    check_rated,
-    check_reward_options,
-    ratings_of,
-)
-from ..core.scoring import TemplateSettings, Text, answer_trees, per_sequence, score_texts
-from ..core.sequence_rows import check_pairs, num_scored, scored_positions
+from ..core.reward_rows import bootstrap_weights, check_pair, check_rated, ratings_of
+from ..core.router_loss import AUX_LOSS, RouterLoss
+from ..core.sequence_rows import check_pairs, num_scored
+from ..core.trainer_checks import trainer_dtype
+from ..data.messages import Text
 from ..distributed.collectives import Metrics, Rows
-from ..losses.reward import bradley_terry_loss, centering_penalty, magnitude_penalty, rao_kupper_loss, rating_loss
+from ..losses.reward_options import RewardLoss, RewardLossType
 from ..metrics.reward_model import pair_metrics, rating_metrics, spread
-from ..models import hidden_states
-from ..models import save_pretrained as export_pretrained
-from ..models.reward_head import HeadKind, NoClassifier, classifier_from, head_files, pooled, whole, with_padding_token
+from ..models import RewardModel
+from ..models.backbone import Layout
+from ..models.reward_ensemble import using_member
+from ..models.reward_head import HeadKind
+from ..models.reward_model import EnsembleKind, Pooling, RewardModelOptions
+from ..models.scoring import TemplateSettings
 from ..sequences import Example, ExampleBatch, SequenceBatch
-from ..utils.validation import check_choice, check_count
+from ..utils.validation import check_choice
 
 
-class RewardModule(EnsembleModule):
-    r"""A reward model: a decoder with a scalar head, read at the end of the completion.
+class RewardModule(PostTrainingModule):
+    r"""Trains a reward model: a decoder with a scalar head, read at the end of the completion.
 
     ``bradley_terry`` learns from pairs (Ouyang et al., 2022, arXiv:2203.02155), with r the reward and m the margin:
 
@@ -103,7 +100,7 @@ class RewardModule(EnsembleModule):
         num_attributes: int = 1,
         num_models: int = 1,
         ensemble: EnsembleKind = "heads",
-        pooling: Literal["last", "mean"] = "last",
+        pooling: Pooling = "last",
         loss_type: RewardLossType = "bradley_terry",
         label_smoothing: float = 0.0,
         margin: float = 0.0,
@@ -119,16 +116,16 @@ class RewardModule(EnsembleModule):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_choice("head", head, ("linear", "mlp"))
-        check_choice("pooling", pooling, ("last", "mean"))
-        check_choice("average_over", average_over, ("pairs", "prompts"))
-        if average_over == "prompts" and loss_type != "bradley_terry":
-            raise ValueError(
-                f"average_over is 'prompts' with loss_type {loss_type!r}, which has no pairs: use 'bradley_terry', or "
-                "average_over='pairs'"
-            )
-        check_count("num_attributes", num_attributes, "one output of the head per attribute")
-        check_reward_options(
+        options = RewardModelOptions(
+            head=head,
+            num_attributes=num_attributes,
+            pooling=pooling,
+            attributes=attributes,
+            attribute_weights=attribute_weights,
+            num_models=num_models,
+            ensemble=ensemble,
+        )
+        criterion = RewardLoss(
             loss_type=loss_type,
             label_smoothing=label_smoothing,
             margin=margin,
@@ -136,42 +133,73 @@ class RewardModule(EnsembleModule):
             l2_coefficient=l2_coefficient,
             tie_threshold=tie_threshold,
             huber_delta=huber_delta,
-            attributes=attributes,
         )
-        names, weights = attribute_options(num_attributes, attributes, attribute_weights)
-        super().__init__(
-            model, num_models=num_models, ensemble=ensemble, head=head, num_attributes=len(names), seed=seed, **kwargs
-        )
-        self.pooling = pooling
-        self.loss_type: RewardLossType = loss_type
-        self.label_smoothing = label_smoothing
-        self.margin = margin
+        _check_together(criterion, average_over, attributes)
+        super().__init__(model, **kwargs)
+        self.options = options
+        self.seed = seed
+        self.head: Any = None
+        # In a list, so that its weights are registered once, as ``model`` and ``head``.
+        self._reward_model: list[RewardModel] = []
+        self._turn: int | None = None  # the member whose pass is running, if members take turns
+        self.criterion = criterion
         self.use_margins = use_margins
-        self.center_rewards_coefficient = center_rewards_coefficient
-        self.l2_coefficient = l2_coefficient
-        self.tie_threshold = tie_threshold
         self.average_over = average_over
-        self.huber_delta = huber_delta
-        self.attributes = names
-        self.attribute_weights = weights
         self.bootstrap = bootstrap
 
-    def rewards(self, batch: SequenceBatch) -> Tensor:
-        """Computes the rewards of a packed batch's sequences, by member and attribute: ``(S, M, K)``."""
-        return self.member_outputs(batch, self._states)
+    # The model.
 
-    def _states(self, batch: SequenceBatch) -> Tensor:
-        """Computes the hidden state of each sequence that a head reads: ``(S, D)``."""
-        hidden = hidden_states(self.model, batch, self.layout)
-        if self.pooling == "mean":
-            flat_N, depth_N = scored_positions(batch)
-            states_ND = hidden.read(flat_N, batch.source_path, depth_N)
-            return pooled(states_ND, batch.sequence_index, batch.num_sequences)
-        return hidden.read(batch.last_index, batch.last_path, batch.lengths[batch.last_path] - 1)
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> Self:
+        """Loads an exported reward model, or a sequence classifier of transformers, in evaluation mode.
 
-    def combined(self, rewards: Tensor) -> Tensor:
-        """Combines attributes to the scalar reward: ``(..., K) -> (...)``."""
-        return rewards @ rewards.new_tensor(self.attribute_weights)
+        Args:
+            folder: as for ``rlhf_lightning.models.RewardModel.from_pretrained``, which needs no module to score texts.
+            options: options of the module that override the stored ones.
+
+        Raises:
+            ValueError: the folder holds no head, or the head of another method.
+        """
+        module = cls(folder, **{**RewardModel.stored_options(folder), **options})
+        module.configure_model()
+        return module.eval()
+
+    @property
+    def reward_model(self) -> RewardModel:
+        """The reward model that is trained: decoder and head, with their scoring; built by ``configure_model``."""
+        return self._reward_model[0]
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Always false here: the head replaces the output projection."""
+        return False
+
+    @property
+    def exports_head(self) -> bool:
+        """Whether a head is written with the model; always true here."""
+        return True
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of batches; decided once, when the model is on its device."""
+        return self.reward_model.layout
+
+    def configure_model(self) -> None:
+        """Builds the decoder, its adapters and its heads, and loads those that are stored with the model."""
+        if self.is_configured:
+            return
+        super().configure_model()
+        reward_model = RewardModel(
+            self.model,
+            self.options,
+            folder=self.model_source if self.init == "pretrained" else None,
+            seed=self.seed,
+            dtype=trainer_dtype(self._trainer),
+            micro_batch_tokens=self.micro_batch_tokens,
+            layout=self._requested_layout,
+            share_prefix=self.share_prefix,
+        )
+        self._reward_model, self.head = [reward_model], reward_model.head
 
     # Learning.
 
@@ -182,160 +210,150 @@ class RewardModule(EnsembleModule):
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts pairs, or ratings that are not missing."""
-        if self.loss_type == "bradley_terry":
+        if self.criterion.compares_pairs:
             return {"pairs": float(len(examples))}
-        return {
-            "ratings": float(sum(not math.isnan(value) for e in examples for value in ratings_of(e, self.attributes)))
-        }
+        ratings = [rating for example in examples for rating in ratings_of(example, self.options.names)]
+        return {"ratings": float(sum(not math.isnan(rating) for rating in ratings))}
 
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Collects margins and ties, or ratings, and each member's weights of rows."""
         rows: Rows = {}
-        if self.loss_type == "bradley_terry":
+        if self.criterion.compares_pairs:
             margins = [self._margin(example) for example in batch.examples]
             rows["margin"] = torch.tensor(margins, dtype=torch.float64, device=self.device)
             rows["tie"] = torch.tensor([bool(e.fields.get("tie")) for e in batch.examples], device=self.device)
             if self.average_over == "prompts":
                 rows["prompt"] = prompt_keys(batch.examples, self.device)
         else:
-            ratings = [ratings_of(example, self.attributes) for example in batch.examples]
+            ratings = [ratings_of(example, self.options.names) for example in batch.examples]
             rows["ratings"] = torch.tensor(ratings, dtype=torch.float64, device=self.device)
-        if self.bootstrap and self.num_models > 1 and self.training:
+        num_models = self.options.num_models
+        if self.bootstrap and num_models > 1 and self.training:
+            members = slice(None) if self._turn is None else slice(self._turn, self._turn + 1)
             row_ids = [example.row_id for example in batch.examples]
-            rows["weights"] = bootstrap_weights(row_ids, self.num_models, self.seed)[:, self.in_turn].to(self.device)
+            rows["weights"] = bootstrap_weights(row_ids, num_models, self.seed)[:, members].to(self.device)
         return rows
 
     def _margin(self, example: Example) -> float:
         own = example.fields.get("margin") if self.use_margins else None
-        return self.margin if own is None else float(own)
+        return self.criterion.margin if own is None else float(own)
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes rewards: ``(E, sequences of a row, M, K)``."""
-        return {"rewards": self.rewards(batch).unflatten(0, (batch.num_examples, -1))}
+        rewards_SMK = self.reward_model(batch, self.layout, self._turn)
+        return {"rewards": rewards_SMK.unflatten(0, (batch.num_examples, -1))}
 
     def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Averages over pairs or ratings and over members."""
-        if self.loss_type == "bradley_terry":
-            losses, count = self._pair_losses(rows), normalizers["pairs"]
+        if self.criterion.compares_pairs:
+            chosen_EM, rejected_EM = self.options.combined(rows["rewards"]).unbind(dim=1)
+            losses = self.criterion.of_pairs(chosen_EM, rejected_EM, margin_E=rows["margin"], tie_E=rows["tie"])
+            count = normalizers["pairs"]
         else:
-            losses, count = self._rating_losses(rows), normalizers["ratings"]
+            losses = self.criterion.of_ratings(rows["rewards"].squeeze(1), rows["ratings"])
+            count = normalizers["ratings"]
             if count == 0:
                 raise ValueError(
-                    f"no row of this batch has a rating of {self.attributes}: name their columns with attributes="
+                    f"no row of this batch has a rating of {self.options.names}: name their columns with attributes="
                 )
         if "weights" in rows:
             losses = losses * rows["weights"].to(losses.dtype)
         if "prompt" in rows:
             prompts, place, sizes = rows["prompt"].unique(return_inverse=True, return_counts=True)
             losses, count = losses / sizes[place][:, None], float(len(prompts))
-        return losses.sum() / (count * self.num_models)
+        return losses.sum() / (count * self.options.num_models)
 
     def after_step(self, rows: Rows, normalizers: dict[str, float]) -> None:
         """Updates the running means of an ensemble that learns from pairs."""
-        if self.num_models > 1 and self.loss_type == "bradley_terry":
-            self.remember_means(rows["rewards"])
-
-    def _pair_losses(self, rows: Rows) -> Tensor:
-        """Computes the losses of pairs: ``(E, M)``."""
-        chosen, rejected = self.combined(rows["rewards"]).unbind(dim=1)
-        if self.tie_threshold is not None:
-            losses = rao_kupper_loss(chosen, rejected, tie_P=rows["tie"], threshold=self.tie_threshold)
-        else:
-            margin = rows["margin"].to(chosen.dtype)
-            losses = bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=self.label_smoothing)
-        if self.center_rewards_coefficient:
-            losses = losses + self.center_rewards_coefficient * centering_penalty(chosen, rejected)
-        if self.l2_coefficient:
-            losses = losses + self.l2_coefficient * magnitude_penalty(chosen, rejected)
-        return losses
-
-    def _rating_losses(self, rows: Rows) -> Tensor:
-        """Computes the losses of ratings, summed over the attributes: ``(E, M)``."""
-        rewards = rows["rewards"].squeeze(1)
-        ratings = rows["ratings"].to(rewards.dtype)[:, None].expand_as(rewards)
-        kind: Any = self.loss_type
-        return rating_loss(rewards, ratings, loss_type=kind, huber_delta=self.huber_delta).sum(dim=-1)
+        if self.options.num_models > 1 and self.criterion.compares_pairs:
+            self.reward_model.means.update(rows["rewards"])
 
     def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes metrics of mean rewards: accuracy and margin of pairs, or correlation with ratings."""
-        combined = self.combined(self.centred(rows["rewards"]))  # (E, sequences, M)
+        combined = self.options.combined(self.reward_model.means.centred(rows["rewards"]))  # (E, sequences, M)
         rewards = combined.mean(dim=-1)
         values = spread(rewards)
-        if self.num_models > 1:
+        if self.options.num_models > 1:
             values["rewards/disagreement"] = combined.std(dim=-1, correction=0).mean()
-        if self.loss_type == "bradley_terry":
+        if self.criterion.compares_pairs:
             return values | pair_metrics(rewards, rows["tie"], calibration=not self.training)
-        return values | rating_metrics(rows["rewards"].squeeze(1).mean(dim=1), rows["ratings"], self.attributes)
+        return values | rating_metrics(rows["rewards"].squeeze(1).mean(dim=1), rows["ratings"], self.options.names)
+
+    # Members that take turns.
+
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The load-balancing loss, averaged over members that take turns, as is the method's own loss."""
+        loss = super().router_loss
+        if loss is None or not self.options.members_take_turns:
+            return loss
+        return replace(loss, coef=loss.coef / self.options.num_models)
+
+    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
+        """Accumulates the gradient of the global batch's loss, for all members at once or one after the other."""
+        if not self.options.members_take_turns:
+            return super().backward_examples(examples)
+        parts: list[Rows] = []
+        normalizers: dict[str, float] = {}
+        balance = 0.0
+        for member in range(self.options.num_models):
+            self._turn = member
+            try:
+                with using_member(self.model, member):
+                    rows, normalizers = super().backward_examples(examples)
+            finally:
+                self._turn = None
+            parts.append(rows)
+            balance += normalizers.get(AUX_LOSS, 0.0) / self.options.num_models
+
+        # The parts hold the same examples in the same order.
+        joined = dict(parts[0])
+        for name, dim in (("rewards", 2), ("weights", 1)):
+            if name in joined:
+                joined[name] = torch.cat([part[name] for part in parts], dim=dim)
+        return joined, normalizers | ({AUX_LOSS: balance} if AUX_LOSS in normalizers else {})
+
+    # Checks of rows.
 
     def on_train_start(self) -> None:
         """Refuses an attribute that no training row rates, if all rows are in memory."""
         super().on_train_start()
         examples = getattr(self.trainer.train_dataloader, "examples", None)
-        if examples is not None and self.loss_type != "bradley_terry":
-            check_rated(examples, self.attributes)
+        if examples is not None and not self.criterion.compares_pairs:
+            check_rated(examples, self.options.names)
 
     def validate_batch(self, batch: ExampleBatch) -> list[Example]:
         """Checks the rows of a batch, also against the method's own requirements."""
         examples = super().validate_batch(batch)
-        if self.loss_type == "bradley_terry":
+        if self.criterion.compares_pairs:
             check_pairs(examples)
             for example in examples:
-                self._check_pair(example)
+                check_pair(example, use_margins=self.use_margins, allow_ties=self.criterion.tie_threshold is not None)
             return examples
         for example in examples:
             if len(num_scored(example)) != 1:
                 raise ValueError(
-                    f"row {example.row_id} has {len(num_scored(example))} completions; loss_type {self.loss_type!r} "
-                    "rates one: give rows of prompt, completion and the ratings to PreferenceDataModule"
+                    f"row {example.row_id} has {len(num_scored(example))} completions; loss_type "
+                    f"{self.criterion.loss_type!r} rates one: give rows of prompt, completion and the ratings to "
+                    "PreferenceDataModule"
                 )
         return examples
-
-    def _check_pair(self, example: Example) -> None:
-        margin = example.fields.get("margin") if self.use_margins else None
-        number = isinstance(margin, int | float) and math.isfinite(margin)
-        if margin is not None and not number:
-            raise ValueError(
-                f"row {example.row_id} has the margin {margin!r}; it must be a finite number: fix the column, or set "
-                "use_margins=False"
-            )
-        if example.fields.get("tie") and self.tie_threshold is None:
-            raise ValueError(f"row {example.row_id} is a tie: set tie_threshold (0.5 is usual), or leave such rows out")
 
     # Scoring.
 
     def score(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        chat_template_kwargs: TemplateSettings = None,
+        self, prompts: Sequence[Text], completions: Sequence[Text], chat_template_kwargs: TemplateSettings = None
     ) -> list[float]:
-        """Computes one reward per completion; completions of one prompt share its computation.
-
-        Args:
-            prompts: texts, or lists of chat messages.
-            completions: one per prompt; texts, or lists of chat messages.
-            chat_template_kwargs: arguments of the chat template, such as ``tools``: for all rows, or a list with one
-                per row.
-
-        Raises:
-            ValueError: lists of different length, or an empty completion.
-        """
+        """Computes one reward per completion, as ``RewardModel.score`` does."""
         return self.score_with_std(prompts, completions, chat_template_kwargs)[0]
 
     def score_with_std(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        chat_template_kwargs: TemplateSettings = None,
+        self, prompts: Sequence[Text], completions: Sequence[Text], chat_template_kwargs: TemplateSettings = None
     ) -> tuple[list[float], list[float]]:
-        """Computes rewards and their standard deviation over the members (0 without an ensemble); see ``score``."""
-        trees = answer_trees(self.tokenizer, prompts, completions, chat_template_kwargs)
-        values = score_texts(self, trees, self._sequence_rewards)
-        members = [self.combined(value) for value in values]
-        return [float(m.mean()) for m in members], [float(m.std(correction=0)) for m in members]
-
-    def _sequence_rewards(self, batch: SequenceBatch) -> Sequence[Tensor]:
-        return self.centred(self.rewards(batch)).unbind()
+        """Computes rewards and their standard deviation over the members, as ``RewardModel.score_with_std`` does."""
+        self.configure_model()
+        self.reward_model.tokenizer = self.tokenizer
+        return self.reward_model.score_with_std(prompts, completions, chat_template_kwargs)
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Scores rows with any number of completions.
@@ -345,56 +363,43 @@ class RewardModule(EnsembleModule):
             (standard deviations over the members) and, with several attributes, ``attributes`` (K means each).
         """
         rows = []
-        for example, values in zip(
-            batch.examples, per_sequence(self, batch.examples, self._sequence_rewards), strict=True
-        ):
-            members = [self.combined(value) for value in values]
-            row: dict[str, Any] = {
-                "row_id": example.row_id,
-                "rewards": [float(m.mean()) for m in members],
-                "stds": [float(m.std(correction=0)) for m in members],
-            }
-            if len(self.attributes) > 1:
+        for example, values in zip(batch.examples, self.reward_model.score_examples(batch.examples), strict=True):
+            rewards, stds = self.reward_model.summarized(values)
+            row: dict[str, Any] = {"row_id": example.row_id, "rewards": rewards, "stds": stds}
+            if self.options.num_attributes > 1:
                 row["attributes"] = [value.mean(dim=0).tolist() for value in values]
             rows.append(row)
         return rows
 
-    # Export.
+    # Checkpoints and export.
 
-    def options(self) -> Mapping[str, Any]:
-        """Returns the options that are stored with the head, from which ``from_pretrained`` rebuilds the module."""
-        return {
-            "head": self.head_kind,
-            "num_attributes": len(self.attributes),
-            "pooling": self.pooling,
-            "attributes": self.attributes,
-            "attribute_weights": self.attribute_weights,
-            **self.ensemble_options(),
-        }
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the running means of the members."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reward"] = self.reward_model.means.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the running means of the members."""
+        super().on_load_checkpoint(checkpoint)
+        if "reward" in checkpoint:
+            self.reward_model.means.load_state_dict(checkpoint["reward"])
 
     def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
-        """Writes the reward model as a Hugging Face folder.
-
-        A single linear head at the last token of a whole model (without adapter, or with the adapter merged) is written
-        as an ``AutoModelForSequenceClassification`` with a label per attribute, which scores rows that end in the
-        end-of-sequence token as this module does. Otherwise the language model or its adapter is written, with the
-        head in ``reward_head.safetensors`` and its options in ``reward_head.json``. ``from_pretrained`` loads both.
-
-        Args:
-            folder: destination; written atomically, replacing an existing export.
-            merge_adapter: merge the adapter into the weights and write the whole model.
-        """
+        """Writes the reward model, as ``RewardModel.save_pretrained`` does."""
         self.configure_model()
-        if merge_adapter and self.trains_members_in_turn:
-            check_merge(self)
-        complete = merge_adapter or not hasattr(self.model, "peft_config")
-        if complete and self.head_kind == "linear" and self.num_models == 1 and self.pooling == "last":
-            tokenizer = with_padding_token(self._export_tokenizer())
-            convert = classifier_from(whole(self.head.weight)[0], self.attributes, int(tokenizer.pad_token_id))
-            files = head_files(None, {"method": self.method, **self.options()})
-            with suppress(NoClassifier):
-                export_pretrained(
-                    self.model, tokenizer, folder, merge_adapter=merge_adapter, convert=convert, beside=files
-                )
-                return
-        super().save_pretrained(folder, merge_adapter=merge_adapter)
+        self.reward_model.save_pretrained(folder, merge_adapter=merge_adapter, tokenizer=self._export_tokenizer())
+
+
+def _check_together(criterion: RewardLoss, average_over: str, attributes: Sequence[str] | None) -> None:
+    """Checks options against the kind of rows that the loss learns from."""
+    check_choice("average_over", average_over, ("pairs", "prompts"))
+    if average_over == "prompts" and not criterion.compares_pairs:
+        raise ValueError(
+            f"average_over is 'prompts' with loss_type {criterion.loss_type!r}, which has no pairs: use "
+            "'bradley_terry', or average_over='pairs'"
+        )
+    if not attributes and not criterion.compares_pairs:
+        raise ValueError(
+            f"loss_type is {criterion.loss_type!r} without attributes: name the columns of ratings, such as "
+            "['helpfulness']"
+        )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..core.module import PostTrainingModule
-from ..core.sequence_rows import check_pairs, num_scored, pair_rows, scored_lengths
+from ..core.sequence_rows import check_pairs, num_scored, pair_rows
 from ..distributed.collectives import Metrics, Rows
 from ..losses.simpo import NLL_WEIGHTS, SimPOLossType, alphapo_reward, simpo_loss, validate_simpo_loss
 from ..sequences import Example, ExampleBatch, SequenceBatch
@@ -79,7 +79,7 @@ class SimPOModule(PostTrainingModule):
 
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the lengths of both completions."""
-        return pair_rows("{}_lengths", scored_lengths(batch))
+        return pair_rows("{}_lengths", batch.scored_lengths())
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of both completions under the policy."""

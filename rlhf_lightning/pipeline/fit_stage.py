@@ -17,8 +17,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from ..callbacks import JSONLLogger, ModelExport
 from ..cli import PostTrainingCLI
 from ..core import PostTrainingModule
-from ..core.headed_module import HeadedModule
 from ..models import load_causal_lm
+from ..models.headed_model import HeadedModel
 from ..models.safetensors_io import read_weights
 from ..utils import yaml_parser
 from ..utils.files import write_atomically
@@ -179,8 +179,9 @@ def load_exported(module: PostTrainingModule, folder: Path) -> None:
         # Not file by file: transformers stores some weights (of experts) under other names than in the model.
         stored = load_causal_lm(folder, dtype=module.model.dtype, trainable=False, headless=not module.predicts_tokens)
         module.model.load_state_dict(stored.state_dict())
-    if isinstance(module, HeadedModule):
-        module.load_head_files(str(folder))
+    held = getattr(module, "reward_model", None)
+    if isinstance(held, HeadedModel):
+        held.load_head_files(folder)
 
 
 def finish_wandb() -> None:

@@ -9,12 +9,11 @@ import torch
 from transformers import AutoConfig
 
 from ..losses.process_reward import Aggregation
-from ..models.loading import _locate
+from ..models import ProcessRewardModel, RewardModel
+from ..models.loading import locate
 from ..models.reward_head import read_head_options, read_head_state
-from ..modules.process_reward import ProcessRewardModule
-from ..modules.reward import RewardModule
 from ..utils.validation import check_choice, check_count, check_not_negative
-from .scorers import PackedScorer, PaddedScorer, exactly, frozen, move, row_templates
+from .scorers import PackedScorer, PaddedScorer, exactly, move, row_templates
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES: dict[str, torch.dtype] = {
@@ -67,15 +66,16 @@ class RewardModelReward:
         check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
         check_choice("dtype", dtype, _DTYPES)
         self.uncertainty_penalty = uncertainty_penalty
-        model = _locate(model, what="reward model")
+        model = locate(model, what="reward model")
         options, labels = _reward_options(model)
         chosen = _label_weights(model, labels, label, options)
         self.scorer: PackedScorer | PaddedScorer
         if options is None:
             self.scorer = PaddedScorer(model, chosen.index(1.0), micro_batch_tokens, _DTYPES[dtype])
         else:
-            given = {"attributes": labels, "attribute_weights": chosen, "micro_batch_tokens": micro_batch_tokens}
-            self.scorer = PackedScorer(RewardModule.from_pretrained(model, **given), _DTYPES[dtype])
+            given: dict[str, Any] = {"attributes": labels, "attribute_weights": chosen}
+            given |= {"dtype": _DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
+            self.scorer = PackedScorer(RewardModel.from_pretrained(model, **given))
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         members = 1 if options is None else int(options.get("num_models", 1))
         if uncertainty_penalty and members == 1:
@@ -157,15 +157,15 @@ class ProcessModelReward:
     ) -> None:
         check_choice("dtype", dtype, _DTYPES)
         options: dict[str, Any] = {} if aggregation is None else {"aggregation": aggregation}
-        model = _locate(model, what="process reward model")
-        found = ProcessRewardModule.from_pretrained(model, micro_batch_tokens=micro_batch_tokens, **options)
-        self.module = frozen(found, _DTYPES[dtype])
-        self.step_separator = found.step_separator
+        model = locate(model, what="process reward model")
+        options |= {"dtype": _DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
+        self.model = ProcessRewardModel.from_pretrained(model, **options)
+        self.step_separator = self.model.options.step_separator
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def attach(self, module: Any) -> None:
         """Moves to a policy's device."""
-        move(self.module, module.device)
+        move(self.model, module.device)
 
     def __call__(
         self,
@@ -176,10 +176,10 @@ class ProcessModelReward:
     ) -> list[Any]:
         """Scores each completion."""
         templates = row_templates(len(completions), self.chat_template_kwargs, tools, chat_template_kwargs)
-        places = [n for n, completion in enumerate(completions) if any(completion.split(self.step_separator))]
+        places = [n for n, completion in enumerate(completions) if self.model.split(completion)]
         found: list[Any] = [None] * len(completions)
         if places:
-            with exactly(self.module.device):
+            with exactly(self.model.device):
                 scores = self._scores(
                     [prompts[n] for n in places], [completions[n] for n in places], [templates[n] for n in places]
                 )
@@ -190,7 +190,7 @@ class ProcessModelReward:
     def _scores(
         self, prompts: Sequence[Any], completions: Sequence[str], templates: Sequence[dict[str, Any]]
     ) -> Sequence[Any]:
-        scores: list[float] = self.module.score(prompts, completions, templates)
+        scores: list[float] = self.model.score(prompts, completions, templates)
         return scores
 
 
@@ -226,7 +226,7 @@ class ProcessModelSteps(ProcessModelReward):
         super().__init__(
             model, micro_batch_tokens=micro_batch_tokens, dtype=dtype, chat_template_kwargs=chat_template_kwargs
         )
-        if self.module.boundaries == "learned":
+        if self.model.options.learns_boundaries:
             raise ValueError(
                 f"the process reward model {model!r} finds steps by itself (boundaries='learned'), so that its rewards "
                 "have no tokens to land on: use ProcessModelReward, or a model trained with a step_separator"
@@ -236,7 +236,7 @@ class ProcessModelSteps(ProcessModelReward):
     def _scores(
         self, prompts: Sequence[Any], completions: Sequence[str], templates: Sequence[dict[str, Any]]
     ) -> Sequence[Any]:
-        steps = self.module.score_steps(prompts, completions, templates)
+        steps = self.model.score_steps(prompts, completions, templates)
         return [[score - self.baseline for score in scores] for scores in steps]
 
 
@@ -244,10 +244,10 @@ class ProcessModelSteps(ProcessModelReward):
 
 
 def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The head options of a folder that ``RewardModule`` can load (``None`` for others), and its outputs' names."""
+    """The head options of a folder that ``RewardModel`` can load (``None`` for others), and its outputs' names."""
     stored = read_head_options(folder)
     if stored:
-        if stored.get("method") != RewardModule.method:
+        if stored.get("method") != RewardModel.method:
             raise ValueError(
                 f"{folder!r} holds a {stored.get('method')} model, no reward model: a process reward model is used by "
                 "ProcessModelReward or ProcessModelSteps"

@@ -7,32 +7,29 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..core.headed_module import HeadedModule
-from ..core.scoring import answered, score_texts
 from ..data.chat_template import ChatTemplate, with_turn
-from ..data.tokenization import RowTokenizer, longest
 from ..inference.completion import decode
-from ..models import num_positions
+from ..models import RewardModel, num_positions
 from ..models.reward_head import with_padding_token
-from ..modules.reward import RewardModule
+from ..models.scoring import check_length
 from ..sequences import Segment
 
 
 class PackedScorer:
-    """Scores prompts with completions by a ``RewardModule``."""
+    """Scores prompts with completions by a ``RewardModel``."""
 
-    def __init__(self, module: RewardModule, dtype: torch.dtype) -> None:
-        self.module = frozen(module, dtype)
-        self.rows = RowTokenizer(module.tokenizer)
+    def __init__(self, model: RewardModel) -> None:
+        self.model = model
+        self.rows = model.rows
         self._other: PreTrainedTokenizerBase | None = None
         self._same_tokens = False
 
     def attach(self, policy: Any) -> None:
         """Moves to a policy's device, and checks whether both tokenizers agree."""
-        move(self.module, policy.device)
+        move(self.model, policy.device)
         if self._other is not policy.tokenizer:
             self._other = policy.tokenizer
             self._same_tokens = _same_tokens(self.rows.tokenizer, policy.tokenizer)
@@ -47,19 +44,18 @@ class PackedScorer:
     ) -> Segment:
         """Encodes a prompt with a completion, ended as in training."""
         sampled = self._same_tokens and prompt_ids is not None and completion_ids is not None
-        if sampled and decode(self.rows.tokenizer, completion_ids or ()) == completion:
-            ids = self.rows.ended(completion_ids or (), chat=not isinstance(prompt, str), template=template)
-            tree = Segment(list(prompt_ids or ()), None, (Segment(ids, [1.0] * len(ids)),))
-        else:
-            tree = self.rows.answers(answered(prompt, completion, template))
-        _check_length(longest(tree), num_positions(self.module.model))
+        if not sampled or decode(self.rows.tokenizer, completion_ids or ()) != completion:
+            return self.model.encode(prompt, completion, template)
+        ids = self.rows.ended(completion_ids or (), chat=not isinstance(prompt, str), template=template)
+        tree = Segment(list(prompt_ids or ()), None, (Segment(ids, [1.0] * len(ids)),))
+        self.model.check_length(tree)
         return tree
 
     def score(self, segments: Sequence[Segment]) -> list[Tensor]:
         """The rewards of each sequence by the ensemble's members, ``(M,)``."""
-        with exactly(self.module.device):
-            values = score_texts(self.module, segments, self.module._sequence_rewards)
-        return [self.module.combined(value).float() for value in values]
+        with exactly(self.model.device):
+            values = self.model.score_trees(segments)
+        return [self.model.options.combined(value).float() for value in values]
 
 
 class PaddedScorer:
@@ -89,8 +85,7 @@ class PaddedScorer:
 
     def attach(self, policy: Any) -> None:
         """Moves to a policy's device."""
-        with torch.inference_mode(False):
-            self.model.to(policy.device)
+        move(self.model, policy.device)
 
     def encode(self, prompt: Any, completion: str, template: dict[str, Any], *ids: Any) -> dict[str, list[int]]:
         """Tokenizes a pair of texts, or a chat."""
@@ -103,7 +98,7 @@ class PaddedScorer:
             text = ChatTemplate(self.tokenizer).render(with_turn(prompt, turn), template)
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
         limit = min(self.tokenizer.model_max_length, num_positions(self.model) or self.tokenizer.model_max_length)
-        _check_length(len(encoded["input_ids"]), limit)
+        check_length(len(encoded["input_ids"]), limit)
         return dict(encoded)
 
     @torch.no_grad()
@@ -143,19 +138,10 @@ def row_templates(
     return found
 
 
-def frozen(module: Any, dtype: torch.dtype) -> Any:
-    """Freezes a module and converts its weights to ``dtype``."""
-    module.requires_grad_(False).to(dtype)
-    module.place_on_device()
-    return module
-
-
-def move(module: HeadedModule, device: torch.device) -> None:
-    """Moves a module to a device if it is on another."""
-    if module.device != device:
-        with torch.inference_mode(False):  # validation may run in inference mode
-            module.to(device)
-            module.place_on_device()
+def move(model: nn.Module, device: torch.device) -> None:
+    """Moves a model to a device."""
+    with torch.inference_mode(False):  # validation may run in inference mode
+        model.to(device)
 
 
 def exactly(device: torch.device) -> AbstractContextManager[Any]:
@@ -166,8 +152,3 @@ def exactly(device: torch.device) -> AbstractContextManager[Any]:
 def _same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     same_chat = one.chat_template == other.chat_template
     return same_chat and one.eos_token_id == other.eos_token_id and one.get_vocab() == other.get_vocab()
-
-
-def _check_length(length: int, limit: int | None) -> None:
-    if limit is not None and length > limit:
-        raise ValueError(f"prompt and completion have {length} tokens, and the reward model reads {limit} at most")

@@ -114,6 +114,21 @@ class SequenceBatch:
         """Sums values of scored tokens per example: ``(N,) -> (E,)``."""
         return values_N.new_zeros(self.num_examples).index_add(0, self.example_index[self.sequence_index], values_N)
 
+    def scored_lengths(self) -> Tensor:
+        """Counts the scored tokens of each sequence: ``(S,)``."""
+        return torch.bincount(self.sequence_index, minlength=self.num_sequences)
+
+    def scored_positions(self) -> tuple[Tensor, Tensor]:
+        """Returns the positions of the scored tokens themselves, not of the tokens before them.
+
+        Returns:
+            ``(N,)`` flat positions in the forest, and ``(N,)`` positions along their paths.
+        """
+        # Scored tokens are predicted from the token before them on the same path.
+        first_P = self.lengths.cumsum(0) - self.lengths
+        depth_N = self.source_depth + 1
+        return self.path_index[first_P[self.source_path] + depth_N], depth_N
+
     def padded(self, *, side: Literal["right", "left"] = "right", extra: int = 0, pad_token_id: int = 0) -> PaddedBatch:
         """Lays out the paths, prompts repeated, as rows with padding on one side.
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.core.reward_options import ratings_of
+from rlhf_lightning.core.reward_rows import ratings_of
 from rlhf_lightning.data.sources import is_remote
 from rlhf_lightning.datamodules import ExampleDataModule, UnpairedDataModule
 from rlhf_lightning.rewards.exact_answer import exact_answer

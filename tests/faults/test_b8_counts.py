@@ -82,4 +82,6 @@ def test_values_begin_at_the_rewards_of_what_has_been_written_so_far(
         values = module.critic.own_values(pack([tree]))
         for t in range(1, len(completion)):
             cut = Example("rows:0", Segment(prompt, children=(Segment(completion[:t], [1.0] * t),)))
-            assert float(values[t]) == pytest.approx(float(reward.rewards(pack([cut]))), rel=1e-4, abs=1e-5)
+            assert float(values[t]) == pytest.approx(
+                float(reward.reward_model(pack([cut]), reward.layout)), rel=1e-4, abs=1e-5
+            )

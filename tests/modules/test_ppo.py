@@ -301,7 +301,7 @@ def test_values_start_as_the_rewards_of_an_ensemble(kind: Any, folder: str, tmp_
     names = {"attributes": ["a", "b"], "attribute_weights": [0.3, 0.7], "num_attributes": 2}
     rewarder = RewardModule(folder, head=kind, num_models=3, **names)
     rewarder.configure_model()
-    rewarder.remember_means(torch.randn(4, 2, 3, 2))
+    rewarder.reward_model.means.update(torch.randn(4, 2, 3, 2))
     rewarder.save_pretrained(str(tmp_path / "rm"))
     module = FixedPPO(folder, **options(value_model=str(tmp_path / "rm")))
     module.configure_model()

@@ -243,7 +243,7 @@ def test_learned_boundaries_find_steps_without_separators(folder: str) -> None:
     assert float(run.callback_metrics["val/boundary_accuracy"]) == 1.0
     prompts = [row["prompt"] for row in rows]
     found = module.score_steps(prompts, [" ".join(row["completions"]) + " " for row in rows])
-    module.step_separator = " "
+    module.options.step_separator = " "
     given = module.score_steps(prompts, [row["completions"] for row in rows])
     assert [len(steps) for steps in found] == [2] * 8
     for a, b in zip(found, given, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_lightning import ProcessRewardModule, RewardModule
-from rlhf_lightning.core.reward_options import bootstrap_weights
+from rlhf_lightning.core.reward_rows import bootstrap_weights
 from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment
 
@@ -273,7 +273,7 @@ def test_a_linear_head_becomes_transformers_own_classifier(arch: str, tmp_path: 
             logits = classifier(**tokenizer(texts, padding=True, return_tensors="pt")).logits
         torch.testing.assert_close(logits, torch.tensor(values), rtol=1e-4, atol=2e-5)
     again = RewardModule.from_pretrained(str(tmp_path / "export"))
-    assert again.attributes == ["right", "short"]
+    assert again.options.attributes == ["right", "short"]
     assert again.score(PROMPTS, COMPLETIONS) == pytest.approx(module.score(PROMPTS, COMPLETIONS), rel=1e-5)
 
 
@@ -365,7 +365,7 @@ def test_members_are_compared_around_their_means_over_training(folder: str, tmp_
         for part in (examples[:2], examples[2:])
     )
     means = (0.99 * first + second) / 1.99
-    torch.testing.assert_close(module.member_means, means.detach())
+    torch.testing.assert_close(module.reward_model.means.value, means.detach())
     module.float()
     found, stds = module.score_with_std(PROMPTS, COMPLETIONS)
     for value, std, rewards in zip(found, stds, naive_scores(module, folder), strict=True):
@@ -376,7 +376,7 @@ def test_members_are_compared_around_their_means_over_training(folder: str, tmp_
     module.on_save_checkpoint(checkpoint)
     restored = RewardModule(folder, num_models=3)
     restored.on_load_checkpoint(checkpoint)
-    assert torch.equal(restored.member_means, module.member_means)
+    assert torch.equal(restored.reward_model.means.value, module.reward_model.means.value)
     module.save_pretrained(str(tmp_path / "export"))
     again = RewardModule.from_pretrained(str(tmp_path / "export"))
     assert again.score_with_std(PROMPTS, COMPLETIONS)[1] == pytest.approx(stds, rel=1e-5)

@@ -40,8 +40,8 @@ def move(module: Any, seed: int) -> None:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    if isinstance(module, RewardModule) and module.num_models > 1:
-        module.remember_means(torch.randn(2, 2, module.num_models, 1, generator=generator))
+    if isinstance(module, RewardModule) and module.options.num_models > 1:
+        module.reward_model.means.update(torch.randn(2, 2, module.options.num_models, 1, generator=generator))
 
 
 def scores(module: Any) -> list[Any]:

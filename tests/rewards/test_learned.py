@@ -162,7 +162,7 @@ def test_the_reward_model_is_no_part_of_the_policy(folder: str, single: tuple[st
     spec = {"class_path": "rlhf_lightning.rewards.RewardModelReward", "init_args": {"model": single[0]}}
     module = GRPOModule(folder, rewards=[spec], num_generations=4, max_completion_length=6)
     [reward] = module.rewards.functions
-    scorer = reward.scorer.module  # type: ignore[attr-defined]
+    scorer = reward.scorer.model  # type: ignore[attr-defined]
     before = {name: value.clone() for name, value in scorer.state_dict().items()}
     found = step(module, some_prompts(3))
     assert any(float(gradient.norm()) > 0 for gradient in found.gradient.values())
@@ -328,7 +328,7 @@ def test_what_is_no_reward_model(
 
 def test_half_precision_keeps_its_frequencies(single: tuple[str, Any]) -> None:
     reward = RewardModelReward(single[0], dtype="bfloat16")
-    module = reward.scorer.module  # type: ignore[union-attr]
+    module = reward.scorer.model  # type: ignore[union-attr]
     assert next(module.parameters()).dtype == torch.bfloat16
     exact = AutoModel.from_pretrained(single[0]).rotary_emb.inv_freq
     assert torch.equal(module.model.model.rotary_emb.inv_freq, exact)

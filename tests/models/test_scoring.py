@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_lightning.core.scoring import grouped
+from rlhf_lightning.models.scoring import grouped
 from rlhf_lightning.sequences import Segment
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import RewardModule, SFTModule
-from rlhf_lightning.core.reward_ensemble import MEMBER_ADAPTERS, member_state, using_member
-from rlhf_lightning.core.reward_options import bootstrap_weights
+from rlhf_lightning.core.reward_rows import bootstrap_weights
 from rlhf_lightning.datamodules import PreferenceDataModule
+from rlhf_lightning.models.reward_ensemble import MEMBER_ADAPTERS, member_state, using_member
 from rlhf_lightning.sequences import Example, ExampleBatch
 
 from ..helpers import char_tokenizer, save_tiny_model
@@ -68,7 +68,7 @@ def merged_member(module: RewardModule, folder: str, member: int) -> Any:
 def naive_scores(module: RewardModule, folder: str) -> Tensor:
     """(S, M) rewards by plain models, one sequence at a time, before the members' means are taken off."""
     tokenizer, columns = char_tokenizer(), []
-    for member in range(module.num_models):
+    for member in range(module.options.num_models):
         model, column = merged_member(module, folder, member), []
         for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
             tokens = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
@@ -79,7 +79,7 @@ def naive_scores(module: RewardModule, folder: str) -> Tensor:
 
 
 def test_scores_are_those_of_as_many_plain_models(ensemble: RewardModule, folder: str) -> None:
-    members = naive_scores(ensemble, folder) - ensemble.member_means[:, 0].float()
+    members = naive_scores(ensemble, folder) - ensemble.reward_model.means.value[:, 0].float()
     found, stds = ensemble.score_with_std(PROMPTS, COMPLETIONS)
     assert found == pytest.approx(members.mean(dim=1).tolist(), rel=1e-4, abs=1e-5)
     assert stds == pytest.approx(members.std(dim=1, correction=0).tolist(), rel=1e-4, abs=1e-5)
@@ -101,7 +101,7 @@ def test_a_folder_gives_the_same_scores_again(ensemble: RewardModule, folder: st
     for _ in range(2):  # a folder that is there already is replaced
         ensemble.save_pretrained(str(export))
     again = RewardModule.from_pretrained(str(export))
-    assert (again.ensemble, again.num_models) == ("adapters", 3)
+    assert (again.options.ensemble, again.options.num_models) == ("adapters", 3)
     assert again.score_with_std(PROMPTS, COMPLETIONS) == ensemble.score_with_std(PROMPTS, COMPLETIONS)
     assert json.loads((export / "reward_head.json").read_text())["ensemble"] == "adapters"
     # Of the folder, the first member is an adapter as any other.

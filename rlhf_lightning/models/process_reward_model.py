@@ -1,0 +1,315 @@
+"""Process reward models: a score at the end of every step of a solution.
+
+Legend: S sequences, N scored tokens (the ends of steps), M steps, T tokens of completions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.formats import Row
+from ..data.messages import Text
+from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_scores
+from ..sequences import Segment, SequenceBatch
+from ..utils.validation import check_choice, check_fraction
+from .backbone import HiddenStates, Layout, hidden_states
+from .fused_head import OutputHead, output_head
+from .headed_model import HeadedModel, HeadedModelOptions
+from .scoring import TemplateSettings, check_texts, template_of
+
+StepHead = Literal["linear", "mlp", "tokens"]
+Solution = str | Sequence[str]  # a text, or a list of steps
+
+
+@dataclass
+class ProcessRewardModelOptions(HeadedModelOptions):
+    """Options of a process reward model.
+
+    Args:
+        head: ``linear``, ``mlp`` or ``tokens``.
+        label_tokens: with ``tokens``, the texts that label right and wrong steps; one token each.
+        step_separator: separator of steps; at least one character.
+        labels: the model was trained on ``hard`` labels (0 or 1), or on ``soft`` ones (probabilities).
+        aggregation: aggregation of step scores to a solution's score: ``min``, ``product``, ``last`` or ``mean``.
+        outcome_head: a further output predicts whether the whole solution is right.
+        boundaries: ``separator``, or ``learned``: a further output predicts at which tokens steps end.
+        threshold: probability below which a step counts as wrong, in [0, 1).
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    head: StepHead = "linear"
+    label_tokens: Sequence[str] = ("+", "-")
+    step_separator: str = "\n"
+    labels: Literal["hard", "soft"] = "hard"
+    aggregation: Aggregation = "min"
+    outcome_head: bool = False
+    boundaries: Literal["separator", "learned"] = "separator"
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_choice("labels", self.labels, ("hard", "soft"))
+        check_choice("head", self.head, ("linear", "mlp", "tokens"))
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("boundaries", self.boundaries, ("separator", "learned"))
+        check_fraction("threshold", self.threshold, "0.5 is usual")
+        if not self.step_separator:
+            raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
+        self.label_tokens = [str(self.label_tokens[0]), str(self.label_tokens[1])]
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether labels are tokens of the language model."""
+        return self.head == "tokens"
+
+    @property
+    def learns_boundaries(self) -> bool:
+        """Whether the model predicts at which tokens steps end."""
+        return self.boundaries == "learned"
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the head's outputs in order; label tokens need no output for steps."""
+        steps = [] if self.predicts_tokens else ["step"]
+        return steps + ["outcome"] * self.outcome_head + ["boundary"] * self.learns_boundaries
+
+    def head_shape(self) -> dict[str, Any]:
+        """Returns a head with one output for each of steps, outcome and boundaries that it predicts."""
+        kind = "mlp" if self.head == "mlp" else "linear"
+        return {"kind": kind, "num_outputs": len(self.outputs)} if self.outputs else {}
+
+
+class BoundaryLogits(NamedTuple):
+    """Logits of a step ending at each token after the prompts.
+
+    Args:
+        logits_T: the logits.
+        sequence_T: the sequences of these tokens.
+        depth_T: their positions along the sequences.
+    """
+
+    logits_T: Tensor
+    sequence_T: Tensor
+    depth_T: Tensor
+
+
+class StepLogits(NamedTuple):
+    """Logits of a packed batch; ``None`` where the head has no such output.
+
+    Args:
+        steps_N: of each step being right, at its last token.
+        outcomes_S: of each solution being right, at its last step.
+        boundaries: of a step ending.
+    """
+
+    steps_N: Tensor
+    outcomes_S: Tensor | None
+    boundaries: BoundaryLogits | None
+
+
+class ProcessRewardModel(HeadedModel):
+    r"""A decoder that scores every step of a solution, with a head or by its own logits of two label tokens.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        options: the model's options.
+        settings: see ``HeadedModel``; ``head="tokens"`` needs the tokenizer.
+
+    Raises:
+        ValueError: a label is not one known token.
+
+    Example::
+
+        model = ProcessRewardModel.from_pretrained("runs/process_reward/model")
+        model.score_steps(["1+2+3=?"], ["1+2=3\n3+3=6"])
+    """
+
+    method: ClassVar[str] = "process_reward"
+    trained_by: ClassVar[str] = "ProcessRewardModule"
+    options_type = ProcessRewardModelOptions
+    options: ProcessRewardModelOptions
+
+    def __init__(self, model: nn.Module, options: ProcessRewardModelOptions | None = None, **settings: Any) -> None:
+        super().__init__(model, options, **settings)
+        labels = self.options.label_tokens if self.options.predicts_tokens else []
+        self._label_ids = [self._label_id(text) for text in labels]
+
+    def _label_id(self, text: str) -> int:
+        tokenizer = self.rows.tokenizer
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"label_tokens has {text!r}, which is {len(ids)} tokens of this tokenizer (or unknown to it); give two "
+                "texts of one known token each, such as ['+', '-']"
+            )
+        return int(ids[0])
+
+    # Logits of packed batches.
+
+    def forward(self, batch: SequenceBatch, layout: Layout) -> StepLogits:
+        """Computes the logits of a packed batch whose scored tokens are the ends of steps.
+
+        Args:
+            batch: the sequences.
+            layout: how to run them.
+        """
+        hidden = hidden_states(self.model, batch, layout)
+        states_ND = self._scored_states(hidden, batch)
+        steps_N = self._step_logits(states_ND)
+        outcomes_S, boundaries = None, None
+        if self.options.outcome_head:
+            outcomes_S = self._read(states_ND[batch.scored_lengths().cumsum(0) - 1], "outcome")
+        if self.options.learns_boundaries:
+            flat_T, sequence_T, depth_T = _completion_positions(batch)
+            logits_T = self._read(hidden.read(flat_T, sequence_T, depth_T), "boundary")
+            boundaries = BoundaryLogits(logits_T, sequence_T, depth_T)
+        return StepLogits(steps_N, outcomes_S, boundaries)
+
+    def _scored_states(self, hidden: HiddenStates, batch: SequenceBatch) -> Tensor:
+        flat_N, depth_N = batch.scored_positions()
+        return hidden.read(flat_N, batch.source_path, depth_N)
+
+    def _step_logits(self, states_ND: Tensor) -> Tensor:
+        """Computes the logits of steps being right: ``(N, D) -> (N,)``."""
+        if not self.options.predicts_tokens:
+            return self._read(states_ND, "step")
+        dtype = torch.promote_types(states_ND.dtype, torch.float32)
+        whole = output_head(self.model)
+        rows = {"weight": whole.weight, "bias": whole.bias, "lora_out": whole.lora_out}
+        parts: dict[str, Any] = {n: None if t is None else t[self._label_ids].to(dtype) for n, t in rows.items()}
+        parts["lora_in"] = None if whole.lora_in is None else whole.lora_in.to(dtype)
+        head = OutputHead(**parts, lora_scaling=whole.lora_scaling, scale=whole.scale, softcap=whole.softcap)
+        # A small difference of two large logits needs at least fp32, also under autocast.
+        with torch.autocast(states_ND.device.type, enabled=False):
+            right, wrong = head.logits(states_ND.to(dtype)).unbind(dim=1)
+        return right - wrong
+
+    def _read(self, states: Tensor, name: str) -> Tensor:
+        """Reads one output of the head by name."""
+        outputs: Tensor = self.head(states)
+        return outputs[:, 0, self.options.outputs.index(name)]
+
+    # Scoring.
+
+    def sequence_values(self, batch: SequenceBatch, layout: Layout) -> Sequence[Tensor]:
+        """Returns per sequence the scored tokens' probabilities of being right and boundary logits: ``(n, 2)``."""
+        states_ND = self._scored_states(hidden_states(self.model, batch, layout), batch)
+        scores_N = self._step_logits(states_ND).sigmoid()
+        ends_N = self._read(states_ND, "boundary") if self.options.learns_boundaries else torch.ones_like(scores_N)
+        both_N2 = torch.stack([scores_N, ends_N], dim=1)
+        return torch.split(both_N2, batch.scored_lengths().tolist())
+
+    def encode(self, prompt: Text, completion: Solution, template: Mapping[str, Any] | None = None) -> Segment:
+        """Tokenizes a prompt with a solution, weighted at the ends of its steps, or everywhere if these are predicted.
+
+        Args:
+            prompt: a text, or chat messages.
+            completion: a list of steps, or a text; see ``score_steps``.
+            template: settings of the chat template, such as ``tools``.
+
+        Raises:
+            ValueError: the row cannot be tokenised, has no steps, or too many tokens.
+        """
+        if self._finds_ends(completion):
+            tokens = np.asarray(self.rows.continued(str(completion)))
+            solution = Segment(tokens, np.ones(len(tokens), np.float32))
+            prompt_ids = self.rows.prompt(Row(prompt, (), {}, dict(template or {})))
+            tree = Segment(np.asarray(prompt_ids), children=(solution,))
+        else:
+            steps = self.split(completion)
+            if not steps:
+                raise ValueError("the completion has no steps: give at least one character between separators")
+            tree = self.rows.steps(Row(prompt, tuple(steps), {}, dict(template or {})), self.options.step_separator)
+        self.check_length(tree)
+        return tree
+
+    def split(self, completion: Solution) -> list[str]:
+        """Returns the steps of a solution: those of a list, or of a text between separators, without empty ones."""
+        separator = self.options.step_separator
+        steps = completion.split(separator) if isinstance(completion, str) else completion
+        return [step for step in steps if step]
+
+    def _finds_ends(self, completion: Solution) -> bool:
+        return self.options.learns_boundaries and isinstance(completion, str) and bool(completion)
+
+    def score_steps(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Solution],
+        chat_template_kwargs: TemplateSettings = None,
+    ) -> list[list[float]]:
+        """Computes the probability that each step is right.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: one per prompt: a list of steps, or a text that is split at ``step_separator`` (empty steps are
+                dropped). With ``boundaries="learned"``, steps of a text end at predicted tokens and at its end.
+            chat_template_kwargs: arguments of the chat template, such as ``tools``: for all rows, or a list with one
+                per row.
+
+        Returns:
+            One list per completion, with one probability per step.
+
+        Raises:
+            ValueError: lists of different length, or a completion without steps, or one that is too long.
+        """
+        check_texts(prompts, completions)
+        trees = []
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if not self.split(completion) and not self._finds_ends(completion):
+                raise ValueError(f"completion {number} has no steps: give at least one character between separators")
+            try:
+                trees.append(self.encode(prompt, completion, template_of(chat_template_kwargs, number)))
+            except ValueError as error:
+                raise ValueError(f"completion {number}: {error}") from error
+        values = self.score_trees(trees)
+        return [_at_ends(value, self._finds_ends(c)) for value, c in zip(values, completions, strict=True)]
+
+    def score(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Solution],
+        chat_template_kwargs: TemplateSettings = None,
+    ) -> list[float]:
+        """Computes one score per completion by aggregating its steps' probabilities; see ``score_steps``."""
+        return self.aggregated(self.score_steps(prompts, completions, chat_template_kwargs))
+
+    def aggregated(self, steps: Sequence[Sequence[float]]) -> list[float]:
+        """Aggregates the probabilities of each solution's steps.
+
+        Args:
+            steps: one list per solution, of at least one probability.
+        """
+        if not steps:
+            return []
+        index = torch.tensor([number for number, scores in enumerate(steps) for _ in scores], dtype=torch.long)
+        values = torch.tensor([score for scores in steps for score in scores], dtype=torch.float64)
+        found = aggregate_step_scores(values, index, num_sequences=len(steps), aggregation=self.options.aggregation)
+        return found.tolist()
+
+
+def _at_ends(values: Tensor, find_ends: bool) -> list[float]:
+    """Returns the probabilities at all given ends of steps, or at the predicted ends and the last token."""
+    scores, ends = values.unbind(dim=1)
+    if find_ends:
+        is_end = ends > 0
+        is_end[-1] = True
+        scores = scores[is_end]
+    return [float(score) for score in scores]
+
+
+def _completion_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns flat positions of all tokens after the prompts, their sequences and their depths; ``(T,)`` each."""
+    device = batch.lengths.device
+    prompt_S = torch.tensor([len(e.root.tokens) for e in batch.examples], device=device)[batch.example_index]
+    sequence = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), batch.lengths)
+    depth = torch.arange(len(sequence), device=device) - (batch.lengths.cumsum(0) - batch.lengths)[sequence]
+    behind = depth >= prompt_S[sequence]
+    return batch.path_index[behind], sequence[behind], depth[behind]
