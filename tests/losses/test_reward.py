@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rlhf_lightning.losses.reward import (
     rating_loss,
     rating_mask,
 )
+from rlhf_lightning.losses.reward_options import RewardLoss, RewardLossType
 
 NAN = float("nan")
 
@@ -193,3 +195,58 @@ REWARDS = torch.zeros(2)
 def test_refusals(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+# The loss with its options.
+
+
+def test_a_loss_of_pairs_adds_what_its_options_say() -> None:
+    (chosen, rejected), margin = draw(3, 2), torch.tensor([0.5, 0.0, -1.0])
+    loss = RewardLoss(label_smoothing=0.1, center_rewards_coefficient=0.3, l2_coefficient=0.2)
+    found = loss.of_pairs(chosen, rejected, margin_E=margin)
+    for e, m in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+        c, r = float(chosen[e, m]), float(rejected[e, m])
+        p = win(c - r - float(margin[e]))
+        expected = -0.9 * math.log(p) - 0.1 * math.log(1 - p) + 0.3 * (c + r) ** 2 + 0.2 * (c * c + r * r)
+        assert float(found[e, m]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_loss_with_ties_reads_no_margin() -> None:
+    chosen, rejected = draw(4, 2)
+    tie = torch.tensor([True, False, True, False])
+    found = RewardLoss(tie_threshold=0.4).of_pairs(chosen, rejected, margin_E=torch.full((4,), NAN), tie_E=tie)
+    for e, m in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
+        d = float(chosen[e, m] - rejected[e, m])
+        better, worse = win(d - 0.4), win(-d - 0.4)
+        expected = -math.log(1 - better - worse if tie[e] else better)
+        assert float(found[e, m]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", ["mse", "huber"])
+def test_a_loss_of_ratings_is_the_sum_over_attributes_that_are_rated(loss_type: RewardLossType) -> None:
+    rewards, ratings = draw(3, 2, 2)[0], torch.tensor([[1.0, NAN], [NAN, NAN], [0.0, 2.0]], dtype=torch.float64)
+    found = RewardLoss(loss_type=loss_type, huber_delta=0.7).of_ratings(rewards, ratings)
+    for e, m in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+        expected = 0.0
+        for k in range(2):
+            error = abs(float(rewards[e, m, k] - ratings[e, k]))
+            huber = error**2 / 2 if error <= 0.7 else 0.7 * (error - 0.35)
+            expected += 0.0 if math.isnan(error) else error**2 if loss_type == "mse" else huber
+        assert float(found[e, m]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "bt"}, "loss_type is 'bt'; it must be one of bradley_terry, mse, huber"),
+        ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it must be in [0, 0.5)"),
+        ({"margin": math.inf}, "margin is inf; it must be a finite number"),
+        ({"l2_coefficient": -1.0}, "l2_coefficient is -1.0; it must be at least 0"),
+        ({"huber_delta": 0.0}, "huber_delta is 0.0; it must be above 0"),
+        ({"loss_type": "huber", "tie_threshold": 0.5}, "tie_threshold=0.5 changes nothing in loss_type 'huber'"),
+        ({"tie_threshold": 0.5, "margin": 1.0}, "margin=1.0 changes nothing with tie_threshold"),
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RewardLoss(**options)
