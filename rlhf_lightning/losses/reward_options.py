@@ -6,6 +6,7 @@ Shapes: E rows, M members of an ensemble, K attributes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -81,6 +82,28 @@ class RewardLoss:
     def compares_pairs(self) -> bool:
         """Whether the loss is one of pairs, not of ratings."""
         return self.loss_type == "bradley_terry"
+
+    def check_rows(self, average_over: str, attributes: Sequence[str] | None) -> None:
+        """Checks options of a module against the kind of rows that the loss learns from.
+
+        Args:
+            average_over: ``pairs`` or ``prompts``; the latter only for pairs.
+            attributes: names of the columns of ratings; needed by the losses of ratings.
+
+        Raises:
+            ValueError: an option that does not fit.
+        """
+        check_choice("average_over", average_over, ("pairs", "prompts"))
+        if average_over == "prompts" and not self.compares_pairs:
+            raise ValueError(
+                f"average_over is 'prompts' with loss_type {self.loss_type!r}, which has no pairs: use "
+                "'bradley_terry', or average_over='pairs'"
+            )
+        if not attributes and not self.compares_pairs:
+            raise ValueError(
+                f"loss_type is {self.loss_type!r} without attributes: name the columns of ratings, such as "
+                "['helpfulness']"
+            )
 
     def of_pairs(
         self, chosen_EM: Tensor, rejected_EM: Tensor, *, margin_E: Tensor, tie_E: Tensor | None = None

@@ -30,7 +30,6 @@ from ..models.reward_head import HeadKind
 from ..models.reward_model import EnsembleKind, Pooling, RewardModelOptions
 from ..models.scoring import TemplateSettings
 from ..sequences import Example, ExampleBatch, SequenceBatch
-from ..utils.validation import check_choice
 
 
 class RewardModule(PostTrainingModule):
@@ -134,7 +133,7 @@ class RewardModule(PostTrainingModule):
             tie_threshold=tie_threshold,
             huber_delta=huber_delta,
         )
-        _check_together(criterion, average_over, attributes)
+        criterion.check_rows(average_over, attributes)
         super().__init__(model, **kwargs)
         self.options = options
         self.seed = seed
@@ -388,18 +387,3 @@ class RewardModule(PostTrainingModule):
         """Writes the reward model, as ``RewardModel.save_pretrained`` does."""
         self.configure_model()
         self.reward_model.save_pretrained(folder, merge_adapter=merge_adapter, tokenizer=self._export_tokenizer())
-
-
-def _check_together(criterion: RewardLoss, average_over: str, attributes: Sequence[str] | None) -> None:
-    """Checks options against the kind of rows that the loss learns from."""
-    check_choice("average_over", average_over, ("pairs", "prompts"))
-    if average_over == "prompts" and not criterion.compares_pairs:
-        raise ValueError(
-            f"average_over is 'prompts' with loss_type {criterion.loss_type!r}, which has no pairs: use "
-            "'bradley_terry', or average_over='pairs'"
-        )
-    if not attributes and not criterion.compares_pairs:
-        raise ValueError(
-            f"loss_type is {criterion.loss_type!r} without attributes: name the columns of ratings, such as "
-            "['helpfulness']"
-        )
