@@ -159,7 +159,7 @@ def test_chats_are_rendered_by_the_template(folder: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("tied", [True, False])
 def test_anyones_classifier_is_a_reward_model(tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = tiny_config("qwen2", num_labels=2, tie_word_embeddings=tied)
+    config = tiny_config("llama", num_labels=2, tie_word_embeddings=tied)
     classifier = AutoModelForSequenceClassification.from_config(config).eval()
     classifier.save_pretrained(tmp_path)
     char_tokenizer().save_pretrained(tmp_path)
