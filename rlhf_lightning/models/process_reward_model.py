@@ -311,5 +311,5 @@ def _completion_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]
     prompt_S = torch.tensor([len(e.root.tokens) for e in batch.examples], device=device)[batch.example_index]
     sequence = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), batch.lengths)
     depth = torch.arange(len(sequence), device=device) - (batch.lengths.cumsum(0) - batch.lengths)[sequence]
-    behind = depth >= prompt_S[sequence]
-    return batch.path_index[behind], sequence[behind], depth[behind]
+    after = depth >= prompt_S[sequence]
+    return batch.path_index[after], sequence[after], depth[after]
