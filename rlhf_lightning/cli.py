@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 from zipfile import is_zipfile
 
+import jsonargparse
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,16 +23,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from .core import PostTrainingModule
 from .core.device_precision import default_precision
 from .distributed.collectives import is_peer_loss, rank_prefix
+from .rl import PolicyLoss, PPOLoss
 from .utils import yaml_parser
 from .utils.files import on_first_rank, write_atomically
 from .utils.imports import find_own_modules
 from .utils.messages import UsageError, did_you_mean, explain
+from .utils.option_groups import OptionGroup
 from .utils.packaged_configs import packaged_config
 from .utils.quiet import quiet
 
 # A class can be named without its path once it has been imported.
 _WITH_SHORT_NAMES = ("modules", "datamodules", "callbacks")
 _CLASSES = (PostTrainingModule, lightning.LightningDataModule, lightning.Callback)
+# Option groups that `class_path` may replace by a subclass.
+jsonargparse.set_parsing_settings(subclasses_enabled=[PolicyLoss, PPOLoss])
 # Subcommands of LightningCLI, and subcommands with their own module.
 _ONE_METHOD = ("fit", "validate", "test", "predict")
 _COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".labeling.command"}
@@ -79,8 +85,14 @@ class Parser(LightningArgumentParser):
 
     def _all_options(self) -> Iterator[str]:
         subcommands = getattr(getattr(self, "_subcommands_action", None), "_name_parser_map", {})
-        found = (action.dest for parser in [self, *subcommands.values()] for action in parser._actions)
-        return (name for name in found if name.rpartition(".")[2] != "help")
+        actions = [action for parser in [self, *subcommands.values()] for action in parser._actions]
+        for action in actions:
+            if action.dest.rpartition(".")[2] == "help":
+                continue
+            yield action.dest
+            kind = getattr(action, "_typehint", None)
+            if isinstance(kind, type) and issubclass(kind, OptionGroup):  # its subclasses have further options
+                yield from (f"{action.dest}.{field.name}" for field in fields(kind))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -218,11 +230,13 @@ class PostTrainingCLI(LightningCLI):
         if not path or not Path(path).is_file() or not is_zipfile(path):  # loading reports a damaged one
             return
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
-        given = _plain(config["model"].get("init_args", {}))
+        options = _plain(config["model"].get("init_args", {}))
+        given, stored = _flat({k: v for k, v in options.items() if k in stored}), _flat(stored)
+        both = (given.keys() & stored.keys()) | {n for n in given.keys() ^ stored.keys() if n.endswith(".class_path")}
         changed = [
-            f"{name}={given[name]!r} (the checkpoint: {stored[name]!r})"
-            for name in given
-            if name in stored and given[name] != stored[name]
+            f"{name}={given.get(name)!r} (the checkpoint: {stored.get(name)!r})"
+            for name in sorted(both)
+            if given.get(name) != stored.get(name)
         ]
         if changed:
             rank_zero_warn(
@@ -311,3 +325,18 @@ def _known_classes() -> Iterator[type]:
 
 def _plain(value: Any) -> Any:
     return value.as_dict() if hasattr(value, "as_dict") else value
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Names options in groups as on the command line, ``loss.epsilon``; with the class of a group that is not ours."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if not isinstance(value, Mapping):
+            found[f"{prefix}{name}"] = value
+            continue
+        inner = {**value, **(value.get("init_args") or {})}
+        inner.pop("init_args", None)
+        if str(inner.get("class_path")).startswith(f"{__package__}."):
+            del inner["class_path"]
+        found |= _flat(inner, f"{prefix}{name}.")
+    return found

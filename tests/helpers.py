@@ -126,3 +126,12 @@ def leave_together() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """Puts options with dotted names into their groups: ``{"loss.epsilon": 0.3}`` becomes ``{"loss": {...}}``."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        group, _, option = name.rpartition(".")
+        (found.setdefault(group, {}) if group else found)[option] = value
+    return found

@@ -155,8 +155,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("SimPOModule", "PreferenceDataModule", "preference", {"loss_type": "orpo", "beta": 0.1}),
     ("KTOModule", "UnpairedDataModule", "unpaired", {}),
     ("GRPOModule", "PromptDataModule", "prompts", GROUP),
-    ("GRPOModule", "PromptDataModule", "prompts", {**GROUP, "top_k": 5, "dynamic_sampling": 1, "beta": 0.1}
-     | {"importance_sampling_correction": "token_truncate"}),
+    ("GRPOModule", "PromptDataModule", "prompts", {**GROUP, "dynamic_sampling": 1, "beta": 0.1}
+     | {"sampling": {"top_k": 5}, "off_policy": {"correction": "token_truncate"}}),
     ("PPOModule", "PromptDataModule", "prompts", GROUP),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from copy import deepcopy
 from typing import Any
 
 import lightning
@@ -84,6 +85,12 @@ def log_settings(module: Any) -> None:
     settings["ranks"] = trainer.world_size
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
+
+
+def store_options(module: Any, **options: Any) -> None:
+    """Replaces hyper-parameters by the plain values that checkpoints hold and loggers write."""
+    module.hparams.update(options)
+    module._hparams_initial = deepcopy(module._hparams)  # the copy that loggers write
 
 
 def _public(datamodule: Any) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from ..utils.option_groups import OptionGroup
 
 _MASK64 = (1 << 64) - 1
 # Below this vocabulary one cumulative sum over all of it is as cheap as two levels of blocks.
@@ -22,68 +24,81 @@ _DIRECT_VOCABULARY = 2048
 _NUCLEUS_GUESS = 128
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """Settings of sampling.
+@dataclass(frozen=True, kw_only=True)
+class SamplingFilters(OptionGroup):
+    """Settings that change the distribution of the next token, and what ends a completion.
 
     The filters apply in the order of ``transformers``: repetition penalty, minimum length, temperature, top-k, top-p,
     min-p. Departure: a filter decides by the score alone, so tokens of equal score are kept or removed together (in
     ``transformers`` a sort decides which of them stays within top-p).
 
     Args:
-        max_new_tokens: maximum number of tokens, at least 1; the end-of-sequence token counts.
-        temperature: at least 0; 0 takes the most likely token.
         top_k: keep the ``k`` most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens with at least this mass, in (0, 1]; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1]; 0 keeps all.
         repetition_penalty: above 0; divides the positive and multiplies the negative scores of tokens that the prompt
             or the completion holds already; 1 changes nothing.
         stop: strings that end a completion; its tokens include those of the stop string, its text does not.
-        stop_token_ids: tokens that end a completion, besides the model's own end-of-sequence tokens.
-        min_new_tokens: minimum number of tokens; only ``max_new_tokens`` may end a completion earlier.
-        seed: makes every sample a function of (seed, prompt number, sample number); ``None`` draws one from torch's
-            global generator at each call.
-        model_logprobs: also record log-probabilities under the unmodified model (temperature 1, nothing filtered).
-
-    Example:
-        >>> SamplingParams(max_new_tokens=64, temperature=0.7, top_p=0.95, seed=1).greedy
-        False
+        min_completion_length: minimum number of tokens; only the maximum may end a completion earlier.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
+    group: ClassVar[str] = "sampling"
+
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    min_completion_length: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        super().__post_init__()
+        self._check("top_k", self.top_k >= 0, "at least 0; 0 keeps every token")
+        self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 keeps every token")
+        self._check("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps every token")
+        self._check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing")
+        self._check("stop", "" not in self.stop, "strings of at least one character")
+        self._check("min_completion_length", self.min_completion_length >= 0, "at least 0")
+
+    def _check(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(SamplingFilters):
+    """All settings of sampling: the filters, the temperature, the maximum length, and the seed.
+
+    Args:
+        max_completion_length: maximum number of tokens, at least 1; the end-of-sequence token counts.
+        temperature: at least 0; 0 takes the most likely token.
+        stop_token_ids: tokens that end a completion, besides the model's own end-of-sequence tokens.
+        seed: makes every sample a function of (seed, prompt number, sample number); ``None`` draws one from torch's
+            global generator at each call.
+        model_logprobs: also record log-probabilities under the unmodified model (temperature 1, nothing filtered).
+
+    Example:
+        >>> SamplingParams(max_completion_length=64, temperature=0.7, top_p=0.95, seed=1).greedy
+        False
+    """
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
-    min_new_tokens: int = 0
     seed: int | None = None
     model_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        checks = (
-            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
-            (0 <= self.temperature < math.inf, "temperature", "at least 0; 0 takes the most likely token"),
-            (self.top_k >= 0, "top_k", "at least 0; 0 keeps every token"),
-            (0 < self.top_p <= 1, "top_p", "in (0, 1]; 1 keeps every token"),
-            (0 <= self.min_p <= 1, "min_p", "in [0, 1]; 0 keeps every token"),
-            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0; 1 changes nothing"),
-            (self.min_new_tokens >= 0, "min_new_tokens", "at least 0"),
-            (
-                self.min_new_tokens <= self.max_new_tokens,
-                "min_new_tokens",
-                f"at most max_new_tokens={self.max_new_tokens}",
-            ),
-            ("" not in stop, "stop", "strings of at least one character"),
-        )
-        for valid, name, allowed in checks:
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+        if isinstance(self.stop_token_ids, list):
+            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        super().__post_init__()
+        self._check("max_completion_length", self.max_completion_length >= 1, "at least 1")
+        positive = "at least 0; 0 takes the most likely token"
+        self._check("temperature", 0 <= self.temperature < math.inf, positive)
+        fits = self.min_completion_length <= self.max_completion_length
+        self._check("min_completion_length", fits, f"at most max_completion_length={self.max_completion_length}")
 
     @property
     def greedy(self) -> bool:

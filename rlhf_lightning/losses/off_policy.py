@@ -120,7 +120,7 @@ def off_policy_mask(
         ... )
         tensor([ True, False])
     """
-    check_positive("off_policy_mask_threshold", threshold, "0.5 is usual")
+    check_positive("threshold", threshold, "0.5 is usual")
     check_same_shape(
         "N",
         logprobs_N=logprobs_N,
@@ -154,7 +154,7 @@ def top_entropy_threshold(entropies_N: Tensor, *, top_fraction: float) -> Tensor
         tensor(0.4000)
     """
     if not 0 < top_fraction <= 1:
-        raise ValueError(f"top_entropy_quantile={top_fraction} is outside (0, 1]: 0.2 is usual, 1.0 keeps all tokens")
+        raise ValueError(f"top_fraction={top_fraction} is outside (0, 1]: 0.2 is usual, 1.0 keeps all tokens")
     if entropies_N.numel() == 0:
         return entropies_N.new_full((), -math.inf)
     # torch.quantile refuses more than 16 million values.

@@ -184,8 +184,8 @@ def policy_gradient_loss(
     delta: float | None = None,
     dual_clip: float | None = None,
     importance_sampling_level: ImportanceLevel | None = None,
-    sapo_temperature_positive: float = 1.0,
-    sapo_temperature_negative: float = 1.05,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
 ) -> Tensor:
     """Computes a policy-gradient loss, one value per token, to be summed with ``aggregation_weights``.
 
@@ -218,8 +218,8 @@ def policy_gradient_loss(
         delta: above 1 + epsilon_high; only for the clipped surrogates.
         dual_clip: above 1; only for the clipped surrogates.
         importance_sampling_level: one of ``IMPORTANCE_LEVELS``; ``None`` is ``default_importance_level``.
-        sapo_temperature_positive: tau for A > 0, above 0.
-        sapo_temperature_negative: tau for A <= 0, above 0.
+        sapo_temperature_pos: tau for A > 0, above 0.
+        sapo_temperature_neg: tau for A <= 0, above 0.
 
     Returns:
         Losses (N,).
@@ -255,10 +255,10 @@ def policy_gradient_loss(
     if loss_type == "cispo":
         return -ratio_N.detach().clamp(max=bounds[1]) * advantages_N * logprobs_N
     if loss_type == "sapo":
-        check_positive("sapo_temperature_positive", sapo_temperature_positive, "1.0 is usual")
-        check_positive("sapo_temperature_negative", sapo_temperature_negative, "1.05 is usual")
-        positive_N = 4 / sapo_temperature_positive * torch.sigmoid(sapo_temperature_positive * (ratio_N - 1))
-        negative_N = 4 / sapo_temperature_negative * torch.sigmoid(sapo_temperature_negative * (ratio_N - 1))
+        check_positive("sapo_temperature_pos", sapo_temperature_pos, "1.0 is usual")
+        check_positive("sapo_temperature_neg", sapo_temperature_neg, "1.05 is usual")
+        positive_N = 4 / sapo_temperature_pos * torch.sigmoid(sapo_temperature_pos * (ratio_N - 1))
+        negative_N = 4 / sapo_temperature_neg * torch.sigmoid(sapo_temperature_neg * (ratio_N - 1))
         return -torch.where(advantages_N > 0, positive_N, negative_N) * advantages_N
     return -_clipped_surrogate(ratio_N, advantages_N, bounds, delta, dual_clip)
 

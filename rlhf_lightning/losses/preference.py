@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.validation import check_same_shape
+from ..utils.imports import dotted_path
+from ..utils.validation import check_finite, check_same_shape
 from . import _stable
 from .preference_options import (
     COUPLED,
@@ -25,8 +26,11 @@ from .preference_options import (
     NORMALIZERS,
     SMOOTHED,
     FDivergenceType,
+    PreferenceLoss,
+    PreferenceLossFunction,
     PreferenceLossType,
     check_arguments,
+    load_loss,
     validate_preference_loss,
 )
 from .preference_weights import ld_alpha_logps, wpo_weights
@@ -39,9 +43,13 @@ __all__ = [
     "NORMALIZERS",
     "SMOOTHED",
     "FDivergenceType",
+    "PreferenceLoss",
+    "PreferenceLossFunction",
     "PreferenceLossType",
+    "PreferencePairs",
     "f_divergence_score",
     "ld_alpha_logps",
+    "load_loss",
     "preference_loss",
     "validate_preference_loss",
     "wpo_weights",
@@ -49,8 +57,30 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class _Pairs:
-    """Holds the inputs of all losses, of shape (P,), and their scalars."""
+class PreferencePairs:
+    """Inputs of the losses: P pairs of a chosen and a rejected completion, and scalar options.
+
+    A loss of one's own is a function of this object to one loss per pair, (P,)::
+
+        def squared_hinge(pairs):
+            return (1 - pairs.margin).relu().square()
+
+    It is called on any part of a batch, so a pair's loss must not depend on the other pairs.
+
+    Attributes:
+        chosen_logps: sum of the policy's log-probs over the chosen completion, with gradient, (P,).
+        rejected_logps: likewise, (P,).
+        ref_chosen_logps: sum of the reference's log-probs, (P,).
+        ref_rejected_logps: likewise, (P,).
+        chosen_scores: log-ratio of policy and reference, or its f-divergence's counterpart, (P,).
+        rejected_scores: likewise, (P,).
+        chosen_lengths: tokens of the chosen completion, (P,).
+        rejected_lengths: likewise, (P,).
+        sft_logps: sum of the policy's log-probs over the chosen completion, never reweighted, (P,).
+        beta: above 0.
+        label_smoothing: in [0, 0.5).
+        discopop_tau: above 0.
+    """
 
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -66,62 +96,76 @@ class _Pairs:
     discopop_tau: float
 
     @property
+    def chosen_logratios(self) -> Tensor:
+        """Log-ratios of policy and reference of the chosen completions, (P,)."""
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """Log-ratios of policy and reference of the rejected completions, (P,)."""
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @property
     def chosen_rewards(self) -> Tensor:
+        """Implicit rewards of the chosen completions, beta times the log-ratios, (P,)."""
         return self.beta * (self.chosen_logps - self.ref_chosen_logps)
 
     @property
     def rejected_rewards(self) -> Tensor:
+        """Implicit rewards of the rejected completions, (P,)."""
         return self.beta * (self.rejected_logps - self.ref_rejected_logps)
 
     @property
     def margin(self) -> Tensor:
+        """Difference of the implicit rewards, (P,)."""
         return self.beta * (self.chosen_scores - self.rejected_scores)
 
     @property
     def mean_score_difference(self) -> Tensor:
+        """Difference of the scores per token, (P,)."""
         chosen = self.chosen_scores / self.chosen_lengths.clamp(min=1)
         return chosen - self.rejected_scores / self.rejected_lengths.clamp(min=1)
 
 
-def _sigmoid(pairs: _Pairs) -> Tensor:
+def _sigmoid(pairs: PreferencePairs) -> Tensor:
     return _stable.logistic(pairs.margin, pairs.label_smoothing)
 
 
-def _sigmoid_norm(pairs: _Pairs) -> Tensor:
+def _sigmoid_norm(pairs: PreferencePairs) -> Tensor:
     return _stable.logistic(pairs.beta * pairs.mean_score_difference, pairs.label_smoothing)
 
 
-def _hinge(pairs: _Pairs) -> Tensor:
+def _hinge(pairs: PreferencePairs) -> Tensor:
     return (1 - pairs.margin).relu()
 
 
-def _ipo(pairs: _Pairs) -> Tensor:
+def _ipo(pairs: PreferencePairs) -> Tensor:
     return (pairs.mean_score_difference - 1 / (2 * pairs.beta)).square()
 
 
-def _exo_pair(pairs: _Pairs) -> Tensor:
+def _exo_pair(pairs: PreferencePairs) -> Tensor:
     margin, epsilon = pairs.margin, pairs.label_smoothing
     chosen = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-epsilon))
     return chosen + (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(epsilon))
 
 
-def _nca_pair(pairs: _Pairs) -> Tensor:
+def _nca_pair(pairs: PreferencePairs) -> Tensor:
     chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def _robust(pairs: _Pairs) -> Tensor:
+def _robust(pairs: PreferencePairs) -> Tensor:
     margin, epsilon = pairs.margin, pairs.label_smoothing
     return (epsilon * F.logsigmoid(-margin) - (1 - epsilon) * F.logsigmoid(margin)) / (1 - 2 * epsilon)
 
 
-def _bco_pair(pairs: _Pairs) -> Tensor:
+def _bco_pair(pairs: PreferencePairs) -> Tensor:
     chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
     delta = 0.5 * (chosen + rejected).detach().mean()
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
 
-def _sppo_hard(pairs: _Pairs) -> Tensor:
+def _sppo_hard(pairs: PreferencePairs) -> Tensor:
     target = 0.5 / pairs.beta
     chosen = pairs.chosen_logps - pairs.ref_chosen_logps - target
     return chosen.square() + (pairs.rejected_logps - pairs.ref_rejected_logps + target).square()
@@ -135,26 +179,26 @@ def _match_by_rank(values: Tensor, others: Tensor) -> Tensor:
     return torch.sort(others, stable=True).values[rank]
 
 
-def _aot(pairs: _Pairs) -> Tensor:
+def _aot(pairs: PreferencePairs) -> Tensor:
     policy = pairs.chosen_logps - pairs.rejected_logps
     reference = pairs.ref_chosen_logps - pairs.ref_rejected_logps
     return _stable.logistic(pairs.beta * (policy - _match_by_rank(policy, reference)), pairs.label_smoothing)
 
 
-def _aot_unpaired(pairs: _Pairs) -> Tensor:
+def _aot_unpaired(pairs: PreferencePairs) -> Tensor:
     chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
     return _stable.logistic(chosen - _match_by_rank(chosen, rejected), pairs.label_smoothing)
 
 
-def _apo_zero(pairs: _Pairs) -> Tensor:
+def _apo_zero(pairs: PreferencePairs) -> Tensor:
     return (-pairs.chosen_rewards).sigmoid() + pairs.rejected_rewards.sigmoid()
 
 
-def _apo_down(pairs: _Pairs) -> Tensor:
+def _apo_down(pairs: PreferencePairs) -> Tensor:
     return pairs.chosen_rewards.sigmoid() + (pairs.rejected_rewards - pairs.chosen_rewards).sigmoid()
 
 
-def _discopop(pairs: _Pairs) -> Tensor:
+def _discopop(pairs: PreferencePairs) -> Tensor:
     margin = pairs.margin
     gate = margin / pairs.discopop_tau
     logistic = -F.logsigmoid(margin) * (-gate).sigmoid()
@@ -162,11 +206,11 @@ def _discopop(pairs: _Pairs) -> Tensor:
     return logistic + _stable.bounded_exp(F.logsigmoid(gate) - margin)
 
 
-def _sft(pairs: _Pairs) -> Tensor:
+def _sft(pairs: PreferencePairs) -> Tensor:
     return -pairs.sft_logps
 
 
-_LOSSES: Final[Mapping[str, Callable[[_Pairs], Tensor]]] = MappingProxyType(
+_LOSSES: Final[Mapping[str, Callable[[PreferencePairs], Tensor]]] = MappingProxyType(
     {
         "sigmoid": _sigmoid,
         "hinge": _hinge,
@@ -230,7 +274,7 @@ def preference_loss(
     *,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
-    loss_type: PreferenceLossType = "sigmoid",
+    loss_type: PreferenceLossType | PreferenceLossFunction = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     f_divergence_type: FDivergenceType = "reverse_kl",
@@ -273,7 +317,7 @@ def preference_loss(
         chosen_lengths: tokens of the chosen completion, (P,), at least 1.
         rejected_lengths: (P,).
         loss_type: one of ``LOSS_TYPES``. For those in ``COUPLED`` the P pairs must be the global batch, in an order
-            that does not depend on sharding: ties in a sort break by position.
+            that does not depend on sharding: ties in a sort break by position. Or a function of ``PreferencePairs``.
         beta: above 0; larger keeps the policy nearer to the reference (``ipo``: the paper's tau).
         label_smoothing: in [0, 0.5), the probability that a label is flipped; read by ``SMOOTHED`` only. ``exo_pair``
             needs more than 0 (paper: 1e-3).
@@ -284,7 +328,8 @@ def preference_loss(
             reweighted (``ld_alpha_logps``).
 
     Returns:
-        Losses (P,), unreduced; ``NORMALIZERS`` names the divisor of their sum over the global batch.
+        Losses (P,), unreduced; ``NORMALIZERS`` names the divisor of their sum over the global batch (of a function of
+        one's own, the number of pairs).
 
     Raises:
         ValueError: a shape that differs, or an argument out of range.
@@ -316,19 +361,22 @@ def preference_loss(
     # The f-divergence changes only the scores: losses on single rewards are defined for the reverse KL.
     chosen_scores = f_divergence_score(chosen_logps - ref_chosen_logps, f_divergence_type, f_alpha_divergence_coef)
     rejected_logratios = rejected_logps - ref_rejected_logps
-    return _LOSSES[loss_type](
-        _Pairs(
-            chosen_logps,
-            rejected_logps,
-            ref_chosen_logps,
-            ref_rejected_logps,
-            chosen_scores,
-            f_divergence_score(rejected_logratios, f_divergence_type, f_alpha_divergence_coef),
-            chosen_lengths,
-            rejected_lengths,
-            chosen_logps if sft_logps is None else sft_logps,
-            beta,
-            label_smoothing,
-            discopop_tau,
-        )
+    pairs = PreferencePairs(
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_scores,
+        f_divergence_score(rejected_logratios, f_divergence_type, f_alpha_divergence_coef),
+        chosen_lengths,
+        rejected_lengths,
+        chosen_logps if sft_logps is None else sft_logps,
+        beta,
+        label_smoothing,
+        discopop_tau,
     )
+    if isinstance(loss_type, str):
+        return _LOSSES[loss_type](pairs)
+    losses: Tensor = loss_type(pairs)
+    check_finite(f"loss_type {dotted_path(loss_type)}", losses, like=chosen_logps, each="pair")
+    return losses

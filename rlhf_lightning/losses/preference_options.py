@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+from ..utils.imports import DottedPath, load_attribute
 from ..utils.validation import check_choice, check_label_smoothing, check_positive
 
 PreferenceLossType = Literal[
@@ -26,6 +27,12 @@ PreferenceLossType = Literal[
     "sft",
     "sigmoid_norm",
 ]
+# A loss of one's own: from ``PreferencePairs`` to one loss per pair, (P,). In a config it is named by its dotted path.
+PreferenceLossFunction = Callable[..., Any]
+if TYPE_CHECKING:
+    PreferenceLoss = PreferenceLossType | str | PreferenceLossFunction
+else:
+    PreferenceLoss = PreferenceLossType | DottedPath
 FDivergenceType = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 LOSS_TYPES: Final[tuple[PreferenceLossType, ...]] = get_args(PreferenceLossType)
@@ -44,11 +51,26 @@ F_DIVERGENCE_LOSSES: Final = frozenset(
 )
 
 
-def _check_names(loss_types: Sequence[str], f_divergence_type: str) -> None:
+def load_loss(loss_type: str | PreferenceLossFunction) -> Any:
+    """Imports a loss of one's own that is named by its dotted path; returns any other name or function as it is.
+
+    Raises:
+        ValueError: there is nothing at the path, or no function.
+    """
+    if not isinstance(loss_type, str) or "." not in loss_type:
+        return loss_type
+    found = load_attribute(loss_type)
+    if not callable(found):
+        raise ValueError(f"loss_type is {loss_type!r}, a {type(found).__name__}; it must name a function of one's own")
+    return found
+
+
+def _check_names(loss_types: Sequence[str | PreferenceLossFunction], f_divergence_type: str) -> None:
     if not loss_types:
         raise ValueError("loss_type is an empty list: name at least one loss, such as 'sigmoid'")
     for loss_type in loss_types:
-        check_choice("loss_type", loss_type, LOSS_TYPES)
+        if not callable(loss_type):
+            check_choice("loss_type", loss_type, LOSS_TYPES)
     check_choice("f_divergence_type", f_divergence_type, F_DIVERGENCE_TYPES)
     for loss_type in loss_types:
         if f_divergence_type != "reverse_kl" and loss_type not in F_DIVERGENCE_LOSSES:
@@ -59,7 +81,7 @@ def _check_names(loss_types: Sequence[str], f_divergence_type: str) -> None:
             )
 
 
-def _check_weights(loss_types: Sequence[str], weights: Sequence[float] | None) -> None:
+def _check_weights(loss_types: Sequence[object], weights: Sequence[float] | None) -> None:
     if weights is None:
         return
     if len(weights) != len(loss_types):
@@ -69,7 +91,7 @@ def _check_weights(loss_types: Sequence[str], weights: Sequence[float] | None) -
 
 
 def check_arguments(
-    loss_types: Sequence[str],
+    loss_types: Sequence[str | PreferenceLossFunction],
     *,
     beta: float,
     label_smoothing: float,
@@ -92,7 +114,7 @@ def check_arguments(
 
 
 def validate_preference_loss(
-    loss_type: str | Sequence[str],
+    loss_type: str | PreferenceLossFunction | Sequence[str | PreferenceLossFunction],
     weights: Sequence[float] | None = None,
     *,
     beta: float = 0.1,
@@ -106,7 +128,7 @@ def validate_preference_loss(
     """Checks the arguments that a config sets, for one loss or a weighted list of losses.
 
     Args:
-        loss_type: one of ``LOSS_TYPES``, or several.
+        loss_type: one of ``LOSS_TYPES``, a function of one's own, or several of these.
         weights: one per loss, finite, at least 0, not all 0; ``None`` is 1 for each.
         beta: above 0.
         label_smoothing: in [0, 0.5); above 0 for ``exo_pair``; 0 if no listed loss reads it.
@@ -122,7 +144,7 @@ def validate_preference_loss(
     Example:
         >>> validate_preference_loss(["sigmoid", "sft"], [1.0, 0.2], beta=0.1)
     """
-    loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    loss_types = [loss_type] if isinstance(loss_type, str) or callable(loss_type) else list(loss_type)
     check_arguments(
         loss_types,
         beta=beta,
@@ -134,15 +156,16 @@ def validate_preference_loss(
     _check_weights(loss_types, weights)
 
     # An option without effect is an error: it would otherwise be silently ignored.
-    if label_smoothing > 0 and not SMOOTHED & set(loss_types):
+    named = [name for name in loss_types if isinstance(name, str)]
+    if label_smoothing > 0 and len(named) == len(loss_types) and not SMOOTHED & set(named):
         raise ValueError(
-            f"label_smoothing={label_smoothing} changes nothing in loss_type {', '.join(loss_types)}: "
+            f"label_smoothing={label_smoothing} changes nothing in loss_type {', '.join(named)}: "
             f"set it to 0, or use one of {', '.join(sorted(SMOOTHED))}"
         )
     if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha={ld_alpha} is outside [0, 1]: null or 1 keeps every token, 0 drops the longer tail")
 
-    sorted_losses = [name for name in loss_types if name in ("aot", "aot_unpaired")]
+    sorted_losses = [name for name in named if name in ("aot", "aot_unpaired")]
     if use_weighting and sorted_losses:
         raise ValueError(
             f"use_weighting=True weights pairs, which loss_type {sorted_losses[0]!r} takes apart: "

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.logging import store_options
 from ..core.module import PostTrainingModule
 from ..core.reference_policy import ReferencePolicy
 from ..core.sequence_rows import check_pairs, num_scored, pair_rows
@@ -16,13 +17,15 @@ from ..losses.preference import (
     COUPLED,
     NORMALIZERS,
     FDivergenceType,
-    PreferenceLossType,
+    PreferenceLoss,
     ld_alpha_logps,
+    load_loss,
     preference_loss,
     validate_preference_loss,
     wpo_weights,
 )
 from ..sequences import Example, SequenceBatch
+from ..utils.imports import dotted_path
 
 
 class DPOModule(PostTrainingModule):
@@ -37,7 +40,8 @@ class DPOModule(PostTrainingModule):
     Args:
         model: Hugging Face id or folder.
         beta: strength of the regularisation towards the reference, above 0.
-        loss_type: one loss, or a list that is summed with ``loss_weights`` (``["sigmoid", "sft"]`` is RPO).
+        loss_type: one loss, or a list that is summed with ``loss_weights`` (``["sigmoid", "sft"]`` is RPO). A loss of
+            one's own is a function from ``losses.preference.PreferencePairs`` to one loss per pair, or its dotted path.
         loss_weights: one weight per loss; 1 each by default.
         label_smoothing: probability that a label is flipped, in [0, 0.5).
         f_divergence_type: divergence from the reference (f-DPO).
@@ -64,7 +68,7 @@ class DPOModule(PostTrainingModule):
         model: str,
         *,
         beta: float = 0.1,
-        loss_type: PreferenceLossType | list[PreferenceLossType] = "sigmoid",
+        loss_type: PreferenceLoss | list[PreferenceLoss] = "sigmoid",
         loss_weights: list[float] | None = None,
         label_smoothing: float = 0.0,
         f_divergence_type: FDivergenceType = "reverse_kl",
@@ -75,8 +79,9 @@ class DPOModule(PostTrainingModule):
         reference: Literal["auto", "frozen", "adapter", "precomputed"] = "auto",
         **kwargs: Any,
     ) -> None:
+        loss_types = [load_loss(name) for name in (loss_type if isinstance(loss_type, list | tuple) else [loss_type])]
         validate_preference_loss(
-            loss_type,
+            loss_types,
             loss_weights,
             beta=beta,
             label_smoothing=label_smoothing,
@@ -89,8 +94,11 @@ class DPOModule(PostTrainingModule):
 
         super().__init__(model, **kwargs)
         self.reference = ReferencePolicy(self, reference)
+        # Checkpoints must load without the script that defined a function, so store its path.
+        names = [name if isinstance(name, str) else dotted_path(name) for name in loss_types]
+        store_options(self, loss_type=names if isinstance(loss_type, list | tuple) else names[0])
         self.beta = beta
-        self.loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+        self.loss_types = loss_types
         self.loss_weights = loss_weights or [1.0] * len(self.loss_types)
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
@@ -105,7 +113,7 @@ class DPOModule(PostTrainingModule):
     @property
     def couples_rows(self) -> bool:
         """Whether any of the losses sorts or centres over the batch."""
-        return bool(COUPLED & set(self.loss_types))
+        return any(name in COUPLED for name in self.loss_types)
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts pairs, and tokens of the chosen completions."""
@@ -161,9 +169,10 @@ class DPOModule(PostTrainingModule):
                 sft_logps=rows.get("sft_logps"),
                 **self._loss_options,
             )
-            if self.use_weighting and NORMALIZERS[loss_type] == "pairs":
+            normalizer = NORMALIZERS[loss_type] if isinstance(loss_type, str) else "pairs"
+            if self.use_weighting and normalizer == "pairs":
                 values = values * rows["weights"].detach()
-            total = total + weight * values.sum() / normalizers[NORMALIZERS[loss_type]]
+            total = total + weight * values.sum() / normalizers[normalizer]
         return total
 
     def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:

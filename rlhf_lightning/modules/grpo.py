@@ -5,21 +5,19 @@ Legend: E prompts of this rank, G completions of each, K reward functions, S tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..core.logging import store_options
 from ..core.micro_batching import ROW_KEY, row_keys
 from ..distributed.collectives import Metrics, Rows, gather_rows, rows_before_this_rank, sum_over_ranks
 from ..inference import derive_seed
-from ..losses.kl import KLEstimator, kl_per_token
-from ..losses.off_policy import EngineCorrection, top_entropy_mask, top_entropy_threshold
-from ..losses.policy_gradient import ImportanceLevel, PolicyLossType, aggregation_weights
 from ..rewards.specs import RewardSpec
-from ..rl.advantages import Baseline, GroupAdvantages, ScaleRewards, gdpo_advantages, group_advantages
-from ..rl.grpo_options import Aggregation, GRPOOptions
+from ..rl import KLPenalty, OffPolicyCorrection, PolicyLoss, RelativeAdvantage, TokenEntropy
+from ..rl.advantages import GroupAdvantages
 from ..rl.on_policy_module import OnPolicyModule
 from ..rl.reward_shaping import kl_penalised_scores
 from ..rl.rollout_metrics import sampling_metrics
@@ -35,7 +33,8 @@ from ..rl.rollouts import (
 )
 from ..rl.step_rewards import process_advantages, steps_differ
 from ..sequences import Example, ExampleBatch, SequenceBatch
-from ..utils.validation import check_count
+from ..utils.option_groups import build_group, plain_group
+from ..utils.validation import check_count, check_not_negative
 
 
 class GRPOModule(OnPolicyModule):
@@ -53,34 +52,19 @@ class GRPOModule(OnPolicyModule):
     Departures: every normaliser and statistic is that of the global batch; the top-entropy threshold is taken once per
     iteration, from the sampling policy.
 
+    An option group (``loss``, ``advantages``, ``kl``, ``off_policy``, ``entropy``, ``sampling``) is an object of its
+    class, which documents its options, or a mapping of them: ``loss={"epsilon": 0.3}``.
+
     Args:
         model: Hugging Face id or folder.
         rewards: see ``OnPolicyModule``.
         num_generations: completions per prompt, at least 2.
-        loss_type: form of the token losses and of their aggregation.
-        epsilon: lower clipping range, in (0, 1).
-        epsilon_high: upper clipping range; by default ``epsilon``. For ``cispo`` the bound of the ratio itself.
-        delta: bound of the ratio where the advantage is negative (two-sided clipping), above 1 + ``epsilon_high``.
-        dual_clip: bound of the loss where the advantage is negative, above 1.
-        importance_sampling_level: ``token``, ``sequence`` or ``sequence_token``; by default the loss type's own.
-        sapo_temperature_pos: of ``sapo``, for positive advantages, above 0.
-        sapo_temperature_neg: of ``sapo``, for negative advantages, above 0.
+        loss: type, clipping and aggregation of the loss: ``PolicyLoss``, or a subclass with a loss of one's own.
+        advantages: baseline and scale of rewards: ``RelativeAdvantage``.
         beta: weight of the KL divergence from the reference, at least 0; 0 needs no reference.
-        kl_estimator: ``k1``, ``k2`` or ``k3``.
-        kl_in_reward: subtract the divergence of a completion from its reward instead of adding it to the loss.
-        use_bias_correction_kl: weight the KL estimate by the importance ratio, so that its gradient is unbiased.
-        scale_rewards: divide advantages by the deviation of the group, of the whole batch, or not at all.
-        baseline: the mean of the group, or of its other samples (leave-one-out).
-        multi_objective_aggregation: sum the rewards and normalise, or the other way round (GDPO).
-        mask_truncated_completions: exclude completions truncated by the length limit from the loss.
-        top_entropy_quantile: share of tokens, the most uncertain ones, that carry the policy gradient, in (0, 1].
-        entropy_coef: weight of an entropy bonus; below 0 a penalty.
-        importance_sampling_correction: correct for a sampling distribution that is not the trained one (filters, other
-            precision): bound (``truncate``) or drop (``mask``) weights of a token or sequence; ``None`` is off.
-        importance_sampling_min: lower bound of these weights; ``None`` for none.
-        importance_sampling_max: upper bound of these weights; ``None`` for none.
-        off_policy_mask_threshold: drop completions with a negative advantage from which the policy has moved by more
-            than this, above 0; ``None`` keeps them.
+        kl: estimator of the divergence, and where it is applied: ``KLPenalty``.
+        off_policy: importance weights and masks for samples of another distribution: ``OffPolicyCorrection``.
+        entropy: weight of an entropy bonus, and the share of tokens that carry the gradient: ``TokenEntropy``.
         dynamic_sampling: number of times that groups of equal rewards are replaced by those of other prompts of the
             training data, at least 0.
         kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
@@ -99,28 +83,12 @@ class GRPOModule(OnPolicyModule):
         *,
         rewards: Sequence[RewardSpec],
         num_generations: int = 8,
-        loss_type: PolicyLossType = "dapo",
-        epsilon: float = 0.2,
-        epsilon_high: float | None = None,
-        delta: float | None = None,
-        dual_clip: float | None = None,
-        importance_sampling_level: ImportanceLevel | None = None,
-        sapo_temperature_pos: float = 1.0,
-        sapo_temperature_neg: float = 1.05,
+        loss: PolicyLoss = PolicyLoss(),
+        advantages: RelativeAdvantage = RelativeAdvantage(),
         beta: float = 0.0,
-        kl_estimator: KLEstimator = "k3",
-        kl_in_reward: bool = False,
-        use_bias_correction_kl: bool = True,
-        scale_rewards: ScaleRewards = "group",
-        baseline: Baseline = "mean",
-        multi_objective_aggregation: Aggregation = "sum_then_normalize",
-        mask_truncated_completions: bool = False,
-        top_entropy_quantile: float = 1.0,
-        entropy_coef: float = 0.0,
-        importance_sampling_correction: EngineCorrection | None = None,
-        importance_sampling_min: float | None = None,
-        importance_sampling_max: float | None = 3.0,
-        off_policy_mask_threshold: float | None = None,
+        kl: KLPenalty = KLPenalty(),
+        off_policy: OffPolicyCorrection = OffPolicyCorrection(),
+        entropy: TokenEntropy = TokenEntropy(),
         dynamic_sampling: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -128,49 +96,49 @@ class GRPOModule(OnPolicyModule):
         check_count("num_generations", num_generations, "8 is usual")
         if num_generations < 2:
             raise ValueError("num_generations is 1, and a group of one has no advantage over itself: use 2 or more")
-        options = GRPOOptions(
-            loss_type=loss_type,
-            epsilon=epsilon,
-            epsilon_high=epsilon_high,
-            delta=delta,
-            dual_clip=dual_clip,
-            importance_sampling_level=importance_sampling_level,
-            sapo_temperature_pos=sapo_temperature_pos,
-            sapo_temperature_neg=sapo_temperature_neg,
-            beta=beta,
-            kl_estimator=kl_estimator,
-            kl_in_reward=kl_in_reward,
-            use_bias_correction_kl=use_bias_correction_kl,
-            scale_rewards=scale_rewards,
-            baseline=baseline,
-            multi_objective_aggregation=multi_objective_aggregation,
-            mask_truncated_completions=mask_truncated_completions,
-            top_entropy_quantile=top_entropy_quantile,
-            entropy_coef=entropy_coef,
-            importance_sampling_correction=importance_sampling_correction,
-            importance_sampling_min=importance_sampling_min,
-            importance_sampling_max=importance_sampling_max,
-            off_policy_mask_threshold=off_policy_mask_threshold,
-            dynamic_sampling=dynamic_sampling,
-        )
+        check_not_negative("beta", beta, "0 needs no reference; 0.04 is the paper's")
+        check_not_negative("dynamic_sampling", dynamic_sampling, "0 switches it off")
+        loss, advantages = build_group(loss, PolicyLoss), build_group(advantages, RelativeAdvantage)
+        kl, entropy = build_group(kl, KLPenalty), build_group(entropy, TokenEntropy)
+        off_policy = build_group(off_policy, OffPolicyCorrection)
+        kl.check(beta)
+        if advantages.normalizes_each_reward and kl.in_reward:
+            raise ValueError(
+                "kl.in_reward is true, but advantages.multi_objective_aggregation 'normalize_then_sum' normalises each "
+                "reward by itself: leave one of them at its default"
+            )
 
         super().__init__(model, rewards=rewards, num_generations=num_generations, **kwargs)
-        self.options = options
+        store_options(
+            self,
+            loss=plain_group(loss, PolicyLoss),
+            advantages=plain_group(advantages, RelativeAdvantage),
+            kl=plain_group(kl, KLPenalty),
+            off_policy=plain_group(off_policy, OffPolicyCorrection),
+            entropy=plain_group(entropy, TokenEntropy),
+        )
+        self.policy_loss = loss
+        self.relative_advantage = advantages
+        self.beta = beta
+        self.kl = kl
+        self.off_policy = off_policy
+        self.entropy = entropy
+        self.dynamic_sampling = dynamic_sampling
         self._replaced = 0.0
 
     @property
     def uses_reference(self) -> bool:
         """Whether the divergence from a reference is in the loss or in the reward."""
-        return self.options.beta > 0
+        return self.beta > 0
 
     # Rollouts.
 
     def on_train_start(self) -> None:
         """Checks that dynamic sampling has access to all prompts."""
         super().on_train_start()
-        if self.options.dynamic_sampling and not len(getattr(self.trainer.train_dataloader, "examples", ())):
+        if self.dynamic_sampling and not len(getattr(self.trainer.train_dataloader, "examples", ())):
             raise ValueError(
-                f"dynamic_sampling is {self.options.dynamic_sampling}, which needs all prompts at once: use "
+                f"dynamic_sampling is {self.dynamic_sampling}, which needs all prompts at once: use "
                 "PromptDataModule with streaming=false, or dynamic_sampling=0"
             )
 
@@ -180,7 +148,7 @@ class GRPOModule(OnPolicyModule):
         if stage != "train":
             return rollouts
         self._replaced = 0.0
-        for again in range(1, self.options.dynamic_sampling + 1):
+        for again in range(1, self.dynamic_sampling + 1):
             keys = row_keys(rollouts.prompts, self.device)
             signal_E = self._group_advantages(rollouts.rewards_EGK, self.combined(rollouts.rewards_EGK)).has_signal_G
             if self.has_process_reward:
@@ -204,9 +172,8 @@ class GRPOModule(OnPolicyModule):
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
         """Builds one tree per prompt and attaches advantages, old and reference log-probs, and token weights."""
-        options = self.options
         every_EG = torch.ones_like(rollouts.rewards_EGK[:, :, 0], dtype=torch.bool)
-        kept_EG = rollouts.ended_EG().bool() if options.mask_truncated_completions else every_EG
+        kept_EG = rollouts.ended_EG().bool() if self.policy_loss.mask_truncated_completions else every_EG
         trees = self._build_trees(rollouts, kept_EG)
         completion_index_S, index_N = flat_indices(trees, self.device)
         sequences = {"sequence_index_N": index_N, "num_sequences": len(completion_index_S)}
@@ -214,36 +181,33 @@ class GRPOModule(OnPolicyModule):
 
         # Advantages are per completion; steps add theirs per token.
         scores_EG = self.outcome_scores(rollouts.rewards_EGK)
-        if options.kl_in_reward:
+        if self.kl.in_reward:
             scores_EG = self._penalised(rollouts, scores_EG, every_EG)
         advantages_EG = self._advantages(rollouts, scores_EG)
         fixed = {"advantages": advantages_EG.flatten()[completion_index_S][index_N]}
         if self.has_process_reward:
-            steps_N = process_advantages(
-                rollouts.steps, completion_index_S, index_N, scale_rewards=options.scale_rewards
-            )
+            scale_rewards = self.relative_advantage.scale_rewards
+            steps_N = process_advantages(rollouts.steps, completion_index_S, index_N, scale_rewards=scale_rewards)
             fixed["advantages"] = fixed["advantages"] + self.rewards.weights[-1] * steps_N
         fixed |= {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
 
         values: Metrics = {}
-        if options.dynamic_sampling:
+        if self.dynamic_sampling:
             values["dynamic_sampling/replaced"] = torch.tensor(self._replaced)
-        if options.importance_sampling_correction or options.off_policy_mask_threshold:
+        if self.off_policy.needs_sampling_logprobs:
             samples = [sample for group in rollouts.completions for sample in group]
             drawn = [logprob for place in completion_index_S.tolist() for logprob in samples[place].logprobs]
             fixed["sampling_logprobs"] = torch.tensor(drawn, dtype=torch.float64, device=self.device)
 
         # Token weights are fixed before the first update: importance correction and top-entropy mask.
         weights_N = None
-        if options.importance_sampling_correction:
+        if self.off_policy.correction:
             old_N, drawn_N = known["old_logprobs"].double(), fixed["sampling_logprobs"]
-            weights_N = options.correction(old_N, drawn_N, **sequences)
-            assert weights_N is not None
+            weights_N = self.off_policy.weights(old_N, drawn_N, **sequences)
             values |= sampling_metrics(old_N - drawn_N, weights_N)
-        if options.top_entropy_quantile < 1:
-            global_rows_N = gather_rows({"entropy": known["entropy"]}, self.device)["entropy"]
-            threshold = top_entropy_threshold(global_rows_N, top_fraction=options.top_entropy_quantile)
-            uncertain_N = top_entropy_mask(known["entropy"], threshold=threshold).double()
+        if self.entropy.top_quantile < 1:
+            all_N = gather_rows({"entropy": known["entropy"]}, self.device)["entropy"]
+            uncertain_N = self.entropy.is_uncertain(known["entropy"], all_entropies_N=all_N).double()
             weights_N = uncertain_N if weights_N is None else weights_N * uncertain_N
         if weights_N is not None:
             fixed["weights"] = weights_N
@@ -254,11 +218,10 @@ class GRPOModule(OnPolicyModule):
 
     def _known(self, trees: Sequence[Example], *, penalty: bool = False) -> Rows:
         """Computes token log-probs and entropies of the sampling policy and the reference, as far as needed."""
-        options = self.options
         moves = self.num_updates * self.num_mini_batches > 1
         policy = {
-            "old_logprobs": moves or penalty or options.importance_sampling_correction is not None,
-            "entropy": options.top_entropy_quantile < 1,
+            "old_logprobs": moves or penalty or self.off_policy.correction is not None,
+            "entropy": self.entropy.top_quantile < 1,
         }
         names = [name for name, needed in (policy | {"ref_logprobs": self.has_reference}).items() if needed]
 
@@ -278,11 +241,9 @@ class GRPOModule(OnPolicyModule):
         trees = self._build_trees(rollouts, every_EG)
         completion_index_S, index_N = flat_indices(trees, self.device)
         known = self._known(trees, penalty=True)
-        kl_N = kl_per_token(
-            known["old_logprobs"], ref_logprobs_N=known["ref_logprobs"], estimator=self.options.kl_estimator
-        )
+        kl_N = self.kl.per_token(known["old_logprobs"], known["ref_logprobs"])
         penalised = kl_penalised_scores(
-            scores_EG.flatten(), kl_N=kl_N, coef=self.options.beta, sequence_index_N=completion_index_S[index_N]
+            scores_EG.flatten(), kl_N=kl_N, coef=self.beta, sequence_index_N=completion_index_S[index_N]
         )
         return penalised.view_as(scores_EG)
 
@@ -299,15 +260,8 @@ class GRPOModule(OnPolicyModule):
         return advantages[place : place + len(keys)]
 
     def _group_advantages(self, rewards_EGK: Tensor, scores_EG: Tensor) -> GroupAdvantages:
-        num_groups, group_size = scores_EG.shape
-        index_S = torch.arange(num_groups, device=scores_EG.device).repeat_interleave(group_size)
-        groups: dict[str, Any] = {"group_index_S": index_S, "num_groups": num_groups}
         rewards_EGK, weights_K = self.outcomes(rewards_EGK)
-        if self.options.multi_objective_aggregation == "normalize_then_sum" and len(weights_K):
-            return gdpo_advantages(rewards_EGK.flatten(0, 1), weights_K=weights_K, **groups)
-        return group_advantages(
-            scores_EG.flatten(), scale_rewards=self.options.scale_rewards, baseline=self.options.baseline, **groups
-        )
+        return self.relative_advantage(rewards_EGK, scores_EG=scores_EG, weights_K=weights_K)
 
     # The update.
 
@@ -319,31 +273,23 @@ class GRPOModule(OnPolicyModule):
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the loss per tree, with the loss type's token weights but not divided by a total yet."""
         stats = self.token_stats(batch, temperature=self.temperature, entropy=True)
+        sequences: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
         names = ("advantages", "old_logprobs", "ref_logprobs", "sampling_logprobs", "weights")
-        losses = self.options.token_losses(
-            stats.logprobs,
-            stats.entropy,
-            {name: token_field(batch, name, stats.logprobs) for name in names},
-            sequence_index_N=batch.sequence_index,
-            num_sequences=batch.num_sequences,
-        )
+        fixed: dict[str, Any] = {name: token_field(batch, name, stats.logprobs) for name in names}
+        loss_N, kl_N = self.token_losses(stats.logprobs, fixed, **sequences)
 
-        # With normalizers of `unit` the aggregation weights are relative: `loss` divides by the global one.
+        # Weights of the loss type's aggregation, to be divided by its global total in `loss`.
         lengths_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
-        unit = batch.num_sequences
-        weights_S = unit * aggregation_weights(
-            self.options.loss_type,
-            lengths_S,
-            total_sequences=unit,
-            total_tokens=unit,
-            max_completion_length=self.max_completion_length,
-            dtype=stats.logprobs.dtype,
+        weights_S = self.policy_loss.relative_weights(
+            lengths_S, max_completion_length=self.max_completion_length, dtype=stats.logprobs.dtype
         )
 
-        low_S, high_S, count_S = losses.clipped
+        low_S, high_S, count_S = self.policy_loss.clipped(
+            stats.logprobs, old_logprobs_N=fixed["old_logprobs"], advantages_N=fixed["advantages"], **sequences
+        )
         share_S = 1 / count_S.clamp(min=1)
         rows = {
-            "policy": batch.sum_per_example(losses.loss_N * weights_S[batch.sequence_index]),
+            "policy": batch.sum_per_example(loss_N * weights_S[batch.sequence_index]),
             "entropy": batch.sum_per_example(stats.entropy.detach()),
             "clip_low": tree_sums(batch, low_S),
             "clip_high": tree_sums(batch, high_S),
@@ -351,16 +297,46 @@ class GRPOModule(OnPolicyModule):
             "clip_low_min": tree_extremes(batch, low_S * share_S, "amin"),
             "clip_high_max": tree_extremes(batch, high_S * share_S, "amax"),
         }
-        if self.options.entropy_coef:
-            rows["entropy_loss"] = batch.sum_per_example(losses.entropy_loss_N)
-        if losses.kl_N is not None:
-            rows["kl"] = batch.sum_per_example(losses.kl_N.detach())
+        if self.entropy.coef:
+            rows["entropy_loss"] = batch.sum_per_example(self.entropy.loss(stats.entropy))
+        if kl_N is not None:
+            rows["kl"] = batch.sum_per_example(kl_N.detach())
         return rows
+
+    def token_losses(
+        self, logprobs_N: Tensor, fixed: Mapping[str, Tensor | None], **sequences: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the loss of every token without the entropy bonus, and the divergence from a reference if any.
+
+        Args:
+            logprobs_N: log-probs under the policy, with gradient.
+            fixed: ``advantages``, and where they are needed ``old_logprobs``, ``ref_logprobs``,
+                ``sampling_logprobs``, ``weights``; (N,) each.
+            sequences: ``sequence_index_N`` and ``num_sequences``.
+        """
+        old_N, ref_N, sampling_N, advantages_N, weights_N = (
+            fixed.get(name) for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs", "advantages", "weights")
+        )
+        assert advantages_N is not None
+
+        # The policy gradient, of the tokens that the off-policy correction and the entropy leave it.
+        loss_N = self.policy_loss(logprobs_N, old_logprobs_N=old_N, advantages_N=advantages_N, **sequences)
+        if weights_N is not None:
+            loss_N = loss_N * weights_N
+        if self.off_policy.mask_threshold is not None and sampling_N is not None:
+            sampled: dict[str, Any] = {"sampling_logprobs_N": sampling_N, "advantages_N": advantages_N}
+            loss_N = loss_N * self.off_policy.keeps(logprobs_N, **sampled, **sequences)
+
+        # The divergence from the reference: logged wherever there is one, trained unless it is in the reward.
+        kl_N = None if ref_N is None else self.kl.per_token(logprobs_N, ref_N)
+        if kl_N is not None and self.beta and not self.kl.in_reward:
+            loss_N = loss_N + self.beta * self.kl.loss(kl_N, logprobs_N, old_logprobs_N=old_N, **sequences)
+        return loss_N, kl_N
 
     def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Divides the policy loss by the loss type's total, and the entropy bonus by the tokens."""
-        total = rows["policy"].sum() / max(normalizers[self.options.normalizer], 1.0)
-        if self.options.entropy_coef:
+        total = rows["policy"].sum() / max(normalizers[self.policy_loss.normalizer], 1.0)
+        if self.entropy.coef:
             total = total + rows["entropy_loss"].sum() / max(normalizers["tokens"], 1.0)
         return total
 

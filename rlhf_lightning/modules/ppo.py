@@ -6,28 +6,29 @@ Legend: E prompts of this rank, G completions of each, S trained completions, N 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..core.logging import store_options
 from ..core.router_loss import RouterLoss
 from ..core.trainer_checks import longest_sequence, trainer_dtype
 from ..distributed.collectives import Metrics, Rows, sum_over_ranks, sum_vector_over_ranks
-from ..losses.kl import kl_per_token
-from ..losses.off_policy import entropy_bonus_loss
-from ..losses.policy_gradient import clip_statistics, importance_ratio, policy_gradient_loss
-from ..losses.value import explained_variance, explained_variance_sums, value_clipped, value_loss
+from ..losses.policy_gradient import importance_ratio
+from ..losses.value import explained_variance, explained_variance_sums
 from ..models import TokenStats, base_model, evaluating, fused_logprobs, hidden_states, output_head
 from ..models.critic import Critic, own_critic, shared_critic
 from ..rewards.specs import RewardSpec
-from ..rl.advantages import gae, moment_sums, whiten
+from ..rl import GAE, AdaptiveKL, EntropyBonus, PPOLoss, ValueFunction
 from ..rl.on_policy_module import OnPolicyModule
-from ..rl.ppo_options import PPOOptions
-from ..rl.reward_shaping import KLController, missing_eos_penalty, token_rewards
+from ..rl.reward_shaping import missing_eos_penalty as penalise_missing_eos
+from ..rl.reward_shaping import token_rewards
 from ..rl.rollouts import Rollouts, attach_token_fields, build_trees, flat_indices, num_tokens, token_field, tree_sums
 from ..rl.step_rewards import at_tokens
 from ..sequences import Example, SequenceBatch
+from ..utils.option_groups import build_group, plain_group
+from ..utils.validation import check_not_negative
 
 
 class PPOModule(OnPolicyModule):
@@ -43,36 +44,26 @@ class PPOModule(OnPolicyModule):
     Departures: whitening and normalisers use the global batch (those of the losses, the global mini-batch); completions
     that could not be scored are excluded; the gradients of policy and critic are clipped and stepped together.
 
+    An option group (``loss``, ``value``, ``gae``, ``kl``, ``entropy``, ``sampling``) is an object of its class, which
+    documents its options, or a mapping of them: ``gae={"lam": 1.0}``.
+
     Args:
         model: Hugging Face id or folder.
         rewards: see ``OnPolicyModule``.
         num_generations: completions per prompt, at least 1.
         num_updates: passes over the completions of an iteration, at least 1.
-        value_model: folder or id of the critic's initial model, with a backbone of its own: an exported reward model
-            (its head is loaded), or any language model; ``None``: a head on the policy's backbone.
-        value_head: ``linear`` or ``mlp``, if no head is loaded; initialised to 0.
-        value_lr_ratio: learning rate of the critic's own weights relative to the policy's, above 0.
-        value_warmup_iterations: iterations in which only the critic's own weights learn, at least 0.
-        vf_coef: weight of the critic's loss, at least 0.
-        cliprange_value: clipping range of values around the old ones, above 0; ``None`` for no clipping.
-        epsilon: lower clipping range of the ratio, in (0, 1).
-        epsilon_high: upper clipping range; by default ``epsilon``.
-        dual_clip: bound of the loss where the advantage is negative, above 1; ``None`` for none.
-        gamma: discount, in [0, 1].
-        gae_lambda: 0 trusts the critic, 1 the rewards.
+        loss: clipping of the policy's loss: ``PPOLoss``, or a subclass with a loss of one's own.
+        value: the critic's model, head, learning rate and loss: ``ValueFunction``.
+        gae: discount, lambda and whitening of the advantages: ``GAE``.
         kl_coef: weight of the divergence from the reference in the rewards, at least 0; 0 needs no reference.
-        kl_estimator: ``k1`` or ``k3``.
-        kl_target: target divergence per completion, to which ``kl_coef`` adapts, above 0; ``None`` keeps it fixed.
-        kl_horizon: completions over which it adapts, at least 1.
+        kl: estimator of the divergence, and the target that ``kl_coef`` adapts to: ``AdaptiveKL``.
         missing_eos_penalty: subtracted from the reward of a truncated completion, at least 0; ``None`` is 0.
-        whiten_rewards: scale the rewards of tokens to variance 1.
-        whiten_advantages: normalise advantages to mean 0 and variance 1.
-        entropy_coef: weight of an entropy bonus; below 0 a penalty.
+        entropy: weight of an entropy bonus: ``EntropyBonus``.
         kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
 
     Example::
 
-        module = PPOModule("my-sft-model", rewards=["my_rewards.helpful"], value_model="my-reward-model")
+        module = PPOModule("my-sft-model", rewards=["my_rewards.helpful"], value={"model": "my-reward-model"})
         lightning.Trainer(max_epochs=1).fit(module, PromptDataModule(train="prompts.jsonl", global_batch_size=64))
     """
 
@@ -85,51 +76,38 @@ class PPOModule(OnPolicyModule):
         rewards: Sequence[RewardSpec],
         num_generations: int = 1,
         num_updates: int = 4,
-        value_model: str | None = None,
-        value_head: Literal["linear", "mlp"] = "linear",
-        value_lr_ratio: float = 1.0,
-        value_warmup_iterations: int = 0,
-        vf_coef: float = 0.1,
-        cliprange_value: float | None = 0.2,
-        epsilon: float = 0.2,
-        epsilon_high: float | None = None,
-        dual_clip: float | None = None,
-        gamma: float = 1.0,
-        gae_lambda: float = 0.95,
+        loss: PPOLoss = PPOLoss(),
+        value: ValueFunction = ValueFunction(),
+        gae: GAE = GAE(),
         kl_coef: float = 0.05,
-        kl_estimator: Literal["k1", "k3"] = "k1",
-        kl_target: float | None = None,
-        kl_horizon: int = 10_000,
+        kl: AdaptiveKL = AdaptiveKL(),
         missing_eos_penalty: float | None = None,
-        whiten_rewards: bool = False,
-        whiten_advantages: bool = True,
-        entropy_coef: float = 0.0,
+        entropy: EntropyBonus = EntropyBonus(),
         **kwargs: Any,
     ) -> None:
         # Options are checked before the model is set up, so that errors come first.
-        options = PPOOptions(
-            value_head=value_head,
-            value_lr_ratio=value_lr_ratio,
-            value_warmup_iterations=value_warmup_iterations,
-            vf_coef=vf_coef,
-            cliprange_value=cliprange_value,
-            epsilon=epsilon,
-            epsilon_high=epsilon_high,
-            dual_clip=dual_clip,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            kl_estimator=kl_estimator,
-            missing_eos_penalty=missing_eos_penalty,
-            whiten_rewards=whiten_rewards,
-            whiten_advantages=whiten_advantages,
-            entropy_coef=entropy_coef,
-        )
-        controller = KLController(kl_coef, target=kl_target, horizon=kl_horizon)
+        loss, value, gae = build_group(loss, PPOLoss), build_group(value, ValueFunction), build_group(gae, GAE)
+        kl, entropy = build_group(kl, AdaptiveKL), build_group(entropy, EntropyBonus)
+        controller = kl.controller(kl_coef)
+        if missing_eos_penalty is not None:
+            check_not_negative("missing_eos_penalty", missing_eos_penalty, "it is subtracted; 1.0 is usual")
 
         super().__init__(model, rewards=rewards, num_generations=num_generations, num_updates=num_updates, **kwargs)
-        self.options = options
-        self.controller = controller
-        self.value_source = value_model
+        store_options(
+            self,
+            loss=plain_group(loss, PPOLoss),
+            value=plain_group(value, ValueFunction),
+            gae=plain_group(gae, GAE),
+            kl=plain_group(kl, AdaptiveKL),
+            entropy=plain_group(entropy, EntropyBonus),
+        )
+        self.policy_loss = loss
+        self.value = value
+        self.gae = gae
+        self.kl = kl
+        self.controller = controller  # holds kl_coef
+        self.missing_eos_penalty = missing_eos_penalty
+        self.entropy = entropy
         self.critic: Critic | None = None
 
     @property
@@ -140,7 +118,7 @@ class PPOModule(OnPolicyModule):
     @property
     def warming(self) -> bool:
         """Whether the critic is being warmed up, and learns alone."""
-        return self.iteration < self.options.value_warmup_iterations
+        return self.iteration < self.value.warmup_iterations
 
     @property
     def router_loss(self) -> RouterLoss | None:
@@ -154,13 +132,13 @@ class PPOModule(OnPolicyModule):
         super().configure_model()
         assert self.model is not None
         dtype = trainer_dtype(self._trainer)
-        if self.value_source is None:
+        if self.value.model is None:
             size = int(base_model(self.model).config.get_text_config().hidden_size)
-            self.critic = shared_critic(size, kind=self.options.value_head, seed=self.seed, dtype=dtype)
+            self.critic = shared_critic(size, kind=self.value.head, seed=self.seed, dtype=dtype)
         else:
             self.critic = own_critic(
-                self.value_source,
-                kind=self.options.value_head,
+                self.value.model,
+                kind=self.value.head,
                 seed=self.seed,
                 dtype=dtype,
                 lora=self.lora,
@@ -177,18 +155,17 @@ class PPOModule(OnPolicyModule):
         """Groups the policy's weights, and the critic's own with their relative learning rate."""
         assert self.critic is not None
         own = {id(parameter) for parameter in self.critic.parameters()}
-        if self.options.value_lr_ratio == 1:
+        if self.value.lr_ratio == 1:
             return list(parameters)
         return [
             {"params": [p for p in parameters if id(p) not in own]},
-            {"params": [p for p in parameters if id(p) in own], "lr_ratio": self.options.value_lr_ratio},
+            {"params": [p for p in parameters if id(p) in own], "lr_ratio": self.value.lr_ratio},
         ]
 
     # From rollouts to training trees.
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
         """Builds one tree per prompt and attaches advantages, returns, old log-probs and old values."""
-        options = self.options
         scores_EG = self.outcome_scores(rollouts.rewards_EGK)
         trees = build_trees(
             rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix
@@ -200,27 +177,15 @@ class PPOModule(OnPolicyModule):
 
         # Token rewards: the score at the end, the KL penalty everywhere, step rewards where steps end.
         scores_S, ended_S = scores_EG.flatten()[completion_index_S], rollouts.ended_EG().flatten()[completion_index_S]
-        if options.missing_eos_penalty is not None:
-            scores_S = missing_eos_penalty(scores_S, has_eos_S=ended_S, penalty=options.missing_eos_penalty)
-        kl_N = None
-        if self.has_reference:
-            kl_N = kl_per_token(
-                known["old_logprobs"], ref_logprobs_N=known["ref_logprobs"], estimator=options.kl_estimator
-            )
+        if self.missing_eos_penalty is not None:
+            scores_S = penalise_missing_eos(scores_S, has_eos_S=ended_S, penalty=self.missing_eos_penalty)
+        kl_N = self.kl.per_token(known["old_logprobs"], known["ref_logprobs"]) if self.has_reference else None
         rewards_N = token_rewards(scores_S, sequence_index_N=index_N, kl_N=kl_N, kl_coef=self.controller.coef)
         if self.has_process_reward:
             lengths_S = torch.bincount(index_N, minlength=len(completion_index_S))
             steps_N = float(self.rewards.weights[-1]) * at_tokens(rollouts.steps, completion_index_S, lengths_S)
             rewards_N, scores_S = rewards_N + steps_N, scores_S.index_add(0, index_N, steps_N)
-        if options.whiten_rewards:
-            rewards_N = whiten(rewards_N, sums=sum_vector_over_ranks(moment_sums(rewards_N)), shift_mean=False)
-
-        # Returns are the critic's targets, so only advantages are whitened after this.
-        advantages_N, returns_N = gae(
-            rewards_N, values_N=known["old_values"], gamma=options.gamma, gae_lambda=options.gae_lambda, **sequences
-        )
-        if options.whiten_advantages:
-            advantages_N = whiten(advantages_N, sums=sum_vector_over_ranks(moment_sums(advantages_N)))
+        advantages_N, returns_N = self.gae(rewards_N, values_N=known["old_values"], **sequences)
 
         values = self._objective(scores_S, ended_S, known, kl_N, sequences)
         sums = sum_vector_over_ranks(explained_variance_sums(known["old_values"], returns_N=returns_N))
@@ -291,7 +256,6 @@ class PPOModule(OnPolicyModule):
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the losses per tree, and sums for metrics."""
-        options = self.options
         stats, values_N = self._policy_and_values(batch, entropy=True)
         fixed = {}
         for name in ("advantages", "returns", "old_logprobs", "old_values"):
@@ -302,24 +266,22 @@ class PPOModule(OnPolicyModule):
 
         # Both losses take the ratio and the values relative to the policy and critic before the updates.
         sequences: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
-        policy: dict[str, Any] = {"advantages_N": fixed["advantages"], **options.clipping, **sequences}
-        policy_N = policy_gradient_loss(
-            stats.logprobs, old_logprobs_N=fixed["old_logprobs"], dual_clip=options.dual_clip, **policy
-        )
+        advantages_N, old_N = fixed["advantages"], fixed["old_logprobs"]
+        policy_N = self.policy_loss(stats.logprobs, old_logprobs_N=old_N, advantages_N=advantages_N, **sequences)
         critic = {"old_values_N": fixed["old_values"], "returns_N": fixed["returns"]}
-        value_N = value_loss(values_N, cliprange=options.cliprange_value, **critic)
+        value_N = self.value.loss(values_N, **critic)
 
         # For metrics only: the approximate KL is half the mean squared log-ratio.
         with torch.no_grad():
-            ratio_N = importance_ratio(stats.logprobs, old_logprobs_N=fixed["old_logprobs"], **sequences)
-            clipped = clip_statistics(ratio_N, **policy)
-            moved_N = (stats.logprobs - fixed["old_logprobs"]).square() / 2
-            value_clipped_N = value_clipped(values_N, cliprange=options.cliprange_value, **critic)
+            ratio_N = importance_ratio(stats.logprobs, old_logprobs_N=old_N, **sequences)
+            clipped = self.policy_loss.clipped(ratio_N, advantages_N=advantages_N, **sequences)
+            moved_N = (stats.logprobs - old_N).square() / 2
+            value_clipped_N = self.value.clipped(values_N, **critic)
 
         return {
             "policy": batch.sum_per_example(policy_N),
             "value": batch.sum_per_example(value_N),
-            "entropy_loss": batch.sum_per_example(entropy_bonus_loss(stats.entropy, coef=options.entropy_coef)),
+            "entropy_loss": batch.sum_per_example(self.entropy.loss(stats.entropy)),
             "entropy": batch.sum_per_example(stats.entropy.detach()),
             "ratio": batch.sum_per_example(ratio_N),
             "approxkl": batch.sum_per_example(moved_N),
@@ -330,7 +292,7 @@ class PPOModule(OnPolicyModule):
 
     def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
         """Adds the mean losses over the tokens of a mini-batch; during warm-up only the critic's."""
-        value = self.options.vf_coef * rows["value"].sum()
+        value = self.value.coef * rows["value"].sum()
         if not self.warming:
             value = value + rows["policy"].sum() + rows["entropy_loss"].sum()
         return value / max(normalizers["tokens"], 1.0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from ..utils.imports import load_attribute
+from ..utils.imports import dotted_path, load_attribute
 from . import RewardFunction, RewardSet, StepReward, resolve_reward
 
 RewardSpec = str | dict[str, Any] | RewardFunction
@@ -81,14 +81,7 @@ def build_rewards(
 
 def plain_specs(rewards: Sequence[RewardSpec]) -> list[str | dict[str, Any]]:
     """Converts rewards to values that a checkpoint can hold: functions by their names."""
-    return [spec if isinstance(spec, str | dict) else _path(spec) for spec in rewards]
-
-
-def _path(function: RewardFunction) -> str:
-    """The dotted path of an importable function, or the name of any other."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    importable = module not in (None, "__main__") and name and "<" not in name and inspect.isfunction(function)
-    return f"{module}.{name}" if importable else _name(function)
+    return [spec if isinstance(spec, str | dict) else dotted_path(spec) for spec in rewards]
 
 
 def _read(spec: RewardSpec) -> tuple[RewardFunction, float | None, str | None]:

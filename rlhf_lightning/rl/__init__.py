@@ -1,1 +1,23 @@
-"""Reinforcement learning: on-policy rollouts, their rewards and advantages, and the base class of GRPO and PPO."""
+"""Reinforcement learning: on-policy rollouts, their rewards and advantages, and the base class of GRPO and PPO.
+
+The option groups of ``GRPOModule`` and ``PPOModule`` are published here: ``from rlhf_lightning.rl import PolicyLoss``.
+"""
+
+from .advantages import RelativeAdvantage
+from .policy_loss import EntropyBonus, KLPenalty, OffPolicyCorrection, PolicyLoss, TokenEntropy
+from .ppo_loss import GAE, AdaptiveKL, PPOLoss, ValueFunction
+from .sampling import Sampling
+
+__all__ = [
+    "GAE",
+    "AdaptiveKL",
+    "EntropyBonus",
+    "KLPenalty",
+    "OffPolicyCorrection",
+    "PPOLoss",
+    "PolicyLoss",
+    "RelativeAdvantage",
+    "Sampling",
+    "TokenEntropy",
+    "ValueFunction",
+]

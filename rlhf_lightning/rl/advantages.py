@@ -9,13 +9,18 @@ computed in fp64.
 from __future__ import annotations
 
 import math
-from typing import Final, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from ..utils.option_groups import OptionGroup
+from ..utils.validation import check_choice
+
 ScaleRewards = Literal["group", "batch", "none"]
 Baseline = Literal["mean", "leave_one_out"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 SCALE_REWARDS: Final[tuple[ScaleRewards, ...]] = get_args(ScaleRewards)
 BASELINES: Final[tuple[Baseline, ...]] = get_args(Baseline)
@@ -43,11 +48,6 @@ class AdvantagesAndReturns(NamedTuple):
 
     advantages_N: Tensor
     returns_N: Tensor
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(allowed)}")
 
 
 def _group_mean_and_std(values_S: Tensor, index_S: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +135,8 @@ def group_advantages(
         ... ).advantages_S
         tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
-    _check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
-    _check_choice("baseline", baseline, BASELINES)
+    check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
+    check_choice("baseline", baseline, BASELINES)
     if not eps >= 0:
         raise ValueError(f"eps={eps} is below 0: 1e-4 is usual")
 
@@ -202,6 +202,71 @@ def gdpo_advantages(
     _, _, std_G = _group_mean_and_std(combined_S.double(), group_index_S, num_groups)
     has_signal_G = torch.stack([part.has_signal_G for part in parts]).any(dim=0)
     return GroupAdvantages(advantages_S.to(rewards_SK.dtype), std_G.to(rewards_SK.dtype), has_signal_G)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeAdvantage(OptionGroup):
+    """The advantage of a completion over the others of its group.
+
+    ``group_advantages`` and ``gdpo_advantages`` document papers and formulas.
+
+    Args:
+        scale_rewards: divide advantages by the deviation of the ``group``, of the whole ``batch``, or not at all
+            (``none``).
+        baseline: the ``mean`` of the group, or of its other samples (``leave_one_out``).
+        multi_objective_aggregation: sum the rewards and normalise (``sum_then_normalize``), or the other way round
+            (``normalize_then_sum``, GDPO), which needs the defaults of the other options.
+
+    Raises:
+        ValueError: options that exclude each other.
+
+    Example:
+        >>> rewards_EGK = torch.tensor([[[1.0], [0.0]]])
+        >>> RelativeAdvantage(scale_rewards="none")(
+        ...     rewards_EGK, scores_EG=rewards_EGK[:, :, 0], weights_K=torch.ones(1)
+        ... ).advantages_S
+        tensor([ 0.5000, -0.5000])
+    """
+
+    group: ClassVar[str] = "advantages"
+
+    scale_rewards: ScaleRewards = "group"
+    baseline: Baseline = "mean"
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalizes_each_reward and (self.baseline != "mean" or self.scale_rewards != "group"):
+            raise ValueError(
+                "advantages.multi_objective_aggregation is 'normalize_then_sum', which normalises each reward by its "
+                "group's mean and deviation: leave baseline and scale_rewards at their defaults"
+            )
+
+    @property
+    def normalizes_each_reward(self) -> bool:
+        """Whether rewards are normalised before they are summed."""
+        return self.multi_objective_aggregation == "normalize_then_sum"
+
+    def __call__(self, rewards_EGK: Tensor, *, scores_EG: Tensor, weights_K: Tensor) -> GroupAdvantages:
+        """Computes advantages, one after the other by group.
+
+        Args:
+            rewards_EGK: outcome rewards of the global batch, NaN where a function could not score.
+            scores_EG: their weighted sums, less penalties.
+            weights_K: weight of each function.
+        """
+        num_groups, group_size = scores_EG.shape
+        index_S = torch.arange(num_groups, device=scores_EG.device).repeat_interleave(group_size)
+        if self.normalizes_each_reward and len(weights_K):
+            rewards_SK = rewards_EGK.flatten(0, 1)
+            return gdpo_advantages(rewards_SK, weights_K=weights_K, group_index_S=index_S, num_groups=num_groups)
+        return group_advantages(
+            scores_EG.flatten(),
+            group_index_S=index_S,
+            num_groups=num_groups,
+            scale_rewards=self.scale_rewards,
+            baseline=self.baseline,
+        )
 
 
 def gae(

@@ -10,27 +10,29 @@ Legend: E prompts of this rank, G completions of each, K reward functions, N sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..core.logging import store_options
 from ..core.micro_batching import ROW_KEY, in_canonical_order, row_keys
 from ..core.module import PostTrainingModule
 from ..core.reference_policy import ReferencePolicy
 from ..distributed.collectives import Metrics, Rows, concatenate, gather_objects, gather_rows, sum_over_ranks
-from ..inference import Completion, LocalEngine, SamplingParams, derive_seed
+from ..inference import Completion, LocalEngine, derive_seed
 from ..models import evaluating, num_positions
 from ..rewards import RewardScores
 from ..rewards.specs import RewardSpec, build_rewards, plain_specs
 from ..sequences import Example, ExampleBatch, SequenceBatch
+from ..utils.option_groups import build_group, plain_group
 from ..utils.validation import check_choice, check_count, check_positive
 from .advantages import combine_rewards
 from .reward_failures import FailureWatch
 from .rollout_metrics import rollout_metrics
 from .rollouts import Rollouts, num_tokens
+from .sampling import Sampling
 from .step_rewards import StepsAtTokens, place_steps
 
 
@@ -49,16 +51,10 @@ class OnPolicyModule(PostTrainingModule):
             on the last token. ``rewards`` may be empty if it is given.
         num_generations: G, completions per prompt, at least 1.
         max_completion_length: maximum number of tokens of a completion, at least 1.
-        min_completion_length: minimum number of tokens of a completion; a sampling filter, as ``top_p`` is.
         temperature: temperature of sampling and of the trained policy, above 0.
-        top_p: see ``SamplingParams``; with filters, the sampled distribution is not the trained one.
-        top_k: see ``SamplingParams``.
-        min_p: see ``SamplingParams``.
-        repetition_penalty: see ``SamplingParams``.
-        stop: strings that end a completion, in addition to the end-of-sequence token.
+        sampling: filters, stop strings and memory of the sampler: ``Sampling`` or a mapping of its options.
         num_updates: passes over the completions of an iteration, at least 1.
         num_mini_batches: optimizer steps per pass, each on an equal share of the prompts; at least 1.
-        generation_batch_tokens: tokens of KV cache in generation; affects memory, not results.
         reward_timeout: seconds for a reward function and a batch, above 0; ``None`` for no limit.
         on_bad_reward: ``error`` if a reward function returns a value that is not a reward, or ``skip`` the sample. A
             function that raises or times out loses only its own samples, counted in ``rewards/<name>/failures``. One
@@ -81,16 +77,10 @@ class OnPolicyModule(PostTrainingModule):
         process_reward: RewardSpec | None = None,
         num_generations: int = 8,
         max_completion_length: int = 64,
-        min_completion_length: int = 0,
         temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop: list[str] | None = None,
+        sampling: Sampling = Sampling(),
         num_updates: int = 1,
         num_mini_batches: int = 1,
-        generation_batch_tokens: int = 65536,
         reward_timeout: float | None = 60.0,
         on_bad_reward: Literal["error", "skip"] = "error",
         seed: int = 0,
@@ -104,14 +94,18 @@ class OnPolicyModule(PostTrainingModule):
         check_positive("temperature", temperature, "1.0 is usual; greedy completions teach nothing")
         check_count("num_updates", num_updates, "1 stays on policy")
         check_count("num_mini_batches", num_mini_batches, "1 takes all prompts in one step")
-        check_count("generation_batch_tokens", generation_batch_tokens, "65536 is a good start")
+        sampling = build_group(sampling, Sampling)
+        params = sampling.params(max_completion_length=max_completion_length, temperature=temperature, seed=seed)
         super().__init__(model, **kwargs)
         self.reference = ReferencePolicy(self, reference)
 
         # Checkpoints must load without the script that defined the reward functions, so store plain specs.
-        self.hparams["rewards"] = plain_specs(rewards)
-        self.hparams["process_reward"] = None if process_reward is None else plain_specs([process_reward])[0]
-        self._hparams_initial = deepcopy(self._hparams)  # the copy that loggers write
+        store_options(
+            self,
+            rewards=plain_specs(rewards),
+            process_reward=None if process_reward is None else plain_specs([process_reward])[0],
+            sampling=plain_group(sampling, Sampling),
+        )
 
         self.rewards = build_rewards(
             rewards, reward_weights, process=process_reward, timeout=reward_timeout, on_bad_value=on_bad_reward
@@ -122,20 +116,10 @@ class OnPolicyModule(PostTrainingModule):
         self.num_generations = num_generations
         self.max_completion_length = max_completion_length
         self.temperature = temperature
-        self.sampling = SamplingParams(
-            max_new_tokens=max_completion_length,
-            min_new_tokens=min_completion_length,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop or ()),
-            seed=seed,  # overridden: every sample has its own
-        )
+        self.sampling = params  # its seed is overridden: every sample has its own
+        self.generation_batch_tokens = sampling.generation_batch_tokens
         self.num_updates = num_updates
         self.num_mini_batches = num_mini_batches
-        self.generation_batch_tokens = generation_batch_tokens
         self.seed = seed
         self.iteration = 0
         self.last_rollouts: Rollouts | None = None  # for callbacks that read samples

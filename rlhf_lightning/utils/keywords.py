@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 
 _BATCH = "the datamodule's global_batch_size (and the module's micro_batch_tokens for memory)"
 # Options of other trainers, and their equivalents here.
@@ -31,6 +32,10 @@ INSTEAD = {
     "train_dataset": "train",
     "eval_dataset": "val",
     "dataset": "train",
+    "max_new_tokens": "max_completion_length",
+    "vf_coef": "value.coef",
+    "importance_sampling_correction": "off_policy.correction",
+    "use_bias_correction_kl": "kl.bias_correction",
 }
 
 
@@ -40,12 +45,15 @@ def advise(name: str, allowed: Iterable[str]) -> str:
     Example:
         >>> advise("betta", ["beta", "gamma"])
         "; did you mean 'beta'?"
+        >>> advise("epsilon", ["loss.epsilon", "gamma"])
+        "; did you mean 'loss.epsilon'?"
     """
     last = name.rpartition(".")[2]
     names = list(allowed)
     if last in INSTEAD:
         return f"; use {INSTEAD[last]}"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    in_groups = [other for other in names if other.endswith(f".{name}")]
+    near = in_groups[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -60,18 +68,31 @@ def refuse_unknown(cls: type, unknown: Iterable[str]) -> None:
         TypeError: there is one; the message suggests another.
     """
     for name in unknown:
-        raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, options_of(cls))}")
+        raise TypeError(f"{cls.__name__} has no option {name!r}{advise(name, options_of(cls) | _in_groups(cls))}")
 
 
 def options_of(cls: type) -> set[str]:
+    """Collects the names of ``keyword_parameters``."""
+    return set(keyword_parameters(cls))
+
+
+def keyword_parameters(cls: type) -> dict[str, inspect.Parameter]:
     """Collects the arguments of a class's ``__init__``, and of those to which it passes its ``**kwargs``."""
-    found: set[str] = set()
+    found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(parameter.name, parameter)
         # A class that does not pass keywords on ends the search.
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return found - {"self"}
+    return {name: parameter for name, parameter in found.items() if name != "self"}
+
+
+def _in_groups(cls: type) -> set[str]:
+    """Collects the options in groups: arguments whose default is a dataclass."""
+    groups = {name: p.default for name, p in keyword_parameters(cls).items() if is_dataclass(p.default)}
+    return {f"{name}.{field.name}" for name, group in groups.items() for field in fields(group)}

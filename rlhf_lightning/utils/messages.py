@@ -11,7 +11,9 @@ from .packaged_configs import nearest_config
 
 _LIMIT = 1000
 # Lines that jsonargparse repeats for each allowed type that the value does not resemble.
-_COMMONPLACES = "Expected an? |Does not validate against|Not a valid subclass|a class path|a dict"
+_COMMONPLACES = (
+    "Expected an? |Not of type DottedPath|Does not validate against|Not a valid subclass|a class path|a dict"
+)
 
 
 class UsageError(Exception):
@@ -47,14 +49,8 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         >>> explain("Option 'betta' is not accepted", ["beta"])
         "no option 'betta'; did you mean 'beta'?"
     """
-    # Classes that cannot be found.
-    if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        return f"{_key(message)}no class {found[1]!r}{did_you_mean(found[1], (cls.__name__ for cls in classes))}"
-    if found := re.search(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.*)", message):
-        choices = found[2].rstrip(".").split(", ")
-        return f"{_key(message)}several classes are called {found[1]}: write {' or '.join(choices)}"
-    if found := re.search(r"class_path '([^']+)':\s*(No module named .*|.* is available\..*)", message):
-        return f"{_key(message)}cannot import {found[1]!r}: {found[2]}"
+    if text := _about_classes(message, classes) or _about_groups(message):
+        return text
 
     # Values that no type accepts; the message lists a cause for each type.
     causes = re.findall(rf"^ *- (?!{_COMMONPLACES})(.*)", message, flags=re.MULTILINE)
@@ -82,6 +78,39 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     return _wrong_value(message) or one_line(message)
 
 
+def _about_classes(message: str, classes: Iterable[type]) -> str | None:
+    """Describes a class that cannot be found or is of the wrong kind; ``None`` for other errors."""
+    if found := re.search(r"Expected a dot import path string: (\S+)", message):
+        near = did_you_mean(found[1], (cls.__name__ for cls in classes))
+        instead = near or ": write the path of a class, package.module.CLASS, or options, NAME: VALUE"
+        return f"{_key(message)}no class {found[1]!r}{instead}"
+    if found := re.search(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.*)", message):
+        choices = found[2].rstrip(".").split(", ")
+        return f"{_key(message)}several classes are called {found[1]}: write {' or '.join(choices)}"
+    if found := re.search(r"class_path '([^']+)':\s*(No module named .*|.* is available\..*)", message):
+        return f"{_key(message)}cannot import {found[1]!r}: {found[2]}"
+    if found := re.search(r"class_path '([^']+)':\s*module '([^']+)' has no attribute '([^']+)'", message):
+        return f"{_key(message)}cannot import {found[1]!r}: {found[2]} has nothing called {found[3]!r}"
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
+        return f"{_key(message)}{found[1]!r} is not allowed: expected a subclass of {found[2]}"
+    if found := re.search(r"Subclasses are disabled for (\w+), thus '([^']+)'", message):
+        return f"{_key(message)}{found[2]!r} is not allowed: {found[1]} has no subclasses, write its options directly"
+    return None
+
+
+def _about_groups(message: str) -> str | None:
+    """Describes a value that stands where options should, one by one; ``None`` for other errors."""
+    if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", message):
+        return f"{_key(message)}{found[2]} is not allowed: expected options of {found[1]}, NAME: VALUE, or a class_path"
+    if found := re.search(r"Unable to load config [\"'](.*?)[\"']", message):
+        return f"{_key(message)}{found[1]!r} is not allowed: expected a group of options, NAME: VALUE"
+    if "argument after ** must be a mapping, not NoneType" in message:
+        return "a group of options is null: leave it out, or write its options, NAME: VALUE"
+    if re.search(r"[Oo]ption 'class_path' is not accepted", message):
+        return f"{_key(message)}class_path stands next to other options: write them below init_args"
+    return None
+
+
 def _wrong_value(message: str) -> str | None:
     """Describes a value of the wrong type: the key, the value, the allowed types; ``None`` for other errors."""
     value = re.search(r"(?:Given value|Got value): (.*)", message)
@@ -97,12 +126,14 @@ def _wrong_value(message: str) -> str | None:
         name = f"one of {', '.join(names)}" if names else _type_name(kind)
         if name not in allowed:
             allowed.append(name)
+    if "Not of type DottedPath" in message:
+        allowed.append("the dotted path of a function")
     return one_line(f"{_key(message)}{value[1]!r} is not allowed: expected {' or '.join(allowed)}{hint}")
 
 
 def _type_name(kind: str) -> str:
     kind = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", kind)
-    return "null" if kind == "NoneType" else kind.replace("typing.", "")
+    return {"NoneType": "null", "tuple": "a list"}.get(kind, kind.replace("typing.", ""))
 
 
 def _key(message: str) -> str:

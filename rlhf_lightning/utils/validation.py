@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 
@@ -75,3 +76,26 @@ def check_same_shape(dims: str, **tensors: Tensor | None) -> None:
                 f"{other} has shape {tuple(given[other].shape)} and {name} {tuple(tensor.shape)}: "
                 f"give all of {', '.join(given)} the shape ({', '.join(dims)}{',' if len(dims) == 1 else ''})"
             )
+
+
+def check_finite(name: str, values: object, *, like: Tensor, each: str) -> None:
+    """Raises unless a user's loss returned one finite number for each value of ``like``, with its gradient.
+
+    Args:
+        name: of the function.
+        values: returned by it.
+        like: a tensor of one dimension.
+        each: thing that the values are of, such as ``pair``.
+    """
+    shape = tuple(like.shape)
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} returned a {type(values).__name__}: return a tensor of one loss per {each}, {shape}")
+    if values.shape != like.shape:
+        raise ValueError(f"{name} returned shape {tuple(values.shape)}: return one loss per {each}, {shape}")
+    wrong = (~torch.isfinite(values)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        value = float(values[place].detach())
+        raise ValueError(f"{name} returned {value} for {each} {place} of {len(values)}: losses must be finite")
+    if like.requires_grad and not values.requires_grad and len(values):
+        raise ValueError(f"{name} returned losses without gradient: compute them from the policy's log-probs")

@@ -19,6 +19,8 @@ import jsonargparse
 import yaml
 from jsonargparse.typing import register_type
 
+from .imports import DottedPath
+
 MODE = "as_written"
 
 # Numbers and booleans of YAML 1.2. YAML 1.1, that of PyYAML, has more: yes, on, 12:30, 0777, 1_000, dates.
@@ -189,6 +191,7 @@ def _mark(text: str) -> str:
     return text if _NAME.fullmatch(text) and tag == f"{_TAG}str" else Text(text)
 
 
+register_type(DottedPath, serializer=str, deserializer=DottedPath)
 register_type(Text, serializer=Text, deserializer=Text)
 jsonargparse.set_loader(MODE, load, (yaml.YAMLError,))
 jsonargparse.set_dumper(MODE, dump)

@@ -246,7 +246,7 @@ def test_a_rank_that_was_not_there_gets_a_state_of_its_own():
 
 def test_a_critic_with_an_adapter_is_saved_by_its_adapter(tiny_model_folder):
     module = PPOModule(
-        str(tiny_model_folder()), rewards=["builtins.len"], lora=LORA, value_model=str(tiny_model_folder())
+        str(tiny_model_folder()), rewards=["builtins.len"], lora=LORA, value={"model": str(tiny_model_folder())}
     )
     module.configure_model()
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}

@@ -126,7 +126,7 @@ def test_a_critic_that_warms_up_leaves_the_routers_alone(folders: dict[str, str]
         module = FixedPPO(
             folders["qwen3_moe"],
             rewards=[picky],
-            value_warmup_iterations=iterations,
+            value={"warmup_iterations": iterations},
             router_aux_loss_coef=COEF,
             **options,
         )

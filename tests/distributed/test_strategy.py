@@ -21,17 +21,17 @@ from rlhf_lightning.distributed.fsdp2 import check_can_shard, decoder_blocks
 from rlhf_lightning.distributed.lockstep import _reached, _Zero
 from rlhf_lightning.distributed.strategy import check_can_be_sharded
 
-from ..helpers import save_tiny_model, tiny_model
+from ..helpers import nested, save_tiny_model, tiny_model
 from .sharding_jobs import on_ranks, run_job, written
 
 # `make invariance` runs all jobs; otherwise the ones that show most of what can go wrong.
 EVERYTHING = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
-WARM_UP = {"value_warmup_iterations": 1}
+WARM_UP = {"value.warmup_iterations": 1}
 JOBS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft", "model": "gpt2"},  # tied weights
     "dpo-adapter": {"method": "dpo", "model": "qwen3", "options": {"lora": {"r": 4}}},
     "grpo-live": {"method": "grpo-live", "model": "qwen3"},
-    "ppo-critic": {"method": "ppo", "model": "qwen3", "options": {"value_model": "gpt2", **WARM_UP}},
+    "ppo-critic": {"method": "ppo", "model": "qwen3", "options": {"value.model": "gpt2", **WARM_UP}},
 }
 MORE_JOBS: dict[str, dict[str, Any]] = {
     "dpo": {"method": "dpo", "model": "qwen3", "options": {"init": "random"}},  # a reference that a checkpoint holds
@@ -54,9 +54,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     found = {}
     for name, job in CHOSEN.items():
         options = dict(job.get("options", {}))
-        if "value_model" in options:
-            options["value_model"] = folders[options["value_model"]]
-        found[name] = job | {"model": folders[job["model"]], "options": options}
+        if "value.model" in options:
+            options["value.model"] = folders[options["value.model"]]
+        found[name] = job | {"model": folders[job["model"]], "options": nested(options)}
     return found
 
 

@@ -113,7 +113,7 @@ def test_on_policy_methods_begin_at_ratio_1(folders: dict[str, str], budget: int
     assert found["train/clip_ratio/region_mean"] == 0
     assert found["train/kl"] == pytest.approx(0, abs=1e-9)
     for value_model in (None, folders["gpt2"]):
-        found = first_step(FixedPPO(folders["gpt2"], value_model=value_model, **common), prompts(3))
+        found = first_step(FixedPPO(folders["gpt2"], value={"model": value_model}, **common), prompts(3))
         assert found["train/policy/ratio"] == pytest.approx(1, abs=1e-6)
         assert found["train/policy/approxkl_avg"] == pytest.approx(0, abs=1e-9)
         assert found["train/value/clip_frac"] == found["train/policy/clipfrac_avg"] == 0

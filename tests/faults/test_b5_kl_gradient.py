@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.losses.policy_gradient import LOSS_TYPES
-from rlhf_lightning.rl.grpo_options import GRPOOptions
+from rlhf_lightning.modules import GRPOModule
 
 LENGTH, VOCAB = 3, 3
 EVERY = torch.tensor(list(product(range(VOCAB), repeat=LENGTH)))  # all 27 sequences
@@ -42,11 +42,16 @@ def test_the_mean_gradient_over_all_sequences_is_the_divergences(
     def of_tokens(table: Tensor) -> Tensor:
         return table[torch.arange(LENGTH), EVERY].flatten()
 
-    options = GRPOOptions(beta=1.0, loss_type=loss_type, kl_estimator=estimator, importance_sampling_level=level)
+    module = GRPOModule(
+        "no model",
+        rewards=["builtins.len"],
+        beta=1.0,
+        loss={"loss_type": loss_type, "importance_sampling_level": level},  # type: ignore[arg-type]
+        kl={"estimator": estimator},  # type: ignore[arg-type]
+    )
     sequence_index = torch.arange(len(EVERY)).repeat_interleave(LENGTH)
-    losses = options.token_losses(
+    loss, _ = module.token_losses(
         of_tokens(policy),
-        torch.zeros(len(EVERY) * LENGTH, dtype=torch.float64),
         {
             "advantages": torch.zeros(len(EVERY) * LENGTH, dtype=torch.float64),
             "old_logprobs": of_tokens(old),
@@ -56,5 +61,5 @@ def test_the_mean_gradient_over_all_sequences_is_the_divergences(
         num_sequences=len(EVERY),
     )
     chance = of_tokens(old).view(-1, LENGTH).sum(dim=1).exp()
-    (found,) = torch.autograd.grad((losses.loss_N * chance[sequence_index]).sum(), logits)
+    (found,) = torch.autograd.grad((loss * chance[sequence_index]).sum(), logits)
     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)

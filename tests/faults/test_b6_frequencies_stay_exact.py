@@ -41,7 +41,7 @@ class ForgetfulPPO(FixedPPO):
 @pytest.mark.parametrize("kind", [Forgetful, ForgetfulPPO])
 def test_every_model_keeps_its_frequencies(kind: Any, precision: Any, tiny_model_folder: Callable[[str], Path]) -> None:
     folder = str(tiny_model_folder("llama"))
-    options: dict[str, Any] = {} if kind is Forgetful else rollouts(value_model=folder, kl_coef=0.2)
+    options: dict[str, Any] = {} if kind is Forgetful else rollouts(value={"model": folder}, kl_coef=0.2)
     module, kept = kind(folder, **options), Kept()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(

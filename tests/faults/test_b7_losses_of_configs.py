@@ -102,7 +102,7 @@ def test_what_is_not_trained_is_not_dropped_silently(
     asking: str, said: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A critic's routers; and those of a policy whose own loss is another than the one that is known."""
-    options = rollouts(rewards=[picky], reward_weights=None, value_model=asking)
+    options = rollouts(rewards=[picky], reward_weights=None, value={"model": asking})
     warned, noted, _ = said(FixedPPO(asking, **options), prompts(4))
     assert (len(warned), len(noted)) == (1, 1)
     monkeypatch.setattr("rlhf_lightning.core.router_loss.find_routers", lambda model: None)

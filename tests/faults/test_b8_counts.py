@@ -73,7 +73,7 @@ def test_values_begin_at_the_rewards_of_what_has_been_written_so_far(
     reward = RewardModule(folder, pooling=pooling, head=head, seed=3)
     reward.save_pretrained(str(tmp_path / "reward"))
     reward = RewardModule.from_pretrained(str(tmp_path / "reward"))
-    module = PPOModule(folder, rewards=[remainder], value_model=str(tmp_path / "reward"))
+    module = PPOModule(folder, rewards=[remainder], value={"model": str(tmp_path / "reward")})
     module.configure_model()
     assert module.critic is not None
     prompt, completion = [5, 6, 7, 8], [9, 10, 11, 12, 13]

@@ -188,7 +188,7 @@ def groups(module: Any) -> dict[str, float]:
         partial(SFTModule, optimizer=DECAY),
         partial(DPOModule, optimizer=DECAY, lora={"r": 2, "use_dora": True, "bias": "all"}),
         partial(RewardModule, optimizer=DECAY, head="mlp", num_models=2),
-        partial(PPOModule, optimizer=DECAY, rewards=[remainder], value_lr_ratio=3.0, value_head="mlp"),
+        partial(PPOModule, optimizer=DECAY, rewards=[remainder], value={"lr_ratio": 3.0, "head": "mlp"}),
     ],
 )
 def test_vectors_are_not_decayed(folder: str, build: Any) -> None:
@@ -199,7 +199,7 @@ def test_vectors_are_not_decayed(folder: str, build: Any) -> None:
 
 
 def test_rates_of_their_own_survive_the_split_and_no_decay_means_no_split(folder: str) -> None:
-    module = PPOModule(folder, rewards=[remainder], optimizer=DECAY, value_lr_ratio=3.0, value_head="mlp")
+    module = PPOModule(folder, rewards=[remainder], optimizer=DECAY, value={"lr_ratio": 3.0, "head": "mlp"})
     groups(module)
     assert module.critic is not None
     own = {id(p) for p in module.critic.parameters()}

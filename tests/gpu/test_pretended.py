@@ -87,7 +87,7 @@ def held(name: str, folder: str, scorer: str) -> tuple[lightning.LightningModule
     lora = {"r": 2, "target_modules": ["q_proj"]}
     built: dict[str, Any] = {
         "an engine, a reward model and a reference": lambda: (GRPOModule(**scored, beta=0.1), prompts, [], {}),
-        "a critic of its own": lambda: (PPOModule(**scored, value_model=scorer), prompts, [], {}),
+        "a critic of its own": lambda: (PPOModule(**scored, value={"model": scorer}), prompts, [], {}),
         "adapters": lambda: (METHODS["dpo"].module(folder, lora=lora), METHODS["dpo"].rows, [], {}),
         "members with adapters": lambda: (
             RewardModule(folder, **METHODS["reward-adapters"].options),

@@ -22,8 +22,8 @@ from rlhf_lightning.inference.http_client import ServerError
 from ..helpers import char_tokenizer
 from .served import Answer, completion, said, serve
 
-GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
-PLAIN = SamplingParams(max_new_tokens=4, seed=5)
+GREEDY = SamplingParams(max_completion_length=4, temperature=0.0)
+PLAIN = SamplingParams(max_completion_length=4, seed=5)
 
 
 def engine(url: str, model: str | None = "m", **options) -> RemoteEngine:
@@ -86,7 +86,7 @@ def test_all_settings_are_stated_to_vllm():
 def test_other_servers_get_standard_fields_only():
     _, served = ask(completion("x"), ["a"], sampling=PLAIN, dialect="openai")
     assert served.bodies[0].keys() == {"prompt", "model", "max_tokens", "temperature", "seed"}
-    needs = SamplingParams(top_k=5, min_new_tokens=1)
+    needs = SamplingParams(top_k=5, min_completion_length=1)
     with pytest.raises(ValueError, match=r"^dialect='openai' has no top_k and no min_tokens: use dialect='vllm'"):
         ask(completion("x"), ["a"], sampling=needs, dialect="openai")
 
@@ -173,9 +173,11 @@ def test_answers_that_do_not_do(answer, message):
 
 
 def test_text_ends_before_a_stop_string():
-    stops = SamplingParams(8, 0.0, stop=("#", "\n"))
+    stops = SamplingParams(max_completion_length=8, temperature=0.0, stop=("#", "\n"))
     assert ask(completion("ab\ncd#e"), ["p"], sampling=stops)[0][0][0].text == "ab"
-    late = SamplingParams(8, 0.0, stop=("#",), min_new_tokens=3)  # what comes this early does not end it
+    late = SamplingParams(
+        max_completion_length=8, temperature=0.0, stop=("#",), min_completion_length=3
+    )  # what comes this early does not end it
     assert ask(completion("a#bcd"), ["p"], sampling=late)[0][0][0].text == "a#bcd"
 
 
@@ -315,7 +317,7 @@ def test_greedy_output_is_that_of_the_local_engine(served_folder):
     local = LocalEngine(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
     remote = engine(url, str(folder), tokenizer=tokenizer, dialect="openai", text_prompts=True, timeout=60.0)
     prompts = ["1+2=?\n", "a", "what is 17+5?", "#"]
-    params = SamplingParams(max_new_tokens=24, temperature=0.0)
+    params = SamplingParams(max_completion_length=24, temperature=0.0)
     mine = local.generate(prompts, 2, params)
     theirs = remote.generate(prompts, 2, params)
     assert [[(s.text, s.finish_reason) for s in group] for group in theirs] == [
@@ -325,7 +327,7 @@ def test_greedy_output_is_that_of_the_local_engine(served_folder):
     by_tokens = remote.generate([tokenizer(prompt)["input_ids"] for prompt in prompts], 1, params)
     assert [group[0].text for group in by_tokens] == [group[0].text for group in mine]
     stop = mine[0][0].text[5]
-    stopping = SamplingParams(max_new_tokens=24, temperature=0.0, stop=(stop,))
+    stopping = SamplingParams(max_completion_length=24, temperature=0.0, stop=(stop,))
     assert [group[0].text for group in remote.generate(prompts, 1, stopping)] == [
         group[0].text for group in local.generate(prompts, 1, stopping)
     ]
@@ -371,4 +373,4 @@ def test_what_this_server_cannot_do_is_one_line(served_folder):
 def test_how_long_a_prompt_may_be(listed: Any, expected: int | None) -> None:
     """vLLM says how long its context is, and refuses a request that might not fit."""
     with serve(lambda path, body, number: listed) as served:
-        assert RemoteEngine(served.url, "a").longest_prompt(SamplingParams(max_new_tokens=10)) == expected
+        assert RemoteEngine(served.url, "a").longest_prompt(SamplingParams(max_completion_length=10)) == expected

@@ -61,7 +61,7 @@ def parts(method: str, model: str, folder: Path) -> tuple[Any, Any]:
     if method == "grpo":
         module: Any = GRPOModule(model, lora=LORA, rewards=rewards, beta=0.1, **ON_POLICY)
     else:
-        module = PPOModule(model, lora=LORA, rewards=rewards, num_updates=2, kl_target=0.1, **ON_POLICY)
+        module = PPOModule(model, lora=LORA, rewards=rewards, num_updates=2, kl={"target": 0.1}, **ON_POLICY)
     return module, PromptDataModule(**prompts, global_batch_size=2)
 
 

@@ -165,7 +165,7 @@ def test_a_prompt_above_every_budget(arguments: Callable[..., list[str]], tmp_pa
         arguments(
             rewards(f"{HERE}.good"),
             "--model.micro_batch_tokens=4",
-            "--model.generation_batch_tokens=4",
+            "--model.sampling.generation_batch_tokens=4",
             rows=[*ROWS[:3], {"prompt": "1" * 100}],
         )
     )

@@ -177,23 +177,30 @@ METHODS: dict[str, Method] = {
     "simpo-turns": Method(SimPOModule, chat_pairs, {"beta": 10.0}),
     "kto-turns": Method(MovedKTO, labelled_chats),
     "reward-turns": Method(RewardModule, chat_pairs, {"margin": 0.2, "num_models": 2}),
-    "grpo": Method(FixedGRPO, prompts, rollouts(beta=0.1, entropy_coef=0.05, optimizer=LARGE_STEPS)),
+    "grpo": Method(FixedGRPO, prompts, rollouts(beta=0.1, entropy={"coef": 0.05}, optimizer=LARGE_STEPS)),
     "grpo-coupled": Method(
         FixedGRPO,
         prompts,
         rollouts(
-            loss_type="grpo",
-            scale_rewards="batch",
-            top_entropy_quantile=0.4,
-            mask_truncated_completions=True,
-            importance_sampling_correction="token_truncate",
+            loss={"loss_type": "grpo", "mask_truncated_completions": True},
+            advantages={"scale_rewards": "batch"},
+            entropy={"top_quantile": 0.4},
+            off_policy={"correction": "token_truncate"},
         ),
     ),
     "grpo-gdpo": Method(
-        FixedGRPO, prompts, rollouts(loss_type="gspo", multi_objective_aggregation="normalize_then_sum", num_updates=2)
+        FixedGRPO,
+        prompts,
+        rollouts(
+            loss={"loss_type": "gspo"},
+            advantages={"multi_objective_aggregation": "normalize_then_sum"},
+            num_updates=2,
+        ),
     ),
     "grpo-steps": Method(FixedGRPO, prompts, rollouts(process_reward=by_step, optimizer=LARGE_STEPS)),
-    "ppo": Method(FixedPPO, prompts, rollouts(kl_coef=0.2, num_updates=1, entropy_coef=0.1, optimizer=LARGE_STEPS)),
+    "ppo": Method(
+        FixedPPO, prompts, rollouts(kl_coef=0.2, num_updates=1, entropy={"coef": 0.1}, optimizer=LARGE_STEPS)
+    ),
     "ppo-whitened": Method(
         FixedPPO,
         prompts,
@@ -201,7 +208,7 @@ METHODS: dict[str, Method] = {
             num_updates=1,
             num_mini_batches=2,
             process_reward=by_step,
-            whiten_rewards=True,
+            gae={"whiten_rewards": True},
             optimizer=partial(torch.optim.SGD, lr=3.0),
         ),
     ),

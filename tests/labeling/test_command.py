@@ -207,7 +207,12 @@ def test_the_embedded_task_from_end_to_end(tiny_model_folder, tmp_path, capsys):
     def run(name: str) -> Path:
         output = tmp_path / name
         args = ["--prompts=sums:prompts?rows=6&terms=3", f"--output={output}", f"--model={tiny_model_folder()}"]
-        sizes = ["--num_solutions=3", "--num_completions=2", "--sampling.max_new_tokens=90", "--step_separator=\\n"]
+        sizes = [
+            "--num_solutions=3",
+            "--num_completions=2",
+            "--sampling.max_completion_length=90",
+            "--step_separator=\\n",
+        ]
         main(["label-steps", *args, *sizes, "--seed=3"])
         return output
 
@@ -289,9 +294,9 @@ def test_a_file_is_not_written_over(capsys, tmp_path, problems):
 
 def test_nothing_to_label(capsys, tmp_path, tiny_model_folder, problems):
     args = [f"--prompts={problems}", f"--output={tmp_path / 'steps.jsonl'}", f"--model={tiny_model_folder()}"]
-    code, said = refused(capsys, "label-steps", *args, "--sampling.max_new_tokens=1", "--sampling.top_k=1")
+    code, said = refused(capsys, "label-steps", *args, "--sampling.max_completion_length=1", "--sampling.top_k=1")
     assert code == 1
-    assert "no solution of 5 prompts could be labelled (20 cut off): raise sampling.max_new_tokens" in said
+    assert "no solution of 5 prompts could be labelled (20 cut off): raise sampling.max_completion_length" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl"]
 
 

@@ -107,7 +107,7 @@ class TestOffPolicyMask:
         assert want == [True, True, True, True, True, True, True, False]
 
     def test_refuses_a_threshold_of_zero(self) -> None:
-        with pytest.raises(ValueError, match="off_policy_mask_threshold is 0; it must be above 0"):
+        with pytest.raises(ValueError, match="threshold is 0; it must be above 0"):
             off_policy_mask(
                 TRAINER,
                 sampling_logprobs_N=ENGINE,
@@ -149,5 +149,5 @@ class TestEntropy:
 
     @pytest.mark.parametrize("top_fraction", [0.0, 1.5, NAN])
     def test_refuses_other_shares(self, top_fraction: float) -> None:
-        with pytest.raises(ValueError, match=r"top_entropy_quantile=.* is outside \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"top_fraction=.* is outside \(0, 1\]"):
             top_entropy_threshold(torch.ones(2), top_fraction=top_fraction)

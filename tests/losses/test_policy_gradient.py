@@ -340,7 +340,7 @@ def test_sequence_sum_of_interleaved_tokens() -> None:
         ({"delta": 1.1}, "delta=1.1 is not above 1 \\+ epsilon_high = 1.2"),
         ({"dual_clip": 1.0}, "dual_clip=1.0 is not above 1"),
         ({"loss_type": "sapo", "delta": 4.0}, "loss_type='sapo' has no clipped surrogate"),
-        ({"loss_type": "sapo", "sapo_temperature_positive": 0.0}, "sapo_temperature_positive is 0.0"),
+        ({"loss_type": "sapo", "sapo_temperature_pos": 0.0}, "sapo_temperature_pos is 0.0"),
         ({"advantages_N": torch.ones(2)}, "shape"),
         ({"old_logprobs_N": torch.ones(4)}, "shape"),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_lightning import GRPOModule
 from rlhf_lightning.inference import Completion
+from rlhf_lightning.rl import PolicyLoss
 from rlhf_lightning.sequences import Example
 
 from ..helpers import save_tiny_model
@@ -124,13 +125,13 @@ AGGREGATED: dict[str, Callable[[list[list[Tensor]]], Tensor]] = {
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_first_update(loss_type: str, folder: str, policy: Any) -> None:
-    found = step(grpo(folder, loss_type=loss_type), prompts(ROWS), policy)
+    found = step(grpo(folder, loss={"loss_type": loss_type}), prompts(ROWS), policy)
     losses = tokens_of(look_at_all(policy), reinforce(naive_advantages(naive_rewards())))
     compare(found, policy, AGGREGATED[loss_type](losses))
 
 
 def test_sequence_level(folder: str, policy: Any) -> None:
-    found = step(grpo(folder, loss_type="luspo"), prompts(ROWS), policy)
+    found = step(grpo(folder, loss={"loss_type": "luspo"}), prompts(ROWS), policy)
     advantages = naive_advantages(naive_rewards())
 
     def token_loss(row: int, sample: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def test_sequence_level(folder: str, policy: Any) -> None:
 
 
 def test_kl_entropy_and_temperature(folder: str, policy: Any) -> None:
-    found = step(grpo(folder, beta=0.3, entropy_coef=0.1, temperature=0.7), prompts(ROWS), policy)
+    found = step(grpo(folder, beta=0.3, entropy={"coef": 0.1}, temperature=0.7), prompts(ROWS), policy)
     with torch.no_grad():
         reference = look_at_all(naive_model(folder), 0.7)
     advantages = naive_advantages(naive_rewards())
@@ -163,7 +164,12 @@ def test_kl_entropy_and_temperature(folder: str, policy: Any) -> None:
 
 def test_kl_in_the_reward(folder: str, policy: Any) -> None:
     found = step(
-        grpo(folder, beta=0.3, kl_in_reward=True, kl_estimator="k1", mask_truncated_completions=True),
+        grpo(
+            folder,
+            beta=0.3,
+            kl={"in_reward": True, "estimator": "k1"},
+            loss={"mask_truncated_completions": True},
+        ),
         prompts(ROWS),
         policy,
     )
@@ -185,7 +191,7 @@ def test_kl_in_the_reward(folder: str, policy: Any) -> None:
 
 
 def test_truncated_completions_count_as_completions(folder: str, policy: Any) -> None:
-    found = step(grpo(folder, loss_type="grpo", mask_truncated_completions=True), prompts(ROWS), policy)
+    found = step(grpo(folder, loss={"loss_type": "grpo", "mask_truncated_completions": True}), prompts(ROWS), policy)
     losses = tokens_of(look_at_all(policy), reinforce(naive_advantages(naive_rewards())))
     kept = [
         loss.mean()
@@ -197,7 +203,9 @@ def test_truncated_completions_count_as_completions(folder: str, policy: Any) ->
 
 
 def test_batch_scale_and_leave_one_out(folder: str, policy: Any) -> None:
-    found = step(grpo(folder, scale_rewards="batch", baseline="leave_one_out"), prompts(ROWS), policy)
+    found = step(
+        grpo(folder, advantages={"scale_rewards": "batch", "baseline": "leave_one_out"}), prompts(ROWS), policy
+    )
     rewards = naive_rewards()
     _, std = mean_and_std([value for group in rewards for value in group])
     advantages = [[(value - (sum(group) - value) / (GROUP - 1)) / (std + 1e-4) for value in group] for group in rewards]
@@ -205,7 +213,7 @@ def test_batch_scale_and_leave_one_out(folder: str, policy: Any) -> None:
 
 
 def test_rewards_normalised_apart(folder: str, policy: Any) -> None:
-    found = step(grpo(folder, multi_objective_aggregation="normalize_then_sum"), prompts(ROWS), policy)
+    found = step(grpo(folder, advantages={"multi_objective_aggregation": "normalize_then_sum"}), prompts(ROWS), policy)
     totals = []
     for _, group in samples():
         ids = [sample.token_ids for sample in group]
@@ -224,7 +232,7 @@ def test_rewards_normalised_apart(folder: str, policy: Any) -> None:
 
 
 def test_uncertain_tokens_alone(folder: str, policy: Any) -> None:
-    found = step(grpo(folder, top_entropy_quantile=0.3), prompts(ROWS), policy)
+    found = step(grpo(folder, entropy={"top_quantile": 0.3}), prompts(ROWS), policy)
     now = look_at_all(policy)
     threshold = torch.cat([entropy.detach() for group in now for _, entropy in group]).quantile(0.7)
     plain = reinforce(naive_advantages(naive_rewards()))
@@ -236,8 +244,8 @@ def test_uncertain_tokens_alone(folder: str, policy: Any) -> None:
 
 
 def test_correction_for_the_engine(folder: str, policy: Any) -> None:
-    given = {"importance_sampling_correction": "sequence_mask", "off_policy_mask_threshold": 0.8}
-    found = step(grpo(folder, **given, importance_sampling_max=2.0), prompts(ROWS), policy)
+    given = {"correction": "sequence_mask", "mask_threshold": 0.8, "max": 2.0}
+    found = step(grpo(folder, off_policy=given), prompts(ROWS), policy)
     advantages, drawn = naive_advantages(naive_rewards()), samples()
     weights, dropped = [], 0
 
@@ -261,7 +269,9 @@ def test_correction_for_the_engine(folder: str, policy: Any) -> None:
 @pytest.mark.parametrize("num_mini_batches", [1, 2])
 def test_several_updates(num_mini_batches: int, folder: str, policy: Any) -> None:
     """Two passes with ratios that leave the clipping range, stepped by hand."""
-    module = grpo(folder, num_updates=2, num_mini_batches=num_mini_batches, epsilon=0.1, epsilon_high=0.2)
+    module = grpo(
+        folder, num_updates=2, num_mini_batches=num_mini_batches, loss=PolicyLoss(epsilon=0.1, epsilon_high=0.2)
+    )
     parts: list[list[str]] = []
     optimize = module.optimize
 
@@ -373,19 +383,22 @@ def test_dynamic_sampling(folder: str) -> None:
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"num_generations": 1}, "num_generations is 1, and a group of one has no advantage over itself: use 2 or more"),
-    ({"epsilon": 1.5}, "epsilon=1.5 is outside (0, 1)"),
-    ({"delta": 1.1}, "delta=1.1 is not above 1 + epsilon_high = 1.2"),
-    ({"loss_type": "dappo"}, "did you mean 'dapo'?"),
-    ({"loss_type": "cispo", "dual_clip": 3.0}, "has no clipped surrogate"),
+    ({"loss.epsilon": 1.5}, "epsilon=1.5 is outside (0, 1)"),
+    ({"loss.delta": 1.1}, "delta=1.1 is not above 1 + epsilon_high = 1.2"),
+    ({"loss.loss_type": "dappo"}, "did you mean 'dapo'?"),
+    ({"loss.loss_type": "cispo", "loss.dual_clip": 3.0}, "has no clipped surrogate"),
     ({"beta": -0.1}, "beta is -0.1; it must be at least 0"),
-    ({"kl_in_reward": True}, "kl_in_reward is true but beta is 0"),
-    ({"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": False}, "whose gradient in the loss is 0"),
-    ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0 is outside (0, 1]"),
-    ({"importance_sampling_correction": "token"}, "engine correction is 'token'; it must be one of"),
-    ({"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"}, "at their defaults"),
+    ({"kl.in_reward": True}, "kl.in_reward is true but beta is 0"),
+    ({"beta": 0.1, "kl.estimator": "k1", "kl.bias_correction": False}, "whose gradient in the loss is 0"),
+    ({"entropy.top_quantile": 0.0}, "entropy.top_quantile=0.0 is outside (0, 1]"),
+    ({"off_policy.correction": "token"}, "off_policy.correction is 'token'; it must be one of"),
+    (
+        {"advantages.scale_rewards": "batch", "advantages.multi_objective_aggregation": "normalize_then_sum"},
+        "at their defaults",
+    ),
     ({"dynamic_sampling": -1}, "dynamic_sampling is -1; it must be at least 0"),
     ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-    ({"top_p": 0.0}, "top_p=0.0 is not allowed"),
+    ({"sampling.top_p": 0.0}, "top_p=0.0 is not allowed"),
     ({"reference": "precomputed"}, "reference is 'precomputed'; it must be one of auto, frozen, adapter"),
     ({"rewards": []}, "rewards is empty; give at least one"),
     ({"rewards": "a.b"}, "it must be a list: write ['a.b']"),
@@ -399,7 +412,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 )
 def test_bad_options(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        GRPOModule("nowhere", **{**options(), **given})
+        GRPOModule("nowhere", **options(**given))
     assert "\n" not in str(error.value)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import PPOModule, ProcessRewardModule, RewardModule
+from rlhf_lightning.rl import GAE
 from rlhf_lightning.sequences import Example
 
 from ..helpers import EOS_ID, save_tiny_model
@@ -91,9 +92,9 @@ def made(folder: str, head: Tensor, **given: Any) -> FixedPPO:
         "num_generations": GROUP,
         "num_updates": 1,
         "kl_coef": KL_COEF,
-        "gamma": GAMMA,
-        "gae_lambda": LAMBDA,
-        "vf_coef": VF_COEF,
+        "gae.gamma": GAMMA,
+        "gae.lam": LAMBDA,
+        "value.coef": VF_COEF,
         **given,
     }
     return Headed(folder, **options(**settings))
@@ -187,9 +188,9 @@ def compare(found: Any, naive: Naive, loss: Tensor) -> None:
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}, {}),
     "penalty": ({"missing_eos_penalty": 0.7}, {"penalty": 0.7}, {}),
-    "whitened-rewards": ({"whiten_rewards": True}, {"whiten_rewards": True}, {}),
-    "k3": ({"kl_estimator": "k3"}, {"k3": True}, {}),
-    "entropy": ({"entropy_coef": 0.05}, {}, {"entropy_coef": 0.05}),
+    "whitened-rewards": ({"gae.whiten_rewards": True}, {"whiten_rewards": True}, {}),
+    "k3": ({"kl.estimator": "k3"}, {"k3": True}, {}),
+    "entropy": ({"entropy.coef": 0.05}, {}, {"entropy_coef": 0.05}),
 }
 
 
@@ -224,7 +225,7 @@ def test_first_update(variant: str, folder: str, policy: Any, head: Tensor) -> N
 
 def test_epochs_and_mini_batches(folder: str, policy: Any, head: Tensor) -> None:
     """Two passes of two steps each, with ratios and values that leave their clipping ranges, stepped by hand."""
-    module = made(folder, head, num_updates=2, num_mini_batches=2, cliprange_value=0.05)
+    module = made(folder, head, num_updates=2, num_mini_batches=2, **{"value.cliprange": 0.05})
     parts: list[list[str]] = []
     optimize = module.optimize
 
@@ -260,7 +261,7 @@ def test_epochs_and_mini_batches(folder: str, policy: Any, head: Tensor) -> None
 
 def test_critic_with_a_backbone_of_its_own(folder: str, policy: Any, head: Tensor, tmp_path: Path) -> None:
     other = str(save_tiny_model(tmp_path, "gpt2", seed=7, initializer_range=0.1))
-    found = step(made(folder, head, value_model=other), prompts(ROWS), policy)
+    found = step(made(folder, head, **{"value.model": other}), prompts(ROWS), policy)
     naive = Naive(copy.deepcopy(policy), head, naive_model(other))
     parts = naive_loss(naive, naive_fixed(naive, naive_model(folder)), list(range(ROWS * GROUP)))
     compare(found, naive, parts["loss"])
@@ -270,8 +271,8 @@ def test_critic_with_a_backbone_of_its_own(folder: str, policy: Any, head: Tenso
 @pytest.mark.parametrize("own", [False, True])
 def test_the_critic_warms_up_alone(own: bool, folder: str, policy: Any, head: Tensor) -> None:
     """The policy stays as it is, a shared backbone too; the head learns as it would."""
-    given: dict[str, Any] = {"value_model": folder} if own else {}
-    found = step(made(folder, head, value_warmup_iterations=1, **given), prompts(ROWS), policy)
+    given: dict[str, Any] = {"value.model": folder} if own else {}
+    found = step(made(folder, head, **{"value.warmup_iterations": 1}, **given), prompts(ROWS), policy)
     assert all(float(g.norm()) == 0 for name, g in found.gradient.items() if name.startswith("model."))
     without = step(made(folder, head, **given), prompts(ROWS), policy)
     names = [name for name in found.gradient if name.startswith("critic.")]
@@ -286,7 +287,7 @@ def test_critic_from_a_reward_model(folder: str, tmp_path: Path) -> None:
     with torch.no_grad():
         rewarder.model.get_input_embeddings().weight.add_(0.1)
     rewarder.save_pretrained(str(tmp_path / "rm"))
-    module = FixedPPO(folder, **options(value_model=str(tmp_path / "rm")))
+    module = FixedPPO(folder, **options(value={"model": str(tmp_path / "rm")}))
     module.configure_model()
     assert module.critic is not None
     assert all(torch.equal(p, rewarder.head.state_dict()[n]) for n, p in module.critic.head.state_dict().items())
@@ -303,7 +304,7 @@ def test_values_start_as_the_rewards_of_an_ensemble(kind: Any, folder: str, tmp_
     rewarder.configure_model()
     rewarder.reward_model.means.update(torch.randn(4, 2, 3, 2))
     rewarder.save_pretrained(str(tmp_path / "rm"))
-    module = FixedPPO(folder, **options(value_model=str(tmp_path / "rm")))
+    module = FixedPPO(folder, **options(value={"model": str(tmp_path / "rm")}))
     module.configure_model()
     assert module.critic is not None
     tokens = rewarder.tokenizer("1+1=2")["input_ids"]
@@ -320,7 +321,7 @@ def test_what_no_critic_can_start_from(folder: str, tmp_path: Path) -> None:
         "prm": "holds a process_reward model: give a reward model, or a language model",
         "rm": "is an ensemble of 2 adapters, which no critic can be: give a reward model with ensemble='heads'",
     }.items():
-        module = FixedPPO(folder, **options(value_model=str(tmp_path / name)))
+        module = FixedPPO(folder, **options(value={"model": str(tmp_path / name)}))
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             module.configure_model()
         assert "\n" not in str(error.value)
@@ -329,7 +330,7 @@ def test_what_no_critic_can_start_from(folder: str, tmp_path: Path) -> None:
 def test_learning_rate_of_the_critic(folder: str) -> None:
     # Without decay: with it, norms and biases are in groups of their own (tests/faults/test_b9_suspected.py).
     plain = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
-    module = FixedPPO(folder, **options(value_lr_ratio=10.0, optimizer=plain))
+    module = FixedPPO(folder, **options(value={"lr_ratio": 10.0}, optimizer=plain))
     module.configure_model()
     optimizer: Any = module.configure_optimizers()
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, pytest.approx(1e-2)]
@@ -340,7 +341,7 @@ def test_learning_rate_of_the_critic(folder: str) -> None:
 
 def test_adaptive_weight_of_the_divergence(folder: str, policy: Any, head: Tensor) -> None:
     """Ziegler et al.: coef (1 + clip(kl / target - 1, -0.2, 0.2) samples / horizon), after each iteration."""
-    module = made(folder, head, kl_target=0.01, kl_horizon=40)
+    module = made(folder, head, kl={"target": 0.01, "horizon": 40})
     found = step(module, prompts(ROWS), policy)
     kl = found.metrics["train/objective/kl"]
     assert kl / 0.01 - 1 > 0.2, "the case would not show the clipping"
@@ -359,16 +360,16 @@ def test_no_reference_without_a_penalty(folder: str) -> None:
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"gamma": 1.1}, "gamma=1.1 is outside [0, 1]"),
-    ({"gae_lambda": -0.1}, "gae_lambda=-0.1 is outside [0, 1]"),
-    ({"cliprange_value": 0.0}, "cliprange is 0.0; it must be above 0"),
-    ({"epsilon": 0.0}, "epsilon=0.0 is outside (0, 1)"),
-    ({"vf_coef": -1.0}, "vf_coef is -1.0; it must be at least 0"),
+    ({"gae.gamma": 1.1}, "gae.gamma=1.1 is outside [0, 1]"),
+    ({"gae.lam": -0.1}, "gae.lam=-0.1 is outside [0, 1]"),
+    ({"value.cliprange": 0.0}, "value.cliprange is 0.0; it must be above 0"),
+    ({"loss.epsilon": 0.0}, "epsilon=0.0 is outside (0, 1)"),
+    ({"value.coef": -1.0}, "value.coef is -1.0; it must be at least 0"),
     ({"kl_coef": -0.1}, "kl_coef=-0.1 is not a finite number of at least 0"),
-    ({"kl_target": 0.0}, "kl_target=0.0 is not a finite number above 0"),
-    ({"kl_estimator": "k2"}, "kl_estimator is 'k2'; it must be one of k1, k3"),
-    ({"value_head": "deep"}, "value_head is 'deep'; it must be one of linear, mlp"),
-    ({"value_lr_ratio": 0.0}, "value_lr_ratio is 0.0; it must be above 0"),
+    ({"kl.target": 0.0}, "kl.target is 0.0; it must be above 0"),
+    ({"kl.estimator": "k2"}, "kl.estimator is 'k2'; it must be one of k1, k3"),
+    ({"value.head": "deep"}, "value.head is 'deep'; it must be one of linear, mlp"),
+    ({"value.lr_ratio": 0.0}, "value.lr_ratio is 0.0; it must be above 0"),
     ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; it must be at least 0"),
     ({"num_mini_batches": 0}, "num_mini_batches is 0; it must be a whole number of at least 1"),
     ({"num_generations": 0}, "num_generations is 0; it must be a whole number of at least 1"),
@@ -378,13 +379,13 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("given", "message"), BAD_OPTIONS, ids=[next(iter(given)) for given, _ in BAD_OPTIONS])
 def test_bad_options(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        PPOModule("nowhere", **{**options(), **given})
+        PPOModule("nowhere", **options(**given))
     assert "\n" not in str(error.value)
 
 
 def test_reward_lands_on_the_last_token(folder: str, head: Tensor) -> None:
     """Without discount, baseline and divergence, every token's advantage is what comes after it: the reward."""
-    module = made(folder, 0 * head, kl_coef=0.0, gamma=1.0, gae_lambda=1.0, whiten_advantages=False)
+    module = made(folder, 0 * head, kl_coef=0.0, gae=GAE(gamma=1.0, lam=1.0, whiten_advantages=False))
     kept: list[Example] = []
     optimize = module.optimize
     module.optimize = lambda examples: (kept.extend(examples), optimize(examples))[1]  # type: ignore
@@ -402,7 +403,7 @@ def test_nothing_is_logged_of_completions_where_none_could_be_scored(folder: str
     def nothing(completions: list[str]) -> list[None]:
         return [None] * len(completions)
 
-    module = made(folder, head, rewards=[nothing, nothing], kl_target=0.01)
+    module = made(folder, head, rewards=[nothing, nothing], kl={"target": 0.01})
     found = step(module, prompts(ROWS)).metrics
     assert found["train/rewards/nothing/scored"] == 0
     assert not {name for name in found if "objective" in name or name in ("train/kl", "train/explained_variance")}

@@ -88,7 +88,7 @@ def test_models_of_other_roles_are_inputs(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     reward = {"class_path": "x.ConstitutionReward", "init_args": {"judge": str(tmp_path / "judge")}}
-    config = {"model": {"init_args": {"value_model": str(tmp_path / "critic"), "rewards": [reward]}}}
+    config = {"model": {"init_args": {"value": {"model": str(tmp_path / "critic")}, "rewards": [reward]}}}
     assert input_hashes(config).keys() == {str(tmp_path / "critic"), str(tmp_path / "judge")}
 
 

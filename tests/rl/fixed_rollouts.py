@@ -15,6 +15,8 @@ from rlhf_lightning import GRPOModule, PPOModule
 from rlhf_lightning.inference import Completion
 from rlhf_lightning.sequences import Example, Segment
 
+from ..helpers import nested
+
 VOCAB = 60
 
 
@@ -71,4 +73,5 @@ def prompts(count: int) -> list[Example]:
 
 def options(**given: Any) -> dict[str, Any]:
     """The smallest set of options, with both rewards."""
-    return {"rewards": [remainder, picky], "reward_weights": [1.0, 0.5], "max_completion_length": 10, **given}
+    common = {"rewards": [remainder, picky], "reward_weights": [1.0, 0.5], "max_completion_length": 10}
+    return nested(common | given)

@@ -123,8 +123,8 @@ class TestGroups:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"scale_rewards": "std"}, "unknown scale_rewards 'std': use one of group, batch, none"),
-            ({"baseline": "loo"}, "unknown baseline 'loo': use one of mean, leave_one_out"),
+            ({"scale_rewards": "std"}, "scale_rewards is 'std'; it must be one of group, batch, none"),
+            ({"baseline": "loo"}, "baseline is 'loo'; it must be one of mean, leave_one_out"),
             ({"eps": -1.0}, "eps=-1.0 is below 0"),
         ],
     )

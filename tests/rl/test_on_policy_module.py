@@ -54,7 +54,7 @@ def test_a_sample_depends_on_its_seed_alone(folder: str) -> None:
     together = drawn(module(folder), rows)
     state = torch.get_rng_state()
     assert drawn(module(folder, micro_batch_tokens=1), rows) == together
-    assert drawn(module(folder, generation_batch_tokens=1), rows) == together
+    assert drawn(module(folder, sampling={"generation_batch_tokens": 1}), rows) == together
     assert drawn(module(folder), rows[::-1]) == together
     one_by_one: dict[str, list[list[int]]] = {}
     made = module(folder)
@@ -282,7 +282,7 @@ def test_completions_that_cannot_end(tmp_path: Path) -> None:
 
 
 def test_stop_strings(folder: str) -> None:
-    made = module(folder, stop=["a", "1"], num_generations=16)
+    made = module(folder, sampling={"stop": ["a", "1"]}, num_generations=16)
     metrics = step(made, prompts(4)).metrics
     assert made.last_rollouts is not None
     samples = [sample for group in made.last_rollouts.completions for sample in group]

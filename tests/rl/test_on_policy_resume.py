@@ -37,8 +37,8 @@ def by_line(completions: Sequence[str]) -> list[list[float]]:
 CASES: dict[str, tuple[type[OnPolicyModule], dict[str, Any]]] = {
     "grpo-dynamic-sampling": (GRPOModule, {"num_updates": 2, "beta": 0.1, "dynamic_sampling": 2}),
     "grpo-process": (GRPOModule, {"process_reward": by_line, "dynamic_sampling": 1, "num_mini_batches": 3}),
-    "ppo-adaptive-kl": (PPOModule, {"num_updates": 2, "num_mini_batches": 2, "kl_target": 0.01, "kl_horizon": 10}),
-    "ppo-warm-up": (PPOModule, {"process_reward": by_line, "value_warmup_iterations": 3, "value_lr_ratio": 2.0}),
+    "ppo-adaptive-kl": (PPOModule, {"num_updates": 2, "num_mini_batches": 2, "kl": {"target": 0.01, "horizon": 10}}),
+    "ppo-warm-up": (PPOModule, {"process_reward": by_line, "value": {"warmup_iterations": 3, "lr_ratio": 2.0}}),
 }
 
 

@@ -141,7 +141,7 @@ def test_grpo_adds_up_the_steps_that_follow(scale: Any, with_outcome: bool, fold
         rewards=[outcome] if with_outcome else [],
         process_reward={"class_path": f"{__name__}.of_steps", "weight": 0.25},
         num_generations=3,
-        scale_rewards=scale,
+        advantages={"scale_rewards": scale},
     )
     module.configure_model()
     rollouts = module.rollout(PROMPTS)
@@ -175,9 +175,7 @@ def test_ppo_puts_rewards_where_steps_end(folder: str) -> None:
         process_reward={"class_path": f"{__name__}.of_steps", "weight": 0.25},
         num_generations=3,
         kl_coef=0.0,
-        gamma=0.9,
-        gae_lambda=0.8,
-        whiten_advantages=False,
+        gae={"gamma": 0.9, "lam": 0.8, "whiten_advantages": False},
     )
     module.configure_model()
     trees, values = module.prepare(module.rollout(PROMPTS))
