@@ -8,15 +8,20 @@ import re
 import runpy
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rlhf_lightning import __version__, datamodules, modules
 from rlhf_lightning.cli import PostTrainingCLI, main
 from rlhf_lightning.modules import DPOModule
+from rlhf_lightning.rl import PolicyLoss
 from rlhf_lightning.utils.messages import explain
+
+from .helpers import nested
 
 REPOSITORY = Path(__file__).parent.parent
 NANO = str(REPOSITORY / "configs/models/nano")
@@ -176,6 +181,113 @@ def test_mistakes_in_a_file(capsys, tmp_path, content, message):
     assert code == 2
     assert message in said
     assert len(said) < 400
+
+
+TINY_GRPO = str(REPOSITORY / "configs/grpo/tiny.yaml")
+HERE = __name__
+
+
+@dataclass(frozen=True)
+class MyLoss(PolicyLoss):
+    scale: float = 1.0
+
+
+# As options of the command line, and the same as YAML.
+MISTAKES_IN_GROUPS = [
+    ("loss.epsilonn", 0.3, 2, "no option 'epsilonn'; did you mean 'epsilon'?"),
+    ("kl.estimatr", "k1", 2, "did you mean 'kl.estimator'?"),
+    ("entrop.coef", 0.1, 2, "no option 'entrop.coef'; did you mean 'entropy.coef'?"),
+    ("loss.epsilon", "much", 2, "epsilon: 'much' is not allowed: expected float"),
+    ("sampling.top_k", "a", 2, "sampling.top_k: 'a' is not allowed: expected int"),
+    ("sampling.stop", "a", 2, "sampling.stop: 'a' is not allowed: expected a list"),
+    ("loss.loss_type", "dappo", 2, "did you mean 'dapo'?"),
+    ("kl.estimator", "k4", 2, "kl.estimator: 'k4' is not allowed: expected one of k1, k2, k3"),
+    ("loss.epsilon", 3.0, 1, "epsilon=3.0 is outside (0, 1): the ratio is clipped at 1 - epsilon, 0.2 is usual"),
+    ("loss.delta", 1.1, 1, "delta=1.1 is not above 1 + epsilon_high = 1.2"),
+    ("off_policy.min", 4.0, 1, "off_policy.min=4.0 and off_policy.max=3.0 bound no weight"),
+    ("sampling.top_p", 0.0, 1, "top_p=0.0 is not allowed: it must be in (0, 1]"),
+    ("loss", "text", 2, "loss: no class 'text': write the path of a class, package.module.CLASS, or options"),
+    ("kl", "text", 2, "kl: 'text' is not allowed: expected a group of options, NAME: VALUE"),
+    ("loss.class_path", "nowhere.MyLoss", 2, "loss: cannot import 'nowhere.MyLoss': No module named 'nowhere'"),
+    ("loss.class_path", f"{HERE}.MyLos", 2, f"loss: cannot import '{HERE}.MyLos': {HERE} has nothing called 'MyLos'"),
+    ("loss.class_path", "builtins.dict", 2, "loss: 'builtins.dict' is not allowed: expected a subclass of PolicyLoss"),
+    ("epsilon", 0.3, 2, "no option 'epsilon'; did you mean 'loss.epsilon'?"),
+    ("top_p", 0.3, 2, "no option 'top_p'; did you mean 'sampling.top_p'?"),
+    ("kl_estimator", "k1", 2, "no option 'kl_estimator'; did you mean 'kl.estimator'?"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "status", "message"), MISTAKES_IN_GROUPS)
+def test_mistakes_in_groups(capsys, tmp_path, name, value, status, message):
+    code, said = refused(capsys, "fit", "--config", TINY_GRPO, f"--model.{name}={value}")
+    assert (code, message in said, len(said) < 400) == (status, True, True), said
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"model": {"init_args": nested({name: value})}}))
+    code, said = refused(capsys, "fit", "--config", TINY_GRPO, "--config", str(file))
+    # Without the group's name, a suggestion may have it or not.
+    assert (code, len(said) < 400) == (status, True)
+    assert message in said or message.split("; ")[-1] in said, said
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (3, "loss: 3 is not allowed: expected options of PolicyLoss, NAME: VALUE, or a class_path"),
+        (None, "loss is None; it must be a PolicyLoss or a mapping of its options"),
+        ({"class_path": f"{HERE}.MyLoss", "init_args": {"scal": 1}}, "no option 'scal'; did you mean 'scale'?"),
+        ({"class_path": f"{HERE}.MyLoss", "scale": 1}, "class_path stands next to other options"),
+    ],
+)
+def test_mistakes_of_a_group_in_a_file(capsys, tmp_path, loss, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"model": {"init_args": {"loss": loss}}}))
+    _, said = refused(capsys, "fit", "--config", TINY_GRPO, "--config", str(file))
+    assert message in said
+    assert len(said) < 400
+
+
+def test_a_group_that_is_null(capsys, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {init_args: {kl: null}}\n")
+    code, said = refused(capsys, "fit", "--config", TINY_GRPO, "--config", str(file))
+    assert code == 1
+    assert said == "a group of options is null: leave it out, or write its options, NAME: VALUE"
+
+
+def test_groups_are_set_with_and_without_init_args(capsys, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {init_args: {loss: {delta: 5.0}, kl: {estimator: k2}}}\n")
+    options = ["--model.loss.epsilon=0.3", "--model.init_args.loss.dual_clip=4.0", "--model.sampling.stop=[a, b]"]
+    made = printed_config(capsys, "fit", "--config", TINY_GRPO, "--config", str(file), *options)["model"]["init_args"]
+    loss = made["loss"]["init_args"]
+    assert made["loss"]["class_path"] == "rlhf_lightning.rl.PolicyLoss"
+    assert (loss["epsilon"], loss["delta"], loss["dual_clip"], loss["loss_type"]) == (0.3, 5.0, 4.0, "dapo")
+    assert made["kl"] == {"estimator": "k2", "in_reward": False, "bias_correction": True}
+    assert made["sampling"]["stop"] == ["a", "b"]
+    # Without a config, and with a class of one's own.
+    own = [f"--model.loss.class_path={HERE}.MyLoss", "--model.loss.scale=3", "--model.loss.epsilon=0.1"]
+    args = ["--model=GRPOModule", "--model.model=x", "--model.rewards=[builtins.len]", "--data=PromptDataModule"]
+    loss = printed_config(capsys, "fit", *args, "--data.train=x", *own)["model"]["init_args"]["loss"]
+    assert loss["class_path"] == f"{HERE}.MyLoss"
+    assert (loss["init_args"]["scale"], loss["init_args"]["epsilon"]) == (3.0, 0.1)
+
+
+def test_options_of_groups_are_compared_with_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--config", "configs/grpo/tiny.yaml", "--trainer.logger=false", "--trainer.callbacks=null"]
+    first = PostTrainingCLI(["fit", *args, "--model.loss.epsilon=0.1", "--trainer.max_steps=0"])
+    first.trainer.save_checkpoint("last.ckpt")
+    stored = torch.load("last.ckpt", weights_only=True)["hyper_parameters"]
+    assert stored["loss"]["epsilon"] == 0.1
+    more = ["--model.loss.epsilon=0.2", f"--model.loss.class_path={HERE}.MyLoss", "--ckpt_path=last.ckpt"]
+    expected = (
+        rf"loss\.class_path='{HERE}\.MyLoss' \(the checkpoint: None\), loss\.epsilon=0\.2 \(the checkpoint: 0\.1\)$"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        PostTrainingCLI(["validate", *args, *more])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the checkpoint was made with.*")
+        PostTrainingCLI(["validate", *args, "--model.loss.epsilon=0.1", "--ckpt_path=last.ckpt"])
 
 
 def test_invalid_yaml(capsys, tmp_path):

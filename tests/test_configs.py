@@ -19,6 +19,7 @@ METHODS = sorted(folder.name for folder in CONFIGS.iterdir() if (folder / "defau
 FRAGMENTS = sorted(file for name in ("data", "logger", "model", "trainer") for file in (CONFIGS / name).glob("*.yaml"))
 PIPELINES = sorted((CONFIGS / "pipelines").glob("*.yaml"))
 REQUIRED = {"model", "train"}  # what default.yaml leaves to the user
+GROUPS = {"sampling", "loss", "advantages", "kl", "off_policy", "entropy", "value", "gae"}
 
 
 def printed(capsys, *args: str) -> dict:
@@ -40,7 +41,12 @@ def test_default_is_complete_and_commented(capsys, method):
     written = yaml.safe_load(file.read_text())
     for section in ("model", "data"):
         assert config[section]["class_path"] == written[section]["class_path"]
-        assert set(config[section]["init_args"]) - set(written[section]["init_args"]) <= REQUIRED
+        options = {
+            n: v.get("init_args", v) if isinstance(v, dict) else v for n, v in config[section]["init_args"].items()
+        }
+        assert set(options) - set(written[section]["init_args"]) <= REQUIRED
+        for name in GROUPS & set(options):
+            assert set(options[name]) == set(written[section]["init_args"][name])
     for line in file.read_text().splitlines():
         name = line.strip().partition(":")[0].removeprefix("- ")
         plain = {"shuffle", "drop_last", "weight_decay", "project", "name", "save_dir", "accelerator", "devices"}

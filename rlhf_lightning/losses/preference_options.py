@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from ..utils.imports import DottedPath, load_attribute
+from ..utils.imports import DottedPath, dotted_path, load_attribute
 from ..utils.validation import check_choice, check_label_smoothing, check_positive
 
 PreferenceLossType = Literal[
@@ -75,6 +75,7 @@ def _check_names(loss_types: Sequence[str | PreferenceLossFunction], f_divergenc
     for loss_type in loss_types:
         if f_divergence_type != "reverse_kl" and loss_type not in F_DIVERGENCE_LOSSES:
             allowed = ", ".join(sorted(F_DIVERGENCE_LOSSES))
+            loss_type = loss_type if isinstance(loss_type, str) else dotted_path(loss_type)
             raise ValueError(
                 f"f_divergence_type {f_divergence_type!r} is not defined for loss_type {loss_type!r}: "
                 f"use 'reverse_kl', or one of {allowed}"

@@ -1,0 +1,63 @@
+"""The options that configs can name, with their defaults, as users know them: a change is seen and meant.
+
+After a change that is meant: ``python -m tests.test_option_surface > tests/option_surface.txt``, and a line in CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import rlhf_lightning
+from rlhf_lightning import callbacks, core, datamodules
+from rlhf_lightning.modules import GRPOModule, PPOModule
+from rlhf_lightning.utils.keywords import keyword_parameters
+
+FILE = Path(__file__).with_suffix("").parent / "option_surface.txt"
+
+
+def classes() -> list[type]:
+    named = [getattr(place, name) for place in (rlhf_lightning, datamodules, callbacks) for name in place.__all__]
+    return sorted({c for c in named if inspect.isclass(c)} | {core.WarmupSchedule}, key=lambda c: c.__name__)
+
+
+def options(name: str, default: Any) -> Iterator[str]:
+    """An option, or in its place those of its group."""
+    if is_dataclass(default):
+        for field in fields(default):
+            yield from options(f"{name}.{field.name}", getattr(default, field.name))
+    else:
+        yield name if default is inspect.Parameter.empty else f"{name} = {default!r}"
+
+
+def surface() -> list[str]:
+    lines = []
+    for cls in classes():
+        for name, parameter in sorted(keyword_parameters(cls).items()):
+            lines += options(f"{cls.__name__}.{name}", parameter.default)
+    return lines
+
+
+def test_the_option_surface_is_frozen() -> None:
+    assert surface() == FILE.read_text().splitlines(), __doc__
+
+
+def test_groups_are_flattened_and_inherited_options_are_there() -> None:
+    lines = surface()
+    for line in ("GRPOModule.loss.epsilon = 0.2", "GRPOModule.rewards", "DPOModule.micro_batch_tokens = 8192"):
+        assert line in lines
+    assert not [line for line in lines if "(" in line and "PolicyLoss" in line]
+
+
+def test_few_options_are_at_the_top() -> None:
+    """Beyond those that all methods share."""
+    common = set(keyword_parameters(core.PostTrainingModule))
+    for cls in (GRPOModule, PPOModule):
+        assert len(set(keyword_parameters(cls)) - common) <= 21
+
+
+if __name__ == "__main__":
+    print("\n".join(surface()))
