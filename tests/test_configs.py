@@ -41,12 +41,10 @@ def test_default_is_complete_and_commented(capsys, method):
     written = yaml.safe_load(file.read_text())
     for section in ("model", "data"):
         assert config[section]["class_path"] == written[section]["class_path"]
-        options = {
-            n: v.get("init_args", v) if isinstance(v, dict) else v for n, v in config[section]["init_args"].items()
-        }
-        assert set(options) - set(written[section]["init_args"]) <= REQUIRED
+        options, shown = config[section]["init_args"], written[section]["init_args"]
+        assert set(options) - set(shown) <= REQUIRED
         for name in GROUPS & set(options):
-            assert set(options[name]) == set(written[section]["init_args"][name])
+            assert set(options[name].get("init_args", options[name])) == set(shown[name])
     for line in file.read_text().splitlines():
         name = line.strip().partition(":")[0].removeprefix("- ")
         plain = {"shuffle", "drop_last", "weight_decay", "project", "name", "save_dir", "accelerator", "devices"}

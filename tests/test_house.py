@@ -18,14 +18,11 @@ _spec.loader.exec_module(house)
 LONG_FILES = {
     "rlhf_lightning/core/module.py": "options, interface and Lightning hooks of every method, each a few lines",
     "rlhf_lightning/data/loaders.py": "three loaders and the state that a run is resumed from",
-    "rlhf_lightning/rl/on_policy_module.py": "the docstring of its options",
 }
 LONG_FUNCTIONS = {
     "datamodules/base.py::__init__": "one line for each option",
     "rlhf_lightning/core/module.py::__init__": "one line for each option, and the parts",
     "rlhf_lightning/models/logprob_tiles.py::forward": "one pass over the tiles, and what its backward needs",
-    "rlhf_lightning/modules/grpo.py::__init__": "one line for each option",
-    "rlhf_lightning/rl/on_policy_module.py::__init__": "one line for each option",
 }
 
 

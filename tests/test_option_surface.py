@@ -1,6 +1,6 @@
 """The options that configs can name, with their defaults, as users know them: a change is seen and meant.
 
-After a change that is meant: ``python -m tests.test_option_surface > tests/option_surface.txt``, and a line in CHANGELOG.md.
+After a change that is meant, ``python -m tests.test_option_surface > tests/option_surface.txt`` writes the file again.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ class GRPOModule(OnPolicyModule):
         kl.check(beta)
         if advantages.normalizes_each_reward and kl.in_reward:
             raise ValueError(
-                "kl.in_reward is true, but advantages.multi_objective_aggregation 'normalize_then_sum' normalises each "
-                "reward by itself: leave one of them at its default"
+                "kl.in_reward is true, but advantages.multi_objective_aggregation 'normalize_then_sum' normalises "
+                "each reward individually: leave one of them at its default"
             )
 
         super().__init__(model, rewards=rewards, num_generations=num_generations, **kwargs)
