@@ -332,7 +332,7 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in options.items():
         if not isinstance(value, Mapping):
-            found[f"{prefix}{name}"] = value
+            found[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
             continue
         inner = {**value, **(value.get("init_args") or {})}
         inner.pop("init_args", None)

@@ -8,7 +8,7 @@ import re
 import runpy
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import yaml
 from rlhf_lightning import __version__, datamodules, modules
 from rlhf_lightning.cli import PostTrainingCLI, main
 from rlhf_lightning.modules import DPOModule
-from rlhf_lightning.rl import PolicyLoss
+from rlhf_lightning.rl import PolicyLoss, PPOLoss
 from rlhf_lightning.utils.messages import explain
 
 from .helpers import nested
@@ -98,9 +98,23 @@ def test_help_says_something_of_every_option(capsys, group, cls):
         name, _, text = " ".join(option.split()).partition(" ")
         said[name.rstrip(",")] = text.partition("(type:")[0].partition("(required")[0]
     for name, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            continue
+        # A group is its options; one that may be a subclass is an option as well.
+        group = fields(parameter.default) if is_dataclass(parameter.default) and name not in said else []
+        for option in [f"{name}.{field.name}" for field in group] or [name]:
             # Behind the option's place-holder there are words.
-            assert re.search(r"(?<![{,])\b[a-z]{2,}\b(?![},])", said[name]), name
+            assert re.search(r"(?<![{,])\b[a-z]{2,}\b(?![},])", said[option]), option
+
+
+@pytest.mark.parametrize(("cls", "group"), [("GRPOModule", PolicyLoss), ("PPOModule", PPOLoss)])
+def test_help_of_a_group_with_subclasses(capsys, cls, group):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", f"--model={cls}", f"--model.loss.help={group.__name__}"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    for field in fields(group):
+        assert re.search(rf"--model\.loss\.(init_args\.)?{field.name}\b", shown), field.name
 
 
 def test_help_of_the_other_commands(capsys):

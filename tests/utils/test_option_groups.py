@@ -97,7 +97,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"loss": {"class_path": f"{__name__}.Nothing"}}, "has nothing called 'Nothing'"),
     ({"loss": {"class_path": f"{__name__}.Kinds"}}, "Kinds'; it must name a subclass of PolicyLoss"),
     ({"loss": {"class_path": f"{__name__}.Scaled", "init_args": {"scal": 1}}}, "did you mean 'scale'?"),
-    ({"kl": {"estimator": "k4"}}, "kl.estimator is 'k4'; it must be one of k1, k2, k3; did you mean"),
+    ({"kl": {"estimator": "k4"}}, "kl.estimator is 'k4'; it must be one of k1, k2, k3"),
     ({"off_policy": {"min": 4.0}}, "off_policy.min=4.0 and off_policy.max=3.0 bound no weight"),
     ({"entropy": {"coef": float("nan")}}, "entropy.coef is nan; it must be finite"),
     ({"sampling": {"top_k": 1.5}}, "sampling.top_k is 1.5; it must be a whole number"),
