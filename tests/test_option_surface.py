@@ -20,8 +20,10 @@ FILE = Path(__file__).with_suffix("").parent / "option_surface.txt"
 
 
 def classes() -> list[type]:
+    """Modules, datamodules, callbacks, loggers, the strategy and the schedule."""
     named = [getattr(place, name) for place in (rlhf_lightning, datamodules, callbacks) for name in place.__all__]
-    return sorted({c for c in named if inspect.isclass(c)} | {core.WarmupSchedule}, key=lambda c: c.__name__)
+    found = {c for c in named if inspect.isclass(c) and not c.__name__.endswith("Loader")} | {core.WarmupSchedule}
+    return sorted(found - {datamodules.ExampleDataModule}, key=lambda c: c.__name__)
 
 
 def options(name: str, default: Any) -> Iterator[str]:
