@@ -114,7 +114,7 @@ def test_help_of_a_group_with_subclasses(capsys, cls, group):
     assert exit_info.value.code == 0
     shown = capsys.readouterr().out
     for field in fields(group):
-        assert re.search(rf"--model\.loss\.(init_args\.)?{field.name}\b", shown), field.name
+        assert re.search(rf"--loss\.{field.name}\b", shown), field.name
 
 
 def test_help_of_the_other_commands(capsys):

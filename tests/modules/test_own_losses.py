@@ -56,6 +56,10 @@ def squared_hinge(pairs: PreferencePairs) -> Tensor:
     return (1 - pairs.margin).relu().square()
 
 
+def brevity(completions: list[str]) -> list[float]:
+    return [-float(len(completion)) for completion in completions]
+
+
 not_callable = 3
 
 
@@ -108,7 +112,12 @@ RUNS: dict[str, tuple[type, list[str], Callable[[Any], object], object]] = {
     ),
     "ppo": (
         PPOModule,
-        [f"--model.loss.class_path={HERE}.PlainRatio", "--model.loss.init_args.epsilon=0.3", "--model.num_updates=1"],
+        [
+            f"--model.loss.class_path={HERE}.PlainRatio",
+            "--model.loss.init_args.epsilon=0.3",
+            "--model.num_updates=1",
+            f"--model.rewards=[{HERE}.brevity]",
+        ],
         lambda module: module.policy_loss,
         PlainRatio(epsilon=0.3),
     ),
