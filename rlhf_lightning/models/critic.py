@@ -148,11 +148,11 @@ def _check_head(source: str, stored: Mapping[str, Any]) -> None:
     """Refuses models from which no value can be read."""
     if stored and stored.get("method") != "reward":
         raise ValueError(
-            f"value_model {source!r} holds a {stored.get('method')} model: give a reward model, or a language model"
+            f"value.model {source!r} holds a {stored.get('method')} model: give a reward model, or a language model"
         )
     if stored.get("ensemble") == "adapters" and stored.get("num_models", 1) > 1:
         raise ValueError(
-            f"value_model {source!r} is an ensemble of {stored['num_models']} adapters, which no critic can be: give "
+            f"value.model {source!r} is an ensemble of {stored['num_models']} adapters, which no critic can be: give "
             "a reward model with ensemble='heads' or num_models=1, or a language model"
         )
 
