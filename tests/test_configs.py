@@ -52,6 +52,8 @@ def test_default_is_complete_and_commented(capsys, method):
         plain |= {"seed_everything"}
         if ": " in line and "#" not in line and "class_path" not in line:
             assert name in plain, f"{line!r} has no comment"
+    assert written["trainer"]["precision"] is None  # by the device
+    assert written["model"]["init_args"]["optimizer"]["init_args"]["fused"] is True
     lora = inspect.signature(core.PostTrainingModule).parameters["lora"]
     assert lora.default is None
 
