@@ -6,8 +6,8 @@
 
 Parts, each within its share of the time; parts that do not fit are reported:
 
-- ``equality``: loss and gradient of the first step of all eight methods, in fp32 and bf16, with both attentions, as
-  relative distances from the same step in fp32 on the CPU.
+- ``equality``: loss and gradient of the first step of all eight methods, in fp32 and bf16, with the attention ``auto``,
+  ``blocks`` and ``flex``, as relative distances from the same step in fp32 on the CPU.
 - ``tests``: ``tests/gpu``.
 - ``speed``: steps of SFT and DPO and an iteration of GRPO on a random model with 1.5 billion weights in bf16, and
   tokens sampled from it: ours, TRL's, TRL's with Liger. Time, peak allocated memory, and *utilisation*: the products

@@ -61,7 +61,7 @@ class PostTrainingModule(lightning.LightningModule):
 
     A method overrides what stands under *The interface of a method*: ``grad_rows`` and ``loss`` at least. The work is
     done by parts that a module holds: ``micro_batching`` (passes), ``resume`` (checkpoints), ``validation_rows``, and
-    ``reference`` where a method compares the policy with its beginning.
+    ``reference`` where a method compares the policy with the one that training began with.
 
     Args:
         model: Hugging Face id or folder: weights, config, or a PEFT adapter.
@@ -168,7 +168,7 @@ class PostTrainingModule(lightning.LightningModule):
         self.micro_batching = MicroBatching(self)
         self.resume = ResumeState(self)
         self.validation_rows = ValidationRows(self)
-        self.reference: ReferencePolicy | None = None  # set by methods that compare with one
+        self.reference: ReferencePolicy | None = None  # set by methods that use one
         self.clock: PhaseClock | None = None  # set by callbacks that measure time
         self.hooks_reached: set[str] = set()  # names of the core's hooks that have run
         # By the id of a scheduler: the monitored metric, and whether it is required.

@@ -107,17 +107,17 @@ class PreferencePairs:
 
     @property
     def chosen_rewards(self) -> Tensor:
-        """Implicit rewards of the chosen completions, beta times the log-ratios, (P,)."""
+        """Implicit rewards of the chosen completions, beta times the log-ratios, whatever the f-divergence, (P,)."""
         return self.beta * (self.chosen_logps - self.ref_chosen_logps)
 
     @property
     def rejected_rewards(self) -> Tensor:
-        """Implicit rewards of the rejected completions, (P,)."""
+        """Implicit rewards of the rejected completions, likewise, (P,)."""
         return self.beta * (self.rejected_logps - self.ref_rejected_logps)
 
     @property
     def margin(self) -> Tensor:
-        """Difference of the implicit rewards, (P,)."""
+        """Difference of the implicit rewards, (P,): beta times that of the scores, which follow the f-divergence."""
         return self.beta * (self.chosen_scores - self.rejected_scores)
 
     @property

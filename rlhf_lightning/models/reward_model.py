@@ -211,7 +211,7 @@ class RewardModel(HeadedModel):
         Args:
             prompt: a text, or chat messages.
             completion: a text, or chat messages; a text that answers a chat is an assistant message.
-            template: settings of the chat template, such as ``tools``.
+            template: settings of the chat template, such as ``tools``: one row's ``chat_template_kwargs`` of ``score``.
 
         Raises:
             ValueError: the row cannot be tokenised, or has too many tokens.

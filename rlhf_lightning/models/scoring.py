@@ -40,7 +40,7 @@ def check_texts(prompts: Sequence[Text], completions: Sequence[Any]) -> None:
 
 
 def check_length(length: int, limit: int | None) -> None:
-    """Checks that a prompt fits a reward model with its completion.
+    """Checks that a prompt and its completion together fit the positions of a reward model.
 
     Args:
         length: their number of tokens.

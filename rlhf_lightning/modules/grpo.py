@@ -47,7 +47,7 @@ class GRPOModule(OnPolicyModule):
     with the mean and deviation of a prompt's G completions. ``losses.policy_gradient`` documents formula, paper and
     departures of every ``loss_type`` and option, ``rl.advantages`` those of the advantages. With a process reward
     the advantage of a token is A_i plus the normalised rewards of the steps that end at it or later
-    (``step_rewards.process_advantages``).
+    (``rl.step_rewards.process_advantages``).
 
     Departures: every normaliser and statistic is that of the global batch; the top-entropy threshold is taken once per
     iteration, from the sampling policy.
@@ -171,7 +171,7 @@ class GRPOModule(OnPolicyModule):
     # From rollouts to training trees.
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
-        """Builds one tree per prompt and attaches advantages, old and reference log-probs, and token weights."""
+        """Builds the training trees and attaches advantages, old and reference log-probs, and token weights."""
         every_EG = torch.ones_like(rollouts.rewards_EGK[:, :, 0], dtype=torch.bool)
         kept_EG = rollouts.ended_EG().bool() if self.policy_loss.mask_truncated_completions else every_EG
         trees = self._build_trees(rollouts, kept_EG)

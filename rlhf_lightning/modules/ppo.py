@@ -39,7 +39,7 @@ class PPOModule(OnPolicyModule):
 
     Ouyang et al., 2022, arXiv:2203.02155: a completion's reward is given at its last sampled token, minus ``kl_coef``
     times the divergence from the reference at every token; rewards of steps are given where steps end.
-    ``rl.advantages.gae`` computes advantages and returns.
+    ``rl.advantages`` documents advantages, returns and whitening; the group ``GAE`` computes them.
 
     Departures: whitening and normalisers use the global batch (those of the losses, the global mini-batch); completions
     that could not be scored are excluded; the gradients of policy and critic are clipped and stepped together.
@@ -56,7 +56,7 @@ class PPOModule(OnPolicyModule):
         value: the critic's model, head, learning rate and loss: ``ValueFunction``.
         gae: discount, lambda and whitening of the advantages: ``GAE``.
         kl_coef: weight of the divergence from the reference in the rewards, at least 0; 0 needs no reference.
-        kl: estimator of the divergence, and the target that ``kl_coef`` adapts to: ``AdaptiveKL``.
+        kl: estimator of the divergence, and the divergence that ``kl_coef`` adapts to reach: ``AdaptiveKL``.
         missing_eos_penalty: subtracted from the reward of a truncated completion, at least 0; ``None`` is 0.
         entropy: weight of an entropy bonus: ``EntropyBonus``.
         kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
@@ -165,7 +165,7 @@ class PPOModule(OnPolicyModule):
     # From rollouts to training trees.
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
-        """Builds one tree per prompt and attaches advantages, returns, old log-probs and old values."""
+        """Builds the training trees and attaches advantages, returns, old log-probs and old values."""
         scores_EG = self.outcome_scores(rollouts.rewards_EGK)
         trees = build_trees(
             rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix

@@ -1,5 +1,7 @@
 """The loss of GRPO in parts, each an option group: policy gradient, KL penalty, off-policy correction, entropy bonus.
 
+``EntropyBonus`` is PPO's as well; the other parts of its loss are in ``ppo_loss``.
+
 Shapes: N sampled tokens of all sequences, flat; S sequences. ``sequence_index_N`` is the sequence of each token.
 """
 

@@ -1,4 +1,4 @@
-"""The loss of PPO in parts, each an option group: clipped ratio, value function, advantages, adaptive KL penalty.
+"""Parts of PPO, each an option group: clipped ratio, value function, advantages and whitening, adaptive KL penalty.
 
 Shapes: N sampled tokens of all sequences, flat.
 """

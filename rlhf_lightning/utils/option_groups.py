@@ -124,7 +124,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:
-    """Raises unless a value has a type of plain values; other types are not checked."""
+    """Raises if a value is not of its type; types other than those of plain values are not checked."""
     if _fits(value, hint):
         return
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
