@@ -13,7 +13,16 @@ reference: it reaches the same difference of rewards with a smaller change of pr
     python examples/dpo_by_hand.py --model FOLDER   # your own: a folder or a Hugging Face id
 
 `DPOModule` computes the same for packed rows, in micro-batches and on several ranks:
-`tests/examples/test_by_hand.py` compares the losses and the final weights of both.
+`tests/examples/test_by_hand.py` compares the losses and the final weights of both. Where its parts are:
+
+    here                          in rlhf_lightning/
+    tokenize                      data/tokenization.py: RowTokenizer.answers, both completions in one tree
+    completion_logp               modules/dpo.py: grad_rows, by token_stats and sum_per_sequence
+    the same of the reference     modules/dpo.py: reference_rows; the model is that of core/reference_policy.py
+    rewards and their difference  losses/preference.py: PreferencePairs.margin
+    -logsigmoid                   losses/preference.py: preference_loss, with loss_type sigmoid
+    the mean over rows            modules/dpo.py: loss, a sum divided by the pairs of normalizers
+    train                         core/module.py: optimize
 """
 
 from __future__ import annotations
