@@ -40,7 +40,7 @@ class ResumeState:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self._base: dict[str, str] = {}
+        self.base: dict[str, str] = {}  # fingerprint of the frozen weights of an adapted model, as loaded
         self.random_before_validation: dict[str, Any] | None = None  # set while a validation is due or runs
         self._loaded_random: dict[str, Any] | None = None
         self._redo_random = False
@@ -95,7 +95,7 @@ class ResumeState:
             # A validation that has not ended will be run again.
             "random": gather_objects(self.random_before_validation or random_state(self.module.device)),
             "adapter": adapted,
-            "base": self._base,
+            "base": self.base,
             "should_stop": trainer is not None and bool(trainer.should_stop) and not is_out_of_time(trainer),
             "metrics": {} if trainer is None else {k: v.cpu() for k, v in trainer.callback_metrics.items()},
         }
@@ -139,7 +139,7 @@ class ResumeState:
     def remember_base(self) -> None:
         """Stores a fingerprint of the frozen weights of an adapted model, as loaded."""
         if isinstance(self.module.model, PeftModel):
-            self._base = base_fingerprint(self.module.model, self.module.quantization)
+            self.base = base_fingerprint(self.module.model, self.module.quantization)
 
     def _check_kind(self, then: bool, now: bool) -> None:
         if then and not now:
@@ -154,7 +154,7 @@ class ResumeState:
             )
 
     def _check_base(self, then: dict[str, str]) -> None:
-        now = self._base
+        now = self.base
         if not then or not now:
             return
         if then["quantization"] != now["quantization"]:

@@ -212,18 +212,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Copies the results of loading other than weights from rank 0: configs, fingerprint, random state."""
         # Skeletons lack what loading reads besides weights, and drew other random numbers.
         bases: list[Any] = [base_model(model) for model in models]
-        mine = {
+        resume = getattr(module, "resume", None)  # a module of another library has none
+        local = {
             "generation": [getattr(base, "generation_config", None) for base in bases],
-            "base": getattr(module, "_base", {}),
+            "base": None if resume is None else resume.base,
             "random": torch.get_rng_state(),
         }
-        theirs: dict[str, Any] = self.broadcast(mine)
-        for base, config in zip(bases, theirs["generation"], strict=True):
+        first: dict[str, Any] = self.broadcast(local)
+        for base, config in zip(bases, first["generation"], strict=True):
             if config is not None:
                 base.generation_config = config
-        if hasattr(module, "_base"):
-            module._base = theirs["base"]
-        torch.set_rng_state(theirs["random"])
+        if resume is not None:
+            resume.base = first["base"]
+        torch.set_rng_state(first["random"])
 
     def teardown(self) -> None:
         """Ends the lockstep of ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_half_precision_where_the_gpu_has_it(card: str, accelerator: Any) -> Non
         {"strategy": SingleDeviceStrategy("cpu", precision_plugin=MixedPrecision("bf16-mixed", "cuda"))},
         {"strategy": "ddp_notebook"},
     ],
-    ids=str,
+    ids=lambda given: re.sub(r"<[\w.]*?(\w+) object at \w+>", r"\1", str(given)),  # the same in every process
 )
 def test_what_is_said_is_kept(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))

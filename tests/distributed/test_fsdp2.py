@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import GenerationConfig
 
-from rlhf_lightning import FSDP2Strategy
+from rlhf_lightning import DPOModule, FSDP2Strategy
 from rlhf_lightning.core.gradients import clip_gradients
 from rlhf_lightning.distributed import fsdp2
 from rlhf_lightning.distributed.fsdp2 import block_options, copies_of, local_shard, rank_mesh, shard_model, sharded_like
+from rlhf_lightning.models import base_model
 
-from ..helpers import tiny_model
+from ..helpers import save_tiny_model, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -111,3 +114,20 @@ def test_a_backend_that_cannot_reach_host_memory_is_refused() -> None:
         ValueError, match=r"process_group_backend is 'nccl' with cpu_offload=True.*write 'cpu:gloo,cuda:nccl'"
     ):
         FSDP2Strategy("nccl", cpu_offload=True)
+
+
+def test_ranks_take_over_what_only_the_first_one_has_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rank 1 builds a model without weights: its fingerprint of an adapter's base would be one of nothing."""
+    module = DPOModule(save_tiny_model(tmp_path / "policy", "qwen2"), lora={"r": 2})
+    module.configure_model()
+    own = module.resume.base
+    first: dict[str, Any] = {"generation": [GenerationConfig(max_length=7)], "base": {"weights": "rank 0"}}
+    first["random"] = torch.Generator().manual_seed(3).get_state()
+    sent = []
+    monkeypatch.setattr(FSDP2Strategy, "broadcast", lambda self, value: sent.append(value) or first)
+    FSDP2Strategy()._agree_on_the_rest(module, [module.model])
+    assert own
+    assert sent[0]["base"] == own
+    assert module.resume.base == {"weights": "rank 0"}
+    assert base_model(module.model).generation_config.max_length == 7
+    assert torch.equal(torch.get_rng_state(), first["random"])
