@@ -441,7 +441,7 @@ class PostTrainingModule(lightning.LightningModule):
         batch.mark_consumed()
         return values or None
 
-    def optimize(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float], Rows]:
+    def optimize(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float], Metrics]:
         """Makes one optimizer step on a global batch; every rank calls it with its own part, which may be empty.
 
         Args:

@@ -110,7 +110,7 @@ class RewardHead(nn.Module):
             return torch.bmm(hidden_MSD, weight.mT).transpose(0, 1)
 
 
-def pooled(values_ND: Tensor, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
+def mean_pooled(values_ND: Tensor, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
     """Averages the states of each sequence: ``(N, D) -> (S, D)``, in at least fp32.
 
     Args:
@@ -119,7 +119,7 @@ def pooled(values_ND: Tensor, sequence_index_N: Tensor, num_sequences: int) -> T
         num_sequences: S; each needs at least one state.
 
     Example:
-        >>> pooled(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), 2).flatten().tolist()
+        >>> mean_pooled(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), 2).flatten().tolist()
         [2.0, 5.0]
     """
     values = values_ND.to(torch.promote_types(values_ND.dtype, torch.float32))

@@ -36,7 +36,7 @@ from .reward_head import (
     NoClassifier,
     classifier_from,
     head_files,
-    pooled,
+    mean_pooled,
     read_head_options,
     whole,
     with_padding_token,
@@ -196,7 +196,7 @@ class RewardModel(HeadedModel):
         if self.options.pooling == "mean":
             flat_N, depth_N = batch.scored_positions()
             states_ND = hidden.read(flat_N, batch.source_path, depth_N)
-            return pooled(states_ND, batch.sequence_index, batch.num_sequences)
+            return mean_pooled(states_ND, batch.sequence_index, batch.num_sequences)
         return hidden.read(batch.last_index, batch.last_path, batch.lengths[batch.last_path] - 1)
 
     # Scoring.

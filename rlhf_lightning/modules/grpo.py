@@ -170,7 +170,7 @@ class GRPOModule(OnPolicyModule):
 
     # From rollouts to training trees.
 
-    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Builds the training trees and attaches advantages, old and reference log-probs, and token weights."""
         every_EG = torch.ones_like(rollouts.rewards_EGK[:, :, 0], dtype=torch.bool)
         kept_EG = rollouts.ended_EG().bool() if self.policy_loss.mask_truncated_completions else every_EG

@@ -164,7 +164,7 @@ class PPOModule(OnPolicyModule):
 
     # From rollouts to training trees.
 
-    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Builds the training trees and attaches advantages, returns, old log-probs and old values."""
         scores_EG = self.outcome_scores(rollouts.rewards_EGK)
         trees = build_trees(

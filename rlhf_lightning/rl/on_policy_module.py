@@ -132,7 +132,7 @@ class OnPolicyModule(PostTrainingModule):
         """Whether the loss or the rewards compare with a reference policy; a method with such a term overrides it."""
         return False
 
-    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Rows]:
+    def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Turns rollouts into training examples; every rank calls it.
 
         Returns:

@@ -128,12 +128,13 @@ class PolicyLoss(TokenLoss):
             max_completion_length: the constant of ``dr_grpo``.
             dtype: of the weights.
         """
-        unit = len(lengths_S)
-        return unit * aggregation_weights(
+        # Any one number as both totals: multiplied by it, what is left is to divide by the normalizer.
+        total = len(lengths_S)
+        return total * aggregation_weights(
             self.loss_type,
             lengths_S,
-            total_sequences=unit,
-            total_tokens=unit,
+            total_sequences=total,
+            total_tokens=total,
             max_completion_length=max_completion_length,
             dtype=dtype,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -151,8 +151,3 @@ def _type_name(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"a list, each {_type_name(get_args(hint)[0])}"
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def is_group(value: object) -> bool:
-    """Whether a value is an option group, and not a class of one."""
-    return is_dataclass(value) and isinstance(value, OptionGroup)

@@ -16,7 +16,7 @@ from rlhf_lightning.models.reward_head import (
     freeze_output_projection,
     head_files,
     load_head,
-    pooled,
+    mean_pooled,
     read_head_options,
     read_head_state,
     with_padding_token,
@@ -71,8 +71,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
 
 def test_pooled_is_the_mean_of_each_sequence() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, -1.0]])
-    assert pooled(values, torch.tensor([0, 0, 1]), 2).tolist() == [[2.0, 4.0], [5.0, -1.0]]
-    assert pooled(values.bfloat16(), torch.tensor([0, 0, 1]), 2).dtype == torch.float32
+    assert mean_pooled(values, torch.tensor([0, 0, 1]), 2).tolist() == [[2.0, 4.0], [5.0, -1.0]]
+    assert mean_pooled(values.bfloat16(), torch.tensor([0, 0, 1]), 2).dtype == torch.float32
 
 
 @pytest.mark.parametrize("tied", [True, False])
