@@ -32,7 +32,7 @@ class Workload(NamedTuple):
     name: str
     prompts: int
     samples: int
-    max_completion_length: int
+    max_new_tokens: int
     mean_length: int | None
 
 
@@ -89,7 +89,7 @@ def with_transformers(model: Qwen3ForCausalLM, prompts: list[list[int]], work: W
 
 def with_engine(model: Qwen3ForCausalLM, prompts: list[list[int]], work: Workload, floor: int, seed: int) -> int:
     """Samples with the engine; returns the number of new tokens."""
-    params = SamplingParams(max_completion_length=work.max_completion_length, min_completion_length=floor, seed=seed)
+    params = SamplingParams(max_new_tokens=work.max_new_tokens, min_new_tokens=floor, seed=seed)
     groups = LocalEngine(model, None).generate(prompts, work.samples, params)
     return sum(len(sample.token_ids) for group in groups for sample in group)
 
@@ -102,7 +102,7 @@ def compare(
     lengths = torch.randint(60, 120, (work.prompts,), generator=generator).tolist()
     prompts = [torch.randint(2, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     undo = (lambda: None) if work.mean_length is None else end_at_random(model, work.mean_length)
-    floor = work.max_completion_length if work.mean_length is None else 0
+    floor = work.max_new_tokens if work.mean_length is None else 0
     speeds: dict[str, list[float]] = {"transformers": [], "engine": []}
     for turn in range(rounds + 1):
         for name, run in (

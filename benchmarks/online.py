@@ -154,7 +154,7 @@ def ours(arguments: argparse.Namespace, prompts: list[dict[str, str]], work: Wor
         "rewards": [clock.reward],
         "num_generations": arguments.samples,
         "max_completion_length": work.limit,
-        "sampling": {"min_completion_length": 0 if work.mean_length else work.limit},
+        "sampling": {"min_new_tokens": 0 if work.mean_length else work.limit},
     }
 
     # The profiled iteration comes last, on the first prompts again.

@@ -23,7 +23,7 @@ class GenerationAccuracy(lightning.Callback):
     Args:
         prompts: source of the prompts, as for ``PromptDataModule``; rows need the columns that the verifier reads.
         verifier: dotted path of a reward function, called as ``fn(prompts, completions, **columns)``.
-        max_completion_length: maximum number of tokens of a completion, at least 1.
+        max_new_tokens: maximum number of tokens of a completion, at least 1.
         limit: number of prompts to use, from the first, at least 1; all if omitted.
         name: logged as ``val/<name>``.
         before_training: also measure before the first step.
@@ -32,7 +32,7 @@ class GenerationAccuracy(lightning.Callback):
 
     Example::
 
-        accuracy = GenerationAccuracy("sums:prompts?split=validation&rows=200", max_completion_length=64)
+        accuracy = GenerationAccuracy("sums:prompts?split=validation&rows=200", max_new_tokens=64)
         stop = EarlyStopping("val/accuracy", mode="max", patience=3)
         lightning.Trainer(callbacks=[accuracy, stop], val_check_interval=8).fit(module, data)
     """
@@ -41,7 +41,7 @@ class GenerationAccuracy(lightning.Callback):
         self,
         prompts: str | list[str],
         verifier: str = "rlhf_lightning.rewards.exact_answer",
-        max_completion_length: int = 256,
+        max_new_tokens: int = 256,
         limit: int | None = None,
         name: str = "accuracy",
         before_training: bool = True,
@@ -49,7 +49,7 @@ class GenerationAccuracy(lightning.Callback):
     ) -> None:
         self.prompts = prompts
         self.verifier = load_verifier(verifier)
-        self.sampling = SamplingParams(max_completion_length=max_completion_length, temperature=0.0)
+        self.sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
         self.limit = limit
         self.name = f"val/{name}"
         self.before_training = before_training

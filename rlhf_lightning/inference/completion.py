@@ -131,7 +131,7 @@ class Request:
         self.logprobs.append(logprob)
         if model_logprob is not None:
             self.model_logprobs.append(model_logprob)
-        early = len(self.token_ids) < self._params.min_completion_length
+        early = len(self.token_ids) < self._params.min_new_tokens
         if self._finder is not None:
             text = self._finder.push(self.token_ids)
             if text is not None and not early:
@@ -162,7 +162,7 @@ def sample_next_tokens(
 
     # Samples below their minimum length must not draw a token that ends them.
     banned = None
-    early = np.flatnonzero(steps < params.min_completion_length)
+    early = np.flatnonzero(steps < params.min_new_tokens)
     stop_ids = [token for token in stop_ids if token < logits_NV.shape[-1]]
     if stop_ids and len(early):
         banned = torch.from_numpy(early).to(logits_NV.device), torch.tensor(stop_ids, device=logits_NV.device)

@@ -76,7 +76,7 @@ class LocalEngine:
         >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         ...                      num_attention_heads=1, eos_token_id=2)
         >>> engine = LocalEngine(LlamaForCausalLM(config), None)
-        >>> params = SamplingParams(max_completion_length=3, seed=0)
+        >>> params = SamplingParams(max_new_tokens=3, seed=0)
         >>> samples = engine.generate([[5, 6, 7]], num_samples=4, sampling=params)
         >>> len(samples), len(samples[0]), samples[0][0].finish_reason in ("stop", "length")
         (1, 4, True)
@@ -218,13 +218,13 @@ class LocalEngine:
         """Maximum number of new tokens: the requested one, or what the model's positions leave."""
         positions = num_positions(self.model)
         if positions is None:
-            return params.max_completion_length
+            return params.max_new_tokens
         if len(prompt) >= positions:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the model's {positions} positions: shorten it"
             )
         # Completions end where the model's positions end.
-        return min(params.max_completion_length, positions - len(prompt))
+        return min(params.max_new_tokens, positions - len(prompt))
 
     def _eos_token_ids(self) -> set[int]:
         """The end-of-sequence tokens of model and tokenizer, and the tokens that end a turn of the chat template."""

@@ -175,7 +175,7 @@ class RemoteEngine:
         """Refuses settings under which the server's log-probabilities would be of another distribution."""
         if _unmodified(params) or params.greedy:
             return
-        advice = "use temperature 1 without top_k, top_p, min_p, repetition_penalty and min_completion_length"
+        advice = "use temperature 1 without top_k, top_p, min_p, repetition_penalty and min_new_tokens"
         if self.logprobs and self.server_logprobs == "model":
             raise ValueError(
                 "logprobs of the sampling distribution are not available from a server that reports the unmodified "
@@ -229,13 +229,13 @@ class RemoteEngine:
 
     def _settings(self, params: SamplingParams) -> dict[str, Any]:
         """The request fields that do not depend on the prompt."""
-        body: dict[str, Any] = {"max_tokens": params.max_completion_length, "temperature": params.temperature}
+        body: dict[str, Any] = {"max_tokens": params.max_new_tokens, "temperature": params.temperature}
         extensions = {
             "top_k": (params.top_k or -1, -1),
             "min_p": (params.min_p, 0.0),
             "repetition_penalty": (params.repetition_penalty, 1.0),
             "stop_token_ids": (sorted({*params.stop_token_ids, *self._template_ends()}), []),
-            "min_tokens": (params.min_completion_length, 0),
+            "min_tokens": (params.min_new_tokens, 0),
         }
         if self.dialect == "vllm":
             body |= {"top_p": params.top_p, "return_token_ids": True}
@@ -277,7 +277,7 @@ class RemoteEngine:
             return None
         own = [model for model in listed if self.model in (None, model["id"])]
         length = own[0].get("max_model_len") if len(own) == 1 else None
-        return max(length - sampling.max_completion_length, 0) if isinstance(length, int) else None
+        return max(length - sampling.max_new_tokens, 0) if isinstance(length, int) else None
 
     def served_model(self) -> dict[str, Any]:
         """Identifies the model on the server: its name, and the path of that name if the server reports it.
@@ -386,13 +386,13 @@ def _unmodified(params: SamplingParams) -> bool:
         params.top_p,
         params.min_p,
         params.repetition_penalty,
-        params.min_completion_length,
+        params.min_new_tokens,
     )
 
 
 def _before_stop(text: str, params: SamplingParams) -> str:
     """The text before a stop string, for servers that do not cut it."""
-    if params.min_completion_length:
+    if params.min_new_tokens:
         return text
     found = [at for string in params.stop if (at := text.find(string)) >= 0]
     return text[: min(found)] if found else text

@@ -39,7 +39,7 @@ class SamplingFilters(OptionGroup):
         repetition_penalty: above 0; divides the positive and multiplies the negative scores of tokens that the prompt
             or the completion holds already; 1 changes nothing.
         stop: strings that end a completion; its tokens include those of the stop string, its text does not.
-        min_completion_length: minimum number of tokens; only the maximum may end a completion earlier.
+        min_new_tokens: minimum number of tokens; only the maximum may end a completion earlier.
     """
 
     group: ClassVar[str] = "sampling"
@@ -49,7 +49,7 @@ class SamplingFilters(OptionGroup):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    min_completion_length: int = 0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str | list):
@@ -60,7 +60,7 @@ class SamplingFilters(OptionGroup):
         self._check("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps every token")
         self._check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing")
         self._check("stop", "" not in self.stop, "strings of at least one character")
-        self._check("min_completion_length", self.min_completion_length >= 0, "at least 0")
+        self._check("min_new_tokens", self.min_new_tokens >= 0, "at least 0")
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
@@ -72,7 +72,7 @@ class SamplingParams(SamplingFilters):
     """All settings of sampling: the filters, the temperature, the maximum length, and the seed.
 
     Args:
-        max_completion_length: maximum number of tokens, at least 1; the end-of-sequence token counts.
+        max_new_tokens: maximum number of tokens, at least 1; the end-of-sequence token counts.
         temperature: at least 0; 0 takes the most likely token.
         stop_token_ids: tokens that end a completion, besides the model's own end-of-sequence tokens.
         seed: makes every sample a function of (seed, prompt number, sample number); ``None`` draws one from torch's
@@ -80,11 +80,11 @@ class SamplingParams(SamplingFilters):
         model_logprobs: also record log-probabilities under the unmodified model (temperature 1, nothing filtered).
 
     Example:
-        >>> SamplingParams(max_completion_length=64, temperature=0.7, top_p=0.95, seed=1).greedy
+        >>> SamplingParams(max_new_tokens=64, temperature=0.7, top_p=0.95, seed=1).greedy
         False
     """
 
-    max_completion_length: int = 256
+    max_new_tokens: int = 256
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
@@ -94,11 +94,11 @@ class SamplingParams(SamplingFilters):
         if isinstance(self.stop_token_ids, list):
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         super().__post_init__()
-        self._check("max_completion_length", self.max_completion_length >= 1, "at least 1")
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         positive = "at least 0; 0 takes the most likely token"
         self._check("temperature", 0 <= self.temperature < math.inf, positive)
-        fits = self.min_completion_length <= self.max_completion_length
-        self._check("min_completion_length", fits, f"at most max_completion_length={self.max_completion_length}")
+        fits = self.min_new_tokens <= self.max_new_tokens
+        self._check("min_new_tokens", fits, f"at most max_new_tokens={self.max_new_tokens}")
 
     @property
     def greedy(self) -> bool:

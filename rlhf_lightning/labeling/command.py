@@ -335,7 +335,7 @@ class _Journal:
             reasons = ", ".join(f"{number} {reason}" for reason, number in self.skipped.items() if number)
             raise ValueError(
                 f"no solution of {self.done} prompts could be labelled ({reasons or 'none at all'}): raise "
-                "sampling.max_completion_length, use another model, or check what the verifier reads"
+                "sampling.max_new_tokens, use another model, or check what the verifier reads"
             )
         write_atomically(self.target, "".join(map(json_line, self.rows)))
         self.path.unlink()

@@ -35,7 +35,7 @@ class Evaluation:
 
     prompts: str | list[str]
     verifier: str = _EXACT
-    max_completion_length: int = 256
+    max_new_tokens: int = 256
     limit: int | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     samples: int = 8  # shown in the report

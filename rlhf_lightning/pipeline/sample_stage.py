@@ -146,7 +146,7 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     examples = read_prompts(
         evaluation.prompts, tokenizer, limit=evaluation.limit, chat_template_kwargs=evaluation.chat_template_kwargs
     )
-    greedy = SamplingParams(max_completion_length=evaluation.max_completion_length, temperature=0.0)
+    greedy = SamplingParams(max_new_tokens=evaluation.max_new_tokens, temperature=0.0)
     groups = answer_prompts(
         LocalEngine(model, tokenizer), examples, load_verifier(evaluation.verifier), sampling=greedy
     )

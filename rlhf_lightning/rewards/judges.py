@@ -142,7 +142,7 @@ class EngineJudge:
             raise ValueError(f"scale is {scale}; it must be above 0: 10 where the judge is asked for 0 to 10")
         self.engine = engine
         self.num_samples = num_samples
-        self.sampling = sampling or SamplingParams(max_completion_length=16, temperature=0.0)
+        self.sampling = sampling or SamplingParams(max_new_tokens=16, temperature=0.0)
         self.scale = scale
 
     def __call__(self, questions: Sequence[str]) -> list[float | Exception]:

@@ -12,7 +12,7 @@ from ..utils.validation import check_count
 class Sampling(SamplingFilters):
     """How completions are sampled, apart from their temperature, number and maximum length.
 
-    With filters (also ``min_completion_length``), the sampled distribution is not the trained one:
+    With filters (also ``min_new_tokens``), the sampled distribution is not the trained one:
     ``OffPolicyCorrection`` reweights for it.
 
     Args:
@@ -21,7 +21,7 @@ class Sampling(SamplingFilters):
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1]; 0 keeps all.
         repetition_penalty: above 0; lowers scores of tokens that the prompt or completion holds already; 1 for none.
         stop: strings that end a completion, in addition to the end-of-sequence token.
-        min_completion_length: minimum number of tokens of a completion, at least 0.
+        min_new_tokens: minimum number of tokens of a completion, at least 0.
         generation_batch_tokens: tokens of KV cache in generation, at least 1; affects memory, not results.
 
     Raises:
@@ -46,8 +46,8 @@ class Sampling(SamplingFilters):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             stop=self.stop,
-            min_completion_length=self.min_completion_length,
-            max_completion_length=max_completion_length,
+            min_new_tokens=self.min_new_tokens,
+            max_new_tokens=max_completion_length,
             temperature=temperature,
             seed=seed,
         )

@@ -69,7 +69,7 @@ def fit(folder, callback, history, **trainer):
 
 def test_accuracy_is_the_mean_reward_of_greedy_completions(tiny_model_folder, prompts, tmp_path):
     folder = tiny_model_folder()
-    callback = GenerationAccuracy(prompts, verifier=f"{__name__}.is_long", max_completion_length=8)
+    callback = GenerationAccuracy(prompts, verifier=f"{__name__}.is_long", max_new_tokens=8)
     module = fit(folder, callback, tmp_path / "history.jsonl")
     rows = [row for row in read_history(tmp_path / "history.jsonl") if "val/accuracy" in row]
     assert [row["step"] for row in rows] == [0, 1]  # before training, and after the last of steps 0 and 1
@@ -83,7 +83,7 @@ def test_accuracy_is_the_mean_reward_of_greedy_completions(tiny_model_folder, pr
 
 def test_limit_and_name_and_no_measurement_before_training(tiny_model_folder, prompts, tmp_path):
     callback = GenerationAccuracy(
-        prompts, verifier=f"{__name__}.is_long", max_completion_length=2, limit=3, name="short", before_training=False
+        prompts, verifier=f"{__name__}.is_long", max_new_tokens=2, limit=3, name="short", before_training=False
     )
     fit(tiny_model_folder(), callback, tmp_path / "history.jsonl")
     rows = [row for row in read_history(tmp_path / "history.jsonl") if "val/short" in row]
@@ -95,7 +95,7 @@ def test_ranks_share_the_prompts_out(tiny_model_folder, prompts):
     """Two ranks of one prompt list see disjoint halves; their sums make the mean of the whole."""
     module = SFTModule(str(tiny_model_folder()))
     module.configure_model()
-    callback = GenerationAccuracy(prompts, verifier=f"{__name__}.is_long", max_completion_length=8)
+    callback = GenerationAccuracy(prompts, verifier=f"{__name__}.is_long", max_new_tokens=8)
 
     class Rank:
         def __init__(self, rank: int, world: int) -> None:
@@ -110,7 +110,7 @@ def test_a_verifier_that_says_nothing_is_refused(tiny_model_folder, prompts):
     module = SFTModule(str(tiny_model_folder()))
     module.configure_model()
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    callback = GenerationAccuracy(prompts, verifier=f"{__name__}.says_nothing", max_completion_length=2)
+    callback = GenerationAccuracy(prompts, verifier=f"{__name__}.says_nothing", max_new_tokens=2)
     with pytest.raises(ValueError, match="no reward for any of the prompts"):
         callback.measure(trainer, module)
 
@@ -134,7 +134,7 @@ def test_columns_reach_the_verifier_row_by_row(tiny_model_folder, tokenizer):
     rows = [{"prompt": "1+1=?", "answer": "2"}, {"prompt": "2+2=?", "answer": "4", "level": 3}]
     examples = read_prompts(rows, tokenizer)
     engine = LocalEngine(tiny_model("llama"), tokenizer)
-    sampling = SamplingParams(max_completion_length=3, seed=1)
+    sampling = SamplingParams(max_new_tokens=3, seed=1)
     groups = answer_prompts(engine, examples, verifier, num_samples=2, sampling=sampling)
     assert seen["prompts"] == ["1+1=?", "1+1=?", "2+2=?", "2+2=?"]
     assert seen["answer"] == ["2", "2", "4", "4"]

@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training.fit_loop.epoch_loop.val_check_batch = 2
     training.val_check_interval = 2
     training.callbacks += [
-        GenerationAccuracy(str(place / "prompts.jsonl"), f"{__name__}.long_answers", max_completion_length=6),
+        GenerationAccuracy(str(place / "prompts.jsonl"), f"{__name__}.long_answers", max_new_tokens=6),
         SampleLogger(every_n_batches=2, num_prompts=1, num_samples=2, screen=False),
         Throughput(peak_flops=1e9),
         ModelExport(str(place / "export"), log_artifact=True),

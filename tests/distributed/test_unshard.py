@@ -22,7 +22,7 @@ def _rank(rank: int, port: int) -> None:
     fully_shard(sharded)
     # Rank 0 has no prompts the first time, and ranks generate for different numbers of steps.
     for prompts in ([[5, 6, 7], [8]][: 2 * rank], [[5, 6, 7], [8]]):
-        params = SamplingParams(max_completion_length=4 + 8 * rank, seed=rank)
+        params = SamplingParams(max_new_tokens=4 + 8 * rank, seed=rank)
         assert LocalEngine(sharded, None).generate(prompts, 2, params) == LocalEngine(whole, None).generate(
             prompts, 2, params
         )

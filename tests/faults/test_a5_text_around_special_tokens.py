@@ -124,7 +124,7 @@ def test_a_rendered_chat_is_sampled_from_as_the_row_is(name: str, monkeypatch: p
     if FAMILIES[name].opening and not text.startswith("<bos>"):
         pytest.fail("a template of a tokenizer that opens texts writes the opening")
     engine = LocalEngine(tiny(tokenizer), tokenizer)
-    sampling = SamplingParams(max_completion_length=4, seed=1)
+    sampling = SamplingParams(max_new_tokens=4, seed=1)
     by_text = engine.generate([text], 2, sampling)
     by_tokens = engine.generate([example.root.tokens.tolist()], 2, sampling)
     assert [s.token_ids for s in by_text[0]] == [s.token_ids for s in by_tokens[0]]
@@ -151,7 +151,7 @@ def test_sampling_ends_where_trained_answers_end(name: str) -> None:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     (sample,) = LocalEngine(model, tokenizer).generate(
-        [trained.tokens.tolist()], 1, SamplingParams(max_completion_length=5, temperature=0.0)
+        [trained.tokens.tolist()], 1, SamplingParams(max_new_tokens=5, temperature=0.0)
     )[0]
     assert (sample.token_ids, sample.finish_reason) == ([end], "stop")
     settings = RemoteEngine("http://localhost:1", "served", tokenizer=tokenizer)._settings(SamplingParams())

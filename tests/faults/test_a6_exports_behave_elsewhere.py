@@ -280,7 +280,7 @@ def test_generation_ends_elsewhere_where_training_ended_answers(
     # The next stage's engine ends there as well, and its exports keep it.
     following = load_causal_lm(tmp_path / "out", dtype=torch.float32)
     engine = LocalEngine(following, None)
-    [[completion]] = engine.generate([prompt[0].tolist()], 1, SamplingParams(max_completion_length=20, temperature=0.0))
+    [[completion]] = engine.generate([prompt[0].tolist()], 1, SamplingParams(max_new_tokens=20, temperature=0.0))
     assert tokenizer.decode(list(completion.token_ids)) == "abc<end>"
     again = save_pretrained(following, tokenizer, tmp_path / "again", merge_adapter=lora is not None)
     assert set(GenerationConfig.from_pretrained(again).eos_token_id) == set(ends)

@@ -116,7 +116,7 @@ def sampled(kind: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            params = SamplingParams(max_completion_length=NEW_TOKENS, temperature=temperature, seed=3)
+            params = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=temperature, seed=3)
             groups = engine.generate(prompts, 1, params)
         except ValueError as error:
             return refused(error)

@@ -36,7 +36,7 @@ def test_sampled_log_probs_are_those_of_the_fused_head(kind: str, arch: str) -> 
     seen: list[torch.Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, -1].clone()))
     context: Any = torch.autocast("cpu", torch.bfloat16) if kind == "autocast" else nullcontext()
-    params = SamplingParams(max_completion_length=6, temperature=0.7, seed=1)
+    params = SamplingParams(max_new_tokens=6, temperature=0.7, seed=1)
     with context, torch.no_grad():
         engine = LocalEngine(model, None)
         engine.generate([[5, 6, 7]], sampling=params)  # tries the layout

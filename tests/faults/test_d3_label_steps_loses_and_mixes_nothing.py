@@ -65,7 +65,7 @@ def test_prompts_that_are_too_long_cost_themselves_alone(shape: str, label: Any)
 
 
 def test_an_engine_takes_no_prompts_with_no_seeds() -> None:
-    params = SamplingParams(max_completion_length=1)
+    params = SamplingParams(max_new_tokens=1)
     assert LocalEngine(tiny_model("qwen3"), TOKENIZER).generate([], 3, params, seeds=[]) == []
 
 

@@ -13,7 +13,7 @@ from rlhf_lightning.inference.http_client import Endpoint, ServerError, in_paral
 
 from ..inference.served import Answer, completion, said, serve
 
-PLAIN = SamplingParams(max_completion_length=4, seed=5)
+PLAIN = SamplingParams(max_new_tokens=4, seed=5)
 
 
 @pytest.mark.parametrize("key", ["first\nsecond", "first\r\nX-Other: 1", "a b", "k\u00e9y", "a\0b", "\ud800"])
@@ -81,9 +81,7 @@ def test_no_request_after_an_error(status: int) -> None:
         if not retries:
             engine.endpoint.max_retries = 0
         with pytest.raises(ServerError):
-            engine.generate(
-                [f"p{n}" for n in range(40)], sampling=SamplingParams(max_completion_length=4, temperature=0.0)
-            )
+            engine.generate([f"p{n}" for n in range(40)], sampling=SamplingParams(max_new_tokens=4, temperature=0.0))
         time.sleep(1.2)
         assert len(served.bodies) == 8
         assert len(served.asked) - 8 == (status == 404)

@@ -75,7 +75,7 @@ def test_the_last_allowed_token_ends_by_length_unless_it_stops() -> None:
 
 
 def test_stops_before_the_minimum_length_are_passed_over() -> None:
-    sample = request(SamplingParams(stop=("a",), min_completion_length=3))
+    sample = request(SamplingParams(stop=("a",), min_new_tokens=3))
     for each in byte_tokens("ab"):
         sample.push(each, 0.0, None)
     assert sample.finish_reason is None

@@ -19,7 +19,7 @@ from rlhf_lightning.inference.sampling import uniforms
 
 from ..helpers import ARCHITECTURES, EOS_ID, MAX_POSITIONS, VOCAB_SIZE, char_tokenizer, tiny_model
 
-GREEDY = SamplingParams(max_completion_length=16, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=16, temperature=0)
 LENGTHS = (3, 11, 1, 7, 7, 20)
 
 
@@ -44,7 +44,7 @@ def no_cache_sample(
     """One sample by its definition: full forwards, filtered probabilities, the inverse of their cumulative sum."""
     tokens: list[int] = []
     logprobs: list[float] = []
-    while len(tokens) < params.max_completion_length and tokens[-1:] != [EOS_ID]:
+    while len(tokens) < params.max_new_tokens and tokens[-1:] != [EOS_ID]:
         with torch.no_grad():
             scores_V = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].double()
         scores_V = scores_V / params.temperature
@@ -82,7 +82,7 @@ def test_greedy_tokens_are_those_of_transformers(arch: str) -> None:
 def test_samples_and_logprobs_are_those_of_full_forwards(arch: str) -> None:
     model = tiny_model(arch)
     prompts = random_prompts((2, 9, 5))
-    params = SamplingParams(max_completion_length=8, temperature=1.2, top_k=30, top_p=0.9)
+    params = SamplingParams(max_new_tokens=8, temperature=1.2, top_k=30, top_p=0.9)
     seeds = [[10, 11], [12, 13], [14, 15]]
     completions = LocalEngine(model, None, max_batch_tokens=60).generate(prompts, 2, params, seeds=seeds)
     for prompt, group, row in zip(prompts, completions, seeds, strict=True):
@@ -96,7 +96,7 @@ def test_samples_and_logprobs_are_those_of_full_forwards(arch: str) -> None:
 def test_a_sample_depends_neither_on_its_neighbours_nor_on_the_budget(arch: str, budget: int) -> None:
     model = tiny_model(arch)
     prompts = random_prompts((9, 2, 14, 2))
-    params = SamplingParams(max_completion_length=20, temperature=1.5, stop_token_ids=tuple(range(3, 9)))
+    params = SamplingParams(max_new_tokens=20, temperature=1.5, stop_token_ids=tuple(range(3, 9)))
     seeds = [[100 * row + column for column in range(3)] for row in range(len(prompts))]
     alone = [
         LocalEngine(model, None).generate([prompt], 1, params, seeds=[[seed]])[0][0].token_ids
@@ -116,7 +116,7 @@ def test_large_heads_are_packed_and_searched_by_blocks() -> None:
     assert flat(LocalEngine(model, None).generate(prompts, 1, GREEDY)) == [
         transformers_greedy(model, prompt) for prompt in prompts
     ]
-    params = SamplingParams(max_completion_length=6, temperature=1.2)
+    params = SamplingParams(max_new_tokens=6, temperature=1.2)
     samples = LocalEngine(model, None).generate(prompts[:1], 4, params, seeds=[[1, 2, 3, 4]])[0]
     for seed, sample in enumerate(samples, start=1):
         tokens, logprobs = no_cache_sample(model, prompts[0], seed, params)
@@ -127,11 +127,11 @@ def test_large_heads_are_packed_and_searched_by_blocks() -> None:
 def test_derived_seeds_are_stable_and_differ_between_samples_and_calls() -> None:
     engine = LocalEngine(tiny_model("llama"), None)
     prompt = random_prompts((4,))[0]
-    params = SamplingParams(max_completion_length=12, seed=3)
+    params = SamplingParams(max_new_tokens=12, seed=3)
     first = flat(engine.generate([prompt, prompt], 3, params))
     assert first == flat(engine.generate([prompt, prompt], 3, params))
     assert len({tuple(tokens) for tokens in first}) == 6
-    unseeded = SamplingParams(max_completion_length=12)
+    unseeded = SamplingParams(max_new_tokens=12)
     torch.manual_seed(0)
     one, other = flat(engine.generate([prompt], 2, unseeded)), flat(engine.generate([prompt], 2, unseeded))
     torch.manual_seed(0)
@@ -152,16 +152,14 @@ def test_equal_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", counted)
-    engine.generate(
-        [prompts[0], prompts[1], prompts[0]], 5, SamplingParams(max_completion_length=4, min_completion_length=4)
-    )
+    engine.generate([prompts[0], prompts[1], prompts[0]], 5, SamplingParams(max_new_tokens=4, min_new_tokens=4))
     assert seen == [(2, 10), (15, 1), (15, 1), (15, 1)]
 
 
 def test_finished_rows_leave_and_waiting_prompts_take_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
     prompts = random_prompts((4,) * 12)
-    params = SamplingParams(max_completion_length=28, temperature=2.0, seed=5)
+    params = SamplingParams(max_new_tokens=28, temperature=2.0, seed=5)
     LocalEngine(model, None).generate(prompts[:1], 1, params)
     rows: list[int] = []
     forward = model.forward
@@ -191,15 +189,13 @@ def test_stop_strings_end_text_before_and_tokens_after_them(tokenizer: PreTraine
     stop = free.text[5:8]
     at = free.text.find(stop)
     stopped = engine.generate(
-        ["12+3="], 1, SamplingParams(max_completion_length=16, temperature=0, stop=("never seen", stop))
+        ["12+3="], 1, SamplingParams(max_new_tokens=16, temperature=0, stop=("never seen", stop))
     )[0][0]
     assert stopped.text == free.text[:at]
     assert stopped.token_ids == free.token_ids[: at + len(stop)]
     assert stopped.finish_reason == "stop"
     assert len(stopped.logprobs) == len(stopped.token_ids)
-    late = SamplingParams(
-        max_completion_length=16, temperature=0, stop=(stop,), min_completion_length=at + len(stop) + 1
-    )
+    late = SamplingParams(max_new_tokens=16, temperature=0, stop=(stop,), min_new_tokens=at + len(stop) + 1)
     assert len(engine.generate(["12+3="], 1, late)[0][0].token_ids) > at + len(stop)
 
 
@@ -207,7 +203,7 @@ def test_end_of_sequence_and_stop_tokens_are_kept_and_end_the_sample(tokenizer: 
     model = tiny_model("llama")
     engine = LocalEngine(model, tokenizer)
     prompt = random_prompts((5,))[0]
-    samples = engine.generate([prompt], 40, SamplingParams(max_completion_length=30, temperature=2.0, seed=1))[0]
+    samples = engine.generate([prompt], 40, SamplingParams(max_new_tokens=30, temperature=2.0, seed=1))[0]
     ended = [sample for sample in samples if sample.finish_reason == "stop"]
     assert len(ended) > 5
     for sample in samples:
@@ -218,7 +214,7 @@ def test_end_of_sequence_and_stop_tokens_are_kept_and_end_the_sample(tokenizer: 
         assert len(sample.logprobs) == len(sample.token_ids)
         assert sample.text == tokenizer.decode([token for token in sample.token_ids if token > 2])
     token = samples[0].token_ids[3]
-    params = SamplingParams(max_completion_length=30, temperature=2.0, seed=1, stop_token_ids=(token,))
+    params = SamplingParams(max_new_tokens=30, temperature=2.0, seed=1, stop_token_ids=(token,))
     cut = engine.generate([prompt], 40, params)[0][0].token_ids
     assert cut == samples[0].token_ids[: samples[0].token_ids.index(token) + 1]
 
@@ -228,10 +224,10 @@ def test_min_new_tokens_and_repetition_penalty_are_those_of_transformers() -> No
     prompts = random_prompts()
     expected = [transformers_greedy(model, prompt) for prompt in prompts]
     assert any(len(tokens) < 16 for tokens in expected)
-    params = SamplingParams(max_completion_length=16, temperature=0, min_completion_length=14)
+    params = SamplingParams(max_new_tokens=16, temperature=0, min_new_tokens=14)
     expected = [transformers_greedy(model, prompt, min_new_tokens=14) for prompt in prompts]
     assert flat(LocalEngine(model, None).generate(prompts, sampling=params)) == expected
-    params = SamplingParams(max_completion_length=16, temperature=0, repetition_penalty=1.4)
+    params = SamplingParams(max_new_tokens=16, temperature=0, repetition_penalty=1.4)
     expected = [transformers_greedy(model, prompt, repetition_penalty=1.4) for prompt in prompts]
     assert flat(LocalEngine(model, None).generate(prompts, sampling=params)) == expected
 
@@ -239,9 +235,7 @@ def test_min_new_tokens_and_repetition_penalty_are_those_of_transformers() -> No
 def test_min_new_tokens_gives_the_end_no_mass_until_then() -> None:
     model = tiny_model("llama")
     prompt = random_prompts((5,))[0]
-    params = SamplingParams(
-        max_completion_length=12, min_completion_length=12, temperature=2.0, seed=0, model_logprobs=True
-    )
+    params = SamplingParams(max_new_tokens=12, min_new_tokens=12, temperature=2.0, seed=0, model_logprobs=True)
     for sample in LocalEngine(model, None).generate([prompt], 20, params)[0]:
         assert len(sample.token_ids) == 12
         scores_TV = model(input_ids=torch.tensor([prompt + sample.token_ids])).logits[0, 4:-1].detach()
@@ -259,12 +253,12 @@ def test_min_new_tokens_gives_the_end_no_mass_until_then() -> None:
 def test_positions_bound_prompts_and_completions() -> None:
     engine = LocalEngine(tiny_model("gpt2", eos_token_id=None), None)
     with pytest.warns(UserWarning, match="names an end-of-sequence token"):
-        long = engine.generate([[5] * (MAX_POSITIONS - 4), [5]], 1, SamplingParams(max_completion_length=20, seed=0))
+        long = engine.generate([[5] * (MAX_POSITIONS - 4), [5]], 1, SamplingParams(max_new_tokens=20, seed=0))
     assert [len(group[0].token_ids) for group in long] == [4, 20]
     assert [group[0].finish_reason for group in long] == ["length", "length"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        engine.generate([[5]], 1, SamplingParams(max_completion_length=1))
+        engine.generate([[5]], 1, SamplingParams(max_new_tokens=1))
     with pytest.raises(ValueError, match=rf"prompt of {MAX_POSITIONS} tokens .* {MAX_POSITIONS} positions"):
         engine.generate([[5] * MAX_POSITIONS])
 
@@ -321,7 +315,7 @@ def test_modes_gradients_and_settings_are_put_back() -> None:
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     weights = {name: (parameter, parameter.clone(), parameter.stride()) for name, parameter in model.named_parameters()}
-    LocalEngine(model, None).generate([[5, 6]], 2, SamplingParams(max_completion_length=4))
+    LocalEngine(model, None).generate([[5, 6]], 2, SamplingParams(max_new_tokens=4))
     assert [module.training for module in model.modules()] == modes
     for name, parameter in model.named_parameters():
         kept, value, stride = weights[name]
@@ -377,7 +371,7 @@ def test_generation_works_under_inference_mode_and_follows_new_weights() -> None
 def test_half_precision_logprobs_are_those_of_the_half_precision_model() -> None:
     model = tiny_model("qwen3", dtype=torch.bfloat16)
     prompt = random_prompts((6,))[0]
-    for sample in LocalEngine(model, None).generate([prompt], 4, SamplingParams(max_completion_length=10, seed=2))[0]:
+    for sample in LocalEngine(model, None).generate([prompt], 4, SamplingParams(max_new_tokens=10, seed=2))[0]:
         logits_TV = model(input_ids=torch.tensor([prompt + sample.token_ids])).logits[0, 5:-1].float().detach()
         expected = logits_TV.log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
         assert np.abs(np.array(sample.logprobs) - expected.numpy()).max() < 0.15
@@ -417,7 +411,7 @@ def test_models_that_cannot_share_a_batch_get_the_same_samples_slowly(
 ) -> None:
     prompts = random_prompts((9, 2, 14, 2, 6))
     params = SamplingParams(
-        max_completion_length=12, temperature=1.3, top_p=0.95, seed=4, repetition_penalty=1.1, min_completion_length=3
+        max_new_tokens=12, temperature=1.3, top_p=0.95, seed=4, repetition_penalty=1.1, min_new_tokens=3
     )
     expected = LocalEngine(tiny_model("qwen3"), None).generate(prompts, 3, params)
     model = tiny_model("qwen3")

@@ -22,8 +22,8 @@ from rlhf_lightning.inference.http_client import ServerError
 from ..helpers import char_tokenizer
 from .served import Answer, completion, said, serve
 
-GREEDY = SamplingParams(max_completion_length=4, temperature=0.0)
-PLAIN = SamplingParams(max_completion_length=4, seed=5)
+GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
+PLAIN = SamplingParams(max_new_tokens=4, seed=5)
 
 
 def engine(url: str, model: str | None = "m", **options) -> RemoteEngine:
@@ -76,7 +76,18 @@ def test_all_settings_are_stated_to_vllm():
             "return_token_ids": True,
         }
     ]
-    rich = SamplingParams(9, 0.7, 20, 0.9, 0.05, 1.1, ("\n", "#"), (3,), 2, seed=0)
+    rich = SamplingParams(
+        max_new_tokens=9,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        stop=("\n", "#"),
+        stop_token_ids=(3,),
+        min_new_tokens=2,
+        seed=0,
+    )
     _, served = ask(completion("x"), ["a"], sampling=rich, extra_body={"priority": 1, "top_k": 7})
     wanted = {"max_tokens": 9, "temperature": 0.7, "top_k": 7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
     wanted |= {"stop": ["\n", "#"], "stop_token_ids": [3], "min_tokens": 2, "priority": 1}
@@ -86,7 +97,7 @@ def test_all_settings_are_stated_to_vllm():
 def test_other_servers_get_standard_fields_only():
     _, served = ask(completion("x"), ["a"], sampling=PLAIN, dialect="openai")
     assert served.bodies[0].keys() == {"prompt", "model", "max_tokens", "temperature", "seed"}
-    needs = SamplingParams(top_k=5, min_completion_length=1)
+    needs = SamplingParams(top_k=5, min_new_tokens=1)
     with pytest.raises(ValueError, match=r"^dialect='openai' has no top_k and no min_tokens: use dialect='vllm'"):
         ask(completion("x"), ["a"], sampling=needs, dialect="openai")
 
@@ -130,25 +141,27 @@ def test_greedy_tokens_are_certain():
     found, served = ask(completion("a", token_ids=[8, 9]), ["p"], logprobs=True)
     assert found == [[Completion([8, 9], "a", [0.0, 0.0], "stop")]]
     assert "logprobs" not in served.bodies[0]
-    asked = SamplingParams(4, 0.0, model_logprobs=True)
+    asked = SamplingParams(max_new_tokens=4, temperature=0.0, model_logprobs=True)
     found, _ = ask(completion("a", token_ids=[8, 9], logprobs=reported), ["p"], sampling=asked)
     assert found == [[Completion([8, 9], "a", [0.0, 0.0], "stop", [-0.5, -2.0])]]
 
 
 def test_whose_log_probabilities_they_are():
     reported = completion("a", token_ids=[8], logprobs={"token_logprobs": [-0.5]})
-    warm = SamplingParams(4, 0.7, seed=0)
+    warm = SamplingParams(max_new_tokens=4, temperature=0.7, seed=0)
     with pytest.raises(ValueError, match=r"^logprobs of the sampling distribution .* --logprobs-mode processed"):
         ask(reported, ["p"], sampling=warm, logprobs=True)
     processed, _ = ask(reported, ["p"], sampling=warm, logprobs=True, server_logprobs="sampling")
     assert processed[0][0].logprobs == [-0.5]
-    of_model, _ = ask(reported, ["p"], sampling=SamplingParams(4, 0.7, seed=0, model_logprobs=True))
+    of_model, _ = ask(
+        reported, ["p"], sampling=SamplingParams(max_new_tokens=4, temperature=0.7, seed=0, model_logprobs=True)
+    )
     assert (of_model[0][0].logprobs, of_model[0][0].model_logprobs) == ([], [-0.5])
     with pytest.raises(ValueError, match=r"^model_logprobs are not available from a server that reports"):
         ask(
             reported,
             ["p"],
-            sampling=SamplingParams(4, 0.7, seed=0, model_logprobs=True),
+            sampling=SamplingParams(max_new_tokens=4, temperature=0.7, seed=0, model_logprobs=True),
             server_logprobs="sampling",
         )
 
@@ -173,10 +186,10 @@ def test_answers_that_do_not_do(answer, message):
 
 
 def test_text_ends_before_a_stop_string():
-    stops = SamplingParams(max_completion_length=8, temperature=0.0, stop=("#", "\n"))
+    stops = SamplingParams(max_new_tokens=8, temperature=0.0, stop=("#", "\n"))
     assert ask(completion("ab\ncd#e"), ["p"], sampling=stops)[0][0][0].text == "ab"
     late = SamplingParams(
-        max_completion_length=8, temperature=0.0, stop=("#",), min_completion_length=3
+        max_new_tokens=8, temperature=0.0, stop=("#",), min_new_tokens=3
     )  # what comes this early does not end it
     assert ask(completion("a#bcd"), ["p"], sampling=late)[0][0][0].text == "a#bcd"
 
@@ -317,7 +330,7 @@ def test_greedy_output_is_that_of_the_local_engine(served_folder):
     local = LocalEngine(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
     remote = engine(url, str(folder), tokenizer=tokenizer, dialect="openai", text_prompts=True, timeout=60.0)
     prompts = ["1+2=?\n", "a", "what is 17+5?", "#"]
-    params = SamplingParams(max_completion_length=24, temperature=0.0)
+    params = SamplingParams(max_new_tokens=24, temperature=0.0)
     mine = local.generate(prompts, 2, params)
     theirs = remote.generate(prompts, 2, params)
     assert [[(s.text, s.finish_reason) for s in group] for group in theirs] == [
@@ -327,7 +340,7 @@ def test_greedy_output_is_that_of_the_local_engine(served_folder):
     by_tokens = remote.generate([tokenizer(prompt)["input_ids"] for prompt in prompts], 1, params)
     assert [group[0].text for group in by_tokens] == [group[0].text for group in mine]
     stop = mine[0][0].text[5]
-    stopping = SamplingParams(max_completion_length=24, temperature=0.0, stop=(stop,))
+    stopping = SamplingParams(max_new_tokens=24, temperature=0.0, stop=(stop,))
     assert [group[0].text for group in remote.generate(prompts, 1, stopping)] == [
         group[0].text for group in local.generate(prompts, 1, stopping)
     ]
@@ -373,4 +386,4 @@ def test_what_this_server_cannot_do_is_one_line(served_folder):
 def test_how_long_a_prompt_may_be(listed: Any, expected: int | None) -> None:
     """vLLM says how long its context is, and refuses a request that might not fit."""
     with serve(lambda path, body, number: listed) as served:
-        assert RemoteEngine(served.url, "a").longest_prompt(SamplingParams(max_completion_length=10)) == expected
+        assert RemoteEngine(served.url, "a").longest_prompt(SamplingParams(max_new_tokens=10)) == expected

@@ -189,7 +189,7 @@ def test_derived_seeds_differ_by_every_part_and_its_type() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_completion_length", 0),
+        ("max_new_tokens", 0),
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("top_k", -1),
@@ -198,8 +198,8 @@ def test_derived_seeds_differ_by_every_part_and_its_type() -> None:
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
-        ("min_completion_length", -1),
-        ("min_completion_length", 257),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 257),
         ("stop", ("",)),
     ],
 )

@@ -210,7 +210,7 @@ def test_the_embedded_task_from_end_to_end(tiny_model_folder, tmp_path, capsys):
         sizes = [
             "--num_solutions=3",
             "--num_completions=2",
-            "--sampling.max_completion_length=90",
+            "--sampling.max_new_tokens=90",
             "--step_separator=\\n",
         ]
         main(["label-steps", *args, *sizes, "--seed=3"])
@@ -294,9 +294,9 @@ def test_a_file_is_not_written_over(capsys, tmp_path, problems):
 
 def test_nothing_to_label(capsys, tmp_path, tiny_model_folder, problems):
     args = [f"--prompts={problems}", f"--output={tmp_path / 'steps.jsonl'}", f"--model={tiny_model_folder()}"]
-    code, said = refused(capsys, "label-steps", *args, "--sampling.max_completion_length=1", "--sampling.top_k=1")
+    code, said = refused(capsys, "label-steps", *args, "--sampling.max_new_tokens=1", "--sampling.top_k=1")
     assert code == 1
-    assert "no solution of 5 prompts could be labelled (20 cut off): raise sampling.max_completion_length" in said
+    assert "no solution of 5 prompts could be labelled (20 cut off): raise sampling.max_new_tokens" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl"]
 
 

@@ -148,7 +148,7 @@ def test_many_rows_keep_their_order() -> None:
 
 def test_a_real_engine_completes_from_tokens() -> None:
     engine = LocalEngine(tiny_model("llama"), TOKENIZER)
-    sampling = SamplingParams(max_completion_length=3)
+    sampling = SamplingParams(max_new_tokens=3)
     torch.manual_seed(0)
     first = labelled(engine, sampling=sampling)
     torch.manual_seed(1)
@@ -258,7 +258,7 @@ def test_rows_that_fill_the_models_positions_are_skipped() -> None:
     engine = LocalEngine(tiny_model("llama"), TOKENIZER)
     rows = [row(127, "#1"), row(128, "#1"), {**row(9, "#1"), "answer": None}, row(10, "#1" + "0" * 200), ROWS[2]]
     skipped: Counter[str] = Counter()
-    options: dict[str, Any] = {"sampling": SamplingParams(max_completion_length=2), "num_samples": 1}
+    options: dict[str, Any] = {"sampling": SamplingParams(max_new_tokens=2), "num_samples": 1}
     found = labelled(engine, rows, skipped=skipped, **options)
     assert [len(row["completions"][0]) for row in found] == [123, 6, 2]
     assert skipped == {"too long": 1, "without verdict": 1}

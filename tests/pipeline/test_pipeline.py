@@ -36,7 +36,7 @@ def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
         "evaluation": {
             "prompts": str(tmp_path / "test.jsonl"),
             "verifier": VERIFIER,
-            "max_completion_length": 4,
+            "max_new_tokens": 4,
             "samples": 2,
         },
         "stages": {
@@ -55,7 +55,7 @@ def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
                 "prompts": str(tmp_path / "rows.jsonl"),
                 "verifier": VERIFIER,
                 "num_samples": 8,
-                "sampling": {"max_completion_length": 24},
+                "sampling": {"max_new_tokens": 24},
             },
             "dpo": {
                 "kind": "fit",

@@ -45,7 +45,7 @@ def test_no_pair(group):
 
 
 def test_sampling_settings_are_checked():
-    assert sampling_params({"temperature": 0.7, "max_completion_length": 5}).temperature == 0.7
+    assert sampling_params({"temperature": 0.7, "max_new_tokens": 5}).temperature == 0.7
     with pytest.raises(ValueError, match="sampling has no key 'temperatur_'; did you mean 'temperature'"):
         sampling_params({"temperatur_": 1.0})
     with pytest.raises(ValueError, match="sampling has no key 'seed'"):
@@ -81,7 +81,7 @@ def test_a_server_samples_in_place_of_the_model(tmp_path):
             model="configs/models/nano",
             prompts=str(rows),
             num_samples=8,
-            sampling={"temperature": 1.0, "max_completion_length": 4},
+            sampling={"temperature": 1.0, "max_new_tokens": 4},
             server={"url": served.url, "model": "large"},
         )
         metrics = run_sample(stage, tmp_path, 0, "float32")

@@ -92,7 +92,7 @@ class Scripted:
 
 def test_an_engine() -> None:
     said = {"a": ["yes", "no", "no", "hm"], "b": ["perhaps", "who\nknows", "", ""]}
-    sampling = SamplingParams(max_completion_length=3)
+    sampling = SamplingParams(max_new_tokens=3)
     engine: Any = Scripted(lambda prompt: said[prompt])
     good, bad = EngineJudge(engine, num_samples=4, sampling=sampling)(["a", "b"])
     assert good == pytest.approx(1 / 3)
