@@ -81,7 +81,7 @@ def with_transformers(model: Qwen3ForCausalLM, prompts: list[list[int]], work: W
             num_return_sequences=work.samples,
             do_sample=True,
             top_k=0,
-            max_new_tokens=work.max_completion_length,
+            max_new_tokens=work.max_new_tokens,
             min_new_tokens=floor,
         )[:, width:]
     return int((output != 0).sum())

@@ -283,11 +283,11 @@ def test_a_text_alone_by_every_entrance(
     monkeypatch.chdir(tmp_path)
     keys = ("model.step_separator", "data.step_separator", "data.val", "data.tokenizer")
     cli = entrance("process_reward", dict.fromkeys(keys, text), tmp_path)
-    assert cli.model.step_separator == cli.datamodule.step_separator == text
+    assert cli.model.options.step_separator == cli.datamodule.step_separator == text
     assert cli.datamodule.sources["val"] == cli.datamodule._tokenizer == text
     (tmp_path / text).write_text("class_path: none\n")  # nor is a file of that name read
     cli = entrance("process_reward", dict.fromkeys(keys, text), tmp_path)
-    assert cli.model.step_separator == cli.datamodule.step_separator == text
+    assert cli.model.options.step_separator == cli.datamodule.step_separator == text
 
 
 @pytest.mark.parametrize("form", ["--data.columns.{}={}", "--data.init_args.columns.{}={}"])
@@ -379,11 +379,11 @@ def test_print_config_opens_no_rows(
 
 
 def test_no_option_reads_a_file_as_its_value() -> None:
-    """But a class's, which may be a file with its class_path and init_args: the optimizer, the schedule."""
+    """But a class's, which may be a file with its class_path and init_args: optimizer, schedule, loss."""
     for package in (modules, datamodules, callbacks):
         for cls in (getattr(package, name) for name in package.__all__):
             if inspect.isclass(cls) and issubclass(cls, LightningModule | LightningDataModule | Callback):
                 parser = Parser()
                 parser.add_class_arguments(cls, "it", sub_configs=True, fail_untyped=False)
                 reading = {action.dest for action in parser._actions if getattr(action, "_enable_path", False)}
-                assert reading <= {"it.optimizer", "it.lr_scheduler"}, cls
+                assert reading <= {"it.optimizer", "it.lr_scheduler", "it.loss"}, cls

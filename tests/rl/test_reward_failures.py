@@ -28,7 +28,8 @@ def test_three_in_a_row_of_one_function() -> None:
     update(watch, rewards(1.0, NAN), (0, 12))  # groups were replaced, and failed again
     assert watch.consecutive == {"a": 0, "b": 2}
     with pytest.raises(
-        ValueError, match=r"^reward 'b' failed on every sample of 3 iterations in a row, .*Error: away: m"
+        ValueError,
+        match=r"^reward 'b' failed on every sample of 3 iterations in a row, .*Error: away: fix or remove it",
     ):
         update(watch, rewards(1.0, NAN), (0, 6))
 
