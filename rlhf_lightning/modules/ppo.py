@@ -274,7 +274,9 @@ class PPOModule(OnPolicyModule):
         # For metrics only: the approximate KL is half the mean squared log-ratio.
         with torch.no_grad():
             ratio_N = importance_ratio(stats.logprobs, old_logprobs_N=old_N, **sequences)
-            clipped = self.policy_loss.clipped(ratio_N, advantages_N=advantages_N, **sequences)
+            clipped = self.policy_loss.clipped(
+                stats.logprobs, old_logprobs_N=old_N, advantages_N=advantages_N, **sequences
+            )
             moved_N = (stats.logprobs - old_N).square() / 2
             value_clipped_N = self.value.clipped(values_N, **critic)
 

@@ -6,26 +6,25 @@ Legend: E examples, S sequences, N scored tokens (the ends of steps), M steps, T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..core import PostTrainingModule
+from ..core.headed_module import HeadedModule
 from ..core.sequence_rows import num_scored
-from ..core.trainer_checks import trainer_dtype
 from ..data.messages import Text
 from ..distributed.collectives import Metrics, Rows
 from ..losses.process_reward import Aggregation, step_bce_loss
 from ..metrics.functional import first_error_f1, first_errors
 from ..models import ProcessRewardModel
-from ..models.backbone import Layout
+from ..models.headed_model import HeadedModel
 from ..models.process_reward_model import BoundaryLogits, ProcessRewardModelOptions, Solution, StepHead
 from ..models.scoring import TemplateSettings
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.validation import check_not_negative
 
 
-class ProcessRewardModule(PostTrainingModule):
+class ProcessRewardModule(HeadedModule):
     r"""Trains a process reward model (Lightman et al., 2023, arXiv:2305.20050), which scores every step of a solution.
 
     With z the logit read at the last token of a step and y in [0, 1] its label:
@@ -65,6 +64,7 @@ class ProcessRewardModule(PostTrainingModule):
     """
 
     method: ClassVar[str] = "process_reward"
+    model_type: ClassVar[type[HeadedModel]] = ProcessRewardModel
     default_learning_rate: ClassVar[float] = 1e-5
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "step_accuracy", "first_error_f1")
     contracts: ClassVar[tuple[str, ...]] = ("StepwiseDataModule",)
@@ -103,68 +103,10 @@ class ProcessRewardModule(PostTrainingModule):
         super().__init__(model, **kwargs)
         self.options = options
         self.seed = seed
+        self.head = None
         self.train_on_last_step_only = train_on_last_step_only
         self.outcome_weight = outcome_weight
         self.boundary_weight = boundary_weight
-        self.head: Any = None
-        # In a list, so that its weights are registered once, as ``model`` and ``head``.
-        self._reward_model: list[ProcessRewardModel] = []
-
-    # The model.
-
-    @classmethod
-    def from_pretrained(cls, folder: str, **options: Any) -> Self:
-        """Loads an exported process reward model, in evaluation mode.
-
-        Args:
-            folder: as for ``rlhf_lightning.models.ProcessRewardModel.from_pretrained``, which needs no module to score
-                texts.
-            options: options of the module that override the stored ones.
-
-        Raises:
-            ValueError: the folder holds no head, or the head of another method.
-        """
-        module = cls(folder, **{**ProcessRewardModel.stored_options(folder), **options})
-        module.configure_model()
-        return module.eval()
-
-    @property
-    def reward_model(self) -> ProcessRewardModel:
-        """The reward model that is trained: decoder and head, with their scoring; built by ``configure_model``."""
-        return self._reward_model[0]
-
-    @property
-    def predicts_tokens(self) -> bool:
-        """Whether labels are tokens of the language model."""
-        return self.options.predicts_tokens
-
-    @property
-    def exports_head(self) -> bool:
-        """Whether a head is written with the model; always true here."""
-        return True
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of batches; decided once, when the model is on its device."""
-        return self.reward_model.layout
-
-    def configure_model(self) -> None:
-        """Builds the decoder and its head, and looks up the label tokens."""
-        if self.is_configured:
-            return
-        super().configure_model()
-        reward_model = ProcessRewardModel(
-            self.model,
-            self.options,
-            tokenizer=self.tokenizer if self.predicts_tokens else None,
-            folder=self.model_source if self.init == "pretrained" else None,
-            seed=self.seed,
-            dtype=trainer_dtype(self._trainer),
-            micro_batch_tokens=self.micro_batch_tokens,
-            layout=self._requested_layout,
-            share_prefix=self.share_prefix,
-        )
-        self._reward_model, self.head = [reward_model], reward_model.head
 
     # Learning.
 
@@ -256,18 +198,15 @@ class ProcessRewardModule(PostTrainingModule):
         self, prompts: Sequence[Text], completions: Sequence[Solution], chat_template_kwargs: TemplateSettings = None
     ) -> list[list[float]]:
         """Computes the probability that each step is right, as ``ProcessRewardModel.score_steps`` does."""
-        return self._scorer().score_steps(prompts, completions, chat_template_kwargs)
+        found: list[list[float]] = self.scorer().score_steps(prompts, completions, chat_template_kwargs)
+        return found
 
     def score(
         self, prompts: Sequence[Text], completions: Sequence[Solution], chat_template_kwargs: TemplateSettings = None
     ) -> list[float]:
         """Computes one score per completion by aggregating its steps' probabilities, as ``ProcessRewardModel`` does."""
-        return self._scorer().score(prompts, completions, chat_template_kwargs)
-
-    def _scorer(self) -> ProcessRewardModel:
-        self.configure_model()
-        self.reward_model.tokenizer = self.tokenizer
-        return self.reward_model
+        found: list[float] = self.scorer().score(prompts, completions, chat_template_kwargs)
+        return found
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Scores rows.
@@ -279,13 +218,6 @@ class ProcessRewardModule(PostTrainingModule):
         steps = [solution[0][:, 0].tolist() for solution in values]
         found = zip(batch.examples, steps, self.reward_model.aggregated(steps), strict=True)
         return [{"row_id": example.row_id, "steps": own, "score": score} for example, own, score in found]
-
-    # Export.
-
-    def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
-        """Writes the process reward model, as ``ProcessRewardModel.save_pretrained`` does."""
-        self.configure_model()
-        self.reward_model.save_pretrained(folder, merge_adapter=merge_adapter, tokenizer=self._export_tokenizer())
 
 
 def _boundary_rows(boundaries: BoundaryLogits, batch: SequenceBatch) -> Rows:

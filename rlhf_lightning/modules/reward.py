@@ -8,23 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import PostTrainingModule
+from ..core.headed_module import HeadedModule
 from ..core.micro_batching import prompt_keys
 from ..core.reward_rows import bootstrap_weights, check_pair, check_rated, ratings_of
 from ..core.router_loss import AUX_LOSS, RouterLoss
 from ..core.sequence_rows import check_pairs, num_scored
-from ..core.trainer_checks import trainer_dtype
 from ..data.messages import Text
 from ..distributed.collectives import Metrics, Rows
 from ..losses.reward_options import RewardLoss, RewardLossType
 from ..metrics.reward_model import pair_metrics, rating_metrics, spread
 from ..models import RewardModel
-from ..models.backbone import Layout
+from ..models.headed_model import HeadedModel
 from ..models.reward_ensemble import using_member
 from ..models.reward_head import HeadKind
 from ..models.reward_model import EnsembleKind, Pooling, RewardModelOptions
@@ -32,7 +31,7 @@ from ..models.scoring import TemplateSettings
 from ..sequences import Example, ExampleBatch, SequenceBatch
 
 
-class RewardModule(PostTrainingModule):
+class RewardModule(HeadedModule):
     r"""Trains a reward model: a decoder with a scalar head, read at the end of the completion.
 
     ``bradley_terry`` learns from pairs (Ouyang et al., 2022, arXiv:2203.02155), with r the reward and m the margin:
@@ -87,6 +86,7 @@ class RewardModule(PostTrainingModule):
     """
 
     method: ClassVar[str] = "reward"
+    model_type: ClassVar[type[HeadedModel]] = RewardModel
     default_learning_rate: ClassVar[float] = 1e-5
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/accuracies", "rewards/margins")
     contracts: ClassVar[tuple[str, ...]] = ("PreferenceDataModule", "SFTDataModule")
@@ -137,68 +137,12 @@ class RewardModule(PostTrainingModule):
         super().__init__(model, **kwargs)
         self.options = options
         self.seed = seed
-        self.head: Any = None
-        # In a list, so that its weights are registered once, as ``model`` and ``head``.
-        self._reward_model: list[RewardModel] = []
+        self.head = None
         self._turn: int | None = None  # the member whose pass is running, if members take turns
         self.criterion = criterion
         self.use_margins = use_margins
         self.average_over = average_over
         self.bootstrap = bootstrap
-
-    # The model.
-
-    @classmethod
-    def from_pretrained(cls, folder: str, **options: Any) -> Self:
-        """Loads an exported reward model, or a sequence classifier of transformers, in evaluation mode.
-
-        Args:
-            folder: as for ``rlhf_lightning.models.RewardModel.from_pretrained``, which needs no module to score texts.
-            options: options of the module that override the stored ones.
-
-        Raises:
-            ValueError: the folder holds no head, or the head of another method.
-        """
-        module = cls(folder, **{**RewardModel.stored_options(folder), **options})
-        module.configure_model()
-        return module.eval()
-
-    @property
-    def reward_model(self) -> RewardModel:
-        """The reward model that is trained: decoder and head, with their scoring; built by ``configure_model``."""
-        return self._reward_model[0]
-
-    @property
-    def predicts_tokens(self) -> bool:
-        """Always false here: the head replaces the output projection."""
-        return False
-
-    @property
-    def exports_head(self) -> bool:
-        """Whether a head is written with the model; always true here."""
-        return True
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of batches; decided once, when the model is on its device."""
-        return self.reward_model.layout
-
-    def configure_model(self) -> None:
-        """Builds the decoder, its adapters and its heads, and loads those that are stored with the model."""
-        if self.is_configured:
-            return
-        super().configure_model()
-        reward_model = RewardModel(
-            self.model,
-            self.options,
-            folder=self.model_source if self.init == "pretrained" else None,
-            seed=self.seed,
-            dtype=trainer_dtype(self._trainer),
-            micro_batch_tokens=self.micro_batch_tokens,
-            layout=self._requested_layout,
-            share_prefix=self.share_prefix,
-        )
-        self._reward_model, self.head = [reward_model], reward_model.head
 
     # Learning.
 
@@ -260,7 +204,8 @@ class RewardModule(PostTrainingModule):
         if "prompt" in rows:
             prompts, place, sizes = rows["prompt"].unique(return_inverse=True, return_counts=True)
             losses, count = losses / sizes[place][:, None], float(len(prompts))
-        return losses.sum() / (count * self.options.num_models)
+        total: Tensor = losses.sum() / (count * self.options.num_models)
+        return total
 
     def after_step(self, rows: Rows, normalizers: dict[str, float]) -> None:
         """Updates the running means of an ensemble that learns from pairs."""
@@ -350,9 +295,10 @@ class RewardModule(PostTrainingModule):
         self, prompts: Sequence[Text], completions: Sequence[Text], chat_template_kwargs: TemplateSettings = None
     ) -> tuple[list[float], list[float]]:
         """Computes rewards and their standard deviation over the members, as ``RewardModel.score_with_std`` does."""
-        self.configure_model()
-        self.reward_model.tokenizer = self.tokenizer
-        return self.reward_model.score_with_std(prompts, completions, chat_template_kwargs)
+        found: tuple[list[float], list[float]] = self.scorer().score_with_std(
+            prompts, completions, chat_template_kwargs
+        )
+        return found
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Scores rows with any number of completions.
@@ -370,7 +316,7 @@ class RewardModule(PostTrainingModule):
             rows.append(row)
         return rows
 
-    # Checkpoints and export.
+    # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the running means of the members."""
@@ -382,8 +328,3 @@ class RewardModule(PostTrainingModule):
         super().on_load_checkpoint(checkpoint)
         if "reward" in checkpoint:
             self.reward_model.means.load_state_dict(checkpoint["reward"])
-
-    def save_pretrained(self, folder: str, *, merge_adapter: bool = False) -> None:
-        """Writes the reward model, as ``RewardModel.save_pretrained`` does."""
-        self.configure_model()
-        self.reward_model.save_pretrained(folder, merge_adapter=merge_adapter, tokenizer=self._export_tokenizer())

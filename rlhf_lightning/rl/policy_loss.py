@@ -23,24 +23,21 @@ from ..losses.off_policy import (
     top_entropy_threshold,
 )
 from ..losses.policy_gradient import (
-    ClipStatistics,
     ImportanceLevel,
     PolicyLossType,
     aggregation_weights,
-    clip_statistics,
     default_importance_level,
     importance_ratio,
-    policy_gradient_loss,
 )
 from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_positive
-from .token_loss import TokenLoss
+from .clipped_loss import ClippedLoss
 
 _PER_TOKEN: Final = ("dapo", "bnpo", "cispo")  # divided by tokens; the other loss types by completions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyLoss(TokenLoss):
+class PolicyLoss(ClippedLoss):
     """The policy-gradient loss of GRPO: the form of the token losses, their clipping and their aggregation.
 
     ``losses.policy_gradient`` documents formula, paper and departures of every ``loss_type`` and option.
@@ -67,48 +64,11 @@ class PolicyLoss(TokenLoss):
     """
 
     loss_type: PolicyLossType = "dapo"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
     delta: float | None = None
-    dual_clip: float | None = None
     importance_sampling_level: ImportanceLevel | None = None
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     mask_truncated_completions: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # The function checks its own options: call it without tokens, and not what a subclass overrides.
-        none, index = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-        PolicyLoss.per_token(
-            self, none, old_logprobs_N=none, advantages_N=none, sequence_index_N=index, num_sequences=0
-        )
-
-    def per_token(
-        self,
-        logprobs_N: Tensor,
-        *,
-        old_logprobs_N: Tensor,
-        advantages_N: Tensor,
-        sequence_index_N: Tensor,
-        num_sequences: int,
-    ) -> Tensor:
-        """Computes the loss of every token; see ``losses.policy_gradient.policy_gradient_loss``."""
-        return policy_gradient_loss(
-            logprobs_N,
-            old_logprobs_N=old_logprobs_N,
-            advantages_N=advantages_N,
-            sequence_index_N=sequence_index_N,
-            num_sequences=num_sequences,
-            loss_type=self.loss_type,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            delta=self.delta,
-            dual_clip=self.dual_clip,
-            importance_sampling_level=self.importance_sampling_level,
-            sapo_temperature_pos=self.sapo_temperature_pos,
-            sapo_temperature_neg=self.sapo_temperature_neg,
-        )
 
     @property
     def level(self) -> ImportanceLevel:
@@ -139,20 +99,19 @@ class PolicyLoss(TokenLoss):
             dtype=dtype,
         )
 
-    def clipped(
-        self, logprobs_N: Tensor, *, old_logprobs_N: Tensor | None, advantages_N: Tensor, **sequences: Any
-    ) -> ClipStatistics:
-        """Counts clipped ratios per sequence, of tokens or of whole sequences as ``level`` says."""
-        ratio_N = importance_ratio(logprobs_N, old_logprobs_N=old_logprobs_N, level=self.level, **sequences)
-        return clip_statistics(
-            ratio_N,
-            advantages_N=advantages_N,
-            loss_type=self.loss_type,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            per_sequence=self.level == "sequence",
-            **sequences,
-        )
+    def function_options(self) -> dict[str, Any]:
+        """Returns all options of ``losses.policy_gradient.policy_gradient_loss``."""
+        return super().function_options() | {
+            "loss_type": self.loss_type,
+            "delta": self.delta,
+            "importance_sampling_level": self.importance_sampling_level,
+            "sapo_temperature_pos": self.sapo_temperature_pos,
+            "sapo_temperature_neg": self.sapo_temperature_neg,
+        }
+
+    def clip_options(self) -> dict[str, Any]:
+        """Returns the options of ``losses.policy_gradient.clip_statistics``."""
+        return super().clip_options() | {"loss_type": self.loss_type}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,22 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ..distributed.collectives import sum_vector_over_ranks
 from ..losses.kl import kl_per_token
-from ..losses.policy_gradient import ClipStatistics, clip_statistics, policy_gradient_loss
 from ..losses.value import value_clipped, value_loss
 from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_not_negative, check_positive
 from .advantages import AdvantagesAndReturns, gae, moment_sums, whiten
+from .clipped_loss import ClippedLoss
 from .reward_shaping import KLController
-from .token_loss import TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOLoss(TokenLoss):
+class PPOLoss(ClippedLoss):
     """The clipped policy-gradient loss of PPO (Schulman et al., 2017, arXiv:1707.06347), a mean over tokens.
 
     A loss of one's own is a subclass that overrides ``per_token``, as for ``PolicyLoss``.
@@ -42,43 +40,6 @@ class PPOLoss(TokenLoss):
         >>> PPOLoss()(0.3 * one, old_logprobs_N=0 * one, advantages_N=one, sequence_index_N=index, num_sequences=1)
         tensor([-1.2000])
     """
-
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    dual_clip: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # The function checks its own options: call it without tokens, and not what a subclass overrides.
-        none, index = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-        PPOLoss.per_token(self, none, old_logprobs_N=none, advantages_N=none, sequence_index_N=index, num_sequences=0)
-
-    def per_token(
-        self,
-        logprobs_N: Tensor,
-        *,
-        old_logprobs_N: Tensor,
-        advantages_N: Tensor,
-        sequence_index_N: Tensor,
-        num_sequences: int,
-    ) -> Tensor:
-        """Computes the clipped surrogate of every token; see ``losses.policy_gradient.policy_gradient_loss``."""
-        return policy_gradient_loss(
-            logprobs_N,
-            old_logprobs_N=old_logprobs_N,
-            advantages_N=advantages_N,
-            sequence_index_N=sequence_index_N,
-            num_sequences=num_sequences,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            dual_clip=self.dual_clip,
-        )
-
-    def clipped(self, ratio_N: Tensor, *, advantages_N: Tensor, **sequences: Any) -> ClipStatistics:
-        """Counts clipped ratios per sequence."""
-        return clip_statistics(
-            ratio_N, advantages_N=advantages_N, epsilon=self.epsilon, epsilon_high=self.epsilon_high, **sequences
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

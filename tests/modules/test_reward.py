@@ -455,3 +455,11 @@ def test_an_unused_output_projection_is_not_trained(tmp_path: Path) -> None:
     trained = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
     assert id(module.model.lm_head.weight) not in trained
     assert id(module.head.weight) in trained
+
+
+@pytest.mark.parametrize("cls", [RewardModule, ProcessRewardModule])
+def test_the_model_is_built_where_it_is_first_asked_for(cls: Any, folder: str) -> None:
+    module = cls(folder)
+    assert module.reward_model.head is module.head
+    assert module.reward_model is module.reward_model
+    assert module.layout in ("packed", "padded")
