@@ -13,8 +13,8 @@ from .trainer_checks import trainer_dtype
 class HeadedModule(PostTrainingModule):
     """Builds, scores with and writes the ``HeadedModel`` that a subclass trains.
 
-    A subclass names the class of its model in ``model_type``, and sets ``options``, ``seed`` and ``head`` (``None`` until
-    the model is built) in its ``__init__``.
+    A subclass names the class of its model in ``model_type``, and sets ``options``, ``seed`` and ``head`` (``None``
+    until the model is built) in its ``__init__``.
 
     Args:
         model: Hugging Face id or folder: of a language model, or of a model with a stored head, which is loaded.
