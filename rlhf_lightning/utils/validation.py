@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,3 +99,20 @@ def check_finite(name: str, values: object, *, like: Tensor, each: str) -> None:
         raise ValueError(f"{name} returned {value} for {each} {place} of {len(values)}: losses must be finite")
     if like.requires_grad and not values.requires_grad and len(values):
         raise ValueError(f"{name} returned losses without gradient: compute them from the policy's log-probs")
+
+
+def check_same_length(**lists: Sequence[object]) -> None:
+    """Raises unless all lists have the first one's length.
+
+    Example:
+        >>> check_same_length(prompts=["a", "b"], seeds=[0])
+        Traceback (most recent call last):
+        ValueError: prompts has 2 entries and seeds 1: give one of seeds for each of prompts
+    """
+    first = next(iter(lists))
+    for name, values in lists.items():
+        if len(values) != len(lists[first]):
+            raise ValueError(
+                f"{first} has {len(lists[first])} entries and {name} {len(values)}: give one of {name} for each of "
+                f"{first}"
+            )

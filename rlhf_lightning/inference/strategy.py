@@ -1,0 +1,337 @@
+"""Strategies: engines that search. A strategy wraps an engine and a scorer, and is used wherever an engine is.
+
+A search for one prompt is a coroutine (a generator): it yields what it needs next, samples of some states or scores of
+some candidates, and receives them. ``Strategy.search`` advances the searches of all prompts together, with one call of
+the engine and one of the scorer per round. As every sample has a seed of its own and a search sees its own answers
+alone, its result does not depend on the prompts that share the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeAlias
+
+from ..utils.validation import check_same_length
+from .budget import Account, Budget
+from .completion import Completion, FinishReason
+from .engine import Engine
+from .sampling import SamplingParams, derive_seed
+
+
+@dataclass(frozen=True)
+class Query:
+    """One prompt to search for.
+
+    Args:
+        prompt: as given: text, token ids or chat messages.
+        token_ids: the prompt's tokens; empty if the engine takes texts only.
+        seed: of everything random in the search.
+        columns: the prompt's other columns, such as ``answer``, for scorers that read them.
+    """
+
+    prompt: Any
+    token_ids: tuple[int, ...]
+    seed: int
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A whole or partial solution of a query.
+
+    Args:
+        query: its query.
+        token_ids: the tokens after the prompt; those of a remote engine may be unknown (empty).
+        text: these tokens as text.
+        logprobs: of each token under the sampling distribution.
+        finish_reason: ``stop`` if it has ended; ``length`` if it was cut off; ``None`` while it can be continued.
+        score: the scorer's; ``None`` before it was scored.
+    """
+
+    query: Query
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    score: float | None = None
+
+    @classmethod
+    def of(cls, query: Query, completion: Completion) -> Candidate:
+        """Makes a candidate of a whole completion."""
+        return cls(
+            query,
+            tuple(completion.token_ids),
+            completion.text,
+            tuple(completion.logprobs),
+            completion.finish_reason,
+        )
+
+    def scored(self, score: float) -> Candidate:
+        """Returns the candidate with a score."""
+        return replace(self, score=score)
+
+    def completion(self) -> Completion:
+        """Returns it as an engine's result."""
+        return Completion(list(self.token_ids), self.text, list(self.logprobs), self.finish_reason or "length")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of candidates.
+
+    Args:
+        values: one per candidate, higher is better.
+        tokens: tokens that the scorer read for each; those that candidates share are counted once, for the first.
+    """
+
+    values: list[float]
+    tokens: list[int]
+
+
+class Scorer(Protocol):
+    """Interface of scorers: reward models, process reward models, verifiers, and combinations of them."""
+
+    def score(self, candidates: Sequence[Candidate]) -> Scores:
+        """Scores whole and partial solutions of any queries, in one batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A request of a search: continue a state.
+
+    Args:
+        query: the query.
+        token_ids: the state: tokens after the prompt; empty continues the prompt.
+        seeds: one per sample.
+        sampling: the settings.
+    """
+
+    query: Query
+    token_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass
+class SearchResult:
+    """The result of a search for one prompt.
+
+    Args:
+        candidates: the solutions that it found, at least one.
+        chosen: index of the best among them.
+        tokens: tokens sampled from the policy.
+        scorer_tokens: tokens read by the scorer.
+        expansions: nodes expanded, or samples drawn where there is no tree.
+        seconds: from the search's begin to its end, shared with the other prompts of its batch.
+        stopped_by: the limit that ended it, or ``None``.
+        tree: of searches over steps.
+    """
+
+    candidates: list[Candidate]
+    chosen: int
+    tokens: int = 0
+    scorer_tokens: int = 0
+    expansions: int = 0
+    seconds: float = 0.0
+    stopped_by: str | None = None
+    tree: Any = None
+
+    @property
+    def best(self) -> Candidate:
+        """The chosen candidate."""
+        return self.candidates[self.chosen]
+
+    @property
+    def text(self) -> str:
+        """Text of the chosen candidate."""
+        return self.best.text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens of the chosen candidate."""
+        return self.best.token_ids
+
+    @property
+    def score(self) -> float | None:
+        """Score of the chosen candidate."""
+        return self.best.score
+
+
+Ask: TypeAlias = Sequence[Sample] | Sequence[Candidate]
+# A search yields requests and receives, in their order, completions of each sample or scores of each candidate.
+Search: TypeAlias = Generator[Ask, Any, SearchResult]
+
+
+class Strategy:
+    """Base class of strategies: answers ``search`` with everything that was found, and ``generate`` like an engine.
+
+    A subclass defines ``start``.
+
+    Args:
+        engine: samples from the policy; may be a strategy itself.
+        scorer: scores candidates; ``None`` for strategies that need none.
+        sampling: settings of the policy's samples; by default ``SamplingParams()``.
+        budget: limits per prompt.
+    """
+
+    needs_token_ids = False
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        scorer: Scorer | None = None,
+        sampling: SamplingParams | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self.engine = engine
+        self.scorer = scorer
+        self.sampling = sampling or SamplingParams()
+        self.budget = budget or Budget()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The engine's tokenizer, if it has one."""
+        return getattr(self.engine, "tokenizer", None)
+
+    def start(self, query: Query, sampling: SamplingParams, account: Account) -> Search:
+        """Begins the search for one prompt: a coroutine that keeps to the account's budget."""
+        raise TypeError(f"{type(self).__name__} must define start(query, sampling, account)")
+
+    def search(
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[int] | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> list[SearchResult]:
+        """Searches for the best completion of every prompt.
+
+        Args:
+            prompts: texts or token ids, as the engine takes them.
+            seeds: one per prompt; derived from the sampling settings' seed by default.
+            sampling: settings instead of the strategy's own.
+            columns: further columns of the prompts, such as ``answer``, for scorers that read them.
+
+        Raises:
+            ValueError: lists of different length, or a prompt that the engine cannot take.
+        """
+        params = sampling or self.sampling
+        if seeds is None:
+            seeds = [derive_seed(params.seed or 0, number) for number in range(len(prompts))]
+        columns = dict(columns or {})
+        check_same_length(prompts=prompts, seeds=seeds, **columns)
+        rows = [{name: values[n] for name, values in columns.items()} for n in range(len(prompts))]
+        queries = [
+            Query(prompt, self._encoded(prompt), seed, row)
+            for prompt, seed, row in zip(prompts, seeds, rows, strict=True)
+        ]
+        return self._run(queries, params)
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Completion]]:
+        """Answers like an engine: each completion is the chosen one of a search of its own.
+
+        Args:
+            prompts: texts or token ids, as the engine takes them.
+            num_samples: searches per prompt.
+            sampling: settings instead of the strategy's own.
+            seeds: one per prompt and sample.
+        """
+        params = sampling or self.sampling
+        if seeds is None:
+            seed = params.seed or 0
+            seeds = [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(len(prompts))]
+        check_same_length(prompts=prompts, seeds=seeds)
+        each = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
+        results = iter(self.search([prompt for prompt, _ in each], [seed for _, seed in each], sampling=params))
+        return [[next(results).best.completion() for _ in row] for row in seeds]
+
+    def _encoded(self, prompt: Any) -> tuple[int, ...]:
+        encode = getattr(self.engine, "encode", None)
+        if encode is not None:
+            return tuple(encode(prompt))
+        if self.needs_token_ids:
+            raise ValueError(
+                f"{type(self).__name__} continues token ids, which {type(self.engine).__name__} cannot make of texts: "
+                "use a LocalEngine, or give the engine a tokenizer"
+            )
+        return ()
+
+    def encode(self, prompt: Any) -> tuple[int, ...]:
+        """Returns a prompt's tokens, as the engine reads them."""
+        return self._encoded(prompt)
+
+    # Rounds.
+
+    def _run(self, queries: Sequence[Query], params: SamplingParams) -> list[SearchResult]:
+        """Advances all searches together until each has its result."""
+        accounts = [Account(self.budget) for _ in queries]
+        searches = [self.start(query, params, account) for query, account in zip(queries, accounts, strict=True)]
+        results: dict[int, SearchResult] = {}
+        answers: dict[int, Any] = dict.fromkeys(range(len(searches)))
+        while answers:
+            asks: dict[int, Ask] = {}
+            for number, answer in answers.items():
+                try:
+                    asks[number] = searches[number].send(answer)
+                except StopIteration as end:
+                    results[number] = end.value
+                    results[number].seconds = accounts[number].seconds
+            answers = self._answer(asks, accounts)
+        return [results[number] for number in range(len(queries))]
+
+    def _answer(self, asks: Mapping[int, Ask], accounts: Sequence[Account]) -> dict[int, Any]:
+        """Answers the requests of one round with one call of the engine for each setting, and one of the scorer."""
+        samples = {n: list(ask) for n, ask in asks.items() if ask and isinstance(ask[0], Sample)}
+        candidates = {n: list(ask) for n, ask in asks.items() if n not in samples}
+        return {**self._sampled(samples, accounts), **self._scored(candidates, accounts)}
+
+    def _sampled(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
+        """Draws all samples; those of equal settings in one call."""
+        answers: dict[int, list[list[Completion]]] = {n: [[] for _ in ask] for n, ask in asks.items()}
+        groups: dict[SamplingParams, list[tuple[int, int, Sample]]] = {}
+        for number, ask in asks.items():
+            for place, sample in enumerate(ask):
+                groups.setdefault(sample.sampling, []).append((number, place, sample))
+        for params, group in groups.items():
+            rows = [(sample, seed) for _, _, sample in group for seed in sample.seeds]
+            # A prompt as given where nothing follows: engines that take no token ids can answer it.
+            prompts = [
+                [*sample.query.token_ids, *sample.token_ids] if sample.query.token_ids else sample.query.prompt
+                for sample, _ in rows
+            ]
+            completions = iter(self.engine.generate(prompts, 1, params, seeds=[[seed] for _, seed in rows]))
+            for number, place, sample in group:
+                answers[number][place] = [next(completions)[0] for _ in sample.seeds]
+                accounts[number].tokens += sum(len(c.token_ids) for c in answers[number][place])
+        return answers
+
+    def _scored(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
+        """Scores all candidates in one call, in the order of their prompts."""
+        if not asks:
+            return {}
+        if self.scorer is None:
+            raise ValueError(f"{type(self).__name__} needs a scorer: give scorer=, such as RewardScorer(folder)")
+        order = [(number, candidate) for number, ask in asks.items() for candidate in ask]
+        scores = self.scorer.score([candidate for _, candidate in order])
+        answers: dict[int, list[float]] = {number: [] for number in asks}
+        for (number, _), value, tokens in zip(order, scores.values, scores.tokens, strict=True):
+            if math.isnan(value):
+                raise ValueError(
+                    f"{type(self.scorer).__name__} scored a solution of prompt {number} with nan: a score must be a "
+                    "number; return -inf for solutions that must not be chosen"
+                )
+            answers[number].append(value)
+            accounts[number].scorer_tokens += tokens
+        return answers
