@@ -121,12 +121,12 @@ class LocalEngine:
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop} needs text: give the engine a tokenizer, or use stop_token_ids")
         numbered_prompts: Any = enumerate(prompts)
-        token_prompts = [self._tokens(number, prompt) for number, prompt in numbered_prompts]
+        token_prompts = [self.encode(prompt, number) for number, prompt in numbered_prompts]
 
         # Greedy samples of a prompt are equal: one is made, and repeated below.
         distinct = 1 if params.greedy else num_samples
         numbered = _seeds(seeds, len(token_prompts), num_samples, params)
-        stop_ids = sorted(self._eos_token_ids() | set(params.stop_token_ids))
+        stop_ids = sorted(self.end_token_ids | set(params.stop_token_ids))
         stops = frozenset(stop_ids)
 
         # Every sample has a seed of its own, so that neither batching nor order changes it.
@@ -192,8 +192,16 @@ class LocalEngine:
         with packed_linears(self.model) if worth_it else nullcontext():
             ContinuousBatch(decoder, requests, params, stop_ids, self.max_batch_tokens).run()
 
-    def _tokens(self, number: int, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """Encodes a prompt, and checks that it is not empty and in the model's vocabulary."""
+    def encode(self, prompt: str | Sequence[int], number: int = 0) -> tuple[int, ...]:
+        """Encodes a prompt as ``generate`` does, and checks that it is not empty and in the model's vocabulary.
+
+        Args:
+            prompt: a string, or token ids, which stay as they are.
+            number: the prompt's number, which errors name.
+
+        Raises:
+            ValueError: the prompt has no tokens, or one that the model lacks, or is a string without a tokenizer.
+        """
         tokens = self._encoded(number, prompt) if isinstance(prompt, str) else tuple(int(token) for token in prompt)
         if not tokens:
             raise ValueError(f"prompt {number} has no tokens: give it one, for instance the tokenizer's first or last")
@@ -226,7 +234,8 @@ class LocalEngine:
         # Completions end where the model's positions end.
         return min(params.max_new_tokens, positions - len(prompt))
 
-    def _eos_token_ids(self) -> set[int]:
+    @property
+    def end_token_ids(self) -> frozenset[int]:
         """The end-of-sequence tokens of model and tokenizer, and the tokens that end a turn of the chat template."""
         model: Any = base_model(self.model)
         if self._template_ends is None:
@@ -240,7 +249,7 @@ class LocalEngine:
             self._warn_once(
                 "neither the model nor the tokenizer names an end-of-sequence token: completions end at their limit"
             )
-        return found
+        return frozenset(found)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
