@@ -33,6 +33,7 @@ FLOORS = (
     "rl",
     "datamodules",
     "evaluation",
+    "merging",
     "loggers",
     "callbacks",
     "modules",

@@ -1,0 +1,167 @@
+"""Measures models on rows of data: Fisher information of their weights, and inner products of their layers' inputs.
+
+Legend: L tokens of a row, V vocabulary, I inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..datamodules import SFTDataModule
+from ..inference.sampling import derive_seed
+from ..models.loading import load_causal_lm, load_tokenizer
+from ..utils.validation import check_count
+from .methods import Fisher
+from .methods.base import Activations, Method
+from .sources import Source
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Measurements of all models of a merge.
+
+    Args:
+        fisher: of every model, by name of the tensor.
+        activations: of every linear layer, by name of its weight.
+    """
+
+    fisher: list[dict[str, Tensor]] | None = None
+    activations: dict[str, Activations] | None = None
+
+
+def measure(method: Method, sources: Sequence[Source], rows: str | None, num_rows: int, seed: int) -> Statistics:
+    """Measures the models of a merge on rows of data, one model after the other.
+
+    Args:
+        method: ``Fisher`` or ``RegMean``.
+        sources: the models.
+        rows: a source of rows, as ``SFTDataModule`` reads them.
+        num_rows: how many, from the first.
+        seed: of samples.
+
+    Raises:
+        ValueError: the source has no rows, or a model does not load.
+    """
+    check_count("num_rows", num_rows, "256 is usual")
+    sequences = list(islice(_sequences(sources[0], str(rows)), num_rows))
+    if not sequences:
+        raise ValueError(f"rows {rows!r} has no row to measure the models on")
+    fisher, products = [], []
+    for source in sources:
+        # Fisher information needs gradients of all weights.
+        model = load_causal_lm(source.folder, dtype=torch.float32, trainable=False)
+        if isinstance(method, Fisher):
+            fisher.append(estimate_fisher(model, sequences, seed=seed))
+        else:
+            products.append(estimate_products(model, sequences))
+    if fisher:
+        return Statistics(fisher=fisher)
+    names = products[0]
+    return Statistics(
+        activations={
+            name: Activations([each[name].products[0] for each in products], names[name].transposed) for name in names
+        }
+    )
+
+
+def _sequences(source: Source, rows: str) -> Iterator[list[int]]:
+    """Yields the tokens of each row, prompts with their completions as one sequence."""
+    data = SFTDataModule(val=rows, tokenizer=load_tokenizer(source.folder), eval_batch_size=1)
+    data.setup("validate")
+    for batch in data.val_dataloader():
+        for example in batch.examples:
+            root = example.root
+            for child in root.children or [None]:
+                yield [*root.tokens.tolist(), *([] if child is None else child.tokens.tolist())]
+
+
+def estimate_fisher(model: nn.Module, sequences: Sequence[Sequence[int]], *, seed: int = 0) -> dict[str, Tensor]:
+    r"""Estimates the diagonal Fisher information of a language model's weights.
+
+    In every context :math:`x_{<t}` of the rows one token is drawn from the model itself,
+    :math:`y_t \sim p(\cdot|x_{<t})`, and each row's gradient of :math:`\sum_t \log p(y_t|x_{<t})` is squared. As the
+    draws are independent and each gradient has mean 0, its expectation is
+    :math:`\sum_t \mathbb{E}_{y \sim p} [(\nabla \log p(y|x_{<t}))^2]`. (With the rows' own tokens instead of drawn ones
+    it would be the empirical Fisher information, another quantity.)
+
+    Args:
+        model: a causal language model of transformers.
+        sequences: tokens of rows, at least two each.
+        seed: of the draws.
+
+    Returns:
+        The mean over all contexts, by name of each parameter; shared parameters under all their names.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    requires = {name: weight.requires_grad for name, weight in weights.items()}
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    count = 0
+    model.requires_grad_(True)
+    try:
+        for number, tokens in enumerate(sequences):
+            if len(tokens) < 2:
+                continue
+            model.zero_grad(set_to_none=True)
+            logits_LV = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float()
+            generator = torch.Generator().manual_seed(derive_seed(seed, number) >> 1)
+            drawn_L1 = torch.multinomial(logits_LV.detach().softmax(-1), 1, generator=generator)
+            logits_LV.log_softmax(-1).gather(-1, drawn_L1).sum().backward()
+            count += len(drawn_L1)
+            for name, weight in weights.items():
+                if weight.grad is not None:
+                    sums[name] += weight.grad.square()
+    finally:
+        model.zero_grad(set_to_none=True)
+        for name, weight in weights.items():
+            weight.requires_grad_(requires[name])
+    if count == 0:
+        raise ValueError("no row has two tokens: Fisher information is measured on predictions of tokens")
+    return {name: total / count for name, total in sums.items()}
+
+
+@torch.no_grad()
+def estimate_products(model: nn.Module, sequences: Sequence[Sequence[int]]) -> dict[str, Activations]:
+    """Measures the mean of x x^T over the inputs x of every linear layer, ``(I, I)`` in fp64.
+
+    Args:
+        model: a causal language model of transformers.
+        sequences: tokens of rows.
+
+    Returns:
+        By name of each layer's weight; without layers whose weight is shared with an embedding.
+    """
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layers: dict[str, nn.Module] = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in shared
+    }
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = dict.fromkeys(layers, 0)
+
+    def watch(name: str) -> Any:
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x_NI = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+            product = x_NI.T @ x_NI
+            sums[name] = sums[name] + product if name in sums else product
+            counts[name] += len(x_NI)
+
+        return before
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    try:
+        for tokens in sequences:
+            model(input_ids=torch.tensor([list(tokens)]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: Activations([sums[name] / counts[name]], transposed=isinstance(layers[name], Conv1D)) for name in sums
+    }

@@ -1,0 +1,62 @@
+"""Merging methods: one file each, pure functions on tensors."""
+
+from __future__ import annotations
+
+from .base import Method, TensorView, Weighted, merge_tensors, merge_view, view_of
+from .breadcrumbs import Breadcrumbs
+from .dare import Dare, DareTies
+from .della import Della
+from .fisher import Fisher
+from .geometric_median import GeometricMedian
+from .karcher import Karcher
+from .linear import Linear
+from .model_stock import ModelStock
+from .regmean import RegMean
+from .sign_consensus import SignConsensus
+from .slerp import Slerp
+from .task_arithmetic import TaskArithmetic
+from .ties import Ties
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Linear,
+        TaskArithmetic,
+        Ties,
+        Dare,
+        DareTies,
+        Della,
+        Breadcrumbs,
+        Slerp,
+        Karcher,
+        GeometricMedian,
+        ModelStock,
+        SignConsensus,
+        Fisher,
+        RegMean,
+    )
+}
+
+__all__ = [
+    "METHODS",
+    "Breadcrumbs",
+    "Dare",
+    "DareTies",
+    "Della",
+    "Fisher",
+    "GeometricMedian",
+    "Karcher",
+    "Linear",
+    "Method",
+    "ModelStock",
+    "RegMean",
+    "SignConsensus",
+    "Slerp",
+    "TaskArithmetic",
+    "TensorView",
+    "Ties",
+    "Weighted",
+    "merge_tensors",
+    "merge_view",
+    "view_of",
+]

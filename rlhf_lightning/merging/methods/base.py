@@ -1,0 +1,288 @@
+"""Base class of merging methods, and the view of one tensor of all models that they compute on.
+
+A tensor is read in blocks of whole rows, in one order and at boundaries that depend on its shape alone, so that a merge
+that streams from disk computes the same as one on tensors in memory. A method may look at all blocks of a tensor
+before it merges them (``observe``), and at all tensors before that (``survey``).
+
+Legend: M models, R rows and C columns of a block; a tensor of more dimensions has its first as rows and the others as
+columns, a vector is one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...utils.option_groups import OptionGroup
+
+# Elements of a block: 16 MiB in fp32, which M models, their differences and signs take several times.
+BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of one tensor.
+
+    Args:
+        models_MRC: of every model, in the precision that the merge computes in.
+        base_RC: of the base; ``None`` without one.
+        first_row: of these rows in the tensor.
+        fisher_MRC: the models' Fisher information, where the method takes it.
+    """
+
+    models_MRC: Tensor
+    base_RC: Tensor | None
+    first_row: int = 0
+    fisher_MRC: Tensor | None = None
+
+    @property
+    def deltas_MRC(self) -> Tensor:
+        """Differences of the models to the base (task vectors)."""
+        assert self.base_RC is not None
+        return self.models_MRC - self.base_RC
+
+    def delta_RC(self, model: int) -> Tensor:
+        """Difference of one model to the base."""
+        assert self.base_RC is not None
+        return self.models_MRC[model] - self.base_RC
+
+
+class Activations(NamedTuple):
+    """Inputs of the linear layer that a tensor is the weight of.
+
+    Args:
+        products: of every model the mean of x x^T over the layer's inputs x, inputs x inputs.
+        transposed: whether the weight is stored as inputs x outputs (Conv1D).
+    """
+
+    products: Sequence[Tensor]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """One tensor of all models, as blocks that can be read any number of times.
+
+    Args:
+        name: of the tensor.
+        rows: R of the whole tensor.
+        columns: C.
+        blocks: yields the blocks in order.
+        activations: of the linear layer that the tensor is the weight of, where the method takes them.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    blocks: Callable[[], Iterator[Block]]
+    activations: Activations | None = None
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the tensor."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(OptionGroup):
+    """A merging method and its options: pure functions of blocks.
+
+    Attributes:
+        name: in options and manifests.
+        needs_base: whether it merges differences to a base.
+        needs_data: whether it weighs the models by what they compute on rows of data.
+    """
+
+    name: ClassVar[str]
+    needs_base: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def check(self, num_models: int) -> None:
+        """Checks the options for a number of models.
+
+        Raises:
+            ValueError: for a number of models that it cannot merge, or options of another length.
+        """
+
+    def survey(self, views: Iterable[TensorView], num_models: int) -> Any:
+        """Looks at all tensors before the first is merged; ``None`` where that is not needed."""
+        return None
+
+    def observe(self, view: TensorView, survey: Any) -> Any:
+        """Looks at all blocks of one tensor before they are merged; ``None`` where that is not needed."""
+        return None
+
+    def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
+        """Merges one block: ``(R, C)``."""
+        raise TypeError(f"{type(self).__name__} must define combine(block, view, observed, survey)")
+
+    def conventions(self) -> dict[str, Any]:
+        """Returns the options with everything that a preset decides, for the manifest."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "group"}
+
+
+def block_rows(rows: int, columns: int) -> int:
+    """Returns the rows of a block of a tensor: a function of its shape alone."""
+    return max(1, min(rows, BLOCK_ELEMENTS // max(1, columns)))
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Returns the rows and columns that a tensor of any shape is read as.
+
+    Example:
+        >>> matrix_shape((4, 3, 2)), matrix_shape((7,)), matrix_shape(())
+        ((4, 6), (1, 7), (1, 1))
+    """
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+def view_of(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    *,
+    name: str = "tensor",
+    dtype: torch.dtype = torch.float32,
+    fisher: Sequence[Tensor] | None = None,
+    activations: Activations | None = None,
+) -> TensorView:
+    """Makes a view of tensors in memory."""
+    rows, columns = matrix_shape(models[0].shape)
+    step = block_rows(rows, columns)
+
+    def part(tensor: Tensor, first: int) -> Tensor:
+        return tensor.reshape(rows, columns)[first : first + step].to(dtype)
+
+    def blocks() -> Iterator[Block]:
+        for first in range(0, rows, step):
+            yield Block(
+                torch.stack([part(model, first) for model in models]),
+                None if base is None else part(base, first),
+                first,
+                None if fisher is None else torch.stack([part(each, first) for each in fisher]),
+            )
+
+    return TensorView(name, rows, columns, blocks, activations)
+
+
+def merge_view(method: Method, view: TensorView, survey: Any = None) -> Iterator[Tensor]:
+    """Merges one tensor block by block."""
+    observed = method.observe(view, survey)
+    for block in view.blocks():
+        yield method.combine(block, view, observed, survey)
+
+
+def merge_tensors(
+    method: Method,
+    models: Sequence[dict[str, Tensor]],
+    base: dict[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    fisher: Sequence[Mapping[str, Tensor]] | None = None,
+    activations: Mapping[str, Activations] | None = None,
+) -> dict[str, Tensor]:
+    """Merges state dicts in memory.
+
+    Args:
+        method: the method and its options.
+        models: M state dicts with the same names and shapes.
+        base: that of the base, for methods that need one.
+        dtype: to compute in, and of the result: float32 or float64.
+        fisher: the models' Fisher information, for ``Fisher``.
+        activations: by name of a linear layer's weight, for ``RegMean``.
+
+    Example:
+        >>> from rlhf_lightning.merging.methods import Linear
+        >>> merge_tensors(Linear(weights=(1.0, 3.0)), [{"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}])["w"]
+        tensor([3.])
+    """
+    method.check(len(models))
+    if method.needs_base and base is None:
+        raise ValueError(f"{method.name} merges differences to a base model: give base=")
+    views = [
+        view_of(
+            [model[name] for model in models],
+            None if base is None else base[name],
+            name=name,
+            dtype=dtype,
+            fisher=None if fisher is None else [each[name] for each in fisher],
+            activations=None if activations is None else activations.get(name),
+        )
+        for name in models[0]
+    ]
+    survey = method.survey(views, len(models))
+    return {
+        view.name: torch.cat(list(merge_view(method, view, survey))).reshape(models[0][view.name].shape)
+        for view in views
+    }
+
+
+# Weights of models.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Method):
+    """A method with one weight per model.
+
+    Args:
+        weights: one finite number per model; all equal by default.
+    """
+
+    weights: tuple[float, ...] | None = None
+    _default_weight: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, list):
+            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+        super().__post_init__()
+        if self.weights is not None and not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"weights is {list(self.weights)}; all must be finite numbers")
+
+    def check(self, num_models: int) -> None:
+        """Checks that there is a weight for every model."""
+        if self.weights is not None and len(self.weights) != num_models:
+            raise ValueError(f"weights has {len(self.weights)} numbers for {num_models} models: give one for each")
+
+    def weights_M(self, like: Tensor) -> Tensor:
+        """Returns the weights as a tensor of the precision of ``like``, whose first axis is that of the models."""
+        count = len(like)
+        return like.new_tensor(self.weights or [self._default_weight] * count)
+
+
+@dataclass
+class Grams:
+    """Inner products of the models' tensors (or of their differences to the base), ``(M, M)`` in fp64.
+
+    Args:
+        products_MM: the inner products.
+    """
+
+    products_MM: Tensor
+    norms_M: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.norms_M = self.products_MM.diagonal().clamp(min=0).sqrt()
+
+    def cosines_MM(self) -> Tensor:
+        """Returns the cosines; 0 where a norm is 0."""
+        outer = self.norms_M[:, None] * self.norms_M
+        return torch.where(outer > 0, self.products_MM / outer.clamp(min=1e-300), 0.0).clamp(-1, 1)
+
+
+def grams(view: TensorView, *, of_deltas: bool = False) -> Grams:
+    """Computes all inner products of one tensor in one pass, summed in fp64.
+
+    Every method whose result is a combination of the models with coefficients that depend on angles and distances
+    needs nothing else of the tensor.
+    """
+    total: Tensor | None = None
+    for block in view.blocks():
+        rows = (block.deltas_MRC if of_deltas else block.models_MRC).flatten(1).double()
+        product = rows @ rows.T
+        total = product if total is None else total + product
+    assert total is not None
+    return Grams(total)

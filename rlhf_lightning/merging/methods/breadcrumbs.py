@@ -1,0 +1,58 @@
+"""Model breadcrumbs: drop the largest and the smallest differences (Davari & Belilovsky, 2023, arXiv:2312.06795)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Block, TensorView
+from .magnitude import Trimmer
+from .task_arithmetic import TaskArithmetic
+from .ties import check_density, thresholds_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breadcrumbs(TaskArithmetic):
+    r"""Removes the outliers and the smallest differences of every tensor, and adds the others to the base.
+
+    Of n entries the :math:`\lfloor \gamma n \rfloor` largest are dropped, and of the rest all but the
+    :math:`\lfloor k n \rfloor` largest; nothing is rescaled.
+
+    Args:
+        weights: one per model; 1 each by default.
+        scale: lambda.
+        density: k, the fraction that is kept, in (0, 1].
+        gamma: fraction of outliers that is dropped, in [0, 1 - density].
+    """
+
+    name: ClassVar[str] = "breadcrumbs"
+    density: float = 0.9
+    gamma: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_density(self.density)
+        if not 0 <= self.gamma <= 1 - self.density + 1e-12:
+            raise ValueError(
+                f"gamma is {self.gamma} with density={self.density}; it must be in [0, {1 - self.density:.4g}], "
+                "1 - density"
+            )
+
+    def observe(self, view: TensorView, survey: Any) -> Any:
+        """Finds the thresholds of outliers and of what is kept."""
+        outliers = int(self.gamma * view.elements)
+        kept = min(view.elements, outliers + int(self.density * view.elements))
+        return [
+            (Trimmer(low, kept), Trimmer(high, outliers))
+            for low, high in zip(thresholds_of(view, kept), thresholds_of(view, outliers), strict=True)
+        ]
+
+    def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
+        """Keeps the differences between the two thresholds."""
+        deltas_MRC = block.deltas_MRC
+        return torch.stack(
+            [delta * (keeps(delta) & ~drops(delta)) for delta, (keeps, drops) in zip(deltas_MRC, observed, strict=True)]
+        )

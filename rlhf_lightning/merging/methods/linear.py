@@ -1,0 +1,50 @@
+"""Weighted mean of models (model soups, Wortsman et al., 2022, arXiv:2203.05482)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Block, TensorView, Weighted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Weighted):
+    r"""Weighted mean: :math:`\theta = \sum_i w_i \theta_i / \sum_i w_i`.
+
+    Args:
+        weights: one per model; all equal by default.
+        normalize: divide by the sum of the weights.
+
+    Raises:
+        ValueError: the weights sum to 0 and are to be normalised.
+
+    Example:
+        >>> Linear(weights=(1.0, 3.0)).weights
+        (1.0, 3.0)
+    """
+
+    name: ClassVar[str] = "linear"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalize and self.weights is not None and sum(self.weights) == 0:
+            raise ValueError(f"weights is {list(self.weights)}, whose sum is 0: give others, or normalize=False")
+
+    def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
+        """Averages one block."""
+        weights_M = self.weights_M(block.models_MRC)
+        if self.normalize:
+            weights_M = weights_M / weights_M.sum()
+        return weighted_sum(weights_M, block.models_MRC)
+
+
+def weighted_sum(weights_M: Tensor, tensors_MRC: Tensor) -> Tensor:
+    """Sums tensors with weights, one after the other: the order of additions is that of the models."""
+    total = tensors_MRC[0] * weights_M[0]
+    for weight, tensor in zip(weights_M[1:], tensors_MRC[1:], strict=True):
+        total = total.addcmul_(tensor, weight)
+    return total

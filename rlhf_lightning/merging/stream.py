@@ -1,0 +1,219 @@
+"""Merges models tensor by tensor from disk to disk, in a hidden folder that a killed merge resumes from.
+
+A block of rows is read from every model, merged, rounded to the result's type and written; nothing larger is held. Each
+finished file is renamed and noted in a journal, with the digest of its bytes; a merge with the same inputs and options
+continues after it, and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..utils.files import PARTIAL, flush_to_disk, hidden_sibling, write_atomically
+from .methods.base import Activations, Block, Method, TensorView, block_rows, matrix_shape, merge_view
+from .sources import Readable, Source
+from .tensor_files import HashingWriter, Shard, raw_bytes
+
+JOURNAL = "merge_journal.json"
+MethodOf = Callable[[str], Method]
+
+
+@dataclass
+class Merge:
+    """Everything that the blocks of a merge depend on.
+
+    Args:
+        models: M models.
+        base: the base, where the method needs one.
+        method_of: the method with the options of one tensor.
+        precision: to compute in.
+        dtype_of: type of each tensor of the result.
+        fisher: of every model, where the method takes it.
+        activations: of linear layers, by the names of their weights.
+    """
+
+    models: Sequence[Source]
+    base: Source | None
+    method_of: MethodOf
+    precision: torch.dtype
+    dtype_of: Callable[[str], torch.dtype]
+    fisher: Sequence[Mapping[str, Tensor]] | None = None
+    activations: Mapping[str, Activations] | None = None
+    # Which of the inputs the result equals so far: base last.
+    equal: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.equal = [True] * len(self.inputs)
+
+    @property
+    def inputs(self) -> list[Source]:
+        """The models, and the base."""
+        return [*self.models, *([] if self.base is None else [self.base])]
+
+    def view(self, name: str) -> TensorView:
+        """Returns a tensor of all models."""
+        rows, columns = matrix_shape(self.models[0].tensors[name].shape)
+        step = block_rows(rows, columns)
+
+        def blocks() -> Iterator[Block]:
+            for first in range(0, rows, step):
+                parts = [self._read(source, name, first, step) for source in self.inputs]
+                models = torch.stack(parts[: len(self.models)])
+                fisher = None
+                if self.fisher is not None:
+                    fisher = torch.stack(
+                        [
+                            each[name].reshape(rows, columns)[first : first + step].to(self.precision)
+                            for each in self.fisher
+                        ]
+                    )
+                yield Block(models, None if self.base is None else parts[-1], first, fisher)
+
+        return TensorView(name, rows, columns, blocks, None if self.activations is None else self.activations.get(name))
+
+    def _read(self, source: Source, name: str, first: int, step: int) -> Tensor:
+        part = source.tensors[name].rows(first, step).to(self.precision)
+        # One pass: the sum is finite exactly if all entries are, but for overflow, which is looked at again.
+        if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
+            raise ValueError(
+                f"the tensor {name!r} of {str(source.tensors[name].file)!r} has values that are not finite: train or "
+                "export the model again"
+            )
+        return part
+
+    def merged(self, name: str, survey: Any) -> Iterator[Tensor]:
+        """Merges one tensor block by block, in the type of the result."""
+        tensors = [source.tensors[name] for source in self.inputs]
+        if not is_merged(tensors[0]):
+            yield from self._copied(name, tensors)
+            return
+        method, dtype = self.method_of(name), self.dtype_of(name)
+        first = 0
+        for block in merge_view(method, self.view(name), survey):
+            result = block.to(dtype)
+            if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"the merged tensor {name!r} has values that are not finite in {kind}: give smaller weights, or "
+                    "dtype='float32'"
+                )
+            self._compare(result, tensors, first)
+            first += len(result)
+            yield result
+
+    def _compare(self, result: Tensor, tensors: Sequence[Readable], first: int) -> None:
+        """Notes which inputs the result still equals; each is read again only as long as it does."""
+        for number, tensor in enumerate(tensors):
+            if self.equal[number]:
+                part = tensor.rows(first, len(result)).to(self.precision).to(result.dtype)
+                self.equal[number] = torch.equal(part, result)
+
+    def _copied(self, name: str, tensors: Sequence[Readable]) -> Iterator[Tensor]:
+        """Copies a tensor of whole numbers, which all models must share."""
+        rows, columns = matrix_shape(tensors[0].shape)
+        step = block_rows(rows, columns)
+        for first in range(0, rows, step):
+            parts = [tensor.rows(first, step) for tensor in tensors]
+            for part, tensor in zip(parts, tensors, strict=True):
+                if not torch.equal(part, parts[0]):
+                    raise ValueError(
+                        f"the tensor {name!r} holds whole numbers, and differs in {str(tensor.file)!r}: models of "
+                        "different buffers cannot be merged"
+                    )
+            yield parts[0]
+
+
+def is_merged(tensor: Readable) -> bool:
+    """Tells whether a tensor is merged; one of whole numbers is copied."""
+    return tensor.dtype.is_floating_point
+
+
+class Journal:
+    """Notes finished files of a merge in its hidden folder.
+
+    Args:
+        folder: the hidden folder.
+        plan: everything that the result depends on; a journal of another plan is discarded by the caller.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
+        self.path = folder / JOURNAL
+        self.content: dict[str, Any] = {"plan": json.loads(json.dumps(plan, default=str)), "shards": {}, "survey": None}
+
+    def resume(self) -> bool:
+        """Reads an earlier journal; returns whether there is one of the same plan."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if not isinstance(found, dict) or found.get("plan") != self.content["plan"]:
+            return False
+        self.content = found
+        return True
+
+    def save(self) -> None:
+        """Writes the journal."""
+        write_atomically(self.path, json.dumps(self.content))
+
+    @property
+    def shards(self) -> dict[str, dict[str, Any]]:
+        """Digest of each finished file, and the inputs that it equals."""
+        shards: dict[str, dict[str, Any]] = self.content["shards"]
+        return shards
+
+
+def write_shards(
+    merge: Merge, shards: Sequence[Shard], folder: Path, journal: Journal, survey: Any, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Writes all files of weights, those that are finished excepted.
+
+    Args:
+        merge: the merge.
+        shards: the files.
+        folder: the hidden folder that they are written to.
+        journal: notes finished files.
+        survey: statistics of the whole models.
+        say: reports progress.
+
+    Returns:
+        The sha256 of each file.
+    """
+    for number, shard in enumerate(shards, start=1):
+        done = journal.shards.get(shard.file)
+        if done is not None and (folder / shard.file).is_file():
+            merge.equal = [a and b for a, b in zip(merge.equal, done["equal"], strict=True)]
+            continue
+        before, merge.equal = merge.equal, [True] * len(merge.equal)
+        digest = _write_shard(merge, shard, folder, survey)
+        journal.shards[shard.file] = {"sha256": digest, "equal": merge.equal}
+        merge.equal = [a and b for a, b in zip(before, merge.equal, strict=True)]
+        journal.save()
+        say(f"{shard.file}: {len(shard.tensors)} tensors ({number} of {len(shards)})")
+    return {name: entry["sha256"] for name, entry in journal.shards.items()}
+
+
+def _write_shard(merge: Merge, shard: Shard, folder: Path, survey: Any) -> str:
+    """Writes one file under a hidden name, and renames it."""
+    partial = hidden_sibling(folder / shard.file, PARTIAL)
+    with partial.open("wb") as file:
+        writer = HashingWriter(file)
+        try:
+            writer.write(shard.header())
+            for name in shard.tensors:
+                for block in merge.merged(name, survey):
+                    writer.write(raw_bytes(block))
+        finally:
+            digest = writer.finish()
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / shard.file)
+    flush_to_disk(folder)
+    return digest
