@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .conflicts import conflict_report
 from .manifest import verify
 from .merge import merge
+from .soups import greedy_soup, uniform_soup
 
-__all__ = ["merge", "verify"]
+__all__ = ["conflict_report", "greedy_soup", "merge", "uniform_soup", "verify"]

@@ -55,6 +55,7 @@ def merge(
     rows: str | None = None,
     num_rows: int = 256,
     data_seed: int = 0,
+    keep: bool = False,
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Path:
@@ -78,6 +79,7 @@ def merge(
         rows: for ``fisher`` and ``regmean``: rows to measure the models on, as ``SFTDataModule`` reads them.
         num_rows: how many of them, from the first.
         data_seed: of the samples that Fisher information is measured on.
+        keep: accept a result that equals one of its inputs, as a soup of one model does.
         say: called with a line for each finished file.
         options: of the method, such as ``weights``, ``density``, ``preset`` or ``t``.
 
@@ -94,27 +96,12 @@ def merge(
     """
     chosen = build_method(method, options)
     variants = layer_methods(chosen, layers or {})
-    check_choice("precision", precision, ("float32", "float64"))
-    if dtype is not None:
-        check_choice("dtype", dtype, _DTYPES)
     most_bytes = parse_size(max_shard_size)
-    if len(models) == 0:
-        raise ValueError("models is empty: give at least one folder")
-    for variant in (chosen, *variants.values()):
-        variant.check(len(models))
-    if chosen.needs_base and base is None:
-        raise ValueError(f"{method} merges differences to a base model: give base=")
-    if chosen.needs_data and rows is None:
-        raise ValueError(f"{method} measures the models on rows of data: give rows=")
+    _check(chosen, variants, len(models), dtype=dtype, precision=precision, base=base, rows=rows)
 
-    # All that can be checked without reading the weights.
     target = Path(output).expanduser().resolve()
     compute = _DTYPES[precision]
-    sources = [open_source(model, base=base, dtype=compute) for model in models]
-    root = open_source(base, dtype=compute) if base is not None and chosen.needs_base else None
-    check_same([*sources, *([] if root is None else [root])])
-    if target in {source.folder for source in (*sources, *([root] if root else []))}:
-        raise ValueError(f"output {str(target)!r} is one of the models: choose another folder")
+    sources, root = _open(models, base, compute, target, differences=chosen.needs_base)
     if chat_template_differs(sources):
         say(f"the chat templates differ: that of {str(sources[0].folder)!r} is written")
     hold(target)
@@ -138,10 +125,49 @@ def merge(
             "precision": precision,
             "dtype": dtype or "as stored",
         }
+        if keep:
+            run.equal = [False] * len(run.equal)
         _write(run, chosen, target, record, most_bytes, say)
     finally:
         release(target)
     return target
+
+
+def _check(
+    method: Method,
+    variants: Mapping[str, Method],
+    num_models: int,
+    *,
+    dtype: str | None,
+    precision: str,
+    base: str | Path | None,
+    rows: str | None,
+) -> None:
+    """Checks the options with each other."""
+    check_choice("precision", precision, ("float32", "float64"))
+    if dtype is not None:
+        check_choice("dtype", dtype, _DTYPES)
+    if num_models == 0:
+        raise ValueError("models is empty: give at least one folder")
+    for variant in (method, *variants.values()):
+        variant.check(num_models)
+    if method.needs_base and base is None:
+        raise ValueError(f"{method.name} merges differences to a base model: give base=")
+    if method.needs_data and rows is None:
+        raise ValueError(f"{method.name} measures the models on rows of data: give rows=")
+
+
+def _open(
+    models: Sequence[str | Path], base: str | Path | None, dtype: torch.dtype, target: Path, *, differences: bool
+) -> tuple[list[Source], Source | None]:
+    """Opens the models, and the base where differences to it are merged; checks all that headers and configs tell."""
+    sources = [open_source(model, base=base, dtype=dtype) for model in models]
+    root = open_source(base, dtype=dtype) if base is not None and differences else None
+    everything = [*sources, *([] if root is None else [root])]
+    check_same(everything)
+    if target in {source.folder for source in everything}:
+        raise ValueError(f"output {str(target)!r} is one of the models: choose another folder")
+    return sources, root
 
 
 # Methods with their options.
@@ -167,7 +193,7 @@ def _known(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
     allowed = [field.name for field in fields(cls)]
     for option in options:
         if option not in allowed:
-            raise TypeError(f"the method {cls.name} has no option {option!r}{advise(option, allowed)}")
+            raise TypeError(f"the method {cls.name} takes no {option!r}{advise(option, allowed)}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from ..models.loading import locate
-from ..models.safetensors_io import read_json
+from ..models.safetensors_io import first_line, read_json
 from .adapter_weights import WEIGHTS, AdaptedTensor, ShiftedBias, adapted_tensors, is_adapter
 from .tensor_files import StoredTensor, stored_tensors, weight_files
 
 Readable = StoredTensor | AdaptedTensor | ShiftedBias
 
+# Of a model on the hub: weights, configs and tokenizer.
+_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 # Files of a tokenizer and of generation, copied into the merged folder where they are there.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -80,9 +83,15 @@ def open_source(model: str | Path, *, base: str | Path | None = None, dtype: tor
 
 def _folder(model: str | Path) -> Path:
     folder = Path(locate(model, what="model"))
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {str(model)!r}: a merge reads models from disk; download it first")
-    return folder
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_DOWNLOADED))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"there is no folder {str(model)!r}, and it could not be loaded from the hub ({first_line(error)}): pass "
+            "an existing folder, or a hub id that is cached or can be reached"
+        ) from error
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -354,7 +354,7 @@ def test_loud_failures(folders, tmp_path):
 
 def test_options_of_other_methods_and_foreign_folders_are_refused(folders, tmp_path):
     models = [folders["a"], folders["b"]]
-    with pytest.raises(TypeError, match="the method slerp has no option 'density'"):
+    with pytest.raises(TypeError, match="the method slerp takes no 'density'"):
         merge("slerp", models=models, output=tmp_path / "out", density=0.5)
     with pytest.raises(ValueError, match="no regular expression"):
         merge("slerp", models=models, output=tmp_path / "out", layers={"(": {"t": 0.5}})
