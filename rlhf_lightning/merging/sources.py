@@ -20,7 +20,7 @@ from .tensor_files import StoredTensor, stored_tensors, weight_files
 Readable = StoredTensor | AdaptedTensor | ShiftedBias
 
 # Of a model on the hub: weights, configs and tokenizer.
-_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # Files of a tokenizer and of generation, copied into the merged folder where they are there.
 TOKENIZER_FILES = (
     "tokenizer.json",
