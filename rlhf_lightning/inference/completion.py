@@ -1,7 +1,4 @@
-"""Completions: the finished result, and the sample while it grows token by token.
-
-Legend: N rows, V vocabulary.
-"""
+"""Completions: the finished result, and the sample while it grows token by token."""
 
 from __future__ import annotations
 
@@ -9,12 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from ..data import text_tokens
-from .sampling import SamplingParams, sample, uniforms
+from .sampling import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,35 +142,3 @@ class Request:
         text = self._text if self._text is not None else decode(self._tokenizer, self.token_ids)
         model_logprobs = self.model_logprobs if self._params.model_logprobs else None
         return Completion(self.token_ids, text, self.logprobs, self.finish_reason or "length", model_logprobs)
-
-
-def sample_next_tokens(
-    logits_NV: Tensor, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]
-) -> list[int]:
-    """Draws the next token of every request from its row of logits and appends it; returns the tokens."""
-    steps = np.fromiter((len(request.token_ids) for request in requests), dtype=np.uint64, count=len(requests))
-    uniforms_N = None
-    if not params.greedy:
-        uniforms_N = torch.from_numpy(uniforms([request.seed for request in requests], steps)).to(logits_NV.device)
-
-    # Samples below their minimum length must not draw a token that ends them.
-    banned = None
-    early = np.flatnonzero(steps < params.min_new_tokens)
-    stop_ids = [token for token in stop_ids if token < logits_NV.shape[-1]]
-    if stop_ids and len(early):
-        banned = torch.from_numpy(early).to(logits_NV.device), torch.tensor(stop_ids, device=logits_NV.device)
-    seen_NV = _seen(logits_NV, requests) if params.repetition_penalty != 1 else None
-    drawn = sample(logits_NV, uniforms_N, params, seen_NV=seen_NV, banned=banned)
-    tokens, logprobs = drawn.tokens_N.tolist(), drawn.logprobs_N.tolist()
-    model_logprobs = [None] * len(tokens) if drawn.model_logprobs_N is None else drawn.model_logprobs_N.tolist()
-    for request, token, logprob, model_logprob in zip(requests, tokens, logprobs, model_logprobs, strict=True):
-        request.push(token, logprob, model_logprob)
-    return tokens
-
-
-def _seen(logits_NV: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Marks the tokens in each request's prompt and completion, ``(N, V)``."""
-    seen_NV = torch.zeros(logits_NV.shape, dtype=torch.bool, device=logits_NV.device)
-    for row, request in enumerate(requests):
-        seen_NV[row, torch.tensor([*request.prompt, *request.token_ids], device=logits_NV.device)] = True
-    return seen_NV

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .completion import Request, sample_next_tokens
+from .completion import Request
 from .decoder import Decoder
 from .kv_cache import PromptStates, SlotCache
+from .lanes import Lanes, read, remaining
 from .sampling import SamplingParams
 
 # Prompts wait until this fraction of the rows is free: a prefill for every row that ends costs more than it fills.
@@ -59,6 +60,7 @@ class ContinuousBatch:
         self._computed: deque[_Computed] = deque()
         self._running: list[Request] = []
         self._cache: SlotCache | None = None
+        self._lanes: Lanes | None = None
         self._decoder, self._params, self._stop_ids = decoder, params, stop_ids
         self._budget = max_batch_tokens
         longest_row = max(len(request.prompt) + request.limit for request in requests)
@@ -71,18 +73,18 @@ class ContinuousBatch:
         """Generates all samples; the results are in the requests."""
         while self._waiting or self._computed or self._running:
             self._admit()
-            if self._running and self._cache is not None:
-                self._step(self._cache)
+            if self._running and self._cache is not None and self._lanes is not None:
+                self._step(self._cache, self._lanes)
 
-    def _step(self, cache: SlotCache) -> None:
-        logits_NV = self._decoder.step([request.token_ids[-1] for request in self._running], cache)
-        sample_next_tokens(logits_NV, self._running, self._params, self._stop_ids)
-        # From the end, because the last row replaces a released one.
-        for row in reversed(range(len(self._running))):
-            if self._running[row].finish_reason is not None:
-                cache.release(row)
-                self._running[row] = self._running[-1]
-                self._running.pop()
+    def _step(self, cache: SlotCache, lanes: Lanes) -> None:
+        """Draws one more token of every running sample; those that it ends leave."""
+        read([lanes.draw(self._decoder.step(lanes.tokens_N, cache))], self._running, self._params)
+        leaving = [row for row, request in enumerate(self._running) if request.finish_reason is not None]
+        if leaving:
+            order = remaining(len(self._running), leaving)
+            cache.keep(order)
+            lanes.keep(order)
+            self._running = [self._running[row] for row in order]
 
     def _admit(self) -> None:
         """Fills free rows with new samples."""
@@ -118,15 +120,20 @@ class ContinuousBatch:
     def _begin(self, chosen: Sequence[tuple[_Computed, list[Request]]]) -> None:
         """Draws first tokens from the logits after the prompts; samples that continue get a row each."""
         logits_NV = torch.cat([prompt.logits_V.expand(len(requests), -1) for prompt, requests in chosen])
-        sample_next_tokens(
-            logits_NV, [request for _, requests in chosen for request in requests], self._params, self._stop_ids
-        )
+        begun = [request for _, requests in chosen for request in requests]
+        lanes = Lanes(begun, self._params, self._stop_ids, logits_NV.device, logits_NV.shape[-1])
+        read([lanes.draw(logits_NV)], begun, self._params)
+
+        # Those that ended with their first token need no row.
+        lanes.keep([row for row, request in enumerate(begun) if request.finish_reason is None])
+        if self._lanes is None:
+            self._lanes = lanes
+        else:
+            self._lanes.append(lanes)
         for prompt, requests in chosen:
             continuing = [request for request in requests if request.finish_reason is None]
-            # All ended with their first token: no row is needed.
-            if not continuing:
-                continue
-            if self._cache is None:
+            if continuing and self._cache is None:
                 self._cache = SlotCache(prompt.states, self._num_rows, self._num_columns)
-            self._cache.admit(prompt.states, prompt.index, prompt.length, copies=len(continuing))
-            self._running.extend(continuing)
+            if continuing and self._cache is not None:
+                self._cache.admit(prompt.states, prompt.index, prompt.length, copies=len(continuing))
+                self._running.extend(continuing)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache
 from ..models import base_model
 from ..models.own_attention import EAGER, short_reach, using_attention
 from .kv_cache import PromptStates, SlotCache
+from .lanes import to_device
 from .projection import computes_in_half
 
 # Errors that a model without support for the layout may raise during the probe.
@@ -54,36 +56,34 @@ class Decoder:
             The scores after each prompt, ``(P, V)``, and the keys and values of each layer.
         """
         width = max(map(len, prompts))
-        input_ids_PL = torch.zeros((len(prompts), width), dtype=torch.long, device="cpu")
-        mask_PL = torch.zeros((len(prompts), width), dtype=torch.long, device="cpu")
+        table = np.zeros((len(prompts), width + 1), dtype=np.int64)
         for row, prompt in enumerate(prompts):
-            input_ids_PL[row, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
-            mask_PL[row, width - len(prompt) :] = 1
+            table[row, 0] = len(prompt)
+            table[row, 1 + width - len(prompt) :] = prompt
+        # Lengths and tokens in one copy.
+        table_PL = to_device(table, self.device)
+        lengths_P1, input_ids_PL = table_PL[:, :1], table_PL[:, 1:]
         # Padding on the left gets position 0, which nothing reads.
-        positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
+        places_PL = torch.arange(width, device=self.device) - width + lengths_P1
+        mask_PL = (places_PL >= 0).long() if min(map(len, prompts)) < width else None
         cache = DynamicCache()
-        padded = min(map(len, prompts)) < width
-        logits_PV = self._forward(input_ids_PL, mask_PL if padded else None, positions_PL, cache)
+        logits_PV = self._forward(input_ids_PL, mask_PL, places_PL.clamp(min=0), cache)
         layers: list[Any] = cache.layers
         return logits_PV, [(layer.keys, layer.values) for layer in layers]
 
-    def step(self, tokens: Sequence[int], cache: SlotCache) -> Tensor:
+    def step(self, tokens_N: Tensor, cache: SlotCache) -> Tensor:
         """Computes one more token of every row; returns the scores after it, ``(N, V)``."""
         cache.prepare()
-        logits_NV = self._forward(torch.tensor(tokens, device="cpu")[:, None], cache.mask(), cache.positions(), cache)
+        logits_NV = self._forward(tokens_N[:, None], cache.mask(), cache.positions(), cache)
         cache.end += 1
         return logits_NV
 
     def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         arguments = dict(self._options)
         if self._takes_positions:
-            arguments["position_ids"] = positions.to(self.device)
+            arguments["position_ids"] = positions
         output = self.model(
-            input_ids=input_ids.to(self.device),
-            attention_mask=None if mask is None else mask.to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            **arguments,
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **arguments
         )
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -122,10 +122,11 @@ class Decoder:
         logits_PV, prompts = self.prefill([first[:length], second[:2]])
         cache = SlotCache(prompts, num_rows=2, num_columns=length + 4)
         cache.admit(prompts, 0, length, copies=1)
-        first_rows, second_rows = [logits_PV[0], self.step([first[length]], cache)[0]], [logits_PV[1]]
+        tokens = torch.tensor((first[length:], [0, *second[2:]]), device=self.device)
+        first_rows, second_rows = [logits_PV[0], self.step(tokens[:1, 0], cache)[0]], [logits_PV[1]]
         cache.admit(prompts, 1, 2, copies=1)
-        for i in range(2):
-            logits_NV = self.step([first[length + 1 + i], second[2 + i]], cache)
+        for i in (1, 2):
+            logits_NV = self.step(tokens[:, i], cache)
             first_rows.append(logits_NV[0])
             second_rows.append(logits_NV[1])
 

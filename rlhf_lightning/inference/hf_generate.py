@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from .completion import Request, sample_next_tokens
+from .completion import Request
 from .decoder import special_token
+from .lanes import sample_next_tokens
 from .sampling import SamplingParams
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .lanes import to_device
+
 # Per layer, the keys and the values of a left-padded batch of prompts: ``(P, H, L, D)`` each.
 PromptStates = Sequence[tuple[Tensor, Tensor]]
 
@@ -60,7 +62,7 @@ class _SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """Key/value storage for a batch in which rows join and leave.
 
-    Rows in use are the first ``num_rows``: one that leaves is replaced by the last.
+    Rows in use are the first ``num_rows``.
 
     Args:
         like: states of computed prompts, which give layers, heads, sizes and precision.
@@ -81,6 +83,7 @@ class SlotCache(Cache):
         self.starts = np.zeros(num_rows, dtype=np.int64)
         self.base = 0
         self.end = 0
+        self._starts_R1: Tensor | None = None  # on the device, copied when rows come, leave or move
 
     def admit(self, prompts: PromptStates, index: int, length: int, copies: int) -> None:
         """Appends rows that each begin with one prompt of a left-padded batch."""
@@ -96,18 +99,22 @@ class SlotCache(Cache):
             slot.keys[rows, :, columns] = keys_PHLD[index, :, -length:]
             slot.values[rows, :, columns] = values_PHLD[index, :, -length:]
         self.starts[rows] = self.end - length
+        self._starts_R1 = None
         self.num_rows += copies
 
-    def release(self, row: int) -> None:
-        """Removes a row; the last row moves to its index."""
-        last = self.num_rows - 1
-        if row != last:
-            columns = slice(int(self.starts[last]), self.end)
+    def keep(self, order: Sequence[int]) -> None:
+        """Keeps some rows, in a new order (see ``lanes.remaining``): only those whose index changes move."""
+        moved = [(target, source) for target, source in enumerate(order) if target != source]
+        if moved:
+            device = self.slots[0].keys.device
+            targets, sources = to_device(np.array(moved, dtype=np.int64).T.copy(), device).unbind()
+            columns = slice(min(int(self.starts[source]) for _, source in moved), self.end)
             for slot in self.slots:
-                slot.keys[row, :, columns] = slot.keys[last, :, columns]
-                slot.values[row, :, columns] = slot.values[last, :, columns]
-            self.starts[row] = self.starts[last]
-        self.num_rows = last
+                for states_RHCD in (slot.keys, slot.values):
+                    states_RHCD[targets, :, columns] = states_RHCD[sources, :, columns]
+        self.starts[: len(order)] = self.starts[list(order)]
+        self._starts_R1 = None
+        self.num_rows = len(order)
 
     def prepare(self) -> None:
         """Prepares a step: drops columns that no row needs any more and makes room for one more."""
@@ -124,19 +131,26 @@ class SlotCache(Cache):
                 used = states_RHCD[: self.num_rows, :, self.base : self.end].clone()
                 states_RHCD[: self.num_rows, :, self.base + shift : end] = used
         self.starts += shift
+        self._starts_R1 = None
         self.base += shift
         self.end = end
 
     def mask(self) -> Tensor | None:
         """``(rows, columns in use + 1)``, 1 = the row's own token; ``None`` where no row is padded."""
-        starts = self.starts[: self.num_rows]
-        if (starts == self.base).all():
+        if (self.starts[: self.num_rows] == self.base).all():
             return None
 
         # Padding lies left of a row's first column.
-        columns = np.arange(self.base, self.end + 1)
-        return torch.from_numpy((columns >= starts[:, None]).astype(np.int64))
+        starts_R1 = self._device_starts()
+        columns = torch.arange(self.base, self.end + 1, device=starts_R1.device)
+        return (columns >= starts_R1).long()
 
     def positions(self) -> Tensor:
         """Number of each row's own tokens, which is the position of its next one, ``(rows, 1)``."""
-        return torch.from_numpy(self.end - self.starts[: self.num_rows, None])
+        return self.end - self._device_starts()
+
+    def _device_starts(self) -> Tensor:
+        if self._starts_R1 is None:
+            starts = self.starts[: self.num_rows, None].copy()
+            self._starts_R1 = to_device(starts, self.slots[0].keys.device)
+        return self._starts_R1

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ..utils.option_groups import OptionGroup
 
-_MASK64 = (1 << 64) - 1
+MASK64 = (1 << 64) - 1
+# SplitMix64's constants: the factors of its finaliser, and what its state advances by.
+FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
 # Below this vocabulary one cumulative sum over all of it is as cheap as two levels of blocks.
 _DIRECT_VOCABULARY = 2048
 # Candidates tried first for top-p; rows that need more are sorted in full.
@@ -113,11 +116,13 @@ class Draw(NamedTuple):
         tokens_N: token ids.
         logprobs_N: log-probabilities under the distribution that was sampled from: 0 where the draw was greedy.
         model_logprobs_N: under the unmodified model, or ``None`` where not asked for.
+        finite_N: whether the row's scores were finite; nothing else of a row may be used if they were not.
     """
 
     tokens_N: Tensor
     logprobs_N: Tensor
     model_logprobs_N: Tensor | None
+    finite_N: Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -134,10 +139,10 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of SplitMix64: a bijection on 64 bits whose output bits each depend on all input bits."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(FACTORS[0])
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(FACTORS[1])
     return state ^ (state >> np.uint64(31))
 
 
@@ -155,13 +160,13 @@ def uniforms(seeds: npt.ArrayLike, steps: npt.ArrayLike) -> npt.NDArray[np.float
         >>> bool((uniforms([3, 3], [0, 1]) == uniforms([3], [0])).tolist() == [True, False])
         True
     """
-    seeds_64 = np.array([int(seed) & _MASK64 for seed in np.asarray(seeds, dtype=object).ravel()], dtype=np.uint64)
+    seeds_64 = np.array([int(seed) & MASK64 for seed in np.asarray(seeds, dtype=object).ravel()], dtype=np.uint64)
     return _uniforms64(seeds_64, np.asarray(steps, dtype=np.uint64))
 
 
 def _uniforms64(seeds: npt.NDArray[np.uint64], steps: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     # SplitMix64 with the seed mixed first, so that neighbouring seeds and steps are unrelated.
-    bits = _mix(_mix(seeds) + (steps + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    bits = mix(mix(seeds) + (steps + np.uint64(1)) * np.uint64(GOLDEN))
     # 52 bits and half a step keep clear of both ends: 0 would pick a token of no mass, 1 would run off the end.
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
@@ -191,6 +196,36 @@ def sample(
         >>> sample(logits, None, SamplingParams(temperature=0)).tokens_N.tolist()
         [2]
     """
+    barred = None
+    if banned is not None:
+        rows_N = torch.zeros(len(logits_NV), dtype=torch.bool, device=logits_NV.device)
+        rows_N[banned[0]] = True
+        barred = rows_N, banned[1]
+    drawn = draw(logits_NV, uniforms_N, params, seen_NV=seen_NV, barred=barred)
+    check_finite(bool(drawn.finite_N.all()))
+    return drawn
+
+
+def draw(
+    logits_NV: Tensor,
+    uniforms_N: Tensor | None,
+    params: SamplingParams,
+    *,
+    seen_NV: Tensor | None = None,
+    barred: tuple[Tensor, Tensor] | None = None,
+) -> Draw:
+    """Draws as ``sample`` does, without reading anything back from the device.
+
+    Args:
+        logits_NV: the model's scores; left as they are.
+        uniforms_N: numbers in (0, 1) in double precision; not read when greedy.
+        params: temperature, filters and penalty.
+        seen_NV: true where a token is in the row's prompt or completion; needed with a repetition penalty.
+        barred: true for rows in which some tokens must not be drawn yet, and these tokens.
+
+    Returns:
+        The draw; ``check_finite`` must be called on its ``finite_N`` before it is used.
+    """
     raw_NV = logits_NV.float()
     scores_NV = raw_NV
 
@@ -201,27 +236,41 @@ def sample(
         scores_NV = torch.where(seen_NV, punished_NV, scores_NV)
 
     # Never in place on the caller's logits.
-    if banned is not None:
+    if barred is not None:
+        rows_N, tokens = barred
         scores_NV = scores_NV.clone() if scores_NV is logits_NV or params.model_logprobs else scores_NV
-        scores_NV[banned[0][:, None], banned[1]] = -math.inf
+        scores_NV[:, tokens] = scores_NV[:, tokens].masked_fill(rows_N[:, None], -math.inf)
     if params.greedy:
         tokens_N = scores_NV.argmax(-1)
         logprobs_N = torch.zeros(len(tokens_N), dtype=torch.float32, device=tokens_N.device)
-        _check_finite(scores_NV.gather(-1, tokens_N[:, None]))
+        finite_N = torch.isfinite(scores_NV.gather(-1, tokens_N[:, None])).squeeze(-1)
     else:
         if uniforms_N is None:
             raise ValueError(f"temperature={params.temperature} samples, and sampling needs one uniform per row")
-        tokens_N, logprobs_N = _draw(scores_NV, uniforms_N, params)
+        tokens_N, logprobs_N, finite_N = _draw(scores_NV, uniforms_N, params)
 
     # Under the model itself: temperature 1, without filters and penalties.
     model_logprobs_N = None
     if params.model_logprobs:
         model_logprobs_N = raw_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - raw_NV.logsumexp(-1)
-    return Draw(tokens_N, logprobs_N, model_logprobs_N)
+    return Draw(tokens_N, logprobs_N, model_logprobs_N, finite_N)
 
 
-def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Applies temperature and filters, and draws; the largest score becomes 0, so that no exponential overflows."""
+def check_finite(finite: bool) -> None:
+    """Refuses NaN and infinity among the scores of rows that were drawn from."""
+    if not finite:
+        raise ValueError(
+            "the model's scores hold NaN or infinity: no token can be drawn; check its weights and precision"
+        )
+
+
+def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Applies temperature and filters, and draws; the largest score becomes 0, so that no exponential overflows.
+
+    Returns:
+        The tokens, their log-probabilities, and whether the scores were finite: NaN and infinity anywhere in a row
+        reach its maximum or its total.
+    """
     work_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
     if params.temperature != 1:
         work_NV.div_(params.temperature)
@@ -232,7 +281,7 @@ def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tupl
     weights_NV = work_NV.exp_()
     tokens_N, total_N = _invert(weights_NV, uniforms_N)
     logprobs_N = weights_NV.gather(-1, tokens_N[:, None]).squeeze(-1).log() - total_N.log().float()
-    return tokens_N, logprobs_N
+    return tokens_N, logprobs_N, torch.isfinite(total_N)
 
 
 def _floor(work_NV: Tensor, params: SamplingParams) -> Tensor | None:
@@ -265,7 +314,12 @@ def _nucleus_floor(work_NV: Tensor, top_k_N1: Tensor | None, params: SamplingPar
     size = min(max(_NUCLEUS_GUESS, params.top_k), survivors_NV.shape[-1])
     best_NS = survivors_NV.topk(size, dim=-1).values
     floor_N1, reached_N = _mass_floor(best_NS, mass_N1, params.top_p)
-    if size < survivors_NV.shape[-1] and not bool(reached_N.all()):
+    if size == survivors_NV.shape[-1]:
+        return floor_N1
+    # On another device, sorting every row is cheaper than waiting for the answer.
+    if survivors_NV.device.type != "cpu":
+        return _mass_floor(survivors_NV.sort(dim=-1, descending=True).values, mass_N1, params.top_p)[0]
+    if not bool(reached_N.all()):
         rows = (~reached_N).nonzero().squeeze(-1)
         ordered = survivors_NV[rows].sort(dim=-1, descending=True).values
         floor_N1[rows] = _mass_floor(ordered, mass_N1[rows], params.top_p)[0]
@@ -304,7 +358,7 @@ def _invert(weights_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     block_NW = weights_NV.gather(-1, index_NW.clamp(max=vocabulary - 1))
     block_NW = block_NW.masked_fill(index_NW >= vocabulary, 0.0)
     within_N1, _, _ = _first_above(block_NW, rest_N1)
-    return (block_N1 * width + within_N1).squeeze(-1), total_N1.squeeze(-1)
+    return (block_N1 * width + within_N1).squeeze(-1).clamp(max=vocabulary - 1), total_N1.squeeze(-1)
 
 
 def _first_above(weights_NX: Tensor, fraction_N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,21 +369,13 @@ def _first_above(weights_NX: Tensor, fraction_N1: Tensor) -> tuple[Tensor, Tenso
     """
     cumulative_NX = weights_NX.double().cumsum(-1)
     total_N1 = cumulative_NX[:, -1:].contiguous()
-    _check_finite(total_N1)
     # In fp64: a sum over the vocabulary in fp32 would move the boundaries between tokens.
     target_N1 = fraction_N1 * total_N1
     index_N1 = torch.searchsorted(cumulative_NX, target_N1, right=True)
     # Rounding may push a target to the very end: the last entry that has weight takes it.
     last_N1 = torch.searchsorted(cumulative_NX, total_N1, right=False)
-    index_N1 = torch.minimum(index_N1, last_N1)
+    # NaN, which the caller refuses, is past every entry.
+    index_N1 = torch.minimum(index_N1, last_N1).clamp(max=weights_NX.shape[-1] - 1)
     weight_N1 = weights_NX.gather(-1, index_N1).double()
     before_N1 = cumulative_NX.gather(-1, index_N1) - weight_N1
     return index_N1, ((target_N1 - before_N1) / weight_N1).clamp(0.0, 1.0), total_N1
-
-
-def _check_finite(values: Tensor) -> None:
-    """Refuses NaN and infinity: anywhere in a row, they reach its sum or its maximum."""
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            "the model's scores hold NaN or infinity: no token can be drawn; check its weights and precision"
-        )

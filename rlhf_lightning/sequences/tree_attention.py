@@ -92,7 +92,10 @@ def tree_attention(
     _check_keywords(kwargs)
     if tree is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        out = _plain(query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal)
+        if query.shape[2] == 1 and dropout == 0:
+            out = _folded(query, key, value, attention_mask, scaling, softcap, s_aux)
+        else:
+            out = _plain(query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal)
         return out.transpose(1, 2).contiguous(), None
 
     if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.numel() != 1):
@@ -203,6 +206,41 @@ def _gathered(states_HTD: Tensor, index: Tensor, shapes: list[Tensor]) -> list[T
     return [part.unflatten(0, shape.shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def _folded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Computes attention of a few queries over a cache: ``(N, H, Q, D) -> (N, H, Q, D)``.
+
+    Heads that share keys become further queries of one head, so that keys and values are read once and never repeated.
+
+    Args:
+        query: ``(N, H, Q, D)``.
+        key: ``(N, K, C, D)``.
+        value: ``(N, K, C, D)``.
+        mask: ``(N, 1 or H, Q, C)``; ``None`` where a single query sees all keys.
+        scaling: factor of the scores.
+        softcap: see ``tree_attention``.
+        sinks: see ``tree_attention``.
+    """
+    rows, heads, length, size = query.shape
+    shared, repeats = key.shape[1], heads // key.shape[1]
+    if mask is not None and repeats > 1 and (mask.shape[1] > 1 or length > 1):
+        groups = shared if mask.shape[1] > 1 else 1
+        of_heads = mask.expand(-1, groups * repeats, -1, -1)
+        mask = of_heads.reshape(mask.shape[0], groups, repeats * length, mask.shape[-1])
+    if sinks is not None and length > 1:
+        sinks = sinks.repeat_interleave(length)
+    folded = query.reshape(rows, shared, repeats * length, size)
+    out = _plain(folded, key, value, mask, 0.0, scaling, softcap, sinks, False)
+    return out.reshape(rows, heads, length, value.shape[-1])
+
+
 def _plain(
     query: Tensor,
     key: Tensor,
@@ -244,7 +282,8 @@ def _plain(
 
     # A sink is one more logit per head: it takes weight in the softmax and is dropped after it.
     if sinks is not None:
-        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
+        of_queries = sinks.reshape(1, scores.shape[1], -1, 1)
+        scores = torch.cat([scores, of_queries.expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
@@ -270,5 +309,16 @@ def register_attention(kernel: AttentionKernel = "auto") -> str:
     """Registers a kernel with transformers and returns its name, to be given as ``attn_implementation``."""
     name = ATTENTION_NAMES[kernel]
     AttentionInterface.register(name, partial(tree_attention, kernel=kernel))
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, _mask)
     return name
+
+
+def _mask(*, q_length: int, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
+    """Makes masks as for torch's attention, without reading a mask that is given for one more token of each row.
+
+    Whether it masks anything decides there if it is made. A step of generation is given one only if it does, and the
+    host would wait for the device to read it.
+    """
+    if q_length == 1 and attention_mask is not None:
+        arguments["allow_is_causal_skip"] = False
+    return sdpa_mask(q_length=q_length, attention_mask=attention_mask, **arguments)
