@@ -17,6 +17,7 @@ from rlhf_lightning.sequences import (
     pack,
     tree_attention,
 )
+from rlhf_lightning.sequences.tree_attention import _folded
 from tests.helpers import dense_mask
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -121,3 +122,31 @@ def test_cudnn_plans_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.backends.cuda.enable_cudnn_sdp(before)
     assert seen
     assert not any(seen)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("mask_heads", [None, 1, 6])
+def test_folded_queries_are_those_over_repeated_keys(
+    length: int, with_sinks: bool, softcap: float | None, mask_heads: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn((2, 6, length, 8), generator=generator, dtype=torch.float64)
+    key, value = torch.randn((2, 2, 2, 11, 8), generator=generator, dtype=torch.float64)
+    sinks = torch.randn(6, generator=generator, dtype=torch.float64) if with_sinks else None
+    mask = None
+    if mask_heads is not None:
+        mask = torch.rand((2, mask_heads, length, 11), generator=generator) < 0.7
+        mask[..., 0] = True
+    found = _folded(query, key, value, mask, 0.3, softcap, sinks)
+
+    scores = torch.einsum("nhqd,nhcd->nhqc", query, key.repeat_interleave(3, dim=1)) * 0.3
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.exp()
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    expected = torch.einsum("nhqc,nhcd->nhqd", weights / total, value.repeat_interleave(3, dim=1))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
