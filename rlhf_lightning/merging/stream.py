@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,29 @@ from torch import Tensor
 from ..utils.files import PARTIAL, flush_to_disk, hidden_sibling, write_atomically
 from .methods.base import Activations, Block, Method, TensorView, block_rows, matrix_shape, merge_view
 from .sources import Readable, Source
-from .tensor_files import HashingWriter, Shard, raw_bytes
+from .tensor_files import HashingWriter, Shard, StoredTensor, raw_bytes
 
 JOURNAL = "merge_journal.json"
 MethodOf = Callable[[str], Method]
+
+
+class PrefetchingView(TensorView):
+    """A view whose next block is read in another thread while one is merged."""
+
+    def blocks(self) -> Iterator[Block]:
+        """Reads all blocks in order, one ahead."""
+        step = block_rows(self.rows, self.columns)
+        starts = range(0, self.rows, step)
+        if len(starts) < 2:
+            yield from super().blocks()
+            return
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = reader.submit(self.read, 0, step)
+            for first in starts[1:]:
+                block = ahead.result()
+                ahead = reader.submit(self.read, first, min(step, self.rows - first))
+                yield block
+            yield ahead.result()
 
 
 @dataclass
@@ -61,33 +81,37 @@ class Merge:
     def view(self, name: str) -> TensorView:
         """Returns a tensor of all models."""
         rows, columns = matrix_shape(self.models[0].tensors[name].shape)
-        step = block_rows(rows, columns)
 
-        def blocks() -> Iterator[Block]:
-            for first in range(0, rows, step):
-                parts = [self._read(source, name, first, step) for source in self.inputs]
-                models = torch.stack(parts[: len(self.models)])
-                fisher = None
-                if self.fisher is not None:
-                    fisher = torch.stack(
-                        [
-                            each[name].reshape(rows, columns)[first : first + step].to(self.precision)
-                            for each in self.fisher
-                        ]
-                    )
-                yield Block(models, None if self.base is None else parts[-1], first, fisher)
+        def read(first: int, count: int) -> Block:
+            models = torch.empty((len(self.models), count, columns), dtype=self.precision)
+            for source, out in zip(self.models, models, strict=True):
+                self._read(source, name, first, out)
+            base = None
+            if self.base is not None:
+                base = torch.empty((count, columns), dtype=self.precision)
+                self._read(self.base, name, first, base)
+            fisher = None
+            if self.fisher is not None:
+                parts = [each[name].reshape(rows, columns)[first : first + count] for each in self.fisher]
+                fisher = torch.stack([part.to(self.precision) for part in parts])
+            return Block(models, base, first, fisher)
 
-        return TensorView(name, rows, columns, blocks, None if self.activations is None else self.activations.get(name))
+        activations = None if self.activations is None else self.activations.get(name)
+        return PrefetchingView(name, rows, columns, len(self.models), read, activations)
 
-    def _read(self, source: Source, name: str, first: int, step: int) -> Tensor:
-        part = source.tensors[name].rows(first, step).to(self.precision)
+    def _read(self, source: Source, name: str, first: int, out: Tensor) -> None:
+        """Reads rows of one model, straight into place where they are stored in the precision of the merge."""
+        tensor = source.tensors[name]
+        if isinstance(tensor, StoredTensor) and tensor.dtype == out.dtype:
+            tensor.read_into(out, first)
+        else:
+            out.copy_(tensor.rows(first, len(out)))
         # One pass: the sum is finite exactly if all entries are, but for overflow, which is looked at again.
-        if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
+        if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
             raise ValueError(
-                f"the tensor {name!r} of {str(source.tensors[name].file)!r} has values that are not finite: train or "
-                "export the model again"
+                f"the tensor {name!r} of {str(tensor.file)!r} has values that are not finite: train or export the "
+                "model again"
             )
-        return part
 
     def merged(self, name: str, survey: Any) -> Iterator[Tensor]:
         """Merges one tensor block by block, in the type of the result."""

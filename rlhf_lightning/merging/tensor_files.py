@@ -68,18 +68,25 @@ class StoredTensor:
         """
         rows, columns = matrix_shape(self.shape)
         count = min(count, rows - first)
-        buffer = bytearray(count * columns * self.dtype.itemsize)
+        found = torch.empty((count, columns), dtype=self.dtype)
+        self.read_into(found, first)
+        return found
+
+    def read_into(self, out: Tensor, first: int) -> None:
+        """Reads rows into a contiguous matrix of the same type, as many as it has.
+
+        Raises:
+            ValueError: the file ends before them.
+        """
+        _, columns = matrix_shape(self.shape)
+        view, done = raw_bytes(out), 0
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + first * columns * self.dtype.itemsize)
-            view, done = memoryview(buffer), 0
-            while done < len(buffer):
+            while done < len(view):
                 part = file.readinto(view[done:])
                 if not part:
                     raise ValueError(f"{str(self.file)!r} ends within a tensor: copy or export it again")
                 done += part
-        if not buffer:
-            return torch.empty((count, columns), dtype=self.dtype)
-        return torch.frombuffer(buffer, dtype=self.dtype).view(count, columns)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

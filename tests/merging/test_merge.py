@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from rlhf_lightning.merging import merge, verify
 from rlhf_lightning.merging.data import estimate_fisher, estimate_products
 from rlhf_lightning.merging.merge import build_method
-from rlhf_lightning.merging.methods import METHODS, base, merge_tensors
+from rlhf_lightning.merging.methods import METHODS, merge_tensors
 from rlhf_lightning.merging.sources import open_source
 from rlhf_lightning.merging.tensor_files import read_header
 
@@ -439,4 +439,3 @@ def test_a_killed_merge_resumes_to_the_same_bytes(folders, tmp_path):
         found = {path.name: path.read_bytes() for path in output.iterdir() if path.suffix == ".safetensors"}
         assert found == expected
         assert verify(output) == []
-    assert base.BLOCK_ELEMENTS == 1 << 22

@@ -434,18 +434,33 @@ def test_scale_0_is_the_base(name):
 def test_kth_largest_is_exact_on_large_tensors(monkeypatch):
     monkeypatch.setattr(magnitude, "_WHOLE", 100)
     monkeypatch.setattr(magnitude, "_SAMPLE", 200)
+    monkeypatch.setattr(base, "BLOCK_ELEMENTS", 999)
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(20_000, generator=generator)
-    values[::7] = 0.5  # many equal ones
-    ordered = values.abs().sort(descending=True).values
+    values = torch.randn(2, 500, 40, generator=generator)
+    values[0].view(-1)[::7] = 0.5  # many equal ones
+    values[1] = values[1].flatten().sort().values.view(500, 40)  # an even sample of sorted rows tells little
+    view = base.view_of(list(values), torch.zeros(500, 40))
     for k in (1, 2, 17, 1000, 4321, 10_000, 19_999, 20_000):
-        found = kth_largest(lambda: iter(values.split(999)), len(values), k)
-        assert found.value == float(ordered[k - 1])
-        assert found.above == int((values.abs() > ordered[k - 1]).sum())
-        assert found.equal == int((values.abs() == ordered[k - 1]).sum())
-    # Sorted values, of which an even sample of each part tells little.
-    found = kth_largest(lambda: iter(ordered.split(999)), len(values), 300)
-    assert found.value == float(ordered[299])
+        for found, model in zip(kth_largest([view], k, 2), values, strict=True):
+            ordered = model.abs().flatten().sort(descending=True).values
+            assert found.value == float(ordered[k - 1])
+            assert found.above == int((model.abs() > ordered[k - 1]).sum())
+            assert found.equal == int((model.abs() == ordered[k - 1]).sum())
+    rows = [base.view_of([v[n : n + 100] for v in values], torch.zeros(100, 40)) for n in range(0, 500, 100)]
+    assert kth_largest(rows, 4321, 2) == kth_largest([view], 4321, 2)
+
+
+def test_differences_that_cancel_take_the_sign_of_the_majority():
+    start = {"w": torch.zeros(6, dtype=torch.float64)}
+    one = torch.tensor([1.0, -1.0, -2.0, -3.0, 0.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([-1.0, -1.0, -2.0, -3.0, 0.0, 4.0], dtype=torch.float64)
+    # Three entries elect minus and one plus, so the first, which cancels, becomes -1 under the paper's convention.
+    these = [{"w": one}, {"w": other}]
+    found = {p: merged(Ties(density=1.0, preset=p), these, start)["w"].tolist() for p in ("paper", "peft", "mergekit")}
+    assert found["paper"] == [-1.0, -1.0, -2.0, -3.0, 0.0, 4.0]
+    assert found["peft"] == found["mergekit"] == [1.0, -1.0, -2.0, -3.0, 0.0, 4.0]
+    third = merged(Ties(density=1.0), [{"w": torch.zeros(6)}, *these], start)["w"].tolist()
+    assert third == found["paper"]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...utils.option_groups import OptionGroup
 
-# Elements of a block: 16 MiB in fp32, which M models, their differences and signs take several times.
-BLOCK_ELEMENTS = 1 << 22
+# Elements of a block: 1 MiB in fp32 for each model, so that a dozen operations on it stay in the processor's caches.
+BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -66,26 +66,34 @@ class Activations(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorView:
-    """One tensor of all models, as blocks that can be read any number of times.
+    """One tensor of all models, whose rows can be read any number of times.
 
     Args:
         name: of the tensor.
         rows: R of the whole tensor.
         columns: C.
-        blocks: yields the blocks in order.
+        num_models: M.
+        read: reads rows, from the first of them and their number.
         activations: of the linear layer that the tensor is the weight of, where the method takes them.
     """
 
     name: str
     rows: int
     columns: int
-    blocks: Callable[[], Iterator[Block]]
+    num_models: int
+    read: Callable[[int, int], Block]
     activations: Activations | None = None
 
     @property
     def elements(self) -> int:
         """Number of elements of the tensor."""
         return self.rows * self.columns
+
+    def blocks(self) -> Iterator[Block]:
+        """Reads all blocks in order."""
+        step = block_rows(self.rows, self.columns)
+        for first in range(0, self.rows, step):
+            yield self.read(first, min(step, self.rows - first))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,21 +160,19 @@ def view_of(
 ) -> TensorView:
     """Makes a view of tensors in memory."""
     rows, columns = matrix_shape(models[0].shape)
-    step = block_rows(rows, columns)
 
-    def part(tensor: Tensor, first: int) -> Tensor:
-        return tensor.reshape(rows, columns)[first : first + step].to(dtype)
+    def part(tensor: Tensor, first: int, count: int) -> Tensor:
+        return tensor.reshape(rows, columns)[first : first + count].to(dtype)
 
-    def blocks() -> Iterator[Block]:
-        for first in range(0, rows, step):
-            yield Block(
-                torch.stack([part(model, first) for model in models]),
-                None if base is None else part(base, first),
-                first,
-                None if fisher is None else torch.stack([part(each, first) for each in fisher]),
-            )
+    def read(first: int, count: int) -> Block:
+        return Block(
+            torch.stack([part(model, first, count) for model in models]),
+            None if base is None else part(base, first, count),
+            first,
+            None if fisher is None else torch.stack([part(each, first, count) for each in fisher]),
+        )
 
-    return TensorView(name, rows, columns, blocks, activations)
+    return TensorView(name, rows, columns, len(models), read, activations)
 
 
 def merge_view(method: Method, view: TensorView, survey: Any = None) -> Iterator[Tensor]:

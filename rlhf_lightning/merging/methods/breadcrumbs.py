@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .base import Block, TensorView
-from .magnitude import Trimmer
+from .magnitude import Trimmer, kth_largest
 from .task_arithmetic import TaskArithmetic
-from .ties import check_density, thresholds_of
+from .ties import check_density
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,10 @@ class Breadcrumbs(TaskArithmetic):
         """Finds the thresholds of outliers and of what is kept."""
         outliers = int(self.gamma * view.elements)
         kept = min(view.elements, outliers + int(self.density * view.elements))
-        return [
-            (Trimmer(low, kept), Trimmer(high, outliers))
-            for low, high in zip(thresholds_of(view, kept), thresholds_of(view, outliers), strict=True)
-        ]
+        low, high = (kth_largest([view], k, view.num_models) for k in (kept, outliers))
+        return [(Trimmer(least, kept), Trimmer(most, outliers)) for least, most in zip(low, high, strict=True)]
 
     def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
         """Keeps the differences between the two thresholds."""
-        deltas_MRC = block.deltas_MRC
-        return torch.stack(
-            [delta * (keeps(delta) & ~drops(delta)) for delta, (keeps, drops) in zip(deltas_MRC, observed, strict=True)]
-        )
+        pairs = zip(block.deltas_MRC, observed, strict=True)
+        return torch.stack([keeps(delta) - drops(delta) for delta, (keeps, drops) in pairs])

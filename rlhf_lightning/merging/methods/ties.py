@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ...utils.validation import check_choice
 from .base import Block, TensorView
-from .magnitude import Threshold, Trimmer, kth_largest
+from .magnitude import Threshold, Trimmer, kth_largest, not_below
 from .task_arithmetic import TaskArithmetic
 
 Preset = Literal["paper", "peft", "mergekit"]
@@ -53,36 +52,58 @@ class SignElection(TaskArithmetic):
             "zero_sign": "majority" if self.preset == "paper" else "positive",
         }
 
-    def elected(self, sparse_MRC: Tensor) -> Tensor:
-        """Returns the sums whose signs are elected, ``(R, C)``."""
-        if self.preset != "mergekit":
-            return sparse_MRC.sum(0)
-        return (sparse_MRC * self.weights_M(sparse_MRC)[:, None, None]).sum(0)
-
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Elects signs and averages the differences of one block that agree."""
         assert block.base_RC is not None
         sparse_MRC = self.sparse(block, view, observed)
-        sign_RC = self.elected(sparse_MRC).sign()
-        sign_RC[sign_RC == 0] = survey.majority if survey is not None else 1.0
-
-        # Weighted differences agree by their own sign where the election counts weights.
-        weights_M11 = self.weights_M(sparse_MRC)[:, None, None]
-        weighted_MRC = sparse_MRC * weights_M11
+        # Weights of 1 cost nothing.
+        weights_M11 = None if self.weights is None else self.weights_M(sparse_MRC)[:, None, None]
+        weighted_MRC = sparse_MRC if weights_M11 is None else sparse_MRC * weights_M11
         voting_MRC = weighted_MRC if self.preset == "mergekit" else sparse_MRC
-        agrees_MRC = (voting_MRC.sign() == sign_RC).to(sparse_MRC.dtype)
-        total_RC = (weighted_MRC * agrees_MRC).sum(0)
-        divisor_RC = (agrees_MRC if self.preset == "peft" else agrees_MRC * weights_M11).sum(0)
-        divisor_RC[divisor_RC == 0] = 1.0
-        return block.base_RC + self.scale * total_RC / divisor_RC
+        votes_RC = voting_MRC.sum(0)
+        sign_RC = torch.where(votes_RC < 0, -1.0, 1.0).to(votes_RC.dtype)
+        if self.preset == "paper":
+            self._resolve(sign_RC, votes_RC, sparse_MRC, survey)
+
+        # Entries of 0 agree with no sign.
+        agrees_MRC = voting_MRC * sign_RC > 0
+        total_RC = torch.where(agrees_MRC, weighted_MRC, 0.0).sum(0)
+        if self.preset == "peft" or weights_M11 is None:
+            divisor_RC = agrees_MRC.sum(0, dtype=total_RC.dtype)
+        else:
+            divisor_RC = (agrees_MRC * weights_M11).sum(0)
+        divisor_RC.masked_fill_(divisor_RC == 0, 1.0)
+        return torch.addcdiv(block.base_RC, total_RC, divisor_RC, value=self.scale)
+
+    def _resolve(self, sign_RC: Tensor, votes_RC: Tensor, sparse_MRC: Tensor, survey: Any) -> None:
+        """Gives entries whose differences cancel exactly the sign of the majority; where all are 0, none matters."""
+        cancel_RC = (votes_RC == 0).logical_and_((sparse_MRC != 0).any(0))
+        if bool(cancel_RC.any()):
+            sign_RC[cancel_RC] = 1.0 if survey is None else survey.majority(self)
 
 
-@dataclass
-class _Survey:
-    """Statistics of the whole model, which the paper's convention needs: thresholds, and the sign of most entries."""
+class Survey:
+    """Statistics of the whole model, which the paper's convention needs.
 
-    thresholds: list[Threshold] = field(default_factory=list)
-    majority: float = 1.0
+    Args:
+        views: all tensors.
+        thresholds: of each model, the magnitude from which differences are kept.
+    """
+
+    def __init__(self, views: Sequence[TensorView], thresholds: list[Threshold]) -> None:
+        self.views = views
+        self.thresholds = thresholds
+        self._majority: float | None = None
+
+    def majority(self, method: Ties) -> float:
+        """Returns the sign that most entries of the model elect; counted when it is first needed, which is rare."""
+        if self._majority is None:
+            votes = 0
+            for view in self.views:
+                for block in view.blocks():
+                    votes += int(method.sparse(block, view, self).sum(0).sign().sum())
+            self._majority = float((votes > 0) - (votes < 0))
+        return self._majority
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,22 +145,9 @@ class Ties(SignElection):
             return None
         views = list(views)
         count = sum(view.elements for view in views)
-        k = count if self.density == 1 else int(self.density * count) + 1
-        found = _Survey()
-        for model in range(num_models):
-            found.thresholds.append(
-                kth_largest(
-                    partial(_deltas, views, model),
-                    count,
-                    min(k, count),
-                )
-            )
-        votes = 0
-        for view in views:
-            for block in view.blocks():
-                votes += int(self.elected(_not_below(block.deltas_MRC, found.thresholds)).sign().sum())
-        found.majority = float((votes > 0) - (votes < 0))
-        return found
+        # The authors' code keeps what is not below the (d - k d)-th smallest: one more than k d.
+        k = min(count, int(self.density * count) + 1)
+        return Survey(views, kth_largest(views, k, num_models))
 
     def observe(self, view: TensorView, survey: Any) -> Any:
         """Finds what is kept of each model's tensor."""
@@ -147,35 +155,21 @@ class Ties(SignElection):
             return survey
         k = int(self.density * view.elements)
         k = max(1, k) if self.preset == "mergekit" else k
-        thresholds = thresholds_of(view, k)
-        return [Trimmer(threshold, k) for threshold in thresholds]
+        return [Trimmer(threshold, k) for threshold in kth_largest([view], k, view.num_models)]
 
     def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
         """Removes the small differences."""
-        if isinstance(observed, _Survey):
-            return _not_below(block.deltas_MRC, observed.thresholds)
-        if self.density == 1:
-            return block.deltas_MRC
         deltas_MRC = block.deltas_MRC
-        return torch.stack([delta * keeps(delta) for delta, keeps in zip(deltas_MRC, observed, strict=True)])
+        if self.density == 1:
+            return deltas_MRC
+        if isinstance(observed, Survey):
+            kept = [not_below(d, t.value) for d, t in zip(deltas_MRC, observed.thresholds, strict=True)]
+        else:
+            kept = [keeps(delta) for delta, keeps in zip(deltas_MRC, observed, strict=True)]
+        return torch.stack(kept)
 
 
 def check_density(density: float) -> None:
     """Raises unless a density is in (0, 1]."""
     if not 0 < density <= 1 or not math.isfinite(density):
         raise ValueError(f"density is {density}; it must be in (0, 1] (0.2 keeps a fifth of the differences)")
-
-
-def thresholds_of(view: TensorView, k: int) -> list[Threshold]:
-    """Finds the k-th largest difference of each model's tensor."""
-    models = len(next(view.blocks()).models_MRC)
-    return [kth_largest(partial(_deltas, [view], model), view.elements, k) for model in range(models)]
-
-
-def _deltas(views: Sequence[TensorView], model: int) -> Iterator[Tensor]:
-    return (block.delta_RC(model) for view in views for block in view.blocks())
-
-
-def _not_below(deltas_MRC: Tensor, thresholds: list[Threshold]) -> Tensor:
-    limits_M11 = deltas_MRC.new_tensor([threshold.value for threshold in thresholds])[:, None, None]
-    return deltas_MRC * (deltas_MRC.abs() >= limits_M11)
