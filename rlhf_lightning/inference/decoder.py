@@ -1,13 +1,13 @@
-"""Runs a model as a decoder with a cache, and probes whether the shared batch layout suits the model.
+"""Runs a model as a decoder with a cache, and probes whether the layouts of caches suit the model.
 
-Legend: N rows of the running batch, P prompts, L tokens of the longest, V vocabulary.
+Legend: N rows of the running batch, Q new tokens, P prompts, L tokens of the longest, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,10 +18,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..models import base_model
-from ..models.own_attention import EAGER, short_reach, using_attention
+from ..models.own_attention import EAGER, is_switchable, short_reach, using_attention
 from .kv_cache import PromptStates, SlotCache
 from .lanes import to_device
+from .planes import WholePlane
 from .projection import computes_in_half
+from .row_cache import RowCache, Rows
 
 # Errors that a model without support for the layout may raise during the probe.
 _UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
@@ -47,7 +49,7 @@ class Decoder:
         self.device = next(model.parameters()).device
         accepted = inspect.signature(base_model(model).forward).parameters
         self._takes_positions = "position_ids" in accepted
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._takes_keep = "logits_to_keep" in accepted
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PromptStates]:
         """Computes prompts, padded on the left to the longest.
@@ -67,25 +69,61 @@ class Decoder:
         places_PL = torch.arange(width, device=self.device) - width + lengths_P1
         mask_PL = (places_PL >= 0).long() if min(map(len, prompts)) < width else None
         cache = DynamicCache()
-        logits_PV = self._forward(input_ids_PL, mask_PL, places_PL.clamp(min=0), cache)
+        given = {"attention_mask": mask_PL, "position_ids": places_PL.clamp(min=0)}
+        logits_PV = self._forward(input_ids_PL, cache, given)[:, -1]
         layers: list[Any] = cache.layers
         return logits_PV, [(layer.keys, layer.values) for layer in layers]
 
-    def step(self, tokens_N: Tensor, cache: SlotCache) -> Tensor:
-        """Computes one more token of every row; returns the scores after it, ``(N, V)``."""
-        cache.prepare()
-        logits_NV = self._forward(tokens_N[:, None], cache.mask(), cache.positions(), cache)
-        cache.end += 1
+    def step(self, tokens_N: Tensor, cache: SlotCache | Rows, alive_N: Tensor | None = None) -> Tensor:
+        """Computes one more token of every row; returns the scores after it, ``(N, V)``.
+
+        Args:
+            tokens_N: the tokens, on the device.
+            cache: its rows.
+            alive_N: the rows that take their token, where some do not; ``Rows`` only.
+        """
+        if isinstance(cache, SlotCache):
+            logits_NV = self._forward(tokens_N[:, None], cache, cache.begin())[:, -1]
+            cache.advance()
+        else:
+            logits_NV = self._forward(tokens_N[:, None], cache, cache.begin(alive_N=alive_N))[:, -1]
+            cache.advance(alive_N=alive_N)
         return logits_NV
 
-    def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        arguments = dict(self._options)
-        if self._takes_positions:
-            arguments["position_ids"] = positions
-        output = self.model(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **arguments
-        )
-        logits: Tensor = output.logits[:, -1]
+    def extend(self, tokens: Sequence[Sequence[int]], cache: Rows) -> Tensor:
+        """Computes several more tokens of every row in one forward.
+
+        Args:
+            tokens: the next tokens of each row, any number of them for each, but at least one for some row.
+            cache: its rows, which become longer by them; ``cache.rollback`` takes tokens back.
+
+        Returns:
+            ``(N, Q, V)``, Q the largest number of tokens: the scores after each row's tokens, which begin at index 0;
+            what follows a shorter row's last is arbitrary.
+        """
+        counts = [len(row) for row in tokens]
+        most = max(counts)
+        table = np.zeros((len(counts), 2 * most), dtype=np.int64)
+        for row, (count, new) in enumerate(zip(counts, tokens, strict=True)):
+            table[row, most - count : most] = new
+            # Where the scores after each token are, as padding is on the left.
+            table[row, most:] = (np.arange(most) + most - count).clip(max=most - 1)
+        input_ids_NQ, source_NQ = to_device(table, self.device).split(most, dim=1)
+        logits_NQV = self._forward(input_ids_NQ, cache, cache.begin(counts), keep=most)[:, -most:]
+        cache.advance(counts)
+        if min(counts) == most:
+            return logits_NQV
+        return logits_NQV.gather(1, source_NQ[..., None].expand_as(logits_NQV))
+
+    def _forward(self, input_ids: Tensor, cache: Cache, given: dict[str, Any], keep: int = 1) -> Tensor:
+        """The scores after the last tokens, at least ``keep`` of them."""
+        arguments = dict(given)
+        if not self._takes_positions:
+            arguments.pop("position_ids")
+        if self._takes_keep:
+            arguments["logits_to_keep"] = keep
+        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments)
+        logits: Tensor = output.logits
         return logits
 
     def agrees(self) -> bool:
@@ -94,47 +132,71 @@ class Decoder:
         Probed once per model and attention function, on a few tokens: masks, positions and caches are the model's own
         code, and some models (recurrent layers, custom caches) cannot share a batch this way.
         """
+        return self._known("slots", self._probe)
+
+    def agrees_in_rows(self) -> bool:
+        """Whether the same holds of ``Rows``, several tokens at once and rollbacks included.
+
+        To be called within ``using_attention(model, register_attention())``; models whose layers do not look up their
+        attention by name do not agree.
+        """
+        return is_switchable(base_model(self.model)) and self._known("rows", self._probe_rows)
+
+    def _known(self, layout: str, probe: Callable[[PreTrainedModel], float]) -> bool:
         model = base_model(self.model)
         known = _PROBED.setdefault(model, {})
-        attention = str(getattr(model.config, "_attn_implementation", None))
-        if attention not in known:
+        name = f"{layout} {getattr(model.config, '_attn_implementation', None)}"
+        if name not in known:
             try:
-                error = self._probe(model)
+                error = probe(model)
             except _UNSUPPORTED:
                 error = math.inf
             if math.isnan(error):
                 return True  # broken weights say nothing about the layout; sampling reports them
-            known[attention] = error <= 1.0
-        return known[attention]
+            known[name] = error <= 1.0
+        return known[name]
 
     def _probe(self, model: PreTrainedModel) -> float:
-        """The error of the shared layout on two short rows, as a multiple of the tolerated rounding error."""
+        """The error of rows that end at one column, on two short rows."""
         window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
         length = 4 if window > 64 else 4 + window  # past the window, where that costs nothing
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        first = [(3 + 7 * i) % vocabulary for i in range(length + 3)]
-        # A padding token within a prompt, since some models compute positions or masks from it.
-        first[1] = special_token(model)
-        second = [(5 + 11 * i) % vocabulary for i in range(4)]
-        expected = torch.cat((self._reference(first)[-4:], self._reference(second)[-3:]))
+        first, second = _probed_tokens(model, length + 3)
+        tokens = torch.tensor((first[length:], [0, *second[2:4]]), device=self.device)
 
         # As in sampling: two prompts, and the shorter one joins a step later.
         logits_PV, prompts = self.prefill([first[:length], second[:2]])
         cache = SlotCache(prompts, num_rows=2, num_columns=length + 4)
         cache.admit(prompts, 0, length, copies=1)
-        tokens = torch.tensor((first[length:], [0, *second[2:]]), device=self.device)
         first_rows, second_rows = [logits_PV[0], self.step(tokens[:1, 0], cache)[0]], [logits_PV[1]]
         cache.admit(prompts, 1, 2, copies=1)
         for i in (1, 2):
             logits_NV = self.step(tokens[:, i], cache)
             first_rows.append(logits_NV[0])
             second_rows.append(logits_NV[1])
+        expected = torch.cat((self._reference(first)[-4:], self._reference(second[:4])[-3:]))
+        return _error(torch.stack(first_rows + second_rows), expected, model)
 
-        # Relative to the spread of the logits, since their scale differs between models.
-        tolerance = 0.1 if computes_in_half(model) else 1e-3
-        error = (torch.stack(first_rows + second_rows).double() - expected.double()).square().mean().sqrt()
-        spread = (expected.double() - expected.double().mean(-1, keepdim=True)).square().mean().sqrt()
-        return float(error / (tolerance * spread))
+    def _probe_rows(self, model: PreTrainedModel) -> float:
+        """The error of rows of their own lengths, on two short rows, with windows as they are and shortened."""
+        error = self._probe_two_rows(model)
+        with short_reach(model):
+            return max(error, self._probe_two_rows(model))
+
+    def _probe_two_rows(self, model: PreTrainedModel) -> float:
+        first, second = _probed_tokens(model, 9)
+        logits_PV, prompts = self.prefill([first[:4], second[:2]])
+        cache = RowCache(WholePlane, num_rows=2, num_columns=12)
+        cache.admit(prompts, 0, 4, copies=1)
+        found = [logits_PV, self.step(torch.tensor(first[4:5], device=self.device), cache)]
+        cache.admit(prompts, 1, 2, copies=1)
+
+        # Several tokens at once, wrong ones among them, which are taken back.
+        one, other = self.extend([[*first[5:7], 0], second[2:4]], cache)
+        cache.rollback([1, 0])
+        found += [one[:2], other[:2], self.step(torch.tensor([first[7], second[4]], device=self.device), cache)]
+        of_first, of_second = self._reference(first), self._reference(second)
+        expected = (of_first[3:4], of_second[1:2], of_first[4:7], of_second[2:4], of_first[7:8], of_second[4:5])
+        return _error(torch.cat(found), torch.cat(expected), model)
 
     def looks_back(self) -> bool:
         """Whether the logits after a token do not depend on later tokens; probed once per model."""
@@ -164,3 +226,20 @@ class Decoder:
             output = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
         logits: Tensor = output.logits[0]
         return logits
+
+
+def _probed_tokens(model: PreTrainedModel, length: int) -> tuple[list[int], list[int]]:
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    first = [(3 + 7 * i) % vocabulary for i in range(length)]
+    # A padding token within a prompt, since some models compute positions or masks from it.
+    first[1] = special_token(model)
+    return first, [(5 + 11 * i) % vocabulary for i in range(length)]
+
+
+def _error(found: Tensor, expected: Tensor, model: PreTrainedModel) -> float:
+    """The error of logits, as a multiple of the tolerated rounding error."""
+    # Relative to the spread of the logits, since their scale differs between models.
+    tolerance = 0.1 if computes_in_half(model) else 1e-3
+    error = (found.double() - expected.double()).square().mean().sqrt()
+    spread = (expected.double() - expected.double().mean(-1, keepdim=True)).square().mean().sqrt()
+    return float(error / (tolerance * spread))

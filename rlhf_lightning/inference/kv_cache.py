@@ -116,11 +116,17 @@ class SlotCache(Cache):
         self._starts_R1 = None
         self.num_rows = len(order)
 
-    def prepare(self) -> None:
-        """Prepares a step: drops columns that no row needs any more and makes room for one more."""
+    def begin(self) -> dict[str, Any]:
+        """Prepares a forward of one more token; returns its arguments besides the tokens and the cache itself."""
+        # Columns that no row needs any more are dropped, and there must be room for one more.
         self.base = int(self.starts[: self.num_rows].min())
         if self.end == self.num_columns:
             self._shift_to(self.end - self.base)
+        return {"attention_mask": self._mask(), "position_ids": self.end - self._device_starts()}
+
+    def advance(self) -> None:
+        """Makes every row longer by the token that a forward has computed."""
+        self.end += 1
 
     def _shift_to(self, end: int) -> None:
         """Moves all columns in use so that the next one to be written is ``end``."""
@@ -135,7 +141,7 @@ class SlotCache(Cache):
         self.base += shift
         self.end = end
 
-    def mask(self) -> Tensor | None:
+    def _mask(self) -> Tensor | None:
         """``(rows, columns in use + 1)``, 1 = the row's own token; ``None`` where no row is padded."""
         if (self.starts[: self.num_rows] == self.base).all():
             return None
@@ -144,10 +150,6 @@ class SlotCache(Cache):
         starts_R1 = self._device_starts()
         columns = torch.arange(self.base, self.end + 1, device=starts_R1.device)
         return (columns >= starts_R1).long()
-
-    def positions(self) -> Tensor:
-        """Number of each row's own tokens, which is the position of its next one, ``(rows, 1)``."""
-        return self.end - self._device_starts()
 
     def _device_starts(self) -> Tensor:
         if self._starts_R1 is None:

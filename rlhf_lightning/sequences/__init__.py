@@ -2,6 +2,7 @@
 
 from .batch import PaddedBatch, SequenceBatch, pack
 from .branching import grow_tree, shared_length, split_answer, unfold_tree, with_answer
+from .cached_rows import CachedRows
 from .example import Example, ExampleBatch, Segment, distinct_segments
 from .geometry import TreeGeometry
 from .micro_batch_plan import example_cost, plan_micro_batches
@@ -20,6 +21,7 @@ __all__ = [
     "ATTENTION_NAME",
     "ATTENTION_NAMES",
     "AttentionKernel",
+    "CachedRows",
     "Example",
     "ExampleBatch",
     "PaddedBatch",

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from .cached_rows import CachedRows
 from .cascade import cascade_attention, flash_applies, plain_applies
 from .flex_attention import flex_tree_attention
 from .geometry import TreeGeometry
@@ -45,6 +46,7 @@ ATTENTION_NAMES: Final[dict[AttentionKernel, str]] = {
     kernel: ATTENTION_NAME if kernel == "auto" else f"{ATTENTION_NAME}_{kernel}" for kernel in ATTENTION_KERNELS
 }
 
+_FEW_QUERIES = 16  # per row, for which heads are folded
 _LEAST_FLEX_SIZE = 16  # of a head, in FlexAttention's products
 
 
@@ -57,6 +59,7 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     tree: TreeGeometry | None = None,
+    cached_rows: CachedRows | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -64,17 +67,18 @@ def tree_attention(
     kernel: AttentionKernel = "auto",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Computes attention of a packed forest, or plain scaled-dot-product attention where no ``tree`` is given.
+    """Computes attention of a packed forest or of rows with a cache, or plain scaled-dot-product attention.
 
     Args:
         module: the attention layer.
         query: ``(1, H, T, D)`` packed, or ``(batch, H, queries, D)``.
-        key: ``(1, K, T, D)`` packed.
-        value: ``(1, K, T, D)`` packed.
-        attention_mask: not read where ``tree`` is given.
+        key: ``(1, K, T, D)`` packed, or ``(batch, K, columns, D)``.
+        value: ``(1, K, T, D)`` packed, or ``(batch, K, columns, D)``.
+        attention_mask: not read where ``tree`` or ``cached_rows`` is given.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores; the head size to the power -1/2 by default.
         tree: the geometry of the packed batch.
+        cached_rows: the geometry of new tokens in rows with a cache.
         sliding_window: a query sees keys less than this many positions before it, along its own path.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: ``(H,)`` attention sinks: one more logit per head that takes weight and gives no value.
@@ -90,6 +94,10 @@ def tree_attention(
         RuntimeError: FlexAttention would have to be compiled for more kinds of layers than torch compiles.
     """
     _check_keywords(kwargs)
+    if cached_rows is not None:
+        _check_mask(attention_mask)
+        mask = cached_rows.mask(sliding_window, query.dtype)
+        return _folded(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
     if tree is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if query.shape[2] == 1 and dropout == 0:
@@ -98,9 +106,7 @@ def tree_attention(
             out = _plain(query, key, value, attention_mask, dropout, scaling, softcap, s_aux, causal)
         return out.transpose(1, 2).contiguous(), None
 
-    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.numel() != 1):
-        raise NotImplementedError("the layer makes an attention mask of its own, which a packed forest does not read")
-
+    _check_mask(attention_mask)
     cast = _as_autocast(query, key, value)
     chosen = _kernel_for(kernel, *cast, dropout, softcap, s_aux)
     if chosen == "cascade":
@@ -190,6 +196,12 @@ def _check_keywords(keywords: dict[str, Any]) -> None:
             raise NotImplementedError(f"the layer passes {name!r}, which this attention does not know")
 
 
+def _check_mask(mask: Tensor | None) -> None:
+    """Refuses any mask but the one element that stands for none, which mask creation leaves as it is."""
+    if mask is not None and (mask.dtype != torch.bool or mask.numel() != 1):
+        raise NotImplementedError("the layer makes an attention mask of its own, which the geometry replaces")
+
+
 def gather_rows(states: Tensor, index: Tensor) -> Tensor:
     """Gathers rows of a tensor: ``(rows, ...), (...) -> (*index.shape, ...)``.
 
@@ -217,7 +229,8 @@ def _folded(
 ) -> Tensor:
     """Computes attention of a few queries over a cache: ``(N, H, Q, D) -> (N, H, Q, D)``.
 
-    Heads that share keys become further queries of one head, so that keys and values are read once and never repeated.
+    Heads that share keys become further queries of one head, so that keys and values are read once and not repeated.
+    With many queries the mask, which is repeated instead, would be the larger of the two.
 
     Args:
         query: ``(N, H, Q, D)``.
@@ -229,6 +242,8 @@ def _folded(
         sinks: see ``tree_attention``.
     """
     rows, heads, length, size = query.shape
+    if length > _FEW_QUERIES:
+        return _plain(query, key, value, mask, 0.0, scaling, softcap, sinks, False)
     shared, repeats = key.shape[1], heads // key.shape[1]
     if mask is not None and repeats > 1 and (mask.shape[1] > 1 or length > 1):
         groups = shared if mask.shape[1] > 1 else 1
