@@ -189,6 +189,10 @@ class Strategy:
     ) -> None:
         self.engine = engine
         self.scorer = scorer
+        # Scorers that read the policy's tokens compare its tokenizer with their own.
+        attach = getattr(scorer, "attach", None)
+        if callable(attach):
+            attach(engine)
         self.sampling = sampling or SamplingParams()
         self.budget = budget or Budget()
 

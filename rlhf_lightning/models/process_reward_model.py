@@ -199,12 +199,19 @@ class ProcessRewardModel(HeadedModel):
     # Scoring.
 
     def sequence_values(self, batch: SequenceBatch, layout: Layout) -> Sequence[Tensor]:
-        """Returns per sequence the scored tokens' probabilities of being right and boundary logits: ``(n, 2)``."""
+        """Reads every scored token of each sequence: ``(n, 3)``.
+
+        The columns are the probability that its step is right, the logit of a step ending there (1 where the model
+        does not predict it), and the probability that the whole solution is right (NaN where it does not predict that).
+        """
         states_ND = self._scored_states(hidden_states(self.model, batch, layout), batch)
         scores_N = self._step_logits(states_ND).sigmoid()
         ends_N = self._read(states_ND, "boundary") if self.options.learns_boundaries else torch.ones_like(scores_N)
-        both_N2 = torch.stack([scores_N, ends_N], dim=1)
-        return torch.split(both_N2, batch.scored_lengths().tolist())
+        outcome_N = torch.full_like(scores_N, torch.nan)
+        if self.options.outcome_head:
+            outcome_N = self._read(states_ND, "outcome").sigmoid().to(scores_N)
+        columns_N3 = torch.stack([scores_N, ends_N.to(scores_N), outcome_N], dim=1)
+        return torch.split(columns_N3, batch.scored_lengths().tolist())
 
     def encode(self, prompt: Text, completion: Solution, template: Mapping[str, Any] | None = None) -> Segment:
         """Tokenizes a prompt with a solution, weighted at the ends of its steps, or everywhere if these are predicted.
@@ -297,7 +304,7 @@ class ProcessRewardModel(HeadedModel):
 
 def _at_ends(values: Tensor, find_ends: bool) -> list[float]:
     """Returns the probabilities at all given ends of steps, or at the predicted ends and the last token."""
-    scores, ends = values.unbind(dim=1)
+    scores, ends = values[:, 0], values[:, 1]
     if find_ends:
         is_end = ends > 0
         is_end[-1] = True

@@ -81,3 +81,76 @@ def grouped(trees: Sequence[Segment], budget: int) -> tuple[list[Example], list[
         children = root.children or tuple(trees[n].children[0] for n in numbers)
         examples.append(Example(f"group:{group}", Segment(root.tokens, root.weights, children)))
     return examples, [numbers for _, numbers in groups]
+
+
+def prefix_examples(trees: Sequence[Segment], budget: int) -> tuple[list[Example], list[list[list[int]]]]:
+    """Builds trees in which completions of a prompt share all tokens that they begin with.
+
+    The last token of every completion is a leaf of its own, also where another completion goes on after it, so that
+    each is the end of one sequence.
+
+    Args:
+        trees: prompts with one completion each.
+        budget: tokens per micro-batch, above 0: a tree's completions without sharing.
+
+    Returns:
+        The examples, and for each of their sequences, in order, its positions in ``trees``: several where completions
+        are equal.
+    """
+    by_prompt: dict[bytes, dict[tuple[int, ...], list[int]]] = {}
+    prompts: dict[bytes, Segment] = {}
+    for number, tree in enumerate(trees):
+        key = tree.tokens.tobytes()
+        prompts.setdefault(key, tree)
+        tokens = tuple(tree.children[0].tokens.tolist())
+        by_prompt.setdefault(key, {}).setdefault(tokens, []).append(number)
+    examples: list[Example] = []
+    numbers: list[list[list[int]]] = []
+    for key, completions in by_prompt.items():
+        # Sorted, so that those that share much are in one tree.
+        waiting = sorted(completions)
+        while waiting:
+            size = len(prompts[key].tokens)
+            taken: list[tuple[int, ...]] = []
+            while waiting and (not taken or size + len(waiting[0]) <= budget):
+                size += len(waiting[0])
+                taken.append(waiting.pop(0))
+            leaves: list[list[int]] = []
+            children = _branches(taken, 0, completions, leaves)
+            examples.append(Example(f"prefixes:{len(examples)}", Segment(prompts[key].tokens, None, children)))
+            numbers.append(leaves)
+    return examples, numbers
+
+
+def _branches(
+    sequences: Sequence[tuple[int, ...]],
+    start: int,
+    places: Mapping[tuple[int, ...], list[int]],
+    leaves: list[list[int]],
+) -> tuple[Segment, ...]:
+    """Builds the segments of sorted sequences from a position on; notes the places of leaves, depth first."""
+    found = []
+    index = 0
+    while index < len(sequences):
+        first = sequences[index]
+        # A sequence that ends with its next token is a leaf; others with that token continue next to it.
+        if len(first) == start + 1:
+            same = [first]
+        else:
+            same = [s for s in sequences[index:] if len(s) > start + 1 and s[start] == first[start]]
+        index += len(same)
+        if len(same) == 1:
+            leaves.append(places[first])
+            found.append(Segment(list(first[start:]), [1.0] * (len(first) - start)))
+            continue
+        end = min(_common(same[0], same[-1], start), min(map(len, same)) - 1)
+        found.append(Segment(list(first[start:end]), None, _branches(same, end, places, leaves)))
+    return tuple(found)
+
+
+def _common(one: Sequence[int], other: Sequence[int], start: int) -> int:
+    """Returns the position at which two sequences first differ; of sorted ones, all between share as much."""
+    end = start
+    while end < min(len(one), len(other)) and one[end] == other[end]:
+        end += 1
+    return end

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from transformers import AutoConfig
-
+from ..inference.text_scorers import DTYPES, Dtype, exactly, load_scorer, move, row_templates
 from ..losses.process_reward import Aggregation
-from ..models import ProcessRewardModel, RewardModel
+from ..models import ProcessRewardModel
 from ..models.loading import locate
-from ..models.reward_head import read_head_options, read_head_state
 from ..utils.validation import check_choice, check_count, check_not_negative
-from .scorers import PackedScorer, PaddedScorer, exactly, move, row_templates
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class RewardModelReward:
@@ -64,29 +53,16 @@ class RewardModelReward:
     ) -> None:
         check_not_negative("uncertainty_penalty", uncertainty_penalty, "0 is the ensemble's plain mean")
         check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
-        check_choice("dtype", dtype, _DTYPES)
+        check_choice("dtype", dtype, DTYPES)
         self.uncertainty_penalty = uncertainty_penalty
-        model = locate(model, what="reward model")
-        options, labels = _reward_options(model)
-        chosen = _label_weights(model, labels, label, options)
-        self.scorer: PackedScorer | PaddedScorer
-        if options is None:
-            self.scorer = PaddedScorer(model, chosen.index(1.0), micro_batch_tokens, _DTYPES[dtype])
-        else:
-            given: dict[str, Any] = {"attributes": labels, "attribute_weights": chosen}
-            given |= {"dtype": _DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
-            self.scorer = PackedScorer(RewardModel.from_pretrained(model, **given))
+        self.scorer = load_scorer(
+            model, label=label, micro_batch_tokens=micro_batch_tokens, dtype=DTYPES[dtype], penalty=uncertainty_penalty
+        )
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        members = 1 if options is None else int(options.get("num_models", 1))
-        if uncertainty_penalty and members == 1:
-            raise ValueError(
-                f"uncertainty_penalty is {uncertainty_penalty}, but {model!r} is no ensemble: use 0, or train a "
-                "RewardModule with num_models=4"
-            )
 
     def attach(self, module: Any) -> None:
         """Moves to a policy's device, and checks whether both tokenizers agree."""
-        self.scorer.attach(module)
+        self.scorer.attach(module.device, module.tokenizer)
 
     def __call__(
         self,
@@ -155,10 +131,10 @@ class ProcessModelReward:
         dtype: Dtype = "float32",
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        check_choice("dtype", dtype, _DTYPES)
+        check_choice("dtype", dtype, DTYPES)
         options: dict[str, Any] = {} if aggregation is None else {"aggregation": aggregation}
         model = locate(model, what="process reward model")
-        options |= {"dtype": _DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
+        options |= {"dtype": DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
         self.model = ProcessRewardModel.from_pretrained(model, **options)
         self.step_separator = self.model.options.step_separator
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
@@ -238,45 +214,3 @@ class ProcessModelSteps(ProcessModelReward):
     ) -> Sequence[Any]:
         steps = self.model.score_steps(prompts, completions, templates)
         return [[score - self.baseline for score in scores] for scores in steps]
-
-
-# Folders.
-
-
-def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The head options of a folder that ``RewardModel`` can load (``None`` for others), and its outputs' names."""
-    stored = read_head_options(folder)
-    if stored:
-        if stored.get("method") != RewardModel.method:
-            raise ValueError(
-                f"{folder!r} holds a {stored.get('method')} model, no reward model: a process reward model is used by "
-                "ProcessModelReward or ProcessModelSteps"
-            )
-        return stored, list(stored["attributes"])
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder!r} holds no model ({str(error).splitlines()[0]}): give a reward model") from error
-    architecture = str((getattr(config, "architectures", None) or ["unknown architecture"])[0])
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ValueError(
-            f"{folder!r} holds no reward model but a {architecture}: give what RewardModule exported, or a sequence "
-            "classifier"
-        )
-    labels = [str(config.id2label[n]) for n in sorted(config.id2label)]
-    return ({} if read_head_state(folder) else None), labels
-
-
-def _label_weights(
-    folder: str, labels: Sequence[str], label: str | None, options: Mapping[str, Any] | None
-) -> list[float]:
-    """The weight of each output in the reward."""
-    if label is not None:
-        if label not in labels:
-            raise ValueError(f"label is {label!r}; the outputs of {folder!r} are {', '.join(labels)}")
-        return [float(name == label) for name in labels]
-    if options and "attribute_weights" in options:
-        return [float(weight) for weight in options["attribute_weights"]]
-    if len(labels) > 1:
-        raise ValueError(f"the classifier {folder!r} has the outputs {', '.join(labels)}: name one with label=")
-    return [1.0]

@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from ..data.final_answer import final_answer
+from ..data.numbers_in_text import strip_marks
 from ._columns import read_column
 from ._line_worker import LineWorker, LineWorkerDiedError
 from ._math_worker import WORD
 from ._time_limit import CallTimeoutError
-from .exact_answer import final_answer
-from .numbers_in_text import strip_marks
 
 _MINUS: Final = "\N{MINUS SIGN}"
 _SCRIPT: Final = Path(__file__).with_name("_math_worker.py")

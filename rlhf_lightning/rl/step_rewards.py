@@ -7,7 +7,6 @@ Legend: E prompts, G completions of each, S trained completions, N their tokens,
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..distributed.collectives import gather_rows
 from ..inference import Completion
-from ..inference.completion import decode
+from ..inference.step_ends import step_ends
 from .advantages import ScaleRewards, gae, group_advantages
 
 StepsAtTokens = list[tuple[int, float]]  # (the token at which a step ends, its reward)
@@ -35,25 +34,8 @@ def place_steps(
     """
     if not rewards:
         return []
-    last = len(completion.token_ids) - 1
-    ends: list[int] = []
-    end = 0
-    for part in completion.text.split(separator):
-        end += len(part) + len(separator)
-        if part:
-            ends.append(_token_at(completion, end, tokenizer))
-    ends[-1] = last
+    ends = step_ends(completion.token_ids, completion.text, separator, tokenizer)
     return list(zip(ends, rewards, strict=True))
-
-
-def _token_at(completion: Completion, end: int, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Returns the index of the token that completes the first ``end`` characters of the text."""
-    text, tokens = completion.text[:end], completion.token_ids
-
-    def is_there(count: int) -> bool:
-        return decode(tokenizer, tokens[:count]).startswith(text)
-
-    return min(max(bisect_left(range(len(tokens)), True, key=is_there), 1), len(tokens)) - 1
 
 
 def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], completion_index_S: Tensor, lengths_S: Tensor) -> Tensor:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rlhf_lightning.data.final_answer import final_answer
 from rlhf_lightning.data.tasks import open_task
-from rlhf_lightning.rewards.exact_answer import exact_answer, final_answer
+from rlhf_lightning.rewards.exact_answer import exact_answer
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,29 @@
-"""Scorers of prompts with completions for learned rewards: our reward models, packed, and any others, padded."""
+"""Reward models that score prompts with completions, as texts or tokens: our own, packed, and any others, padded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.chat_template import ChatTemplate, with_turn
-from ..inference.completion import decode
 from ..models import RewardModel, num_positions
-from ..models.reward_head import with_padding_token
+from ..models.loading import locate
+from ..models.reward_head import read_head_options, read_head_state, with_padding_token
 from ..models.scoring import check_length
 from ..sequences import Segment
+from .completion import decode
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class PackedScorer:
@@ -27,12 +35,17 @@ class PackedScorer:
         self._other: PreTrainedTokenizerBase | None = None
         self._same_tokens = False
 
-    def attach(self, policy: Any) -> None:
+    @property
+    def num_members(self) -> int:
+        """Number of members of an ensemble; 1 for any other model."""
+        return self.model.options.num_models
+
+    def attach(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Moves to a policy's device, and checks whether both tokenizers agree."""
-        move(self.model, policy.device)
-        if self._other is not policy.tokenizer:
-            self._other = policy.tokenizer
-            self._same_tokens = _same_tokens(self.rows.tokenizer, policy.tokenizer)
+        move(self.model, device)
+        if self._other is not tokenizer:
+            self._other = tokenizer
+            self._same_tokens = tokenizer is not None and same_tokens(self.rows.tokenizer, tokenizer)
 
     def encode(
         self,
@@ -41,12 +54,24 @@ class PackedScorer:
         template: dict[str, Any],
         prompt_ids: Sequence[int] | None,
         completion_ids: Sequence[int] | None,
+        *,
+        ended: bool = True,
     ) -> Segment:
-        """Encodes a prompt with a completion, ended as in training."""
+        """Encodes a prompt with a completion: ended as in training, or as it is so far.
+
+        Raises:
+            ValueError: it is too long, or not ended and of other tokens than the reward model's.
+        """
         sampled = self._same_tokens and prompt_ids is not None and completion_ids is not None
         if not sampled or decode(self.rows.tokenizer, completion_ids or ()) != completion:
+            if not ended:
+                raise ValueError(
+                    "a partial solution is scored in the policy's own tokens, and the reward model has another "
+                    "tokenizer: score whole solutions (BestOfN), or train a reward model on the policy"
+                )
             return self.model.encode(prompt, completion, template)
-        ids = self.rows.ended(completion_ids or (), chat=not isinstance(prompt, str), template=template)
+        ids = list(completion_ids or ())
+        ids = self.rows.ended(ids, chat=not isinstance(prompt, str), template=template) if ended else ids
         tree = Segment(list(prompt_ids or ()), None, (Segment(ids, [1.0] * len(ids)),))
         self.model.check_length(tree)
         return tree
@@ -83,12 +108,16 @@ class PaddedScorer:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.output, self.budget = output, budget
 
-    def attach(self, policy: Any) -> None:
-        """Moves to a policy's device."""
-        move(self.model, policy.device)
+    num_members = 1
 
-    def encode(self, prompt: Any, completion: str, template: dict[str, Any], *ids: Any) -> dict[str, list[int]]:
-        """Tokenizes a pair of texts, or a chat."""
+    def attach(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Moves to a policy's device."""
+        move(self.model, device)
+
+    def encode(
+        self, prompt: Any, completion: str, template: dict[str, Any], *ids: Any, ended: bool = True
+    ) -> dict[str, list[int]]:
+        """Tokenizes a pair of texts, or a chat; a classifier reads a partial solution as if it were whole."""
         if isinstance(prompt, str):
             encoded = self.tokenizer(prompt, completion, verbose=False)
         elif self.tokenizer.chat_template is None:
@@ -149,6 +178,87 @@ def exactly(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Tells whether two tokenizers have the same tokens, end and chat template."""
     same_chat = one.chat_template == other.chat_template
     return same_chat and one.eos_token_id == other.eos_token_id and one.get_vocab() == other.get_vocab()
+
+
+# Folders.
+
+
+def load_scorer(
+    model: str, *, label: str | None, micro_batch_tokens: int, dtype: torch.dtype, penalty: float
+) -> PackedScorer | PaddedScorer:
+    """Loads a reward model, or any sequence classifier.
+
+    Args:
+        model: folder or hub id.
+        label: name of the output to use, of several.
+        micro_batch_tokens: tokens per forward.
+        dtype: of the weights.
+        penalty: standard deviations of an ensemble that will be subtracted; above 0 it must be one.
+
+    Raises:
+        ValueError: the folder holds no reward model, or an option does not fit it.
+    """
+    model = locate(model, what="reward model")
+    options, labels = _reward_options(model)
+    chosen = _label_weights(model, labels, label, options)
+    scorer: PackedScorer | PaddedScorer
+    if options is None:
+        scorer = PaddedScorer(model, chosen.index(1.0), micro_batch_tokens, dtype)
+    else:
+        given: dict[str, Any] = {"attributes": labels, "attribute_weights": chosen}
+        given |= {"dtype": dtype, "micro_batch_tokens": micro_batch_tokens}
+        scorer = PackedScorer(RewardModel.from_pretrained(model, **given))
+    check_ensemble(model, scorer.num_members, penalty)
+    return scorer
+
+
+def check_ensemble(model: str, members: int, penalty: float) -> None:
+    """Raises if an uncertainty penalty is asked of a model that is no ensemble."""
+    if penalty and members == 1:
+        raise ValueError(
+            f"uncertainty_penalty is {penalty}, but {model!r} is no ensemble: use 0, or train a RewardModule with "
+            "num_models=4"
+        )
+
+
+def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The head options of a folder that ``RewardModel`` can load (``None`` for others), and its outputs' names."""
+    stored = read_head_options(folder)
+    if stored:
+        if stored.get("method") != RewardModel.method:
+            raise ValueError(
+                f"{folder!r} holds a {stored.get('method')} model, no reward model: a process reward model is used by "
+                "ProcessModelReward or ProcessModelSteps"
+            )
+        return stored, list(stored["attributes"])
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder!r} holds no model ({str(error).splitlines()[0]}): give a reward model") from error
+    architecture = str((getattr(config, "architectures", None) or ["unknown architecture"])[0])
+    if not architecture.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"{folder!r} holds no reward model but a {architecture}: give what RewardModule exported, or a sequence "
+            "classifier"
+        )
+    labels = [str(config.id2label[n]) for n in sorted(config.id2label)]
+    return ({} if read_head_state(folder) else None), labels
+
+
+def _label_weights(
+    folder: str, labels: Sequence[str], label: str | None, options: Mapping[str, Any] | None
+) -> list[float]:
+    """The weight of each output in the reward."""
+    if label is not None:
+        if label not in labels:
+            raise ValueError(f"label is {label!r}; the outputs of {folder!r} are {', '.join(labels)}")
+        return [float(name == label) for name in labels]
+    if options and "attribute_weights" in options:
+        return [float(weight) for weight in options["attribute_weights"]]
+    if len(labels) > 1:
+        raise ValueError(f"the classifier {folder!r} has the outputs {', '.join(labels)}: name one with label=")
+    return [1.0]

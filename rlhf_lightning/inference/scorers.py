@@ -1,0 +1,264 @@
+"""Scorers of whole and partial solutions by reward models and process reward models.
+
+A scorer reads the policy's own tokens where the scoring model has the policy's tokenizer, so that nothing is encoded
+again, and computes a prompt, and what solutions of it begin with in common, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.text_tokens import encode
+from ..losses.process_reward import Aggregation
+from ..models import ProcessRewardModel, RewardModel
+from ..models.loading import locate
+from ..models.scoring import prefix_examples
+from ..sequences import Example, Segment
+from ..utils.validation import check_choice, check_count, check_not_negative
+from .completion import decode
+from .step_ends import step_ends
+from .strategy import Candidate, Scores
+from .text_scorers import (
+    DTYPES,
+    Dtype,
+    PackedScorer,
+    PaddedScorer,
+    check_ensemble,
+    exactly,
+    load_scorer,
+    move,
+    same_tokens,
+)
+
+
+class RewardScorer:
+    """Scores solutions by an outcome reward model.
+
+    An ensemble's score is its mean less ``uncertainty_penalty`` standard deviations over its members (Coste et al.,
+    2023, arXiv:2310.02743). A whole solution is read with its end, as in training; a partial one as it is so far,
+    which only a reward model with the policy's tokenizer can do.
+
+    Args:
+        model: folder or hub id of an exported reward model or of any sequence classifier; or a ``RewardModel``.
+        uncertainty_penalty: at least 0; only for ensembles.
+        label: of several outputs, the one that is the score.
+        micro_batch_tokens: tokens per forward, at least 1; changes no score.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: the folder holds no reward model, or an option is out of range.
+
+    Example::
+
+        BestOfN(engine, scorer=RewardScorer("runs/reward/model"), n=16)
+    """
+
+    def __init__(
+        self,
+        model: str | RewardModel,
+        *,
+        uncertainty_penalty: float = 0.0,
+        label: str | None = None,
+        micro_batch_tokens: int = 8192,
+        dtype: Dtype = "float32",
+    ) -> None:
+        check_not_negative("uncertainty_penalty", uncertainty_penalty, "0 is the ensemble's plain mean")
+        check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
+        check_choice("dtype", dtype, DTYPES)
+        self.uncertainty_penalty = uncertainty_penalty
+        self.scorer: PackedScorer | PaddedScorer
+        if isinstance(model, RewardModel):
+            self.scorer = PackedScorer(model)
+            check_ensemble("the model", self.scorer.num_members, uncertainty_penalty)
+        else:
+            self.scorer = load_scorer(
+                str(model),
+                label=label,
+                micro_batch_tokens=micro_batch_tokens,
+                dtype=DTYPES[dtype],
+                penalty=uncertainty_penalty,
+            )
+        self._tokenizer: Any = None
+
+    def attach(self, engine: Any) -> None:
+        """Moves to an engine's device, and checks whether both tokenizers agree."""
+        self._tokenizer = getattr(engine, "tokenizer", None)
+        self.scorer.attach(_device(engine, self.scorer.model), self._tokenizer)
+
+    def score(self, candidates: Sequence[Candidate]) -> Scores:
+        """Scores candidates.
+
+        Raises:
+            ValueError: one is too long, or partial and of another tokenizer.
+        """
+        encoded: list[Any] = []
+        for candidate in candidates:
+            prompt = _prompt_of(candidate, self._tokenizer)
+            ids = (candidate.query.token_ids, candidate.token_ids) if candidate.token_ids else (None, None)
+            ended = candidate.finish_reason is not None
+            encoded.append(self.scorer.encode(prompt, candidate.text, {}, *ids, ended=ended))
+        if isinstance(self.scorer, PaddedScorer):
+            values, tokens = self.scorer.score(encoded), [len(each["input_ids"]) for each in encoded]
+        else:
+            values, tokens = _packed_values(self.scorer.model, encoded)
+        scores = [float(v.mean() - self.uncertainty_penalty * v.std(correction=0)) for v in values]
+        return Scores(scores, tokens)
+
+
+class ProcessScorer:
+    """Scores solutions by the probabilities of their steps under a process reward model.
+
+    Args:
+        model: folder or hub id of an exported process reward model; or a ``ProcessRewardModel``.
+        aggregation: of the steps' probabilities: ``min``, ``product``, ``last``, ``mean``; the model's own by default.
+        outcome_weight: share of the outcome head's probability at the last step, in [0, 1]; needs a model with an
+            outcome head.
+        micro_batch_tokens: tokens per forward, at least 1; changes no score.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: the folder holds no such model, or an option is out of range.
+
+    Example::
+
+        MCTS(engine, scorer=ProcessScorer("runs/process_reward/model", aggregation="min"))
+    """
+
+    def __init__(
+        self,
+        model: str | ProcessRewardModel,
+        *,
+        aggregation: Aggregation | None = None,
+        outcome_weight: float = 0.0,
+        micro_batch_tokens: int = 8192,
+        dtype: Dtype = "float32",
+    ) -> None:
+        check_choice("dtype", dtype, DTYPES)
+        if not 0 <= outcome_weight <= 1:
+            raise ValueError(f"outcome_weight is {outcome_weight}; it must be in [0, 1] (0 reads the steps alone)")
+        if isinstance(model, ProcessRewardModel):
+            self.model = model
+        else:
+            options: dict[str, Any] = {} if aggregation is None else {"aggregation": aggregation}
+            options |= {"dtype": DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
+            self.model = ProcessRewardModel.from_pretrained(locate(model, what="process reward model"), **options)
+        if aggregation is not None:
+            self.model.options.aggregation = aggregation
+        if outcome_weight and not self.model.options.outcome_head:
+            raise ValueError(
+                f"outcome_weight is {outcome_weight}, and the process reward model has no outcome head: use 0, or "
+                "train a ProcessRewardModule with outcome_head=True"
+            )
+        self.outcome_weight = outcome_weight
+        self._tokenizer: Any = None
+        self._same_tokens = False
+
+    def attach(self, engine: Any) -> None:
+        """Moves to an engine's device, and checks whether both tokenizers agree."""
+        self._tokenizer = getattr(engine, "tokenizer", None)
+        self._same_tokens = self._tokenizer is not None and same_tokens(self.model.rows.tokenizer, self._tokenizer)
+        move(self.model, _device(engine, self.model))
+
+    def score(self, candidates: Sequence[Candidate]) -> Scores:
+        """Scores candidates; one without a step has the score of no mistake, 1.
+
+        Raises:
+            ValueError: one is too long.
+        """
+        places = [number for number, candidate in enumerate(candidates) if self._has_steps(candidate)]
+        trees = [self._encoded(candidates[number]) for number in places]
+        with exactly(self.model.device):
+            found = self.model.score_trees(trees)
+        values = self.model.aggregated([value[:, 0].tolist() for value in found])
+        scores, tokens = [1.0] * len(candidates), [0] * len(candidates)
+        for number, score, value, count in zip(places, values, found, _shared_once(trees), strict=True):
+            outcome = float(value[-1, 2]) if self.outcome_weight else 0.0
+            scores[number] = (1 - self.outcome_weight) * score + self.outcome_weight * outcome
+            tokens[number] = count
+        return Scores(scores, tokens)
+
+    def _has_steps(self, candidate: Candidate) -> bool:
+        return bool(self.model.split(candidate.text))
+
+    def _encoded(self, candidate: Candidate) -> Segment:
+        """Weighs the ends of the steps in the policy's tokens, or encodes the texts."""
+        if not self._same_tokens or not candidate.token_ids or self.model.options.learns_boundaries:
+            return self.model.encode(_prompt_of(candidate, self._tokenizer), candidate.text)
+        separator = self.model.options.step_separator
+        ids, text = list(candidate.token_ids), candidate.text
+        # In training every step ends with the separator, the last one too, and no end-of-sequence token follows.
+        while ids and not decode(self._tokenizer, ids[-1:]):
+            ids.pop()
+        if not text.endswith(separator):
+            text += separator
+            if not decode(self._tokenizer, ids).endswith(separator):
+                ids += encode(self._tokenizer, separator, continues=True)
+        weights = [0.0] * len(ids)
+        for end in step_ends(ids, text, separator, self._tokenizer):
+            weights[end] = 1.0
+        tree = Segment(list(candidate.query.token_ids), None, (Segment(ids, weights),))
+        self.model.check_length(tree)
+        return tree
+
+
+def _device(engine: Any, model: Any) -> torch.device:
+    """Returns the device of an engine's model; of a remote engine, the scoring model's own."""
+    policy = getattr(engine, "model", None)
+    inner = getattr(engine, "engine", None)
+    if isinstance(policy, torch.nn.Module):
+        first: Tensor = next(policy.parameters())
+        return first.device
+    if inner is not None:
+        return _device(inner, model)
+    own: Tensor = next(model.parameters())
+    return own.device
+
+
+def _prompt_of(candidate: Candidate, tokenizer: Any) -> Any:
+    """Returns a query's prompt as text or messages; token ids are decoded."""
+    prompt = candidate.query.prompt
+    if isinstance(prompt, str) or tokenizer is None:
+        return prompt
+    ids = list(prompt)
+    return tokenizer.decode(ids, skip_special_tokens=True) if ids and isinstance(ids[0], int) else prompt
+
+
+def _packed_values(model: RewardModel, trees: Sequence[Segment]) -> tuple[list[Tensor], list[int]]:
+    """Scores solutions with a reward model; those of one prompt share all tokens that they begin with."""
+    with exactly(model.device):
+        if model.options.pooling != "last":
+            # A mean over a solution's states reads every token of it for itself.
+            values, tokens = model.score_trees(trees), _shared_once(trees)
+        else:
+            examples, numbers = prefix_examples(trees, model.micro_batch_tokens)
+            values, tokens = [torch.empty(0)] * len(trees), [0] * len(trees)
+            for example, places, found in zip(examples, numbers, model.score_examples(examples), strict=True):
+                tokens[places[0][0]] += _count(example)
+                for leaf, value in zip(places, found, strict=True):
+                    for place in leaf:
+                        values[place] = value
+    return [model.options.combined(value).float() for value in values], tokens
+
+
+def _count(example: Example) -> int:
+    waiting, total = [example.root], 0
+    while waiting:
+        segment = waiting.pop()
+        total += len(segment.tokens)
+        waiting.extend(segment.children)
+    return total
+
+
+def _shared_once(trees: Sequence[Segment]) -> list[int]:
+    """Counts the tokens of each tree; a prompt that several share, for the first of them."""
+    seen: set[bytes] = set()
+    counts = []
+    for tree in trees:
+        key = tree.tokens.tobytes()
+        counts.append(sum(len(child.tokens) for child in tree.children) + (0 if key in seen else len(tree.tokens)))
+        seen.add(key)
+    return counts
