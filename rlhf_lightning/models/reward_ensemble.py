@@ -47,8 +47,9 @@ class MemberMeans:
     """
 
     def __init__(self, num_models: int, num_attributes: int) -> None:
-        # In fp64 and not buffers: a trainer's precision would round them.
-        self.sum = torch.zeros(num_models, num_attributes, dtype=torch.float64)
+        # In fp64 and not buffers: a trainer's precision would round them. In host memory, also where a trainer builds
+        # the model on its device.
+        self.sum = torch.zeros(num_models, num_attributes, dtype=torch.float64, device="cpu")
         self.weight = 0.0  # of the rewards in the sum: 0 before the first update
 
     @property
@@ -67,7 +68,7 @@ class MemberMeans:
 
     def set(self, value: Sequence[Sequence[float]]) -> None:
         """Sets the means, as stored in a folder."""
-        self.sum, self.weight = torch.tensor(value, dtype=torch.float64), 1.0
+        self.sum, self.weight = torch.tensor(value, dtype=torch.float64, device="cpu"), 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state for a checkpoint."""
