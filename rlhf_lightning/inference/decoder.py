@@ -103,17 +103,27 @@ class Decoder:
         """
         counts = [len(row) for row in tokens]
         most = max(counts)
-        table = np.zeros((len(counts), 2 * most), dtype=np.int64)
-        for row, (count, new) in enumerate(zip(counts, tokens, strict=True)):
-            table[row, most - count : most] = new
-            # Where the scores after each token are, as padding is on the left.
-            table[row, most:] = (np.arange(most) + most - count).clip(max=most - 1)
-        input_ids_NQ, source_NQ = to_device(table, self.device).split(most, dim=1)
-        logits_NQV = self._forward(input_ids_NQ, cache, cache.begin(counts), keep=most)[:, -most:]
-        cache.advance(counts)
+        logits_NQV = self._extend(tokens, cache, keep=most)
         if min(counts) == most:
             return logits_NQV
+        # Rows were padded on the left.
+        places = np.arange(most) + most - np.array(counts)[:, None]
+        source_NQ = to_device(places.clip(max=most - 1), self.device)
         return logits_NQV.gather(1, source_NQ[..., None].expand_as(logits_NQV))
+
+    def finish(self, tokens: Sequence[Sequence[int]], cache: Rows) -> Tensor:
+        """Computes the rest of prompts, at least one token of each; returns the scores after it, ``(N, V)``."""
+        return self._extend(tokens, cache, keep=1)[:, -1]
+
+    def _extend(self, tokens: Sequence[Sequence[int]], cache: Rows, keep: int) -> Tensor:
+        """Returns the scores after the last tokens of rows that are padded on the left."""
+        counts = [len(row) for row in tokens]
+        table = np.zeros((len(counts), max(counts)), dtype=np.int64)
+        for row, new in enumerate(tokens):
+            table[row, table.shape[1] - len(new) :] = new
+        logits_NQV = self._forward(to_device(table, self.device), cache, cache.begin(counts), keep)[:, -keep:]
+        cache.advance(counts)
+        return logits_NQV
 
     def _forward(self, input_ids: Tensor, cache: Cache, given: dict[str, Any], keep: int = 1) -> Tensor:
         """The scores after the last tokens, at least ``keep`` of them."""

@@ -85,6 +85,11 @@ class SlotCache(Cache):
         self.end = 0
         self._starts_R1: Tensor | None = None  # on the device, copied when rows come, leave or move
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        return sum(slot.keys.nbytes + slot.values.nbytes for slot in self.slots)
+
     def admit(self, prompts: PromptStates, index: int, length: int, copies: int) -> None:
         """Appends rows that each begin with one prompt of a left-padded batch."""
         # An empty batch starts over at column 0.

@@ -28,6 +28,16 @@ def to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     return pinned.copy_(host).to(device, non_blocking=True)
 
 
+def bucket(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``size`` and ``least``.
+
+    Example:
+        >>> [bucket(size) for size in (1, 5, 64)], bucket(3, least=16)
+        ([1, 8, 64], 16)
+    """
+    return max(least, 1 << (size - 1).bit_length())
+
+
 class Lanes:
     """The lanes of some requests.
 
@@ -37,9 +47,12 @@ class Lanes:
         stop_ids: tokens that end a sample, and that none draws before its minimum length.
         device: where scores are computed.
         vocabulary: number of scores.
+        fixed_width: whether their number is a power of two, lanes at the end being idle, and each notices its end on
+            the device, so that several steps can be drawn before the host reads them.
 
     Attributes:
         tokens_N: the last token of each; before the first draw, that of the prompt.
+        alive_N: with ``fixed_width``, the lanes that are not idle and have not ended; stop strings end none here.
     """
 
     def __init__(
@@ -49,19 +62,23 @@ class Lanes:
         stop_ids: Sequence[int],
         device: torch.device,
         vocabulary: int,
+        *,
+        fixed_width: bool = False,
     ) -> None:
-        self._params = params
+        self._params, self._fixed = params, fixed_width
         self._counts = np.array([len(request.token_ids) for request in requests], dtype=np.int64)
         last = [request.token_ids[-1] if request.token_ids else request.prompt[-1] for request in requests]
+        limits = np.array([request.limit for request in requests])
         # One copy for all of them.
-        table = np.stack((np.array(last), streams([request.seed for request in requests]), self._counts))
-        self.tokens_N, self._streams_N, self._steps_N = to_device(table, device).unbind()
-        barred = [token for token in stop_ids if token < vocabulary] if params.min_new_tokens else []
-        self._barred = to_device(np.array(barred, dtype=np.int64), device) if barred else None
+        table = np.stack((np.array(last), streams([request.seed for request in requests]), self._counts, limits))
+        self.tokens_N, self._streams_N, self._steps_N, self._limits_N = to_device(table, device).unbind()
+        known = [token for token in stop_ids if token < vocabulary]
+        self._stops = to_device(np.array(known, dtype=np.int64), device) if known else None
         self._seen_NV = _seen(requests, device, vocabulary) if params.repetition_penalty != 1 else None
+        self.alive_N = torch.ones(len(requests), dtype=torch.bool, device=device) if fixed_width else None
 
     def __len__(self) -> int:
-        """Number of lanes."""
+        """Number of lanes, without idle ones."""
         return len(self._counts)
 
     def draw(self, logits_NV: Tensor) -> Tensor:
@@ -69,38 +86,64 @@ class Lanes:
         uniforms_N = None if self._params.greedy else uniforms_on_device(self._streams_N, self._steps_N)
         # Samples below their minimum length must not draw a token that ends them.
         barred = None
-        if self._barred is not None and int(self._counts.min()) < self._params.min_new_tokens:
-            barred = self._steps_N < self._params.min_new_tokens, self._barred
+        if self._stops is not None and int(self._counts.min()) < self._params.min_new_tokens:
+            barred = self._steps_N < self._params.min_new_tokens, self._stops
         drawn = draw(logits_NV, uniforms_N, self._params, seen_NV=self._seen_NV, barred=barred)
 
-        self.tokens_N = drawn.tokens_N
-        self._steps_N = self._steps_N + 1
         self._counts += 1
+        if self.alive_N is None:
+            self.tokens_N = drawn.tokens_N
+            self._steps_N = self._steps_N + 1
+        else:
+            self._advance(drawn.tokens_N, self.alive_N)
         if self._seen_NV is not None:
-            self._seen_NV.scatter_(1, drawn.tokens_N[:, None], True)
+            self._seen_NV.scatter_(1, self.tokens_N[:, None], True)
         # Token ids and single precision are exact in double precision.
         model_logprobs_N = drawn.logprobs_N if drawn.model_logprobs_N is None else drawn.model_logprobs_N
         parts = (drawn.tokens_N, drawn.logprobs_N, model_logprobs_N, drawn.finite_N)
         return torch.stack([part.double() for part in parts])
 
+    def _advance(self, tokens_N: Tensor, alive_N: Tensor) -> None:
+        """Takes the tokens of lanes that are alive, and finds those that have ended."""
+        self.tokens_N = tokens_N.where(alive_N, self.tokens_N)
+        self._steps_N = self._steps_N + alive_N
+        alive_N = alive_N & (self._steps_N < self._limits_N)
+        if self._stops is not None:
+            ended_N = (self.tokens_N[:, None] == self._stops).any(-1)
+            alive_N = alive_N & ~(ended_N & (self._steps_N >= self._params.min_new_tokens))
+        self.alive_N = alive_N
+
     def keep(self, order: Sequence[int]) -> None:
-        """Keeps some lanes, in a new order."""
-        self._counts = self._counts[list(order)]
-        index = to_device(np.array(order, dtype=np.int64), self.tokens_N.device)
-        self.tokens_N, self._streams_N, self._steps_N = (
-            states[index] for states in (self.tokens_N, self._streams_N, self._steps_N)
+        """Keeps some lanes, in a new order; none of them has ended."""
+        kept = list(order)
+        self._counts = self._counts[kept]
+        width = bucket(len(kept)) if self._fixed and kept else len(kept)
+        # Idle lanes repeat the first.
+        index = np.array([*kept, *kept[:1] * (width - len(kept))], dtype=np.int64)
+        chosen = to_device(np.stack((index, np.arange(width) < len(kept))), self.tokens_N.device)
+        self._select(chosen[0])
+        if self._fixed:
+            self.alive_N = chosen[1].bool()
+
+    def _select(self, index: Tensor) -> None:
+        self.tokens_N, self._streams_N, self._steps_N, self._limits_N = (
+            states[index] for states in (self.tokens_N, self._streams_N, self._steps_N, self._limits_N)
         )
         if self._seen_NV is not None:
             self._seen_NV = self._seen_NV[index]
 
     def append(self, other: Lanes) -> None:
         """Appends the lanes of another."""
+        ours, theirs = len(self), len(other)
         self._counts = np.concatenate((self._counts, other._counts))
-        self.tokens_N = torch.cat((self.tokens_N, other.tokens_N))
-        self._streams_N = torch.cat((self._streams_N, other._streams_N))
-        self._steps_N = torch.cat((self._steps_N, other._steps_N))
+        self.tokens_N = torch.cat((self.tokens_N[:ours], other.tokens_N[:theirs]))
+        self._streams_N = torch.cat((self._streams_N[:ours], other._streams_N[:theirs]))
+        self._steps_N = torch.cat((self._steps_N[:ours], other._steps_N[:theirs]))
+        self._limits_N = torch.cat((self._limits_N[:ours], other._limits_N[:theirs]))
         if self._seen_NV is not None and other._seen_NV is not None:
-            self._seen_NV = torch.cat((self._seen_NV, other._seen_NV))
+            self._seen_NV = torch.cat((self._seen_NV[:ours], other._seen_NV[:theirs]))
+        if self._fixed:
+            self.keep(range(ours + theirs))
 
 
 def read(drawn: Sequence[Tensor], requests: Sequence[Request], params: SamplingParams) -> None:

@@ -21,22 +21,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..sequences import CachedRows
 from .kv_cache import PromptStates
-from .lanes import to_device
+from .lanes import bucket, to_device
 from .planes import Places, Plane
 
 # Keys are padded to a multiple of this where a mask is needed: CUDA's kernels want aligned masks.
 _ALIGNMENT = 16
 _LEAST = 64  # columns of fixed shapes
-
-
-def bucket(size: int, least: int = 1) -> int:
-    """The smallest power of two that is at least ``size`` and ``least``.
-
-    Example:
-        >>> [bucket(size) for size in (1, 5, 64)], bucket(3, least=16)
-        ([1, 8, 64], 16)
-    """
-    return max(least, 1 << (size - 1).bit_length())
 
 
 class _RowLayer(CacheLayerMixin):
