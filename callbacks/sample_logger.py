@@ -98,8 +98,8 @@ class SampleLogger(lightning.Callback):
             Console().print(table)
 
     def _rows(self, module: OnPolicyModule, rollouts: Rollouts, step: int) -> list[list[Any]]:
-        totals = module.combined(rollouts.rewards_EGK).tolist()
-        rewards = rollouts.rewards_EGK.tolist()
+        totals = [part.tolist() for part in module.combined(rollouts.rewards_SK).split(rollouts.sizes)]
+        rewards = [part.tolist() for part in rollouts.rewards_SK.split(rollouts.sizes)]
         rows = []
         for n, prompt in enumerate(rollouts.prompts[: self.num_prompts]):
             text = module.prompt_text(prompt)

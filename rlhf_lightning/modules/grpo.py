@@ -1,6 +1,6 @@
 """Group-relative policy optimisation and its family.
 
-Legend: E prompts of this rank, G completions of each, K reward functions, S trained completions, N their tokens.
+Legend: E prompts of this rank, S completions of them, K reward functions, B branches, N tokens of trained completions.
 """
 
 from __future__ import annotations
@@ -12,26 +12,15 @@ import torch
 from torch import Tensor
 
 from ..core.logging import store_options
-from ..core.micro_batching import ROW_KEY, row_keys
-from ..distributed.collectives import Metrics, Rows, gather_rows, rows_before_this_rank, sum_over_ranks
+from ..core.micro_batching import row_keys
+from ..distributed.collectives import Metrics, Rows, sum_over_ranks
 from ..inference import derive_seed
 from ..rewards.specs import RewardSpec
-from ..rl import KLPenalty, OffPolicyCorrection, PolicyLoss, RelativeAdvantage, TokenEntropy
-from ..rl.advantages import GroupAdvantages
+from ..rl import KLPenalty, OffPolicyCorrection, PolicyLoss, RelativeAdvantage, TokenEntropy, TreeAdvantage
 from ..rl.on_policy_module import OnPolicyModule
-from ..rl.reward_shaping import kl_penalised_scores
-from ..rl.rollout_metrics import sampling_metrics
-from ..rl.rollouts import (
-    Rollouts,
-    attach_token_fields,
-    build_trees,
-    flat_indices,
-    num_tokens,
-    token_field,
-    tree_extremes,
-    tree_sums,
-)
-from ..rl.step_rewards import process_advantages, steps_differ
+from ..rl.rollouts import Rollouts, token_field, tree_extremes, tree_sums
+from ..rl.step_rewards import steps_differ
+from ..rl.training_trees import TrainingTrees
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.option_groups import build_group, plain_group
 from ..utils.validation import check_count, check_not_negative
@@ -61,6 +50,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: completions per prompt, at least 2.
         loss: type, clipping and aggregation of the loss: ``PolicyLoss``, or a subclass with a loss of one's own.
         advantages: baseline and scale of rewards: ``RelativeAdvantage``.
+        tree: advantages where completions share steps (``explore``): ``TreeAdvantage``.
         beta: weight of the KL divergence from the reference, at least 0; 0 needs no reference.
         kl: estimator of the divergence, and where it is applied: ``KLPenalty``.
         off_policy: importance weights and masks for samples of another distribution: ``OffPolicyCorrection``.
@@ -85,6 +75,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         loss: PolicyLoss = PolicyLoss(),
         advantages: RelativeAdvantage = RelativeAdvantage(),
+        tree: TreeAdvantage = TreeAdvantage(),
         beta: float = 0.0,
         kl: KLPenalty = KLPenalty(),
         off_policy: OffPolicyCorrection = OffPolicyCorrection(),
@@ -100,7 +91,8 @@ class GRPOModule(OnPolicyModule):
         check_not_negative("dynamic_sampling", dynamic_sampling, "0 switches it off")
         loss, advantages = build_group(loss, PolicyLoss), build_group(advantages, RelativeAdvantage)
         kl, entropy = build_group(kl, KLPenalty), build_group(entropy, TokenEntropy)
-        off_policy = build_group(off_policy, OffPolicyCorrection)
+        off_policy, tree = build_group(off_policy, OffPolicyCorrection), build_group(tree, TreeAdvantage)
+        tree.check(advantages)
         kl.check(beta)
         if advantages.normalizes_each_reward and kl.in_reward:
             raise ValueError(
@@ -113,17 +105,20 @@ class GRPOModule(OnPolicyModule):
             self,
             loss=plain_group(loss, PolicyLoss),
             advantages=plain_group(advantages, RelativeAdvantage),
+            tree=plain_group(tree, TreeAdvantage),
             kl=plain_group(kl, KLPenalty),
             off_policy=plain_group(off_policy, OffPolicyCorrection),
             entropy=plain_group(entropy, TokenEntropy),
         )
         self.policy_loss = loss
         self.relative_advantage = advantages
+        self.tree_advantage = tree
         self.beta = beta
         self.kl = kl
         self.off_policy = off_policy
         self.entropy = entropy
         self.dynamic_sampling = dynamic_sampling
+        self.training_trees = TrainingTrees(self)
         self._replaced = 0.0
 
     @property
@@ -150,7 +145,7 @@ class GRPOModule(OnPolicyModule):
         self._replaced = 0.0
         for again in range(1, self.dynamic_sampling + 1):
             keys = row_keys(rollouts.prompts, self.device)
-            signal_E = self._group_advantages(rollouts.rewards_EGK, self.combined(rollouts.rewards_EGK)).has_signal_G
+            signal_E = self.training_trees.has_signal(rollouts)
             if self.has_process_reward:
                 signal_E = signal_E | steps_differ(rollouts.steps, signal_E.device)
             weak = (~signal_E).nonzero().flatten().tolist() if len(keys) else []
@@ -172,116 +167,33 @@ class GRPOModule(OnPolicyModule):
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Builds the training trees and attaches advantages, old and reference log-probs, and token weights."""
-        every_EG = torch.ones_like(rollouts.rewards_EGK[:, :, 0], dtype=torch.bool)
-        kept_EG = rollouts.ended_EG().bool() if self.policy_loss.mask_truncated_completions else every_EG
-        trees = self._build_trees(rollouts, kept_EG)
-        completion_index_S, index_N = flat_indices(trees, self.device)
-        sequences = {"sequence_index_N": index_N, "num_sequences": len(completion_index_S)}
-        known = self._known(trees)
-
-        # Advantages are per completion; steps add theirs per token.
-        scores_EG = self.outcome_scores(rollouts.rewards_EGK)
-        if self.kl.in_reward:
-            scores_EG = self._penalised(rollouts, scores_EG, every_EG)
-        advantages_EG = self._advantages(rollouts, scores_EG)
-        fixed = {"advantages": advantages_EG.flatten()[completion_index_S][index_N]}
-        if self.has_process_reward:
-            scale_rewards = self.relative_advantage.scale_rewards
-            steps_N = process_advantages(rollouts.steps, completion_index_S, index_N, scale_rewards=scale_rewards)
-            fixed["advantages"] = fixed["advantages"] + self.rewards.weights[-1] * steps_N
-        fixed |= {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
-
-        values: Metrics = {}
+        trees, values = self.training_trees.prepare(rollouts)
         if self.dynamic_sampling:
             values["dynamic_sampling/replaced"] = torch.tensor(self._replaced)
-        if self.off_policy.needs_sampling_logprobs:
-            samples = [sample for group in rollouts.completions for sample in group]
-            drawn = [logprob for place in completion_index_S.tolist() for logprob in samples[place].logprobs]
-            fixed["sampling_logprobs"] = torch.tensor(drawn, dtype=torch.float64, device=self.device)
-
-        # Token weights are fixed before the first update: importance correction and top-entropy mask.
-        weights_N = None
-        if self.off_policy.correction:
-            old_N, drawn_N = known["old_logprobs"].double(), fixed["sampling_logprobs"]
-            weights_N = self.off_policy.weights(old_N, drawn_N, **sequences)
-            values |= sampling_metrics(old_N - drawn_N, weights_N)
-        if self.entropy.top_quantile < 1:
-            all_N = gather_rows({"entropy": known["entropy"]}, self.device)["entropy"]
-            uncertain_N = self.entropy.is_uncertain(known["entropy"], all_entropies_N=all_N).double()
-            weights_N = uncertain_N if weights_N is None else weights_N * uncertain_N
-        if weights_N is not None:
-            fixed["weights"] = weights_N
-        return attach_token_fields(trees, fixed), values
-
-    def _build_trees(self, rollouts: Rollouts, kept_EG: Tensor) -> list[Example]:
-        return build_trees(rollouts, kept_EG, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-
-    def _known(self, trees: Sequence[Example], *, penalty: bool = False) -> Rows:
-        """Computes token log-probs and entropies of the sampling policy and the reference, as far as needed."""
-        moves = self.num_updates * self.num_mini_batches > 1
-        policy = {
-            "old_logprobs": moves or penalty or self.off_policy.correction is not None,
-            "entropy": self.entropy.top_quantile < 1,
-        }
-        names = [name for name, needed in (policy | {"ref_logprobs": self.has_reference}).items() if needed]
-
-        def values_of(batch: SequenceBatch) -> Rows:
-            found: Rows = {}
-            if any(policy.values()):
-                stats = self.token_stats(batch, temperature=self.temperature, entropy=policy["entropy"])
-                found = {"old_logprobs": stats.logprobs, "entropy": stats.entropy}
-            if self.has_reference:
-                found["ref_logprobs"] = self.ref_logprobs(batch)
-            return found
-
-        return self.per_token(trees, names, values_of) if names else {}
-
-    def _penalised(self, rollouts: Rollouts, scores_EG: Tensor, every_EG: Tensor) -> Tensor:
-        """Subtracts the divergence of every completion, also of those excluded from the loss, from its score."""
-        trees = self._build_trees(rollouts, every_EG)
-        completion_index_S, index_N = flat_indices(trees, self.device)
-        known = self._known(trees, penalty=True)
-        kl_N = self.kl.per_token(known["old_logprobs"], known["ref_logprobs"])
-        penalised = kl_penalised_scores(
-            scores_EG.flatten(), kl_N=kl_N, coef=self.beta, sequence_index_N=completion_index_S[index_N]
-        )
-        return penalised.view_as(scores_EG)
-
-    def _advantages(self, rollouts: Rollouts, scores_EG: Tensor) -> Tensor:
-        """Computes ``(E, G)`` advantages from the rewards of the global batch, in canonical order."""
-        keys = row_keys(rollouts.prompts, self.device)
-        own = {ROW_KEY: keys, "rewards": rollouts.rewards_EGK, "scores": scores_EG}
-        global_rows = gather_rows(own, self.device)
-        order = torch.argsort(global_rows[ROW_KEY], stable=True)
-        groups = self._group_advantages(global_rows["rewards"][order], global_rows["scores"][order])
-        advantages = torch.empty_like(global_rows["scores"])
-        advantages[order] = groups.advantages_S.view_as(advantages)
-        place = rows_before_this_rank(len(keys))
-        return advantages[place : place + len(keys)]
-
-    def _group_advantages(self, rewards_EGK: Tensor, scores_EG: Tensor) -> GroupAdvantages:
-        rewards_EGK, weights_K = self.outcomes(rewards_EGK)
-        return self.relative_advantage(rewards_EGK, scores_EG=scores_EG, weights_K=weights_K)
+        return trees, values
 
     # The update.
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Counts completions, including those excluded from the loss, and tokens in the loss."""
+        """Counts completions, including those excluded from the loss, and tokens in the loss, shared ones once."""
         completions = sum(example.fields["num_completions"] for example in examples)
-        return {"completions": float(completions), "tokens": float(sum(map(num_tokens, examples)))}
+        tokens = sum(float(example.fields["shares"].sum()) for example in examples)
+        return {"completions": float(completions), "tokens": tokens}
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the loss per tree, with the loss type's token weights but not divided by a total yet."""
         stats = self.token_stats(batch, temperature=self.temperature, entropy=True)
         sequences: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
-        names = ("advantages", "old_logprobs", "ref_logprobs", "sampling_logprobs", "weights")
+        names = ("advantages", "shares", "old_logprobs", "ref_logprobs", "sampling_logprobs", "weights")
         fixed: dict[str, Any] = {name: token_field(batch, name, stats.logprobs) for name in names}
+        shares_N = fixed["shares"]
         loss_N, kl_N = self.token_losses(stats.logprobs, fixed, **sequences)
 
         # Weights of the loss type's aggregation, to be divided by its global total in `loss`.
-        lengths_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
         weights_S = self.policy_loss.relative_weights(
-            lengths_S, max_completion_length=self.max_completion_length, dtype=stats.logprobs.dtype
+            batch.sum_per_sequence(shares_N),
+            max_completion_length=self.max_completion_length,
+            dtype=stats.logprobs.dtype,
         )
 
         low_S, high_S, count_S = self.policy_loss.clipped(
@@ -289,8 +201,8 @@ class GRPOModule(OnPolicyModule):
         )
         share_S = 1 / count_S.clamp(min=1)
         rows = {
-            "policy": batch.sum_per_example(loss_N * weights_S[batch.sequence_index]),
-            "entropy": batch.sum_per_example(stats.entropy.detach()),
+            "policy": batch.sum_per_example(loss_N * shares_N * weights_S[batch.sequence_index]),
+            "entropy": batch.sum_per_example(stats.entropy.detach() * shares_N),
             "clip_low": tree_sums(batch, low_S),
             "clip_high": tree_sums(batch, high_S),
             "clip_units": tree_sums(batch, count_S),
@@ -298,9 +210,9 @@ class GRPOModule(OnPolicyModule):
             "clip_high_max": tree_extremes(batch, high_S * share_S, "amax"),
         }
         if self.entropy.coef:
-            rows["entropy_loss"] = batch.sum_per_example(self.entropy.loss(stats.entropy))
+            rows["entropy_loss"] = batch.sum_per_example(self.entropy.loss(stats.entropy) * shares_N)
         if kl_N is not None:
-            rows["kl"] = batch.sum_per_example(kl_N.detach())
+            rows["kl"] = batch.sum_per_example(kl_N.detach() * shares_N)
         return rows
 
     def token_losses(

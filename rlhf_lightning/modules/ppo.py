@@ -166,17 +166,15 @@ class PPOModule(OnPolicyModule):
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Builds the training trees and attaches advantages, returns, old log-probs and old values."""
-        scores_EG = self.outcome_scores(rollouts.rewards_EGK)
-        trees = build_trees(
-            rollouts, ~scores_EG.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix
-        )
+        scores_S = self.outcome_scores(rollouts.rewards_SK)
+        trees = build_trees(rollouts, ~scores_S.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
         completion_index_S, index_N = flat_indices(trees, self.device)
         sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(completion_index_S)}
         names = ["old_logprobs", "old_values", *(["ref_logprobs"] if self.has_reference else [])]
         known = {name: value.double() for name, value in self.per_token(trees, names, self._known).items()}
 
         # Token rewards: the score at the end, the KL penalty everywhere, step rewards where steps end.
-        scores_S, ended_S = scores_EG.flatten()[completion_index_S], rollouts.ended_EG().flatten()[completion_index_S]
+        scores_S, ended_S = scores_S[completion_index_S], rollouts.ended_S()[completion_index_S]
         if self.missing_eos_penalty is not None:
             scores_S = penalise_missing_eos(scores_S, has_eos_S=ended_S, penalty=self.missing_eos_penalty)
         kl_N = self.kl.per_token(known["old_logprobs"], known["ref_logprobs"]) if self.has_reference else None

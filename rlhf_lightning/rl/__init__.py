@@ -7,6 +7,7 @@ from .advantages import RelativeAdvantage
 from .policy_loss import EntropyBonus, KLPenalty, OffPolicyCorrection, PolicyLoss, TokenEntropy
 from .ppo_loss import GAE, AdaptiveKL, PPOLoss, ValueFunction
 from .sampling import Sampling
+from .tree_advantages import TreeAdvantage
 
 __all__ = [
     "GAE",
@@ -19,5 +20,6 @@ __all__ = [
     "RelativeAdvantage",
     "Sampling",
     "TokenEntropy",
+    "TreeAdvantage",
     "ValueFunction",
 ]

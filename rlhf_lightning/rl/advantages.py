@@ -221,9 +221,9 @@ class RelativeAdvantage(OptionGroup):
         ValueError: options that exclude each other.
 
     Example:
-        >>> rewards_EGK = torch.tensor([[[1.0], [0.0]]])
+        >>> rewards_SK = torch.tensor([[1.0], [0.0]])
         >>> RelativeAdvantage(scale_rewards="none")(
-        ...     rewards_EGK, scores_EG=rewards_EGK[:, :, 0], weights_K=torch.ones(1)
+        ...     rewards_SK, scores_S=rewards_SK[:, 0], weights_K=torch.ones(1), group_index_S=torch.tensor([0, 0])
         ... ).advantages_S
         tensor([ 0.5000, -0.5000])
     """
@@ -247,22 +247,23 @@ class RelativeAdvantage(OptionGroup):
         """Whether rewards are normalised before they are summed."""
         return self.multi_objective_aggregation == "normalize_then_sum"
 
-    def __call__(self, rewards_EGK: Tensor, *, scores_EG: Tensor, weights_K: Tensor) -> GroupAdvantages:
-        """Computes advantages, one after the other by group.
+    def __call__(
+        self, rewards_SK: Tensor, *, scores_S: Tensor, weights_K: Tensor, group_index_S: Tensor
+    ) -> GroupAdvantages:
+        """Computes the advantages of completions.
 
         Args:
-            rewards_EGK: outcome rewards of the global batch, NaN where a function could not score.
-            scores_EG: their weighted sums, less penalties.
+            rewards_SK: outcome rewards of the global batch, NaN where a function could not score.
+            scores_S: their weighted sums, less penalties.
             weights_K: weight of each function.
+            group_index_S: prompt of each completion, from 0 on.
         """
-        num_groups, group_size = scores_EG.shape
-        index_S = torch.arange(num_groups, device=scores_EG.device).repeat_interleave(group_size)
+        num_groups = int(group_index_S.max()) + 1 if len(group_index_S) else 0
         if self.normalizes_each_reward and len(weights_K):
-            rewards_SK = rewards_EGK.flatten(0, 1)
-            return gdpo_advantages(rewards_SK, weights_K=weights_K, group_index_S=index_S, num_groups=num_groups)
+            return gdpo_advantages(rewards_SK, weights_K=weights_K, group_index_S=group_index_S, num_groups=num_groups)
         return group_advantages(
-            scores_EG.flatten(),
-            group_index_S=index_S,
+            scores_S,
+            group_index_S=group_index_S,
             num_groups=num_groups,
             scale_rewards=self.scale_rewards,
             baseline=self.baseline,

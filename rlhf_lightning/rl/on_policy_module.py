@@ -4,13 +4,12 @@ No state of an iteration crosses a batch boundary, so a checkpoint there resumes
 weights, its prompt and a seed hashed from (seed, iteration, row, attempt, sample number), independent of the rest of
 the batch, of the memory budget and of the number of ranks.
 
-Legend: E prompts of this rank, G completions of each, K reward functions, N sampled tokens.
+Legend: E prompts of this rank, S completions of all of them, K reward functions, N sampled tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +19,7 @@ from ..core.logging import store_options
 from ..core.micro_batching import ROW_KEY, in_canonical_order, row_keys
 from ..core.module import PostTrainingModule
 from ..core.reference_policy import ReferencePolicy
-from ..distributed.collectives import Metrics, Rows, concatenate, gather_objects, gather_rows, sum_over_ranks
+from ..distributed.collectives import Metrics, Rows, concatenate, gather_rows, sum_over_ranks
 from ..inference import Completion, LocalEngine, derive_seed
 from ..models import evaluating, num_positions
 from ..rewards import RewardScores
@@ -29,11 +28,13 @@ from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.option_groups import build_group, plain_group
 from ..utils.validation import check_choice, check_count, check_positive
 from .advantages import combine_rewards
+from .branches import branch_lengths
 from .reward_failures import FailureWatch
 from .rollout_metrics import rollout_metrics
-from .rollouts import Rollouts, num_tokens
+from .rollouts import Rollouts, group_index, num_tokens, reward_columns
 from .sampling import Sampling
 from .step_rewards import StepsAtTokens, place_steps
+from .update_schedule import update_parts
 
 
 class OnPolicyModule(PostTrainingModule):
@@ -49,7 +50,7 @@ class OnPolicyModule(PostTrainingModule):
             step, or ``None``, for each completion. Steps are separated by its attribute ``step_separator``, a line
             break by default. A step's reward is placed on the token that completes its separator, that of the last step
             on the last token. ``rewards`` may be empty if it is given.
-        num_generations: G, completions per prompt, at least 1.
+        num_generations: completions per prompt, at least 1.
         max_completion_length: maximum number of tokens of a completion, at least 1.
         temperature: temperature of sampling and of the trained policy, above 0.
         sampling: filters, stop strings and memory of the sampler: ``Sampling`` or a mapping of its options.
@@ -178,7 +179,8 @@ class OnPolicyModule(PostTrainingModule):
     def update(self, trees: Sequence[Example]) -> Rows:
         """Makes the optimizer steps of an iteration, and returns loss and metrics over all of them."""
         rows, normalizers, progress = [], dict.fromkeys(self.normalizers([]), 0.0), []
-        for part in self._parts(trees):
+        schedule = {"num_updates": self.num_updates, "num_mini_batches": self.num_mini_batches}
+        for part in update_parts(trees, seeds=(self.seed, self.iteration), **schedule):
             part_rows, part_totals, part_progress = self.optimize(part)
             if part_rows:
                 rows.append(part_rows)
@@ -188,17 +190,6 @@ class OnPolicyModule(PostTrainingModule):
             return {}
         means = {name: torch.stack([part[name] for part in progress]).mean() for name in progress[0]}
         return self._summary(concatenate(rows), normalizers) | means | {"learning_rate": progress[0]["learning_rate"]}
-
-    def _parts(self, trees: Sequence[Example]) -> Iterator[list[Example]]:
-        """Yields this rank's trees of each optimizer step; the split of prompts does not depend on the ranks."""
-        global_ids = {row for rows in gather_objects([tree.fields["prompt_id"] for tree in trees]) for row in rows}
-        for number in range(self.num_updates):
-            order = sorted(global_ids, key=partial(derive_seed, self.seed, self.iteration, number))
-            for part in range(self.num_mini_batches):
-                bounds = [len(order) * edge // self.num_mini_batches for edge in (part, part + 1)]
-                chosen = set(order[slice(*bounds)])
-                if chosen:
-                    yield [tree for tree in trees if tree.fields["prompt_id"] in chosen]
 
     def rollout(self, prompts: Sequence[Example], stage: str = "train", attempt: int = 0) -> Rollouts:
         """Samples and scores completions of prompts; every rank calls it, with any number of prompts.
@@ -215,26 +206,21 @@ class OnPolicyModule(PostTrainingModule):
 
         # Seeds depend on rows, not on the batch: a sample is the same on any number of ranks.
         moment = self.iteration if stage == "train" else stage
+        complete = self.explore if stage == "train" else self.generate
         with self.phase("generate"):
-            completions = self.generate(prompts, [derive_seed(self.seed, moment, e.row_id, attempt) for e in prompts])
+            completions = complete(prompts, [derive_seed(self.seed, moment, e.row_id, attempt) for e in prompts])
         samples = [(prompt, sample) for prompt, group in zip(prompts, completions, strict=True) for sample in group]
         if self.clock is not None:
-            self.clock.count_generated([len(sample.token_ids) for _, sample in samples])
-
-        # Reward functions get one value per sample, so a prompt's columns are repeated for its completions.
-        names = sorted({name for prompt in prompts for name in prompt.fields} - {"prompt"})
-        columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
-        columns["prompt_ids"] = [prompt.root.tokens.tolist() for prompt, _ in samples]
-        columns["completion_ids"] = [sample.token_ids for _, sample in samples]
-        texts = [self.prompt_text(prompt) for prompt, _ in samples]
-        shape = len(prompts), self.num_generations, len(self.rewards.names)
+            self.clock.count_generated(branch_lengths(completions))
         if not samples:
             failures = dict.fromkeys(self.rewards.names, 0)
-            return Rollouts([], [], torch.zeros(shape, dtype=torch.float64, device=self.device), failures)
+            none = torch.zeros(0, len(self.rewards.names), dtype=torch.float64, device=self.device)
+            return Rollouts([], [], none, failures)
 
+        texts = [self.prompt_text(prompt) for prompt, _ in samples]
         with self.phase("score"):
-            scores = self.rewards(texts, [sample.text for _, sample in samples], columns)
-        values = torch.from_numpy(scores.values).reshape(shape).to(self.device)
+            scores = self.rewards(texts, [sample.text for _, sample in samples], reward_columns(samples))
+        values = torch.from_numpy(scores.values).to(self.device)
         steps = self._steps(completions, scores)
         return Rollouts(list(prompts), completions, values, scores.failures, scores.errors, steps)
 
@@ -246,18 +232,28 @@ class OnPolicyModule(PostTrainingModule):
         assert separator is not None
         return [[place_steps(next(rewards), c, separator, self.tokenizer) for c in group] for group in completions]
 
+    def explore(self, prompts: Sequence[Example], seeds: Sequence[int]) -> list[list[Completion]]:
+        """Finds the completions of prompts to train on, any number of each; by default those of ``generate``."""
+        return self.generate(prompts, seeds)
+
     def generate(self, prompts: Sequence[Example], seeds: Sequence[int]) -> list[list[Completion]]:
-        """Samples G completions of each prompt with the current policy.
+        """Samples ``num_generations`` completions of each prompt with the current policy.
 
         Args:
             prompts: this rank's prompts.
             seeds: one per prompt; the seeds of its samples are hashed from it.
         """
+        count = self.num_generations
+        each = [[derive_seed(seed, sample) for sample in range(count)] for seed in seeds]
+        tokens = [prompt.root.tokens.tolist() for prompt in prompts]
+        return self.engine.generate(tokens, count, self.sampling, seeds=each or None)
+
+    @property
+    def engine(self) -> LocalEngine:
+        """The engine that samples from the policy."""
         if self._engine is None:
             self._engine = LocalEngine(self.model, self.tokenizer, max_batch_tokens=self.generation_batch_tokens)
-        seeds_EG = [[derive_seed(seed, sample) for sample in range(self.num_generations)] for seed in seeds]
-        tokens = [prompt.root.tokens.tolist() for prompt in prompts]
-        return self._engine.generate(tokens, self.num_generations, self.sampling, seeds=seeds_EG or None)
+        return self._engine
 
     def prompt_text(self, prompt: Example) -> Any:
         """Returns a prompt as given, text or messages; if it is not stored, its decoded tokens."""
@@ -298,38 +294,51 @@ class OnPolicyModule(PostTrainingModule):
 
     def _rollout_rows(self, rollouts: Rollouts) -> Rows:
         return {
-            ROW_KEY: row_keys(rollouts.prompts, self.device),
-            "rewards": rollouts.rewards_EGK,
-            "lengths": rollouts.lengths_EG(),
-            "ended": rollouts.ended_EG(),
+            ROW_KEY: self.completion_keys(rollouts),
+            "first": rollouts.first_S(),
+            "rewards": rollouts.rewards_SK,
+            "lengths": rollouts.lengths_S(),
+            "ended": rollouts.ended_S(),
         }
 
+    def completion_keys(self, rollouts: Rollouts) -> Tensor:
+        """Returns the hash of its prompt's row for every completion: ``(S,)``.
+
+        Sorted by it, completions of one prompt stay together and in their order.
+        """
+        sizes_E = torch.tensor(rollouts.sizes, dtype=torch.long, device=self.device)
+        return row_keys(rollouts.prompts, self.device).repeat_interleave(sizes_E)
+
     def _rollout_metrics(self, rows: Rows) -> Metrics:
-        scores_EG = self.combined(rows["rewards"])
         return rollout_metrics(
-            rows["rewards"], scores_EG, names=self.rewards.names, lengths_EG=rows["lengths"], ended_EG=rows["ended"]
+            rows["rewards"],
+            self.combined(rows["rewards"]),
+            group_index_S=group_index(rows["first"]),
+            names=self.rewards.names,
+            lengths_S=rows["lengths"],
+            ended_S=rows["ended"],
         )
 
-    def combined(self, rewards_EGK: Tensor) -> Tensor:
-        """Computes the logged score of completions: the weighted sum of their outcome rewards, ``(E, G)``.
+    def combined(self, rewards_SK: Tensor) -> Tensor:
+        """Computes the logged score of completions: the weighted sum of their outcome rewards, ``(S,)``.
 
         NaN where no function could score. With a process reward alone it is the weighted mean over the steps.
         """
-        outcomes_EGK, weights_K = self.outcomes(rewards_EGK)
+        outcomes_SK, weights_K = self.outcomes(rewards_SK)
         if not len(weights_K):
-            return float(self.rewards.weights[-1]) * rewards_EGK[:, :, -1]
-        return combine_rewards(outcomes_EGK.flatten(0, 1), weights_K=weights_K).view(rewards_EGK.shape[:2])
+            return float(self.rewards.weights[-1]) * rewards_SK[:, -1]
+        return combine_rewards(outcomes_SK, weights_K=weights_K)
 
-    def outcome_scores(self, rewards_EGK: Tensor) -> Tensor:
-        """Computes the outcome scores, ``(E, G)``: ``combined``, but 0 if only steps are rewarded."""
+    def outcome_scores(self, rewards_SK: Tensor) -> Tensor:
+        """Computes the outcome scores, ``(S,)``: ``combined``, but 0 if only steps are rewarded."""
         only_steps = len(self.rewards.names) == self.has_process_reward
-        return self.combined(rewards_EGK) * (0.0 if only_steps else 1.0)
+        return self.combined(rewards_SK) * (0.0 if only_steps else 1.0)
 
-    def outcomes(self, rewards_EGK: Tensor) -> tuple[Tensor, Tensor]:
+    def outcomes(self, rewards_SK: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the outcome rewards, without the process reward, and their weights."""
-        weights_K = torch.from_numpy(self.rewards.weights).to(rewards_EGK.device)
+        weights_K = torch.from_numpy(self.rewards.weights).to(rewards_SK.device)
         count = len(weights_K) - self.has_process_reward
-        return rewards_EGK[:, :, :count], weights_K[:count]
+        return rewards_SK[:, :count], weights_K[:count]
 
     # Validation and prediction: completions of the policy and their rewards.
 
@@ -348,10 +357,10 @@ class OnPolicyModule(PostTrainingModule):
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Completes prompts and returns one dictionary per row of this rank, with ``completions`` and ``rewards``."""
         rollouts = self.rollout(self.validate_batch(batch), stage="predict")
-        scores = self.combined(rollouts.rewards_EGK).tolist()
+        scores = self.combined(rollouts.rewards_SK).split(rollouts.sizes)
         return [
-            {"row_id": prompt.row_id, "completions": [sample.text for sample in group], "rewards": scores[n]}
-            for n, (prompt, group) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True))
+            {"row_id": prompt.row_id, "completions": [sample.text for sample in group], "rewards": values.tolist()}
+            for prompt, group, values in zip(rollouts.prompts, rollouts.completions, scores, strict=True)
         ]
 
     # Checkpoints and checks.

@@ -1,6 +1,6 @@
 """Detection of reward functions that fail on every sample for several iterations.
 
-Legend: E prompts of all ranks, G completions of each, K reward functions.
+Legend: S completions of all ranks, K reward functions.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class FailureWatch:
         self.consecutive: dict[str, int] = {}
 
     def update(
-        self, names: Sequence[str], rewards_EGK: Tensor, failures: Mapping[str, float], errors: Mapping[str, str]
+        self, names: Sequence[str], rewards_SK: Tensor, failures: Mapping[str, float], errors: Mapping[str, str]
     ) -> None:
         """Counts the failures of an iteration; every rank calls it with the same values, so that all raise together.
 
         Args:
             names: names of the reward functions.
-            rewards_EGK: rewards of the samples of all ranks, NaN where a function gave none.
+            rewards_SK: rewards of the samples of all ranks, NaN where a function gave none.
             failures: failed samples of each function over all ranks, including samples that were replaced later.
             errors: first message of each function that failed on this rank.
 
         Raises:
             ValueError: a function has failed on every sample of too many iterations in a row.
         """
-        num_samples = rewards_EGK.shape[0] * rewards_EGK.shape[1]
+        num_samples = len(rewards_SK)
         if num_samples == 0:
             return
-        lost_K = rewards_EGK.isnan().flatten(0, 1).all(dim=0).tolist()
+        lost_K = rewards_SK.isnan().all(dim=0).tolist()
         for name, lost in zip(names, lost_K, strict=True):
             failed = lost and failures[name] >= num_samples
             self.consecutive[name] = self.consecutive.get(name, 0) + 1 if failed else 0

@@ -1,6 +1,6 @@
 """Logged metrics of the completions of an iteration or of a validation set.
 
-Legend: E prompts, G completions of each, K reward functions.
+Legend: S completions of all prompts, K reward functions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from .advantages import group_advantages
 
 
 def rollout_metrics(
-    rewards_EGK: Tensor, scores_EG: Tensor, *, names: Sequence[str], lengths_EG: Tensor, ended_EG: Tensor
+    rewards_SK: Tensor,
+    scores_S: Tensor,
+    *,
+    group_index_S: Tensor,
+    names: Sequence[str],
+    lengths_S: Tensor,
+    ended_S: Tensor,
 ) -> dict[str, Tensor]:
     """Computes means, spreads and extremes of rewards and lengths over all completions.
 
@@ -26,43 +32,42 @@ def rollout_metrics(
     omitted.
 
     Args:
-        rewards_EGK: one number per reward function, NaN where it could not score.
-        scores_EG: their weighted sum, NaN where none could score.
+        rewards_SK: one number per reward function, NaN where it could not score.
+        scores_S: their weighted sum, NaN where none could score.
+        group_index_S: prompt of each completion, from 0 on.
         names: names of the functions.
-        lengths_EG: tokens of each completion.
-        ended_EG: 1 where a completion ended before the limit, else 0.
+        lengths_S: tokens of each completion.
+        ended_S: 1 where a completion ended before the limit, else 0.
 
     Example:
-        >>> ones = torch.ones(1, 2)
-        >>> found = rollout_metrics(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[1.0, 0.0]]), names=["right"],
-        ...                         lengths_EG=ones, ended_EG=ones)
+        >>> ones, index = torch.ones(2), torch.tensor([0, 0])
+        >>> found = rollout_metrics(torch.tensor([[1.0], [0.0]]), torch.tensor([1.0, 0.0]), group_index_S=index,
+        ...                         names=["right"], lengths_S=ones, ended_S=ones)
         >>> float(found["reward"]), float(found["frac_reward_zero_std"])
         (0.5, 0.0)
     """
-    num_groups, group_size = scores_EG.shape
-    index_S = torch.arange(num_groups, device=scores_EG.device).repeat_interleave(group_size)
-    groups = group_advantages(scores_EG.flatten(), group_index_S=index_S, num_groups=num_groups)
-    values = {"reward": scores_EG.nanmean()}
-    if group_size > 1:
+    num_groups = int(group_index_S.max()) + 1 if len(group_index_S) else 0
+    groups = group_advantages(scores_S, group_index_S=group_index_S, num_groups=num_groups)
+    values = {"reward": scores_S.nanmean()}
+    if num_groups < len(scores_S):
         values |= {
             "reward_std": groups.std_G.mean(),
             "frac_reward_zero_std": (~groups.has_signal_G).double().mean(),
         }
-    for name, column_S in zip(names, rewards_EGK.flatten(0, 1).unbind(dim=1), strict=True):
+    for name, column_S in zip(names, rewards_SK.unbind(dim=1), strict=True):
         scored = column_S[~column_S.isnan()]
         values[f"rewards/{name}/scored"] = torch.tensor(len(scored) / max(len(column_S), 1))
         if len(scored):
             values[f"rewards/{name}/mean"] = scored.mean()
             values[f"rewards/{name}/std"] = scored.std(correction=min(1, len(scored) - 1))
-    ended = ended_EG.bool()
-    for kind, lengths in (("", lengths_EG.flatten()), ("terminated_", lengths_EG[ended])):
+    for kind, lengths in (("", lengths_S), ("terminated_", lengths_S[ended_S.bool()])):
         if len(lengths):
             values |= {
                 f"completions/mean_{kind}length": lengths.mean(),
                 f"completions/min_{kind}length": lengths.amin(),
                 f"completions/max_{kind}length": lengths.amax(),
             }
-    values["completions/clipped_ratio"] = 1 - ended_EG.mean()
+    values["completions/clipped_ratio"] = 1 - ended_S.mean()
     return {name: value for name, value in values.items() if not value.isnan()}
 
 

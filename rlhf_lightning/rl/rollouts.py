@@ -2,16 +2,16 @@
 
 Per-token quantities that are constant during the updates (advantages, log-probs under the sampling policy and the
 reference) are stored in ``Example.fields``: one flat array per tree, aligned with its scored tokens, which are the
-tokens of its completions one after the other.
+tokens of its completions one after the other, those of a shared branch once for each completion.
 
-Legend: E prompts, G completions of each, K reward functions, S trained completions, N their tokens.
+Legend: E prompts, S completions of all prompts, K reward functions, N tokens of the trained completions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..inference import Completion
 from ..sequences import Example, Segment, SequenceBatch
+from .branches import Branch, branch_line
 from .step_rewards import StepsAtTokens
 
 
@@ -28,8 +29,9 @@ class Rollouts:
 
     Args:
         prompts: E prompts, with the rows' other columns.
-        completions: E lists of G completions.
-        rewards_EGK: rewards by each function, in fp64; NaN where it could not score.
+        completions: the completions of each prompt, any number of them.
+        rewards_SK: rewards of all completions, prompt after prompt, by each function, in fp64; NaN where it could not
+            score.
         failures: number of samples on which each function raised, timed out or returned an invalid value.
         errors: first message of each function that failed.
         steps: for every completion, the tokens at which its steps end, with their rewards; empty without a process
@@ -38,79 +40,159 @@ class Rollouts:
 
     prompts: list[Example]
     completions: list[list[Completion]]
-    rewards_EGK: Tensor
+    rewards_SK: Tensor
     failures: dict[str, int] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     steps: list[list[StepsAtTokens]] = field(default_factory=list)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Number of completions of each prompt."""
+        return [len(group) for group in self.completions]
+
+    @property
+    def samples(self) -> list[Completion]:
+        """All completions, prompt after prompt."""
+        return [completion for group in self.completions for completion in group]
+
     def replace(self, places: Sequence[int], other: Rollouts) -> None:
         """Replaces the groups at some places by those of other rollouts, and adds their failures."""
+        rewards = list(self.rewards_SK.split(self.sizes))
+        for place, group in zip(places, other.rewards_SK.split(other.sizes), strict=True):
+            rewards[place] = group
+        self.rewards_SK = torch.cat([self.rewards_SK[:0], *rewards])
         for place, prompt, completions in zip(places, other.prompts, other.completions, strict=True):
             self.prompts[place], self.completions[place] = prompt, completions
         for place, steps in zip(places, other.steps, strict=False):
             self.steps[place] = steps
-        self.rewards_EGK[list(places)] = other.rewards_EGK
         self.failures = {name: count + other.failures.get(name, 0) for name, count in self.failures.items()}
         self.errors = {**other.errors, **self.errors}
 
-    def lengths_EG(self) -> Tensor:
-        """Counts the tokens of each completion."""
-        return self._per_completion([[len(c.token_ids) for c in group] for group in self.completions])
+    def first_S(self) -> Tensor:
+        """Marks the first completion of each prompt: ``(S,)``."""
+        return self._per_completion([n == 0 for group in self.completions for n, _ in enumerate(group)])
 
-    def ended_EG(self) -> Tensor:
-        """Returns 1 where a completion ended before the length limit, else 0."""
-        return self._per_completion([[c.finish_reason == "stop" for c in group] for group in self.completions])
+    def lengths_S(self) -> Tensor:
+        """Counts the tokens of each completion: ``(S,)``."""
+        return self._per_completion([len(completion.token_ids) for completion in self.samples])
 
-    def _per_completion(self, values: list[list[int]] | list[list[bool]]) -> Tensor:
-        shape = self.rewards_EGK.shape[:2]
-        return torch.tensor(values, dtype=torch.float64, device=self.rewards_EGK.device).reshape(shape)
+    def ended_S(self) -> Tensor:
+        """Returns 1 where a completion ended before the length limit, else 0: ``(S,)``."""
+        return self._per_completion([completion.finish_reason == "stop" for completion in self.samples])
+
+    def _per_completion(self, values: list[int] | list[bool]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.rewards_SK.device)
 
 
-def build_trees(rollouts: Rollouts, kept_EG: Tensor, *, budget: int, share_prefix: bool = True) -> list[Example]:
+def reward_columns(samples: Sequence[tuple[Example, Completion]]) -> dict[str, list[Any]]:
+    """Returns the columns that reward functions get: those of the rows, and the tokens, one value per sample.
+
+    Args:
+        samples: completions with their prompts.
+    """
+    names = sorted({name for prompt, _ in samples for name in prompt.fields} - {"prompt"})
+    columns: dict[str, list[Any]] = {name: [prompt.fields.get(name) for prompt, _ in samples] for name in names}
+    columns["prompt_ids"] = [prompt.root.tokens.tolist() for prompt, _ in samples]
+    columns["completion_ids"] = [sample.token_ids for _, sample in samples]
+    return columns
+
+
+def group_index(first_S: Tensor) -> Tensor:
+    """Numbers the groups of completions whose first ones are marked: ``(S,)``.
+
+    Example:
+        >>> group_index(torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])).tolist()
+        [0, 0, 1, 1, 1]
+    """
+    return first_S.long().cumsum(0) - 1
+
+
+def build_trees(rollouts: Rollouts, kept_S: Tensor, *, budget: int, share_prefix: bool = True) -> list[Example]:
     """Builds one tree per prompt from the kept completions, or several if they exceed the token budget.
 
-    A tree has the fields ``prompt_id``, the id of its row; ``places``, the numbers ``prompt * G + completion`` of its
-    completions; and ``num_completions``, which for the first tree of a group includes the completions not kept.
+    Completions of a search share their branches; a branch is in every tree that holds a completion through it.
+
+    A tree has the fields ``prompt_id``, the id of its row; ``places``, the numbers of its completions among all; and
+    ``num_completions``, which for the first tree of a prompt includes the completions not kept.
 
     Args:
         rollouts: this rank's rollouts.
-        kept_EG: which completions to train on.
+        kept_S: which completions to train on.
         budget: tokens per micro-batch; affects memory, not results.
-        share_prefix: whether a prompt costs its tokens once or once per completion.
+        share_prefix: whether prompts and branches cost their tokens once or once per completion.
     """
-    group_size = kept_EG.shape[1]
     trees = []
-    kept = kept_EG.tolist()
-    for number, (prompt, completions) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True)):
-        # Fill trees in order, each with its own copy of the prompt.
-        members = [n for n in range(group_size) if kept[number][n]]
-        prompt_cost = len(prompt.root.tokens)
-        first_cost, later_cost = prompt_cost, 0 if share_prefix else prompt_cost
-        parts: list[list[int]] = [[]]
-        used = 0
-        for member in members:
-            cost = len(completions[member].token_ids)
-            if parts[-1] and used + later_cost + cost > budget:
-                parts.append([])
-            used = used + later_cost + cost if parts[-1] else first_cost + cost
-            parts[-1].append(member)
-        for part_number, part in enumerate(parts):
-            children = tuple(
-                Segment(completions[n].token_ids, np.ones(len(completions[n].token_ids), np.float32)) for n in part
-            )
+    kept, place = kept_S.tolist(), 0
+    for prompt, completions in zip(rollouts.prompts, rollouts.completions, strict=True):
+        lines = {place + n: branch_line(c) for n, c in enumerate(completions) if kept[place + n]}
+        dropped = len(completions) - len(lines)
+        place += len(completions)
+        for number, part in enumerate(_within_budget(len(prompt.root.tokens), lines, budget, share_prefix)):
+            children, places = _grow(part)
             fields = {
                 "prompt_id": prompt.row_id,
-                "places": [number * group_size + n for n in part],
-                "num_completions": len(part) + (group_size - len(members) if part_number == 0 else 0),
+                "places": places,
+                "num_completions": len(places) + (dropped if number == 0 else 0),
             }
-            root = Segment(prompt.root.tokens, children=children)
-            trees.append(Example(f"{prompt.row_id}/{part_number}", root, fields))
+            trees.append(Example(f"{prompt.row_id}/{number}", Segment(prompt.root.tokens, children=children), fields))
     return trees
 
 
+_Lines = dict[int, list[Branch]]  # place of a completion -> its branches
+
+
+def _within_budget(prompt_cost: int, lines: _Lines, budget: int, share_prefix: bool) -> list[_Lines]:
+    """Fills trees in order, each with its own copies of the prompt and of shared branches."""
+    parts: list[_Lines] = [{}]
+    held: set[Branch] = set()
+    used = prompt_cost
+    for place, line in lines.items():
+        new = [branch for branch in line if not (share_prefix and branch in held)]
+        cost = sum(len(branch.token_ids) for branch in new)
+        if parts[-1] and not share_prefix:
+            cost += prompt_cost
+        if parts[-1] and used + cost > budget:
+            parts.append({})
+            held, used = set(), prompt_cost
+            cost = sum(len(branch.token_ids) for branch in line)
+        parts[-1][place] = line
+        held.update(line)
+        used += cost
+    return parts
+
+
+def _grow(lines: _Lines) -> tuple[list[Segment], list[int]]:
+    """Makes the segments below a prompt, and lists the places of completions in the order of their paths."""
+    below: dict[Branch | None, list[Branch]] = {None: []}
+    ends: dict[Branch, int] = {}
+    for place, line in lines.items():
+        for above, branch in zip((None, *line), line, strict=False):
+            if branch not in below:
+                below[branch] = []
+                below[above].append(branch)
+        ends[line[-1]] = place
+
+    places: list[int] = []
+
+    def segment(branch: Branch) -> Segment:
+        children = [segment(child) for child in below[branch]]
+        if not children:
+            places.append(ends[branch])
+        return Segment(branch.token_ids, np.ones(len(branch.token_ids), np.float32), children)
+
+    return [segment(branch) for branch in below[None]], places
+
+
+def path_lengths(tree: Example) -> list[int]:
+    """Counts the tokens of each completion of a tree."""
+    if not tree.root.children:
+        return []
+    return [sum(len(segment.tokens) for segment in path[1:]) for path in tree.root.paths()]
+
+
 def num_tokens(tree: Example) -> int:
-    """Counts the tokens of a tree's completions."""
-    return sum(len(child.tokens) for child in tree.root.children)
+    """Counts the tokens of a tree's completions, those of a shared branch once for each."""
+    return sum(path_lengths(tree))
 
 
 def flat_indices(trees: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -120,10 +202,13 @@ def flat_indices(trees: Sequence[Example], device: torch.device) -> tuple[Tensor
         ``(S,)`` place of each completion in its rollouts, and ``(N,)`` index into S of each token.
     """
     places = [place for tree in trees for place in tree.fields["places"]]
-    lengths = [len(child.tokens) for tree in trees for child in tree.root.children]
-    lengths_S = torch.tensor(lengths, dtype=torch.long, device=device)
-    completion_index_S = torch.tensor(places, dtype=torch.long, device=device)
-    return completion_index_S, torch.arange(len(lengths), device=device).repeat_interleave(lengths_S)
+    return torch.tensor(places, dtype=torch.long, device=device), sequence_index(trees, device)[1]
+
+
+def sequence_index(trees: Sequence[Example], device: torch.device) -> tuple[int, Tensor]:
+    """Returns the number of completions of trees, and the completion of each token: ``(N,)``."""
+    lengths_S = torch.tensor([n for tree in trees for n in path_lengths(tree)], dtype=torch.long, device=device)
+    return len(lengths_S), torch.arange(len(lengths_S), device=device).repeat_interleave(lengths_S)
 
 
 def attach_token_fields(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Example]:
@@ -134,6 +219,12 @@ def attach_token_fields(trees: Sequence[Example], values: Mapping[str, Tensor]) 
         Example(tree.row_id, tree.root, {**tree.fields, **{name: part[n].numpy() for name, part in parts.items()}})
         for n, tree in enumerate(trees)
     ]
+
+
+def stored_field(trees: Sequence[Example], name: str, device: torch.device) -> Tensor:
+    """Reads a field of ``attach_token_fields`` back from all trees, in fp64: ``(N,)``."""
+    arrays = [np.asarray(tree.fields[name], dtype=np.float64) for tree in trees]
+    return torch.from_numpy(np.concatenate([np.empty(0), *arrays])).to(device)
 
 
 def token_field(batch: SequenceBatch, name: str, like_N: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
 
 from ..rl.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
+from ..rl.fixed_trees import FixedTreeGRPO
 
 VOCAB = 60
 # Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.
@@ -198,6 +199,29 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "grpo-steps": Method(FixedGRPO, prompts, rollouts(process_reward=by_step, optimizer=LARGE_STEPS)),
+    "grpo-tree": Method(
+        FixedTreeGRPO,
+        prompts,
+        rollouts(
+            beta=0.1,
+            entropy={"coef": 0.05},
+            tree={"comparison": "subtree", "depth_discount": 0.9, "visit_weights": "log", "preference": 0.3},
+            optimizer=LARGE_STEPS,
+        ),
+    ),
+    "grpo-tree-coupled": Method(
+        FixedTreeGRPO,
+        prompts,
+        rollouts(
+            loss={"loss_type": "grpo", "mask_truncated_completions": True},
+            advantages={"scale_rewards": "batch"},
+            tree={"comparison": "sibling"},
+            process_reward=by_step,
+            entropy={"top_quantile": 0.4},
+            off_policy={"correction": "sequence_truncate"},
+            optimizer=LARGE_STEPS,
+        ),
+    ),
     "ppo": Method(
         FixedPPO, prompts, rollouts(kl_coef=0.2, num_updates=1, entropy={"coef": 0.1}, optimizer=LARGE_STEPS)
     ),

@@ -181,7 +181,9 @@ def test_the_reward_model_is_no_part_of_the_policy(folder: str, single: tuple[st
             if scorer.tokenizer.decode(sample.token_ids, skip_special_tokens=True) == sample.text:
                 tokens = [*prompt.root.tokens.tolist(), *sample.token_ids]
                 tokens += [EOS_ID] * (tokens[-1] != EOS_ID)
-                assert float(rollouts.rewards_EGK[n, k, 0]) == pytest.approx(float(naive(scorer, tokens)), abs=1e-4)
+                assert float(rollouts.rewards_SK[sum(rollouts.sizes[:n]) + k, 0]) == pytest.approx(
+                    float(naive(scorer, tokens)), abs=1e-4
+                )
 
 
 # Other sequence classifiers.

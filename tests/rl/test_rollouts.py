@@ -32,7 +32,7 @@ def rollouts() -> Rollouts:
         ]
         for e, row in enumerate(LENGTHS)
     ]
-    return Rollouts(list(PROMPTS), groups, torch.zeros(2, 3, 1, dtype=torch.float64), {"r": 1}, {"r": "first"})
+    return Rollouts(list(PROMPTS), groups, torch.zeros(6, 1, dtype=torch.float64), {"r": 1}, {"r": "first"})
 
 
 def completions(trees: list[Example]) -> list[list[list[int]]]:
@@ -40,7 +40,7 @@ def completions(trees: list[Example]) -> list[list[list[int]]]:
 
 
 def test_a_group_is_one_tree() -> None:
-    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=100)
+    trees = build_trees(rollouts(), torch.ones(6, dtype=torch.bool), budget=100)
     assert completions(trees) == [[[10, 10], [20], [30] * 4], [[40] * 3, [50] * 3, [60]]]
     assert [tree.root.tokens.tolist() for tree in trees] == [[9, 9, 9], [8]]
     assert [tree.fields for tree in trees] == [
@@ -56,7 +56,7 @@ def test_a_group_is_one_tree() -> None:
 )
 def test_a_group_above_the_budget_is_split(share_prefix: bool, expected: list[list[int]]) -> None:
     """Each part repeats the prompt: 3 + 2 + 1 and 3 + 4 fit into 7, 3 + 2 + 1 + 4 does not."""
-    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=7, share_prefix=share_prefix)
+    trees = build_trees(rollouts(), torch.ones(6, dtype=torch.bool), budget=7, share_prefix=share_prefix)
     assert [[len(tokens) for tokens in tree] for tree in completions(trees)] == expected
     assert all(example_cost(tree, share_prefix=share_prefix) <= 7 for tree in trees)
     assert [place for tree in trees for place in tree.fields["places"]] == list(range(6))
@@ -65,12 +65,12 @@ def test_a_group_above_the_budget_is_split(share_prefix: bool, expected: list[li
 
 
 def test_one_completion_above_the_budget_stays_whole() -> None:
-    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=1)
+    trees = build_trees(rollouts(), torch.ones(6, dtype=torch.bool), budget=1)
     assert [len(tree.root.children) for tree in trees] == [1] * 6
 
 
 def test_what_is_dropped_still_counts() -> None:
-    kept = torch.tensor([[True, False, True], [False, False, False]])
+    kept = torch.tensor([True, False, True, False, False, False])
     trees = build_trees(rollouts(), kept, budget=7)
     assert completions(trees) == [[[10, 10]], [[30] * 4], []]
     assert [tree.fields["num_completions"] for tree in trees] == [2, 1, 3]
@@ -82,7 +82,7 @@ def test_what_is_dropped_still_counts() -> None:
 
 def test_values_reach_their_tokens() -> None:
     """In any order of packing: what is attached is read with the token that it was attached for."""
-    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=7)
+    trees = build_trees(rollouts(), torch.ones(6, dtype=torch.bool), budget=7)
     tokens_N = torch.tensor([t for tree in completions(trees) for row in tree for t in row], dtype=torch.float64)
     attached = attach_token_fields(trees, {"twice": 2 * tokens_N})
     assert isinstance(attached[0].fields["twice"], np.ndarray)
@@ -96,7 +96,7 @@ def test_values_reach_their_tokens() -> None:
 
 
 def test_values_of_trees() -> None:
-    trees = build_trees(rollouts(), torch.ones(2, 3, dtype=torch.bool), budget=100)
+    trees = build_trees(rollouts(), torch.ones(6, dtype=torch.bool), budget=100)
     batch = pack(trees)
     values_S = torch.tensor([1.0, -2.0, 4.0, 8.0, 16.0, 32.0])
     assert tree_sums(batch, values_S).tolist() == [3.0, 56.0]
@@ -105,16 +105,16 @@ def test_values_of_trees() -> None:
 
 
 def test_lengths_and_ends() -> None:
-    assert rollouts().lengths_EG().tolist() == LENGTHS
-    assert rollouts().ended_EG().tolist() == [[1, 1, 1], [1, 0, 1]]
+    assert rollouts().lengths_S().tolist() == [2, 1, 4, 3, 3, 1]
+    assert rollouts().ended_S().tolist() == [1, 1, 1, 1, 0, 1]
 
 
 def test_replacing_a_group() -> None:
     both, other = rollouts(), rollouts()
     other.prompts, other.completions = [Example("rows:7", Segment([7]))], other.completions[1:]
-    other.rewards_EGK = torch.full((1, 3, 1), 5.0, dtype=torch.float64)
+    other.rewards_SK = torch.full((3, 1), 5.0, dtype=torch.float64)
     both.replace([0], other)
     assert [prompt.row_id for prompt in both.prompts] == ["rows:7", "rows:1"]
-    assert both.rewards_EGK[:, 0, 0].tolist() == [5.0, 0.0]
-    assert both.lengths_EG().tolist() == [LENGTHS[1], LENGTHS[1]]
+    assert both.rewards_SK[:, 0].tolist() == [5.0] * 3 + [0.0] * 3
+    assert both.lengths_S().tolist() == LENGTHS[1] * 2
     assert (both.failures, both.errors) == ({"r": 2}, {"r": "first"})
