@@ -18,6 +18,9 @@ from .policy_gradient import sequence_mean, sequence_sum
 
 EngineCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
+# Entropies that differ by less than this many roundings of their dtype are equal.
+_ROUNDINGS: Final = 1024
+
 ENGINE_CORRECTIONS: Final[tuple[EngineCorrection, ...]] = get_args(EngineCorrection)
 
 
@@ -166,7 +169,9 @@ def top_entropy_threshold(entropies_N: Tensor, *, top_fraction: float) -> Tensor
 
 
 def top_entropy_mask(entropies_N: Tensor, *, threshold: Tensor) -> Tensor:
-    """Marks the tokens whose entropy reaches the threshold of the global batch.
+    """Marks the tokens whose entropy reaches the threshold of the global batch, up to the rounding of a forward pass.
+
+    Equal completions have equal entropies only up to rounding: they are kept or dropped together.
 
     Args:
         entropies_N: (N,), of any part of the batch.
@@ -179,7 +184,8 @@ def top_entropy_mask(entropies_N: Tensor, *, threshold: Tensor) -> Tensor:
         >>> top_entropy_mask(torch.tensor([0.1, 0.5]), threshold=torch.tensor(0.4))
         tensor([False,  True])
     """
-    return entropies_N.detach() >= threshold
+    rounding = _ROUNDINGS * torch.finfo(entropies_N.dtype).eps * threshold.abs().nan_to_num(posinf=0.0)
+    return entropies_N.detach() >= threshold - rounding
 
 
 def entropy_bonus_loss(entropies_N: Tensor, *, coef: float, mask_N: Tensor | None = None) -> Tensor:

@@ -166,7 +166,8 @@ class Branches:
         for length in self._lengths:
             starts.append(total)
             total += length
-        branches, tokens = [], []
+        branches: list[int] = []
+        tokens: list[int] = []
         for place in places_S:
             for branch in self._lines[place]:
                 branches += [branch] * self._lengths[branch]

@@ -1,7 +1,7 @@
 """From rollouts to the training trees of GRPO: what is fixed for every token before the first update.
 
-Legend: E prompts of this rank, S completions of them, K reward functions, B branches, N tokens of trained completions, U of
-which are not copies.
+Legend: E prompts of this rank, S completions of them, K reward functions, B branches, N tokens of trained completions,
+U without the copies of shared ones.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class TrainingTrees:
         """Computes what policy and reference say of every token, and weights that are fixed before the first update."""
         module, device = self.module, self.module.device
         known = self._known(trees)
-        fixed = {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
+        fixed: Rows = {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
         values: Metrics = {}
         weights_N, (first_U, which_N) = None, copies(stored_field(trees, "tokens", device))
         if module.off_policy.correction:
@@ -114,7 +114,9 @@ class TrainingTrees:
             everyone = gather_rows({"entropy": own_U}, device)["entropy"]
             uncertain_N = module.entropy.is_uncertain(own_U, all_entropies_N=everyone).double()[which_N]
             weights_N = uncertain_N if weights_N is None else weights_N * uncertain_N
-        return (fixed if weights_N is None else {**fixed, "weights": weights_N}), values
+        if weights_N is not None:
+            fixed["weights"] = weights_N
+        return fixed, values
 
     def _known(self, trees: Sequence[Example], *, penalty: bool = False) -> Rows:
         """Computes token log-probs and entropies of the sampling policy and the reference, as far as needed."""

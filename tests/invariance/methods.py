@@ -218,8 +218,7 @@ METHODS: dict[str, Method] = {
             tree={"comparison": "sibling"},
             process_reward=by_step,
             entropy={"top_quantile": 0.4},
-            off_policy={"correction": "sequence_truncate"},
-            optimizer=LARGE_STEPS,
+            off_policy={"correction": "token_truncate"},
         ),
     ),
     "ppo": Method(

@@ -151,3 +151,12 @@ class TestEntropy:
     def test_refuses_other_shares(self, top_fraction: float) -> None:
         with pytest.raises(ValueError, match=r"top_fraction=.* is outside \(0, 1\]"):
             top_entropy_threshold(torch.ones(2), top_fraction=top_fraction)
+
+
+def test_equal_entropies_are_kept_together() -> None:
+    """Two equal completions in different micro-batches, at the threshold."""
+    entropies = torch.tensor([1.0, 1.0 + 4e-15, 2.0, 0.5], dtype=torch.float64)
+    threshold = top_entropy_threshold(entropies, top_fraction=0.6)
+    assert float(threshold) > 1.0
+    assert top_entropy_mask(entropies, threshold=threshold).tolist() == [True, True, True, False]
+    assert top_entropy_mask(entropies, threshold=torch.tensor(-torch.inf)).all()

@@ -15,7 +15,7 @@ NAN = float("nan")
 
 def rewards(*columns: float) -> Tensor:
     """The same reward of each function for two prompts with three completions."""
-    return torch.tensor(columns, dtype=torch.float64).expand(2, 3, len(columns))
+    return torch.tensor(columns, dtype=torch.float64).expand(6, len(columns))
 
 
 def update(watch: FailureWatch, values: Tensor, failed: tuple[float, float]) -> None:
