@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from .astar import AStar
+from .beam import BeamSearch
 from .budget import Budget
 from .completion import Completion
+from .dvts import DVTS
 from .engine import Engine, LocalEngine
 from .generation import generate
+from .mcts import MCTS
+from .particles import ParticleFilter
 from .remote_engine import RemoteEngine
 from .sampling import SamplingParams, derive_seed
 from .scorers import ProcessScorer, RewardScorer
@@ -13,8 +18,14 @@ from .selection import BestOfN, MajorityVote, SelfConsistency
 from .specs import build_scorer, build_strategy
 from .strategy import Candidate, Scorer, Scores, SearchResult, Strategy
 from .text_terms import LikelihoodScorer, TextScorer, VerifierScorer, WeightedScorer
+from .token_beam import TokenBeamSearch
+from .trees import Node, SearchTree
 
 __all__ = [
+    "DVTS",
+    "MCTS",
+    "AStar",
+    "BeamSearch",
     "BestOfN",
     "Budget",
     "Candidate",
@@ -23,6 +34,8 @@ __all__ = [
     "LikelihoodScorer",
     "LocalEngine",
     "MajorityVote",
+    "Node",
+    "ParticleFilter",
     "ProcessScorer",
     "RemoteEngine",
     "RewardScorer",
@@ -30,9 +43,11 @@ __all__ = [
     "Scorer",
     "Scores",
     "SearchResult",
+    "SearchTree",
     "SelfConsistency",
     "Strategy",
     "TextScorer",
+    "TokenBeamSearch",
     "VerifierScorer",
     "WeightedScorer",
     "build_scorer",

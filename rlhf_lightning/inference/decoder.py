@@ -57,6 +57,16 @@ class Decoder:
         Returns:
             The scores after each prompt, ``(P, V)``, and the keys and values of each layer.
         """
+        cache = DynamicCache()
+        logits_PV = self._after(prompts, cache)
+        layers: list[Any] = cache.layers
+        return logits_PV, [(layer.keys, layer.values) for layer in layers]
+
+    def after(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Computes the scores after prompts, padded on the left to the longest, ``(P, V)``; keeps no cache."""
+        return self._after(prompts, None)
+
+    def _after(self, prompts: Sequence[Sequence[int]], cache: Cache | None) -> Tensor:
         width = max(map(len, prompts))
         table = np.zeros((len(prompts), width + 1), dtype=np.int64)
         for row, prompt in enumerate(prompts):
@@ -68,11 +78,8 @@ class Decoder:
         # Padding on the left gets position 0, which nothing reads.
         places_PL = torch.arange(width, device=self.device) - width + lengths_P1
         mask_PL = (places_PL >= 0).long() if min(map(len, prompts)) < width else None
-        cache = DynamicCache()
         given = {"attention_mask": mask_PL, "position_ids": places_PL.clamp(min=0)}
-        logits_PV = self._forward(input_ids_PL, cache, given)[:, -1]
-        layers: list[Any] = cache.layers
-        return logits_PV, [(layer.keys, layer.values) for layer in layers]
+        return self._forward(input_ids_PL, cache, given)[:, -1]
 
     def step(self, tokens_N: Tensor, cache: SlotCache | Rows, alive_N: Tensor | None = None) -> Tensor:
         """Computes one more token of every row; returns the scores after it, ``(N, V)``.
@@ -125,14 +132,14 @@ class Decoder:
         cache.advance(counts)
         return logits_NQV
 
-    def _forward(self, input_ids: Tensor, cache: Cache, given: dict[str, Any], keep: int = 1) -> Tensor:
+    def _forward(self, input_ids: Tensor, cache: Cache | None, given: dict[str, Any], keep: int = 1) -> Tensor:
         """The scores after the last tokens, at least ``keep`` of them."""
         arguments = dict(given)
         if not self._takes_positions:
             arguments.pop("position_ids")
         if self._takes_keep:
             arguments["logits_to_keep"] = keep
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments)
+        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, **arguments)
         logits: Tensor = output.logits
         return logits
 

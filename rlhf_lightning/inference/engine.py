@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import prompt_tokens
@@ -22,6 +22,7 @@ from .continuous_batching import ContinuousBatch, Counts
 from .cpu_linear import packed_linears
 from .decoder import Decoder
 from .hf_generate import generate_plain, loops_exactly
+from .next_tokens import next_token_logprobs
 from .paged_cache import PagePool
 from .prefix_tree import PAGE
 from .projection import exact_projection
@@ -49,6 +50,7 @@ class Engine(Protocol):
         sampling: SamplingParams | None = None,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples completions: one list per prompt, in order, with ``num_samples`` each."""
         ...
@@ -188,6 +190,7 @@ class LocalEngine:
         sampling: SamplingParams | None = None,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples completions of prompts.
 
@@ -196,12 +199,14 @@ class LocalEngine:
             num_samples: samples per prompt, at least 1.
             sampling: the settings; by default ``SamplingParams()``.
             seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
+            limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
 
         Returns:
             One list per prompt, in order, with ``num_samples`` completions.
 
         Raises:
-            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` does not hold one per sample.
+            ValueError: a prompt is empty or fills the model's positions, or ``seeds`` does not hold one per sample, or
+                ``limits`` one number of at least 1 per prompt.
         """
         params = sampling or SamplingParams()
         if num_samples < 1:
@@ -214,13 +219,20 @@ class LocalEngine:
         # Greedy samples of a prompt are equal: one is made, and repeated below.
         distinct = 1 if params.greedy else num_samples
         numbered = _seeds(seeds, len(token_prompts), num_samples, params)
+        most = new_token_limits(limits, len(token_prompts), params)
         stop_ids = sorted(self.end_token_ids | set(params.stop_token_ids))
         stops = frozenset(stop_ids)
 
         # Every sample has a seed of its own, so that neither batching nor order changes it.
         requests = [
             Request(
-                prompt, (row, column), numbered[row][column], self._limit(prompt, params), params, stops, self.tokenizer
+                prompt,
+                (row, column),
+                numbered[row][column],
+                self._limit(prompt, most[row]),
+                params,
+                stops,
+                self.tokenizer,
             )
             for row, prompt in enumerate(token_prompts)
             for column in range(distinct)
@@ -234,6 +246,25 @@ class LocalEngine:
         completions = [request.completion() for request in requests]
         grouped = [completions[first : first + distinct] for first in range(0, len(completions), distinct)]
         return [group * (num_samples // distinct) for group in grouped]
+
+    def next_token_logprobs(self, prompts: Prompts) -> Tensor:
+        """Computes the log-probabilities of all tokens after each prompt, under the unmodified model.
+
+        Args:
+            prompts: strings, or token ids.
+
+        Returns:
+            One row per prompt, ``(P, V)``, in fp32.
+
+        Raises:
+            ValueError: a prompt is empty, or fills the model's positions.
+        """
+        numbered_prompts: Any = enumerate(prompts)
+        tokens = [self.encode(prompt, number) for number, prompt in numbered_prompts]
+        for prompt in tokens:
+            self._limit(prompt, 1)
+        with torch.no_grad(), evaluation_mode(self.model), gathered(self.model), exact_projection(self.model):
+            return next_token_logprobs(Decoder(self.model), tokens, self.max_batch_tokens)
 
     def _run(self, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]) -> None:
         # Two properties that batched sampling rests on: causality, and keys that do not depend on the layout.
@@ -341,17 +372,17 @@ class LocalEngine:
         positions = num_positions(self.model)
         return None if positions is None else positions - 1
 
-    def _limit(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
+    def _limit(self, prompt: tuple[int, ...], requested: int) -> int:
         """Maximum number of new tokens: the requested one, or what the model's positions leave."""
         positions = num_positions(self.model)
         if positions is None:
-            return params.max_new_tokens
+            return requested
         if len(prompt) >= positions:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the model's {positions} positions: shorten it"
             )
         # Completions end where the model's positions end.
-        return min(params.max_new_tokens, positions - len(prompt))
+        return min(requested, positions - len(prompt))
 
     @property
     def end_token_ids(self) -> frozenset[int]:
@@ -398,3 +429,18 @@ def _seeds(
             f" seed per sample ({num_samples})"
         )
     return [list(row) for row in seeds]
+
+
+def new_token_limits(limits: Sequence[int] | None, num_prompts: int, params: SamplingParams) -> list[int]:
+    """Returns the maximum number of new tokens of every prompt: the settings', or a lower one of its own.
+
+    Raises:
+        ValueError: ``limits`` does not hold one number of at least 1 for each prompt.
+    """
+    if limits is None:
+        return [params.max_new_tokens] * num_prompts
+    if len(limits) != num_prompts or any(limit < 1 for limit in limits):
+        raise ValueError(
+            f"limits is {list(limits)}: it must have one number of at least 1 for each prompt ({num_prompts})"
+        )
+    return [min(limit, params.max_new_tokens) for limit in limits]

@@ -11,7 +11,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import opening_tokens
 from ..utils.messages import did_you_mean, one_line
 from .completion import Completion, FinishReason, readable
-from .engine import Prompts, _seeds
+from .engine import Prompts, _seeds, new_token_limits
 from .http_client import Endpoint, ServerError, in_parallel
 from .remote_answers import UnusableError, spoken_tokens
 from .sampling import SamplingParams
@@ -125,6 +125,7 @@ class RemoteEngine:
         sampling: SamplingParams | None = None,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples completions of prompts.
 
@@ -133,6 +134,7 @@ class RemoteEngine:
             num_samples: samples per prompt, at least 1.
             sampling: the settings; by default ``SamplingParams()``.
             seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
+            limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
 
         Returns:
             One list per prompt, in order, with ``num_samples`` completions.
@@ -148,6 +150,7 @@ class RemoteEngine:
         numbered_prompts: Any = enumerate(prompts)
         written = [self._prompt(number, prompt) for number, prompt in numbered_prompts]
         numbered = _seeds(seeds, len(written), num_samples, params)
+        most = new_token_limits(limits, len(written), params)
         if not written:
             return []
 
@@ -155,8 +158,8 @@ class RemoteEngine:
         settings = {"model": self._model(), **self._settings(params), **self.extra_body}
         distinct = 1 if params.greedy else num_samples
         bodies = [
-            {**prompt, **({} if params.greedy else {"seed": seed & _SEED_MASK}), **settings}
-            for prompt, row in zip(written, numbered, strict=True)
+            {**prompt, **({} if params.greedy else {"seed": seed & _SEED_MASK}), "max_tokens": limit, **settings}
+            for prompt, row, limit in zip(written, numbered, most, strict=True)
             for seed in row[:distinct]
         ]
 
@@ -229,7 +232,7 @@ class RemoteEngine:
 
     def _settings(self, params: SamplingParams) -> dict[str, Any]:
         """The request fields that do not depend on the prompt."""
-        body: dict[str, Any] = {"max_tokens": params.max_new_tokens, "temperature": params.temperature}
+        body: dict[str, Any] = {"temperature": params.temperature}
         extensions = {
             "top_k": (params.top_k or -1, -1),
             "min_p": (params.min_p, 0.0),

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from ..utils.validation import check_same_length
 from .budget import Account, Budget
 from .completion import Completion, FinishReason
-from .engine import Engine
+from .engine import Engine, new_token_limits
 from .sampling import SamplingParams, derive_seed
 
 
@@ -107,12 +107,27 @@ class Sample:
         token_ids: the state: tokens after the prompt; empty continues the prompt.
         seeds: one per sample.
         sampling: the settings.
+        limit: maximum number of tokens of each sample, where it is below that of the settings.
     """
 
     query: Query
     token_ids: tuple[int, ...]
     seeds: tuple[int, ...]
     sampling: SamplingParams
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """A request of a search: the log-probabilities of all tokens that may follow a state; counts as one token.
+
+    Args:
+        query: the query.
+        token_ids: the state: tokens after the prompt.
+    """
+
+    query: Query
+    token_ids: tuple[int, ...]
 
 
 @dataclass
@@ -160,8 +175,9 @@ class SearchResult:
         return self.best.score
 
 
-Ask: TypeAlias = Sequence[Sample] | Sequence[Candidate]
-# A search yields requests and receives, in their order, completions of each sample or scores of each candidate.
+Ask: TypeAlias = Sequence[Sample] | Sequence[NextTokens] | Sequence[Candidate]
+# A search yields requests and receives, in their order, completions of each sample, log-probabilities after each state,
+# or scores of each candidate.
 Search: TypeAlias = Generator[Ask, Any, SearchResult]
 
 
@@ -201,6 +217,17 @@ class Strategy:
         """The engine's tokenizer, if it has one."""
         return getattr(self.engine, "tokenizer", None)
 
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """The engine's tokens that end an answer."""
+        found: frozenset[int] = getattr(self.engine, "end_token_ids", frozenset())
+        return found
+
+    def longest_prompt(self, sampling: SamplingParams) -> int | None:
+        """Number of tokens that a prompt may have so that one more fits; ``None`` if the engine does not say."""
+        ask = getattr(self.engine, "longest_prompt", None)
+        return None if ask is None else ask(sampling)
+
     def start(self, query: Query, sampling: SamplingParams, account: Account) -> Search:
         """Begins the search for one prompt: a coroutine that keeps to the account's budget."""
         raise TypeError(f"{type(self).__name__} must define start(query, sampling, account)")
@@ -234,7 +261,7 @@ class Strategy:
             Query(prompt, self._encoded(prompt), seed, row)
             for prompt, seed, row in zip(prompts, seeds, rows, strict=True)
         ]
-        return self._run(queries, params)
+        return self._run(queries, [params] * len(queries))
 
     def generate(
         self,
@@ -243,6 +270,7 @@ class Strategy:
         sampling: SamplingParams | None = None,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Answers like an engine: each completion is the chosen one of a search of its own.
 
@@ -251,14 +279,20 @@ class Strategy:
             num_samples: searches per prompt.
             sampling: settings instead of the strategy's own.
             seeds: one per prompt and sample.
+            limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
         """
         params = sampling or self.sampling
         if seeds is None:
             seed = params.seed or 0
             seeds = [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(len(prompts))]
         check_same_length(prompts=prompts, seeds=seeds)
-        each = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
-        results = iter(self.search([prompt for prompt, _ in each], [seed for _, seed in each], sampling=params))
+        most = new_token_limits(limits, len(prompts), params)
+        queries, settings = [], []
+        for prompt, row, limit in zip(prompts, seeds, most, strict=True):
+            queries += [Query(prompt, self._encoded(prompt), seed) for seed in row]
+            least = min(params.min_new_tokens, limit)
+            settings += [replace(params, max_new_tokens=limit, min_new_tokens=least)] * len(row)
+        results = iter(self._run(queries, settings))
         return [[next(results).best.completion() for _ in row] for row in seeds]
 
     def _encoded(self, prompt: Any) -> tuple[int, ...]:
@@ -278,10 +312,10 @@ class Strategy:
 
     # Rounds.
 
-    def _run(self, queries: Sequence[Query], params: SamplingParams) -> list[SearchResult]:
+    def _run(self, queries: Sequence[Query], settings: Sequence[SamplingParams]) -> list[SearchResult]:
         """Advances all searches together until each has its result."""
         accounts = [Account(self.budget) for _ in queries]
-        searches = [self.start(query, params, account) for query, account in zip(queries, accounts, strict=True)]
+        searches = [self.start(*search) for search in zip(queries, settings, accounts, strict=True)]
         results: dict[int, SearchResult] = {}
         answers: dict[int, Any] = dict.fromkeys(range(len(searches)))
         while answers:
@@ -297,9 +331,14 @@ class Strategy:
 
     def _answer(self, asks: Mapping[int, Ask], accounts: Sequence[Account]) -> dict[int, Any]:
         """Answers the requests of one round with one call of the engine for each setting, and one of the scorer."""
-        samples = {n: list(ask) for n, ask in asks.items() if ask and isinstance(ask[0], Sample)}
-        candidates = {n: list(ask) for n, ask in asks.items() if n not in samples}
-        return {**self._sampled(samples, accounts), **self._scored(candidates, accounts)}
+        kinds: dict[type, dict[int, list[Any]]] = {Sample: {}, NextTokens: {}, Candidate: {}}
+        for number, ask in asks.items():
+            kinds[type(ask[0]) if ask else Candidate][number] = list(ask)
+        return {
+            **self._sampled(kinds[Sample], accounts),
+            **self._followed(kinds[NextTokens], accounts),
+            **self._scored(kinds[Candidate], accounts),
+        }
 
     def _sampled(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
         """Draws all samples; those of equal settings in one call."""
@@ -315,11 +354,29 @@ class Strategy:
                 [*sample.query.token_ids, *sample.token_ids] if sample.query.token_ids else sample.query.prompt
                 for sample, _ in rows
             ]
-            completions = iter(self.engine.generate(prompts, 1, params, seeds=[[seed] for _, seed in rows]))
+            limited: dict[str, Any] = {}
+            if any(sample.limit is not None for sample, _ in rows):
+                limited["limits"] = [sample.limit or params.max_new_tokens for sample, _ in rows]
+            completions = iter(self.engine.generate(prompts, 1, params, seeds=[[seed] for _, seed in rows], **limited))
             for number, place, sample in group:
                 answers[number][place] = [next(completions)[0] for _ in sample.seeds]
                 accounts[number].tokens += sum(len(c.token_ids) for c in answers[number][place])
         return answers
+
+    def _followed(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
+        """Computes the log-probabilities of next tokens, in one call."""
+        if not asks:
+            return {}
+        compute = getattr(self.engine, "next_token_logprobs", None)
+        if compute is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the probabilities of all tokens, which {type(self.engine).__name__} does "
+                "not report: use a LocalEngine"
+            )
+        rows = iter(compute([[*s.query.token_ids, *s.token_ids] for states in asks.values() for s in states]))
+        for number, states in asks.items():
+            accounts[number].tokens += len(states)
+        return {number: [next(rows) for _ in states] for number, states in asks.items()}
 
     def _scored(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
         """Scores all candidates in one call, in the order of their prompts."""
