@@ -190,7 +190,7 @@ class _Simulator:
             return 0 if node.draws else self.search.actions
         k, alpha = self.search.widening
         allowed = math.ceil(k * max(1, node.visits) ** alpha)
-        return max(0, min(self.search.actions, allowed) - node.draws)
+        return int(max(0, min(self.search.actions, allowed) - node.draws))
 
     def _urgency(self, node: Node) -> tuple[float, float]:
         """The rule; of equal values, the likelier step is taken, and then the earlier one."""

@@ -104,7 +104,6 @@ class RemoteEngine:
             raise ValueError(f"max_concurrency={max_concurrency} is not allowed: it must be at least 1; 16 is usual")
         if text_prompts and tokenizer is None:
             raise ValueError("text_prompts needs the tokenizer that token ids are turned into text with: give it one")
-
         # Read from the environment, so that no config or record holds the key.
         key = _api_key(api_key_variable)
         self.endpoint = Endpoint(url, api_key=key, timeout=timeout, max_retries=max_retries, backoff=backoff)

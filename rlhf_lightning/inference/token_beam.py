@@ -95,7 +95,7 @@ class _Beams:
             return False
         # A log-probability can only fall, and a negative one weighs least over the longest completion.
         bound = max(self.states[node][2] for node in self.open) / self._longest**self.search.length_penalty
-        return max(stopped) >= bound
+        return bool(max(stopped) >= bound)
 
     def advance(self, rows: Sequence[Tensor]) -> None:
         """Continues the first beginnings by their likeliest tokens, given the log-probabilities after each."""

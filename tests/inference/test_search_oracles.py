@@ -182,7 +182,9 @@ def naive_puct(values, priors, simulations, c1=1.25, c2=19652.0):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_puct_visits_are_those_of_the_formula_and_converge(seed):
     random = np.random.default_rng(seed)
-    values = dict(zip("abcde", random.uniform(0, 1, 5).tolist(), strict=True))
+    # Values that differ by d = 1/4 at least: another step is only taken while n + 1 <= P sqrt(N) growth / d, so that of
+    # N = 1000 simulations at most 165 go to all others.
+    values = dict(zip("abcde", random.permutation([0.0, 0.25, 0.5, 0.75, 1.0]).tolist(), strict=True))
     table = {"": list(zip("abcde", random.dirichlet(np.ones(5)).tolist(), strict=True))}
     shares = []
     for simulations in (10, 100, 1000):
@@ -196,7 +198,7 @@ def test_puct_visits_are_those_of_the_formula_and_converge(seed):
         assert sum(expected) == result.tree.root.visits == simulations
         shares.append(max(children, key=lambda c: values[c.text]).visits / simulations)
     assert result.text == max(values, key=values.__getitem__)
-    assert shares[2] > 0.85
+    assert shares[2] >= 1 - 0.165
     assert shares[2] >= shares[1] - 0.05
 
 
@@ -233,31 +235,29 @@ def test_several_leaves_share_a_round():
     rounds = {}
     for leaves in (1, 4):
         judge = Judge(lambda text: min(scores(text)))
-        strategy = MCTS(ToyEngine(table), scorer=judge, simulations=60, actions=3, leaves=leaves)
+        strategy = MCTS(ToyEngine(table, in_turn=True), scorer=judge, simulations=60, actions=3, leaves=leaves)
         assert strategy.search([PROMPT], seeds=[0])[0].tree.root.visits == 60
         rounds[leaves] = len(judge.calls)
         assert max(judge.calls[:-1]) > 1 or leaves == 1
-    assert rounds[4] < 0.6 * rounds[1]
+    assert rounds[4] < 0.65 * rounds[1]
 
 
 def test_rollouts_judge_what_a_scorer_cannot():
     table = random_table(2, 3, seed=1)
     worth = {text: n / 10 for n, text in enumerate(sorted(solutions(table)))}
-    # The judge knows whole solutions only.
-    strategy = MCTS(
-        ToyEngine(table),
-        scorer=Judge(worth.__getitem__),
-        simulations=20,
-        actions=2,
-        rollouts=3,
-        rollout_weight=1.0,
-        discount=0.5,
-    )
-    (result,) = strategy.search([PROMPT], seeds=[0])
+
+    def searched(simulations):
+        # The judge knows whole solutions only.
+        options = {"actions": 2, "rollouts": 3, "rollout_weight": 1.0, "discount": 0.5}
+        engine, judge = ToyEngine(table, in_turn=True), Judge(worth.__getitem__)
+        return MCTS(engine, scorer=judge, simulations=simulations, **options).search([PROMPT], seeds=[0])[0]
+
+    result = searched(1)
     leaf = next(n for n in result.tree.nodes() if n.rollouts and not n.children)
     assert leaf.visits == 1
     assert leaf.value == pytest.approx(np.mean([worth[leaf_text(n)] for n in leaf.rollouts]), abs=1e-12)
     assert {leaf_text(n) for n in result.tree.nodes() if n.rollout} <= {c.text for c in result.candidates}
+    result = searched(6)
     # The discount counts steps: a node's values are halves of those below it.
     node = next(n for n in result.tree.nodes() if n.children and n.parent is not None)
     own = np.mean([worth[leaf_text(n)] for n in node.rollouts])
