@@ -16,6 +16,7 @@ sys.modules["house"] = house
 _spec.loader.exec_module(house)
 
 LONG_FILES = {
+    "rlhf_lightning/inference/engine.py": "one engine: its options, what it checks, and the layout that it runs in",
     "rlhf_lightning/core/module.py": "options, interface and Lightning hooks of every method, each a few lines",
     "rlhf_lightning/data/loaders.py": "three loaders and the state that a run is resumed from",
 }

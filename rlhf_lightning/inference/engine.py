@@ -26,7 +26,8 @@ from .next_tokens import next_token_logprobs
 from .paged_cache import PagePool
 from .prefix_tree import PAGE
 from .projection import exact_projection
-from .sampling import SamplingParams, derive_seed
+from .sample_numbers import new_token_limits, sample_seeds
+from .sampling import SamplingParams
 from .stores import CACHES, CacheKind, make_store
 from .weight_version import weight_version
 
@@ -218,7 +219,7 @@ class LocalEngine:
 
         # Greedy samples of a prompt are equal: one is made, and repeated below.
         distinct = 1 if params.greedy else num_samples
-        numbered = _seeds(seeds, len(token_prompts), num_samples, params)
+        numbered = sample_seeds(seeds, len(token_prompts), num_samples, params)
         most = new_token_limits(limits, len(token_prompts), params)
         stop_ids = sorted(self.end_token_ids | set(params.stop_token_ids))
         stops = frozenset(stop_ids)
@@ -263,7 +264,7 @@ class LocalEngine:
         tokens = [self.encode(prompt, number) for number, prompt in numbered_prompts]
         for prompt in tokens:
             self._limit(prompt, 1)
-        with torch.no_grad(), evaluation_mode(self.model), gathered(self.model), exact_projection(self.model):
+        with torch.no_grad(), evaluating(self.model), gathered(self.model), exact_projection(self.model):
             return next_token_logprobs(Decoder(self.model), tokens, self.max_batch_tokens)
 
     def _run(self, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]) -> None:
@@ -414,33 +415,3 @@ def _own_or_registered(model: PreTrainedModel, device: torch.device) -> str:
     """
     own = str(attention_of(model))
     return register_attention() if own == "sdpa" and device.type == "cuda" and is_switchable(model) else own
-
-
-def _seeds(
-    seeds: Sequence[Sequence[int]] | None, num_prompts: int, num_samples: int, params: SamplingParams
-) -> list[list[int]]:
-    if seeds is None:
-        seed = int(torch.randint(2**62, ())) if params.seed is None and not params.greedy else params.seed or 0
-        return [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(num_prompts)]
-    shape = sorted({len(row) for row in seeds})
-    if len(seeds) != num_prompts or any(length != num_samples for length in shape):
-        raise ValueError(
-            f"seeds has {len(seeds)} rows of lengths {shape}: it must have one row per prompt ({num_prompts}) and one"
-            f" seed per sample ({num_samples})"
-        )
-    return [list(row) for row in seeds]
-
-
-def new_token_limits(limits: Sequence[int] | None, num_prompts: int, params: SamplingParams) -> list[int]:
-    """Returns the maximum number of new tokens of every prompt: the settings', or a lower one of its own.
-
-    Raises:
-        ValueError: ``limits`` does not hold one number of at least 1 for each prompt.
-    """
-    if limits is None:
-        return [params.max_new_tokens] * num_prompts
-    if len(limits) != num_prompts or any(limit < 1 for limit in limits):
-        raise ValueError(
-            f"limits is {list(limits)}: it must have one number of at least 1 for each prompt ({num_prompts})"
-        )
-    return [min(limit, params.max_new_tokens) for limit in limits]

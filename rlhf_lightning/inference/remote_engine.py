@@ -11,9 +11,10 @@ from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import opening_tokens
 from ..utils.messages import did_you_mean, one_line
 from .completion import Completion, FinishReason, readable
-from .engine import Prompts, _seeds, new_token_limits
+from .engine import Prompts
 from .http_client import Endpoint, ServerError, in_parallel
 from .remote_answers import UnusableError, spoken_tokens
+from .sample_numbers import new_token_limits, sample_seeds
 from .sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class RemoteEngine:
         self._check_logprobs(params)
         numbered_prompts: Any = enumerate(prompts)
         written = [self._prompt(number, prompt) for number, prompt in numbered_prompts]
-        numbered = _seeds(seeds, len(written), num_samples, params)
+        numbered = sample_seeds(seeds, len(written), num_samples, params)
         most = new_token_limits(limits, len(written), params)
         if not written:
             return []
@@ -268,7 +269,6 @@ class RemoteEngine:
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
         """Maximum number of tokens of a prompt; ``None`` if the server does not report it (vLLM does).
-
         vLLM refuses a request whose new tokens might not fit, however few of them are needed.
         """
         try:

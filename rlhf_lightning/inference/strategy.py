@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeAlias
 from ..utils.validation import check_same_length
 from .budget import Account, Budget
 from .completion import Completion, FinishReason
-from .engine import Engine, new_token_limits
+from .engine import Engine
+from .sample_numbers import new_token_limits
 from .sampling import SamplingParams, derive_seed
 
 
