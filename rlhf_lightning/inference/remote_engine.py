@@ -162,7 +162,6 @@ class RemoteEngine:
             for prompt, row, limit in zip(written, numbered, most, strict=True)
             for seed in row[:distinct]
         ]
-
         # A missing model is the one error worth another request: its message then lists those served.
         stopped = threading.Event()
         try:
@@ -269,6 +268,7 @@ class RemoteEngine:
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
         """Maximum number of tokens of a prompt; ``None`` if the server does not report it (vLLM does).
+
         vLLM refuses a request whose new tokens might not fit, however few of them are needed.
         """
         try:
