@@ -121,6 +121,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     # Inside C++ these tensors are the CPU's, which asks for "the device of the input" by that name.
     goes_here = bool(here) or (asked is not None and not _of_host(asked))
     if not goes_here:
+        kwargs.pop("pin_memory", None)  # which needs a card
         return func(*args, **kwargs)
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != "cuda":
