@@ -19,7 +19,7 @@ from .policy_gradient import sequence_mean, sequence_sum
 EngineCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 # Entropies that differ by less than this many roundings of their dtype are equal.
-_ROUNDINGS: Final = 1024
+_ROUNDINGS: Final = 64
 
 ENGINE_CORRECTIONS: Final[tuple[EngineCorrection, ...]] = get_args(EngineCorrection)
 
