@@ -6,9 +6,10 @@ It does not model kernels, memory, streams or speed. Everything it changes in to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
@@ -18,12 +19,30 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 _aten: Any = torch.ops.aten
 # Operators that take tensors of both devices: copies between them, and indices in host memory.
+_PRODUCTS = {_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm}
 _MIXED = {_aten.copy_, _aten._to_copy, _aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
+
+
+class Watcher(Protocol):
+    """What is told of the device's work while it is among ``WATCHERS``."""
+
+    def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """An operator is run on the device, or copies between the devices."""
+
+    def upload(self, *, waits: bool) -> None:
+        """Host memory is copied to the device."""
+
+    def read(self, *, waits: bool) -> None:
+        """Memory of the device is copied to the host."""
+
+
+WATCHERS: list[Watcher] = []
+# Operators that are computed by others on the device, not as a whole: their own functions.
+COMPOSED: dict[Any, Callable[..., Any]] = {}
 
 
 class Pretended(Tensor):
@@ -59,6 +78,8 @@ class Pretended(Tensor):
         return True
 
     def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        for watcher in WATCHERS:
+            watcher.read(waits=True)
         return _Fetch.apply(self) if self.requires_grad else Tensor.detach(self).inner.clone()
 
     def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -115,28 +136,29 @@ def _of_host(device: Any) -> bool:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Runs an operator on what the tensors hold."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = list(_tensors((*args, *kwargs.values())))
     here = [t for t in tensors if isinstance(t, Pretended)]
     asked = kwargs.get("device")
     # Inside C++ these tensors are the CPU's, which asks for "the device of the input" by that name.
     goes_here = bool(here) or (asked is not None and not _of_host(asked))
     if not goes_here:
-        kwargs.pop("pin_memory", None)  # which needs a card
-        return func(*args, **kwargs)
-    generator = kwargs.get("generator")
-    if generator is not None and generator.device.type != "cuda":
-        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+        return _run_on_host(func, args, kwargs)
+    composed = COMPOSED.get(func, func.decompose if _is_composed(func) else None)
+    if composed is not None:
+        with _Mode():
+            return composed(*args, **kwargs)
+    for watcher in WATCHERS:
+        watcher.operator(func, args, kwargs)
+    _check_devices(func, tensors, kwargs.get("generator"))
     packet = func.overloadpacket
-    host = [tuple(t.shape) for t in tensors if not isinstance(t, Pretended) and t.dim() > 0]
-    if here and host and packet not in _MIXED:
-        raise RuntimeError(f"Expected all tensors to be on the same device: {func} was given {host} on cpu")
     given = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
     if asked is not None:
         given["device"] = torch.device("cpu")
-    inner_args, inner_kwargs = tree_map(lambda x: x.inner if isinstance(x, Pretended) else x, (args, given))
+    inner_args = _mapped(_inner, args)
+    inner_kwargs = {name: _mapped(_inner, value) for name, value in given.items()}
     if packet is _aten.histc and not inner_args[0].is_floating_point():  # a card counts whole numbers, too
         out = func(inner_args[0].double(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
-    elif func._overloadname in ("dtype", "dtype_out"):
+    elif packet in _PRODUCTS and func._overloadname in ("dtype", "dtype_out"):
         out = _wide_product(func, *inner_args, **inner_kwargs)
     else:
         out = func(*inner_args, **inner_kwargs)
@@ -144,8 +166,52 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if packet in (_aten.set_, _aten.resize_):
         return args[0]
-    wrapped = tree_map(lambda x: Pretended(x) if isinstance(x, Tensor) and not isinstance(x, Pretended) else x, out)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+    return return_and_correct_aliasing(func, args, kwargs, _mapped(_wrapped, out))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)(_mapped(function, each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    return tensor.inner if isinstance(tensor, Pretended) else tensor
+
+
+def _wrapped(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, Pretended) else Pretended(tensor)
+
+
+@cache
+def _is_composed(func: Any) -> bool:
+    """Whether an operator is made of others; above autograd torch has taken it apart already."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _run_on_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    pinned = kwargs.pop("pin_memory", None)
+    made = func(*args, **kwargs)
+    if pinned:
+        made.pretends_to_be_pinned = True
+    return made
+
+
+def _check_devices(func: Any, tensors: list[Tensor], generator: Any) -> None:
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    host = [tuple(t.shape) for t in tensors if not isinstance(t, Pretended) and t.dim() > 0]
+    here = any(isinstance(t, Pretended) for t in tensors)
+    if here and host and func.overloadpacket not in _MIXED:
+        raise RuntimeError(f"Expected all tensors to be on the same device: {func} was given {host} on cpu")
 
 
 def _wide_product(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,6 +264,9 @@ def pretended_cuda() -> Iterator[None]:
             return move(self, *args, **kwargs)
         if torch.is_grad_enabled() and self.requires_grad:
             return move(self, device=CUDA, dtype=dtype)
+        for watcher in WATCHERS:
+            free = kwargs.get("non_blocking", False) and getattr(self, "pretends_to_be_pinned", False)
+            watcher.upload(waits=not free)
         # Threads that load weights do not see the mode of this one.
         plain = self.detach().clone()
         return Pretended(plain if dtype is None else move(plain, dtype))
