@@ -6,6 +6,7 @@ rounded once. Under ``fsdp2``, torch sums over ranks in the dtype of the weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -167,18 +168,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
-def check_gradient(module: Any, grad_norm: Tensor, examples: Sequence[Example]) -> None:
+def check_gradient(module: Any, grad_norm: float, examples: Sequence[Example]) -> None:
     """Raises before a step with a non-finite gradient; fp16's gradient scaler skips such steps instead.
 
     Args:
         module: a ``PostTrainingModule``; its gradients are cleared.
-        grad_norm: norm of the gradient of the global batch.
+        grad_norm: norm of the gradient of the global batch, read from the device.
         examples: this rank's part of the batch, to name in the message.
 
     Raises:
         ValueError: the norm is not finite.
     """
-    if bool(torch.isfinite(grad_norm)) or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+    if math.isfinite(grad_norm) or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
         return
     module.zero_grad()
     rows = ", ".join(example.row_id for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
@@ -186,6 +187,6 @@ def check_gradient(module: Any, grad_norm: Tensor, examples: Sequence[Example]) 
     if world_size() > 1:
         rows = "; ".join(f"of rank {n}: {part}" for n, part in enumerate(gather_objects(rows)) if part)
     raise ValueError(
-        f"the gradient's norm is {float(grad_norm)} in step {module.trainer.global_step + 1} (rows {rows}); the "
+        f"the gradient's norm is {grad_norm} in step {module.trainer.global_step + 1} (rows {rows}); the "
         "weights are still those of the step before: check these rows, or lower the learning rate"
     )

@@ -5,16 +5,20 @@ A method defines ``no_grad_rows`` (computed once without gradient, such as a ref
 tensors whose first dimension is the example. So micro-batches, ranks, gathered losses and validation share one
 implementation.
 
+On a GPU the host never waits within a micro-batch: what it knows of the rows goes to the device with the batch, in one
+copy, and what it needs of the device's rows it reads once per step, of all micro-batches together.
+
 Legend: E examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +26,8 @@ from ..distributed.collectives import Rows, concatenate, gather_rows, rows_befor
 from ..losses.router import RouterSums, load_balancing_loss
 from ..models.dropout import switch_off_dropout
 from ..sequences import Example, SequenceBatch, pack, plan_micro_batches
+from ..sequences.geometry import Part
+from ..utils.transfer import to_device
 from .gradients import GradientSums
 from .router_loss import AUX_LOSS
 
@@ -38,41 +44,44 @@ class MicroBatching:
     def __init__(self, module: Any) -> None:
         self.module = module
         self._sums: GradientSums | None = None  # of the running step
+        self._wanted: set[Part] = set()  # what the models' layers read of batches
 
-    def backward(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
+    def backward(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, Any]]:
         """Accumulates this rank's part of the gradient of the global batch's loss.
 
         Returns:
             This rank's rows, detached, and the global normalizers, which include the load-balancing loss where it is
-            trained.
+            trained, as a tensor.
         """
         if not self.module.drops:
             switch_off_dropout(self.module)  # a caller may have switched modes since
-        normalizers = sum_over_ranks(self.module.normalizers(examples), self.module.device)
+        normalizers: dict[str, Any] = sum_over_ranks(self.module.normalizers(examples), self.module.device)
         batches = [[examples[n] for n in micro] for micro in self.plan(examples)]
         if (self.module.couples_rows or self.module.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
             return self._backward_coupled(batches, normalizers), normalizers
 
         # Statistics of the global batch need the no-grad rows of every micro-batch before the first loss.
-        known: list[Rows] = []
+        known: list[tuple[SequenceBatch, Rows]] = []
         if self.module.uses_batch_statistics:
-            known = [self._no_grad_rows(self.pack(micro)) for micro in batches]
-            normalizers |= self.statistics(gather_rows(concatenate(known), self.module.device), normalizers)
+            for micro in batches:
+                known.append(self._with_no_grad_rows(self.pack(micro)))
+                known[-1][0].drop_masks()
+            normalizers |= self.statistics(gather_rows(concatenate(fixed for _, fixed in known)), normalizers)
 
         rows = []
         for n, micro in enumerate(batches):
-            batch = self.pack(micro)
-            fixed = known[n] if known else self._no_grad_rows(batch)
+            batch, fixed = known[n] if known else self._with_no_grad_rows(self.pack(micro))
             grad_rows, routed = self._routed_rows(batch)
             loss = self.module.loss(in_canonical_order(fixed | grad_rows), normalizers)
             # With a router loss there is a single micro-batch here, so its sums are those of the global batch.
             balance = self._router_share(routed, self._router_sums([routed], normalizers))
             self._backward_pass(sum(balance, start=loss))
             self._count(batch)
+            batch.drop_masks()
             rows.append(fixed | _detached(grad_rows))
         return concatenate(rows), normalizers
 
-    def _backward_coupled(self, batches: list[list[Example]], normalizers: dict[str, float]) -> Rows:
+    def _backward_coupled(self, batches: list[list[Example]], normalizers: dict[str, Any]) -> Rows:
         """Backpropagates a loss that couples the rows of the global batch, by gradient caching.
 
         GradCache (Gao et al., 2021, arXiv:2101.06983): computes all rows without gradient, differentiates the loss with
@@ -82,17 +91,17 @@ class MicroBatching:
         # First pass: rows without gradient; the random state is kept so that dropout repeats in the second pass.
         states, known, computed, routed = [], [], [], []
         for micro in batches:
-            batch = self.pack(micro)
-            known.append(self._no_grad_rows(batch))
+            known.append(self._with_no_grad_rows(self.pack(micro)))
             states.append(_random_state(self.module.device))
             with torch.no_grad():
-                grad_rows, sums = self._routed_rows(batch)
+                grad_rows, sums = self._routed_rows(known[-1][0])
+            known[-1][0].drop_masks()
             computed.append(grad_rows)
             routed.append(sums)
 
-        # The gradient of the loss with respect to the rows of all ranks, computed on every rank.
-        local_rows = concatenate(c | s for c, s in zip(known, computed, strict=True))
-        global_rows = gather_rows(local_rows, self.module.device)
+        # The gradient of the loss with respect to the rows of all ranks, computed on every rank's host.
+        local_rows = concatenate(c | s for (_, c), s in zip(known, computed, strict=True))
+        global_rows = gather_rows(local_rows)
         whole = self._router_sums(routed, normalizers)
         if not global_rows:
             return local_rows
@@ -102,23 +111,21 @@ class MicroBatching:
         with torch.enable_grad():
             loss = self.module.loss(in_canonical_order(leaves), normalizers)
             slopes = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True) if computed else ()
+        place = rows_before_this_rank(len(local_rows.get(ROW_KEY, ())))
+        given = {name: slope for name, slope in zip(names, slopes, strict=True) if slope is not None}
+        slope_of = to_device(given, self.module.device)
 
         # Second pass: the dot product of rows and cached gradients has the same gradient as the loss.
-        place = rows_before_this_rank(len(local_rows.get(ROW_KEY, ())))
-        for micro, fixed, state in zip(batches, known, states, strict=True):
+        for (batch, fixed), state in zip(known, states, strict=True):
             _set_random_state(state, self.module.device)
             local = slice(place, place + len(fixed[ROW_KEY]))
             place = local.stop
-            batch = self.pack(micro)
             again, sums = self._routed_rows(batch)
-            parts = [
-                (again[name] * slope[local]).sum()
-                for name, slope in zip(names, slopes, strict=True)
-                if slope is not None and again[name].requires_grad
-            ]
+            parts = [(again[n] * slope[local]).sum() for n, slope in slope_of.items() if again[n].requires_grad]
             parts += self._router_share(sums, whole)
             self._backward_pass(sum(parts[1:], start=parts[0]))
             self._count(batch)
+            batch.drop_masks()
         return local_rows
 
     def _routed_rows(self, batch: SequenceBatch) -> tuple[Rows, RouterSums | None]:
@@ -130,14 +137,14 @@ class MicroBatching:
             rows = self.module.grad_rows(batch)
         return rows, recorder.sums
 
-    def _router_sums(self, parts: Sequence[RouterSums | None], normalizers: dict[str, float]) -> RouterSums | None:
+    def _router_sums(self, parts: Sequence[RouterSums | None], normalizers: dict[str, Any]) -> RouterSums | None:
         """Sums the routers' statistics over the global batch and adds their loss to the normalizers."""
         if self.module.router_loss is None:
             return None
         whole: RouterSums = self.module.router_loss.summed(
             [part for part in parts if part is not None], self.module.device
         )
-        normalizers[AUX_LOSS] = float(load_balancing_loss(whole))
+        normalizers[AUX_LOSS] = load_balancing_loss(whole).double()
         return whole
 
     def _router_share(self, part: RouterSums | None, whole: RouterSums | None) -> list[Tensor]:
@@ -172,10 +179,10 @@ class MicroBatching:
         found: dict[str, float] = self.module.batch_statistics(in_canonical_order(rows), normalizers)
         return found
 
-    def _no_grad_rows(self, batch: SequenceBatch) -> Rows:
+    def _with_no_grad_rows(self, batch: SequenceBatch) -> tuple[SequenceBatch, Rows]:
         with torch.no_grad(), self.module.phase("score"):
             rows: Rows = self.module.no_grad_rows(batch)
-        return rows | {ROW_KEY: row_keys(batch.examples, self.module.device)}
+        return batch, rows | {ROW_KEY: self.extra(batch)[ROW_KEY]}
 
     def plan(self, examples: Sequence[Example]) -> list[list[int]]:
         """Groups examples into micro-batches within the budget; returns the numbers of the examples of each."""
@@ -183,35 +190,64 @@ class MicroBatching:
         return plan_micro_batches(examples, budget=module.micro_batch_tokens, share_prefix=module.share_prefix)
 
     def pack(self, examples: Sequence[Example]) -> SequenceBatch:
-        """Packs examples into one batch on the module's device."""
-        return pack(list(examples), share_prefix=self.module.share_prefix, device=self.module.device)
+        """Packs examples into one batch on the module's device, with what the module's ``example_arrays`` adds."""
+        return pack(
+            examples,
+            share_prefix=self.module.share_prefix,
+            device=self.module.device,
+            extra=self._arrays(examples),
+            also=self.module.example_parts(examples),
+            wanted=self._wanted,
+        )
+
+    def pack_plain(self, examples: Sequence[Example]) -> SequenceBatch:
+        """Packs examples into one batch on the module's device, without anything that the module adds."""
+        module = self.module
+        return pack(examples, share_prefix=module.share_prefix, device=module.device, wanted=self._wanted)
+
+    def _arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        return {ROW_KEY: row_keys(examples), **self.module.example_arrays(examples)}
+
+    def extra(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """Returns the module's ``example_arrays`` of a batch on its device, whoever packed it."""
+        if ROW_KEY not in batch.extra:
+            batch.extra |= to_device(self._arrays(batch.examples), batch.input_ids.device)
+        return batch.extra
+
+    def part(self, batch: SequenceBatch, name: str) -> SequenceBatch | None:
+        """Returns one of the module's ``example_parts`` of a batch, whoever packed it; ``None`` where it has none."""
+        if not batch.also:
+            parts = self.module.example_parts(batch.examples)
+            batch.also = {key: self.pack_plain(examples) for key, examples in parts.items()}
+        return batch.also.get(name)
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> Rows:
         """Scores examples without gradient in micro-batches, and returns rows in the order of ``examples``."""
-        return self.map(examples, lambda batch: self._no_grad_rows(batch) | self.module.grad_rows(batch))
+        return self.map(examples, lambda batch: self._with_no_grad_rows(batch)[1] | self.module.grad_rows(batch))
 
     def map(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Rows]) -> Rows:
         """Applies a function to packed micro-batches and returns its rows in the order of ``examples``."""
         plan = self.plan(examples)
         rows = concatenate(rows_of(self.pack([examples[n] for n in micro])) for micro in plan)
-        order = torch.argsort(torch.tensor([n for micro in plan for n in micro], dtype=torch.long))
-        order = order.to(self.module.device)
-        return {name: value[order] for name, value in rows.items()}
+        order = np.argsort([n for micro in plan for n in micro])
+        index = to_device({"order": order}, self.module.device)["order"]
+        return {name: value[index] for name, value in rows.items()}
 
 
-def row_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
+def row_keys(examples: Sequence[Example]) -> np.ndarray:
     """Hashes row ids: ``(E,)``."""
-    digests = [blake2b(example.row_id.encode(), digest_size=8).digest() for example in examples]
-    keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
-    return torch.tensor(keys, dtype=torch.long, device=device)
+    return _hashes(example.row_id.encode() for example in examples)
 
 
-def prompt_keys(examples: Sequence[Example], device: torch.device) -> Tensor:
+def prompt_keys(examples: Sequence[Example]) -> np.ndarray:
     """Hashes the tokens of prompts: ``(E,)``."""
-    digests = [blake2b(example.root.tokens.tobytes(), digest_size=8).digest() for example in examples]
-    keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
-    return torch.tensor(keys, dtype=torch.long, device=device)
+    return _hashes(example.root.tokens.tobytes() for example in examples)
+
+
+def _hashes(values: Iterable[bytes]) -> np.ndarray:
+    digests = [blake2b(value, digest_size=8).digest() for value in values]
+    return np.array([int.from_bytes(digest, "big", signed=True) for digest in digests], np.int64)
 
 
 def _detached(rows: Rows) -> Rows:

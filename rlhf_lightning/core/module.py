@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
@@ -28,6 +29,7 @@ from ..models.saving import export_kind
 from ..sequences import AttentionKernel, Example, ExampleBatch, SequenceBatch, register_attention
 from ..utils.files import check_replaceable
 from ..utils.keywords import refuse_unknown
+from ..utils.transfer import to_host
 from .agreement import RankAgreement
 from .batch_checks import check_batch
 from .checkpoint_io import prepare_checkpoints
@@ -179,6 +181,18 @@ class PostTrainingModule(lightning.LightningModule):
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Returns the counts of these examples that the loss is divided by; they are summed over all ranks."""
         return {"examples": float(len(examples))}
+
+    def example_arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Makes arrays of what else losses read of examples; they travel with the batch, see ``extra``."""
+        return {}
+
+    def example_parts(self, examples: Sequence[Example]) -> dict[str, list[Example]]:
+        """Makes examples of further batches that rows are computed of; they travel along as ``batch.also``."""
+        return {}
+
+    def extra(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """Returns the ``example_arrays`` of a batch, on its device."""
+        return self.micro_batching.extra(batch)
 
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes rows that carry no gradient; called once per micro-batch, under ``torch.no_grad``."""
@@ -448,8 +462,8 @@ class PostTrainingModule(lightning.LightningModule):
             examples: this rank's part.
 
         Returns:
-            The detached rows of the whole global batch, its normalizers, and further logged values: the gradient's
-            norm, the learning rate, and the load-balancing loss where it is trained.
+            The detached rows of the whole global batch in host memory, its normalizers, and further logged values: the
+            gradient's norm, the learning rate, and the load-balancing loss where it is trained.
         """
         if self.attention == "flex" and self.device.type != "cuda":
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'auto'")
@@ -459,26 +473,30 @@ class PostTrainingModule(lightning.LightningModule):
             rows, normalizers = self.backward_examples(examples)
         with self.phase("step"):
             sum_gradients(p for p in self.parameters() if p.requires_grad)
-            grad_norm, rate = self._clip(), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
-            check_gradient(self, grad_norm, examples)
-            scale = loss_scale(self.trainer)
+            scale, rate = loss_scale(self.trainer), torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
+            progress: Metrics = {"grad_norm": self._clip(scale)}
+            if AUX_LOSS in normalizers:
+                progress[AUX_LOSS] = normalizers.pop(AUX_LOSS)
+
+            # The one place of a step where the host waits for the device: for everything that is read of it.
+            read = to_host(dict(enumerate([*rows.values(), *progress.values()])))
+            rows = {name: read[number] for number, name in enumerate(rows)}
+            progress = {name: read[len(rows) + number] for number, name in enumerate(progress)}
+            check_gradient(self, float(progress["grad_norm"]), examples)
             optimizer.step()
             call_hooks(self.trainer, "on_before_zero_grad", optimizer.optimizer)
             optimizer.zero_grad()
             if loss_scale(self.trainer) >= scale:  # after an fp16 overflow the scale falls and no step was made
                 step_schedulers(self, "step")
                 step_schedulers(self, "step", waiting=True)
-        progress = {"grad_norm": grad_norm, "learning_rate": rate}
-        if AUX_LOSS in normalizers:
-            progress[AUX_LOSS] = torch.tensor(normalizers.pop(AUX_LOSS), dtype=torch.float64)
-        return gather_rows(rows, self.device), normalizers, progress
+        return gather_rows(rows), normalizers, progress | {"learning_rate": rate}
 
-    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
+    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, Any]]:
         """Accumulates this rank's part of the gradient of the global batch's loss.
 
         Returns:
             This rank's rows, detached, and the global normalizers, which include the load-balancing loss where it is
-            trained.
+            trained, as a tensor.
         """
         return self.micro_batching.backward(examples)
 
@@ -487,8 +505,7 @@ class PostTrainingModule(lightning.LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
-    def _clip(self) -> Tensor:
-        scale = loss_scale(self.trainer)
+    def _clip(self, scale: float) -> Tensor:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm * scale
         return clip_gradients((p for p in self.parameters() if p.requires_grad), limit) / scale
 
@@ -529,7 +546,7 @@ class PostTrainingModule(lightning.LightningModule):
         all ranks in order.
         """
         examples = self.validate_batch(batch)
-        rows = self.score_examples(examples)
+        rows = to_host(self.score_examples(examples))
         names = [name for name in rows if name != ROW_KEY]
         values = {name: rows[name].tolist() for name in names}
         return [{"row_id": e.row_id} | {name: values[name][n] for name in names} for n, e in enumerate(examples)]
@@ -543,7 +560,7 @@ class PostTrainingModule(lightning.LightningModule):
     def summarize(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes loss and metrics of the rows of all ranks of a validation or test set; the rows may be none."""
         totals = sum_over_ranks(normalizers or self.normalizers([]), self.device)
-        gathered = gather_rows(rows, self.device)
+        gathered = gather_rows(rows)
         return self._summary(gathered, totals | self.micro_batching.statistics(gathered, totals)) if gathered else {}
 
     def score_examples(self, examples: Sequence[Example]) -> Rows:

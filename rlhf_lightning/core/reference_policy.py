@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,8 +13,9 @@ from ..distributed.collectives import Rows, copy_from_first_rank, gather_objects
 from ..distributed.strategy import FSDP2Strategy
 from ..models import AdapterReference, FrozenReference, Reference, evaluating, folder_fingerprint
 from ..models.reference import trained_beside_adapters
-from ..sequences import ExampleBatch, SequenceBatch
+from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.progress import progress
+from ..utils.transfer import to_host
 from ..utils.validation import check_choice
 
 ReferenceKind = Literal["auto", "frozen", "adapter", "precomputed"]
@@ -99,15 +102,30 @@ class ReferencePolicy:
         if not self._table:  # nothing was trained or precomputed: the policy is its own reference
             rows = self.module.reference_rows(batch, self.module.model)
             return rows
+        extra = self.module.extra(batch)
+        return {name: extra[name] for name in self._names}
+
+    @property
+    def _names(self) -> list[str]:
+        return list(next(iter(self._table.values()), {}))
+
+    def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Looks the rows of examples up, if they were precomputed and are used; else there are none.
+
+        Raises:
+            ValueError: an example was not there when they were computed.
+        """
+        if self.policies or not self._table:
+            return {}
         try:
-            found = [self._table[example.content_hash()] for example in batch.examples]
+            found = [self._table[example.content_hash()] for example in examples]
         except KeyError:
-            missing = next(e.row_id for e in batch.examples if e.content_hash() not in self._table)
+            missing = next(e.row_id for e in examples if e.content_hash() not in self._table)
             raise ValueError(
                 f"row {missing} was not there when the reference's log-probs were precomputed: use reference='frozen', "
                 "or start again with this data"
             ) from None
-        return {name: torch.stack([row[name] for row in found]).to(self.module.device) for name in found[0]}
+        return {name: torch.stack([row[name] for row in found]).numpy() for name in self._names}
 
     def begin_fit(self) -> None:
         """Precomputes the reference's rows with ``reference="precomputed"``."""
@@ -126,8 +144,10 @@ class ReferencePolicy:
         """
         fitting = self.module._trainer is not None and self.module._trainer.state.fn == "fit"
         for reference in self.policies:
-            reference.remember()
-            reference.to(self.module.device)
+            # Weights that validation's inference mode moves could not be used outside of it.
+            with torch.inference_mode(False):
+                reference.remember()
+                reference.to(self.module.device)
             if fitting and isinstance(reference, FrozenReference) and not self._shared:
                 if not reference.rebuildable:
                     copy_from_first_rank([*reference.model.parameters(), *reference.model.buffers()])
@@ -148,9 +168,11 @@ class ReferencePolicy:
             local = module.validate_batch(ExampleBatch(examples[rank::world]))
             autocast = module.trainer.precision_plugin.forward_context()
             with autocast, evaluating(module.model), torch.no_grad():
-                rows = module.micro_batching.map(local, lambda batch: module.reference_rows(batch, module.model))
+                rows = to_host(
+                    module.micro_batching.map(local, lambda batch: module.reference_rows(batch, module.model))
+                )
             for n, example in enumerate(local):
-                table[example.content_hash()] = {name: value[n].cpu() for name, value in rows.items()}
+                table[example.content_hash()] = {name: value[n].clone() for name, value in rows.items()}
         self._table = {key: row for part in gather_objects(table) for key, row in part.items()}
 
     # Checkpoints hold only what cannot be rebuilt.

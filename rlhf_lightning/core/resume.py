@@ -66,7 +66,7 @@ class ResumeState:
         if self._was_stopped:  # by early stopping or a guard, just before the checkpoint was made
             self._was_stopped, module.trainer.should_stop = False, True
         # Monitored metrics that have not been logged again yet.
-        module.trainer.callback_metrics.update({k: v.to(module.device) for k, v in self._loaded_metrics.items()})
+        module.trainer.callback_metrics.update(self._loaded_metrics)
         self._loaded_metrics = {}
 
     def begin_batch(self, batch_idx: int) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..utils.transfer import to_host
 from .lockstep import barrier
 
 Rows = dict[str, Tensor]  # per-example tensors: the first dimension is the example
@@ -23,6 +24,11 @@ Metrics = dict[str, Tensor]  # logged values by name
 def world_size() -> int:
     """Returns the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def device_of_collectives() -> torch.device:
+    """Returns the device whose tensors ranks exchange: with NCCL a rank's GPU, else host memory."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
 def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -41,9 +47,9 @@ def sum_vector_over_ranks(vector: Tensor) -> Tensor:
     if world_size() == 1:
         return vector
     barrier()
-    total = vector.to(torch.float64, copy=True)
+    total = vector.to(device_of_collectives(), torch.float64, copy=True)
     dist.all_reduce(total)
-    return total.to(vector.dtype)
+    return total.to(vector.device, vector.dtype)
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:
@@ -56,16 +62,24 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(largest)
 
 
-def gather_rows(rows: Rows, device: torch.device) -> Rows:
-    """Concatenates the rows of all ranks, which may have none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``."""
+def gather_rows(rows: Rows) -> Rows:
+    """Concatenates the rows of all ranks, which may have none: ``{name: (E_rank, ...)} -> {name: (E, ...)}``.
+
+    Args:
+        rows: of this rank, on any device.
+
+    Returns:
+        Rows in host memory, to which a GPU's come in one copy.
+    """
+    hosted = to_host(rows)
     if world_size() == 1:
-        return rows
+        return hosted
     barrier()
     parts: list[Rows] = [{} for _ in range(world_size())]
-    dist.all_gather_object(parts, {name: value.cpu() for name, value in rows.items()})
+    dist.all_gather_object(parts, hosted)
     # Ranks without rows do not know the names.
     filled = [part for part in parts if part]
-    return {name: torch.cat([part[name] for part in filled]).to(device) for name in (filled[0] if filled else ())}
+    return {name: torch.cat([part[name] for part in filled]) for name in (filled[0] if filled else ())}
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..utils.transfer import count_index
+
 
 def _sum_by_sequence(values_N: Tensor, sequence_index_N: Tensor, num_sequences: int) -> Tensor:
     return values_N.new_zeros(num_sequences).index_add(0, sequence_index_N, values_N)
@@ -83,5 +85,5 @@ def wpo_weights(
         tensor([1., 1.])
     """
     aligned_N = (logprobs_N - log_sum_sq_probs_N).detach()
-    lengths_S = torch.bincount(sequence_index_N, minlength=num_sequences).clamp(min=1)
+    lengths_S = count_index(sequence_index_N, num_sequences).clamp(min=1)
     return (_sum_by_sequence(aligned_N, sequence_index_N, num_sequences) / lengths_S).exp()

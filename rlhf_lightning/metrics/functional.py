@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.transfer import count_index
 from ..utils.validation import check_same_shape
 
 NO_ERROR = -1  # index of the first error in a sequence without one
@@ -101,7 +102,7 @@ def first_errors(scores_M: Tensor, sequence_index_M: Tensor, num_sequences: int,
         tensor([ 1, -1])
     """
     check_same_shape("M", scores_M=scores_M, sequence_index_M=sequence_index_M)
-    counts_S = torch.bincount(sequence_index_M, minlength=num_sequences)
+    counts_S = count_index(sequence_index_M, num_sequences)
     first_S = counts_S.cumsum(0) - counts_S
     step_M = torch.arange(len(scores_M), device=scores_M.device) - first_S[sequence_index_M]
     none = len(scores_M) + 1

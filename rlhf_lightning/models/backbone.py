@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..sequences import Example, SequenceBatch, gather_rows
+from ..utils.transfer import count_index
 from .fused_head import TokenStats, fused_logprobs, output_head
 from .rotary import rotary_limit, steady_rotary
 
@@ -113,7 +114,7 @@ def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> Hid
         hidden = HiddenStates(output.last_hidden_state[0], None)
     if recorder is not None:
         # A token counts as often as paths run through it, padding not at all.
-        paths = torch.bincount(batch.path_index, minlength=batch.num_tokens)
+        paths = count_index(batch.path_index, batch.num_tokens)
         recorder.add(output.router_logits, padded.attention_mask.flatten() if layout == "padded" else paths)
     return hidden
 

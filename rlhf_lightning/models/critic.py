@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sequences import AttentionKernel, SequenceBatch, register_attention
+from ..utils.transfer import count_index
 from .backbone import Layout, base_model, fix_rotary_frequencies, hidden_states
 from .layout import resolve_layout
 from .loading import load_causal_lm
@@ -68,30 +69,34 @@ class Critic(nn.Module):
         hidden = hidden_states(self.model, batch, self._layout)
         states_ND = hidden.read(batch.source_index, batch.source_path, batch.source_depth)
         if self.options.pooling == "mean":
-            states_ND = means_so_far(states_ND, batch.sequence_index)
+            longest = int(batch.host["scored_lengths"].max())
+            states_ND = means_so_far(states_ND, batch.sequence_index, batch.num_sequences, longest)
         return self.values(states_ND)
 
 
-def means_so_far(states_ND: Tensor, sequence_index_N: Tensor) -> Tensor:
+def means_so_far(states_ND: Tensor, sequence_index_N: Tensor, num_sequences: int, longest: int) -> Tensor:
     """Computes running means of each sequence's states, without the first: it is the prompt's, and is returned as is.
 
     Args:
         states_ND: before each scored token of a completion, sequence after sequence.
         sequence_index_N: the sequence of each.
+        num_sequences: number of sequences.
+        longest: number of states of the longest sequence.
 
     Returns:
         ``(N, D)``, in at least fp32.
 
     Example:
-        >>> means_so_far(torch.tensor([[9.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 0, 1])).flatten().tolist()
+        >>> states, index = torch.tensor([[9.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 0, 1])
+        >>> means_so_far(states, index, 2, 3).flatten().tolist()
         [9.0, 1.0, 2.0, 5.0]
     """
     states = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
-    lengths_S = torch.bincount(sequence_index_N)
+    lengths_S = count_index(sequence_index_N, num_sequences)
     first_N = (lengths_S.cumsum(0) - lengths_S)[sequence_index_N]
     depth_N = torch.arange(len(states), device=states.device) - first_N
     # Sums within each sequence in rows of a padded matrix: differences of sums over all sequences would cancel.
-    rows = states.new_zeros(len(lengths_S), int(lengths_S.max()) if len(lengths_S) else 0, states.shape[1])
+    rows = states.new_zeros(num_sequences, longest, states.shape[1])
     rows[sequence_index_N, depth_N] = torch.where(depth_N[:, None] > 0, states, 0.0)
     sums_ND = rows.cumsum(dim=1)[sequence_index_N, depth_N]
     return torch.where(depth_N[:, None] > 0, sums_ND / depth_N.clamp(min=1)[:, None], states)

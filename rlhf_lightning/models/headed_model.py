@@ -25,7 +25,9 @@ from ..sequences import (
     plan_micro_batches,
     register_attention,
 )
+from ..sequences.geometry import Part
 from ..utils.keywords import refuse_unknown
+from ..utils.transfer import to_host
 from ..utils.validation import check_positive
 from .backbone import Layout, base_model, check_fits, evaluating, fix_rotary_frequencies, num_positions
 from .layout import resolve_layout
@@ -239,13 +241,21 @@ class HeadedModel(nn.Module):
         """
         check_fits(self.model, examples)
         plan = plan_micro_batches(examples, budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-        found: list[list[Tensor]] = [[] for _ in examples]
+        places: list[int] = []  # the example of each sequence
+        values: list[Tensor] = []
+        wanted: set[Part] = set()
         with evaluating(self):
             for micro in plan:
-                batch = pack([examples[n] for n in micro], share_prefix=self.share_prefix, device=self.device)
-                values = self.sequence_values(batch, self.layout)
-                for value, example in zip(values, batch.example_index.tolist(), strict=True):
-                    found[micro[example]].append(value.cpu())
+                chosen = [examples[n] for n in micro]
+                batch = pack(chosen, share_prefix=self.share_prefix, device=self.device, wanted=wanted)
+                values += self.sequence_values(batch, self.layout)
+                places += [micro[example] for example in batch.host["example_index"].tolist()]
+
+        # One copy of all values, once all are computed.
+        found: list[list[Tensor]] = [[] for _ in examples]
+        hosted = to_host(dict(enumerate(values)))
+        for number, place in enumerate(places):
+            found[place].append(hosted[number])
         return found
 
     def score_trees(self, trees: Sequence[Segment]) -> list[Tensor]:

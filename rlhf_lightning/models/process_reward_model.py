@@ -17,6 +17,7 @@ from ..data.formats import Row
 from ..data.messages import Text
 from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_scores
 from ..sequences import Segment, SequenceBatch
+from ..utils.transfer import to_device
 from ..utils.validation import check_choice, check_fraction
 from .backbone import HiddenStates, Layout, hidden_states
 from .fused_head import OutputHead, output_head
@@ -92,12 +93,12 @@ class BoundaryLogits(NamedTuple):
     Args:
         logits_T: the logits.
         sequence_T: the sequences of these tokens.
-        depth_T: their positions along the sequences.
+        is_end_T: 1 where a step ends at the token, else 0.
     """
 
     logits_T: Tensor
     sequence_T: Tensor
-    depth_T: Tensor
+    is_end_T: Tensor
 
 
 class StepLogits(NamedTuple):
@@ -165,11 +166,11 @@ class ProcessRewardModel(HeadedModel):
         steps_N = self._step_logits(states_ND)
         outcomes_S, boundaries = None, None
         if self.options.outcome_head:
-            outcomes_S = self._read(states_ND[batch.scored_lengths().cumsum(0) - 1], "outcome")
+            outcomes_S = self._read(states_ND[batch.scored_lengths.cumsum(0) - 1], "outcome")
         if self.options.learns_boundaries:
-            flat_T, sequence_T, depth_T = _completion_positions(batch)
-            logits_T = self._read(hidden.read(flat_T, sequence_T, depth_T), "boundary")
-            boundaries = BoundaryLogits(logits_T, sequence_T, depth_T)
+            places = to_device(_completion_positions(batch), batch.input_ids.device)
+            states_TD = hidden.read(places["flat"], places["sequence"], places["depth"])
+            boundaries = BoundaryLogits(self._read(states_TD, "boundary"), places["sequence"], places["is_end"])
         return StepLogits(steps_N, outcomes_S, boundaries)
 
     def _scored_states(self, hidden: HiddenStates, batch: SequenceBatch) -> Tensor:
@@ -182,8 +183,10 @@ class ProcessRewardModel(HeadedModel):
             return self._read(states_ND, "step")
         dtype = torch.promote_types(states_ND.dtype, torch.float32)
         whole = output_head(self.model)
+        # Filled on the device: a list as index would be a copy to wait for.
+        ids = torch.stack([torch.full((), n, device=states_ND.device) for n in self._label_ids])
         rows = {"weight": whole.weight, "bias": whole.bias, "lora_out": whole.lora_out}
-        parts: dict[str, Any] = {n: None if t is None else t[self._label_ids].to(dtype) for n, t in rows.items()}
+        parts: dict[str, Any] = {n: None if t is None else t[ids].to(dtype) for n, t in rows.items()}
         parts["lora_in"] = None if whole.lora_in is None else whole.lora_in.to(dtype)
         head = OutputHead(**parts, lora_scaling=whole.lora_scaling, scale=whole.scale, softcap=whole.softcap)
         # A small difference of two large logits needs at least fp32, also under autocast.
@@ -211,7 +214,7 @@ class ProcessRewardModel(HeadedModel):
         if self.options.outcome_head:
             outcome_N = self._read(states_ND, "outcome").sigmoid().to(scores_N)
         columns_N3 = torch.stack([scores_N, ends_N.to(scores_N), outcome_N], dim=1)
-        return torch.split(columns_N3, batch.scored_lengths().tolist())
+        return torch.split(columns_N3, batch.host["scored_lengths"].tolist())
 
     def encode(self, prompt: Text, completion: Solution, template: Mapping[str, Any] | None = None) -> Segment:
         """Tokenizes a prompt with a solution, weighted at the ends of its steps, or everywhere if these are predicted.
@@ -312,11 +315,16 @@ def _at_ends(values: Tensor, find_ends: bool) -> list[float]:
     return [float(score) for score in scores]
 
 
-def _completion_positions(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns flat positions of all tokens after the prompts, their sequences and their depths; ``(T,)`` each."""
-    device = batch.lengths.device
-    prompt_S = torch.tensor([len(e.root.tokens) for e in batch.examples], device=device)[batch.example_index]
-    sequence = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), batch.lengths)
-    depth = torch.arange(len(sequence), device=device) - (batch.lengths.cumsum(0) - batch.lengths)[sequence]
-    after = depth >= prompt_S[sequence]
-    return batch.path_index[after], sequence[after], depth[after]
+def _completion_positions(batch: SequenceBatch) -> dict[str, np.ndarray]:
+    """Finds all tokens after the prompts: flat positions, sequences, depths, and whether a step ends; ``(T,)`` each."""
+    host = batch.host
+    lengths = host["lengths"]
+    first = np.cumsum(lengths) - lengths
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    depth = np.arange(len(sequence)) - first[sequence]
+    is_end = np.zeros(len(sequence), np.int64)
+    is_end[first[host["source_path"]] + host["source_depth"] + 1] = 1
+    prompts = np.array([len(example.root.tokens) for example in batch.examples])[host["example_index"]]
+    after = depth >= prompts[sequence]
+    found = {"flat": host["path_index"], "sequence": sequence, "depth": depth, "is_end": is_end}
+    return {name: array[after] for name, array in found.items()}

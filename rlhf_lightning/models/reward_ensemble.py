@@ -21,6 +21,7 @@ from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..utils.transfer import to_device
 from .reference import ADAPTER_COPY
 from .reward_head import stored_file
 from .safetensors_io import read_weights
@@ -64,7 +65,9 @@ class MemberMeans:
 
     def centred(self, rewards: Tensor) -> Tensor:
         """Subtracts the means from rewards ``(..., M, K)``; does nothing before the first update."""
-        return rewards - self.value.to(rewards) if self.weight else rewards
+        if not self.weight:
+            return rewards
+        return rewards - to_device({"means": self.value.to(rewards.dtype)}, rewards.device)["means"]
 
     def set(self, value: Sequence[Sequence[float]]) -> None:
         """Sets the means, as stored in a folder."""

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from ..utils.transfer import count_index
 from .backbone import base_model
 from .safetensors_io import read_weights
 
@@ -124,7 +125,7 @@ def mean_pooled(values_ND: Tensor, sequence_index_N: Tensor, num_sequences: int)
     """
     values = values_ND.to(torch.promote_types(values_ND.dtype, torch.float32))
     total_SD = values.new_zeros(num_sequences, values.shape[1]).index_add(0, sequence_index_N, values)
-    return total_SD / torch.bincount(sequence_index_N, minlength=num_sequences)[:, None]
+    return total_SD / count_index(sequence_index_N, num_sequences)[:, None]
 
 
 def freeze_output_projection(model: nn.Module) -> None:

@@ -127,7 +127,8 @@ class RewardModelOptions(HeadedModelOptions):
 
     def combined(self, rewards: Tensor) -> Tensor:
         """Combines attributes to the scalar reward: ``(..., K) -> (...)``."""
-        return rewards @ rewards.new_tensor(self.attribute_weights)
+        # Filled on the device: a copy of the list would have to be waited for.
+        return rewards @ torch.stack([rewards.new_full((), weight) for weight in self.attribute_weights or ()])
 
 
 class RewardModel(HeadedModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -121,6 +122,10 @@ class DPOModule(PostTrainingModule):
         tokens = sum(num_scored(example)[0] for example in examples)
         return {"pairs": float(len(examples)), "chosen_tokens": float(tokens)}
 
+    def example_arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Looks precomputed log-probs of the reference up."""
+        return self.reference.arrays(examples)
+
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Rows:
         """Computes log-probs of both completions under the reference."""
         logps = self._sequence_logps(batch, self.token_stats(batch, model).logprobs)
@@ -128,8 +133,7 @@ class DPOModule(PostTrainingModule):
 
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes lengths, and log-probs under the reference."""
-        lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
-        return self.reference.rows(batch) | pair_rows("{}_lengths", lengths)
+        return self.reference.rows(batch) | pair_rows("{}_lengths", batch.scored_lengths)
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of both completions under the policy, and further values of some losses."""
@@ -150,7 +154,7 @@ class DPOModule(PostTrainingModule):
         """Sums log-probs per completion, ``(S,)``, with ``ld_alpha`` as length-desensitised DPO does."""
         if self.ld_alpha is None:
             return batch.sum_per_sequence(logprobs)
-        lengths = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
+        lengths = batch.scored_lengths
         first = (lengths.cumsum(0) - lengths)[batch.sequence_index]
         position = torch.arange(len(logprobs), device=logprobs.device) - first
         public = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)

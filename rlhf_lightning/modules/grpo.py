@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..core.logging import store_options
-from ..core.micro_batching import row_keys
 from ..distributed.collectives import Metrics, Rows, sum_over_ranks
 from ..inference import derive_seed
 from ..rewards.specs import RewardSpec
@@ -144,11 +143,10 @@ class GRPOModule(OnPolicyModule):
             return rollouts
         self._replaced = 0.0
         for again in range(1, self.dynamic_sampling + 1):
-            keys = row_keys(rollouts.prompts, self.device)
             signal_E = self.training_trees.has_signal(rollouts)
             if self.has_process_reward:
-                signal_E = signal_E | steps_differ(rollouts.steps, signal_E.device)
-            weak = (~signal_E).nonzero().flatten().tolist() if len(keys) else []
+                signal_E = signal_E | steps_differ(rollouts.steps)
+            weak = (~signal_E).nonzero().flatten().tolist() if rollouts.prompts else []
             count = sum_over_ranks({"weak": float(len(weak))}, self.device)["weak"]
             if not count:
                 break
@@ -185,7 +183,7 @@ class GRPOModule(OnPolicyModule):
         stats = self.token_stats(batch, temperature=self.temperature, entropy=True)
         sequences: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
         names = ("advantages", "shares", "old_logprobs", "ref_logprobs", "sampling_logprobs", "weights")
-        fixed: dict[str, Any] = {name: token_field(batch, name, stats.logprobs) for name in names}
+        fixed: dict[str, Any] = {name: token_field(self.extra(batch), name, stats.logprobs) for name in names}
         shares_N = fixed["shares"]
         loss_N, kl_N = self.token_losses(stats.logprobs, fixed, **sequences)
 

@@ -114,29 +114,49 @@ class KTOModule(PostTrainingModule):
         partners = sum(_has_partner(e) and _FALLBACK not in e.fields for e in examples)
         return {"examples": float(len(examples)), "partners": float(partners)}
 
+    def example_arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Collects labels, each example's first and last sequence, which have a partner, and the reference's rows."""
+        has_partner = np.array([_has_partner(example) for example in examples], bool)
+        last = np.cumsum(has_partner + 1) - 1
+        return {
+            "label": np.array([bool(example.fields["label"]) for example in examples]),
+            "first_sequence": last - has_partner,
+            "last_sequence": last,
+            "has_partner": has_partner,
+            "paired": np.flatnonzero(has_partner),
+            **self.reference.arrays(examples),
+        }
+
+    def example_parts(self, examples: Sequence[Example]) -> dict[str, list[Example]]:
+        """Separates completions from their partners: the policy scores both, but only one of them with gradient."""
+        paired = [example for example in examples if _has_partner(example)]
+        if not self.uses_batch_statistics or not paired:
+            return {}
+        partners = [_only(example, 1) for example in paired]
+        return {"partners": partners, "own": [_only(example, 0) for example in examples]}
+
     def reference_rows(self, batch: SequenceBatch, model: nn.Module) -> Rows:
         """Computes log-probs of completions and partners under the reference."""
         logps_S = batch.sum_per_sequence(self.token_stats(batch, model).logprobs)
-        first_E, paired_E = _first_sequences(batch)
-        rows = {"ref_logps": logps_S[first_E]}
+        extra = self.extra(batch)
+        rows = {"ref_logps": logps_S[extra["first_sequence"]]}
         if self.uses_batch_statistics:
-            rows["ref_kl_logps"] = torch.where(paired_E, logps_S[first_E + paired_E.long()], 0.0)
+            rows["ref_kl_logps"] = torch.where(extra["has_partner"], logps_S[extra["last_sequence"]], 0.0)
         return rows
 
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes labels, log-probs under the reference, and log-probs of the partners under the policy."""
-        labels = [bool(example.fields["label"]) for example in batch.examples]
-        rows = {"label": torch.tensor(labels, device=self.device)} | self.reference.rows(batch)
+        extra = self.extra(batch)
+        rows = {"label": extra["label"]} | self.reference.rows(batch)
         if not self.uses_batch_statistics:
             return rows
-        _, paired_E = _first_sequences(batch)
         kl_logps = torch.zeros_like(rows["ref_kl_logps"])
-        if paired_E.any():
-            partners = [_only(example, 1) for example in batch.examples if _has_partner(example)]
+        partners = self.micro_batching.part(batch, "partners")
+        if partners is not None:
             with evaluating(self.model):
-                packed = self.micro_batching.pack(partners)
-                kl_logps[paired_E] = packed.sum_per_sequence(self.token_stats(packed).logprobs).to(kl_logps.dtype)
-        return rows | {"kl_logps": kl_logps, "has_partner": paired_E}
+                logps = partners.sum_per_sequence(self.token_stats(partners).logprobs).to(kl_logps.dtype)
+            kl_logps = kl_logps.index_copy(0, extra["paired"], logps)
+        return rows | {"kl_logps": kl_logps, "has_partner": extra["has_partner"]}
 
     def batch_statistics(self, no_grad_rows: Rows, normalizers: dict[str, float]) -> dict[str, float]:
         """Computes the estimate of the KL divergence, its number of partners, and the newest estimate."""
@@ -159,8 +179,8 @@ class KTOModule(PostTrainingModule):
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of the completions under the policy."""
-        if self.uses_batch_statistics:  # without the partners, whose log-probs carry no gradient
-            batch = self.micro_batching.pack([_only(example, 0) for example in batch.examples])
+        # Without the partners, whose log-probs carry no gradient.
+        batch = self.micro_batching.part(batch, "own") or batch
         return {"logps": batch.sum_per_sequence(self.token_stats(batch).logprobs)}
 
     def loss(self, rows: Rows, normalizers: dict[str, float]) -> Tensor:
@@ -293,12 +313,6 @@ def _only(example: Example, number: int) -> Example:
         return example
     root = grow_tree([unfold_tree(example.root)[number]], example.root.tokens)
     return Example(example.row_id, root, example.fields)
-
-
-def _first_sequences(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Returns the index of each example's first sequence, ``(E,)``, and whether it has a second."""
-    counts_E = torch.bincount(batch.example_index, minlength=batch.num_examples)
-    return counts_E.cumsum(0) - counts_E, counts_E > 1
 
 
 def _as_partner(example: Example) -> tuple[str, list[int], list[int]]:

@@ -168,7 +168,7 @@ class PPOModule(OnPolicyModule):
         """Builds the training trees and attaches advantages, returns, old log-probs and old values."""
         scores_S = self.outcome_scores(rollouts.rewards_SK)
         trees = build_trees(rollouts, ~scores_S.isnan(), budget=self.micro_batch_tokens, share_prefix=self.share_prefix)
-        completion_index_S, index_N = flat_indices(trees, self.device)
+        completion_index_S, index_N = flat_indices(trees)
         sequences: dict[str, Any] = {"sequence_index_N": index_N, "num_sequences": len(completion_index_S)}
         names = ["old_logprobs", "old_values", *(["ref_logprobs"] if self.has_reference else [])]
         known = {name: value.double() for name, value in self.per_token(trees, names, self._known).items()}
@@ -258,7 +258,7 @@ class PPOModule(OnPolicyModule):
         fixed = {}
         for name in ("advantages", "returns", "old_logprobs", "old_values"):
             like_N = values_N if name in ("returns", "old_values") else stats.logprobs
-            found = token_field(batch, name, like_N)
+            found = token_field(self.extra(batch), name, like_N)
             assert found is not None
             fixed[name] = found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from torch import Tensor
 
 from ..core.headed_module import HeadedModule
@@ -117,13 +118,20 @@ class ProcessRewardModule(HeadedModule):
         learned = float(len(examples)) if self.train_on_last_step_only else steps
         return {"steps": steps, "learned": learned, "examples": float(len(examples)), "tokens": float(tokens)}
 
+    def example_arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Collects the labels of steps, and of solutions where these are learned."""
+        found = {"labels": np.array([float(label) for e in examples for label in e.fields["labels"]])}
+        if self.options.outcome_head:
+            found["outcomes"] = np.array([_outcome(example) for example in examples])
+        return found
+
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes per example the sums of losses and of correct predictions, and the first errors."""
         logits = self.reward_model(batch, self.layout)
         steps_N = logits.steps_N
-        labels_N = steps_N.new_tensor([label for e in batch.examples for label in e.fields["labels"]])
+        labels_N = self.extra(batch)["labels"].to(steps_N.dtype)
         losses_N = step_bce_loss(steps_N, labels_N)
-        last_S = batch.scored_lengths().cumsum(0) - 1
+        last_S = batch.scored_lengths.cumsum(0) - 1
         threshold = self.options.threshold
         right_N = (steps_N.sigmoid() >= threshold) == (labels_N >= threshold)
         rows = {
@@ -133,7 +141,7 @@ class ProcessRewardModule(HeadedModule):
             "predicted_first_error": self._first_errors(steps_N.detach().sigmoid(), batch),
         }
         if logits.outcomes_S is not None:
-            outcomes_S = steps_N.new_tensor([_outcome(example) for example in batch.examples])
+            outcomes_S = self.extra(batch)["outcomes"].to(steps_N.dtype)
             rows["outcome_loss"] = step_bce_loss(logits.outcomes_S, outcomes_S)
             rows["outcome_correct"] = ((logits.outcomes_S > 0) == (outcomes_S >= 0.5)).to(losses_N.dtype)
         if logits.boundaries is not None:
@@ -222,10 +230,7 @@ class ProcessRewardModule(HeadedModule):
 
 def _boundary_rows(boundaries: BoundaryLogits, batch: SequenceBatch) -> Rows:
     """Computes losses and accuracy of the predicted ends of steps, per example."""
-    logits_T, sequence_T, depth_T = boundaries
-    ends = set(zip(batch.sequence_index.tolist(), (batch.source_depth + 1).tolist(), strict=True))
-    places = zip(sequence_T.tolist(), depth_T.tolist(), strict=True)
-    is_end_T = logits_T.new_tensor([float(place in ends) for place in places])
+    logits_T, sequence_T, is_end_T = boundaries
     losses_T = step_bce_loss(logits_T, is_end_T)
     right_T = ((logits_T > 0) == (is_end_T > 0)).to(losses_T.dtype)
     zeros_S = losses_T.new_zeros(batch.num_sequences)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,23 +160,27 @@ class RewardModule(HeadedModule):
         return {"ratings": float(sum(not math.isnan(rating) for rating in ratings))}
 
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
+        """Returns margins and ties, or ratings, and each member's weights of rows."""
+        extra = self.extra(batch)
+        return {name: extra[name] for name in ("margin", "tie", "prompt", "ratings", "weights") if name in extra}
+
+    def example_arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         """Collects margins and ties, or ratings, and each member's weights of rows."""
-        rows: Rows = {}
+        found: dict[str, np.ndarray] = {}
         if self.criterion.compares_pairs:
-            margins = [self._margin(example) for example in batch.examples]
-            rows["margin"] = torch.tensor(margins, dtype=torch.float64, device=self.device)
-            rows["tie"] = torch.tensor([bool(e.fields.get("tie")) for e in batch.examples], device=self.device)
+            found["margin"] = np.array([self._margin(example) for example in examples], np.float64)
+            found["tie"] = np.array([bool(example.fields.get("tie")) for example in examples])
             if self.average_over == "prompts":
-                rows["prompt"] = prompt_keys(batch.examples, self.device)
+                found["prompt"] = prompt_keys(examples)
         else:
-            ratings = [ratings_of(example, self.options.names) for example in batch.examples]
-            rows["ratings"] = torch.tensor(ratings, dtype=torch.float64, device=self.device)
+            ratings = [ratings_of(example, self.options.names) for example in examples]
+            found["ratings"] = np.array(ratings, np.float64)
         num_models = self.options.num_models
         if self.bootstrap and num_models > 1 and self.training:
             members = slice(None) if self._turn is None else slice(self._turn, self._turn + 1)
-            row_ids = [example.row_id for example in batch.examples]
-            rows["weights"] = bootstrap_weights(row_ids, num_models, self.seed)[:, members].to(self.device)
-        return rows
+            row_ids = [example.row_id for example in examples]
+            found["weights"] = bootstrap_weights(row_ids, num_models, self.seed)[:, members].numpy()
+        return found
 
     def _margin(self, example: Example) -> float:
         own = example.fields.get("margin") if self.use_margins else None
@@ -191,7 +196,7 @@ class RewardModule(HeadedModule):
         if self.criterion.compares_pairs:
             chosen_EM, rejected_EM = self.options.combined(rows["rewards"]).unbind(dim=1)
             losses = self.criterion.of_pairs(chosen_EM, rejected_EM, margin_E=rows["margin"], tie_E=rows["tie"])
-            count = normalizers["pairs"]
+            count: float | Tensor = normalizers["pairs"]
         else:
             losses = self.criterion.of_ratings(rows["rewards"].squeeze(1), rows["ratings"])
             count = normalizers["ratings"]
@@ -202,8 +207,10 @@ class RewardModule(HeadedModule):
         if "weights" in rows:
             losses = losses * rows["weights"].to(losses.dtype)
         if "prompt" in rows:
-            prompts, place, sizes = rows["prompt"].unique(return_inverse=True, return_counts=True)
-            losses, count = losses / sizes[place][:, None], float(len(prompts))
+            # How many pairs each pair's prompt has; their inverses add up to the number of prompts.
+            sizes_E = (rows["prompt"][:, None] == rows["prompt"]).sum(dim=1)
+            count = sizes_E.double().reciprocal().sum().round().to(losses.dtype)
+            losses = losses / sizes_E[:, None]
         total: Tensor = losses.sum() / (count * self.options.num_models)
         return total
 
@@ -233,13 +240,13 @@ class RewardModule(HeadedModule):
             return loss
         return replace(loss, coef=loss.coef / self.options.num_models)
 
-    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, float]]:
+    def backward_examples(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, Any]]:
         """Accumulates the gradient of the global batch's loss, for all members at once or one after the other."""
         if not self.options.members_take_turns:
             return super().backward_examples(examples)
         parts: list[Rows] = []
-        normalizers: dict[str, float] = {}
-        balance = 0.0
+        normalizers: dict[str, Any] = {}
+        balance: Any = 0.0
         for member in range(self.options.num_models):
             self._turn = member
             try:

@@ -79,7 +79,7 @@ class SimPOModule(PostTrainingModule):
 
     def no_grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes the lengths of both completions."""
-        return pair_rows("{}_lengths", batch.scored_lengths())
+        return pair_rows("{}_lengths", batch.scored_lengths)
 
     def grad_rows(self, batch: SequenceBatch) -> Rows:
         """Computes log-probs of both completions under the policy."""

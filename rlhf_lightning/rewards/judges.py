@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode, prompt_tokens
@@ -18,6 +19,7 @@ from ..inference.sampling import SamplingParams
 from ..models import evaluating, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
 from ..sequences import Example, Segment, pack, plan_micro_batches, register_attention
 from ..utils.imports import load_attribute
+from ..utils.transfer import to_host
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _VERDICT = re.compile(r"\W*(?:(?P<yes>yes|true)|(?P<no>no|false))\b", re.IGNORECASE)
@@ -92,13 +94,16 @@ class ModelJudge:
         if self._layout is None:
             self._layout = resolve_layout(self.model, "auto")
         with evaluating(self.model), torch.autocast(device.type, enabled=False):
+            found: dict[tuple[int, ...], Tensor] = {}
             for micro in plan_micro_batches(examples, budget=self.micro_batch_tokens):
                 batch = pack([examples[n] for n in micro], device=device)
                 logps_S = batch.sum_per_sequence(token_stats(self.model, batch, self._layout).logprobs.float())
                 # p(yes) / (p(yes) + p(no)), from the log-probabilities of both answers.
                 yes, no = logps_S.view(-1, 2).unbind(dim=1)
-                for n, verdict in zip(micro, (yes - no).sigmoid().tolist(), strict=True):
-                    verdicts[places[n]] = verdict
+                found[tuple(micro)] = (yes - no).sigmoid()
+        for numbers, values in to_host(found).items():
+            for n, verdict in zip(numbers, values.tolist(), strict=True):
+                verdicts[places[n]] = verdict
         return verdicts
 
     def _example(self, number: int, question: str) -> Example:

@@ -95,7 +95,6 @@ class Branches:
 
     Args:
         groups: the completions of each prompt, any number of them.
-        device: of the tensors.
 
     Attributes:
         parent_B: number of the branch that each continues; for the first ones of prompt ``e``, ``B + e``.
@@ -112,13 +111,12 @@ class Branches:
     Example:
         >>> step = Branch((5, 6))
         >>> group = [TreeCompletion([5, 6, t], "", [], "stop", branch=Branch((t,), parent=step)) for t in (7, 8)]
-        >>> branches = Branches([group], torch.device("cpu"))
+        >>> branches = Branches([group])
         >>> branches.parent_B.tolist(), branches.pair_S.tolist(), branches.pair_B.tolist()
         ([3, 0, 0], [0, 0, 1, 1], [0, 1, 0, 2])
     """
 
-    def __init__(self, groups: Sequence[Sequence[Completion]], device: torch.device) -> None:
-        self.device = device
+    def __init__(self, groups: Sequence[Sequence[Completion]]) -> None:
         numbers: dict[Branch, int] = {}
         found: list[tuple[Branch, int, int]] = []  # branch, its depth and its prompt
         self._lines: list[list[int]] = []  # of each completion
@@ -143,7 +141,7 @@ class Branches:
         self.draws_B = self._whole([branch.draws for branch, _, _ in found])
         nan = float("nan")
         scores = [nan if branch.score is None else branch.score for branch, _, _ in found]
-        self.scores_B = torch.tensor(scores, dtype=torch.float64, device=device)
+        self.scores_B = torch.tensor(scores, dtype=torch.float64)
         self.visits_S = self._whole([found[line[-1]][0].visits for line in self._lines])
         self.group_S = self._whole(owners)
         self.depth_S = self._whole([len(line) - 1 for line in self._lines])
@@ -154,7 +152,7 @@ class Branches:
         return len(self._lengths)
 
     def _whole(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.long, device=self.device)
+        return torch.tensor(numbers, dtype=torch.long)
 
     def tokens(self, places_S: Sequence[int]) -> BranchTokens:
         """Lists the tokens of completions, one after the other.
@@ -213,7 +211,7 @@ class Branches:
         return total_B / torch.where(weight_B > 0, weight_B, torch.full_like(weight_B, torch.nan))
 
     def _sum(self, values_P: Tensor) -> Tensor:
-        return torch.zeros(len(self), dtype=torch.float64, device=self.device).index_add(0, self.pair_B, values_P)
+        return torch.zeros(len(self), dtype=torch.float64).index_add(0, self.pair_B, values_P)
 
 
 def shared_mean(values_N: Tensor, *, tokens: BranchTokens, weights_N: Tensor) -> Tensor:
@@ -245,5 +243,5 @@ def copies(token_N: Tensor) -> tuple[Tensor, Tensor]:
         >>> first_U.tolist(), which_N.tolist()
         ([0, 1], [0, 1, 0])
     """
-    _, first, which = np.unique(token_N.cpu().numpy(), return_index=True, return_inverse=True)
-    return torch.from_numpy(first).to(token_N.device), torch.from_numpy(which.reshape(-1)).to(token_N.device)
+    _, first, which = np.unique(token_N.numpy(), return_index=True, return_inverse=True)
+    return torch.from_numpy(first), torch.from_numpy(which.reshape(-1))

@@ -4,6 +4,9 @@ No state of an iteration crosses a batch boundary, so a checkpoint there resumes
 weights, its prompt and a seed hashed from (seed, iteration, row, attempt, sample number), independent of the rest of
 the batch, of the memory budget and of the number of ranks.
 
+Completions, rewards, advantages and all else that the updates compare with are kept in host memory. Besides sampling
+and the steps, an iteration waits for the device once, for the log-probs of its samples.
+
 Legend: E prompts of this rank, S completions of all of them, K reward functions, N sampled tokens.
 """
 
@@ -12,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.logging import store_options
-from ..core.micro_batching import ROW_KEY, in_canonical_order, row_keys
+from ..core.micro_batching import ROW_KEY, in_canonical_order
 from ..core.module import PostTrainingModule
 from ..core.reference_policy import ReferencePolicy
 from ..distributed.collectives import Metrics, Rows, concatenate, gather_rows, sum_over_ranks
@@ -26,12 +30,13 @@ from ..rewards import RewardScores
 from ..rewards.specs import RewardSpec, build_rewards, plain_specs
 from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.option_groups import build_group, plain_group
+from ..utils.transfer import to_host
 from ..utils.validation import check_choice, check_count, check_positive
 from .advantages import combine_rewards
 from .branches import branch_lengths
 from .reward_failures import FailureWatch
 from .rollout_metrics import rollout_metrics
-from .rollouts import Rollouts, group_index, num_tokens, reward_columns
+from .rollouts import Rollouts, group_index, num_tokens, reward_columns, token_arrays
 from .sampling import Sampling
 from .step_rewards import StepsAtTokens, place_steps
 from .update_schedule import update_parts
@@ -133,6 +138,10 @@ class OnPolicyModule(PostTrainingModule):
         """Whether the loss or the rewards compare with a reference policy; a method with such a term overrides it."""
         return False
 
+    def example_arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Collects what trees hold of their tokens."""
+        return token_arrays(examples)
+
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Turns rollouts into training examples; every rank calls it.
 
@@ -164,7 +173,7 @@ class OnPolicyModule(PostTrainingModule):
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> Metrics | None:
         """Runs an iteration: generates, scores, and makes all its updates; returns its logged values."""
         rollouts = self.rollout(self.validate_batch(batch))
-        global_rows = in_canonical_order(gather_rows(self._rollout_rows(rollouts), self.device))
+        global_rows = in_canonical_order(gather_rows(self._rollout_rows(rollouts)))
         failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()}, self.device)
         self.failing.update(self.rewards.names, global_rows["rewards"], failures, rollouts.errors)
         with self.phase("score"):
@@ -214,13 +223,13 @@ class OnPolicyModule(PostTrainingModule):
             self.clock.count_generated(branch_lengths(completions))
         if not samples:
             failures = dict.fromkeys(self.rewards.names, 0)
-            none = torch.zeros(0, len(self.rewards.names), dtype=torch.float64, device=self.device)
+            none = torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
             return Rollouts([], [], none, failures)
 
         texts = [self.prompt_text(prompt) for prompt, _ in samples]
         with self.phase("score"):
             scores = self.rewards(texts, [sample.text for _, sample in samples], reward_columns(samples))
-        values = torch.from_numpy(scores.values).to(self.device)
+        values = torch.from_numpy(scores.values)
         steps = self._steps(completions, scores)
         return Rollouts(list(prompts), completions, values, scores.failures, scores.errors, steps)
 
@@ -273,7 +282,7 @@ class OnPolicyModule(PostTrainingModule):
             values_of: function from a packed batch to ``{name: (n,)}``, in the order of its scored tokens.
 
         Returns:
-            ``{name: (N,)}``, tree after tree.
+            ``{name: (N,)}``, tree after tree, in host memory.
         """
         found: dict[str, list[Tensor]] = {name: [torch.empty(0, device=self.device)] * len(trees) for name in names}
         with evaluating(self.model):
@@ -283,7 +292,7 @@ class OnPolicyModule(PostTrainingModule):
                 for name in names:
                     for n, part in zip(micro, values[name].split(sizes), strict=True):
                         found[name][n] = part
-        return {name: torch.cat([torch.empty(0, device=self.device), *parts]) for name, parts in found.items()}
+        return to_host({n: torch.cat([torch.empty(0, device=self.device), *parts]) for n, parts in found.items()})
 
     def ref_logprobs(self, batch: SequenceBatch) -> Tensor:
         """Computes log-probs of a batch's scored tokens under the reference: ``(n,)``."""
@@ -294,20 +303,12 @@ class OnPolicyModule(PostTrainingModule):
 
     def _rollout_rows(self, rollouts: Rollouts) -> Rows:
         return {
-            ROW_KEY: self.completion_keys(rollouts),
+            ROW_KEY: rollouts.keys_S(),
             "first": rollouts.first_S(),
             "rewards": rollouts.rewards_SK,
             "lengths": rollouts.lengths_S(),
             "ended": rollouts.ended_S(),
         }
-
-    def completion_keys(self, rollouts: Rollouts) -> Tensor:
-        """Returns the hash of its prompt's row for every completion: ``(S,)``.
-
-        Sorted by it, completions of one prompt stay together and in their order.
-        """
-        sizes_E = torch.tensor(rollouts.sizes, dtype=torch.long, device=self.device)
-        return row_keys(rollouts.prompts, self.device).repeat_interleave(sizes_E)
 
     def _rollout_metrics(self, rows: Rows) -> Metrics:
         return rollout_metrics(
@@ -351,7 +352,7 @@ class OnPolicyModule(PostTrainingModule):
 
     def summarize(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes metrics of the rollouts of all ranks of a validation or test set."""
-        gathered = gather_rows(rows, self.device)
+        gathered = gather_rows(rows)
         return self._rollout_metrics(in_canonical_order(gathered)) if gathered else {}
 
     def predict_step(self, batch: ExampleBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:

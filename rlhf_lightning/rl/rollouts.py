@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.micro_batching import row_keys
 from ..inference import Completion
 from ..sequences import Example, Segment, SequenceBatch
 from .branches import Branch, branch_line
@@ -30,8 +31,8 @@ class Rollouts:
     Args:
         prompts: E prompts, with the rows' other columns.
         completions: the completions of each prompt, any number of them.
-        rewards_SK: rewards of all completions, prompt after prompt, by each function, in fp64; NaN where it could not
-            score.
+        rewards_SK: rewards of all completions, prompt after prompt, by each function, in fp64 in host memory; NaN
+            where it could not score.
         failures: number of samples on which each function raised, timed out or returned an invalid value.
         errors: first message of each function that failed.
         steps: for every completion, the tokens at which its steps end, with their rewards; empty without a process
@@ -68,6 +69,13 @@ class Rollouts:
         self.failures = {name: count + other.failures.get(name, 0) for name, count in self.failures.items()}
         self.errors = {**other.errors, **self.errors}
 
+    def keys_S(self) -> Tensor:
+        """Returns the hash of its prompt's row for every completion: ``(S,)``.
+
+        Sorted by it, completions of one prompt stay together and in their order.
+        """
+        return torch.from_numpy(np.repeat(row_keys(self.prompts), np.array(self.sizes, np.int64)))
+
     def first_S(self) -> Tensor:
         """Marks the first completion of each prompt: ``(S,)``."""
         return self._per_completion([n == 0 for group in self.completions for n, _ in enumerate(group)])
@@ -81,7 +89,7 @@ class Rollouts:
         return self._per_completion([completion.finish_reason == "stop" for completion in self.samples])
 
     def _per_completion(self, values: list[int] | list[bool]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.rewards_SK.device)
+        return torch.tensor(values, dtype=torch.float64)
 
 
 def reward_columns(samples: Sequence[tuple[Example, Completion]]) -> dict[str, list[Any]]:
@@ -195,44 +203,52 @@ def num_tokens(tree: Example) -> int:
     return sum(path_lengths(tree))
 
 
-def flat_indices(trees: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+def flat_indices(trees: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Maps the completions and tokens of trees back to their rollouts.
 
     Returns:
         ``(S,)`` place of each completion in its rollouts, and ``(N,)`` index into S of each token.
     """
     places = [place for tree in trees for place in tree.fields["places"]]
-    return torch.tensor(places, dtype=torch.long, device=device), sequence_index(trees, device)[1]
+    return torch.tensor(places, dtype=torch.long), sequence_index(trees)[1]
 
 
-def sequence_index(trees: Sequence[Example], device: torch.device) -> tuple[int, Tensor]:
+def sequence_index(trees: Sequence[Example]) -> tuple[int, Tensor]:
     """Returns the number of completions of trees, and the completion of each token: ``(N,)``."""
-    lengths_S = torch.tensor([n for tree in trees for n in path_lengths(tree)], dtype=torch.long, device=device)
-    return len(lengths_S), torch.arange(len(lengths_S), device=device).repeat_interleave(lengths_S)
+    lengths_S = torch.tensor([n for tree in trees for n in path_lengths(tree)], dtype=torch.long)
+    return len(lengths_S), torch.arange(len(lengths_S)).repeat_interleave(lengths_S)
 
 
 def attach_token_fields(trees: Sequence[Example], values: Mapping[str, Tensor]) -> list[Example]:
-    """Splits ``(N,)`` tensors by tree and stores the parts as arrays in the trees' fields."""
+    """Splits ``(N,)`` tensors of host memory by tree and stores the parts as arrays in the trees' fields."""
     sizes = [num_tokens(tree) for tree in trees]
-    parts = {name: value.detach().cpu().split(sizes) for name, value in values.items()}
+    parts = {name: value.detach().split(sizes) for name, value in values.items()}
     return [
         Example(tree.row_id, tree.root, {**tree.fields, **{name: part[n].numpy() for name, part in parts.items()}})
         for n, tree in enumerate(trees)
     ]
 
 
-def stored_field(trees: Sequence[Example], name: str, device: torch.device) -> Tensor:
+def stored_field(trees: Sequence[Example], name: str) -> Tensor:
     """Reads a field of ``attach_token_fields`` back from all trees, in fp64: ``(N,)``."""
     arrays = [np.asarray(tree.fields[name], dtype=np.float64) for tree in trees]
-    return torch.from_numpy(np.concatenate([np.empty(0), *arrays])).to(device)
+    return torch.from_numpy(np.concatenate([np.empty(0), *arrays]))
 
 
-def token_field(batch: SequenceBatch, name: str, like_N: Tensor) -> Tensor | None:
-    """Reads a field of ``attach_token_fields`` from a batch of trees: ``(N,)``, or ``None`` if it is missing."""
-    arrays = [example.fields[name] for example in batch.examples if name in example.fields]
-    if len(arrays) < batch.num_examples:
-        return None
-    return torch.from_numpy(np.concatenate(arrays)).to(device=like_N.device, dtype=like_N.dtype)
+def token_arrays(trees: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Joins the fields of ``attach_token_fields`` that all trees have: ``{name: (N,)}``."""
+    first = trees[0].fields if trees else {}
+    names = [name for name, value in first.items() if isinstance(value, np.ndarray)]
+    return {
+        name: np.concatenate([tree.fields[name] for tree in trees])
+        for name in names
+        if all(name in tree.fields for tree in trees)
+    }
+
+
+def token_field(fields: Mapping[str, Tensor], name: str, like_N: Tensor) -> Tensor | None:
+    """Returns one of ``token_arrays`` in the dtype of other tokens, or ``None`` if it is missing."""
+    return fields[name].to(like_N.dtype) if name in fields else None
 
 
 def tree_sums(batch: SequenceBatch, values_S: Tensor) -> Tensor:

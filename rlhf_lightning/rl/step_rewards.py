@@ -58,13 +58,13 @@ def at_tokens(steps: Sequence[Sequence[StepsAtTokens]], completion_index_S: Tens
         for token, value in flat[place]:
             values[start + token] += value
         start += length
-    return values.to(completion_index_S.device)
+    return values
 
 
-def steps_differ(steps: Sequence[Sequence[StepsAtTokens]], device: torch.device) -> Tensor:
+def steps_differ(steps: Sequence[Sequence[StepsAtTokens]]) -> Tensor:
     """Returns whether two steps of a group have different rewards, ``(E,)``; if not, it has no learning signal."""
     found = [len({value for sample in group for _, value in sample}) > 1 for group in steps]
-    return torch.tensor(found, dtype=torch.bool, device=device)
+    return torch.tensor(found, dtype=torch.bool)
 
 
 def process_advantages(
@@ -93,17 +93,16 @@ def process_advantages(
         >>> process_advantages(steps, torch.tensor([0, 1]), torch.tensor([0, 0, 1]), scale_rewards="none").tolist()
         [-1.0, -1.0, 1.0]
     """
-    device = completion_index_S.device
     values = [value for group in steps for sample in group for _, value in sample]
     groups = [number for number, group in enumerate(steps) for sample in group for _ in sample]
-    rewards_M = torch.tensor(values, dtype=torch.float64, device=device)
-    index_M = torch.tensor(groups, dtype=torch.long, device=device)
+    rewards_M = torch.tensor(values, dtype=torch.float64)
+    index_M = torch.tensor(groups, dtype=torch.long)
     scale: ScaleRewards = "group" if scale_rewards == "group" else "none"
     normalised_M = group_advantages(
         rewards_M, group_index_S=index_M, num_groups=len(steps), scale_rewards=scale, eps=eps
     ).advantages_S
     if scale_rewards == "batch":
-        everyone_M = gather_rows({"rewards": rewards_M}, device)["rewards"]
+        everyone_M = gather_rows({"rewards": rewards_M})["rewards"]
         normalised_M = normalised_M / (everyone_M.std() + eps if len(everyone_M) > 1 else 1.0)
 
     # A sum over all later steps is GAE with gamma = lambda = 1 and values of 0.

@@ -43,7 +43,7 @@ class TrainingTrees:
 
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Builds the trees and attaches their fields; returns them and logged values. Every rank calls it."""
-        every_S = torch.ones(len(rollouts.samples), dtype=torch.bool, device=self.module.device)
+        every_S = torch.ones(len(rollouts.samples), dtype=torch.bool)
         kept_S = rollouts.ended_S().bool() if self.module.policy_loss.mask_truncated_completions else every_S
         trees = self._build(rollouts, kept_S)
         trees = attach_token_fields(trees, self._sampled_fields(rollouts, kept_S, trees))
@@ -65,8 +65,8 @@ class TrainingTrees:
         The shares of the copies of a token, one for each completion through it, add up to the draws that gave it.
         """
         module = self.module
-        completion_index_S, index_N = flat_indices(trees, module.device)
-        branches = Branches(rollouts.completions, module.device)
+        completion_index_S, index_N = flat_indices(trees)
+        branches = Branches(rollouts.completions)
         tokens = branches.tokens(completion_index_S.tolist())
         scores_S = module.outcome_scores(rollouts.rewards_SK)
         if module.kl.in_reward:
@@ -93,25 +93,25 @@ class TrainingTrees:
         if module.off_policy.needs_sampling_logprobs:
             samples = rollouts.samples
             drawn = [logprob for place in completion_index_S.tolist() for logprob in samples[place].logprobs]
-            fixed["sampling_logprobs"] = torch.tensor(drawn, dtype=torch.float64, device=module.device)
+            fixed["sampling_logprobs"] = torch.tensor(drawn, dtype=torch.float64)
         return fixed
 
     def _policy_fields(self, trees: Sequence[Example]) -> tuple[Rows, Metrics]:
         """Computes what policy and reference say of every token, and weights that are fixed before the first update."""
-        module, device = self.module, self.module.device
+        module = self.module
         known = self._known(trees)
         fixed: Rows = {name: known[name] for name in ("old_logprobs", "ref_logprobs") if name in known}
         values: Metrics = {}
-        weights_N, (first_U, which_N) = None, copies(stored_field(trees, "tokens", device))
+        weights_N, (first_U, which_N) = None, copies(stored_field(trees, "tokens"))
         if module.off_policy.correction:
-            old_N, drawn_N = known["old_logprobs"].double(), stored_field(trees, "sampling_logprobs", device)
-            num_sequences, index_N = sequence_index(trees, device)
+            old_N, drawn_N = known["old_logprobs"].double(), stored_field(trees, "sampling_logprobs")
+            num_sequences, index_N = sequence_index(trees)
             weights_N = module.off_policy.weights(old_N, drawn_N, sequence_index_N=index_N, num_sequences=num_sequences)
             values = sampling_metrics((old_N - drawn_N)[first_U], weights_N[first_U])
         if module.entropy.top_quantile < 1:
             # Decided once for all copies of a token, whose entropies may differ by rounding.
             own_U = known["entropy"][first_U]
-            everyone = gather_rows({"entropy": own_U}, device)["entropy"]
+            everyone = gather_rows({"entropy": own_U})["entropy"]
             uncertain_N = module.entropy.is_uncertain(own_U, all_entropies_N=everyone).double()[which_N]
             weights_N = uncertain_N if weights_N is None else weights_N * uncertain_N
         if weights_N is not None:
@@ -143,7 +143,7 @@ class TrainingTrees:
     def _penalised(self, rollouts: Rollouts, scores_S: Tensor) -> Tensor:
         """Subtracts the divergence of every completion, also of those excluded from the loss, from its score."""
         trees = self._build(rollouts, torch.ones_like(scores_S, dtype=torch.bool))
-        completion_index_S, index_N = flat_indices(trees, self.module.device)
+        completion_index_S, index_N = flat_indices(trees)
         known = self._known(trees, penalty=True)
         kl_N = self.module.kl.per_token(known["old_logprobs"], known["ref_logprobs"])
         index_N = completion_index_S[index_N]
@@ -151,9 +151,13 @@ class TrainingTrees:
 
     def _advantages(self, rollouts: Rollouts, scores_S: Tensor) -> Tensor:
         """Computes the advantages of completions, from the rewards of the global batch in canonical order."""
-        keys_S = self.module.completion_keys(rollouts)
-        own = {ROW_KEY: keys_S, "first": rollouts.first_S(), "rewards": rollouts.rewards_SK, "scores": scores_S}
-        global_rows = gather_rows(own, self.module.device)
+        own = {
+            ROW_KEY: rollouts.keys_S(),
+            "first": rollouts.first_S(),
+            "rewards": rollouts.rewards_SK,
+            "scores": scores_S,
+        }
+        global_rows = gather_rows(own)
         order = torch.argsort(global_rows[ROW_KEY], stable=True)
         ordered = {name: value[order] for name, value in global_rows.items()}
         groups = self._group_advantages(ordered["rewards"], ordered["scores"], group_index(ordered["first"]))

@@ -139,7 +139,7 @@ def _over_parent(
 
 def _deviation(values: Tensor) -> Tensor:
     """Returns the standard deviation of the values of all ranks, without NaN."""
-    everyone = gather_rows({"values": values}, values.device)["values"]
+    everyone = gather_rows({"values": values})["values"]
     known = everyone[~everyone.isnan()]
     return known.std() if len(known) > 1 else values.new_zeros(())
 
@@ -161,7 +161,7 @@ def branch_preferences(branches: Branches) -> Tensor:
         >>> from rlhf_lightning.rl.branches import Branch, TreeCompletion
         >>> steps = [Branch((5,), score=0.0), Branch((6,), score=float(torch.tensor(3.0).log()))]
         >>> group = [TreeCompletion(list(step.token_ids), "", [], "stop", branch=step) for step in steps]
-        >>> branch_preferences(Branches([group], torch.device("cpu"))).tolist()
+        >>> branch_preferences(Branches([group])).tolist()
         [-0.25, 0.25]
     """
     found = torch.zeros_like(branches.scores_B)

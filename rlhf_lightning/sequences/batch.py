@@ -9,16 +9,17 @@ One integer per token defines the geometry: token ``j`` is visible to token ``i`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.transfer import to_device
 from .example import Example, Path, Segment
-from .geometry import TreeGeometry
+from .geometry import Part, TreeGeometry
 
 
 @dataclass
@@ -54,11 +55,15 @@ class SequenceBatch:
         weights: ``(N,)`` loss weights, above 0.
         last_index: ``(S,)`` flat position of each sequence's last token, on its last path.
         last_path: ``(S,)`` the last path of each sequence.
+        scored_lengths: ``(S,)`` number of scored tokens of each sequence.
         lengths: ``(P,)`` tokens of each path, its prompt included.
         path_sequence: ``(P,)`` which sequence each path belongs to; ascending.
         example_index: ``(S,)`` which example each sequence belongs to; ascending.
         examples: the examples, in the order in which they were packed.
         path_index: flat positions of every path's tokens, path after path; ``(sum(lengths),)``.
+        host: the tensors above as arrays in host memory, by name, for code that would wait for the device otherwise.
+        extra: further tensors that ``pack`` was given as arrays.
+        also: further batches that were packed with this one.
         distinct: where several sequences score the same token at the same place (rows of one prompt that share a
             completion): the scored tokens to compute, ``(U,)``, and for each scored token its number there, ``(N,)``.
     """
@@ -74,12 +79,17 @@ class SequenceBatch:
     weights: Tensor
     last_index: Tensor
     last_path: Tensor
+    scored_lengths: Tensor
     lengths: Tensor
     path_sequence: Tensor
     example_index: Tensor
     path_index: Tensor
+    host: dict[str, np.ndarray]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    also: dict[str, SequenceBatch] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
     distinct: tuple[Tensor, Tensor] | None = None
+    _padded: dict[tuple[str, int, int], PaddedBatch] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -114,10 +124,6 @@ class SequenceBatch:
         """Sums values of scored tokens per example: ``(N,) -> (E,)``."""
         return values_N.new_zeros(self.num_examples).index_add(0, self.example_index[self.sequence_index], values_N)
 
-    def scored_lengths(self) -> Tensor:
-        """Counts the scored tokens of each sequence: ``(S,)``."""
-        return torch.bincount(self.sequence_index, minlength=self.num_sequences)
-
     def scored_positions(self) -> tuple[Tensor, Tensor]:
         """Returns the positions of the scored tokens themselves, not of the tokens before them.
 
@@ -129,6 +135,11 @@ class SequenceBatch:
         depth_N = self.source_depth + 1
         return self.path_index[first_P[self.source_path] + depth_N], depth_N
 
+    def drop_masks(self) -> None:
+        """Frees what of the batch grows with the square of its tokens; it is made again where it is needed."""
+        for batch in (self, *self.also.values()):
+            batch.geometry.drop_masks()
+
     def padded(self, *, side: Literal["right", "left"] = "right", extra: int = 0, pad_token_id: int = 0) -> PaddedBatch:
         """Lays out the paths, prompts repeated, as rows with padding on one side.
 
@@ -137,23 +148,28 @@ class SequenceBatch:
             extra: columns of padding beyond the longest path, at least 0.
             pad_token_id: token at padding; no result depends on it.
         """
-        lengths = self.lengths.cpu()
+        key = (side, extra, pad_token_id)
+        if key not in self._padded:
+            arrays = self._padded_arrays(side == "left", extra, pad_token_id)
+            self._padded[key] = PaddedBatch(**to_device(arrays, self.input_ids.device))
+        return self._padded[key]
+
+    def _padded_arrays(self, left: bool, extra: int, pad_token_id: int) -> dict[str, np.ndarray]:
+        lengths = self.host["lengths"]
         width = int(lengths.max()) + extra
-        columns = torch.arange(width, device="cpu")
+        start = width - lengths if left else np.zeros_like(lengths)
 
         # Depth of every cell along its path; cells outside of 0 to length are padding.
-        start = torch.zeros_like(lengths) if side == "right" else width - lengths
-        depth = columns[None, :] - start[:, None]
+        depth = np.arange(width) - start[:, None]
         mask = (depth >= 0) & (depth < lengths[:, None])
-        tokens = torch.full((len(lengths), width), pad_token_id, dtype=self.input_ids.dtype, device="cpu")
-        tokens[mask] = self.input_ids.cpu()[self.path_index.cpu()]
-        device = self.input_ids.device
-        return PaddedBatch(
-            input_ids=tokens.to(device),
-            attention_mask=mask.long().to(device),
-            position_ids=(depth * mask).to(device),
-            start=start.to(device),
-        )
+        tokens = np.full((len(lengths), width), pad_token_id, np.int64)
+        tokens[mask] = self.host["input_ids"][self.host["path_index"]]
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask.astype(np.int64),
+            "position_ids": depth * mask,
+            "start": start,
+        }
 
 
 class _Node:
@@ -226,6 +242,27 @@ class _Layout:
         self.last_path.append(len(self.paths) - 1)
         self.example.append(example)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of a ``SequenceBatch``, by name."""
+        sequence = np.concatenate(self.sequence)
+        return {
+            "input_ids": np.concatenate(self.tokens),
+            "position_ids": np.concatenate(self.positions),
+            "source_index": np.concatenate(self.source),
+            "source_depth": np.concatenate(self.depth),
+            "source_path": np.concatenate(self.path),
+            "target_ids": np.concatenate(self.target),
+            "sequence_index": sequence,
+            "weights": np.concatenate(self.weight).astype(np.float32, copy=False),
+            "last_index": np.array([self.paths[number][-1] for number in self.last_path]),
+            "last_path": np.array(self.last_path),
+            "scored_lengths": np.bincount(sequence, minlength=len(self.last_path)),
+            "lengths": np.array([len(path) for path in self.paths]),
+            "path_sequence": np.array(self.path_sequence),
+            "example_index": np.array(self.example),
+            "path_index": np.concatenate(self.paths),
+        }
+
 
 _Turn = tuple[np.ndarray, np.ndarray, list[_Node]]  # tokens, weights and nodes of a path
 
@@ -273,15 +310,24 @@ def _weights(path: Path, scored: set[Segment]) -> np.ndarray:
 
 
 def pack(
-    examples: Sequence[Example], *, share_prefix: bool = True, device: torch.device | None = None
+    examples: Sequence[Example],
+    *,
+    share_prefix: bool = True,
+    device: torch.device | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    also: Mapping[str, Sequence[Example]] | None = None,
+    wanted: set[Part] | None = None,
 ) -> SequenceBatch:
-    """Lays examples out as one SequenceBatch.
+    """Lays examples out as one SequenceBatch; a GPU gets it in one copy, for which the host does not wait.
 
     Args:
         examples: at least one.
         share_prefix: lay out a prompt once for all its completions, also across examples, and likewise a completion
             that several examples of the prompt share; ``False`` repeats them. The results agree.
         device: device of the tensors.
+        extra: further arrays to copy, by name.
+        also: examples of further batches to lay out and copy, by name.
+        wanted: see ``TreeGeometry``: a set that is shared by all batches of a model.
 
     Raises:
         ValueError: no example, or a weight on the first token of a tree.
@@ -297,32 +343,54 @@ def pack(
     """
     if not examples:
         raise ValueError("cannot pack an empty list of examples")
-    layout = _lay_out(examples, share_prefix)
+    drafts = {name: _Draft(part, share_prefix, device, wanted) for name, part in {"": examples, **(also or {})}.items()}
+    arrays: dict[Any, np.ndarray] = {
+        (name, key): array for name, draft in drafts.items() for key, array in draft.arrays().items()
+    }
+    arrays |= {(None, name): array for name, array in (extra or {}).items()}
 
-    def tensor(parts: Sequence[np.ndarray | list[int]], dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(dtype=dtype, device=device)
+    # Everything in one copy.
+    tensors: dict[Any, dict[Any, Tensor]] = {owner: {} for owner in (*drafts, None)}
+    for (owner, key), tensor in to_device(arrays, device).items():
+        tensors[owner][key] = tensor
+    batches = {name: draft.batch(tensors[name]) for name, draft in drafts.items()}
+    batch = batches.pop("")
+    batch.extra, batch.also = tensors[None], batches
+    return batch
 
-    # A token that several sequences score after the same prefix is projected once.
-    lengths = [len(path) for path in layout.paths]
-    scored = np.stack([np.concatenate(layout.source), np.concatenate(layout.target)])
-    _, first, which = np.unique(scored, axis=1, return_index=True, return_inverse=True)
-    repeated = len(first) < scored.shape[1]
-    return SequenceBatch(
-        input_ids=tensor(layout.tokens),
-        position_ids=tensor(layout.positions),
-        geometry=TreeGeometry(layout.segments, device=device),
-        source_index=tensor(layout.source),
-        source_depth=tensor(layout.depth),
-        source_path=tensor(layout.path),
-        target_ids=tensor(layout.target),
-        sequence_index=tensor(layout.sequence),
-        weights=tensor(layout.weight, torch.float32),
-        last_index=tensor([[layout.paths[number][-1] for number in layout.last_path]]),
-        last_path=tensor([layout.last_path]),
-        lengths=tensor([lengths]),
-        path_sequence=tensor([layout.path_sequence]),
-        example_index=tensor([layout.example]),
-        path_index=tensor(layout.paths),
-        examples=list(examples),
-        distinct=(tensor([first]), tensor([which.reshape(-1)])) if repeated else None,
-    )
+
+class _Draft:
+    """A batch on the host, before its arrays are copied."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        share_prefix: bool,
+        device: torch.device | None,
+        wanted: set[Part] | None,
+    ) -> None:
+        layout = _lay_out(examples, share_prefix)
+        self.examples = list(examples)
+        self.host = layout.arrays()
+        self.geometry = TreeGeometry(layout.segments, device=device, wanted=wanted)
+
+    def arrays(self) -> dict[Any, np.ndarray]:
+        """Returns all arrays of the batch: its own, tokens to project once, and what layers have asked for."""
+        distinct = _distinct(self.host["source_index"], self.host["target_ids"])
+        return {**self.host, **distinct, **self.geometry.wanted_arrays()}
+
+    def batch(self, tensors: dict[Any, Tensor]) -> SequenceBatch:
+        """Makes the batch of the copies of ``arrays``."""
+        own: dict[str, Any] = {name: tensors.pop(name) for name in self.host}
+        distinct = (tensors.pop("chosen"), tensors.pop("which")) if "chosen" in tensors else None
+        self.geometry.place(tensors)
+        return SequenceBatch(**own, geometry=self.geometry, host=self.host, examples=self.examples, distinct=distinct)
+
+
+def _distinct(source: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+    """Finds tokens that several sequences score after the same prefix; empty where there are none."""
+    if not len(target):
+        return {}
+    pairs = source * (int(target.max()) + 1) + target
+    _, chosen, which = np.unique(pairs, return_index=True, return_inverse=True)
+    return {"chosen": chosen, "which": which} if len(chosen) < len(pairs) else {}

@@ -26,23 +26,32 @@ _BLOCK = 128  # tokens on a side of a block, FlexAttention's default
 def flex_mask(tree: TreeGeometry, window: int | None) -> BlockMask:
     """Returns the geometry as a block mask, made once per window and cached for all layers."""
     if window not in tree.flex_masks:
-        end, depth = tree.subtree_end, tree.depth
+        lists, end, depth = tree.tensors(flex_arrays, window), tree.subtree_end, tree.depth
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             on_path = (key <= query) & (query < end[key])
             return on_path if window is None else on_path & (depth[query] - depth[key] < window)
 
-        counts = visible_pairs(tree, window)
-        full = counts == _BLOCK * _BLOCK
         tree.flex_masks[window] = BlockMask.from_kv_blocks(
-            *_listed((counts > 0) & ~full, end.device),
-            *_listed(full, end.device),
+            lists["part_number"],
+            lists["part"],
+            lists["full_number"],
+            lists["full"],
             BLOCK_SIZE=_BLOCK,
             mask_mod=visible,
-            seq_lengths=(len(end), len(end)),
+            seq_lengths=(tree.num_tokens, tree.num_tokens),
         )
     mask: BlockMask = tree.flex_masks[window]
     return mask
+
+
+def flex_arrays(tree: TreeGeometry, window: int | None) -> dict[str, np.ndarray]:
+    """Lists the blocks of keys that each block of queries sees in part, and in full: how many, and which."""
+    counts = visible_pairs(tree, window)
+    full = counts == _BLOCK * _BLOCK
+    part_number, part = _listed((counts > 0) & ~full)
+    full_number, whole = _listed(full)
+    return {"part_number": part_number, "part": part, "full_number": full_number, "full": whole}
 
 
 def visible_pairs(tree: TreeGeometry, window: int | None) -> np.ndarray:
@@ -59,7 +68,7 @@ def visible_pairs(tree: TreeGeometry, window: int | None) -> np.ndarray:
         >>> visible_pairs(TreeGeometry([(0, 130, -1)]), None).tolist()
         [[8256, 0], [256, 3]]
     """
-    size = len(tree.subtree_end)
+    size = tree.num_tokens
     reach = size if window is None else window
     start, length, depth, above = _pieces(tree)
     blocks = -(-size // _BLOCK)
@@ -110,11 +119,10 @@ def _pairs_closer(distance: np.ndarray, width: np.ndarray, height: np.ndarray) -
     return near
 
 
-def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lists the columns of each row: how many, and the columns themselves before the others."""
-    number = blocks.sum(axis=1).astype(np.int32)
-    order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
-    return torch.from_numpy(number)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)
+    order = np.argsort(~blocks, axis=1, kind="stable")
+    return blocks.sum(axis=1).astype(np.int32)[None, None], order.astype(np.int32)[None, None]
 
 
 @cache

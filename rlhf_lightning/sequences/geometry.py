@@ -5,6 +5,7 @@ Legend: T tokens, B blocks' rows, Q / P padded queries / path keys, N stretches 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..utils.transfer import to_device
 
 # Segments share a padded block while its area is at most this multiple of the area that they need.
 _MAX_PADDING = 1.3
@@ -70,24 +73,74 @@ _FAR = 1 << 40  # depth of padding queries, which see all keys of a path; paddin
 class TreeGeometry:
     """Visibility between the tokens of a packed forest.
 
+    What a kernel reads is made on the host when a layer first asks for it, and copied to the device at once. A set
+    ``wanted`` that the geometries of many batches share remembers what was asked for, so that ``pack`` can copy it with
+    the rest of the next batch.
+
     Args:
         segments: ``(start, length, parent)`` per segment in depth-first order; parent is -1 for a root.
         device: device of the index tensors.
+        wanted: see above; by default nothing is copied ahead.
+
+    Example:
+        >>> pair = TreeGeometry([(0, 2, -1), (2, 1, 0), (3, 2, 0)])  # a prompt of two tokens, and two completions
+        >>> pair.subtree_end.tolist(), pair.depth.tolist()
+        ([5, 5, 3, 5, 5], [0, 1, 2, 2, 3])
     """
 
-    def __init__(self, segments: list[tuple[int, int, int]], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        segments: list[tuple[int, int, int]],
+        device: torch.device | None = None,
+        wanted: set[Part] | None = None,
+    ) -> None:
         segments = _merge_chains(segments)
         self.segments = segments
         self.device = device
+        self.wanted = set() if wanted is None else wanted
+        self.num_tokens = sum(length for _, length, _ in segments)
+        self._tensors: dict[Part, dict[str, Tensor]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._stretches: dict[int | None, Stretches] = {}
         self.flex_masks: dict[int | None, Any] = {}  # see flex_attention.py
-        self._ends = ends = [start + length for start, length, _ in segments]
+        self.ends = ends = [start + length for start, length, _ in segments]  # of each segment with its descendants
         for number in range(len(segments) - 1, -1, -1):  # children come after their parent
             parent = segments[number][2]
             if parent >= 0:
                 ends[parent] = max(ends[parent], ends[number])
-        self.subtree_end = torch.from_numpy(np.repeat(ends, [length for _, length, _ in segments])).to(device)
+
+    def tensors(self, make: MakeArrays, window: int | None = None) -> dict[str, Tensor]:
+        """Returns what a function makes of the geometry, on the device.
+
+        Args:
+            make: a function of a module: from the geometry and ``window`` to arrays by name.
+            window: see ``stretches``.
+        """
+        part = (make, window)
+        if part not in self._tensors:
+            self.wanted.add(part)
+            self._tensors[part] = to_device(make(self, window), self.device)
+        return self._tensors[part]
+
+    def wanted_arrays(self) -> dict[tuple[Part, str], np.ndarray]:
+        """Makes everything that earlier batches have asked for."""
+        parts = [(part, part[0](self, part[1])) for part in self.wanted]
+        return {(part, name): array for part, arrays in parts for name, array in arrays.items()}
+
+    def place(self, tensors: dict[tuple[Part, str], Tensor]) -> None:
+        """Takes the arrays of ``wanted_arrays`` when they have been copied."""
+        for (part, name), tensor in tensors.items():
+            self._tensors.setdefault(part, {})[name] = tensor
+
+    @property
+    def subtree_end(self) -> Tensor:
+        """``(T,)`` the flat position after the last descendant of each token."""
+        return self.tensors(visibility_arrays)["subtree_end"]
+
+    @property
+    def depth(self) -> Tensor:
+        """``(T,)`` position of each token along its own path."""
+        return self.tensors(visibility_arrays)["depth"]
 
     @cached_property
     def first_depths(self) -> list[int]:
@@ -98,60 +151,70 @@ class TreeGeometry:
         return first
 
     @cached_property
-    def depth(self) -> Tensor:
-        """``(T,)`` position of each token along its own path."""
-        lengths = [length for _, length, _ in self.segments]
-        parts = [np.arange(first, first + length) for first, length in zip(self.first_depths, lengths, strict=True)]
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
-
-    def _paths(self) -> list[np.ndarray]:
-        """Lists flat positions of each segment's ancestors and of itself."""
+    def paths(self) -> list[np.ndarray]:
+        """Flat positions of each segment's ancestors and of itself."""
         paths: list[np.ndarray] = []
         for start, length, parent in self.segments:
             own = np.arange(start, start + length)
             paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
         return paths
 
+    # Padded blocks.
+
+    @cached_property
+    def groups(self) -> list[np.ndarray]:
+        """Numbers of the segments of each padded block."""
+        return _group_by_size(self._sizes)
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        """Length of each segment, and of the path that ends with it: ``(segments, 2)``."""
+        lengths = np.array([length for _, length, _ in self.segments])
+        return np.stack([lengths, lengths + self.first_depths], axis=1)
+
     @cached_property
     def blocks(self) -> list[Block]:
         """Padded blocks that cover every segment once."""
-        paths = self._paths()
-        sizes = np.array([(length, len(path)) for (_, length, _), path in zip(self.segments, paths, strict=True)])
-        return [self._block(group, sizes, paths) for group in _group_by_size(sizes)]
+        flat = self.tensors(block_arrays)
+        shapes = [(len(group), *self._sizes[group].max(axis=0).tolist()) for group in self.groups]
+        by_block = []
+        for name, width in (("query_index", 1), ("key_index", 2), ("query_depth", 1), ("key_depth", 2)):
+            parts = flat[name].split([shape[0] * shape[width] for shape in shapes])
+            by_block.append([part.view(shape[0], -1) for part, shape in zip(parts, shapes, strict=True)])
+        # Padding comes last, so a causal mask hides padding keys from every real query of a root.
+        causal = [all(self.segments[n][2] < 0 for n in group) for group in self.groups]
+        return [Block(*parts) for parts in zip(*by_block, causal, strict=True)]
 
-    @cached_property
+    @property
     def query_index(self) -> Tensor:
         """``(sum of B * Q,)`` flat positions of all blocks' queries, block by block."""
-        return torch.cat([block.query_index.reshape(-1) for block in self.blocks])
+        return self.tensors(block_arrays)["query_index"]
 
-    @cached_property
+    @property
     def key_index(self) -> Tensor:
         """``(sum of B * P,)`` flat positions of all blocks' keys."""
-        return torch.cat([block.key_index.reshape(-1) for block in self.blocks])
+        return self.tensors(block_arrays)["key_index"]
 
-    @cached_property
+    @property
     def slot(self) -> Tensor:
         """``(T,)`` index of each token among the blocks' queries."""
-        real = torch.cat([(block.query_depth < _FAR).reshape(-1) for block in self.blocks]).nonzero()[:, 0]
-        return torch.empty_like(self.subtree_end).index_copy_(0, self.query_index[real], real)
+        return self.tensors(block_arrays)["slot"]
 
-    def _block(self, group: list[int], sizes: np.ndarray, paths: list[np.ndarray]) -> Block:
-        num_queries, num_keys = sizes[group].max(axis=0)
-        shape_q, shape_k = (len(group), num_queries), (len(group), num_keys)
-        query_index, query_depth = np.zeros(shape_q, np.int64), np.full(shape_q, _FAR)
-        key_index, key_depth = np.zeros(shape_k, np.int64), np.full(shape_k, 2 * _FAR)
+    def block_of(self, group: np.ndarray) -> dict[str, np.ndarray]:
+        """Lays out the segments of a block, one per row."""
+        lengths, ends = self._sizes[group].T
+        starts = np.array([self.segments[n][0] for n in group])
+        columns, key_columns = (np.arange(sizes.max()) for sizes in (lengths, ends))
         # Queries are a segment's own tokens, keys those of its whole path; both begin at the left of their row.
-        for row, number in enumerate(group):
-            length, path = sizes[number][0], paths[number]
-            query_index[row, :length] = path[-length:]
-            query_depth[row, :length] = np.arange(len(path) - length, len(path))
-            key_index[row, : len(path)] = path
-            key_depth[row, : len(path)] = np.arange(len(path))
-        arrays = (query_index, key_index, query_depth, key_depth)
-        query_i, key_i, query_d, key_d = (torch.from_numpy(a).to(self.device) for a in arrays)
-        # Padding comes last, so a causal mask hides padding keys from every real query of a root.
-        causal = all(self.segments[n][2] < 0 for n in group)
-        return Block(query_i, key_i, query_d, key_d, causal)
+        is_query, is_key = columns < lengths[:, None], key_columns < ends[:, None]
+        key_index = np.zeros(is_key.shape, np.int64)
+        key_index[is_key] = np.concatenate([self.paths[n] for n in group])
+        return {
+            "query_index": np.where(is_query, starts[:, None] + columns, 0),
+            "key_index": key_index,
+            "query_depth": np.where(is_query, (ends - lengths)[:, None] + columns, _FAR),
+            "key_depth": np.where(is_key, key_columns, 2 * _FAR),
+        }
 
     def block_mask(self, number: int, window: int | None) -> Tensor:
         """Returns the mask of one block, made once per window and cached for all layers."""
@@ -160,24 +223,51 @@ class TreeGeometry:
             self._masks[key] = self.blocks[number].mask(window)
         return self._masks[key]
 
+    def drop_masks(self) -> None:
+        """Frees masks, which are made again from indices when they are needed."""
+        self._masks, self.flex_masks = {}, {}
+
+    # Variable-length calls.
+
     def stretches(self, window: int | None) -> Stretches:
-        """Returns the variable-length calls of the forest's attention, made once per window."""
-        lengths = [length for _, length, _ in self.segments]
-        if window is not None and window >= max(map(sum, zip(self.first_depths, lengths, strict=True))):
-            window = None  # no path is as long
+        """Returns the variable-length calls of the forest's attention, made once per window.
+
+        Args:
+            window: a query sees keys less than this many positions before it; ``None`` is no limit.
+        """
         if window not in self._stretches:
-            self._stretches[window] = self._whole_paths() if window is None else self._within(window)
+            calls, _, reach = self.calls(window)
+            tensors = self.tensors(stretch_arrays, window)
+            self._stretches[window] = Stretches(
+                bounds=list(tensors["bounds"].split([len(each) for each in calls])),
+                longest=[int(np.diff(each).max()) for each in calls],
+                key_index=tensors.get("key_index"),
+                window=reach,
+            )
         return self._stretches[window]
 
-    def _whole_paths(self) -> Stretches:
+    def calls(self, window: int | None) -> tuple[list[list[int]], np.ndarray | None, int | None]:
+        """Lists bounds of queries and of keys, call after call; gathered keys; and the window that has an effect."""
+        longest_path = int(self._sizes[:, 1].max())
+        if window is None or window >= longest_path:
+            return self._whole_paths(), None, None
+        tails = [
+            path[max(0, len(path) - length - window + 1) :]
+            for path, (_, length, _) in zip(self.paths, self.segments, strict=True)
+        ]
+        # One causal call of segments to the ends of their paths, which hold all that a window shows.
+        queries = [*(start for start, _, _ in self.segments), self.num_tokens]
+        return [queries, np.cumsum([0, *map(len, tails)]).tolist()], np.concatenate(tails), window
+
+    def _whole_paths(self) -> list[list[int]]:
         """Makes a causal call within segments, and a call per level of the tree: descendants to their ancestor there.
 
         Descendants of a segment are contiguous and follow it. What lies between is paired with nothing: the queries
         with an empty stretch of keys, and the keys with one of queries.
         """
-        size = len(self.subtree_end)
+        size = self.num_tokens
         starts = [start for start, _, _ in self.segments]
-        calls: list[tuple[list[int], list[int]]] = [([*starts, size], [*starts, size])]
+        calls: list[list[int]] = [[*starts, size], [*starts, size]]
         levels: list[int] = []
         for _, _, parent in self.segments:
             levels.append(levels[parent] + 1 if parent >= 0 else 0)
@@ -185,34 +275,39 @@ class TreeGeometry:
             queries, keys = [0], [0]
             for number, (start, length, _) in enumerate(self.segments):
                 end = start + length
-                if levels[number] == level and self._ends[number] > end:
-                    queries += [end, end, self._ends[number]]
+                if levels[number] == level and self.ends[number] > end:
+                    queries += [end, end, self.ends[number]]
                     keys += [keys[-1], start, end]
-            calls.append(([*queries, size, size], [*keys, keys[-1], size]))
-        return self._calls(calls, None, None)
+            calls += [[*queries, size, size], [*keys, keys[-1], size]]
+        return calls
 
-    def _within(self, window: int) -> Stretches:
-        """Makes one causal call of segments to the ends of their paths, which hold all that a window shows."""
-        tails = [
-            path[max(0, len(path) - length - window + 1) :]
-            for path, (_, length, _) in zip(self._paths(), self.segments, strict=True)
-        ]
-        queries = [*(start for start, _, _ in self.segments), len(self.subtree_end)]
-        keys = np.cumsum([0, *map(len, tails)]).tolist()
-        return self._calls([(queries, keys)], torch.from_numpy(np.concatenate(tails)), window)
 
-    def _calls(
-        self, calls: list[tuple[list[int], list[int]]], key_index: Tensor | None, window: int | None
-    ) -> Stretches:
-        bounds = [np.array(each, np.int32) for call in calls for each in call]
-        # One copy to the device.
-        whole = torch.from_numpy(np.concatenate(bounds)).to(self.device)
-        return Stretches(
-            bounds=list(whole.split([len(each) for each in bounds])),
-            longest=[int(np.diff(each).max()) for each in bounds],
-            key_index=None if key_index is None else key_index.to(self.device),
-            window=window,
-        )
+MakeArrays = Callable[[TreeGeometry, int | None], dict[str, np.ndarray]]
+Part = tuple[MakeArrays, int | None]
+
+
+def visibility_arrays(tree: TreeGeometry, window: int | None) -> dict[str, np.ndarray]:
+    """Makes ``subtree_end`` and ``depth`` of every token."""
+    lengths = [length for _, length, _ in tree.segments]
+    parts = [np.arange(first, first + length) for first, length in zip(tree.first_depths, lengths, strict=True)]
+    return {"subtree_end": np.repeat(tree.ends, lengths), "depth": np.concatenate(parts)}
+
+
+def block_arrays(tree: TreeGeometry, window: int | None) -> dict[str, np.ndarray]:
+    """Makes the indices of all padded blocks, block after block, and each token's place among their queries."""
+    blocks = [tree.block_of(group) for group in tree.groups]
+    arrays = {name: np.concatenate([block[name].reshape(-1) for block in blocks]) for name in blocks[0]}
+    real = np.flatnonzero(arrays["query_depth"] < _FAR)
+    slot = np.empty(tree.num_tokens, np.int64)
+    slot[arrays["query_index"][real]] = real
+    return {**arrays, "slot": slot}
+
+
+def stretch_arrays(tree: TreeGeometry, window: int | None) -> dict[str, np.ndarray]:
+    """Makes the bounds of variable-length calls, one after the other, and the positions of gathered keys."""
+    calls, tails, _ = tree.calls(window)
+    bounds = {"bounds": np.concatenate(calls).astype(np.int32)}
+    return bounds if tails is None else {**bounds, "key_index": tails}
 
 
 def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -235,23 +330,20 @@ def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, 
     return merged
 
 
-def _group_by_size(sizes: np.ndarray) -> list[list[int]]:
+def _group_by_size(sizes: np.ndarray) -> list[np.ndarray]:
     """Groups segments so that padding a group to its largest member costs at most ``_MAX_PADDING`` times the area."""
-    order = sorted(range(len(sizes)), key=lambda n: (sizes[n][1] == sizes[n][0], sizes[n][0], sizes[n][1]))
+    is_root = sizes[:, 0] == sizes[:, 1]
+    order = np.lexsort((sizes[:, 1], sizes[:, 0], is_root))
     groups: list[list[int]] = []
-    needed = 0
+    needed = rows = columns = 0
     # Neighbours in this order have similar sizes, so a greedy scan is enough.
-    for n in order:
-        area = int(sizes[n][0] * sizes[n][1])
-        if groups:
-            group = [*groups[-1], n]
-            # Roots are grouped separately: their mask is the plain causal one.
-            same_kind = (sizes[n][0] == sizes[n][1]) == (sizes[groups[-1][0]][0] == sizes[groups[-1][0]][1])
-            padded = len(group) * int(sizes[group].max(axis=0).prod())
-            if same_kind and padded <= _MAX_PADDING * (needed + area):
-                groups[-1] = group
-                needed += area
-                continue
-        groups.append([n])
-        needed = area
-    return groups
+    for n, (length, end), root in zip(order.tolist(), sizes[order].tolist(), is_root[order].tolist(), strict=True):
+        padded = (len(groups[-1]) + 1) * max(rows, length) * max(columns, end) if groups else 0
+        # Roots are grouped separately: their mask is the plain causal one.
+        if groups and root == is_root[groups[-1][0]] and padded <= _MAX_PADDING * (needed + length * end):
+            groups[-1].append(n)
+            needed, rows, columns = needed + length * end, max(rows, length), max(columns, end)
+        else:
+            groups.append([n])
+            needed, rows, columns = length * end, length, end
+    return [np.array(group) for group in groups]

@@ -329,11 +329,11 @@ def register_attention(kernel: AttentionKernel = "auto") -> str:
 
 
 def _mask(*, q_length: int, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
-    """Makes masks as for torch's attention, without reading a mask that is given for one more token of each row.
+    """Makes masks as for torch's attention, without reading what is given on a GPU or for one more token of each row.
 
-    Whether it masks anything decides there if it is made. A step of generation is given one only if it does, and the
-    host would wait for the device to read it.
+    Whether it masks anything decides in torch's if it is made, so that the host would wait for the device. A step of
+    generation is given a mask only if it does.
     """
-    if q_length == 1 and attention_mask is not None:
+    if attention_mask is not None and (q_length == 1 or attention_mask.is_cuda):
         arguments["allow_is_causal_skip"] = False
     return sdpa_mask(q_length=q_length, attention_mask=attention_mask, **arguments)

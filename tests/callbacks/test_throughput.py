@@ -289,9 +289,9 @@ class Slow(FixedGRPO):
         time.sleep(0.02)
         return super().prepare(rollouts)
 
-    def _clip(self) -> torch.Tensor:
+    def _clip(self, scale: float) -> torch.Tensor:
         time.sleep(0.04)
-        return super()._clip()
+        return super()._clip(scale)
 
     def validation_step(self, batch: ExampleBatch, batch_idx: int) -> None:
         time.sleep(0.1)

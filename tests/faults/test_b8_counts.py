@@ -60,9 +60,9 @@ def test_means_so_far_are_those_of_a_loop() -> None:
         for t in range(len(own)):
             expected.append(own[0] if t == 0 else own[1 : t + 1].mean(dim=0))
     index = torch.arange(3).repeat_interleave(torch.tensor(lengths))
-    found = means_so_far(torch.cat(states), index)
+    found = means_so_far(torch.cat(states), index, len(states), max(map(len, states)))
     assert torch.allclose(found, torch.stack(expected), atol=1e-6)
-    assert means_so_far(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)).shape == (0, 4)
+    assert means_so_far(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), 0, 0).shape == (0, 4)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

@@ -13,6 +13,7 @@ from rlhf_lightning.rl.rollouts import (
     build_trees,
     flat_indices,
     num_tokens,
+    token_arrays,
     token_field,
     tree_extremes,
     tree_sums,
@@ -75,7 +76,7 @@ def test_what_is_dropped_still_counts() -> None:
     assert completions(trees) == [[[10, 10]], [[30] * 4], []]
     assert [tree.fields["num_completions"] for tree in trees] == [2, 1, 3]
     assert [num_tokens(tree) for tree in trees] == [2, 4, 0]
-    completion_index_S, index_N = flat_indices(trees, torch.device("cpu"))
+    completion_index_S, index_N = flat_indices(trees)
     assert completion_index_S.tolist() == [0, 2]
     assert index_N.tolist() == [0, 0, 1, 1, 1, 1]
 
@@ -86,12 +87,14 @@ def test_values_reach_their_tokens() -> None:
     tokens_N = torch.tensor([t for tree in completions(trees) for row in tree for t in row], dtype=torch.float64)
     attached = attach_token_fields(trees, {"twice": 2 * tokens_N})
     assert isinstance(attached[0].fields["twice"], np.ndarray)
-    batch = pack([attached[n] for n in (2, 0, 3, 1)])
-    found = token_field(batch, "twice", torch.zeros(1, dtype=torch.float32))
+    order = [attached[n] for n in (2, 0, 3, 1)]
+    batch = pack(order, extra=token_arrays(order))
+    found = token_field(batch.extra, "twice", torch.zeros(1, dtype=torch.float32))
     assert found is not None
     assert found.dtype == torch.float32
     assert found.tolist() == (2 * batch.target_ids).tolist()
-    assert token_field(batch, "absent", torch.zeros(1)) is None
+    assert token_field(batch.extra, "absent", torch.zeros(1)) is None
+    assert token_arrays([*attached, trees[0]]) == {}
     assert "twice" not in trees[0].fields
 
 

@@ -68,7 +68,7 @@ def test_where_steps_end_before_a_stop_string() -> None:
 
 def test_which_groups_teach() -> None:
     steps: Any = [[[(0, 1.0)], [(1, 1.0), (2, 1.0)]], [[(0, 1.0)], [(0, 0.5)]], [[], []]]
-    assert steps_differ(steps, torch.device("cpu")).tolist() == [False, True, False]
+    assert steps_differ(steps).tolist() == [False, True, False]
 
 
 def reward_of(text: str) -> list[float]:

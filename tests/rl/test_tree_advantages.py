@@ -16,7 +16,6 @@ from rlhf_lightning.rl.tree_advantages import branch_advantages, branch_preferen
 
 from .fixed_trees import fixed_tree, tree_completion
 
-CPU = torch.device("cpu")
 NAN = math.nan
 
 
@@ -33,7 +32,7 @@ RETURNS = torch.tensor([1.0, 0.0, 1.0, 1.0, NAN], dtype=torch.float64)
 
 def advantages(comparison: str, scores: torch.Tensor = RETURNS, **given: object) -> list[float]:
     group, order = by_hand()
-    branches = Branches([group], CPU)
+    branches = Branches([group])
     relative = RelativeAdvantage(**{"scale_rewards": "none", **given.pop("relative", {})})
     own = relative(scores[:, None], scores_S=scores, weights_K=torch.ones(1), group_index_S=branches.group_S)
     found = TreeAdvantage(comparison=comparison, **given)(
@@ -46,7 +45,7 @@ def advantages(comparison: str, scores: torch.Tensor = RETURNS, **given: object)
 class TestBranches:
     def test_numbers(self) -> None:
         group, _ = by_hand()
-        branches = Branches([group, group[:0]], CPU)
+        branches = Branches([group, group[:0]])
         assert len(branches) == 7
         assert branches.parent_B.tolist() == [7, 0, 0, 7, 3, 3, 3]
         assert branches.depth_B.tolist() == [0, 1, 1, 0, 1, 1, 1]
@@ -58,7 +57,7 @@ class TestBranches:
 
     def test_tokens(self) -> None:
         group, _ = by_hand()
-        tokens = Branches([group], CPU).tokens([0, 1, 4])
+        tokens = Branches([group]).tokens([0, 1, 4])
         assert tokens.branch_N.tolist() == [0, 0, 1, 0, 0, 2, 2, 3, 6]
         assert tokens.token_N.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 8]
         first, which = copies(tokens.token_N)
@@ -67,19 +66,19 @@ class TestBranches:
 
     def test_shares_of_copies_add_up_to_draws(self) -> None:
         group, _ = by_hand()
-        branches = Branches([group], CPU)
+        branches = Branches([group])
         kept = torch.tensor([True, True, True, False, True])
         assert branches.shares(kept)[[0, 1, 2, 3, 4, 6]].tolist() == [0.5, 1, 1, 1.0, 1, 1]
 
     def test_completions_of_samples_are_branches(self) -> None:
         plain = [TreeCompletion([3, 4], "", [-1.0, -1.0], "stop"), TreeCompletion([3, 4], "", [-1.0, -1.0], "stop")]
-        branches = Branches([plain], CPU)
+        branches = Branches([plain])
         assert branches.parent_B.tolist() == [2, 2]
         assert branches.tokens([0, 1]).token_N.tolist() == [0, 1, 2, 3]
 
     def test_means_of_copies(self) -> None:
         group, _ = by_hand()
-        tokens = Branches([group], CPU).tokens([0, 1])
+        tokens = Branches([group]).tokens([0, 1])
         values = torch.tensor([1.0, 2.0, 3.0, 5.0, 6.0, 7.0, 8.0], dtype=torch.float64)
         weights = torch.tensor([1.0, 1, 1, 3, 3, 3, 3])
         assert shared_mean(values, tokens=tokens, weights_N=weights).tolist() == [4.0, 5.0, 3.0, 4.0, 5.0, 7.0, 8.0]
@@ -122,9 +121,9 @@ class TestByHand:
         scores = [0.0, math.log(3), None, math.log(3)]
         group = [tree_completion(Branch((3 + n,), score=score)) for n, score in enumerate(scores)]
         # Against 0 with 3/4, against its equal with 1/2.
-        assert branch_preferences(Branches([group], CPU)).tolist() == pytest.approx([-0.25, 0.125, 0.0, 0.125])
+        assert branch_preferences(Branches([group])).tolist() == pytest.approx([-0.25, 0.125, 0.0, 0.125])
         alone = [tree_completion(Branch((3,), score=1.0)), tree_completion(Branch((4,)))]
-        assert branch_preferences(Branches([alone], CPU)).tolist() == [0.0, 0.0]
+        assert branch_preferences(Branches([alone])).tolist() == [0.0, 0.0]
 
     def test_weights(self) -> None:
         visits = torch.tensor([1, 3])
@@ -141,7 +140,7 @@ class TestByHand:
 
 def test_along_a_completion_subtree_advantages_add_up_to_its_own() -> None:
     group = fixed_tree("rows:4")
-    branches = Branches([group], CPU)
+    branches = Branches([group])
     scores = torch.randn(len(group), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = branch_advantages(
         branches,
@@ -160,7 +159,7 @@ def test_along_a_completion_subtree_advantages_add_up_to_its_own() -> None:
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_depth_one_is_grpo(comparison: str, scale: str, baseline: str) -> None:
     groups = [[TreeCompletion([3], "", [-1.0], "stop") for _ in range(size)] for size in (4, 1, 5)]
-    branches = Branches(groups, CPU)
+    branches = Branches(groups)
     scores = torch.randn(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores[[2, 4]] = NAN
     relative = RelativeAdvantage(scale_rewards=scale, baseline=baseline)
@@ -229,7 +228,7 @@ def test_against_loops(comparison: str, scale: str) -> None:
     rng = torch.Generator().manual_seed(1)
     scores = [torch.randn(len(group), generator=rng, dtype=torch.float64).tolist() for group in groups]
     scores[0][1] = scores[2][0] = NAN
-    branches = Branches(groups, CPU)
+    branches = Branches(groups)
     flat = torch.tensor(list(itertools.chain(*scores)), dtype=torch.float64)
     found = branch_advantages(
         branches,
