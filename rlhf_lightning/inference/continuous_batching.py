@@ -14,8 +14,10 @@ import torch
 
 from .completion import Request
 from .decoder import Decoder
+from .kv_cache import SlotCache
 from .lanes import Lanes, read, remaining
 from .sampling import SamplingParams
+from .speculation import Speculator
 from .stores import Computed, Store
 
 # Prompts wait until this fraction of the rows is free: a prefill for every row that ends costs more than it fills.
@@ -32,7 +34,7 @@ class Counts:
         reused_tokens: tokens among them that were not computed again.
         hits: prompts whose beginning was not computed again.
         new_tokens: tokens of completions.
-        steps: forwards of one more token.
+        steps: forwards of one more token, or of drafts.
         rows: rows of these forwards.
         prefill_seconds: seconds of computing prompts and drawing first tokens.
         decode_seconds: seconds of all other tokens.
@@ -74,6 +76,7 @@ class ContinuousBatch:
         store: the cache.
         max_batch_tokens: maximum tokens of a prefill; one prompt always fits.
         counts: what was done is added to these.
+        speculator: gives rows several tokens at once; without one, steps are plain.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class ContinuousBatch:
         store: Store,
         max_batch_tokens: int,
         counts: Counts,
+        speculator: Speculator | None = None,
     ) -> None:
         by_prompt: dict[tuple[int, ...], deque[Request]] = {}
         for request in requests:
@@ -96,6 +100,7 @@ class ContinuousBatch:
         self._lanes: Lanes | None = None
         self._decoder, self._params, self._stop_ids = decoder, params, stop_ids
         self._store, self._budget, self._counts = store, max_batch_tokens, counts
+        self._speculator = speculator
 
     def run(self) -> None:
         """Generates all samples; the results are in the requests."""
@@ -111,7 +116,24 @@ class ContinuousBatch:
         self._counts.cache_bytes = max(self._counts.cache_bytes, self._store.nbytes)
 
     def _advance(self, lanes: Lanes) -> None:
-        """Draws the next tokens of every running sample: one, or as many as the store's shapes stay fixed for."""
+        """Draws the next tokens of every running sample."""
+        cache = self._store.cache
+        if self._speculator is None or isinstance(cache, SlotCache):
+            self._plain(lanes)
+            return
+        before = sum(len(request.token_ids) for request in self._running)
+        checked = self._speculator.step(self._running, cache, lanes)
+        if not checked:
+            start = time.perf_counter()
+            self._plain(lanes)
+            self._speculator.observe_plain(len(self._running), time.perf_counter() - start)
+            return
+        self._counts.steps += 1
+        self._counts.rows += len(self._running)
+        self._counts.new_tokens += sum(len(request.token_ids) for request in self._running) - before
+
+    def _plain(self, lanes: Lanes) -> None:
+        """Draws one token of every running sample, or as many as the store's shapes stay fixed for."""
         drawn = []
         for _ in range(self._store.steps):
             logits_NV = self._decoder.step(lanes.tokens_N, self._store.cache, lanes.alive_N)

@@ -97,11 +97,12 @@ class Decoder:
             cache.advance(alive_N=alive_N)
         return logits_NV
 
-    def extend(self, tokens: Sequence[Sequence[int]], cache: Rows) -> Tensor:
+    def extend(self, tokens: Sequence[Sequence[int]] | Tensor, cache: Rows) -> Tensor:
         """Computes several more tokens of every row in one forward.
 
         Args:
-            tokens: the next tokens of each row, any number of them for each, but at least one for some row.
+            tokens: the next tokens of each row, any number of them for each, but at least one for some row; or as many
+                for all, ``(N, Q)`` on the device.
             cache: its rows, which become longer by them; ``cache.rollback`` takes tokens back.
 
         Returns:
@@ -122,13 +123,15 @@ class Decoder:
         """Computes the rest of prompts, at least one token of each; returns the scores after it, ``(N, V)``."""
         return self._extend(tokens, cache, keep=1)[:, -1]
 
-    def _extend(self, tokens: Sequence[Sequence[int]], cache: Rows, keep: int) -> Tensor:
+    def _extend(self, tokens: Sequence[Sequence[int]] | Tensor, cache: Rows, keep: int) -> Tensor:
         """Returns the scores after the last tokens of rows that are padded on the left."""
         counts = [len(row) for row in tokens]
-        table = np.zeros((len(counts), max(counts)), dtype=np.int64)
-        for row, new in enumerate(tokens):
-            table[row, table.shape[1] - len(new) :] = new
-        logits_NQV = self._forward(to_device(table, self.device), cache, cache.begin(counts), keep)[:, -keep:]
+        if not isinstance(tokens, Tensor):
+            table = np.zeros((len(counts), max(counts)), dtype=np.int64)
+            for row, new in enumerate(tokens):
+                table[row, table.shape[1] - len(new) :] = new
+            tokens = to_device(table, self.device)
+        logits_NQV = self._forward(tokens, cache, cache.begin(counts), keep)[:, -keep:]
         cache.advance(counts)
         return logits_NQV
 

@@ -28,6 +28,7 @@ from .prefix_tree import PAGE
 from .projection import exact_projection
 from .sample_numbers import new_token_limits, sample_seeds
 from .sampling import SamplingParams
+from .speculation import Speculation, SpeculationSpec
 from .stores import CACHES, CacheKind, make_store
 from .weight_version import weight_version
 
@@ -92,6 +93,14 @@ class LocalEngine:
             empty.
         max_batch_tokens: tokens of cache held at once, and tokens of one prefill; at least 1. A single row always fits.
         cache: ``dynamic``, ``static``, ``paged`` or ``int8``.
+        speculation: several tokens in one forward, where that is faster than one: ``"ngram"`` drafts by lookup in the
+            prompt and the completion, ``{"draft": folder or model}`` by a smaller model with the same vocabulary, whose
+            cache comes on top of ``max_batch_tokens``, and ``{"early_exit": n}`` by the model's own first n layers.
+            Samples, their log-probs included, are those without it, up to rounding (see ``speculation``). Not with
+            ``static``, and only with layers of plain attention; other models run without, with one warning.
+
+    Raises:
+        ValueError: an option is not allowed, or a draft model has another vocabulary.
 
     Example:
         >>> import torch
@@ -112,17 +121,24 @@ class LocalEngine:
         *,
         max_batch_tokens: int = 65536,
         cache: CacheKind = "dynamic",
+        speculation: SpeculationSpec | None = None,
     ) -> None:
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens={max_batch_tokens} is not allowed: it must be at least 1")
         if cache not in CACHES:
             raise ValueError(f"cache={cache!r} is not allowed: use one of {', '.join(CACHES)}")
+        if speculation is not None and cache == "static":
+            raise ValueError(
+                f"speculation={speculation!r} is not allowed with cache='static', whose steps draw one token: use "
+                "'dynamic', 'paged' or 'int8'"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
         self._template_ends: list[int] | None = None
         self._warned: set[str] = set()
         self._cache_kind = cache
+        self._speculation = None if speculation is None else Speculation(speculation, model, tokenizer)
         self._counts = Counts()
         self._attention = ""
         self._pool: PagePool | None = None
@@ -137,6 +153,7 @@ class LocalEngine:
         dtype: str = "auto",
         device: str | torch.device | None = None,
         max_batch_tokens: int = 65536,
+        speculation: SpeculationSpec | None = None,
     ) -> LocalEngine:
         """Loads a model and its tokenizer, to sample from.
 
@@ -147,6 +164,7 @@ class LocalEngine:
                 ``float32``.
             device: where it runs; by default the GPU if there is one.
             max_batch_tokens: as for the class.
+            speculation: as for the class.
 
         Raises:
             ValueError: nothing can be loaded, or an option is not allowed.
@@ -165,7 +183,7 @@ class LocalEngine:
             folder, dtype=getattr(torch, name), attn_implementation=attention, trainable=False
         )
         tokenizer = load_tokenizer(folder)
-        return cls(model.to(place), tokenizer, max_batch_tokens=max_batch_tokens, cache=cache)
+        return cls(model.to(place), tokenizer, max_batch_tokens=max_batch_tokens, cache=cache, speculation=speculation)
 
     def statistics(self) -> dict[str, Any]:
         """Tells what was done since the engine was made.
@@ -173,11 +191,15 @@ class LocalEngine:
         - The fields of ``Counts``;
         - ``cache`` and ``attention``: the cache, and the attention function that the last call ran with;
         - with ``paged`` also ``pages`` held, at most (``pages_peak``) and to be found again (``pages_cached``), and
-          ``evictions``: pages given up for others, and ``fragmentation``: the share of rows' places without a token.
+          ``evictions``: pages given up for others, and ``fragmentation``: the share of rows' places without a token;
+        - with speculation, as ``speculation``: its ``kind``, the fields of ``SpeculationCounts`` and the
+          ``acceptance_rate``.
         """
         found: dict[str, Any] = {"cache": self._cache_kind, "attention": self._attention, **self._counts.as_dict()}
         if self._pool is not None:
             found |= self._pool.statistics()
+        if self._speculation is not None:
+            found["speculation"] = self._speculation.statistics()
         return found
 
     def clear_cache(self) -> None:
@@ -281,14 +303,15 @@ class LocalEngine:
                 f"{type(model).__name__} cannot be sampled from: it chooses the keys that it reads (index_topk), and "
                 "equal ones by where they lie in a batch; use another model"
             )
-        if self._cache_kind != "dynamic":
+        if self._cache_kind != "dynamic" or self._speculation is not None:
             with using_attention(model, register_attention()):
                 if decoder.agrees_in_rows():
-                    self._run_together(decoder, requests, params, stop_ids, self._cache_kind)
+                    self._run_together(decoder, requests, params, stop_ids, self._cache_kind, self._speculation)
                     return
+            speculation = "" if self._speculation is None else " and without speculation"
             self._warn_once(
                 f"{type(model).__name__} does not compute the same with cache={self._cache_kind!r}: running with "
-                "cache='dynamic'"
+                f"cache='dynamic'{speculation}"
             )
         with using_attention(model, _own_or_registered(model, decoder.device)):
             if decoder.agrees():
@@ -321,14 +344,17 @@ class LocalEngine:
         params: SamplingParams,
         stop_ids: Sequence[int],
         cache: CacheKind,
+        speculation: Speculation | None = None,
     ) -> None:
         """Generates all samples in one batch of rows of different length."""
         self._attention = str(attention_of(base_model(self.model)))
         pool = self._current_pool() if cache == "paged" else None
-        store = make_store(cache, requests, self.max_batch_tokens, pool)
+        tokens = self.max_batch_tokens
+        store = make_store(cache, requests, tokens, pool, spare=speculation.longest if speculation else 0)
+        begun = speculation.begin(decoder, requests, params, store.num_rows, tokens) if speculation else nullcontext()
         worth_it = max(request.limit for request in requests) >= _PACKING_STEPS
-        with packed_linears(self.model) if worth_it else nullcontext():
-            batch = ContinuousBatch(decoder, requests, params, stop_ids, store, self.max_batch_tokens, self._counts)
+        with packed_linears(self.model) if worth_it else nullcontext(), begun as speculator:
+            batch = ContinuousBatch(decoder, requests, params, stop_ids, store, tokens, self._counts, speculator)
             try:
                 batch.run()
             except BaseException:

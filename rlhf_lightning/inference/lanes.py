@@ -3,12 +3,13 @@
 A step draws every lane's next token where the scores are, and the host reads the tokens of one or several steps with
 one copy.
 
-Legend: N lanes, V vocabulary, S steps.
+Legend: N lanes, V vocabulary, S steps, K drafts of a lane, W = K + 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +145,50 @@ class Lanes:
             self._seen_NV = torch.cat((self._seen_NV[:ours], other._seen_NV[:theirs]))
         if self._fixed:
             self.keep(range(ours + theirs))
+
+    def copy(self) -> Lanes:
+        """Lanes that draw ahead while these stay as they are."""
+        other = copy(self)
+        other._counts = self._counts.copy()
+        other._seen_NV = None if self._seen_NV is None else self._seen_NV.clone()
+        return other
+
+    def ahead(self, drafts_NK: Tensor) -> Lanes:
+        """Lanes for this and the next K steps of every lane, as if its drafts were what the steps before them draw.
+
+        Args:
+            drafts_NK: token ids; -1 where there is no draft, and then the steps after it mean nothing.
+
+        Returns:
+            ``N * W`` lanes, the steps of a lane next to each other.
+        """
+        width = drafts_NK.shape[1] + 1
+        other = copy(self)
+        other._counts = (self._counts[:, None] + np.arange(width)).ravel()
+        other._streams_N = self._streams_N.repeat_interleave(width)
+        other._steps_N = (self._steps_N[:, None] + torch.arange(width, device=drafts_NK.device)).flatten()
+        if self._seen_NV is not None:
+            seen_NWV = self._seen_NV[:, None].repeat(1, width, 1)
+            # Each draft is seen by the steps after it.
+            for column, drafts_N in enumerate(drafts_NK.clamp(min=0).unbind(1), start=1):
+                seen_NWV[:, column:].scatter_(2, drafts_N[:, None, None].expand(-1, width - column, 1), True)
+            other._seen_NV = seen_NWV.flatten(0, 1)
+        return other
+
+    def take(self, tokens_NW: Tensor, kept_N: Tensor, counts: Sequence[int]) -> None:
+        """Takes the first tokens of each lane as drawn.
+
+        Args:
+            tokens_NW: tokens.
+            kept_N: how many of each lane's, at least 1.
+            counts: the same numbers on the host.
+        """
+        self.tokens_N = tokens_NW.gather(1, kept_N[:, None] - 1).squeeze(1)
+        self._steps_N = self._steps_N + kept_N
+        self._counts += np.array(counts, dtype=np.int64)
+        if self._seen_NV is not None:
+            taken_NW = torch.arange(tokens_NW.shape[1], device=kept_N.device) < kept_N[:, None]
+            self._seen_NV.scatter_(1, tokens_NW.where(taken_NW, self.tokens_N[:, None]), True)
 
 
 def read(drawn: Sequence[Tensor], requests: Sequence[Request], params: SamplingParams) -> None:

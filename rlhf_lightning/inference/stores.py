@@ -163,7 +163,7 @@ class _PagedStore(Store):
 
 
 def make_store(
-    kind: CacheKind, requests: Sequence[Request], max_tokens: int, pool: PagePool | None = None, *, rows: bool = False
+    kind: CacheKind, requests: Sequence[Request], max_tokens: int, pool: PagePool | None = None, *, spare: int = 0
 ) -> Store:
     """Makes the cache of a batch.
 
@@ -172,7 +172,8 @@ def make_store(
         requests: all samples of the batch.
         max_tokens: tokens of cache; one row always fits.
         pool: of ``paged``.
-        rows: whether rows have lengths of their own with ``dynamic`` as well, so that they can be rolled back.
+        spare: columns after a row's last, for tokens that may be taken back; rows then have lengths of their own with
+            ``dynamic`` as well, so that they can be.
     """
     longest = max(len(request.prompt) + request.limit for request in requests)
     count = min(len(requests), max(1, max_tokens // longest))
@@ -187,9 +188,9 @@ def make_store(
         count = min(bucket(len(requests)), bucket(fitting + 1) // 2)
         make = lambda _: RowCache(WholePlane, count, longest, fixed_shapes=True)  # noqa: E731
         return _StateStore(make, count, _BLIND_STEPS)
-    if kind == "int8" or rows:
+    if kind == "int8" or spare:
         plane = EightBitPlane if kind == "int8" else WholePlane
-        return _StateStore(lambda _: RowCache(plane, count, longest), count)
+        return _StateStore(lambda _: RowCache(plane, count, longest + spare), count)
 
     # With refilled rows, columns keep advancing; spare ones make shifts back to the left rare.
     columns = max(len(request.prompt) for request in requests) + max(request.limit for request in requests)
