@@ -308,10 +308,12 @@ class LocalEngine:
                 if decoder.agrees_in_rows():
                     self._run_together(decoder, requests, params, stop_ids, self._cache_kind, self._speculation)
                     return
-            speculation = "" if self._speculation is None else " and without speculation"
             self._warn_once(
                 f"{type(model).__name__} does not compute the same with cache={self._cache_kind!r}: running with "
-                f"cache='dynamic'{speculation}"
+                "cache='dynamic'"
+                if self._speculation is None
+                else f"{type(model).__name__} does not compute the same several tokens at a time: running with "
+                "cache='dynamic' and without speculation"
             )
         with using_attention(model, _own_or_registered(model, decoder.device)):
             if decoder.agrees():
