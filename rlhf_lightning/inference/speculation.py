@@ -102,7 +102,7 @@ class Speculation:
     """
 
     def __init__(self, spec: SpeculationSpec, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.kind, value = _parsed(spec)
+        self.kind, value = parse_speculation(spec)
         self.draft: nn.Module | None = None
         self.counts = SpeculationCounts()
         cost = 0.0
@@ -294,8 +294,16 @@ def _masked(drafts_NK: Tensor, lengths: Sequence[int]) -> Tensor:
     return drafts_NK.where(torch.arange(drafts_NK.shape[1], device=drafts_NK.device) < lengths_N1, -1)
 
 
-def _parsed(spec: object) -> tuple[Kind, Any]:
-    """The kind of speculation, and its folder, model or number."""
+def parse_speculation(spec: object) -> tuple[Kind, Any]:
+    """Returns the kind of speculation, and its folder, model or number of layers.
+
+    Raises:
+        ValueError: it is neither ``"ngram"`` nor ``{"draft": folder or model}`` nor ``{"early_exit": layers}``.
+
+    Example:
+        >>> parse_speculation({"early_exit": 2})
+        ('early_exit', 2)
+    """
     if spec == "ngram":
         return "ngram", None
     if isinstance(spec, Mapping) and len(spec) == 1:

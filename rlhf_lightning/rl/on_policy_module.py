@@ -124,6 +124,7 @@ class OnPolicyModule(PostTrainingModule):
         self.temperature = temperature
         self.sampling = params  # its seed is overridden: every sample has its own
         self.generation_batch_tokens = sampling.generation_batch_tokens
+        self.speculation = sampling.speculation
         self.num_updates = num_updates
         self.num_mini_batches = num_mini_batches
         self.seed = seed
@@ -261,7 +262,12 @@ class OnPolicyModule(PostTrainingModule):
     def engine(self) -> LocalEngine:
         """The engine that samples from the policy."""
         if self._engine is None:
-            self._engine = LocalEngine(self.model, self.tokenizer, max_batch_tokens=self.generation_batch_tokens)
+            self._engine = LocalEngine(
+                self.model,
+                self.tokenizer,
+                max_batch_tokens=self.generation_batch_tokens,
+                speculation=self.speculation,
+            )
         return self._engine
 
     def prompt_text(self, prompt: Example) -> Any:

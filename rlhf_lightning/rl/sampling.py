@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from ..inference.sampling import SamplingFilters, SamplingParams
+from ..inference.speculation import parse_speculation
 from ..utils.validation import check_count
 
 
@@ -23,6 +25,8 @@ class Sampling(SamplingFilters):
         stop: strings that end a completion, in addition to the end-of-sequence token.
         min_new_tokens: minimum number of tokens of a completion, at least 0.
         generation_batch_tokens: tokens of KV cache in generation, at least 1; affects memory, not results.
+        speculation: ``"ngram"``, ``{"draft": folder}``, ``{"early_exit": layers}`` or ``None``, as for ``LocalEngine``;
+            affects speed, not results.
 
     Raises:
         ValueError: an option out of range.
@@ -33,10 +37,13 @@ class Sampling(SamplingFilters):
     """
 
     generation_batch_tokens: int = 65536
+    speculation: Literal["ngram"] | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("sampling.generation_batch_tokens", self.generation_batch_tokens, "65536 is a good start")
+        if self.speculation is not None:
+            parse_speculation(self.speculation)
 
     def params(self, *, max_completion_length: int, temperature: float, seed: int) -> SamplingParams:
         """Returns all settings of the sampler."""

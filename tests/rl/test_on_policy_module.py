@@ -56,6 +56,8 @@ def test_a_sample_depends_on_its_seed_alone(folder: str) -> None:
     assert drawn(module(folder, micro_batch_tokens=1), rows) == together
     assert drawn(module(folder, sampling={"generation_batch_tokens": 1}), rows) == together
     assert drawn(module(folder), rows[::-1]) == together
+    for speculation in ("ngram", {"draft": folder}, {"early_exit": 1}):
+        assert drawn(module(folder, sampling={"speculation": speculation}), rows) == together
     one_by_one: dict[str, list[list[int]]] = {}
     made = module(folder)
     for row in rows:
