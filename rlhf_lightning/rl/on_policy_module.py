@@ -123,8 +123,7 @@ class OnPolicyModule(PostTrainingModule):
         self.max_completion_length = max_completion_length
         self.temperature = temperature
         self.sampling = params  # its seed is overridden: every sample has its own
-        self.generation_batch_tokens = sampling.generation_batch_tokens
-        self.speculation = sampling.speculation
+        self._engine_options = sampling.engine_options
         self.num_updates = num_updates
         self.num_mini_batches = num_mini_batches
         self.seed = seed
@@ -262,12 +261,7 @@ class OnPolicyModule(PostTrainingModule):
     def engine(self) -> LocalEngine:
         """The engine that samples from the policy."""
         if self._engine is None:
-            self._engine = LocalEngine(
-                self.model,
-                self.tokenizer,
-                max_batch_tokens=self.generation_batch_tokens,
-                speculation=self.speculation,
-            )
+            self._engine = LocalEngine(self.model, self.tokenizer, **self._engine_options)
         return self._engine
 
     def prompt_text(self, prompt: Example) -> Any:

@@ -45,6 +45,11 @@ class Sampling(SamplingFilters):
         if self.speculation is not None:
             parse_speculation(self.speculation)
 
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """The options that ``LocalEngine`` takes, which affect no result."""
+        return {"max_batch_tokens": self.generation_batch_tokens, "speculation": self.speculation}
+
     def params(self, *, max_completion_length: int, temperature: float, seed: int) -> SamplingParams:
         """Returns all settings of the sampler."""
         return SamplingParams(
