@@ -120,7 +120,8 @@ def costs(name: str, precision: str = "bf16-mixed", layers: int = 2, layout: str
     with _quiet_cuda() as tracer, patch.object(MicroBatching, "plan", _plan):
         watch = _Watch(tracer)
         module = made(folder(layers), **options, layout=layout)
-        batches = (ExampleBatch(repeated(method.rows, times)) for times in (2, 2, 3))
+        parts = options.get("num_mini_batches", 1)  # optimizer steps on a share of the rows each
+        batches = (ExampleBatch(repeated(method.rows, times * parts)) for times in (2, 2, 3))
         _trainer(watch, precision, max_epochs=1).fit(module, Batches(*batches))
     _, two, three = watch.found
     micro_batch = three - two

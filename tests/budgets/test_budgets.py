@@ -35,8 +35,8 @@ def test_costs_stay_within_their_limits(group: str) -> None:
         ("process-tokens", 2, 0, 1),
         ("grpo-coupled", 2, 0, 2),
         ("grpo-gdpo", 3, 0, 3),  # two steps on the same trees
-        ("grpo-steps", 2, 0, 2),
-        ("ppo-whitened", 2, 0, 3),  # two steps on half of them each
+        ("grpo-steps", 1, 0, 1),
+        ("ppo-whitened", 4, 0, 3),  # two steps, a micro-batch more in each
         # Rows of the whole batch are scored, read, and their slopes copied back.
         ("dpo-coupled", 1, 1, 2),
     ],
