@@ -200,26 +200,50 @@ def head_chunk(**asked: bool) -> Trace:
     return found[1] - found[0]
 
 
+def _decoded(model: Any, cache: Any, prompts: list[list[int]], params: SamplingParams) -> Trace:
+    """What a call costs in which nothing ends a sample but its limit; the call before it began with probes."""
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    with warnings.catch_warnings(), traced_cuda() as tracer:
+        warnings.simplefilter("ignore")  # no token ends these samples
+        engine = LocalEngine(model.to("cuda"), None, cache=cache)
+        for seed in range(2):
+            tracer.take()
+            # Pages of the call before are not found again.
+            engine.generate([[seed + 3, *prompt] for prompt in prompts], 4 // len(prompts), params)
+        return tracer.take()
+
+
 @cache
 def decoding_step(layers: int = 2, precision: str = "bf16-true", top_p: float = 1.0) -> Trace:
     """What one more token of four rows costs, with the draw of it; no row begins or ends."""
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nothing ends these samples but their limit
-        for length in (12, 16):
-            model = AutoModelForCausalLM.from_pretrained(folder(layers), dtype=dtype)
-            model.generation_config.eos_token_id = model.config.eos_token_id = None
-            with traced_cuda() as tracer:
-                engine = LocalEngine(model.to("cuda"), None)
-                params = SamplingParams(max_new_tokens=length, seed=0, top_p=top_p)
-                for _ in range(2):  # the first call begins with probes
-                    tracer.take()
-                    engine.generate([[5, 6, 7]], 4, params)
-                found.append(tracer.take())
+    for length in (12, 16):
+        model = AutoModelForCausalLM.from_pretrained(folder(layers), dtype=dtype)
+        params = SamplingParams(max_new_tokens=length, seed=0, top_p=top_p)
+        found.append(_decoded(model, "dynamic", [[5, 6]], params))
     return (found[1] - found[0]) / 4
 
 
 def decoding_layer(precision: str = "bf16-true") -> Trace:
     """What a layer costs in a decoding step."""
     return decoding_step(2, precision) - decoding_step(1, precision)
+
+
+class Decoding(NamedTuple):
+    """What a token of four rows of two lengths costs with a cache, and the shapes that later steps do not share."""
+
+    token: Trace
+    new_shapes: set[str]
+
+
+@cache
+def decoding_with(kind: str) -> Decoding:
+    """Measures 16 tokens after the first 17: as many as a page has, and twice as many as are drawn blindly."""
+    found = []
+    for length in (17, 33):
+        model = AutoModelForCausalLM.from_pretrained(folder(), dtype=torch.bfloat16)
+        params = SamplingParams(max_new_tokens=length, seed=0)
+        found.append(_decoded(model, kind, [[5, 6], [7, 8, 9, 10]], params))
+    shorter, longer = found
+    return Decoding((longer - shorter) / 16, set(longer.shapes) - set(shorter.shapes))

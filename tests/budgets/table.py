@@ -56,6 +56,9 @@ COPIES = 2  # to the device, per micro-batch
 LAYER = 1.3  # of the model's own layer
 HEAD = 60  # operators per chunk of the head, in both passes
 READS_PER_TOKEN = 1  # copies to the host, per decoding step
+# With other caches: copies per token, to the host and to the device. A static one is looked into every eighth step; the
+# pages of four rows go to the device when a row begins one, every 16 tokens.
+CACHES = {"static": (1 / 8, 0.0), "paged": (1.0, 2 / 16), "int8": (1.0, 0.0)}
 
 
 def of_method(name: str) -> Iterator[Budget]:
@@ -134,6 +137,21 @@ def of_decoding() -> Iterator[Budget]:
     yield Budget("decoding: waits per token", 6, READS_PER_TOKEN, partial(counted, "waits"))
 
 
+def of_caches() -> Iterator[Budget]:
+    """The lines of a decoding step with caches other than the dynamic one, in bf16-true, for rows of two lengths."""
+
+    def counted(kind: str, what: str) -> float:
+        return measure.decoding_with(kind).token.totals[what]
+
+    for kind, (reads, uploads) in CACHES.items():
+        line = partial(f"{kind} cache: {{}} per token".format)
+        yield Budget(line("copies to the host"), reads, reads, partial(counted, kind, "reads"))
+        yield Budget(line("copies to the device"), uploads, uploads, partial(counted, kind, "uploads"))
+        yield Budget(line("waits"), reads, reads, partial(counted, kind, "waits"))
+    new = lambda: len(measure.decoding_with("static").new_shapes)  # noqa: E731
+    yield Budget("static cache: shapes that later steps do not share", 0, 0, new)
+
+
 GROUPS: dict[str, Callable[[], Iterator[Budget]]] = {
     **{name: partial(of_method, name) for name in EIGHT},
     "padded": of_padded,
@@ -141,4 +159,5 @@ GROUPS: dict[str, Callable[[], Iterator[Budget]]] = {
     "layers": of_layers,
     "head": of_head,
     "decoding": of_decoding,
+    "caches": of_caches,
 }

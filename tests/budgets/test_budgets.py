@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf_lightning.utils.transfer import to_device, to_host
 
-from .measure import costs
+from .measure import costs, decoding_with
 from .table import GROUPS
 from .trace import Trace, traced_cuda
 
@@ -46,6 +46,11 @@ def test_no_variant_waits_within_a_micro_batch(name: str, copies: int, of_step: 
     assert cost.micro_batch.waits == {}
     assert cost.micro_batch.totals["uploads"] == copies
     assert (cost.step.totals["uploads"], cost.step.totals["waits"]) == (of_step, waits)
+
+
+def test_the_trace_tells_steps_of_other_shapes_apart() -> None:
+    # Keys of the dynamic cache become longer with every token.
+    assert any(shape.startswith("attention ") for shape in decoding_with("dynamic").new_shapes)
 
 
 def counted(run: object) -> Trace:

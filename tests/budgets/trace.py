@@ -65,6 +65,7 @@ class Trace:
 
     Args:
         operators: operators of the device, by their names.
+        shapes: the same, with the shapes of what they are given.
         uploads: copies from the host to the device.
         reads: copies from the device to the host.
         waits: places where the host waits for the device: these reads, and others.
@@ -72,6 +73,7 @@ class Trace:
     """
 
     operators: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
@@ -97,6 +99,16 @@ class Trace:
     def totals(self) -> dict[str, float]:
         """The sum of each counter."""
         return {name: sum(counter.values()) for name, counter in vars(self).items()}
+
+
+def _shapes(given: Any) -> Any:
+    """The shapes of values, in place of them; numbers that are no part of a shape are left out."""
+    if isinstance(given, Tensor):
+        return list(given.shape)
+    if not isinstance(given, list | tuple):
+        return type(given).__name__
+    sizes = isinstance(given, list) and all(isinstance(each, int) for each in given)
+    return given if sizes else [_shapes(each) for each in given]
 
 
 def place_in_code() -> str:
@@ -130,9 +142,9 @@ class Tracer:
         return found
 
     @contextmanager
-    def as_one(self, name: str) -> Iterator[None]:
-        """Counts what is run within as one operator."""
-        self._count(name)
+    def as_one(self, name: str, *given: Any) -> Iterator[None]:
+        """Counts what is run within as one operator that is given some values."""
+        self._count(name, given)
         self._paused += 1
         try:
             with _disable_current_modes():
@@ -140,9 +152,10 @@ class Tracer:
         finally:
             self._paused -= 1
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, given: Any) -> None:
         if not self._paused:
             self.trace.operators[name] += 1
+            self.trace.shapes[f"{name} {_shapes(given)}"] += 1
 
     def upload(self, *, waits: bool) -> None:
         """Counts a copy to the device."""
@@ -177,7 +190,7 @@ class Tracer:
             return self.upload(waits=True)
         if self._paused or packet in _IDLE or func.is_view:
             return None
-        self._count(str(packet).removeprefix("aten."))
+        self._count(str(packet).removeprefix("aten."), args)
         return self._look_for_waiting(func, args, kwargs)
 
     def _look_for_waiting(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -233,7 +246,7 @@ def _on_host(tracer: Tracer, name: str, function: Any) -> Any:
     def run(*args: Any) -> Any:
         *states, call = args
         bounds = {"queries": _host(call.queries), "keys": _host(call.keys)}
-        with tracer.as_one(name):
+        with tracer.as_one(name, *states):
             found = function(*map(_host, states), call._replace(**bounds))
         return type(found)(map(_device, found))
 
@@ -246,15 +259,19 @@ def _attention(tracer: Tracer) -> Any:
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Tensor:
-            leaves = [_host(t).detach().requires_grad_(t.is_floating_point()) for t in (query, key, value)]
-            with tracer.as_one("attention"), torch.enable_grad():
-                ctx.leaves, ctx.out = leaves, plain(*leaves, attn_mask=_host(mask), **options)
-            return Pretended(ctx.out.detach())
+            with tracer.as_one("attention", query, key, value, mask):
+                out = Pretended(plain(*map(_host, (query, key, value)), attn_mask=_host(mask), **options))
+            ctx.options = options
+            ctx.save_for_backward(query, key, value, mask, out)
+            return out
 
         @staticmethod
         def backward(ctx: Any, slope: Any) -> Any:  # type: ignore[override]
-            with tracer.as_one("attention_backward"):
-                found = torch.autograd.grad(ctx.out, ctx.leaves, _host(slope))
+            *states, mask, _ = ctx.saved_tensors
+            with tracer.as_one("attention_backward", slope), torch.enable_grad():
+                leaves = [_host(state).detach().requires_grad_() for state in states]
+                again = plain(*leaves, attn_mask=_host(mask), **ctx.options)
+                found = torch.autograd.grad(again, leaves, _host(slope))
             return (*map(Pretended, found), None, None)
 
     def run(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Tensor:
