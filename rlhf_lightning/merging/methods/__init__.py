@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Method, TensorView, Weighted, merge_tensors, merge_view, view_of
+from .base import Method, TensorView, merge_tensors, merge_view, view_of
 from .breadcrumbs import Breadcrumbs
 from .dare import Dare, DareTies
 from .della import Della
@@ -55,7 +55,6 @@ __all__ = [
     "TaskArithmetic",
     "TensorView",
     "Ties",
-    "Weighted",
     "merge_tensors",
     "merge_view",
     "view_of",

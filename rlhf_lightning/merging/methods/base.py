@@ -98,24 +98,48 @@ class TensorView:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(OptionGroup):
-    """A merging method and its options: pure functions of blocks.
+    """A merging method and its options; the computations are functions of tensors, in the methods' files.
+
+    Options that several methods have are checked here, where a method declares them: ``weights``, one per model,
+    ``scale`` of the merged differences, and ``density``, the fraction of them that is kept.
 
     Attributes:
         name: in options and manifests.
         needs_base: whether it merges differences to a base.
         needs_data: whether it weighs the models by what they compute on rows of data.
+        needs_positive: what needs positive weights, for the error; empty where any finite weights do.
     """
 
     name: ClassVar[str]
     needs_base: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    needs_positive: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        weights = getattr(self, "weights", None)
+        if isinstance(weights, list):
+            weights = tuple(float(weight) for weight in weights)
+            object.__setattr__(self, "weights", weights)
+        super().__post_init__()
+        if weights is not None and not all(map(math.isfinite, weights)):
+            raise ValueError(f"weights is {list(weights)}; all must be finite numbers")
+        if weights is not None and self.needs_positive and min(weights) <= 0:
+            raise ValueError(f"weights is {list(weights)}; {self.needs_positive} needs positive ones")
+        scale, density = getattr(self, "scale", 1.0), getattr(self, "density", 1.0)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale is {scale}; it must be a finite number (1 is usual, 0 gives the base)")
+        if not 0 < density <= 1:
+            raise ValueError(f"density is {density}; it must be in (0, 1] (0.2 keeps a fifth of the differences)")
 
     def check(self, num_models: int) -> None:
         """Checks the options for a number of models.
 
         Raises:
-            ValueError: for a number of models that it cannot merge, or options of another length.
+            ValueError: for a number of models that it cannot merge, or weights of another number.
         """
+        weights = getattr(self, "weights", None)
+        if weights is not None and len(weights) != num_models:
+            raise ValueError(f"weights has {len(weights)} numbers for {num_models} models: give one for each")
 
     def survey(self, views: Iterable[TensorView], num_models: int) -> Any:
         """Looks at all tensors before the first is merged; ``None`` where that is not needed."""
@@ -230,33 +254,28 @@ def merge_tensors(
 # Weights of models.
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weighted(Method):
-    """A method with one weight per model.
+def weights_of(weights: Sequence[float] | None, like: Tensor) -> Tensor:
+    """Returns the weights of the models, 1 each by default, ``(M,)`` in the precision of a tensor ``(M, ...)``."""
+    return like.new_ones(len(like)) if weights is None else like.new_tensor(weights)
 
-    Args:
-        weights: one finite number per model; all equal by default.
+
+def shares_of(weights: Sequence[float] | None, like: Tensor) -> Tensor:
+    """Returns the weights of the models divided by their sum.
+
+    Example:
+        >>> shares_of((1.0, 3.0), torch.zeros(2, 5))
+        tensor([0.2500, 0.7500])
     """
+    weights_M = weights_of(weights, like)
+    return weights_M / weights_M.sum()
 
-    weights: tuple[float, ...] | None = None
-    _default_weight: ClassVar[float] = 1.0
 
-    def __post_init__(self) -> None:
-        if isinstance(self.weights, list):
-            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
-        super().__post_init__()
-        if self.weights is not None and not all(map(math.isfinite, self.weights)):
-            raise ValueError(f"weights is {list(self.weights)}; all must be finite numbers")
-
-    def check(self, num_models: int) -> None:
-        """Checks that there is a weight for every model."""
-        if self.weights is not None and len(self.weights) != num_models:
-            raise ValueError(f"weights has {len(self.weights)} numbers for {num_models} models: give one for each")
-
-    def weights_M(self, like: Tensor) -> Tensor:
-        """Returns the weights as a tensor of the precision of ``like``, whose first axis is that of the models."""
-        count = len(like)
-        return like.new_tensor(self.weights or [self._default_weight] * count)
+def weighted_sum(weights_M: Tensor, tensors_MRC: Tensor) -> Tensor:
+    """Sums tensors with weights, one after the other: the order of additions is that of the models."""
+    total = tensors_MRC[0] * weights_M[0]
+    for weight, tensor in zip(weights_M[1:], tensors_MRC[1:], strict=True):
+        total = total.addcmul_(tensor, weight)
+    return total
 
 
 @dataclass

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Block, TensorView
+from .base import Block, Method, TensorView
 from .magnitude import Trimmer, kth_largest
-from .task_arithmetic import TaskArithmetic
-from .ties import check_density
+from .task_arithmetic import add_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
-class Breadcrumbs(TaskArithmetic):
+class Breadcrumbs(Method):
     r"""Removes the outliers and the smallest differences of every tensor, and adds the others to the base.
 
     Of n entries the :math:`\lfloor \gamma n \rfloor` largest are dropped, and of the rest all but the
@@ -29,12 +28,14 @@ class Breadcrumbs(TaskArithmetic):
     """
 
     name: ClassVar[str] = "breadcrumbs"
+    needs_base: ClassVar[bool] = True
+    weights: tuple[float, ...] | None = None
+    scale: float = 1.0
     density: float = 0.9
     gamma: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_density(self.density)
         if not 0 <= self.gamma <= 1 - self.density + 1e-12:
             raise ValueError(
                 f"gamma is {self.gamma} with density={self.density}; it must be in [0, {1 - self.density:.4g}], "
@@ -48,7 +49,8 @@ class Breadcrumbs(TaskArithmetic):
         low, high = (kth_largest([view], k, view.num_models) for k in (kept, outliers))
         return [(Trimmer(least, kept), Trimmer(most, outliers)) for least, most in zip(low, high, strict=True)]
 
-    def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
-        """Keeps the differences between the two thresholds."""
+    def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
+        """Adds the differences between the two thresholds."""
         pairs = zip(block.deltas_MRC, observed, strict=True)
-        return torch.stack([keeps(delta) - drops(delta) for delta, (keeps, drops) in pairs])
+        kept_MRC = torch.stack([keeps(delta) - drops(delta) for delta, (keeps, drops) in pairs])
+        return add_deltas(block, kept_MRC, self.weights, self.scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, ClassVar
@@ -9,56 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...utils.validation import check_choice
-from .base import Block, TensorView
-from .task_arithmetic import TaskArithmetic
-from .ties import PRESETS, Preset, SignElection, check_density
-
-
-def random_block(shape: torch.Size, seed: int, model: int, name: str, first_row: int) -> Tensor:
-    """Draws uniform numbers for one block of one model's tensor: a function of the arguments alone.
-
-    Blocks have fixed boundaries, so that a merge that is resumed draws the same.
-    """
-    text = f"{seed}\0{model}\0{name}\0{first_row}".encode()
-    generator = torch.Generator(device="cpu")
-    generator.manual_seed(int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1)
-    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-
-def dropped(self: Dare | DareTies, block: Block, view: TensorView, observed: Any) -> Tensor:
-    """Drops differences at random, with a mask for each model, and rescales those that are kept."""
-    deltas_MRC = block.deltas_MRC
-    if self.density == 1:
-        return deltas_MRC
-    kept = [
-        delta * (random_block(delta.shape, self.seed, model, view.name, block.first_row) < self.density)
-        for model, delta in enumerate(deltas_MRC)
-    ]
-    factors = [1 / self.density] * len(kept) if observed is None else observed
-    return torch.stack([delta * factor for delta, factor in zip(kept, factors, strict=True)])
-
-
-def norm_ratios(self: Dare | DareTies, view: TensorView) -> list[float] | None:
-    """Returns, for mergekit's convention, the ratio of the L1 norms before and after dropping, for each model."""
-    if self.preset != "mergekit" or self.density == 1:
-        return None
-    sums: Tensor | None = None
-    for block in view.blocks():
-        deltas_MRC = block.deltas_MRC
-        masks = [
-            random_block(delta.shape, self.seed, model, view.name, block.first_row) < self.density
-            for model, delta in enumerate(deltas_MRC)
-        ]
-        magnitudes = deltas_MRC.abs().double()
-        part = torch.stack((magnitudes.flatten(1).sum(1), (magnitudes * torch.stack(masks)).flatten(1).sum(1)))
-        sums = part if sums is None else sums + part
-    assert sums is not None
-    return [float(before / after) if after else 0.0 for before, after in sums.T]
+from .base import Block, Method, TensorView
+from .election import Preset, elect_and_average, election_conventions
+from .task_arithmetic import add_deltas
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dare(TaskArithmetic):
+class Dare(Method):
     r"""Keeps each difference with probability p and divides it by p, then adds them to the base.
 
     Every model has a mask of its own. The expectation is that of task arithmetic. Under ``mergekit`` the differences
@@ -73,48 +31,98 @@ class Dare(TaskArithmetic):
     """
 
     name: ClassVar[str] = "dare"
+    needs_base: ClassVar[bool] = True
+    weights: tuple[float, ...] | None = None
+    scale: float = 1.0
     density: float = 0.5
     seed: int = 0
     preset: Preset = "paper"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_density(self.density)
-        check_choice("preset", self.preset, PRESETS)
-
     def observe(self, view: TensorView, survey: Any) -> Any:
-        """Measures the norms that mergekit's rescaling needs."""
-        return norm_ratios(self, view)
+        """Finds the factors of rescaling."""
+        return rescale_factors(view, self.density, self.seed, self.preset)
 
-    def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
-        """Drops differences at random."""
-        return dropped(self, block, view, observed)
+    def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
+        """Adds the differences of one block that are kept."""
+        kept_MRC = drop(block, view.name, self.density, self.seed, observed)
+        return add_deltas(block, kept_MRC, self.weights, self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DareTies(SignElection):
+class DareTies(Method):
     """Drops differences at random as DARE does, then elects signs and averages what agrees as TIES does.
 
     Args:
         weights: one per model; 1 each by default.
         scale: lambda.
+        preset: the convention of the election and of rescaling: ``paper``, ``peft`` or ``mergekit``.
         density: fraction of differences that is kept, in (0, 1].
         seed: of the masks.
-        preset: the convention of the election and of rescaling: ``paper``, ``peft`` or ``mergekit``.
     """
 
     name: ClassVar[str] = "dare_ties"
+    needs_base: ClassVar[bool] = True
+    weights: tuple[float, ...] | None = None
+    scale: float = 1.0
+    preset: Preset = "paper"
     density: float = 0.5
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_density(self.density)
+    def conventions(self) -> dict[str, Any]:
+        """Adds what the preset decides."""
+        return {**super().conventions(), **election_conventions(self.preset)}
 
     def observe(self, view: TensorView, survey: Any) -> Any:
-        """Measures the norms that mergekit's rescaling needs."""
-        return norm_ratios(self, view)
+        """Finds the factors of rescaling."""
+        return rescale_factors(view, self.density, self.seed, self.preset)
 
-    def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
-        """Drops differences at random."""
-        return dropped(self, block, view, observed)
+    def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
+        """Elects signs among the differences of one block that are kept, and averages what agrees."""
+        kept_MRC = drop(block, view.name, self.density, self.seed, observed)
+        return elect_and_average(block, kept_MRC, self.weights, self.scale, self.preset)
+
+
+def drop(block: Block, name: str, density: float, seed: int, factors: Sequence[float]) -> Tensor:
+    """Drops differences of one block at random, with a mask for each model, and rescales those that are kept.
+
+    Args:
+        block: of the tensor ``name``.
+        name: of the tensor.
+        density: fraction that is kept.
+        seed: of the masks.
+        factors: of each model.
+    """
+    if density == 1:
+        return block.deltas_MRC
+    masks = random_masks(block, name, density, seed)
+    return torch.stack([d * m * f for d, m, f in zip(block.deltas_MRC, masks, factors, strict=True)])
+
+
+def rescale_factors(view: TensorView, density: float, seed: int, preset: Preset) -> list[float]:
+    """Returns the factors of kept differences: 1 / density, or under ``mergekit`` the ratio of the L1 norms."""
+    if preset != "mergekit" or density == 1:
+        return [1 / density] * view.num_models
+    before_M = after_M = torch.zeros(view.num_models, dtype=torch.float64)
+    for block in view.blocks():
+        magnitudes_MRC = block.deltas_MRC.abs().double()
+        masks_MRC = torch.stack(list(random_masks(block, view.name, density, seed)))
+        before_M = before_M + magnitudes_MRC.flatten(1).sum(1)
+        after_M = after_M + (magnitudes_MRC * masks_MRC).flatten(1).sum(1)
+    return [float(before / after) if after else 0.0 for before, after in zip(before_M, after_M, strict=True)]
+
+
+def random_masks(block: Block, name: str, density: float, seed: int) -> Iterator[Tensor]:
+    """Draws a mask of one block for each model."""
+    for model, tensor_RC in enumerate(block.models_MRC):
+        yield random_block(tensor_RC.shape, seed, model, name, block.first_row) < density
+
+
+def random_block(shape: torch.Size, seed: int, model: int, name: str, first_row: int) -> Tensor:
+    """Draws uniform numbers for one block of one model's tensor: a function of the arguments alone.
+
+    Blocks have fixed boundaries, so that a merge that is resumed draws the same.
+    """
+    text = f"{seed}\0{model}\0{name}\0{first_row}".encode()
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")

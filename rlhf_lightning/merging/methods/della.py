@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Block, TensorView
+from .base import Block, Method, TensorView
 from .dare import random_block
-from .ties import SignElection, check_density
+from .election import Preset, elect_and_average, election_conventions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Della(SignElection):
+class Della(Method):
     r"""Drops differences with probabilities by their rank in the row, then elects signs and averages what agrees.
 
     The entry of rank r (0 for the smallest of a row of n) is kept with probability
@@ -23,35 +23,56 @@ class Della(SignElection):
     Args:
         weights: one per model; 1 each by default.
         scale: lambda.
+        preset: the convention of the election: ``paper``, ``peft`` or ``mergekit``.
         density: k, the mean probability of keeping an entry, in (0, 1].
         epsilon: half the range of the probabilities, at least 0; ``density`` +- ``epsilon`` must lie in (0, 1].
         seed: of the masks.
-        preset: the convention of the election: ``paper``, ``peft`` or ``mergekit``.
     """
 
     name: ClassVar[str] = "della"
+    needs_base: ClassVar[bool] = True
+    weights: tuple[float, ...] | None = None
+    scale: float = 1.0
+    preset: Preset = "paper"
     density: float = 0.5
     epsilon: float = 0.15
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_density(self.density)
         if self.epsilon < 0 or self.density - self.epsilon <= 0 or self.density + self.epsilon > 1:
             raise ValueError(
                 f"epsilon is {self.epsilon} with density={self.density}; density - epsilon and density + epsilon must "
                 "lie in (0, 1]"
             )
 
-    def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
-        """Drops differences by rank, and divides those that are kept by their probability."""
-        kept = []
-        for model, delta_RC in enumerate(block.deltas_MRC):
-            # The rank of each entry: the inverse of the sorting permutation.
-            order_RC = delta_RC.abs().argsort(dim=1, stable=True)
-            steps_C = torch.arange(view.columns, dtype=delta_RC.dtype) / max(1, view.columns - 1)
-            rank_RC = torch.empty_like(delta_RC).scatter_(1, order_RC, steps_C.expand_as(delta_RC))
-            keep_RC = self.density - self.epsilon + 2 * self.epsilon * rank_RC
-            draws_RC = random_block(delta_RC.shape, self.seed, model, view.name, block.first_row)
-            kept.append(delta_RC * (draws_RC < keep_RC) / keep_RC)
-        return torch.stack(kept)
+    def conventions(self) -> dict[str, Any]:
+        """Adds what the preset decides."""
+        return {**super().conventions(), **election_conventions(self.preset)}
+
+    def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
+        """Elects signs among the differences of one block that are kept, and averages what agrees."""
+        kept_MRC = drop_by_rank(block, view.name, self.density, self.epsilon, self.seed)
+        return elect_and_average(block, kept_MRC, self.weights, self.scale, self.preset)
+
+
+def drop_by_rank(block: Block, name: str, density: float, epsilon: float, seed: int) -> Tensor:
+    """Drops the differences of one block by their ranks in the row, and divides the others by their probability.
+
+    Args:
+        block: of the tensor ``name``.
+        name: of the tensor.
+        density: mean probability of keeping an entry.
+        epsilon: half the range of the probabilities.
+        seed: of the masks.
+    """
+    kept, columns = [], block.models_MRC.shape[-1]
+    for model, delta_RC in enumerate(block.deltas_MRC):
+        # The rank of each entry: the inverse of the sorting permutation.
+        order_RC = delta_RC.abs().argsort(dim=1, stable=True)
+        steps_C = torch.arange(columns, dtype=delta_RC.dtype) / max(1, columns - 1)
+        rank_RC = torch.empty_like(delta_RC).scatter_(1, order_RC, steps_C.expand_as(delta_RC))
+        keep_RC = density - epsilon + 2 * epsilon * rank_RC
+        draws_RC = random_block(delta_RC.shape, seed, model, name, block.first_row)
+        kept.append(delta_RC * (draws_RC < keep_RC) / keep_RC)
+    return torch.stack(kept)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...utils.validation import check_positive
-from .base import Block, TensorView, Weighted
+from .base import Block, Method, TensorView, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fisher(Weighted):
+class Fisher(Method):
     r"""Averages each entry with the models' Fisher information as weights.
 
     :math:`\theta = \sum_i w_i F_i \theta_i / \sum_i w_i F_i`, with the diagonal
@@ -26,13 +26,13 @@ class Fisher(Weighted):
 
     name: ClassVar[str] = "fisher"
     needs_data: ClassVar[bool] = True
+    needs_positive: ClassVar[str] = "Fisher averaging"
+    weights: tuple[float, ...] | None = None
     floor: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("floor", self.floor, "1e-6 is usual")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError(f"weights is {list(self.weights)}; Fisher averaging needs positive ones")
 
     def observe(self, view: TensorView, survey: Any) -> Any:
         """Computes the floor of one tensor."""
@@ -47,6 +47,6 @@ class Fisher(Weighted):
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Averages one block."""
         assert block.fisher_MRC is not None
-        precision_MRC = (block.fisher_MRC + observed) * self.weights_M(block.models_MRC)[:, None, None]
+        precision_MRC = (block.fisher_MRC + observed) * weights_of(self.weights, block.models_MRC)[:, None, None]
         merged_RC: Tensor = (precision_MRC * block.models_MRC).sum(0) / precision_MRC.sum(0)
         return merged_RC

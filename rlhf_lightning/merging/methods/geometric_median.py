@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...utils.validation import check_count, check_positive
-from .base import Block, TensorView, Weighted, grams
-from .linear import weighted_sum
+from .base import Block, Method, TensorView, grams, shares_of, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeometricMedian(Weighted):
+class GeometricMedian(Method):
     r"""Minimises the weighted sum of distances to the models for each tensor, so that an outlier counts little.
 
     :math:`\theta = \arg\min_\theta \sum_i w_i \lVert \theta - \theta_i \rVert`, by Weiszfeld's iteration
@@ -28,6 +27,8 @@ class GeometricMedian(Weighted):
     """
 
     name: ClassVar[str] = "geometric_median"
+    needs_positive: ClassVar[str] = "a median"
+    weights: tuple[float, ...] | None = None
     max_iterations: int = 10_000
     tolerance: float = 1e-12
 
@@ -35,14 +36,12 @@ class GeometricMedian(Weighted):
         super().__post_init__()
         check_count("max_iterations", self.max_iterations, "10000 is ample")
         check_positive("tolerance", self.tolerance, "1e-12 is usual")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError(f"weights is {list(self.weights)}; a median needs positive ones")
 
     def observe(self, view: TensorView, survey: Any) -> Any:
         """Finds the coefficients of the models in the median."""
         products_MM = grams(view).products_MM
-        weights_M = self.weights_M(products_MM)
-        return median_coefficients(products_MM, weights_M / weights_M.sum(), self.max_iterations, self.tolerance)
+        shares_M = shares_of(self.weights, products_MM)
+        return median_coefficients(products_MM, shares_M, self.max_iterations, self.tolerance)
 
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Combines one block."""

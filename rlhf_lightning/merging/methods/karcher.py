@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...utils.validation import check_count, check_positive
-from .base import Block, TensorView, Weighted, grams
-from .linear import weighted_sum
+from .base import Block, Method, TensorView, grams, shares_of, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
-class Karcher(Weighted):
+class Karcher(Method):
     r"""Riemannian mean of the directions of each tensor, times the weighted mean of their norms.
 
     On the unit sphere the mean :math:`\mu` is where :math:`\sum_i w_i \log_\mu(u_i) = 0` (Karcher, 1977). It is found
@@ -32,6 +31,8 @@ class Karcher(Weighted):
     """
 
     name: ClassVar[str] = "karcher"
+    needs_positive: ClassVar[str] = "a mean on the sphere"
+    weights: tuple[float, ...] | None = None
     max_iterations: int = 1000
     tolerance: float = 1e-10
 
@@ -39,14 +40,11 @@ class Karcher(Weighted):
         super().__post_init__()
         check_count("max_iterations", self.max_iterations, "1000 is ample")
         check_positive("tolerance", self.tolerance, "1e-10 is usual")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError(f"weights is {list(self.weights)}; a mean on the sphere needs positive ones")
 
     def observe(self, view: TensorView, survey: Any) -> Any:
         """Finds the coefficients of the models in the mean."""
         found = grams(view)
-        weights_M = self.weights_M(found.norms_M)
-        weights_M = weights_M / weights_M.sum()
+        weights_M = shares_of(self.weights, found.norms_M)
         norm = float(weights_M @ found.norms_M)
         if view.elements == 1 or float(found.norms_M.min()) == 0:
             return weights_M.tolist()  # no directions to average

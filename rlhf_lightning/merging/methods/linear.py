@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Block, TensorView, Weighted
+from .base import Block, Method, TensorView, shares_of, weighted_sum, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Weighted):
+class Linear(Method):
     r"""Weighted mean: :math:`\theta = \sum_i w_i \theta_i / \sum_i w_i`.
 
     Args:
@@ -27,6 +27,7 @@ class Linear(Weighted):
     """
 
     name: ClassVar[str] = "linear"
+    weights: tuple[float, ...] | None = None
     normalize: bool = True
 
     def __post_init__(self) -> None:
@@ -36,15 +37,5 @@ class Linear(Weighted):
 
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Averages one block."""
-        weights_M = self.weights_M(block.models_MRC)
-        if self.normalize:
-            weights_M = weights_M / weights_M.sum()
-        return weighted_sum(weights_M, block.models_MRC)
-
-
-def weighted_sum(weights_M: Tensor, tensors_MRC: Tensor) -> Tensor:
-    """Sums tensors with weights, one after the other: the order of additions is that of the models."""
-    total = tensors_MRC[0] * weights_M[0]
-    for weight, tensor in zip(weights_M[1:], tensors_MRC[1:], strict=True):
-        total = total.addcmul_(tensor, weight)
-    return total
+        factors = shares_of if self.normalize else weights_of
+        return weighted_sum(factors(self.weights, block.models_MRC), block.models_MRC)

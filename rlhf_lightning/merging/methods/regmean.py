@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ...utils.validation import check_not_negative
-from .base import Block, TensorView, Weighted
-from .linear import weighted_sum
+from .base import Block, Method, TensorView, shares_of, weighted_sum, weights_of
 
 
 class _Problem(NamedTuple):
@@ -22,7 +21,7 @@ class _Problem(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegMean(Weighted):
+class RegMean(Method):
     r"""Solves a least-squares problem for each linear layer; other tensors are averaged.
 
     :math:`W = \arg\min_W \sum_i w_i\, \mathbb{E}_x \lVert W x_i - W_i x_i \rVert^2 = (\sum_i w_i W_i G_i)
@@ -42,6 +41,8 @@ class RegMean(Weighted):
 
     name: ClassVar[str] = "regmean"
     needs_data: ClassVar[bool] = True
+    needs_positive: ClassVar[str] = "least squares"
+    weights: tuple[float, ...] | None = None
     shrinkage: float = 0.9
     ridge: float = 1e-6
 
@@ -50,15 +51,13 @@ class RegMean(Weighted):
         check_not_negative("ridge", self.ridge, "1e-6 is usual")
         if not 0 <= self.shrinkage <= 1:
             raise ValueError(f"shrinkage is {self.shrinkage}; it must be in [0, 1] (0.9 is usual, 1 is least squares)")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError(f"weights is {list(self.weights)}; least squares needs positive ones")
 
     def observe(self, view: TensorView, survey: Any) -> Any:
         """Decomposes the sum of a layer's inner products; ``None`` for tensors that are no linear layer's weight."""
         if view.activations is None:
             return None
         products_MCC = torch.stack([self._shrunk(product) for product in view.activations.products])
-        products_MCC = products_MCC * self.weights_M(products_MCC)[:, None, None]
+        products_MCC = products_MCC * weights_of(self.weights, products_MCC)[:, None, None]
         total_CC = products_MCC.sum(0)
         total_CC.diagonal().add_(self.ridge * float(total_CC.diagonal().mean()))
         factor_CC, failed = torch.linalg.cholesky_ex(total_CC)
@@ -84,8 +83,7 @@ class RegMean(Weighted):
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Solves for the rows of one block: each row of a weight is a problem of its own."""
         if observed is None:
-            weights_M = self.weights_M(block.models_MRC)
-            return weighted_sum(weights_M / weights_M.sum(), block.models_MRC)
+            return weighted_sum(shares_of(self.weights, block.models_MRC), block.models_MRC)
         dtype = block.models_MRC.dtype
         if observed.solution is not None:
             rows = block.models_MRC.shape[1]

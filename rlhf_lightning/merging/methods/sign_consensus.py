@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Block, TensorView
-from .task_arithmetic import TaskArithmetic
+from .base import Block, Method, TensorView, shares_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class SignConsensus(TaskArithmetic):
+class SignConsensus(Method):
     r"""Averages differences where the models agree on the sign, and keeps the base elsewhere.
 
     The agreement of an entry is :math:`|\sum_i w_i \operatorname{sign} \tau_i| / \sum_i w_i`: 1 where all signs are
@@ -26,21 +25,22 @@ class SignConsensus(TaskArithmetic):
     """
 
     name: ClassVar[str] = "sign_consensus"
+    needs_base: ClassVar[bool] = True
+    needs_positive: ClassVar[str] = "a count of votes"
+    weights: tuple[float, ...] | None = None
+    scale: float = 1.0
     confidence_threshold: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}; it must be in [0, 1]")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError(f"weights is {list(self.weights)}; they count votes here, and must be above 0")
 
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Averages the entries of one block that agree."""
         assert block.base_RC is not None
         deltas_MRC = block.deltas_MRC
-        shares_M11 = self.weights_M(deltas_MRC)[:, None, None]
-        shares_M11 = shares_M11 / shares_M11.sum()
+        shares_M11 = shares_of(self.weights, deltas_MRC)[:, None, None]
         agreement_RC = (deltas_MRC.sign() * shares_M11).sum(0).abs()
         # Sums of shares are exact to rounding only.
         agrees_RC = agreement_RC >= self.confidence_threshold - 1e-6

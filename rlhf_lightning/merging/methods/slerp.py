@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...utils.validation import check_choice
-from .base import Block, Method, TensorView, grams
-from .linear import weighted_sum
+from .base import Block, Method, TensorView, grams, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Block, TensorView, Weighted
-from .linear import weighted_sum
+from .base import Block, Method, TensorView, weighted_sum, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskArithmetic(Weighted):
+class TaskArithmetic(Method):
     r"""Adds differences to the base: :math:`\theta = \theta_0 + \lambda \sum_i w_i (\theta_i - \theta_0)`.
 
     Args:
@@ -23,19 +22,22 @@ class TaskArithmetic(Weighted):
 
     name: ClassVar[str] = "task_arithmetic"
     needs_base: ClassVar[bool] = True
+    weights: tuple[float, ...] | None = None
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale is {self.scale}; it must be a finite number (1 is usual, 0 gives the base)")
-
-    def sparse(self, block: Block, view: TensorView, observed: Any) -> Tensor:
-        """Returns the differences to add, ``(M, R, C)``; subclasses remove some of their entries."""
-        return block.deltas_MRC
 
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Adds the weighted differences of one block."""
-        assert block.base_RC is not None
-        deltas_MRC = self.sparse(block, view, observed)
-        return block.base_RC + self.scale * weighted_sum(self.weights_M(deltas_MRC), deltas_MRC)
+        return add_deltas(block, block.deltas_MRC, self.weights, self.scale)
+
+
+def add_deltas(block: Block, deltas_MRC: Tensor, weights: Sequence[float] | None, scale: float) -> Tensor:
+    """Adds weighted differences to a block of the base.
+
+    Args:
+        block: with the base.
+        deltas_MRC: differences of every model, or what a method keeps of them.
+        weights: one per model; 1 each by default.
+        scale: lambda.
+    """
+    assert block.base_RC is not None
+    return block.base_RC + scale * weighted_sum(weights_of(weights, deltas_MRC), deltas_MRC)
