@@ -56,6 +56,7 @@ class MergeOptions:
         seed: of random masks.
         epsilon: della: half the range of probabilities.
         gamma: breadcrumbs: fraction of outliers that is dropped.
+        rank: svd: of the merged adapter.
         t: slerp: position between the two models.
         antiparallel: slerp: what to do with opposite directions.
         max_iterations: karcher, geometric_median.
@@ -88,6 +89,7 @@ class MergeOptions:
     seed: int | None = None
     epsilon: float | None = None
     gamma: float | None = None
+    rank: int | None = None
     t: float | None = None
     antiparallel: Literal["error", "linear"] | None = None
     max_iterations: int | None = None

@@ -24,6 +24,7 @@ def manifest_text(
     dtype: str,
     inputs: list[dict[str, Any]],
     outputs: Mapping[str, str],
+    errors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
     """Returns the manifest as JSON.
 
@@ -35,6 +36,8 @@ def manifest_text(
         dtype: of the result.
         inputs: of every model its ``role``, ``folder`` and ``files`` with their sha256.
         outputs: sha256 by name of every file of weights.
+        errors: by name of a layer, the ``frobenius`` norm of what a lower rank leaves out, and the part of the norm of
+            the whole (``relative``).
     """
     from .. import __version__
 
@@ -48,6 +51,7 @@ def manifest_text(
         "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
         "inputs": inputs,
         "outputs": dict(outputs),
+        **({} if errors is None else {"errors": errors}),
     }
     return json.dumps(content, indent=2, default=list) + "\n"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +28,10 @@ from ..utils.files import (
 )
 from ..utils.keywords import advise
 from ..utils.validation import check_choice
+from .adapter_merge import merge_adapters
 from .data import Statistics, measure
 from .manifest import NAME, manifest_text
-from .methods import METHODS
+from .methods import ADAPTER_METHODS, METHODS, Cat, Svd
 from .methods.base import Method
 from .sources import TOKENIZER_FILES, Source, chat_template_differs, check_same, open_source
 from .stream import JOURNAL, Journal, Merge, is_merged, write_shards
@@ -67,15 +68,16 @@ def merge(
 
     Args:
         method: ``linear``, ``task_arithmetic``, ``ties``, ``dare``, ``dare_ties``, ``della``, ``breadcrumbs``,
-            ``slerp``, ``karcher``, ``geometric_median``, ``model_stock``, ``sign_consensus``, ``fisher``, ``regmean``.
+            ``slerp``, ``karcher``, ``geometric_median``, ``model_stock``, ``sign_consensus``, ``fisher``, ``regmean``;
+            or ``cat`` and ``svd``, which merge LoRA adapters into one adapter.
         models: folders of models, or of LoRA adapters, which are added to their base exactly.
         output: the folder to write; an earlier model of this package there is replaced.
         base: of differences, for the methods that need one; of adapters, instead of the one that they name.
         dtype: of the result: ``float32``, ``bfloat16``, ``float16`` or ``float64``; the first model's by default.
-        precision: to compute in: ``float32`` or ``float64``.
+        precision: to compute in: ``float32`` or ``float64``; ``cat`` and ``svd`` always compute in float64.
         layers: options for some tensors: a mapping of regular expressions, searched in the tensors' names, to options
             of the method; the first that matches is used.
-        max_shard_size: of a file, such as ``5GB``.
+        max_shard_size: of a file of a whole model, such as ``5GB``.
         rows: for ``fisher`` and ``regmean``: rows to measure the models on, as ``SFTDataModule`` reads them.
         num_rows: how many of them, from the first.
         data_seed: of the samples that Fisher information is measured on.
@@ -98,39 +100,47 @@ def merge(
     variants = layer_methods(chosen, layers or {})
     most_bytes = parse_size(max_shard_size)
     _check(chosen, variants, len(models), dtype=dtype, precision=precision, base=base, rows=rows)
-
     target = Path(output).expanduser().resolve()
-    compute = _DTYPES[precision]
-    sources, root = _open(models, base, compute, target, differences=chosen.needs_base)
+    result = None if dtype is None else _DTYPES[dtype]
+    record: dict[str, Any] = {"method": method, "options": chosen.conventions(), "dtype": dtype or "as stored"}
+    if isinstance(chosen, Cat | Svd):
+        with _held(target, "adapter"):
+            merge_adapters(chosen, models, target, base=base, dtype=result, record=record, say=say)
+        return target
+
+    sources, root = _open(models, base, _DTYPES[precision], target, differences=chosen.needs_base)
     if chat_template_differs(sources):
         say(f"the chat templates differ: that of {str(sources[0].folder)!r} is written")
-    hold(target)
-    try:
-        check_replaceable(target, "model")
-        statistics = measure(chosen, sources, rows, num_rows, data_seed) if chosen.needs_data else Statistics()
+    record |= {"layers": {pattern: dict(given) for pattern, given in (layers or {}).items()}, "precision": precision}
+    with _held(target, "model"):
+        statistics = Statistics()
+        if chosen.needs_data:
+            statistics = measure(chosen, sources, rows, num_rows, data_seed)
+            record["options"] |= {"rows": str(rows), "num_rows": num_rows, "data_seed": data_seed}
         run = Merge(
             sources,
             root,
             lambda name: method_of(name, chosen, variants),
-            compute,
-            _result_types(sources[0], None if dtype is None else _DTYPES[dtype]),
+            _DTYPES[precision],
+            _result_types(sources[0], result),
             statistics.fisher,
             statistics.activations,
         )
-        measured = {"rows": str(rows), "num_rows": num_rows, "data_seed": data_seed} if chosen.needs_data else {}
-        record: dict[str, Any] = {
-            "method": method,
-            "options": chosen.conventions() | measured,
-            "layers": {pattern: dict(given) for pattern, given in (layers or {}).items()},
-            "precision": precision,
-            "dtype": dtype or "as stored",
-        }
         if keep:
             run.equal = [False] * len(run.equal)
         _write(run, chosen, target, record, most_bytes, say)
+    return target
+
+
+@contextmanager
+def _held(target: Path, kind: str) -> Iterator[None]:
+    """Locks a folder that is going to be written, and checks that it may be replaced."""
+    hold(target)
+    try:
+        check_replaceable(target, kind)
+        yield
     finally:
         release(target)
-    return target
 
 
 def _check(
@@ -153,6 +163,8 @@ def _check(
         variant.check(num_models)
     if method.needs_base and base is None:
         raise ValueError(f"{method.name} merges differences to a base model: give base=")
+    if isinstance(method, Cat | Svd) and variants:
+        raise ValueError(f"{method.name} merges every layer in the same way: remove layers")
     if method.needs_data and rows is None:
         raise ValueError(f"{method.name} measures the models on rows of data: give rows=")
 
@@ -184,8 +196,9 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
         >>> build_method("slerp", {"t": 0.3})
         Slerp(t=0.3, antiparallel='error')
     """
-    check_choice("method", name, METHODS)
-    cls = METHODS[name]
+    known: dict[str, type[Method]] = {**METHODS, **ADAPTER_METHODS}
+    check_choice("method", name, known)
+    cls = known[name]
     return cls(**_known(cls, options))
 
 

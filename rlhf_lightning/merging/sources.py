@@ -14,10 +14,11 @@ from huggingface_hub import snapshot_download
 
 from ..models.loading import locate
 from ..models.safetensors_io import first_line, read_json
-from .adapter_weights import WEIGHTS, AdaptedTensor, ShiftedBias, adapted_tensors, is_adapter
+from .adapter_files import CONFIG, is_adapter, read_adapter
+from .adapter_weights import Derived, adapted_tensors
 from .tensor_files import StoredTensor, stored_tensors, weight_files
 
-Readable = StoredTensor | AdaptedTensor | ShiftedBias
+Readable = StoredTensor | Derived
 
 # Of a model on the hub: weights, configs and tokenizer.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -68,20 +69,27 @@ def open_source(model: str | Path, *, base: str | Path | None = None, dtype: tor
     Raises:
         ValueError: the folder is missing, damaged, or an adapter that equals no weights.
     """
-    folder = _folder(model)
+    folder = find_folder(model)
+    check_headless(folder)
     if not is_adapter(folder):
         _check_plain(folder)
         return Source(folder, dict(stored_tensors(folder)), weight_files(folder), _config(folder))
-    named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = base or read_json(folder / CONFIG).get("base_model_name_or_path")
     if not named:
         raise ValueError(f"the adapter {str(folder)!r} names no base model: give base=")
-    root = _folder(named)
+    root = find_folder(named)
     _check_plain(root)
-    tensors = adapted_tensors(folder, stored_tensors(root), dtype=dtype)
-    return Source(folder, dict(tensors), [*weight_files(root), folder / WEIGHTS], _config(root))
+    adapter = read_adapter(folder)
+    tensors = adapted_tensors(adapter, stored_tensors(root), dtype=dtype)
+    return Source(folder, dict(tensors), [*weight_files(root), adapter.file], _config(root))
 
 
-def _folder(model: str | Path) -> Path:
+def find_folder(model: str | Path) -> Path:
+    """Returns the folder of a model, which is downloaded if it is on the hub.
+
+    Raises:
+        ValueError: there is none.
+    """
     folder = Path(locate(model, what="model"))
     if folder.is_dir():
         return folder
@@ -99,9 +107,18 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _check_plain(folder: Path) -> None:
-    """Refuses models whose weights are quantised, or that have a head in a file of its own."""
+    """Refuses models whose weights are quantised."""
     if _config(folder).get("quantization_config"):
         raise ValueError(f"the weights in {str(folder)!r} are quantised: merge the model that they were made from")
+    check_headless(folder)
+
+
+def check_headless(folder: Path) -> None:
+    """Refuses models that have a head in a file of its own.
+
+    Raises:
+        ValueError: there is one.
+    """
     if (folder / "reward_head.safetensors").is_file():
         raise ValueError(
             f"{str(folder)!r} has a head in reward_head.safetensors, which a merge would not see: export a single "
@@ -119,7 +136,7 @@ def check_same(sources: Sequence[Source]) -> None:
     for other in sources[1:]:
         _check_tensors(first, other)
         _check_config(first, other)
-    _check_tokenizers(sources)
+    check_tokenizers([source.folder for source in sources])
 
 
 def _check_tensors(first: Source, other: Source) -> None:
@@ -149,9 +166,13 @@ def _check_config(first: Source, other: Source) -> None:
             )
 
 
-def _check_tokenizers(sources: Sequence[Source]) -> None:
-    """Compares vocabularies, where there are any."""
-    found = [(source.folder, vocabulary(source.folder)) for source in sources]
+def check_tokenizers(folders: Sequence[Path]) -> None:
+    """Compares vocabularies, where there are any.
+
+    Raises:
+        ValueError: naming the token that differs.
+    """
+    found = [(folder, vocabulary(folder)) for folder in folders]
     known = [(folder, tokens) for folder, tokens in found if tokens is not None]
     for folder, tokens in known[1:]:
         expected_folder, expected = known[0]

@@ -72,6 +72,10 @@ class StoredTensor:
         self.read_into(found, first)
         return found
 
+    def whole(self) -> Tensor:
+        """Reads the whole tensor in its own shape."""
+        return self.rows(0, matrix_shape(self.shape)[0]).view(self.shape)
+
     def read_into(self, out: Tensor, first: int) -> None:
         """Reads rows into a contiguous matrix of the same type, as many as it has.
 

@@ -94,7 +94,7 @@ def save_pretrained(
     write = _model_writer(model, convert, ends) if adapted is None else _adapter_writer(adapted, ends)
     writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
     with _without_progress_bars():
-        on_first_rank(lambda: _replace(target, kind, lambda place: [each(place) for each in writers]))
+        on_first_rank(lambda: replace_folder(target, kind, lambda place: [each(place) for each in writers]))
     return target
 
 
@@ -207,8 +207,17 @@ def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: boo
     return f"{kind} with a head" if with_head else kind
 
 
-def _replace(target: Path, kind: str, write: Callable[[Path], object]) -> None:
-    """Writes a folder under a hidden name and renames it to its place."""
+def replace_folder(target: Path, kind: str, write: Callable[[Path], object]) -> None:
+    """Writes a folder under a hidden name and renames it to its place.
+
+    Args:
+        target: the place; an earlier folder, which the caller has checked to be replaceable, stays until then.
+        kind: of its content (see ``export_kind``).
+        write: writes the files into the folder that it is given.
+
+    Raises:
+        ValueError: the disk is full or cannot be written.
+    """
     fresh, old = hidden_sibling(target, PARTIAL), hidden_sibling(target, REPLACED)
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)

@@ -10,6 +10,7 @@ from .fisher import Fisher
 from .geometric_median import GeometricMedian
 from .karcher import Karcher
 from .linear import Linear
+from .lora import Cat, Svd
 from .model_stock import ModelStock
 from .regmean import RegMean
 from .sign_consensus import SignConsensus
@@ -36,10 +37,14 @@ METHODS: dict[str, type[Method]] = {
         RegMean,
     )
 }
+# Methods that merge adapters into an adapter.
+ADAPTER_METHODS: dict[str, type[Cat] | type[Svd]] = {"cat": Cat, "svd": Svd}
 
 __all__ = [
+    "ADAPTER_METHODS",
     "METHODS",
     "Breadcrumbs",
+    "Cat",
     "Dare",
     "DareTies",
     "Della",
@@ -52,6 +57,7 @@ __all__ = [
     "RegMean",
     "SignConsensus",
     "Slerp",
+    "Svd",
     "TaskArithmetic",
     "TensorView",
     "Ties",
