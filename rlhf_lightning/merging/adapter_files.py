@@ -99,7 +99,8 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     check_exact(config, folder)
     parts: dict[str, dict[str, Tensor]] = {}
-    trained, own_base = {}, {}
+    trained: dict[str, StoredTensor] = {}
+    own_base: dict[str, StoredTensor] = {}
     for key, tensor in read_header(folder / WEIGHTS).items():
         path = key.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(path)
