@@ -9,6 +9,11 @@ Parts, each within its share of the time; parts that do not fit are reported:
 - ``equality``: loss and gradient of the first step of all eight methods, in fp32 and bf16, with the attention ``auto``,
   ``blocks`` and ``flex``, as relative distances from the same step in fp32 on the CPU.
 - ``tests``: ``tests/gpu``.
+- ``attention``: the kernels ``blocks``, ``cascade`` and ``flex``, forward and backward of one layer, on five forests:
+  the first call, whose shapes are new, and the best later one, peak memory, and the distance from blocks in fp32.
+- ``head``: the fused head, also with the entropy, and cross-entropy of full logits: the same, at three sizes.
+- ``decoding``: tokens per second and time of a step by the engine's cache, and with ``top_p``.
+- ``copies``: copies either way, waits and launches of a micro-batch of SFT and DPO, by torch's profiler.
 - ``speed``: steps of SFT and DPO and an iteration of GRPO on a random model with 1.5 billion weights in bf16, and
   tokens sampled from it: ours, TRL's, TRL's with Liger. Time, peak allocated memory, and *utilisation*: the products
   that a step needs (6 per weight and token, 8 with a reference; a prompt's tokens count once) over the measured rate
@@ -32,14 +37,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_sections
 import torch
+from gpu_sections import ON_CARD, REHEARSED, Left, Row
 from sides import OURS, Figures, run_child
 from training import SHAPES, Shape, write_model
+from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 EIGHT = ("sft", "reward", "process", "dpo", "simpo", "kto", "grpo", "ppo")
-SHARES = {"equality": 0.25, "tests": 0.2, "speed": 0.55}  # of the time
+SHARES = {  # of the time
+    "equality": 0.19,
+    "tests": 0.15,
+    "attention": 0.1,
+    "head": 0.06,
+    "decoding": 0.12,
+    "copies": 0.08,
+    "speed": 0.3,
+}
 
 
 class Scale(NamedTuple):
@@ -57,14 +73,6 @@ class Scale(NamedTuple):
 
 CARD = Scale("cuda", "1.5b", batch=16, steps=6, prompts=8, samples=8, limit=128, precision="bf16")
 REHEARSAL = Scale("cpu", "tiny", batch=2, steps=3, prompts=2, samples=2, limit=4, precision="fp32")
-
-
-class Row(NamedTuple):
-    """A row of the final table."""
-
-    what: str
-    side: str
-    found: str
 
 
 def num_weights(shape: Shape) -> int:
@@ -132,9 +140,8 @@ def relative_distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
     return sum(float((found[key] - weight).square().sum()) for key, weight in expected.items()) ** 0.5 / size
 
 
-def equality(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
+def equality(scale: Scale, folder: Path, left: Left) -> list[Row]:
     """Compares every method's first step with that in fp32 on the CPU."""
-    sys.path.insert(0, str(ROOT))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     from tests.helpers import save_tiny_model
@@ -161,7 +168,7 @@ def equality(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]
     return rows
 
 
-def tests(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
+def tests(scale: Scale, folder: Path, left: Left) -> list[Row]:
     """Runs ``tests/gpu``."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     if scale.device == "cpu":
@@ -176,6 +183,26 @@ def tests(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
     return [Row("tests/gpu", OURS, lines[-1])]
 
 
+def large_model(scale: Scale, folder: Path) -> Path:
+    """The folder of the model that is measured, written when it is first asked for."""
+    if not (folder / "large").is_dir():
+        write_model(folder / "large", SHAPES[scale.shape], scale.device)
+    return folder / "large"
+
+
+def section(name: str, scale: Scale, folder: Path, left: Left) -> list[Row]:
+    """Runs a section of ``gpu_sections``."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    pieces = ON_CARD if scale.device == "cuda" else REHEARSED
+    needed = [large_model(scale, folder)] if name in ("decoding", "copies") else []
+    rows = list(getattr(gpu_sections, name)(scale.device, pieces, *needed, left))
+    if scale.device == "cuda":
+        torch.cuda.empty_cache()  # for the processes of other parts
+    return rows
+
+
 def sides_of(what: str, scale: Scale) -> dict[str, list[str]]:
     """The sides to measure, with options of the script: TRL on a GPU if installed, also fused if Liger is installed."""
     found: dict[str, list[str]] = {OURS: []}
@@ -186,13 +213,12 @@ def sides_of(what: str, scale: Scale) -> dict[str, list[str]]:
     return found
 
 
-def speed(scale: Scale, folder: Path, left: Callable[[], float]) -> list[Row]:
+def speed(scale: Scale, folder: Path, left: Left) -> list[Row]:
     """Measures training and sampling; each run is a separate process."""
     shape = SHAPES[scale.shape]
     rate = product_rate(scale.device, 8192 if scale.device == "cuda" else 256)
     rows = [Row("products in bf16", scale.device, f"{rate / 1e12:.2f} TFLOP/s")]
-    write_model(folder / "large", shape, scale.device)
-    shared = [f"--folder={folder / 'large'}", f"--steps={scale.steps}", f"--device={scale.device}"]
+    shared = [f"--folder={large_model(scale, folder)}", f"--steps={scale.steps}", f"--device={scale.device}"]
     shared += [f"--shape={scale.shape}", f"--precision={scale.precision}"]
     train = [*shared, f"--batch={scale.batch}"]
     online = [*shared, "--workloads=equal", f"--prompts={scale.prompts}", f"--samples={scale.samples}"]
@@ -243,9 +269,10 @@ def sampled(scale: Scale, folder: str) -> None:
     print("RESULT " + json.dumps({"tokens_per_s": ours, "ratio": ratio}))
 
 
-PARTS: dict[str, Callable[[Scale, Path, Callable[[], float]], list[Row]]] = {
+PARTS: dict[str, Callable[[Scale, Path, Left], list[Row]]] = {
     "equality": equality,
     "tests": tests,
+    **{name: partial(section, name) for name in ("attention", "head", "decoding", "copies")},
     "speed": speed,
 }
 
@@ -267,6 +294,7 @@ def main() -> int:
     scale = REHEARSAL if arguments.rehearse else CARD
     name = torch.cuda.get_device_name() if scale.device == "cuda" else "CPU (a rehearsal: its speeds mean nothing)"
 
+    sys.path.insert(0, str(ROOT))  # for ``tests``
     start, rows, failed = time.monotonic(), [Row("device", name, f"torch {torch.__version__}")], False
     total = sum(SHARES[part] for part in arguments.parts)
     end = start

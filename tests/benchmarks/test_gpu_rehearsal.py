@@ -28,6 +28,19 @@ def test_rehearsal() -> None:
         assert "bf16-mixed: loss" in cell
         assert cell.count("gradient 0.0e+00") == 1
     assert "tests collected" in found["tests/gpu", "ours"]
+    for kernel in ("blocks", "cascade"):  # in fp32, as what they are compared with
+        far = found["attention, 2 pairs", kernel].partition("GiB, ")[2].partition(" apart")[0]
+        assert float(far) < 1e-5
+        assert (float(far) == 0) == (kernel == "blocks")
+    for side in ("fused", "fused, entropy", "full logits"):
+        assert " ms (first " in found["head, 32 x 16 x 64", side]
+    assert float(found["head, 32 x 16 x 64", "fused"].partition("GiB, ")[2].partition(" apart")[0]) < 1e-5
+    for cache in ("dynamic", "static", "paged", "int8"):
+        assert "tokens/s" in found["decoding, 4 rows", cache]
+    for what in ("sft", "dpo"):
+        counts = [int(part.split()[0]) for part in found[f"{what}, per micro-batch", "ours"].split(", ")]
+        assert counts[:4] == [0, 0, 0, 0]  # there is no device here
+        assert counts[4] > 100
     for what in ("sft", "dpo", "grpo"):
         assert "tokens/s" in found[what, "ours"]
     assert "x transformers.generate" in found["sampling", "engine / transformers.generate"]
