@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -35,6 +35,8 @@ class ModelExport(lightning.Callback):
         mode: whether more (``max``) or less (``min``) of the metric is better; if omitted, derived from its name,
             such as ``val/loss`` or ``val/accuracy``.
         merge_adapter: write a LoRA policy as a whole model instead of the adapter alone.
+        critic_folder: also write the critic of PPO, whenever the model is written, as a value model that
+            ``ValueScorer`` loads; ``{step}`` as in ``folder``.
         every_n_steps: also write it every so many optimizer steps, at least 1; not with ``monitor``.
         log_artifact: also log every written folder to W&B, as a version of an artifact of type ``model`` with the
             aliases ``latest`` and ``step-<number>``; offline it is copied and uploaded by ``wandb sync``.
@@ -55,6 +57,7 @@ class ModelExport(lightning.Callback):
         merge_adapter: bool = False,
         every_n_steps: int | None = None,
         log_artifact: bool = False,
+        critic_folder: str | None = None,
     ) -> None:
         if mode not in ("max", "min", None):
             raise ValueError(
@@ -69,12 +72,15 @@ class ModelExport(lightning.Callback):
                 f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: remove one of them, or use two "
                 "ModelExport callbacks with a folder each"
             )
+        if critic_folder is not None and Path(critic_folder) == Path(folder):
+            raise ValueError(f"critic_folder is {critic_folder!r}, and so is folder: give the critic one of its own")
         self.folder = Path(folder)
         self.monitor = monitor
         self.mode = direction_of(monitor) if mode is None and monitor is not None else mode
         self.merge_adapter = merge_adapter
         self.every_n_steps = every_n_steps
         self.log_artifact = log_artifact
+        self.critic_folder = None if critic_folder is None else Path(critic_folder)
         self.best_value: float | None = None
         self.step: int | None = None
         self._last_step = 0
@@ -100,7 +106,21 @@ class ModelExport(lightning.Callback):
         if isinstance(pl_module, PostTrainingModule) and not _is_trial(trainer):
             if self.merge_adapter:
                 check_merge(pl_module)
+            self._check_critic(pl_module, trainer.global_step)
             on_first_rank(lambda: self._check_places(pl_module, trainer.global_step))
+
+    def _check_critic(self, module: PostTrainingModule, step: int) -> None:
+        if self.critic_folder is None:
+            return
+        check = getattr(module, "check_critic_export", None)
+        if check is None:
+            raise ValueError(
+                f"critic_folder is {str(self.critic_folder)!r}, and {type(module).__name__} has no critic: remove it, "
+                "or train with PPOModule"
+            )
+        module.configure_model()
+        place = self._at(self.critic_folder, step)
+        on_first_rank(lambda: check(str(place), merge_adapter=self.merge_adapter))
 
     def _check_places(self, module: PostTrainingModule, step: int) -> None:
         # With {step} in the name, later steps of this run would replace these folders.
@@ -192,7 +212,11 @@ class ModelExport(lightning.Callback):
         self.best_value, self.step = state_dict["best_value"], state_dict["step"]
 
     def _place(self, trainer: lightning.Trainer) -> Path:
-        return Path(str(self.folder).replace("{step}", str(trainer.global_step)))
+        return self._at(self.folder, trainer.global_step)
+
+    @staticmethod
+    def _at(folder: Path, step: int) -> Path:
+        return Path(str(folder).replace("{step}", str(step)))
 
     def _write(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not isinstance(pl_module, PostTrainingModule):
@@ -202,6 +226,9 @@ class ModelExport(lightning.Callback):
         folder = self._place(trainer)
         folder.parent.mkdir(parents=True, exist_ok=True)
         pl_module.save_pretrained(str(folder), merge_adapter=self.merge_adapter)
+        if self.critic_folder is not None:
+            critic = self._at(self.critic_folder, trainer.global_step)
+            cast(Any, pl_module).save_critic(str(critic), merge_adapter=self.merge_adapter)
         self.step = trainer.global_step
         on_first_rank(lambda: self._record(trainer, folder))
 

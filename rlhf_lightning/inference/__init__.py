@@ -17,9 +17,10 @@ from .scorers import ProcessScorer, RewardScorer
 from .selection import BestOfN, MajorityVote, SelfConsistency
 from .specs import build_scorer, build_strategy
 from .strategy import Candidate, Scorer, Scores, SearchResult, Strategy
-from .text_terms import LikelihoodScorer, TextScorer, VerifierScorer, WeightedScorer
+from .text_terms import JudgeScorer, LikelihoodScorer, TextScorer, VerifierScorer, WeightedScorer
 from .token_beam import TokenBeamSearch
 from .trees import Node, SearchTree
+from .value_scorers import SelfCertaintyScorer, ValueScorer
 
 __all__ = [
     "DVTS",
@@ -31,6 +32,7 @@ __all__ = [
     "Candidate",
     "Completion",
     "Engine",
+    "JudgeScorer",
     "LikelihoodScorer",
     "LocalEngine",
     "MajorityVote",
@@ -44,10 +46,12 @@ __all__ = [
     "Scores",
     "SearchResult",
     "SearchTree",
+    "SelfCertaintyScorer",
     "SelfConsistency",
     "Strategy",
     "TextScorer",
     "TokenBeamSearch",
+    "ValueScorer",
     "VerifierScorer",
     "WeightedScorer",
     "build_scorer",

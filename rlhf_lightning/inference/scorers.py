@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.lengths import longest
 from ..data.text_tokens import encode
 from ..losses.process_reward import Aggregation
 from ..models import ProcessRewardModel, RewardModel
 from ..models.loading import locate
 from ..models.scoring import prefix_examples
-from ..sequences import Example, Segment
+from ..sequences import Segment
 from ..utils.validation import check_choice, check_count, check_not_negative
 from .completion import decode
 from .step_ends import step_ends
@@ -33,6 +34,7 @@ from .text_scorers import (
     move,
     same_tokens,
 )
+from .token_counts import read_once
 
 
 class RewardScorer:
@@ -87,7 +89,7 @@ class RewardScorer:
     def attach(self, engine: Any) -> None:
         """Moves to an engine's device, and checks whether both tokenizers agree."""
         self._tokenizer = getattr(engine, "tokenizer", None)
-        self.scorer.attach(_device(engine, self.scorer.model), self._tokenizer)
+        self.scorer.attach(device_of(engine, self.scorer.model), self._tokenizer)
 
     def score(self, candidates: Sequence[Candidate]) -> Scores:
         """Scores candidates.
@@ -95,18 +97,29 @@ class RewardScorer:
         Raises:
             ValueError: one is too long, or partial and of another tokenizer.
         """
-        encoded: list[Any] = []
-        for candidate in candidates:
-            prompt = _prompt_of(candidate, self._tokenizer)
-            ids = (candidate.query.token_ids, candidate.token_ids) if candidate.token_ids else (None, None)
-            ended = candidate.finish_reason is not None
-            encoded.append(self.scorer.encode(prompt, candidate.text, {}, *ids, ended=ended))
+        encoded = [self._encoded(candidate) for candidate in candidates]
         if isinstance(self.scorer, PaddedScorer):
             values, tokens = self.scorer.score(encoded), [len(each["input_ids"]) for each in encoded]
         else:
-            values, tokens = _packed_values(self.scorer.model, encoded)
+            values, tokens = packed_values(self.scorer.model, encoded), self._counts(candidates, encoded)
         scores = [float(v.mean() - self.uncertainty_penalty * v.std(correction=0)) for v in values]
         return Scores(scores, tokens)
+
+    def cost(self, candidate: Candidate) -> int:
+        """Returns the most tokens that scoring the candidate reads."""
+        encoded = self._encoded(candidate)
+        return len(encoded["input_ids"]) if isinstance(encoded, dict) else longest(encoded)
+
+    def _encoded(self, candidate: Candidate) -> Any:
+        prompt = _prompt_of(candidate, self._tokenizer)
+        ids = (candidate.query.token_ids, candidate.token_ids) if candidate.token_ids else (None, None)
+        return self.scorer.encode(prompt, candidate.text, {}, *ids, ended=candidate.finish_reason is not None)
+
+    def _counts(self, candidates: Sequence[Candidate], trees: Sequence[Segment]) -> list[int]:
+        if self.scorer.model.options.pooling == "last":
+            return read_once(candidates, [_path(tree) for tree in trees])
+        # A mean over a solution's states reads every token of it for itself.
+        return _prompts_once(candidates, trees)
 
 
 class ProcessScorer:
@@ -161,7 +174,7 @@ class ProcessScorer:
         """Moves to an engine's device, and checks whether both tokenizers agree."""
         self._tokenizer = getattr(engine, "tokenizer", None)
         self._same_tokens = self._tokenizer is not None and same_tokens(self.model.rows.tokenizer, self._tokenizer)
-        move(self.model, _device(engine, self.model))
+        move(self.model, device_of(engine, self.model))
 
     def score(self, candidates: Sequence[Candidate]) -> Scores:
         """Scores candidates; one without a step has the score of no mistake, 1.
@@ -175,11 +188,16 @@ class ProcessScorer:
             found = self.model.score_trees(trees)
         values = self.model.aggregated([value[:, 0].tolist() for value in found])
         scores, tokens = [1.0] * len(candidates), [0] * len(candidates)
-        for number, score, value, count in zip(places, values, found, _shared_once(trees), strict=True):
+        counts = _prompts_once([candidates[number] for number in places], trees)
+        for number, score, value, count in zip(places, values, found, counts, strict=True):
             outcome = float(value[-1, 2]) if self.outcome_weight else 0.0
             scores[number] = (1 - self.outcome_weight) * score + self.outcome_weight * outcome
             tokens[number] = count
         return Scores(scores, tokens)
+
+    def cost(self, candidate: Candidate) -> int:
+        """Returns the most tokens that scoring the candidate reads."""
+        return self._encoded(candidate).num_tokens if self._has_steps(candidate) else 0
 
     def _has_steps(self, candidate: Candidate) -> bool:
         return bool(self.model.split(candidate.text))
@@ -205,7 +223,7 @@ class ProcessScorer:
         return tree
 
 
-def _device(engine: Any, model: Any) -> torch.device:
+def device_of(engine: Any, model: Any) -> torch.device:
     """Returns the device of an engine's model; of a remote engine, the scoring model's own."""
     policy = getattr(engine, "model", None)
     inner = getattr(engine, "engine", None)
@@ -213,7 +231,7 @@ def _device(engine: Any, model: Any) -> torch.device:
         first: Tensor = next(policy.parameters())
         return first.device
     if inner is not None:
-        return _device(inner, model)
+        return device_of(inner, model)
     own: Tensor = next(model.parameters())
     return own.device
 
@@ -227,38 +245,36 @@ def _prompt_of(candidate: Candidate, tokenizer: Any) -> Any:
     return tokenizer.decode(ids, skip_special_tokens=True) if ids and isinstance(ids[0], int) else prompt
 
 
-def _packed_values(model: RewardModel, trees: Sequence[Segment]) -> tuple[list[Tensor], list[int]]:
-    """Scores solutions with a reward model; those of one prompt share all tokens that they begin with."""
+def packed_values(model: RewardModel, trees: Sequence[Segment]) -> list[Tensor]:
+    """Scores solutions with a reward model; those of one prompt share all tokens that they begin with.
+
+    Returns:
+        For each solution the scores by the ensemble's members, ``(M,)``.
+    """
     with exactly(model.device):
         if model.options.pooling != "last":
             # A mean over a solution's states reads every token of it for itself.
-            values, tokens = model.score_trees(trees), _shared_once(trees)
+            values = model.score_trees(trees)
         else:
             examples, numbers = prefix_examples(trees, model.micro_batch_tokens)
-            values, tokens = [torch.empty(0)] * len(trees), [0] * len(trees)
-            for example, places, found in zip(examples, numbers, model.score_examples(examples), strict=True):
-                tokens[places[0][0]] += _count(example)
+            values = [torch.empty(0)] * len(trees)
+            for places, found in zip(numbers, model.score_examples(examples), strict=True):
                 for leaf, value in zip(places, found, strict=True):
                     for place in leaf:
                         values[place] = value
-    return [model.options.combined(value).float() for value in values], tokens
+    return [model.options.combined(value).float() for value in values]
 
 
-def _count(example: Example) -> int:
-    waiting, total = [example.root], 0
-    while waiting:
-        segment = waiting.pop()
-        total += len(segment.tokens)
-        waiting.extend(segment.children)
-    return total
+def _path(tree: Segment) -> list[int]:
+    return [token for segment in next(tree.paths()) for token in segment.tokens.tolist()]
 
 
-def _shared_once(trees: Sequence[Segment]) -> list[int]:
-    """Counts the tokens of each tree; a prompt that several share, for the first of them."""
-    seen: set[bytes] = set()
+def _prompts_once(candidates: Sequence[Candidate], trees: Sequence[Segment]) -> list[int]:
+    """Counts the tokens of each tree; a prompt, for the first of its query."""
+    seen: set[tuple[int, bytes]] = set()
     counts = []
-    for tree in trees:
-        key = tree.tokens.tobytes()
-        counts.append(sum(len(child.tokens) for child in tree.children) + (0 if key in seen else len(tree.tokens)))
+    for candidate, tree in zip(candidates, trees, strict=True):
+        key = id(candidate.query), tree.tokens.tobytes()
+        counts.append(tree.num_tokens - (len(tree.tokens) if key in seen else 0))
         seen.add(key)
     return counts

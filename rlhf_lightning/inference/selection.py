@@ -16,6 +16,7 @@ from .completion import Completion
 from .engine import Engine
 from .sampling import SamplingParams, derive_seed
 from .strategy import Candidate, Query, Sample, Scorer, Search, SearchResult, Strategy
+from .token_counts import scoring_cost
 
 AnswerOf = Callable[[str], Hashable | None]
 
@@ -81,10 +82,9 @@ class Selection(Strategy):
 
     def scored(self, candidates: Sequence[Candidate], account: Account) -> Generator[Any, Any, list[Candidate]]:
         """Scores candidates in order, as many as the budget of scorer tokens pays for; the others have no score."""
-        cost: Callable[[Candidate], int] = getattr(self.scorer, "cost", _most_tokens)
         left, count = account.left("scorer_tokens"), 0
         for candidate in candidates:
-            left -= cost(candidate)
+            left -= 0 if left == math.inf else scoring_cost(self.scorer, candidate)
             if left < 0:
                 break
             count += 1
@@ -249,10 +249,6 @@ def result_of(candidates: Sequence[Candidate], chosen: int, account: Account) ->
         expansions=account.expansions,
         stopped_by=account.exhausted(),
     )
-
-
-def _most_tokens(candidate: Candidate) -> int:
-    return len(candidate.query.token_ids) + len(candidate.token_ids)
 
 
 # Estimates from one set of samples.

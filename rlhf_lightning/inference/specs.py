@@ -21,8 +21,9 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
 
     Args:
         spec: a strategy's class name such as ``MCTS``, or a mapping with ``class_path`` (a class name, or the dotted
-            path of a class of one's own) and ``init_args``. In these, ``scorer`` is as in ``build_scorer``, and
-            ``budget`` and ``sampling`` are mappings of their options.
+            path of a class of one's own) and ``init_args``. In these, ``scorer`` and ``value`` are as in
+            ``build_scorer``, ``budget`` and ``sampling`` are mappings of their options, and ``engine`` is a strategy
+            on the given engine that this one wraps.
         engine: samples from the policy.
         scorer: used if ``init_args`` name none; as in ``build_scorer``.
 
@@ -35,9 +36,13 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
         5
     """
     cls, options = _read(spec, "strategy")
+    if (inner := options.pop("engine", None)) is not None:
+        engine = build_strategy(inner, engine)
     given = options.pop("scorer", None) or scorer
     if given is not None:
         options["scorer"] = build_scorer(given)
+    if options.get("value") is not None:
+        options["value"] = build_scorer(options["value"])
     for name, group in (("budget", Budget), ("sampling", SamplingParams)):
         if isinstance(options.get(name), Mapping):
             options[name] = _call(group, options[name], name)
@@ -48,9 +53,10 @@ def build_scorer(spec: Any) -> Any:
     """Builds a scorer.
 
     Args:
-        spec: a scorer; the folder or hub id of a reward model or process reward model; a scorer's class name; or a
-            mapping with ``class_path`` and ``init_args``, where ``terms`` of a ``WeightedScorer`` are pairs of these
-            with weights.
+        spec: a scorer; the folder or hub id of a reward model, process reward model or critic; a scorer's class name;
+            or a mapping with ``class_path`` and ``init_args``, where ``terms`` of a ``WeightedScorer`` are pairs of
+            these with weights, and the ``judge`` of a ``JudgeScorer`` and the ``function`` of a ``VerifierScorer`` may
+            be written as ``class_path`` and ``init_args``, too.
 
     Raises:
         ValueError: there is no such scorer or model.
@@ -63,11 +69,31 @@ def build_scorer(spec: Any) -> Any:
             raise ValueError(f"there is no scorer {spec!r}{hint}")
         model = locate(spec, what="scorer")
         method = read_head_options(model).get("method") if Path(model).is_dir() else None
-        return _class("ProcessScorer" if method == "process_reward" else "RewardScorer", "scorer")(spec)
+        names = {"process_reward": "ProcessScorer", "value": "ValueScorer"}
+        return _class(names.get(str(method), "RewardScorer"), "scorer")(spec)
     cls, options = _read(spec, "scorer")
     if "terms" in options:
         options["terms"] = [(build_scorer(term), weight) for term, weight in options["terms"]]
+    for name in ("judge", "function"):
+        if name in options:
+            options[name] = _object(options[name], name)
     return _call(cls, options, "scorer")
+
+
+def _object(spec: Any, what: str) -> Any:
+    """Builds an object that is written as ``class_path`` and ``init_args``, those within included."""
+    if not isinstance(spec, Mapping):
+        return spec
+    if not isinstance(spec.get("class_path"), str) or set(spec) - {"class_path", "init_args"}:
+        raise ValueError(f"{what} has the keys {sorted(map(str, spec))}: write class_path and init_args")
+    arguments = {
+        name: _object(value, name) if isinstance(value, Mapping) and "class_path" in value else value
+        for name, value in (spec.get("init_args") or {}).items()
+    }
+    try:
+        return load_attribute(spec["class_path"])(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the init_args of {what} do not fit {spec['class_path']}: {error}") from error
 
 
 def _is_class(name: str) -> bool:

@@ -7,24 +7,19 @@ tokens cut it. Tokens are never encoded again, so a path is exactly what the pol
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .budget import Account, Limit
 from .completion import Completion, FinishReason, decode, readable
 from .sampling import SamplingParams, derive_seed
-from .strategy import Ask, Candidate, Query, Sample, Scorer, SearchResult
+from .strategy import Ask, Candidate, Query, Sample, SearchResult
+from .token_counts import scoring_cost
 from .trees import Node, SearchTree
 
 if TYPE_CHECKING:
     from .step_search import StepSearch
-
-
-def scoring_cost(scorer: Scorer | None, candidate: Candidate) -> int:
-    """Returns the most tokens that scoring a candidate reads: what the scorer states, or all of the candidate's."""
-    cost: Callable[[Candidate], int] | None = getattr(scorer, "cost", None)
-    return len(candidate.query.token_ids) + len(candidate.token_ids) if cost is None else cost(candidate)
 
 
 @dataclass(frozen=True, eq=False)

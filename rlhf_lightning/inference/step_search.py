@@ -11,8 +11,9 @@ from ..utils.validation import check_count
 from .budget import Account, Budget
 from .engine import Engine
 from .sampling import SamplingParams
-from .step_environment import StepEnvironment, scoring_cost
+from .step_environment import StepEnvironment
 from .strategy import Ask, Candidate, Query, Scorer, Scores, Search, Strategy
+from .token_counts import scoring_cost
 
 
 class StepSearch(Strategy):
@@ -105,6 +106,13 @@ class SplitScorer:
 
     def __init__(self, *, whole: Scorer, partial: Scorer) -> None:
         self.whole, self.partial = whole, partial
+
+    def attach(self, engine: Any) -> None:
+        """Attaches both to an engine."""
+        for scorer in (self.whole, self.partial):
+            tell = getattr(scorer, "attach", None)
+            if callable(tell):
+                tell(engine)
 
     def score(self, candidates: Sequence[Candidate]) -> Scores:
         """Scores each candidate with its scorer."""

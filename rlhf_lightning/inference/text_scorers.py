@@ -232,7 +232,7 @@ def _reward_options(folder: str) -> tuple[dict[str, Any] | None, list[str]]:
         if stored.get("method") != RewardModel.method:
             raise ValueError(
                 f"{folder!r} holds a {stored.get('method')} model, no reward model: a process reward model is used by "
-                "ProcessModelReward or ProcessModelSteps"
+                "ProcessModelReward, ProcessModelSteps or ProcessScorer, a critic by ValueScorer"
             )
         return stored, list(stored["attributes"])
     try:

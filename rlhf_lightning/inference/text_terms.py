@@ -1,17 +1,24 @@
-"""Scorers of solutions by functions, likelihood and text, and sums of scorers."""
+"""Scorers of solutions by functions, judges, likelihood and text, and sums of scorers."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
 from ..utils.imports import load_attribute
 from ..utils.validation import check_choice
 from .strategy import Candidate, Scorer, Scores
+from .token_counts import scoring_cost
+
+QUESTION = (
+    "Someone was asked:\n{prompt}\n\nThey answered:\n{completion}\n\nIs the answer right so far?\n"
+    "Reply with yes or no.\n"
+)
 
 
 class VerifierScorer:
@@ -20,7 +27,7 @@ class VerifierScorer:
     Args:
         function: a reward function, ``(prompts, completions, **columns) -> numbers``, or its dotted path. It gets the
             columns of ``search(columns=...)`` that its signature names, or all of them if it takes ``**columns``.
-        no_verdict: the score where it returns ``None``.
+        no_verdict: the score where it returns ``None``, or an exception (the first one is shown as a warning).
 
     Example:
         >>> from rlhf_lightning.inference.strategy import Candidate, Query
@@ -52,23 +59,80 @@ class VerifierScorer:
         columns = {name: [candidate.query.columns.get(name) for candidate in candidates] for name in names}
         prompts = [candidate.query.prompt for candidate in candidates]
         found = list(self.function(prompts, [candidate.text for candidate in candidates], **columns))
-        if len(found) != len(candidates):
+        return _verdicts("verifier", found, candidates, self.no_verdict)
+
+    def cost(self, candidate: Candidate) -> int:
+        """Returns 0: no tokens are read."""
+        return 0
+
+
+class JudgeScorer:
+    """Scores solutions by a judge, which answers a question about each with a number from 0 (no) to 1 (yes).
+
+    Args:
+        judge: a function from questions to as many numbers, such as ``rewards.EngineJudge(RemoteEngine(url))``, which
+            asks a server, or ``rewards.ModelJudge(folder)``. An exception in place of a number is no verdict.
+        question: the question, with the fields ``prompt`` and ``completion``.
+        no_verdict: the score of a solution without a verdict; the first failure is shown as a warning.
+
+    Raises:
+        ValueError: the judge cannot be called, or the question has another field.
+
+    Example:
+        >>> from rlhf_lightning.inference.strategy import Candidate, Query
+        >>> brief = JudgeScorer(lambda questions: [float(len(text) < 90) for text in questions])
+        >>> brief.score([Candidate(Query("2+2=", (), 0), (), "4")]).values
+        [1.0]
+    """
+
+    def __init__(
+        self, judge: Callable[[Sequence[str]], Sequence[Any]], *, question: str = QUESTION, no_verdict: float = 0.0
+    ) -> None:
+        if not callable(judge):
             raise ValueError(
-                f"the verifier gave {len(found)} values for {len(candidates)} solutions: one each is needed"
+                f"judge is a {type(judge).__name__}: give a function of questions, such as "
+                "rlhf_lightning.rewards.EngineJudge(engine)"
             )
-        return Scores([self.no_verdict if value is None else float(value) for value in found], [0] * len(found))
+        try:
+            question.format(prompt="", completion="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"question has the wrong field {error}: its fields are {{prompt}} and {{completion}}"
+            ) from error
+        self.judge, self.question, self.no_verdict = judge, question, no_verdict
+
+    def score(self, candidates: Sequence[Candidate]) -> Scores:
+        """Scores candidates.
+
+        Raises:
+            ValueError: the judge returned another number of verdicts.
+        """
+        questions = [
+            self.question.format(prompt=_written(candidate.query.prompt), completion=candidate.text)
+            for candidate in candidates
+        ]
+        found = list(self.judge(questions)) if questions else []
+        return _verdicts("judge", found, candidates, self.no_verdict)
+
+    def cost(self, candidate: Candidate) -> int:
+        """Returns 0: the tokens that a judge reads are not counted."""
+        return 0
 
 
 class LikelihoodScorer:
     """Scores solutions by the mean log-probability of their tokens under the distribution they were sampled from.
 
-    Without tokens, 0. (Self-certainty, a divergence of whole distributions, needs more than an engine returns.)
+    Without tokens, 0. ``SelfCertaintyScorer`` takes the whole distributions into account.
     """
 
     def score(self, candidates: Sequence[Candidate]) -> Scores:
         """Scores candidates."""
         means = [sum(c.logprobs) / len(c.logprobs) if c.logprobs else 0.0 for c in candidates]
         return Scores(means, [0] * len(means))
+
+    def cost(self, candidate: Candidate) -> int:
+        """Returns 0: no tokens are read."""
+        return 0
 
 
 class TextScorer:
@@ -98,6 +162,10 @@ class TextScorer:
         """Scores candidates."""
         values = [self._value(candidate, candidates) for candidate in candidates]
         return Scores(values, [0] * len(values))
+
+    def cost(self, candidate: Candidate) -> int:
+        """Returns 0: no tokens are read."""
+        return 0
 
     def _value(self, candidate: Candidate, candidates: Sequence[Candidate]) -> float:
         text = candidate.text
@@ -143,6 +211,31 @@ class WeightedScorer:
         parts = [(scorer.score(candidates), weight) for scorer, weight in self.terms]
         values = [sum(part.values[n] * weight for part, weight in parts) for n in range(len(candidates))]
         return Scores(values, [sum(part.tokens[n] for part, _ in parts) for n in range(len(candidates))])
+
+    def cost(self, candidate: Candidate) -> int:
+        """Returns the most tokens that scoring the candidate reads."""
+        return sum(scoring_cost(scorer, candidate) for scorer, _ in self.terms)
+
+
+def _verdicts(what: str, found: Sequence[Any], candidates: Sequence[Candidate], no_verdict: float) -> Scores:
+    """Turns what a function returned into scores; an exception is no verdict, and the first one is shown."""
+    if len(found) != len(candidates):
+        raise ValueError(f"the {what} gave {len(found)} values for {len(candidates)} solutions: one each is needed")
+    failed = next((value for value in found if isinstance(value, Exception)), None)
+    if failed is not None:
+        warnings.warn(f"the {what} has failed on a solution, which gets {no_verdict}: {failed}", stacklevel=4)
+    none = [value is None or isinstance(value, Exception) for value in found]
+    values = [no_verdict if missing else float(value) for missing, value in zip(none, found, strict=True)]
+    return Scores(values, [0] * len(values))
+
+
+def _written(prompt: Any) -> str:
+    """Returns a prompt as text; chat messages one to a line."""
+    if isinstance(prompt, str):
+        return prompt
+    if all(isinstance(item, Mapping) for item in prompt):
+        return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    raise ValueError("a judge reads texts, and the prompt was given as token ids: give its text")
 
 
 def _column_names(function: Callable[..., Any]) -> set[str] | None:

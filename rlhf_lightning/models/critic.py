@@ -6,10 +6,12 @@ Legend: N scored tokens, D hidden size, M members of an ensemble, K attributes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..sequences import AttentionKernel, SequenceBatch, register_attention
 from ..utils.transfer import count_index
@@ -17,8 +19,45 @@ from .backbone import Layout, base_model, fix_rotary_frequencies, hidden_states
 from .layout import resolve_layout
 from .loading import load_causal_lm
 from .reward_ensemble import MemberMeans
-from .reward_head import HeadKind, RewardHead, freeze_output_projection, read_head_options, read_head_state
+from .reward_head import (
+    HeadKind,
+    RewardHead,
+    freeze_output_projection,
+    head_files,
+    read_head_options,
+    read_head_state,
+)
 from .reward_model import RewardModel, RewardModelOptions
+from .saving import save_pretrained
+
+
+class ValueModel(RewardModel):
+    """A critic outside of training: the value of a solution so far is the return that it expects from there on.
+
+    It is read after the last token, which must not be the one that ends an answer: PPO trains values of states before
+    sampled tokens, and nothing is sampled after the end.
+
+    Example::
+
+        model = ValueModel.from_pretrained("runs/ppo/critic")
+    """
+
+    method: ClassVar[str] = "value"
+    trained_by: ClassVar[str] = "PPOModule"
+
+    @classmethod
+    def stored_options(cls, folder: str | Path) -> dict[str, Any]:
+        """Reads the options that are stored with a critic.
+
+        Raises:
+            ValueError: the folder holds none.
+        """
+        if read_head_options(folder).get("method") != cls.method:
+            raise ValueError(
+                f"{str(folder)!r} holds no critic: PPOModule.save_critic writes one, as does ModelExport with "
+                "critic_folder"
+            )
+        return super().stored_options(folder)
 
 
 class Critic(nn.Module):
@@ -73,6 +112,27 @@ class Critic(nn.Module):
             states_ND = means_so_far(states_ND, batch.sequence_index, batch.num_sequences, longest)
         return self.values(states_ND)
 
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        policy: nn.Module,
+        merge_adapter: bool = False,
+    ) -> None:
+        """Writes the critic as a folder that ``ValueModel.from_pretrained`` loads.
+
+        Args:
+            folder: destination; written atomically, replacing an earlier critic.
+            tokenizer: written with it.
+            policy: whose hidden states it reads, if it has no model of its own.
+            merge_adapter: merge an adapter into the weights and write the whole model.
+        """
+        means = {"member_means": self.means.value.tolist()} if self.means.weight else {}
+        files = head_files(self.head, {"method": ValueModel.method, **self.options.stored(), **means})
+        model: Any = policy if self.model is None else self.model
+        save_pretrained(model, tokenizer, folder, merge_adapter=merge_adapter, beside=files)
+
 
 def means_so_far(states_ND: Tensor, sequence_index_N: Tensor, num_sequences: int, longest: int) -> Tensor:
     """Computes running means of each sequence's states, without the first: it is the prompt's, and is returned as is.
@@ -104,7 +164,8 @@ def means_so_far(states_ND: Tensor, sequence_index_N: Tensor, num_sequences: int
 
 def shared_critic(hidden_size: int, *, kind: HeadKind, seed: int, dtype: torch.dtype) -> Critic:
     """Makes a critic with a head on the policy's hidden states; its values start at 0."""
-    return Critic(_silent(RewardHead(hidden_size, kind=kind, seed=seed, dtype=dtype)))
+    head = _silent(RewardHead(hidden_size, kind=kind, seed=seed, dtype=dtype))
+    return Critic(head, options=RewardModelOptions(head=kind))
 
 
 def own_critic(
@@ -121,7 +182,7 @@ def own_critic(
     """Makes a critic with a separate model and its stored head, or a head whose values start at 0.
 
     Args:
-        source: Hugging Face id or folder, possibly of a reward model: values then start as its rewards.
+        source: Hugging Face id or folder, possibly of a reward model or critic: values then start as its own.
         kind: of the head, where none is stored.
         seed: of the head's initial inner weights.
         dtype: of the weights.
@@ -141,17 +202,19 @@ def own_critic(
     fix_rotary_frequencies(model, longest=longest, head=False)
 
     if stored or read_head_state(source):
-        reward = RewardModel(model, RewardModelOptions(**RewardModel.stored_options(source)), dtype=dtype)
+        kind_of = ValueModel if stored.get("method") == ValueModel.method else RewardModel
+        reward = kind_of(model, RewardModelOptions(**kind_of.stored_options(source)), dtype=dtype)
         reward.load_head_files(source)
         return Critic(reward.head, model, layout, options=reward.options, means=reward.means)
     freeze_output_projection(model)
     size = int(base_model(model).config.get_text_config().hidden_size)
-    return Critic(_silent(RewardHead(size, kind=kind, seed=seed, dtype=dtype)), model, layout)
+    head = _silent(RewardHead(size, kind=kind, seed=seed, dtype=dtype))
+    return Critic(head, model, layout, options=RewardModelOptions(head=kind))
 
 
 def _check_head(source: str, stored: Mapping[str, Any]) -> None:
     """Refuses models from which no value can be read."""
-    if stored and stored.get("method") != "reward":
+    if stored and stored.get("method") not in (RewardModel.method, ValueModel.method):
         raise ValueError(
             f"value.model {source!r} holds a {stored.get('method')} model: give a reward model, or a language model"
         )

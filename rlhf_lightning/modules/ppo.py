@@ -6,6 +6,7 @@ Legend: E prompts of this rank, G completions of each, S trained completions, N 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from ..losses.policy_gradient import importance_ratio
 from ..losses.value import explained_variance, explained_variance_sums
 from ..models import TokenStats, base_model, evaluating, fused_logprobs, hidden_states, output_head
 from ..models.critic import Critic, own_critic, shared_critic
+from ..models.saving import export_kind
 from ..rewards.specs import RewardSpec
 from ..rl import GAE, AdaptiveKL, EntropyBonus, PPOLoss, ValueFunction
 from ..rl.on_policy_module import OnPolicyModule
@@ -27,6 +29,7 @@ from ..rl.reward_shaping import token_rewards
 from ..rl.rollouts import Rollouts, attach_token_fields, build_trees, flat_indices, num_tokens, token_field, tree_sums
 from ..rl.step_rewards import at_tokens
 from ..sequences import Example, SequenceBatch
+from ..utils.files import check_replaceable
 from ..utils.option_groups import build_group, plain_group
 from ..utils.validation import check_not_negative
 
@@ -65,6 +68,7 @@ class PPOModule(OnPolicyModule):
 
         module = PPOModule("my-sft-model", rewards=["my_rewards.helpful"], value={"model": "my-reward-model"})
         lightning.Trainer(max_epochs=1).fit(module, PromptDataModule(train="prompts.jsonl", global_batch_size=64))
+        module.save_critic("runs/ppo/critic")
     """
 
     progress_metrics: ClassVar[tuple[str, ...]] = ("reward", "objective/kl", "explained_variance")
@@ -313,7 +317,32 @@ class PPOModule(OnPolicyModule):
             "policy/ratio": means["ratio"],
         }
 
-    # Checkpoints.
+    # Checkpoints and exports.
+
+    def save_critic(self, folder: str, *, merge_adapter: bool = False) -> None:
+        """Writes the critic as a value model, which ``ValueScorer(folder)`` loads to search by.
+
+        Args:
+            folder: destination; written atomically, replacing an earlier critic.
+            merge_adapter: merge an adapter into the weights and write the whole model.
+        """
+        self.configure_model()
+        assert self.critic is not None
+        assert self.model is not None
+        tokenizer = self._export_tokenizer()
+        self.critic.save_pretrained(folder, tokenizer, policy=self.model, merge_adapter=merge_adapter)
+
+    def check_critic_export(self, folder: str, *, merge_adapter: bool = False) -> None:
+        """Checks before training that ``save_critic`` will be allowed to replace a folder.
+
+        Raises:
+            ValueError: the folder holds something other than a critic.
+        """
+        self.configure_model()
+        assert self.critic is not None
+        model: Any = self.model if self.critic.model is None else self.critic.model
+        kind = export_kind(model, merge_adapter=merge_adapter, with_head=True)
+        check_replaceable(Path(folder).expanduser().resolve(), kind)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the weight of the divergence."""
