@@ -5,12 +5,14 @@ from __future__ import annotations
 from .astar import AStar
 from .beam import BeamSearch
 from .budget import Budget
-from .completion import Completion
+from .completion import Completion, Thought
 from .dvts import DVTS
 from .engine import Engine, LocalEngine
 from .generation import generate
+from .hidden_reasoning import HiddenReasoning
 from .mcts import MCTS
 from .particles import ParticleFilter
+from .reasoning_rows import reasoning_rows
 from .remote_engine import RemoteEngine
 from .sampling import SamplingParams, derive_seed
 from .scorers import ProcessScorer, RewardScorer
@@ -32,6 +34,7 @@ __all__ = [
     "Candidate",
     "Completion",
     "Engine",
+    "HiddenReasoning",
     "JudgeScorer",
     "LikelihoodScorer",
     "LocalEngine",
@@ -50,6 +53,7 @@ __all__ = [
     "SelfConsistency",
     "Strategy",
     "TextScorer",
+    "Thought",
     "TokenBeamSearch",
     "ValueScorer",
     "VerifierScorer",
@@ -58,4 +62,5 @@ __all__ = [
     "build_strategy",
     "derive_seed",
     "generate",
+    "reasoning_rows",
 ]

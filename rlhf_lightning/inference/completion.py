@@ -26,6 +26,35 @@ def readable(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """A thought before an answer.
+
+    Attributes:
+        text: what stands between the marks.
+        passage: what the policy reads before the answer: the thought with its marks, and blanks.
+        token_ids: tokens of the thought with its marks, up to the one that ends the closing mark; empty if they are
+            not known.
+        logprobs: of each of them under the sampling distribution, 0 for written ones; empty if they are not known.
+        written: places of those that were written and not sampled: the opening mark, and the closing one of a thought
+            that was cut off.
+        closed: whether the policy has closed the thought itself.
+        lead: first characters of the answer, if the token that ends the closing mark holds some.
+    """
+
+    text: str
+    passage: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    written: tuple[int, ...] = ()
+    closed: bool = False
+    lead: str = ""
+
+    def __str__(self) -> str:
+        """Returns its text."""
+        return self.text
+
+
+@dataclass(frozen=True)
 class Completion:
     """A sampled continuation of a prompt.
 
@@ -37,6 +66,7 @@ class Completion:
         finish_reason: ``"stop"`` after an end-of-sequence token, a stop token or a stop string, ``"length"`` at the
             limit of new tokens or of the model's positions.
         model_logprobs: per token, under the unmodified model; ``None`` unless the sampling settings ask for them.
+        thought: of a strategy that thinks: the first tokens are those of the thought, the text is that of the answer.
     """
 
     token_ids: list[int]
@@ -44,6 +74,12 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     model_logprobs: list[float] | None = None
+    thought: Thought | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens that were sampled, and not written."""
+        return len(self.token_ids) - (0 if self.thought is None or not self.token_ids else len(self.thought.written))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> str:

@@ -112,7 +112,7 @@ class RewardScorer:
 
     def _encoded(self, candidate: Candidate) -> Any:
         prompt = _prompt_of(candidate, self._tokenizer)
-        ids = (candidate.query.token_ids, candidate.token_ids) if candidate.token_ids else (None, None)
+        ids = (candidate.query.token_ids, candidate.answer_ids) if candidate.answer_ids else (None, None)
         return self.scorer.encode(prompt, candidate.text, {}, *ids, ended=candidate.finish_reason is not None)
 
     def _counts(self, candidates: Sequence[Candidate], trees: Sequence[Segment]) -> list[int]:
@@ -204,10 +204,11 @@ class ProcessScorer:
 
     def _encoded(self, candidate: Candidate) -> Segment:
         """Weighs the ends of the steps in the policy's tokens, or encodes the texts."""
-        if not self._same_tokens or not candidate.token_ids or self.model.options.learns_boundaries:
-            return self.model.encode(_prompt_of(candidate, self._tokenizer), candidate.text)
+        ids, text = list(candidate.answer_ids), candidate.text
+        read = self._same_tokens and bool(ids) and not self.model.options.learns_boundaries
+        if not read or not decode(self._tokenizer, ids).startswith(text):
+            return self.model.encode(_prompt_of(candidate, self._tokenizer), text)
         separator = self.model.options.step_separator
-        ids, text = list(candidate.token_ids), candidate.text
         # In training every step ends with the separator, the last one too, and no end-of-sequence token follows.
         while ids and not decode(self._tokenizer, ids[-1:]):
             ids.pop()

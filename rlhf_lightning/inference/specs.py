@@ -37,7 +37,9 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
     """
     cls, options = _read(spec, "strategy")
     if (inner := options.pop("engine", None)) is not None:
-        engine = build_strategy(inner, engine)
+        # A strategy that scores nothing itself leaves the scorer to the one within.
+        own = "scorer" in _options(cls)
+        engine, scorer = build_strategy(inner, engine, scorer=None if own else scorer), scorer if own else None
     given = options.pop("scorer", None) or scorer
     if given is not None:
         options["scorer"] = build_scorer(given)

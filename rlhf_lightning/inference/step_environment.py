@@ -63,11 +63,11 @@ class StepEnvironment:
         self._step_sampling = sampling if separator is None else replace(sampling, stop=(*sampling.stop, separator))
         self._ends = search.end_token_ids | set(sampling.stop_token_ids)
         longest = search.longest_prompt(sampling)
-        room = math.inf if longest is None else longest + 1 - len(query.token_ids)
+        room = math.inf if longest is None else longest + 1 - len(query.context_ids)
         # Without room for one token, the engine refuses the prompt and says why.
         self._longest = int(max(1, min(sampling.max_new_tokens, room)))
         # The tokens and the text from the prompt's end to each node.
-        self._states: dict[Node, tuple[tuple[int, ...], str]] = {self.root: ((), "")}
+        self._states: dict[Node, tuple[tuple[int, ...], str]] = {self.root: ((), query.lead)}
 
     # Drawing.
 
@@ -236,7 +236,7 @@ class StepEnvironment:
         """Makes a node that continues that of a draw, without adding it there."""
         before, text_before = self._states[draw.node]
         tokens = (*before, *completion.token_ids)
-        text = decode(self.search.tokenizer, tokens)
+        text = self.query.lead + decode(self.search.tokenizer, tokens)
         finish_reason = self._finish(tokens, text, completion, draw.limit)
         own = tuple(completion.token_ids)
         child = Node(own, text[len(text_before) :], tuple(completion.logprobs), finish_reason, parent=draw.node)

@@ -66,6 +66,9 @@ class StepSearch(Strategy):
         sampling: SamplingParams | None = None,
         budget: Budget | None = None,
     ) -> None:
+        if getattr(engine, "thinks", False):
+            name, inner = type(self).__name__, type(engine).__name__
+            raise ValueError(f"{name} continues steps, and {inner} thinks before each: write {inner}({name}(engine))")
         both = SplitScorer(whole=scorer, partial=value) if scorer is not None and value is not None else scorer or value
         super().__init__(engine, scorer=both, sampling=sampling, budget=budget)
         if step_separator == "":

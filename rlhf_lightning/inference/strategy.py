@@ -10,93 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from ..utils.validation import check_same_length
 from .budget import Account, Budget
-from .completion import Completion, FinishReason
+from .candidates import Candidate, Query, Scorer, Scores
+from .completion import Completion, Thought
 from .engine import Engine
 from .sample_numbers import new_token_limits
 from .sampling import SamplingParams, derive_seed
 
-
-@dataclass(frozen=True)
-class Query:
-    """One prompt to search for.
-
-    Args:
-        prompt: as given: text, token ids or chat messages.
-        token_ids: the prompt's tokens; empty if the engine takes texts only.
-        seed: of everything random in the search.
-        columns: the prompt's other columns, such as ``answer``, for scorers that read them.
-    """
-
-    prompt: Any
-    token_ids: tuple[int, ...]
-    seed: int
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A whole or partial solution of a query.
-
-    Args:
-        query: its query.
-        token_ids: the tokens after the prompt; those of a remote engine may be unknown (empty).
-        text: these tokens as text.
-        logprobs: of each token under the sampling distribution.
-        finish_reason: ``stop`` if it has ended; ``length`` if it was cut off; ``None`` while it can be continued.
-        score: the scorer's; ``None`` before it was scored.
-    """
-
-    query: Query
-    token_ids: tuple[int, ...]
-    text: str
-    logprobs: tuple[float, ...] = ()
-    finish_reason: FinishReason | None = None
-    score: float | None = None
-
-    @classmethod
-    def of(cls, query: Query, completion: Completion) -> Candidate:
-        """Makes a candidate of a whole completion."""
-        return cls(
-            query,
-            tuple(completion.token_ids),
-            completion.text,
-            tuple(completion.logprobs),
-            completion.finish_reason,
-        )
-
-    def scored(self, score: float) -> Candidate:
-        """Returns the candidate with a score."""
-        return replace(self, score=score)
-
-    def completion(self) -> Completion:
-        """Returns it as an engine's result."""
-        return Completion(list(self.token_ids), self.text, list(self.logprobs), self.finish_reason or "length")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of candidates.
-
-    Args:
-        values: one per candidate, higher is better.
-        tokens: tokens that the scorer read for each; those that candidates share are counted once, for the first.
-    """
-
-    values: list[float]
-    tokens: list[int]
-
-
-class Scorer(Protocol):
-    """Interface of scorers: reward models, process reward models, verifiers, and combinations of them."""
-
-    def score(self, candidates: Sequence[Candidate]) -> Scores:
-        """Scores whole and partial solutions of any queries, in one batch."""
-        ...
+__all__ = [
+    "Ask",
+    "Candidate",
+    "NextTokens",
+    "Query",
+    "Sample",
+    "Scorer",
+    "Scores",
+    "Search",
+    "SearchResult",
+    "Strategy",
+]
 
 
 @dataclass(frozen=True)
@@ -169,6 +105,11 @@ class SearchResult:
     def token_ids(self) -> tuple[int, ...]:
         """Tokens of the chosen candidate."""
         return self.best.token_ids
+
+    @property
+    def thought(self) -> Thought | None:
+        """The thought before the chosen candidate, of a strategy that thinks."""
+        return self.best.thought
 
     @property
     def score(self) -> float | None:
@@ -350,18 +291,14 @@ class Strategy:
                 groups.setdefault(sample.sampling, []).append((number, place, sample))
         for params, group in groups.items():
             rows = [(sample, seed) for _, _, sample in group for seed in sample.seeds]
-            # A prompt as given where nothing follows: engines that take no token ids can answer it.
-            prompts = [
-                [*sample.query.token_ids, *sample.token_ids] if sample.query.token_ids else sample.query.prompt
-                for sample, _ in rows
-            ]
+            prompts = [sample.query.continued(sample.token_ids) for sample, _ in rows]
             limited: dict[str, Any] = {}
             if any(sample.limit is not None for sample, _ in rows):
                 limited["limits"] = [sample.limit or params.max_new_tokens for sample, _ in rows]
             completions = iter(self.engine.generate(prompts, 1, params, seeds=[[seed] for _, seed in rows], **limited))
             for number, place, sample in group:
                 answers[number][place] = [next(completions)[0] for _ in sample.seeds]
-                accounts[number].tokens += sum(len(c.token_ids) for c in answers[number][place])
+                accounts[number].tokens += sum(c.num_sampled for c in answers[number][place])
         return answers
 
     def _followed(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
@@ -374,7 +311,7 @@ class Strategy:
                 f"{type(self).__name__} needs the probabilities of all tokens, which {type(self.engine).__name__} does "
                 "not report: use a LocalEngine"
             )
-        rows = iter(compute([[*s.query.token_ids, *s.token_ids] for states in asks.values() for s in states]))
+        rows = iter(compute([s.query.continued(s.token_ids) for states in asks.values() for s in states]))
         for number, states in asks.items():
             accounts[number].tokens += len(states)
         return {number: [next(rows) for _ in states] for number, states in asks.items()}

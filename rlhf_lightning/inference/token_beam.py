@@ -82,10 +82,10 @@ class _Beams:
         self.open: list[Node] = [self.root]
         self.ended: list[Node] = []
         # The tokens, the text and the log-probability from the prompt's end to each node.
-        self.states: dict[Node, tuple[tuple[int, ...], str, float]] = {self.root: ((), "", 0.0)}
+        self.states: dict[Node, tuple[tuple[int, ...], str, float]] = {self.root: ((), query.lead, 0.0)}
         self._ends = search.end_token_ids | set(sampling.stop_token_ids)
         longest = search.longest_prompt(sampling)
-        room = sampling.max_new_tokens if longest is None else longest + 1 - len(query.token_ids)
+        room = sampling.max_new_tokens if longest is None else longest + 1 - len(query.context_ids)
         self._longest = max(1, min(sampling.max_new_tokens, room))
 
     def settled(self) -> bool:
@@ -116,7 +116,7 @@ class _Beams:
     def _child(self, parent: Node, token: int, logprob: float) -> Node:
         before, text_before, total = self.states[parent]
         tokens, total = (*before, token), total + logprob
-        text = decode(self.search.tokenizer, tokens)
+        text = self.query.lead + decode(self.search.tokenizer, tokens)
         child = Node((token,), text[len(text_before) :], (logprob,), self._finish(tokens, text), parent=parent)
         child.value = total / len(tokens) ** self.search.length_penalty
         child.prior = float(torch.tensor(logprob).exp())

@@ -88,7 +88,7 @@ class ValueScorer:
 
     def _read(self, candidate: Candidate) -> tuple[tuple[int, ...], int]:
         """The tokens up to the one that the value is read at, and how many are the prompt's."""
-        prompt, ids = candidate.query.token_ids, candidate.token_ids
+        prompt, ids = candidate.query.context_ids, candidate.token_ids
         if not prompt or (candidate.text and not ids):
             raise ValueError(
                 "a critic reads the tokens of prompts and solutions, which this engine does not report: use a "
@@ -156,15 +156,15 @@ class SelfCertaintyScorer:
         limit = num_positions(self._model)
         for candidate in kept:
             check_length(self.cost(candidate), limit)
-        trees = [Segment(c.query.token_ids, None, (Segment(c.token_ids, [1.0] * len(c.token_ids)),)) for c in kept]
-        read = read_once(kept, [(*c.query.token_ids, *c.token_ids) for c in kept])
+        trees = [Segment(c.query.context_ids, None, (Segment(c.token_ids, [1.0] * len(c.token_ids)),)) for c in kept]
+        read = read_once(kept, [(*c.query.context_ids, *c.token_ids) for c in kept])
         for place, value, count in zip(places, self._certainties(trees), read, strict=True):
             scores[place], counts[place] = value, count
         return Scores(scores, counts)
 
     def cost(self, candidate: Candidate) -> int:
         """Returns the most tokens that scoring the candidate reads."""
-        return len(candidate.query.token_ids) + len(candidate.token_ids)
+        return len(candidate.query.context_ids) + len(candidate.token_ids)
 
     @torch.no_grad()
     def _certainties(self, trees: Sequence[Segment]) -> list[float]:

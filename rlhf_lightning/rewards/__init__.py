@@ -1,5 +1,6 @@
 """Reward functions: ``fn(prompts, completions, **columns) -> one number or None per completion``."""
 
+from .answer_only import AnswerOnlyReward
 from .code_tests import CodeTestsReward
 from .constitution import ConstitutionReward, Principle
 from .exact_answer import exact_answer
@@ -12,6 +13,7 @@ from .repetition import RepetitionReward
 from .reward_set import RewardFunction, RewardScores, RewardSet, StepReward, resolve_reward
 
 __all__ = [
+    "AnswerOnlyReward",
     "CodeTestsReward",
     "ConstitutionReward",
     "EngineJudge",

@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import ModelExport
-from rlhf_lightning.datamodules import SFTDataModule
+from rlhf_lightning.datamodules import PromptDataModule, SFTDataModule
+from rlhf_lightning.models.critic import ValueModel
 from rlhf_lightning.utils.files import MARKER, PARTIAL, REPLACED, hidden_sibling, mark
+
+from ..rl.fixed_rollouts import FixedPPO, options
 
 ROWS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in range(8)]
 
@@ -202,3 +205,37 @@ def test_what_a_killed_export_left_is_cleaned_up(tiny_model_folder, tmp_path):
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         ModelExport("x", **options)
+
+
+def test_the_critic_is_written_with_the_policy(tiny_model_folder, tmp_path):
+    folder = str(tiny_model_folder())
+    export = ModelExport(str(tmp_path / "model"), critic_folder=str(tmp_path / "critic-{step}"))
+    module = FixedPPO(folder, **options(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[export],
+        max_steps=4,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, PromptDataModule(train=[{"prompt": "1+1="}, {"prompt": "2="}], global_batch_size=2))
+    found = ValueModel.from_pretrained(tmp_path / f"critic-{trainer.global_step}")
+    assert torch.equal(found.head.weight, module.critic.head.weight)
+    assert bool(found.head.weight.any())
+    assert torch.equal(found.model.get_input_embeddings().weight, module.model.get_input_embeddings().weight)
+
+
+def test_what_has_no_critic_to_write(tiny_model_folder, tmp_path):
+    with pytest.raises(ValueError, match="critic_folder is 'x', and so is folder"):
+        ModelExport("x", critic_folder="x")
+    export = ModelExport(str(tmp_path / "model"), critic_folder=str(tmp_path / "critic"))
+    with pytest.raises(ValueError, match="and SFTModule has no critic: remove it, or train with PPOModule"):
+        export_run(tiny_model_folder(), [export], steps=1)
+    (tmp_path / "critic").mkdir()
+    (tmp_path / "critic/mine.txt").write_text("mine")
+    module = FixedPPO(str(tiny_model_folder()), **options(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    with pytest.raises(ValueError, match="critic"):
+        export.on_fit_start(SimpleNamespace(global_step=0, fast_dev_run=False), module)
+    assert (tmp_path / "critic/mine.txt").read_text() == "mine"

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from rlhf_lightning.inference import (
+    BeamSearch,
+    BestOfN,
+    Budget,
+    JudgeScorer,
     LikelihoodScorer,
     LocalEngine,
     ProcessScorer,
     RewardScorer,
+    SamplingParams,
     TextScorer,
     VerifierScorer,
     WeightedScorer,
     build_scorer,
 )
-from rlhf_lightning.inference.strategy import Candidate, Query
+from rlhf_lightning.inference.strategy import Candidate, Query, Scores
 from rlhf_lightning.models import ProcessRewardModel, RewardModel, load_causal_lm
 from rlhf_lightning.models.process_reward_model import ProcessRewardModelOptions
 from rlhf_lightning.models.scoring import prefix_examples
@@ -24,6 +29,7 @@ from rlhf_lightning.sequences import Segment
 
 from ..helpers import EOS_ID, char_tokenizer, save_tiny_model
 from ..models.test_reward_model import ids, made, naive
+from .served import completion, serve
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,13 @@ def engine(folder) -> LocalEngine:
 def candidate(query: Query, text: str, finish: str | None = "stop") -> Candidate:
     tokens = (*ids(text), *([EOS_ID] if finish == "stop" else []))
     return Candidate(query, tokens, text, (-0.5,) * len(tokens), finish)
+
+
+class Silent:
+    """A scorer that does not tell what it costs."""
+
+    def score(self, candidates):
+        return Scores([0.0] * len(candidates), [0] * len(candidates))
 
 
 def query(text: str, **columns) -> Query:
@@ -161,6 +174,112 @@ def test_verifiers_get_the_columns_they_name():
         VerifierScorer(3)
 
 
+def test_a_judge_on_a_server_scores():
+    def answer(path, body, number):
+        # What is asked decides, so that the order of requests does not matter.
+        asked = body["prompt"]
+        return completion("Yes." if "it is 2" in asked else "no" if "it is 3" in asked else "maybe")
+
+    given = [candidate(ONE, "it is 2"), candidate(ONE, "it is 3"), candidate(ONE, "hm")]
+    with serve(answer) as served:
+        judge = {
+            "class_path": "rlhf_lightning.rewards.EngineJudge",
+            "init_args": {
+                "engine": {
+                    "class_path": "rlhf_lightning.inference.RemoteEngine",
+                    "init_args": {"url": served.url, "model": "m"},
+                }
+            },
+        }
+        question = "{prompt} {completion}?"
+        spec = {"class_path": "JudgeScorer", "init_args": {"judge": judge, "question": question, "no_verdict": 0.25}}
+        scorer = build_scorer(spec)
+        with pytest.warns(UserWarning, match="the judge has failed on a solution, which gets 0.25: the judge wrote"):
+            found = scorer.score(given)
+        assert sorted(body["prompt"] for body in served.bodies) == ["1+1= hm?", "1+1= it is 2?", "1+1= it is 3?"]
+    assert (found.values, found.tokens) == ([1.0, 0.0, 0.25], [0, 0, 0])
+    chat = Query([{"role": "user", "content": "hi"}], (5,), 0)
+    seen = []
+    JudgeScorer(lambda questions: seen.extend(questions) or [0.5], question="{prompt}|{completion}").score(
+        [Candidate(chat, (), "yes")]
+    )
+    assert seen == ["user: hi|yes"]
+    with pytest.raises(ValueError, match="the prompt was given as token ids"):
+        scorer.score([Candidate(Query([5, 6], (5, 6), 0), (), "yes")])
+    with pytest.raises(ValueError, match="the judge gave 1 values for 3 solutions"):
+        JudgeScorer(lambda questions: [1.0]).score(given)
+
+
+def test_any_sequence_classifier_scores(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=40,
+        id2label={0: "bad", 1: "good"},
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    scorer = RewardScorer(str(tmp_path), label="good")
+    found = scorer.score(CANDIDATES)
+    for c, value in zip(CANDIDATES, found.values, strict=True):
+        with torch.no_grad():
+            logits = model(**char_tokenizer()(c.query.prompt, c.text, return_tensors="pt")).logits[0]
+        assert value == pytest.approx(float(logits[1]), abs=1e-5)
+    assert found.tokens == [scorer.cost(c) for c in CANDIDATES] == [4 + len(c.text) for c in CANDIDATES]
+    with pytest.raises(ValueError, match="has the outputs bad, good: name one with label="):
+        RewardScorer(str(tmp_path))
+
+
+def test_an_account_does_not_depend_on_the_batch(folder, engine):
+    """Two equal prompts pay what each pays alone, and a budget of scorer tokens holds to the token."""
+    options = {"scorer": RewardScorer(made(folder, {})), "n": 3, "sampling": SamplingParams(max_new_tokens=4)}
+    together = BestOfN(engine, **options).search(["1+1=", "1+1="], seeds=[3, 3])
+    alone = BestOfN(engine, **options).search(["1+1="], seeds=[3])
+    assert [result.scorer_tokens for result in together] == [alone[0].scorer_tokens] * 2
+    # Cut off, a solution of four tokens is read with its end: 4 + 4 + 1 tokens.
+    for limit, scored in ((8, 0), (9, 1), (17, 1), (18, 2)):
+        budget = Budget(scorer_tokens=limit)
+        result = BestOfN(engine, **{**options, "budget": budget}).search(["1+1="], seeds=[4])[0]
+        assert [len(c.token_ids) for c in result.candidates] == [4, 4, 4]
+        assert sum(c.score is not None for c in result.candidates) == scored
+        assert result.scorer_tokens <= limit
+
+
+@pytest.mark.parametrize(
+    ("scorer", "costs"),
+    [
+        (VerifierScorer(lambda prompts, completions: [0.0] * len(prompts)), 0),
+        (JudgeScorer(lambda questions: [0.0] * len(questions)), 0),
+        (LikelihoodScorer(), 0),
+        (TextScorer("length"), 0),
+        (WeightedScorer([(TextScorer("length"), 1.0), (Silent(), 1.0)]), 9),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_reads_no_tokens_costs_none(scorer, costs):
+    assert scorer.cost(CANDIDATES[0]) == costs
+
+
+def test_both_scorers_of_a_step_search_meet_the_engine(engine):
+    class Noted:
+        def attach(self, engine):
+            self.engine = engine
+
+        def score(self, candidates):
+            return Scores([0.0] * len(candidates), [0] * len(candidates))
+
+    whole, partial = Noted(), Noted()
+    BeamSearch(engine, scorer=whole, value=partial)
+    assert whole.engine is partial.engine is engine
+
+
 def test_sums_of_scorers():
     given = [candidate(ONE, "a a a a"), candidate(ONE, "a b c d"), candidate(TWO, "a b c d")]
     assert LikelihoodScorer().score(given).values == [-0.5] * 3
@@ -184,6 +303,9 @@ def test_sums_of_scorers():
         (lambda f: TextScorer("format"), "needs a pattern"),
         (lambda f: TextScorer("lenght"), "did you mean 'length'"),
         (lambda f: WeightedScorer([]), "at least one scorer"),
+        (lambda f: JudgeScorer("no function"), "judge is a str: give a function of questions"),
+        (lambda f: JudgeScorer(len, question="{answer}"), "question has the wrong field 'answer': its fields are"),
+        (lambda f: build_scorer({"class_path": "JudgeScorer", "init_args": {"judge": {"a": 1}}}), "judge has the keys"),
         (lambda f: build_scorer("RewardScorr"), "no scorer 'RewardScorr'; did you mean 'RewardScorer'"),
         (lambda f: build_scorer({"class_path": "VerifierScorr"}), "did you mean 'VerifierScorer'"),
     ],

@@ -155,7 +155,7 @@ def test_what_a_critic_cannot_read(folder: str, tmp_path: Path) -> None:
         scorer.score([Candidate(Query("1+1=", (), 0), (), "2")])
     with pytest.raises(ValueError, match="prompt and completion have 130 tokens, and the reward model reads 128"):
         scorer.score([Candidate(ONE, (5,) * 126, "")])
-    with pytest.raises(ValueError, match="a prompt alone|the prompt alone has one"):
+    with pytest.raises(ValueError, match="the prompt alone has one"):
         scorer.score([Candidate(Query([5], (5,), 0), (), "")])
     with pytest.raises(ValueError, match="a critic by ValueScorer"):
         build_scorer({"class_path": "RewardScorer", "init_args": {"model": str(tmp_path / "critic")}})
