@@ -3,12 +3,12 @@
     python benchmarks/search.py                       # seeds 0, 1, 2; continues where it was stopped
     python benchmarks/search.py --seeds 0 --scale 0.1 --problems 8 --run_dir runs/search-quick   # does it run at all
 
-For each seed a policy of 0.6M weights learns sums of three to six numbers from scratch, from two authors, a careless
-one included; a reward model (RM) and a process reward model (PRM) learn from labelled solutions of three to eight
-numbers; and PPO's critic learns the values of the policy's own solutions, while the policy stays as it is. Then test
-problems are solved, as hard as in training (five numbers) and harder (eight). Tokens are those that the policy sampled
-plus those that a scorer read, per problem. The verifier knows the right answer, so it is a bound and no method; it
-judges whole solutions, and the critic those that are not finished.
+For each seed a policy of 0.6M weights learns sums of three to six numbers up to 14 from scratch, mostly from a careless
+author; a process reward model (PRM) and a reward model (RM) learn from labelled solutions with numbers up to 20; and
+PPO's critic learns the values of the policy's own solutions, while the policy stays as it is. Then problems of five
+numbers are solved: as in training, and harder, with numbers up to 18. Tokens are those that the policy sampled plus
+those that a scorer read, per problem. The verifier knows the right answer, so it is a bound and no method; it judges
+whole solutions, and the critic those that are not finished.
 
 Majority, best-of-n and weighted best-of-n for all n are estimates from one set of samples of each problem: exact for
 best-of-n, over random subsets for the others. ``table.md`` and ``search.svg`` are written next to the runs.
@@ -55,7 +55,7 @@ from rlhf_lightning.inference.selection import expected_best
 from rlhf_lightning.rewards import exact_answer
 
 NANO = "configs/models/nano"
-SETTINGS = {"as in training": "terms=5&high=12", "harder": "terms=8&high=12"}
+SETTINGS = {"as in training": "terms=5&high=14", "harder": "terms=5&high=18"}
 SCORERS = ("RM", "PRM", "critic", "verifier")
 SEARCHES = ("beam", "DVTS", "MCTS", "A*", "particles")
 SAMPLES = 32
@@ -76,10 +76,19 @@ class Point(NamedTuple):
 # Training.
 
 
-def sources(contract: str, terms: range, rows: int, seed: int, more: str = "") -> list[str]:
+def sources(contract: str, rows: int, seed: int, keys: str) -> list[str]:
     """A task of each length."""
-    each = max(1, rows // len(terms))
-    return [f"sums:{contract}?rows={each}&terms={n}&high=12&seed={seed}{more}" for n in terms]
+    return [f"sums:{contract}?rows={max(1, rows // 4)}&terms={n}&seed={seed}{keys}" for n in range(3, 7)]
+
+
+def labelled(rows: int, seed: int) -> list[Row]:
+    """Solutions with labelled steps; every fourth is a guess, whose only step is its answer."""
+    found = [row for source in sources("stepwise", rows * 3 // 4, seed, "&high=20") for row in open_task(source)]
+    for source in sources("demonstrations", rows // 4, seed, "&high=20&careless=1"):
+        for row in open_task(source):
+            right = row["completion"] == f"#{row['answer']}"
+            found.append({"prompt": row["prompt"], "completions": [row["completion"]], "labels": [right]})
+    return found
 
 
 def optimizers(rate: float) -> dict[str, Any]:
@@ -118,22 +127,23 @@ def train(folder: Path, seed: int, scale: float) -> dict[str, str]:
         return max(1, round(steps * scale)) * batch
 
     def sft() -> tuple[Any, Any]:
-        train = sources("demonstrations", range(3, 7), rows(500, 64), seed, "&careless=0.4&slips=0.15")
+        train = sources("demonstrations", rows(400, 64), seed, "&high=14&careless=0.6&slips=0.15")
         return SFTModule(NANO, init="random", **optimizers(2e-3)), SFTDataModule(train, global_batch_size=64)
 
-    def reward() -> tuple[Any, Any]:
-        train = sources("preference", range(3, 9), rows(180, 32), 10 + seed, "&careless=0.3")
-        data = PreferenceDataModule(train, global_batch_size=32)
-        return RewardModule(policy, pooling="mean", center_rewards_coefficient=0.01, **optimizers(3e-4)), data
-
     def process() -> tuple[Any, Any]:
-        train = sources("stepwise", range(3, 9), rows(180, 32), 20 + seed)
-        data = StepwiseDataModule(train, global_batch_size=32)
-        return ProcessRewardModule(found["RM"], **optimizers(3e-4)), data
+        data = StepwiseDataModule(labelled(rows(260, 32), 10 + seed), global_batch_size=32)
+        return ProcessRewardModule(policy, **optimizers(1e-3)), data
+
+    def reward() -> tuple[Any, Any]:
+        # It starts from what the PRM has learned of steps.
+        data = PreferenceDataModule(
+            sources("preference", rows(130, 32), 20 + seed, "&high=20&careless=0.3"), global_batch_size=32
+        )
+        return RewardModule(found["PRM"], pooling="mean", center_rewards_coefficient=0.01, **optimizers(3e-4)), data
 
     def critic() -> tuple[Any, Any]:
-        # Only the critic's own weights learn while it is warmed up.
-        value = {"model": policy, "warmup_iterations": 10**6, "coef": 1.0, "cliprange": None}
+        # Only the critic's own weights learn while it is warmed up; its values start as the rewards.
+        value = {"model": found["RM"], "warmup_iterations": 10**6, "coef": 1.0, "cliprange": None}
         module = PPOModule(
             policy,
             rewards=[exact_answer],
@@ -146,12 +156,12 @@ def train(folder: Path, seed: int, scale: float) -> dict[str, str]:
             seed=seed,
             **optimizers(3e-4),
         )
-        train = sources("prompts", range(3, 7), rows(30, 32), 30 + seed)
+        train = sources("prompts", rows(24, 32), 30 + seed, "&high=18")
         return module, PromptDataModule(train, global_batch_size=32)
 
     policy = fit(folder / "policy", sft)
-    found = {"policy": policy, "RM": fit(folder / "RM", reward)}
-    found["PRM"] = fit(folder / "PRM", process)
+    found = {"policy": policy, "PRM": fit(folder / "PRM", process)}
+    found["RM"] = fit(folder / "RM", reward)
     found["critic"] = fit(folder / "after", critic, critic_folder=str(folder / "critic"))
     return found
 
@@ -368,7 +378,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--problems", type=int, default=40)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16], help="of searches; all of them with the PRM")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[8], help="of searches; all with the PRM, the first with others"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps of training")
     parser.add_argument("--run_dir", type=Path, default=Path("runs/search"))
     parser.add_argument("--figure", type=Path, help="further place of the figure")

@@ -263,12 +263,15 @@ def test_who_sees_a_thought(folder: str, engine: LocalEngine) -> None:
     # A reward model judges prompt and answer alone.
     model = made(folder, {})
     scorer = RewardScorer(model)
-    for strategy in (
-        HiddenReasoning(BestOfN(engine, scorer=scorer, n=3, sampling=sampling), **options),
-        BestOfN(HiddenReasoning(engine, **options), scorer=scorer, n=3, sampling=sampling),
+    for strategy, blanks in (
+        (HiddenReasoning(BestOfN(engine, scorer=scorer, n=3, sampling=sampling), **options), True),
+        (BestOfN(HiddenReasoning(engine, **options), scorer=scorer, n=3, sampling=sampling), False),
     ):
         result = strategy.search(["1+1="], seeds=[1])[0]
-        texts = [c.text for c in result.candidates]
+        # In place, an answer is read with the blanks that it begins with.
+        decoded = [engine.tokenizer.decode(c.answer_ids, skip_special_tokens=True) for c in result.candidates]
+        assert [text.lstrip() for text in decoded] == [c.text for c in result.candidates]
+        texts = decoded if blanks else [c.text for c in result.candidates]
         assert all(texts)
         assert [c.score for c in result.candidates] == pytest.approx(model.score(["1+1="] * 3, texts), abs=1e-5)
 
@@ -366,7 +369,9 @@ def test_a_server_thinks_as_text(with_tokens: bool) -> None:
 
 
 def results_of(engine: Scripted, prompts: Sequence[str], **columns: list[Any]) -> list[SearchResult]:
-    return HiddenReasoning(engine, thinking_tokens=20).search(prompts, seeds=[0] * len(prompts), columns=columns)
+    return HiddenReasoning(engine, thinking_tokens=20, answer_tokens=20).search(
+        prompts, seeds=[0] * len(prompts), columns=columns
+    )
 
 
 def test_rows_with_the_reasoning_kept_masked_or_stripped() -> None:
