@@ -59,20 +59,34 @@ def sources() -> dict[str, Path]:
 
 
 def imports(files: dict[str, Path]) -> Graph:
-    """The modules of the package that each module imports, also inside of functions."""
-    graph: Graph = {}
-    for name, path in files.items():
-        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-        graph[name] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom):
-                continue
+    """The modules of the package that each module imports, also inside of functions.
+
+    What a package offers is looked up in its ``__init__``: ``from ..inference import Budget`` imports
+    ``inference.budget``.
+    """
+    named = {name: list(_named_imports(name, path)) for name, path in files.items()}
+    faces = {name: dict(named[name]) for name, path in files.items() if path.name == "__init__.py"}
+
+    def resolved(full: str, seen: frozenset[str] = frozenset()) -> str | None:
+        if full in files or full in seen:
+            return full if full in files else None
+        origin, _, name = full.rpartition(".")
+        target = faces.get(origin, {}).get(name)
+        found = resolved(target, seen | {full}) if target else None
+        return found or (origin if origin in files else None)
+
+    return {name: {other for _, full in pairs if (other := resolved(full))} for name, pairs in named.items()}
+
+
+def _named_imports(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Each name that a module imports from the package, and the dotted place that it is imported from."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
-                full = f"{origin}.{alias.name}"
-                graph[name] |= {full} if full in files else {origin} & files.keys()
-    return graph
+                yield alias.asname or alias.name, f"{origin}.{alias.name}"
 
 
 def room(module: str) -> str:

@@ -48,7 +48,7 @@ class Budget:
 
 @dataclass
 class Account:
-    """What one search has spent of its budget.
+    """Spent part of a search's budget.
 
     Args:
         budget: its limits.

@@ -26,7 +26,7 @@ _REFILL_FRACTION = 1 / 8
 
 @dataclass
 class Counts:
-    """What an engine has done.
+    """Counts of an engine's work.
 
     Args:
         prompts: distinct prompts of each call.

@@ -63,7 +63,7 @@ class Acceptance:
 
 
 class _Costs:
-    """What steps of one number of rows take.
+    """Seconds that steps of one number of rows take.
 
     Args:
         first: cost of a round without its drafts, in plain steps, before it was measured.

@@ -72,7 +72,7 @@ _FREE_ROWS_OF_ACCELERATORS: Final = 128
 
 @dataclass
 class SpeculationCounts:
-    """What speculation did since the engine was made.
+    """Counts of speculation since the engine was made.
 
     Attributes:
         rounds: forwards that checked drafts.
@@ -90,7 +90,7 @@ class SpeculationCounts:
 
 
 class Speculation:
-    """What an engine speculates with, and what it has measured.
+    """Holds an engine's way of drafting, and its measurements.
 
     Args:
         spec: ``"ngram"``, ``{"draft": folder or model}`` or ``{"early_exit": number of layers}``.
@@ -345,7 +345,7 @@ def _draft_model(
 
 
 def _share(draft: nn.Module, model: nn.Module) -> float:
-    """What a step of the draft model costs, in steps of the model: by weights if these are large, else by layers."""
+    """Estimates the cost of a draft model's step in steps of the model: by weights if these are large, else by layers."""
     weights = [sum(weight.numel() for weight in part.parameters()) for part in (draft, model)]
     layers = [len(decoder_blocks(base_model(part))) for part in (draft, model)]
     return max(weights[0] / weights[1], layers[0] / layers[1])

@@ -37,7 +37,7 @@ class CachedRows:
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What to add to the scores, ``(N, 1, Q, C)``: made once for all layers; ``None`` where every key is seen.
+        """The bias added to the scores, ``(N, 1, Q, C)``: made once for all layers; ``None`` where every key is seen.
 
         Args:
             window: a token sees keys less than this many positions before it.
