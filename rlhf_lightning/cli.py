@@ -39,17 +39,24 @@ _CLASSES = (PostTrainingModule, lightning.LightningDataModule, lightning.Callbac
 jsonargparse.set_parsing_settings(subclasses_enabled=[PolicyLoss, PPOLoss])
 # Subcommands of LightningCLI, and subcommands with their own module.
 _ONE_METHOD = ("fit", "validate", "test", "predict")
-_COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".labeling.command", "merge": ".merging.command"}
+_COMMANDS = {
+    "pipeline": ".pipeline.command",
+    "label-steps": ".labeling.command",
+    "merge": ".merging.command",
+    "evaluate": ".evaluation.command",
+}
 _USAGE = """\
 usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
        rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [KEY=VALUE ...]
        rlhf-lightning label-steps --model FOLDER --prompts SOURCE --output FILE [--NAME VALUE ...]
        rlhf-lightning merge --method NAME --models '[A, B]' --output FOLDER [--base FOLDER] [--NAME VALUE ...]
+       rlhf-lightning evaluate --models A,B --suite FILE --output FOLDER
 
 fit, validate, test, predict   one method on one data set: a LightningCLI, whose --help lists every option
 pipeline                       several stages, each starting from what the one before it exported
 label-steps                    rows for process reward models: solutions whose steps are labelled by completing them
 merge                          one model of several: TIES, DARE, SLERP, Fisher and others; merge verify FOLDER checks it
+evaluate                       answers of models to a suite of prompts, verified and compared, with intervals and tests
 
 --config may be given several times: later files and options win. --print_config shows what they amount to.
 fit --model.help=DPOModule and fit --data.help=PreferenceDataModule list the options of a method and of a data set.

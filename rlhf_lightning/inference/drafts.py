@@ -97,7 +97,7 @@ class NgramTable:
             self._tokens.append(token)
 
     def continuation(self, most: int) -> list[int]:
-        """Returns the tokens after the last place of the longest n-gram at the end; a period is continued as a period."""
+        """Returns the tokens after the last place of the longest n-gram at the end; a period continues as a period."""
         end = len(self._tokens)
         for length in _NGRAMS:
             place = self._after.get(tuple(self._tokens[end - length :])) if length <= end else None

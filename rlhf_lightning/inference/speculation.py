@@ -345,7 +345,7 @@ def _draft_model(
 
 
 def _share(draft: nn.Module, model: nn.Module) -> float:
-    """Estimates the cost of a draft model's step in steps of the model: by weights if these are large, else by layers."""
+    """Estimates the cost of a draft model's step in the model's steps: by weights if they are large, else by layers."""
     weights = [sum(weight.numel() for weight in part.parameters()) for part in (draft, model)]
     layers = [len(decoder_blocks(base_model(part))) for part in (draft, model)]
     return max(weights[0] / weights[1], layers[0] / layers[1])

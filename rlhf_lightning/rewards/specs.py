@@ -79,6 +79,22 @@ def build_rewards(
     )
 
 
+def build_reward(spec: RewardSpec) -> RewardFunction:
+    """Makes one reward function of its specification, such as a verifier.
+
+    Args:
+        spec: as one entry of ``build_rewards``.
+
+    Raises:
+        ValueError: a path that cannot be imported, an unknown key, or invalid arguments.
+
+    Example:
+        >>> build_reward("rlhf_lightning.rewards.exact_answer")(["1+1="], ["#2"], answer=["2"])
+        [1.0]
+    """
+    return _read(spec)[0]
+
+
 def plain_specs(rewards: Sequence[RewardSpec]) -> list[str | dict[str, Any]]:
     """Converts rewards to values that a checkpoint can hold: functions by their names."""
     return [spec if isinstance(spec, str | dict) else dotted_path(spec) for spec in rewards]

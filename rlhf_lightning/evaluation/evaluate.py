@@ -1,0 +1,219 @@
+"""Evaluates models on a suite: answers are sampled, verified, compared, and reported."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..inference import Engine, LocalEngine, build_strategy, derive_seed
+from ..models import load_causal_lm, load_tokenizer
+from ..rewards.specs import build_reward
+from ..sequences import Example
+from ..utils.files import write_atomically
+from ..utils.progress import progress
+from .answers import Answer, answer_prompts, read_prompts
+from .report import Report
+from .results import PromptResult, SampleResult, TaskResult
+from .suite import Suite, Task
+
+_PROMPTS_AT_ONCE = 64
+# Finished results of an output folder, which are not computed again.
+PARTS = "parts"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A model to evaluate: loaded when the first task needs it."""
+
+    name: str
+    place: Any
+
+    def engine(self, dtype: str) -> Engine:
+        if not isinstance(self.place, str | Path):
+            return self.place  # type: ignore[no-any-return]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_causal_lm(str(self.place), dtype=getattr(torch, dtype), trainable=False)
+        return LocalEngine(model.to(device), load_tokenizer(str(self.place)))
+
+
+def evaluate(
+    models: Sequence[str | Path] | Mapping[str, str | Path | Engine],
+    suite: Suite | Mapping[str, Any] | str | Path,
+    *,
+    output: str | Path | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Evaluates models on the tasks of a suite, and compares each with the first.
+
+    A sample is a function of ``seed``, the number of its prompt and its own number. With ``output``, finished results
+    are kept in the folder and not computed again as long as the model's files, the task, the seed and the type of the
+    weights are the same: an interrupted evaluation continues, and a further model costs its own answers only.
+
+    Args:
+        models: folders or hub ids; or names with a folder, a hub id or an engine with a tokenizer each. The first is
+            what the others are compared with.
+        suite: a suite, a mapping, or a YAML file; see ``Suite.read``.
+        output: folder of ``results.json``, ``report.html`` and ``history.jsonl``; nothing is written by default.
+        seed: of samples and resamples.
+        dtype: of the weights that are loaded: ``float32``, ``bfloat16`` or ``float16``.
+        say: shown one line per result.
+
+    Raises:
+        ValueError: no models, a task without prompts, or one whose verifier has no verdict for any sample.
+
+    Example::
+
+        report = evaluate({"sft": "runs/sft/model", "dpo": "runs/dpo/model"}, "configs/suites/arithmetic.yaml")
+        print(report.table())
+    """
+    suite, candidates = Suite.read(suite), _candidates(models)
+    # Verifiers are built before anything is sampled: a typo costs nothing.
+    verifiers = {task.name: build_reward(task.verifier) for task in suite.tasks}
+    folder = None if output is None else Path(output).expanduser()
+    if folder is not None:
+        Report.check_output(folder)
+    results: list[TaskResult] = []
+    for candidate in candidates:
+        engine: Engine | None = None
+        for task in suite.tasks:
+            part = None if folder is None else _part(folder, candidate, task, seed, dtype)
+            if part is not None and part.is_file():
+                found = TaskResult.read(json.loads(part.read_text(encoding="utf-8")) | {"model": candidate.name})
+            else:
+                engine = engine or candidate.engine(dtype)
+                found = run_task(task, engine, model=candidate.name, seed=seed, verifier=verifiers[task.name])
+                if part is not None:
+                    part.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(part, json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
+            results.append(found)
+            say(f"{candidate.name}, {task.name}: {found.accuracy.value:.1%} right, {found.seconds:.1f} s")
+    report = Report(suite.name, tuple(results), seed=seed)
+    if folder is not None:
+        report.save(folder)
+    return report
+
+
+def run_task(
+    task: Task, engine: Engine, *, model: str = "model", seed: int = 0, verifier: Callable[..., Any] | None = None
+) -> TaskResult:
+    """Answers and verifies the prompts of a task.
+
+    Args:
+        task: the task.
+        engine: samples; it has a tokenizer.
+        model: name of the model in the result.
+        seed: a sample is a function of this, the number of its prompt and its own number.
+        verifier: instead of the task's own.
+
+    Raises:
+        ValueError: the engine has no tokenizer, there are no prompts, or no sample has a verdict.
+    """
+    tokenizer: Any = getattr(engine, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"the engine of {model!r} has no tokenizer, which prompts are read with: give it one")
+    verify = verifier or build_reward(task.verifier)
+    answering = engine if task.strategy is None else build_strategy(task.strategy, engine)
+    examples = read_prompts(
+        task.prompts, tokenizer, limit=task.limit, chat_template_kwargs=task.chat_template_kwargs or None
+    )
+    if not examples:
+        raise ValueError(
+            f"task {task.name!r} has no prompts: {task.prompts!r} is empty, or all of its rows are too long"
+        )
+    _check_columns(task, verify, examples[0])
+    start, prompts = time.perf_counter(), []
+    for first in progress(range(0, len(examples), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
+        chunk = examples[first : first + _PROMPTS_AT_ONCE]
+        seeds = [[derive_seed(seed, first + n, s) for s in range(task.num_samples)] for n in range(len(chunk))]
+        groups = answer_prompts(
+            answering, chunk, verify, num_samples=task.num_samples, sampling=task.params, seeds=seeds
+        )
+        prompts += [_prompt_result(example, group) for example, group in zip(chunk, groups, strict=True)]
+    found = TaskResult(model, task, tuple(prompts), time.perf_counter() - start)
+    if not found.scores:
+        raise ValueError(
+            f"the verifier of task {task.name!r} has no verdict for any answer of {model!r}: the prompts lack a column "
+            "that it reads"
+        )
+    return found
+
+
+def _check_columns(task: Task, verifier: Callable[..., Any], example: Example) -> None:
+    """Refuses a verifier that must be given a column that the prompts lack."""
+    try:
+        parameters = inspect.signature(verifier).parameters.values()
+    except (TypeError, ValueError):  # nothing is known of it
+        return
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    for name in required[2:] if required[:2] == ["prompts", "completions"] else ():
+        if name not in example.fields:
+            have = ", ".join(sorted(set(example.fields) - {"prompt"})) or "none"
+            raise ValueError(f"the verifier of task {task.name!r} reads the column {name!r}: its prompts have {have}")
+
+
+def _prompt_result(example: Example, group: Sequence[Answer]) -> PromptResult:
+    samples = tuple(
+        SampleResult(
+            answer.completion.text,
+            answer.reward,
+            len(answer.completion.token_ids),
+            answer.completion.finish_reason == "stop",
+        )
+        for answer in group
+    )
+    return PromptResult(example.row_id, example.fields.get("prompt"), samples)
+
+
+def _candidates(models: Sequence[str | Path] | Mapping[str, Any]) -> list[_Candidate]:
+    if not models or isinstance(models, str):
+        raise ValueError(f"models is {models!r}; give a list of folders, or a mapping of names to folders or engines")
+    if isinstance(models, Mapping):
+        return [_Candidate(str(name), place) for name, place in models.items()]
+    return [_Candidate(name, place) for name, place in zip(short_names(models), models, strict=True)]
+
+
+def short_names(places: Sequence[str | Path]) -> list[str]:
+    """Names folders by the fewest of their parts that tell them apart, without those that all share.
+
+    Raises:
+        ValueError: a folder occurs twice.
+
+    Example:
+        >>> short_names(["runs/sft/model", "runs/dpo/model"]), short_names(["runs/sft/model"])
+        (['sft', 'dpo'], ['model'])
+    """
+    parts = [[part for part in str(place).split("/") if part] or [str(place)] for place in places]
+    written = ["/".join(names) for names in parts]
+    if twice := [name for name in written if written.count(name) > 1]:
+        raise ValueError(f"model {twice[0]!r} is given twice: give each model once")
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    while all(len(names) > 1 for names in parts) and len({names[0] for names in parts}) == 1:
+        parts = [names[1:] for names in parts]
+    while all(len(names) > 1 for names in parts) and len({names[-1] for names in parts}) == 1:
+        parts = [names[:-1] for names in parts]
+    return ["/".join(names) for names in parts]
+
+
+def _part(folder: Path, candidate: _Candidate, task: Task, seed: int, dtype: str) -> Path | None:
+    """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
+    if not isinstance(candidate.place, str | Path):
+        return None
+    place = Path(candidate.place).expanduser()
+    # A file is taken as unchanged if its size and time are: hashing all weights would take longer than small tasks.
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    state = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = json.dumps([str(candidate.place), state, task.as_dict(), seed, dtype], sort_keys=True, default=str)
+    return folder / PARTS / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

@@ -1,0 +1,224 @@
+"""Reports of evaluations: a table, ``results.json``, a page, and a history of all runs into the same folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..utils.files import check_names, json_line, listed_names, mark, write_atomically
+from .results import PairedResult, TaskResult, compare_all
+
+RESULTS, PAGE, HISTORY = "results.json", "report.html", "history.jsonl"
+_NAMES = (RESULTS, PAGE, HISTORY)
+_KIND = "evaluation"
+# Prompts that the page shows of each task; those on which models differ come first.
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of models on a suite.
+
+    Attributes:
+        suite: name of the suite.
+        results: of every model and task, the models in their order.
+        seed: of samples and resamples.
+    """
+
+    suite: str
+    results: tuple[TaskResult, ...]
+    seed: int = 0
+
+    @cached_property
+    def comparisons(self) -> list[PairedResult]:
+        """Every model compared with the first, on the same prompts."""
+        return compare_all(self.results, seed=self.seed)
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models."""
+        return list(dict.fromkeys(result.model for result in self.results))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(dict.fromkeys(result.task.name for result in self.results))
+
+    def result(self, model: str, task: str) -> TaskResult:
+        """Returns the result of a model on a task.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for found in self.results:
+            if (found.model, found.task.name) == (model, task):
+                return found
+        raise KeyError(f"there is no result of {model!r} on {task!r}; models are {self.models}, tasks {self.tasks}")
+
+    def comparison(self, model: str, task: str) -> PairedResult | None:
+        """Returns the comparison of a model with the first, if there is one."""
+        fitting = (found for found in self.comparisons if (found.model, found.task) == (model, task))
+        return next(fitting, None)
+
+    def table(self) -> str:
+        """Formats accuracies, intervals, estimates at k and comparisons as a Markdown table."""
+        lines = [
+            "| task | model | right | 95 % interval | pass@k | maj@k | difference | p |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for task in self.tasks:
+            for found in (result for result in self.results if result.task.name == task):
+                lines.append(f"| {task} | {found.model} | {' | '.join(self._cells(found))} |")
+        return "\n".join(lines)
+
+    def _cells(self, found: TaskResult) -> list[str]:
+        metrics, most = found.metrics, found.task.num_samples
+        at_k = [f"{metrics[name]:.1%} (k={most})" if (name := f"{kind}@{most}") in metrics else "" for kind in _AT_K]
+        paired = self.comparison(found.model, found.task.name)
+        difference, p_value = "", ""
+        if paired is not None:
+            of = paired.comparison
+            difference, p_value = f"{of.difference:+.1%} ({of.low:+.1%} to {of.high:+.1%})", f"{of.p_value:.3g}"
+        interval = f"{metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}"
+        return [f"{metrics['accuracy']:.1%}", interval, *at_k, difference, p_value]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values: metrics and comparisons first, then every sample."""
+        return {
+            "suite": self.suite,
+            "seed": self.seed,
+            "metrics": {
+                model: {r.task.name: r.metrics for r in self.results if r.model == model} for model in self.models
+            },
+            "comparisons": [asdict(found) for found in self.comparisons],
+            "results": [result.as_dict() for result in self.results],
+        }
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Report:
+        """Reads the report that was saved in a folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        path = Path(folder).expanduser() / RESULTS
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {RESULTS} in {str(folder)!r}: pass the output folder of an evaluation"
+            )
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return cls(written["suite"], tuple(map(TaskResult.read, written["results"])), written["seed"])
+
+    @staticmethod
+    def check_output(folder: str | Path) -> None:
+        """Refuses a folder whose files were not written by an evaluation.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        place = Path(folder).expanduser()
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"output {str(folder)!r} is a file: pass a folder")
+        check_names(place, _KIND, _NAMES)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``results.json`` and ``report.html``, and appends new results to ``history.jsonl``.
+
+        Args:
+            folder: is made if it does not exist; may hold other files.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: one of these files exists and was not written by an evaluation.
+        """
+        place = Path(folder).expanduser()
+        self.check_output(place)
+        place.mkdir(parents=True, exist_ok=True)
+        mark(place, _KIND, {*listed_names(place, _KIND), *_NAMES})
+        write_atomically(place / RESULTS, json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n")
+        self._remember(place / HISTORY)
+        write_atomically(place / PAGE, self.page())
+        return place / PAGE
+
+    def _remember(self, path: Path) -> None:
+        """Appends a line per result that the history does not have."""
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        known = {json.loads(line)["id"] for line in lines}
+        for result in self.results:
+            name = _identity(result.as_dict())
+            if name not in known:
+                lines.append(json_line(self._record(name, result)).rstrip("\n"))
+        write_atomically(path, "".join(f"{line}\n" for line in lines))
+
+    def _record(self, name: str, result: TaskResult) -> dict[str, Any]:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        where = {"suite": self.suite, "task": result.task.name, "model": result.model, "seed": self.seed}
+        return {"id": name, "time": now, **where, "metrics": result.metrics}
+
+    def page(self) -> str:
+        """Makes the HTML page: the table, all metrics, and completions of the same prompts side by side."""
+        # Completions are untrusted text: autoescape; an undefined name is a mistake of the template.
+        template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+        environment = jinja2.Environment(
+            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        )
+        return environment.from_string(template).render(
+            suite=self.suite, seed=self.seed, models=self.models, tasks=[self._task_view(task) for task in self.tasks]
+        )
+
+    def _task_view(self, task: str) -> dict[str, Any]:
+        found = [result for result in self.results if result.task.name == task]
+        rows = [{"result": result, "paired": self.comparison(result.model, task)} for result in found]
+        names = list(dict.fromkeys(name for result in found for name in result.metrics))
+        return {
+            "name": task,
+            "options": {name: value for name, value in found[0].task.as_dict().items() if value not in (None, {}, [])},
+            "rows": rows,
+            "metrics": [(name, [result.metrics.get(name) for result in found]) for name in names],
+            "prompts": self._side_by_side(found),
+        }
+
+    def _side_by_side(self, found: list[TaskResult]) -> list[dict[str, Any]]:
+        """Picks prompts to show: those on which models differ most first, in the order of the rows."""
+        by_row = [{prompt.row_id: prompt for prompt in result.prompts} for result in found]
+        rows = [row for row in by_row[0] if all(row in prompts for prompts in by_row)]
+        scores = {row: [result.scores.get(row) for result in found] for row in rows}
+        rows = sorted(rows, key=lambda row: _spread(scores[row]), reverse=True)[:_SHOWN]
+        shown = []
+        for row in rows:
+            texts = [prompts[row].samples[0].text for prompts in by_row]
+            answers = [{"score": score, "text": text} for score, text in zip(scores[row], texts, strict=True)]
+            shown.append({"prompt": _as_text(by_row[0][row].prompt), "answers": answers})
+        return shown
+
+
+_AT_K = ("pass", "maj")
+
+
+def _identity(written: Mapping[str, Any]) -> str:
+    """Names a result by all that it holds but the seconds that it took."""
+    text = json.dumps(
+        {name: value for name, value in written.items() if name != "seconds"}, sort_keys=True, default=str
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _spread(scores: list[float | None]) -> float:
+    given = [score for score in scores if score is not None]
+    return max(given) - min(given) if given else 0.0
+
+
+def _as_text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt or ())

@@ -1,0 +1,193 @@
+"""Win rates of two models' answers to the same prompts, by rewards or by a judge that sees both orders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..metrics.intervals import mean_interval
+from ..metrics.preferences import length_controlled_win_rate
+from ..rewards.exact_answer import check_verdicts
+from ..rewards.judges import Judge
+from ..utils.validation import check_fraction, check_not_negative, check_same_length
+
+QUESTION = """\
+Two answers to the same request are given. Is answer 1 better than answer 2?
+
+Request:
+{prompt}
+
+Answer 1:
+{first}
+
+Answer 2:
+{second}
+
+Reply with yes or no."""
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often the first model's answers win.
+
+    Attributes:
+        value: wins and half of the ties, as a share of all that were decided.
+        low: lower end of the 95 % interval.
+        high: upper end.
+        wins: number of prompts that the first model won.
+        ties: neither did.
+        losses: the second did.
+        undecided: prompts without a verdict, which count for nothing.
+        length_controlled: the rate at equal lengths, see ``length_controlled_win_rate``.
+        consistent: share of prompts on which a judge prefers the same answer in both orders; ``None`` for rewards.
+    """
+
+    value: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    undecided: int
+    length_controlled: float
+    consistent: float | None = None
+
+
+def win_rate(
+    prompts: Sequence[Any],
+    answers_a: Sequence[str],
+    answers_b: Sequence[str],
+    *,
+    reward: Callable[..., Sequence[float | None]] | None = None,
+    judge: Judge | None = None,
+    question: str = QUESTION,
+    tie_margin: float | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> WinRate:
+    """Compares two models' answers prompt by prompt.
+
+    With ``reward``, an answer wins whose reward is higher by more than the margin. With ``judge``, each pair is asked
+    in both orders, as judges favour a place: the preference is the mean of p(first is better) and 1 - p(second is
+    better), and an answer wins if it is above 1/2 by more than the margin. Equal texts tie without being asked.
+
+    Args:
+        prompts: texts or messages.
+        answers_a: the first model's answers.
+        answers_b: the second's, to the same prompts.
+        reward: a reward function or verifier, called as ``fn(prompts, completions, **columns)``.
+        judge: answers yes-or-no questions, such as ``rewards.judges.ModelJudge``; instead of ``reward``.
+        question: what a judge is asked, with the places ``{prompt}``, ``{first}`` and ``{second}``.
+        tie_margin: largest difference that is a tie; by default 0 for rewards, and 0.05 around 1/2 for judges.
+        columns: further columns of the prompts, for ``reward``.
+
+    Raises:
+        ValueError: lists of different lengths, not one of ``reward`` and ``judge``, a margin out of its range, a
+            question without a place, or fewer than two decided prompts.
+
+    Example:
+        >>> longer = lambda prompts, completions: [float(len(text)) for text in completions]
+        >>> found = win_rate(["a", "b", "c"], ["xx", "y", "zz"], ["x", "y", "zzz"], reward=longer)
+        >>> found.value, found.wins, found.ties, found.losses
+        (0.5, 1, 1, 1)
+    """
+    check_same_length(prompts=prompts, answers_a=answers_a, answers_b=answers_b, **(columns or {}))
+    if (reward is None) == (judge is None):
+        raise ValueError("give one of reward and judge: a function that scores answers, or a judge that compares them")
+    if judge is None:
+        assert reward is not None
+        margin = 0.0 if tie_margin is None else tie_margin
+        check_not_negative("tie_margin", margin, "0 counts only equal rewards as ties")
+        differences = _reward_differences(reward, prompts, answers_a, answers_b, columns or {})
+        consistent = None
+    else:
+        margin = 0.05 if tie_margin is None else tie_margin
+        check_fraction("tie_margin", margin, "0.05 is usual")
+        differences, consistent = _judged(judge, question, prompts, answers_a, answers_b)
+
+    # What is undecided is neither a win nor a loss.
+    decided = [n for n, difference in enumerate(differences) if difference is not None]
+    if len(decided) < 2:
+        raise ValueError(f"{len(decided)} of {len(differences)} prompts have a verdict: a win rate needs at least two")
+    outcomes = [_outcome(differences[n] or 0.0, margin) for n in decided]
+    lengths = [float(len(answers_a[n]) - len(answers_b[n])) for n in decided]
+    interval = mean_interval(outcomes)
+    return WinRate(
+        interval.value,
+        max(0.0, interval.low),
+        min(1.0, interval.high),
+        wins=outcomes.count(1.0),
+        ties=outcomes.count(0.5),
+        losses=outcomes.count(0.0),
+        undecided=len(differences) - len(decided),
+        length_controlled=length_controlled_win_rate(outcomes, lengths),
+        consistent=consistent,
+    )
+
+
+def _outcome(difference: float, margin: float) -> float:
+    return 0.5 if abs(difference) <= margin else float(difference > 0)
+
+
+def _reward_differences(
+    reward: Callable[..., Sequence[float | None]],
+    prompts: Sequence[Any],
+    answers_a: Sequence[str],
+    answers_b: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float | None]:
+    ours, theirs = (
+        check_verdicts(reward(list(prompts), list(answers), **columns), len(prompts))
+        for answers in (answers_a, answers_b)
+    )
+    return [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def _judged(
+    judge: Judge, question: str, prompts: Sequence[Any], answers_a: Sequence[str], answers_b: Sequence[str]
+) -> tuple[list[float | None], float | None]:
+    """Returns preferences less 1/2, and the share of prompts with the same preference in both orders."""
+    missing = [place for place in ("{prompt}", "{first}", "{second}") if place not in question]
+    if missing:
+        raise ValueError(f"the question has no {missing[0]}: write where the judge reads it")
+    asked = [n for n in range(len(prompts)) if answers_a[n] != answers_b[n]]
+    texts = [_filled(question, prompts[n], *pair) for n in asked for pair in _orders(answers_a[n], answers_b[n])]
+    verdicts = list(judge(texts)) if texts else []
+    if len(verdicts) != len(texts):
+        raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(texts)} questions: return one for each")
+    found: list[float | None] = [0.0] * len(prompts)
+    agreeing = []
+    for place, n in enumerate(asked):
+        first, second = (_number(verdict) for verdict in verdicts[2 * place : 2 * place + 2])
+        if first is None or second is None:
+            found[n] = None
+            continue
+        found[n] = (first + 1 - second) / 2 - 0.5
+        agreeing.append((first > 0.5) == (second < 0.5))
+    return found, sum(agreeing) / len(agreeing) if agreeing else None
+
+
+def _orders(a: str, b: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (a, b), (b, a)
+
+
+def _filled(question: str, prompt: Any, first: str, second: str) -> str:
+    # Not by str.format: answers may hold braces, and so may the rest of the question.
+    text = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    parts = {"{prompt}": text, "{first}": first, "{second}": second}
+    found, rest = "", question
+    while rest:
+        places = [(rest.find(name), name) for name in parts if name in rest]
+        if not places:
+            return found + rest
+        start, name = min(places)
+        found, rest = found + rest[:start] + parts[name], rest[start + len(name) :]
+    return found
+
+
+def _number(verdict: Any) -> float | None:
+    """Returns a verdict as a number in [0, 1]; ``None`` for an exception or anything else."""
+    if verdict is None or isinstance(verdict, Exception | bool | str):
+        return None
+    value = float(verdict)
+    return value if 0 <= value <= 1 else None

@@ -1,0 +1,218 @@
+"""Suites, results and reports: values by hand, the same rows for every model, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from rlhf_lightning import cli
+from rlhf_lightning.evaluation import Suite, Task, TaskResult, compare, evaluate, run_task, wilson_interval
+from rlhf_lightning.evaluation.evaluate import short_names
+from rlhf_lightning.evaluation.report import Report
+from rlhf_lightning.utils.messages import UsageError
+
+from ..helpers import char_tokenizer, save_tiny_model
+from .scripted import ScriptedEngine
+
+ROWS = [{"prompt": f"1+{n}=", "answer": str(n + 1)} for n in range(4)]
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]] = ROWS) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def engine(*texts: list[str]) -> ScriptedEngine:
+    return ScriptedEngine({row["prompt"]: answers for row, answers in zip(ROWS, texts, strict=True)})
+
+
+RIGHT, WRONG = [[f"#{n + 1}"] for n in range(4)], [["#9"]] * 4
+
+
+def test_accuracy_lengths_and_truncation_of_greedy_answers(tmp_path: Path) -> None:
+    task = Task(name="sums", prompts=write_rows(tmp_path))
+    found = run_task(task, engine(["#1"], ["#2"], ["#7"], ["1 + 3..."]))
+    assert list(found.scores.values()) == [1.0, 1.0, 0.0, 0.0]
+    expected = wilson_interval(2, 4)
+    assert found.accuracy == expected
+    metrics = found.metrics
+    assert (metrics["accuracy"], metrics["accuracy_low"]) == (0.5, expected.low)
+    assert (metrics["truncated"], metrics["prompts"], metrics["without_verdict"]) == (0.25, 4, 0)
+    assert (metrics["length/mean"], metrics["length/max"]) == (fmean([2, 2, 2, 5]), 5)
+    assert "pass@1" not in metrics
+
+
+def test_several_samples_have_pass_and_majority_at_k(tmp_path: Path) -> None:
+    task = Task(name="sums", prompts=write_rows(tmp_path), num_samples=4)
+    found = run_task(task, engine(["#1"], ["#2", "#3", "#3", "#2"], ["#0", "#1", "#2", "#3"], ["#0"]))
+    assert list(found.scores.values()) == [1.0, 0.5, 0.25, 0.0]
+    metrics = found.metrics
+    assert metrics["pass@1"] == pytest.approx(fmean([1, 1 / 2, 1 / 4, 0]))
+    assert metrics["pass@2"] == pytest.approx(fmean([1, 5 / 6, 1 / 2, 0]))
+    assert metrics["pass@4"] == pytest.approx(fmean([1, 1, 1, 0]))
+    assert metrics["maj@4"] == pytest.approx(fmean([1, 1 / 2, 1 / 4, 0]))
+    assert metrics["unique_answers"] == pytest.approx(fmean([1 / 4, 1 / 2, 1, 1 / 4]))
+
+
+def test_rows_without_a_verdict_are_counted_and_left_out(tmp_path: Path) -> None:
+    rows = [*ROWS[:3], {"prompt": ROWS[3]["prompt"], "answer": None}]
+    found = run_task(Task(name="sums", prompts=write_rows(tmp_path, rows)), engine(*RIGHT))
+    assert (found.metrics["prompts"], found.metrics["without_verdict"], found.metrics["accuracy"]) == (3, 1, 1.0)
+
+
+def test_samples_have_seeds_of_their_own_whatever_else_is_evaluated(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path)
+    first, second = engine(*RIGHT), engine(*RIGHT)
+    task = Task(name="sums", prompts=rows, num_samples=3)
+    evaluate({"a": first}, Suite(name="one", tasks=(task,)), seed=5)
+    tasks = (Task(name="other", prompts=rows), task)
+    evaluate({"b": engine(*WRONG), "a": second}, Suite(name="two", tasks=tasks), seed=5)
+    assert first.calls == second.calls[4:]
+    seeds = [seed for _, row in first.calls for seed in row]
+    assert len(set(seeds)) == 12
+
+
+def test_models_are_compared_on_the_same_prompts(tmp_path: Path) -> None:
+    suite = {"name": "small", "tasks": [{"name": "sums", "prompts": write_rows(tmp_path)}]}
+    report = evaluate({"base": engine(["#1"], *WRONG[1:]), "better": engine(*RIGHT), "same": engine(*RIGHT)}, suite)
+    assert [(found.model, found.baseline) for found in report.comparisons] == [("better", "base"), ("same", "base")]
+    found = report.comparison("better", "sums")
+    assert found is not None
+    assert (found.comparison.difference, found.prompts, found.mcnemar) == (0.75, 4, 0.25)
+    assert "| sums | better | 100.0% |" in report.table()
+    equal = compare(report.result("better", "sums"), report.result("same", "sums"))
+    assert (equal.comparison.difference, equal.comparison.p_value, equal.mcnemar) == (0.0, 1.0, 1.0)
+
+
+def test_a_report_is_saved_read_and_remembered(tmp_path: Path) -> None:
+    suite = {"name": "small", "tasks": [{"name": "sums", "prompts": write_rows(tmp_path), "num_samples": 2}]}
+    models = {"base": engine(*WRONG), "<b>": engine(["#1", "<script>"], *RIGHT[1:])}
+    out = tmp_path / "report"
+    report = evaluate(models, suite, output=out, seed=2)
+    assert Report.read(out) == report
+    page = (out / "report.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "<script>" not in page
+    evaluate(models, suite, output=out, seed=2)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [(line["model"], line["metrics"]["accuracy"]) for line in history] == [("base", 0.0), ("<b>", 0.875)]
+    evaluate(models, suite, output=out, seed=3)
+    assert len((out / "history.jsonl").read_text().splitlines()) == 2  # equal samples, whatever the seed: the same
+
+
+def test_results_of_unchanged_models_are_not_computed_again(tmp_path: Path) -> None:
+    folders = [save_tiny_model(tmp_path / name, seed=n) for n, name in enumerate(("one", "two"))]
+    for folder in folders:
+        char_tokenizer().save_pretrained(folder)
+    task = {"name": "sums", "prompts": write_rows(tmp_path), "sampling": {"max_new_tokens": 3}}
+    lines: list[str] = []
+    first = evaluate(folders[:1], {"tasks": [task]}, output=tmp_path / "out", say=lines.append)
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "parts").iterdir()}
+    both = evaluate(folders, {"tasks": [task]}, output=tmp_path / "out", say=lines.append)
+    assert both.results[0].prompts == first.results[0].prompts
+    assert both.models == ["one", "two"]
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 2
+
+    # Other weights in the same folder are another model.
+    shutil.copytree(folders[1], folders[0], dirs_exist_ok=True)
+    again = evaluate(folders[:1], {"tasks": [task]}, output=tmp_path / "out")
+    assert again.results[0].prompts == both.results[1].prompts
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    char_tokenizer().save_pretrained(folder)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"name: mine\ntasks:\n  - {{name: sums, prompts: {write_rows(tmp_path)}, limit: 2}}\n")
+    args = ["evaluate", "--models", f"{folder},{folder}/.", "--suite", str(suite), "--output", str(tmp_path / "out")]
+    cli.main([*args[:2], str(folder), *args[3:]])
+    out = capsys.readouterr().out
+    assert "| sums | model | 0.0% |" in out
+    assert (tmp_path / "out" / "report.html").is_file()
+    with pytest.raises(SystemExit):
+        cli.main([*args[:2], str(folder), "--sute", "x"])
+
+
+@pytest.mark.parametrize(
+    ("suite", "word"),
+    [
+        ({"name": "empty", "tasks": []}, "suite 'empty' has no tasks"),
+        ({"tasks": [{"name": "a"}]}, "task 'a' has no prompts"),
+        ({"tasks": [{"name": "a", "prompts": "x", "verifer": "y"}]}, "did you mean 'verifier'"),
+        ({"tasks": [{"name": "a", "prompts": "x"}] * 2}, "two tasks named 'a'"),
+        ({"tasks": [{"name": "a", "prompts": "x", "sampling": {"temperatur": 1}}]}, "did you mean 'temperature'"),
+        ({"tasks": [{"name": "a", "prompts": "x", "num_samples": 0}]}, "num_samples is 0"),
+        (
+            {"tasks": [{"name": "a", "prompts": "x", "num_samples": 2, "sampling": {"temperature": 0.0}}]},
+            "which are all equal",
+        ),
+    ],
+)
+def test_suites_that_are_refused(suite: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Suite.read(suite)
+
+
+def test_a_missing_suite_names_a_near_one() -> None:
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'configs/suites/arithmetic\.yaml'"):
+        Suite.read("configs/suites/arithmetics.yaml")
+
+
+def test_a_verifier_that_raises_or_is_misspelt(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path)
+    task = {"name": "a", "prompts": rows, "verifier": "rlhf_lightning.rewards.exact_anwser"}
+    with pytest.raises(ValueError, match="exact_anwser"):
+        evaluate({"a": engine(*RIGHT)}, {"tasks": [task]})
+    with pytest.raises(RuntimeError, match="broken"):
+        run_task(Task(name="a", prompts=rows), engine(*RIGHT), verifier=broken)
+
+
+def broken(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    raise RuntimeError("broken")
+
+
+def test_no_verdict_at_all(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, [{"prompt": row["prompt"], "answer": None} for row in ROWS])
+    with pytest.raises(ValueError, match="no verdict for any answer"):
+        run_task(Task(name="a", prompts=rows), engine(*RIGHT))
+
+
+def test_a_column_that_the_verifier_reads_is_missing(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, [{"prompt": row["prompt"], "solution": "1"} for row in ROWS])
+    with pytest.raises(ValueError, match="task 'a' reads the column 'answer': its prompts have solution"):
+        run_task(Task(name="a", prompts=rows), engine(*RIGHT))
+
+
+def test_an_output_that_was_not_written_by_an_evaluation_stays(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(ValueError, match="already exists"):
+        evaluate({"a": engine(*RIGHT)}, {"tasks": [{"name": "a", "prompts": write_rows(tmp_path)}]}, output=tmp_path)
+    assert (tmp_path / "results.json").read_text() == "mine"
+
+
+def test_names_of_folders() -> None:
+    assert short_names(["runs/a/model", "runs/b/model", "runs/b/other/model"]) == ["a", "b", "b/other"]
+    assert short_names(["x", "runs/x"]) == ["x", "runs/x"]
+    with pytest.raises(ValueError, match="given twice"):
+        short_names(["a/b", "a//b"])
+    with pytest.raises(ValueError, match="models is 'runs/a'"):
+        evaluate("runs/a", {"tasks": [{"name": "a", "prompts": "x"}]})
+
+
+def test_results_are_plain_values(tmp_path: Path) -> None:
+    found = run_task(Task(name="sums", prompts=write_rows(tmp_path)), engine(*RIGHT))
+    assert TaskResult.read(json.loads(json.dumps(found.as_dict()))) == found
+
+
+def test_the_usage_error_is_one_line() -> None:
+    from rlhf_lightning.evaluation.command import run_command
+
+    with pytest.raises(UsageError, match=r"evaluate: .*suit"):
+        run_command(["--models", "a", "--suit", "b", "--output", "c"])
