@@ -35,7 +35,7 @@ isolation: ## install bubblewrap, which keeps programs of completions apart (whe
 dev: $(or $(wildcard $(PARITY)),$(DEV)) ## install the package and the developers' tools into .venv
 
 test: dev ## run the tests but the slow ones (WORKERS=0 for one process, ARGS="-k name" for some)
-	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal --durations=40 --durations-min=3 $(ARGS)
 
 test-slow: dev ## run the slow tests: kills, ranks, sweeps
 	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist worksteal $(ARGS)
