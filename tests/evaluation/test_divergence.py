@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import kl_div
 
 from rlhf_lightning.evaluation import divergence, mean_interval, own_samples
 from rlhf_lightning.inference import LocalEngine, SamplingParams
+from rlhf_lightning.models.own_attention import set_attention
 from rlhf_lightning.sequences import Example, Segment
 
 from ..helpers import char_tokenizer, tiny_model
@@ -35,6 +37,12 @@ def rows() -> list[Example]:
 def test_it_is_the_definition(arch: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module(divergence.__module__), "_ENTRIES", 300)  # a few tokens at a time
     model, reference = (tiny_model(arch, seed=n, dtype=torch.float64).eval() for n in (0, 1))
+    close = partial(pytest.approx, rel=1e-9)
+    if arch == "gemma2":
+        # Soft caps are in the eager attention alone, whose softmax is in fp32.
+        close = partial(pytest.approx, rel=1e-6)
+        for part in (model, reference):
+            set_attention(part, "eager")
     forward, reverse, k1, k3, own, other, totals = [], [], [], [], [], [], []
     for example in rows():
         for prompt, child in example.root.paths():
@@ -61,15 +69,15 @@ def test_it_is_the_definition(arch: str, budget: int, monkeypatch: pytest.Monkey
         return sum(values) / len(values)
 
     assert (found.tokens, found.sequences) == (len(forward), 8)
-    assert found.forward == pytest.approx(mean(forward), rel=1e-9)
-    assert found.reverse == pytest.approx(mean(reverse), rel=1e-9)
-    assert found.symmetric == pytest.approx(mean(forward) + mean(reverse), rel=1e-9)
-    assert (found.k1, found.k3) == pytest.approx((mean(k1), mean(k3)), rel=1e-9)
-    assert found.perplexity == pytest.approx(math.exp(-mean(own)), rel=1e-9)
-    assert found.reference_perplexity == pytest.approx(math.exp(-mean(other)), rel=1e-9)
+    assert found.forward == close(mean(forward))
+    assert found.reverse == close(mean(reverse))
+    assert found.symmetric == close(mean(forward) + mean(reverse))
+    assert (found.k1, found.k3) == close((mean(k1), mean(k3)))
+    assert found.perplexity == close(math.exp(-mean(own)))
+    assert found.reference_perplexity == close(math.exp(-mean(other)))
     expected = mean_interval(totals)
-    assert found.per_sequence.value == pytest.approx(expected.value, rel=1e-9)
-    assert found.per_sequence.low == pytest.approx(expected.low, rel=1e-7)
+    assert found.per_sequence.value == close(expected.value)
+    assert found.per_sequence.low == close(expected.low)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
