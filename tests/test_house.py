@@ -55,6 +55,16 @@ def test_functions_are_short():
     assert long == set(LONG_FUNCTIONS)
 
 
+def test_inheritance_is_shallow():
+    depth, deepest = house.depth(house.sources())
+    assert depth <= 3, f"{deepest} is {depth} classes deep: share code by functions"
+
+
+def test_docstrings_say_what_a_thing_does():
+    begun = [text for path in house.sources().values() for text in house.docstrings(path) if text.startswith("What ")]
+    assert begun == []
+
+
 def test_contributing_lists_the_floors():
     text = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text())
     assert "ground first: " + ", ".join(f"`{floor}`" for floor in house.FLOORS) in text

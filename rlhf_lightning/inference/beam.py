@@ -19,6 +19,23 @@ def estimate(node: Node) -> float:
     return -math.inf if node.value is None else node.value
 
 
+def check_sizes(width: int, expand: int, lookahead: int) -> None:
+    """Raises unless a search can have these sizes."""
+    check_count("width", width, "4 is usual")
+    check_count("expand", expand, "4 is usual")
+    if lookahead:
+        check_count("lookahead", lookahead, "0 scores the step itself")
+
+
+def assess(steps: StepEnvironment, nodes: Sequence[Node], lookahead: int) -> Generator[Ask, Any, None]:
+    """Scores nodes, or where the next steps from them lead."""
+    partial = [node for node in nodes if node.finish_reason is None] if lookahead else []
+    ahead = dict(zip(partial, (yield from steps.look_ahead(partial, lookahead)), strict=True))
+    yield from steps.score([ahead.get(node, node) for node in nodes])
+    for node, end in ahead.items():
+        node.value = end.value
+
+
 class BeamSearch(StepSearch):
     r"""Continues the best partial solutions, a step at a time.
 
@@ -47,10 +64,7 @@ class BeamSearch(StepSearch):
 
     def __init__(self, engine: Engine, *, width: int = 4, expand: int = 4, lookahead: int = 0, **options: Any) -> None:
         super().__init__(engine, **options)
-        check_count("width", width, "4 is usual")
-        check_count("expand", expand, "4 is usual")
-        if lookahead:
-            check_count("lookahead", lookahead, "0 scores the step itself")
+        check_sizes(width, expand, lookahead)
         self.width, self.expand, self.lookahead = width, expand, lookahead
 
     def explore(self, steps: StepEnvironment) -> Generator[Ask, Any, None]:
@@ -62,17 +76,9 @@ class BeamSearch(StepSearch):
                 break
             drawn = yield from steps.expand(continued, count)
             fresh = list(dict.fromkeys(child for children in drawn for child in children))
-            yield from self.assess(steps, fresh)
+            yield from assess(steps, fresh, self.lookahead)
 
             # A stable sort: of equal scores, the earlier one stays.
             ended = [node for node in beam if node.finish_reason is not None]
             beam = sorted((*ended, *fresh), key=estimate, reverse=True)[: self.width]
             count = self.expand
-
-    def assess(self, steps: StepEnvironment, nodes: Sequence[Node]) -> Generator[Ask, Any, None]:
-        """Scores nodes, or where they lead."""
-        partial = [node for node in nodes if node.finish_reason is None] if self.lookahead else []
-        ahead = dict(zip(partial, (yield from steps.look_ahead(partial, self.lookahead)), strict=True))
-        yield from steps.score([ahead.get(node, node) for node in nodes])
-        for node, end in ahead.items():
-            node.value = end.value

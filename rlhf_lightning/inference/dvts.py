@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from .beam import BeamSearch, estimate
+from .beam import assess, check_sizes, estimate
+from .engine import Engine
 from .step_environment import StepEnvironment
+from .step_search import StepSearch
 from .strategy import Ask
 from .trees import Node
 
 
-class DVTS(BeamSearch):
+class DVTS(StepSearch):
     r"""Searches ``width`` subtrees, each on its own: the best of ``expand`` steps is taken again and again.
 
     Beeching, Tunstall and Rush (2024), "Scaling test-time compute with open models". Where a beam is soon filled by
@@ -31,11 +33,16 @@ class DVTS(BeamSearch):
         '3+14=17\n17+9=26\n#26'
     """
 
+    def __init__(self, engine: Engine, *, width: int = 4, expand: int = 4, lookahead: int = 0, **options: Any) -> None:
+        super().__init__(engine, **options)
+        check_sizes(width, expand, lookahead)
+        self.width, self.expand, self.lookahead = width, expand, lookahead
+
     def explore(self, steps: StepEnvironment) -> Generator[Ask, Any, None]:
         """Searches for one prompt."""
         heads: list[Node] = [steps.root] * self.width
         while heads and not steps.stopped_by:
             drawn = yield from steps.expand(heads, self.expand, apart=True)
-            yield from self.assess(steps, [child for children in drawn for child in children])
+            yield from assess(steps, [child for children in drawn for child in children], self.lookahead)
             best = [max(children, key=estimate) for children in drawn if children]
             heads = [node for node in best if node.finish_reason is None]

@@ -91,6 +91,15 @@ class Selection(Strategy):
         values: list[float] = (yield list(candidates[:count])) if count else []
         return [c.scored(v) for c, v in zip(candidates, values, strict=False)] + list(candidates[count:])
 
+    def voted(self, candidates: Sequence[Candidate], account: Account) -> SearchResult:
+        """Chooses the first candidate with the most frequent answer; scores are shares of the votes."""
+        keys = [self.answer(candidate.text) for candidate in candidates]
+        votes = Counter(key for key in keys if key is not None)
+        shares = [0.0 if key is None else votes[key] / len(keys) for key in keys]
+        scored = [candidate.scored(share) for candidate, share in zip(candidates, shares, strict=True)]
+        chosen = keys.index(votes.most_common(1)[0][0]) if votes else 0
+        return result_of(scored, chosen, account)
+
 
 class BestOfN(Selection):
     """Draws n solutions and returns the one with the highest score.
@@ -164,18 +173,10 @@ class MajorityVote(Selection):
     def start(self, query: Query, sampling: SamplingParams, account: Account) -> Search:
         """Begins the search for one prompt."""
         candidates = yield from self.draw(query, sampling, account, range(self.n))
-        return self._voted(candidates, account)
-
-    def _voted(self, candidates: Sequence[Candidate], account: Account) -> SearchResult:
-        keys = [self.answer(candidate.text) for candidate in candidates]
-        votes = Counter(key for key in keys if key is not None)
-        shares = [0.0 if key is None else votes[key] / len(keys) for key in keys]
-        scored = [candidate.scored(share) for candidate, share in zip(candidates, shares, strict=True)]
-        chosen = keys.index(votes.most_common(1)[0][0]) if votes else 0
-        return result_of(scored, chosen, account)
+        return self.voted(candidates, account)
 
 
-class SelfConsistency(MajorityVote):
+class SelfConsistency(Selection):
     r"""Votes in rounds, and stops as soon as the vote is decided.
 
     Adaptive-Consistency (Aggarwal et al., 2023, arXiv:2305.11860): with :math:`v_1` and :math:`v_2` votes for the two
@@ -221,7 +222,7 @@ class SelfConsistency(MajorityVote):
             candidates += drawn
             if len(drawn) < len(numbers) or self._decided(candidates):
                 break
-        return self._voted(candidates, account)
+        return self.voted(candidates, account)
 
     def _decided(self, candidates: Sequence[Candidate]) -> bool:
         keys = [self.answer(candidate.text) for candidate in candidates]

@@ -42,7 +42,7 @@ _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lo
 
 @dataclass(frozen=True)
 class Factors:
-    """What an adapter adds to one layer: ``scale (B A x + c)``.
+    """The sum that an adapter adds to one layer: ``scale (B A x + c)``.
 
     Args:
         a_rI: the first factor.
