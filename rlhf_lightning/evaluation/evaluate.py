@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..inference import Engine, LocalEngine, build_strategy, derive_seed
 from ..models import load_causal_lm, load_tokenizer
@@ -40,7 +41,7 @@ class _Candidate:
         if not isinstance(self.place, str | Path):
             return self.place  # type: ignore[no-any-return]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_causal_lm(str(self.place), dtype=getattr(torch, dtype), trainable=False)
+        model: nn.Module = load_causal_lm(str(self.place), dtype=getattr(torch, dtype), trainable=False)
         return LocalEngine(model.to(device), load_tokenizer(str(self.place)))
 
 

@@ -34,7 +34,7 @@ class Query:
 
     @property
     def lead(self) -> str:
-        """What a solution begins with that the last token of the thought holds already."""
+        """The beginning of a solution that the last token of the thought holds already."""
         return "" if self.thought is None else self.thought.lead
 
     def continued(self, token_ids: Sequence[int] = ()) -> Any:

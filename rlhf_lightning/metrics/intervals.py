@@ -217,7 +217,7 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     only_b = sum(bool(b) and not a for a, b in zip(right_a, right_b, strict=True))
     total, fewest = only_a + only_b, min(only_a, only_b)
     tail = sum(math.comb(total, index) for index in range(fewest + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(2 * tail / (1 << total)))
 
 
 def _checked(name: str, values: Values) -> npt.NDArray[np.float64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sized
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def check_finite(name: str, values: object, *, like: Tensor, each: str) -> None:
         raise ValueError(f"{name} returned losses without gradient: compute them from the policy's log-probs")
 
 
-def check_same_length(**lists: Sequence[object]) -> None:
+def check_same_length(**lists: Sized) -> None:
     """Raises unless all lists have the first one's length.
 
     Example:
