@@ -33,6 +33,7 @@ FLOORS = (
     "rl",
     "datamodules",
     "evaluation",
+    "generation",
     "merging",
     "loggers",
     "callbacks",

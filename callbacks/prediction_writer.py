@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +10,7 @@ import lightning
 
 from ..core.checkpoint_io import check_place
 from ..distributed.collectives import gather_objects
-from ..utils.files import PARTIAL, hidden_sibling, on_first_rank
+from ..utils.files import PARTIAL, hidden_sibling, json_line, json_values, on_first_rank
 
 _MISSING = object()
 
@@ -71,7 +69,7 @@ class PredictionWriter(lightning.Callback):
         # Rank r has the rows r, r + world_size, ...: taking one of each rank in turn restores the order.
         for row in chain.from_iterable(zip_longest(*ranks, fillvalue=_MISSING)):
             if row is not _MISSING:
-                self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+                self._file.write(json_line(json_values(row)))
                 self.num_rows += 1
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -92,12 +90,3 @@ class PredictionWriter(lightning.Callback):
             self._file.close()
             hidden_sibling(self.path, PARTIAL).unlink(missing_ok=True)
             self._file = None
-
-
-def _finite(value: Any) -> Any:
-    """Replaces numbers that are not finite, which JSON lacks, by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

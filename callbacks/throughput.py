@@ -13,7 +13,9 @@ from torch import nn
 from ..core import PostTrainingModule
 from ..core.timing import PhaseClock, Work
 from ..distributed.collectives import gather_objects
+from ..inference.telemetry import Telemetry
 from ..models import base_model
+from ..rl.on_policy_module import OnPolicyModule
 
 # Dense TFLOP/s by the vendors' data sheets: bf16 or fp16, tf32, fp32. The first name that occurs in the driver's name
 # of the device counts.
@@ -108,6 +110,8 @@ class Throughput(lightning.Callback):
     - ``time/data``, ``time/generate``, ``time/score`` (references, rewards, values), ``time/forward_backward``,
       ``time/step`` (gradients over ranks, clipping, the optimizer), ``time/other``: seconds of a batch, and
       ``time/batch``, their sum on one rank.
+    - ``time/prefill``, ``time/decode``, ``generation/...``: for GRPO and PPO, the phases of ``time/generate`` and its
+      counts per batch (``inference.telemetry.Telemetry``).
 
     On CUDA, phases are timed by events; only logging synchronises with the device.
 
@@ -135,6 +139,7 @@ class Throughput(lightning.Callback):
         self.every_n_batches = every_n_batches
         self._clock: PhaseClock | None = None
         self._data: Any = None  # the open phase while a batch is fetched
+        self._before = self._sampled = Telemetry()  # of the engine when the batch began, and of the batches so far
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Attaches the clock to the module and to the trainer's profiler."""
@@ -169,12 +174,21 @@ class Throughput(lightning.Callback):
             self._data.__exit__(None, None, None)
             self._data = None
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes what sampling has cost so far, in validation too."""
+        if isinstance(pl_module, OnPolicyModule):
+            self._before = Telemetry.of(pl_module.engine)
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the batch, and logs the batches since the last log if a log is due."""
         assert self._clock is not None
         self._clock.end(examples=len(batch))
+        if isinstance(pl_module, OnPolicyModule):
+            self._sampled = self._sampled.plus(Telemetry.of(pl_module.engine).since(self._before))
         every = self.every_n_batches or int(vars(trainer)["log_every_n_steps"])
         # As Lightning counts, so that both log at once.
         if every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
@@ -226,6 +240,10 @@ class Throughput(lightning.Callback):
             values["throughput/prefix_saved"] = 1 - tokens / repeated
         if generated := added("generated_tokens"):
             values["throughput/generated_tokens_per_second"] = generated / seconds["generate"]
+        if isinstance(module, OnPolicyModule):
+            sampled: list[Telemetry] = gather_objects(self._sampled)
+            values |= Telemetry.over_ranks(sampled).metrics(own.batches)
+            self._sampled = Telemetry()
         peak = self._peak(trainer, module.device)
         if peak is not None and repeated:
             flops = tokens * flops_per_token(module.model, added("squared_lengths") / repeated)

@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-lightning fit | validate | test | predict | pipeline | label-steps``."""
+"""The command line: ``rlhf-lightning fit | validate | test | predict`` and further commands."""
 
 from __future__ import annotations
 
@@ -44,15 +44,21 @@ _COMMANDS = {
     "label-steps": ".labeling.command",
     "merge": ".merging.command",
     "evaluate": ".evaluation.command",
+    "generate": ".generation.command",
+    "chat": ".generation.chat_command",
 }
 _USAGE = """\
 usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
+       rlhf-lightning generate --model FOLDER --prompts SOURCE|--prompt TEXT [--output FILE] [--NAME VALUE ...]
+       rlhf-lightning chat --model FOLDER [--system TEXT] [--NAME VALUE ...]
        rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [KEY=VALUE ...]
        rlhf-lightning label-steps --model FOLDER --prompts SOURCE --output FILE [--NAME VALUE ...]
        rlhf-lightning merge --method NAME --models '[A, B]' --output FOLDER [--base FOLDER] [--NAME VALUE ...]
        rlhf-lightning evaluate --models A,B --suite FILE --output FOLDER
 
 fit, validate, test, predict   one method on one data set: a LightningCLI, whose --help lists every option
+generate                       answers to many prompts, by sampling or by a strategy that searches
+chat                           a conversation on the terminal
 pipeline                       several stages, each starting from what the one before it exported
 label-steps                    rows for process reward models: solutions whose steps are labelled by completing them
 merge                          one model of several: TIES, DARE, SLERP, Fisher and others; merge verify FOLDER checks it

@@ -77,6 +77,8 @@ def test_version_and_usage(capsys):
     assert "fit|validate|test|predict" in usage
     assert "rlhf-lightning pipeline" in usage
     assert "rlhf-lightning label-steps" in usage
+    assert "rlhf-lightning generate" in usage
+    assert "rlhf-lightning chat" in usage
 
 
 METHODS = ("SFT", "Reward", "ProcessReward", "DPO", "SimPO", "KTO", "GRPO", "PPO")
@@ -118,7 +120,13 @@ def test_help_of_a_group_with_subclasses(capsys, cls, group):
 
 
 def test_help_of_the_other_commands(capsys):
-    for command, option in (("pipeline", "--run_dir"), ("label-steps", "--num_completions"), ("fit", "--model.help")):
+    for command, option in (
+        ("pipeline", "--run_dir"),
+        ("label-steps", "--num_completions"),
+        ("generate", "--prompts_at_once"),
+        ("chat", "--system"),
+        ("fit", "--model.help"),
+    ):
         with pytest.raises(SystemExit) as exit_info:
             main([command, "--help"])
         assert exit_info.value.code == 0

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..data.sources import Source
+from ..data.transformed_rows import Transform
 from ..datamodules import PromptDataModule
 from ..inference import Completion, Engine, SamplingParams
 from ..rewards.exact_answer import check_verdicts
@@ -57,11 +59,13 @@ def load_verifier(path: str) -> Verifier:
 
 
 def read_prompts(
-    source: str | list[str],
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    columns: dict[str, str] | None = None,
+    transform: Transform | None = None,
 ) -> list[Example]:
     """Reads and tokenises the prompts of a source, as the datamodules do.
 
@@ -70,10 +74,18 @@ def read_prompts(
         tokenizer: the model's.
         limit: number of prompts to read, at least 1; all by default.
         chat_template_kwargs: passed to the chat template; the rows' own take precedence.
+        columns: new name of a column -> its name in the rows.
+        transform: maps a row's columns to new ones.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1 (null reads all prompts)")
-    data = PromptDataModule(predict=source, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
+    data = PromptDataModule(
+        predict=source,
+        tokenizer=tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        columns=columns,
+        transform=transform,
+    )
     data.setup("predict")
     examples = [example for batch in data.predict_dataloader() for example in batch.examples]
     return examples[:limit]

@@ -92,3 +92,20 @@ class Account:
             return samples, most
         samples = min(samples, int(left))
         return samples, int(left) // samples if samples else 0
+
+
+@dataclass
+class SearchCounts:
+    """What a strategy's searches have spent since it was made.
+
+    Attributes:
+        searches: searches that ended, one per prompt.
+        expansions: their nodes expanded, or samples drawn where there is no tree.
+        scorer_tokens: tokens read by the scorer.
+        score_seconds: seconds of scoring.
+    """
+
+    searches: int = 0
+    expansions: int = 0
+    scorer_tokens: int = 0
+    score_seconds: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -87,34 +87,60 @@ def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) 
     return "" if tokenizer is None else text_tokens.decode(tokenizer, token_ids)
 
 
-class StopFinder:
-    """Finds stop strings in a completion while it grows.
+class GrowingText:
+    """The text of a completion while it grows.
 
     A token may be part of a character, and its text may depend on the token before it, so text is taken from the
     difference of two decodings that start at the same earlier token.
+
+    Args:
+        tokenizer: decodes the tokens.
+
+    Attributes:
+        text: of all tokens so far, whole characters only.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.stop = stop
         self.text = ""
-        self._reach = max(len(string) for string in stop) - 1
         self._start = 0
         self._read = 0
 
-    def push(self, token_ids: Sequence[int]) -> str | None:
-        """Takes all tokens so far, one more than last time; returns the text before a stop string once there is one."""
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Takes all tokens so far, at least as many as last time; returns the text that was added."""
         # Only the last tokens are decoded again, since a token can change the text of its neighbours only.
         before = decode(self.tokenizer, token_ids[self._start : self._read])
         after = decode(self.tokenizer, token_ids[self._start :])
         if len(after) <= len(before) or after.endswith("�"):
-            return None
+            return ""
+        added = after[len(before) :]
+        self.text += added
+        self._start, self._read = self._read, len(token_ids)
+        return added
+
+
+class StopFinder:
+    """Finds stop strings in a completion while it grows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self.stop = stop
+        self._grown = GrowingText(tokenizer)
+        self._reach = max(len(string) for string in stop) - 1
+
+    @property
+    def text(self) -> str:
+        """The text so far, a stop string included."""
+        return self._grown.text
+
+    def push(self, token_ids: Sequence[int]) -> str | None:
+        """Takes all tokens so far, one more than last time; returns the text before a stop string once there is one."""
         # A stop string may have begun in earlier tokens.
         searched_from = max(0, len(self.text) - self._reach)
-        self.text += after[len(before) :]
-        self._start, self._read = self._read, len(token_ids)
-        found = [at for string in self.stop if (at := self.text.find(string, searched_from)) >= 0]
-        return self.text[: min(found)] if found else None
+        if not self._grown.push(token_ids):
+            return None
+        text = self.text
+        found = [at for string in self.stop if (at := text.find(string, searched_from)) >= 0]
+        return text[: min(found)] if found else None
 
 
 class Request:
@@ -128,6 +154,7 @@ class Request:
         params: the sampling settings.
         stop_ids: tokens that end it.
         tokenizer: decodes tokens; without one the text is empty.
+        watch: called with the sample after every token.
     """
 
     def __init__(
@@ -139,6 +166,7 @@ class Request:
         params: SamplingParams,
         stop_ids: frozenset[int],
         tokenizer: PreTrainedTokenizerBase | None,
+        watch: Callable[[Request], object] | None = None,
     ) -> None:
         self.prompt = prompt
         self.position = position
@@ -151,6 +179,7 @@ class Request:
         self._params = params
         self._stop_ids = stop_ids
         self._tokenizer = tokenizer
+        self._watch = watch
         self._finder = StopFinder(tokenizer, params.stop) if params.stop and tokenizer is not None else None
         self._text: str | None = None
 
@@ -172,6 +201,8 @@ class Request:
             self.finish_reason = "stop"
         elif self.finish_reason is None and len(self.token_ids) >= self.limit:
             self.finish_reason = "length"
+        if self._watch is not None:
+            self._watch(self)
 
     def completion(self) -> Completion:
         """The finished sample."""

@@ -52,6 +52,14 @@ class Counts:
     decode_seconds: float = 0.0
     cache_bytes: int = 0
 
+    def add(self, requests: Sequence[Request], seconds: float) -> None:
+        """Counts finished samples that were made one by one, their seconds as those of ``decode_seconds``."""
+        distinct = {request.prompt for request in requests}
+        self.prompts += len(distinct)
+        self.prompt_tokens += sum(map(len, distinct))
+        self.new_tokens += sum(len(request.token_ids) for request in requests)
+        self.decode_seconds += seconds
+
     def as_dict(self) -> dict[str, float]:
         """All of them by name."""
         return asdict(self)

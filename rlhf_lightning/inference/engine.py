@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import prompt_tokens
 from ..distributed.unshard import gathered
-from ..models import base_model, evaluating, load_causal_lm, load_tokenizer, num_positions
+from ..models import (
+    base_model,
+    evaluating,
+    load_adapted_lm,
+    load_adapted_tokenizer,
+    load_causal_lm,
+    num_positions,
+)
 from ..models.own_attention import EAGER, attention_of, avoid_cudnn_attention, is_switchable, using_attention
 from ..sequences import register_attention
 from .completion import Completion, Request
@@ -149,6 +157,7 @@ class LocalEngine:
         cls,
         folder: str | Path,
         *,
+        adapter: str | Path | None = None,
         cache: CacheKind = "dynamic",
         dtype: str = "auto",
         device: str | torch.device | None = None,
@@ -158,7 +167,8 @@ class LocalEngine:
         """Loads a model and its tokenizer, to sample from.
 
         Args:
-            folder: a folder or hub id of a model or an adapter.
+            folder: a folder or hub id of a model, or of an adapter that names its model.
+            adapter: a folder or hub id of an adapter to put on the model; its tokenizer is taken if it has one.
             cache: as for the class.
             dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``; ``auto`` is ``bfloat16`` on a GPU, else
                 ``float32``.
@@ -178,11 +188,13 @@ class LocalEngine:
         name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
         if name not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: use auto, {', '.join(_DTYPES)}")
-        attention = register_attention()
-        model: nn.Module = load_causal_lm(
-            folder, dtype=getattr(torch, name), attn_implementation=attention, trainable=False
+        options: Any = {"dtype": getattr(torch, name), "attn_implementation": register_attention()}
+        model: nn.Module = (
+            load_causal_lm(folder, trainable=False, **options)
+            if adapter is None
+            else load_adapted_lm(folder, adapter, **options)
         )
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_adapted_tokenizer(folder, adapter)
         return cls(model.to(place), tokenizer, max_batch_tokens=max_batch_tokens, cache=cache, speculation=speculation)
 
     def statistics(self) -> dict[str, Any]:
@@ -214,6 +226,7 @@ class LocalEngine:
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
+        watch: Callable[[Request], object] | None = None,
     ) -> list[list[Completion]]:
         """Samples completions of prompts.
 
@@ -223,6 +236,8 @@ class LocalEngine:
             sampling: the settings; by default ``SamplingParams()``.
             seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
             limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
+            watch: called with a sample whenever it has another token, to show or keep it before all are done; what it
+                raises ends the call. Equal greedy samples of a prompt are one, of number 0.
 
         Returns:
             One list per prompt, in order, with ``num_samples`` completions.
@@ -256,6 +271,7 @@ class LocalEngine:
                 params,
                 stops,
                 self.tokenizer,
+                watch,
             )
             for row, prompt in enumerate(token_prompts)
             for column in range(distinct)
@@ -337,7 +353,9 @@ class LocalEngine:
                 )
             if not use_cache:
                 self._warn_once(f"{type(model).__name__} does not compute the same with its cache: generating without")
+            start = time.perf_counter()
             generate_plain(model, requests, params, stop_ids, self.max_batch_tokens, use_cache=use_cache)
+            self._counts.add(requests, time.perf_counter() - start)
 
     def _run_together(
         self,

@@ -20,8 +20,8 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
     """Builds a strategy on an engine.
 
     Args:
-        spec: a strategy's class name such as ``MCTS``, or a mapping with ``class_path`` (a class name, or the dotted
-            path of a class of one's own) and ``init_args``. In these, ``scorer`` and ``value`` are as in
+        spec: a strategy's class name such as ``MCTS`` or ``best_of_n``, or a mapping with ``class_path`` (a class name,
+            or the dotted path of a class of one's own) and ``init_args``. In these, ``scorer`` and ``value`` are as in
             ``build_scorer``, ``budget`` and ``sampling`` are mappings of their options, and ``engine`` is a strategy
             on the given engine that this one wraps.
         engine: samples from the policy.
@@ -32,54 +32,150 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
         TypeError: it has no such option.
 
     Example:
-        >>> build_strategy({"class_path": "MajorityVote", "init_args": {"n": 5}}, engine=None).n
+        >>> build_strategy({"class_path": "majority_vote", "init_args": {"n": 5}}, engine=None).n
         5
     """
-    cls, options = _read(spec, "strategy")
+    cls, options = _read(strategy_spec(spec, scorer), "strategy")
     if (inner := options.pop("engine", None)) is not None:
-        # A strategy that scores nothing itself leaves the scorer to the one within.
-        own = "scorer" in _options(cls)
-        engine, scorer = build_strategy(inner, engine, scorer=None if own else scorer), scorer if own else None
-    given = options.pop("scorer", None) or scorer
-    if given is not None:
-        options["scorer"] = build_scorer(given)
-    if options.get("value") is not None:
-        options["value"] = build_scorer(options["value"])
-    for name, group in (("budget", Budget), ("sampling", SamplingParams)):
-        if isinstance(options.get(name), Mapping):
-            options[name] = _call(group, options[name], name)
-    return _call(cls, options, "strategy", engine)
+        engine = build_strategy(inner, engine)
+    for name in ("scorer", "value"):
+        if options.get(name) is not None:
+            options[name] = build_scorer(options[name])
+    return _call(cls, _in_groups(options), "strategy", engine)
 
 
 def build_scorer(spec: Any) -> Any:
     """Builds a scorer.
 
     Args:
-        spec: a scorer; the folder or hub id of a reward model, process reward model or critic; a scorer's class name;
-            or a mapping with ``class_path`` and ``init_args``, where ``terms`` of a ``WeightedScorer`` are pairs of
-            these with weights, and the ``judge`` of a ``JudgeScorer`` and the ``function`` of a ``VerifierScorer`` may
-            be written as ``class_path`` and ``init_args``, too.
+        spec: a scorer; the folder or hub id of a reward model, process reward model or critic; the dotted path of a
+            reward function; a scorer's class name; or a mapping with ``class_path`` and ``init_args``, where ``terms``
+            of a ``WeightedScorer`` are pairs of these with weights, and the ``judge`` of a ``JudgeScorer`` and the
+            ``function`` of a ``VerifierScorer`` may be written as ``class_path`` and ``init_args``, too.
 
     Raises:
         ValueError: there is no such scorer or model.
         TypeError: it has no such option.
     """
-    if callable(getattr(spec, "score", None)) and not inspect.isclass(spec):
+    if _is_scorer(spec):
         return spec
-    if isinstance(spec, str) and not _is_class(spec):
-        if not Path(spec).exists() and (hint := advise(spec, _names())):
-            raise ValueError(f"there is no scorer {spec!r}{hint}")
-        model = locate(spec, what="scorer")
-        method = read_head_options(model).get("method") if Path(model).is_dir() else None
-        names = {"process_reward": "ProcessScorer", "value": "ValueScorer"}
-        return _class(names.get(str(method), "RewardScorer"), "scorer")(spec)
-    cls, options = _read(spec, "scorer")
+    cls, options = _read(scorer_spec(spec), "scorer")
     if "terms" in options:
         options["terms"] = [(build_scorer(term), weight) for term, weight in options["terms"]]
     for name in ("judge", "function"):
         if name in options:
             options[name] = _object(options[name], name)
     return _call(cls, options, "scorer")
+
+
+def strategy_spec(spec: Any, scorer: Any = None, further: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Writes a strategy in full, and checks its names and options without building it.
+
+    Args:
+        spec: as in ``build_strategy``.
+        scorer: added to ``init_args`` if they name none.
+        further: options that override those of ``init_args``; ``{"budget": {"tokens": 9}}`` overrides one of a group.
+
+    Returns:
+        ``class_path`` and ``init_args``, with scorers and the strategy within written in full as well.
+
+    Raises:
+        ValueError: there is no such strategy or scorer, or a value is not allowed.
+        TypeError: one of them has no such option.
+
+    Example:
+        >>> strategy_spec("best_of_n", scorer="LikelihoodScorer", further={"n": 4})["init_args"]
+        {'n': 4, 'scorer': {'class_path': 'LikelihoodScorer', 'init_args': {}}}
+    """
+    written = _with(_written(spec, "strategy"), further)
+    cls, options = _read(written, "strategy")
+    if (inner := options.pop("engine", None)) is not None:
+        # A strategy that scores nothing itself leaves the scorer to the one within.
+        own = "scorer" in _options(cls)
+        inner, scorer = strategy_spec(inner, None if own else scorer), scorer if own else None
+    for name, given in (("scorer", options.get("scorer") or scorer), ("value", options.get("value"))):
+        if given is not None:
+            options[name] = given if _is_scorer(given) else scorer_spec(given)
+    _check_names(cls, options, "strategy")
+    _in_groups(options)
+    return {**written, "init_args": options if inner is None else {**options, "engine": inner}}
+
+
+def with_options(spec: Any, further: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides options of a strategy's ``init_args``, without checking them.
+
+    Raises:
+        ValueError: there is no such strategy.
+
+    Example:
+        >>> with_options("mcts", {"simulations": 8})
+        {'class_path': 'MCTS', 'init_args': {'simulations': 8}}
+    """
+    return _with(_written(spec, "strategy"), further)
+
+
+def scorer_spec(spec: Any, further: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Writes a scorer in full, and checks its names without building it; a model's folder becomes the class for it.
+
+    Args:
+        spec: as in ``build_scorer``, but no object.
+        further: options that override those of ``init_args``.
+
+    Raises:
+        ValueError: there is no such scorer or model.
+        TypeError: it has no such option.
+    """
+    named = isinstance(spec, str) and not _is_class(spec)
+    written = _with(_of_name(spec) if named else _written(spec, "scorer"), further)
+    cls, options = _read(written, "scorer")
+    _check_names(cls, options, "scorer")
+    if "terms" in options:
+        terms = [(term if _is_scorer(term) else scorer_spec(term), weight) for term, weight in options["terms"]]
+        written["init_args"]["terms"] = terms
+    return written
+
+
+def _is_scorer(spec: Any) -> bool:
+    return callable(getattr(spec, "score", None)) and not inspect.isclass(spec)
+
+
+def _of_name(name: str) -> dict[str, Any]:
+    """Finds out what a text names that is no class: a reward function, or a model."""
+    if not Path(name).exists():
+        if "." in name and all(part.isidentifier() for part in name.split(".")):
+            load_attribute(name)
+            return {"class_path": "VerifierScorer", "init_args": {"function": name}}
+        if hint := advise(name, _names()):
+            raise ValueError(f"there is no scorer {name!r}{hint}")
+    place = locate(name, what="scorer")
+    method = read_head_options(place).get("method") if Path(place).is_dir() else None
+    classes = {"process_reward": "ProcessScorer", "value": "ValueScorer"}
+    return {"class_path": classes.get(str(method), "RewardScorer"), "init_args": {"model": name}}
+
+
+def _written(spec: Any, what: str) -> dict[str, Any]:
+    cls, options = _read(spec, what)
+    own = spec if isinstance(spec, str) else spec["class_path"]
+    is_here = getattr(import_module(__package__), cls.__name__, None) is cls
+    return {"class_path": cls.__name__ if is_here else own, "init_args": options}
+
+
+def _with(written: dict[str, Any], further: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Overrides options, those of groups one by one."""
+    options = dict(written["init_args"])
+    for name, value in (further or {}).items():
+        group = options.get(name)
+        options[name] = {**group, **value} if isinstance(value, Mapping) and isinstance(group, Mapping) else value
+    return {"class_path": written["class_path"], "init_args": options}
+
+
+def _in_groups(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the groups ``budget`` and ``sampling`` of their options."""
+    groups = {"budget": Budget, "sampling": SamplingParams}
+    return {
+        name: _call(groups[name], value, name) if name in groups and isinstance(value, Mapping) else value
+        for name, value in options.items()
+    }
 
 
 def _object(spec: Any, what: str) -> Any:
@@ -99,13 +195,19 @@ def _object(spec: Any, what: str) -> Any:
 
 
 def _is_class(name: str) -> bool:
-    return name in _names() or ("/" not in name and name.rpartition(".")[2][:1].isupper() and "." in name)
+    own = "." in name and "/" not in name and name.rpartition(".")[2][:1].isupper()
+    return own or _plain(name) in map(_plain, _names())
 
 
 def _names() -> list[str]:
     """Lists the classes of this room that a configuration may name."""
     room = import_module(__package__)
     return [name for name in room.__all__ if inspect.isclass(getattr(room, name, None))]
+
+
+def _plain(name: str) -> str:
+    """Compares names in any spelling: ``MCTS``, ``mcts``, ``BestOfN``, ``best_of_n``."""
+    return name.replace("_", "").replace("-", "").lower()
 
 
 def _read(spec: Any, what: str) -> tuple[type, dict[str, Any]]:
@@ -120,31 +222,43 @@ def _read(spec: Any, what: str) -> tuple[type, dict[str, Any]]:
 
 def _class(name: str, what: str) -> Any:
     """Finds a class by its name in this room, or by its dotted path."""
-    found: Any = load_attribute(name) if "." in name else getattr(import_module(__package__), name, None)
+    room: Any = import_module(__package__)
+    near = next((n for n in _names() if _plain(n) == _plain(name)), name)
+    found: Any = load_attribute(name) if "." in name else getattr(room, near, None)
     method = "search" if what == "strategy" else "score"
     if not inspect.isclass(found) or not callable(getattr(found, method, None)):
-        fitting = [n for n in _names() if callable(getattr(getattr(import_module(__package__), n), method, None))]
-        raise ValueError(f"there is no {what} {name!r}{advise(name, fitting)}")
+        fitting = [n for n in _names() if callable(getattr(getattr(room, n), method, None))]
+        raise ValueError(f"there is no {what} {name!r}{advise(name, [*fitting, *map(str.lower, fitting)])}")
     return found
 
 
 def _call(cls: type, options: Mapping[str, Any], what: str, *arguments: Any) -> Any:
     """Builds an object; an option that it does not have is named with the nearest that it has."""
-    known = list(_options(cls))
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{what} {cls.__name__} has no option {name!r}{advise(str(name), known)}")
+    _check_names(cls, options, what)
     return cls(*arguments, **options)
 
 
-def _options(cls: type) -> dict[str, None]:
-    """Lists the options of a class, those of its bases included where it takes ``**options``."""
-    found: dict[str, None] = {}
+def _check_names(cls: type, options: Mapping[str, Any], what: str) -> None:
+    known = _options(cls)
+    for name in options:
+        if name not in known:
+            instead = advise(str(name), known) or f": it has {', '.join(known)}"
+            raise TypeError(f"{what} {cls.__name__} has no option {name!r}{instead}")
+    for name, is_required in known.items():
+        if is_required and name not in options:
+            raise ValueError(f"{what} {cls.__name__} needs the option {name!r}: give it")
+
+
+def _options(cls: type) -> dict[str, bool]:
+    """Lists the options of a class, and whether it needs them; of its bases too where it takes ``**options``."""
+    found: dict[str, bool] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        found |= {p.name: None for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        for p in parameters:
+            if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):
+                found.setdefault(p.name, p.default is p.empty)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return {name: None for name in found if name not in ("self", "engine")}
+    return {name: is_required for name, is_required in found.items() if name not in ("self", "engine")}

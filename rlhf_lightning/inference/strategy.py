@@ -9,12 +9,13 @@ alone, its result does not depend on the prompts that share the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from ..utils.validation import check_same_length
-from .budget import Account, Budget
+from .budget import Account, Budget, SearchCounts
 from .candidates import Candidate, Query, Scorer, Scores
 from .completion import Completion, Thought
 from .engine import Engine
@@ -153,6 +154,7 @@ class Strategy:
             attach(engine)
         self.sampling = sampling or SamplingParams()
         self.budget = budget or Budget()
+        self._counts = SearchCounts()
 
     @property
     def tokenizer(self) -> Any:
@@ -164,6 +166,16 @@ class Strategy:
         """The engine's tokens that end an answer."""
         found: frozenset[int] = getattr(self.engine, "end_token_ids", frozenset())
         return found
+
+    def statistics(self) -> dict[str, Any]:
+        """Tells what was done since the strategy was made: the engine's statistics, and ``search``: ``SearchCounts``.
+
+        The searches of an engine that is a strategy itself are added to the strategy's own.
+        """
+        tell = getattr(self.engine, "statistics", None)
+        found: dict[str, Any] = dict(tell()) if callable(tell) else {}
+        inner = found.get("search", {})
+        return found | {"search": {name: value + inner.get(name, 0) for name, value in asdict(self._counts).items()}}
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
         """Number of tokens that a prompt may have so that one more fits; ``None`` if the engine does not say."""
@@ -181,14 +193,19 @@ class Strategy:
         *,
         sampling: SamplingParams | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        encoded: Sequence[Sequence[int]] | None = None,
+        watch: Callable[[int, SearchResult], object] | None = None,
     ) -> list[SearchResult]:
         """Searches for the best completion of every prompt.
 
         Args:
-            prompts: texts or token ids, as the engine takes them.
+            prompts: texts or token ids, as the engine takes them; with ``encoded`` also chat messages.
             seeds: one per prompt; derived from the sampling settings' seed by default.
             sampling: settings instead of the strategy's own.
             columns: further columns of the prompts, such as ``answer``, for scorers that read them.
+            encoded: the prompts' tokens, instead of those that the engine makes of them; scorers still get the prompts.
+            watch: called with a prompt's number and its result as soon as its search has ended; what it raises ends the
+                call.
 
         Raises:
             ValueError: lists of different length, or a prompt that the engine cannot take.
@@ -197,13 +214,13 @@ class Strategy:
         if seeds is None:
             seeds = [derive_seed(params.seed or 0, number) for number in range(len(prompts))]
         columns = dict(columns or {})
-        check_same_length(prompts=prompts, seeds=seeds, **columns)
+        tokens = [self._encoded(prompt) for prompt in prompts] if encoded is None else [tuple(ids) for ids in encoded]
+        check_same_length(prompts=prompts, seeds=seeds, encoded=tokens, **columns)
         rows = [{name: values[n] for name, values in columns.items()} for n in range(len(prompts))]
         queries = [
-            Query(prompt, self._encoded(prompt), seed, row)
-            for prompt, seed, row in zip(prompts, seeds, rows, strict=True)
+            Query(prompt, ids, seed, row) for prompt, ids, seed, row in zip(prompts, tokens, seeds, rows, strict=True)
         ]
-        return self._run(queries, [params] * len(queries))
+        return self._run(queries, [params] * len(queries), watch)
 
     def generate(
         self,
@@ -254,7 +271,12 @@ class Strategy:
 
     # Rounds.
 
-    def _run(self, queries: Sequence[Query], settings: Sequence[SamplingParams]) -> list[SearchResult]:
+    def _run(
+        self,
+        queries: Sequence[Query],
+        settings: Sequence[SamplingParams],
+        watch: Callable[[int, SearchResult], object] | None = None,
+    ) -> list[SearchResult]:
         """Advances all searches together until each has its result."""
         accounts = [Account(self.budget) for _ in queries]
         searches = [self.start(*search) for search in zip(queries, settings, accounts, strict=True)]
@@ -268,6 +290,10 @@ class Strategy:
                 except StopIteration as end:
                     results[number] = end.value
                     results[number].seconds = accounts[number].seconds
+                    self._counts.searches += 1
+                    self._counts.expansions += results[number].expansions
+                    if watch is not None:
+                        watch(number, results[number])
             answers = self._answer(asks, accounts)
         return [results[number] for number in range(len(queries))]
 
@@ -323,7 +349,10 @@ class Strategy:
         if self.scorer is None:
             raise ValueError(f"{type(self).__name__} needs a scorer: give scorer=, such as RewardScorer(folder)")
         order = [(number, candidate) for number, ask in asks.items() for candidate in ask]
+        start = time.perf_counter()
         scores = self.scorer.score([candidate for _, candidate in order])
+        self._counts.score_seconds += time.perf_counter() - start
+        self._counts.scorer_tokens += sum(scores.tokens)
         answers: dict[int, list[float]] = {number: [] for number in asks}
         for (number, _), value, tokens in zip(order, scores.values, scores.tokens, strict=True):
             if math.isnan(value):

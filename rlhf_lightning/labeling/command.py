@@ -22,11 +22,11 @@ from ..core.trainer_checks import check_single_process
 from ..evaluation.answers import Verifier, load_verifier, read_prompts
 from ..inference import Engine, LocalEngine, RemoteEngine, SamplingParams
 from ..models import load_causal_lm, load_tokenizer
-from ..pipeline.inputs import input_hashes
 from ..sequences import Example
 from ..utils import yaml_parser
 from ..utils.files import json_line, write_atomically
 from ..utils.imports import find_own_modules
+from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError, explain
 from .step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions
 

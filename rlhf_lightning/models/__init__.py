@@ -11,7 +11,7 @@ from .backbone import (
 )
 from .fused_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .layout import resolve_layout
-from .loading import load_causal_lm, load_tokenizer
+from .loading import load_adapted_lm, load_adapted_tokenizer, load_causal_lm, load_tokenizer
 from .process_reward_model import ProcessRewardModel, ProcessRewardModelOptions
 from .reference import AdapterReference, FrozenReference, Reference, folder_fingerprint
 from .reward_model import RewardModel, RewardModelOptions
@@ -34,6 +34,8 @@ __all__ = [
     "folder_fingerprint",
     "fused_logprobs",
     "hidden_states",
+    "load_adapted_lm",
+    "load_adapted_tokenizer",
     "load_causal_lm",
     "load_tokenizer",
     "num_positions",

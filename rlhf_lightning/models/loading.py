@@ -165,6 +165,41 @@ def load_causal_lm(
     return loaded.train() if trainable else loaded.requires_grad_(False).eval()
 
 
+def load_adapted_lm(
+    model: str | Path, adapter: str | Path, *, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PeftModel:
+    """Loads a causal language model with an adapter on it, frozen and in evaluation mode.
+
+    Args:
+        model: a folder or hub id of the base model, whichever one the adapter names.
+        adapter: a folder or hub id of an adapter.
+        dtype: of the base model's weights.
+        attn_implementation: as for ``load_causal_lm``.
+
+    Raises:
+        ValueError: one of them is not found, or the adapter does not fit the model.
+    """
+    place = locate(adapter, what="adapter")
+    config = find_adapter_config_file(place)
+    if config is None:
+        raise ValueError(f"adapter {str(adapter)!r} holds no adapter_config.json: give the folder of an adapter")
+    if find_adapter_config_file(locate(model, what="model")) is not None:
+        raise ValueError(f"model {str(model)!r} holds an adapter itself: give its base model, or leave out adapter")
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "trainable": False}
+    loaded = load_adapter(place, config, lambda base: load_causal_lm(model, **options), trainable=False)  # type: ignore[arg-type, return-value]
+    return loaded.requires_grad_(False).eval()
+
+
+def load_adapted_tokenizer(model: str | Path, adapter: str | Path | None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model with an adapter on it: the adapter's own, if its folder has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
+    return load_tokenizer(adapter if own and adapter is not None else model)
+
+
 def _check_options(
     *,
     dtype: torch.dtype,

@@ -12,6 +12,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..generation import GenerateOptions
+from ..generation.options import sampling_params
 from ..utils import yaml_parser
 from ..utils.messages import UsageError, did_you_mean, one_line
 from ..utils.packaged_configs import nearest_config, packaged_config
@@ -79,8 +81,36 @@ class SampleStage:
     seed: int | None = None
 
 
-Stage = FitStage | SampleStage
-_KINDS: dict[str, type[FitStage] | type[SampleStage]] = {"fit": FitStage, "sample": SampleStage}
+@dataclass(frozen=True, kw_only=True)
+class GenerateStage(GenerateOptions):
+    """Answers prompts as ``rlhf-lightning generate`` does, with the same options; ``dtype: auto`` is the pipeline's."""
+
+    outputs: ClassVar[dict[str, str]] = {"rows": "generated.jsonl"}
+
+    kind: Literal["generate"] = "generate"
+    seed: int | None = None  # type: ignore[assignment]
+
+    def options(self, folder: Path, seed: int, dtype: str) -> GenerateOptions:
+        """Returns the options of the function that does the work.
+
+        Args:
+            folder: of the stage.
+            seed: of all samples.
+            dtype: of the weights, unless the stage has its own.
+        """
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(GenerateOptions)}
+        place = str(folder / self.outputs["rows"])
+        return GenerateOptions(
+            **{**given, "output": place, "seed": seed, "dtype": dtype if self.dtype == "auto" else self.dtype}
+        )
+
+
+Stage = FitStage | SampleStage | GenerateStage
+_KINDS: dict[str, type[FitStage] | type[SampleStage] | type[GenerateStage]] = {
+    "fit": FitStage,
+    "sample": SampleStage,
+    "generate": GenerateStage,
+}
 _TOP_LEVEL = (
     *("title", "run_dir", "seed", "threads", "dtype", "variables"),
     *("policy", "policies", "evaluation", "stages", "compare"),
@@ -242,11 +272,23 @@ def _stage(name: str, written: dict[str, Any]) -> Stage:
         raise UsageError(f"{where}: a name has letters, digits, - and _, and is that of a folder")
     if written["kind"] == "sample":
         return _build(SampleStage, written, where)
+    if written["kind"] == "generate":
+        return _generate_stage(written, where)
     config = written.get("config") or []
     export = _build(Export, written.get("export") or {}, f"{where}, export")
     return _build(
         FitStage, written | {"config": [config] if isinstance(config, str) else config, "export": export}, where
     )
+
+
+def _generate_stage(written: dict[str, Any], where: str) -> GenerateStage:
+    if "output" in written:
+        raise UsageError(f"{where}: output is {written['output']!r}, and the stage names it itself: leave it out")
+    try:
+        sampling = sampling_params(written.get("sampling") or {})
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
+    return _build(GenerateStage, written | {"sampling": sampling}, where)
 
 
 def _build(cls: type[T], written: Any, where: str) -> T:

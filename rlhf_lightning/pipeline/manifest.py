@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..utils.files import write_atomically
+from ..utils.files import content_hash, write_atomically
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "numpy")
 
@@ -62,20 +62,6 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"the manifest {str(path)!r} is damaged (it has no stages): {advice}")
     found: dict[str, Any] = content
     return found
-
-
-def content_hash(path: Path) -> str | None:
-    """Hashes a file, or the names and contents of all files of a folder; ``None`` if the path does not exist."""
-    if path.is_dir():
-        digest = hashlib.sha256()
-        # Names and contents in a fixed order, whatever the file system's.
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\n".encode())
-        return digest.hexdigest()
-    if not path.is_file():
-        return None
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -132,6 +132,9 @@ def _what(row: dict[str, Any]) -> str:
     metrics = row["metrics"]
     if row["kind"] == "sample":
         return f"{metrics['pairs']} pairs from {metrics['samples']} samples, {metrics['mean_reward']:.1%} of them right"
+    if row["kind"] == "generate":
+        score = f", mean score {metrics['mean_score']:.3g}" if "mean_score" in metrics else ""
+        return f"{metrics['rows']} answers to {metrics['prompts']} prompts, {metrics['cut_off']} cut off{score}"
     steps, exported = int(metrics["steps"]), int(metrics["exported_step"])
     return f"{steps} steps" if steps == exported else f"{steps} steps, exported step {exported}"
 

@@ -13,20 +13,37 @@ import torch
 
 from ..core.checkpoint_io import check_place
 from ..evaluation.answers import load_verifier
-from ..utils.files import check_names, check_replaceable, discard, hold, listed_names, mark, read_marker, release
+from ..generation import generate_rows
+from ..generation.options import remote_engine, sampling_params
+from ..utils.files import (
+    check_names,
+    check_replaceable,
+    content_hash,
+    discard,
+    hold,
+    listed_names,
+    mark,
+    read_marker,
+    release,
+)
+from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError
-from .config import FitStage, Pipeline, SampleStage
+from .config import FitStage, GenerateStage, Pipeline, Stage
 from .fit_stage import HISTORY, StageCLI, run_fit
-from .inputs import input_hashes
-from .manifest import Manifest, content_hash, stage_key, versions
-from .sample_stage import ANSWERS, PAIRS, SAMPLED, evaluate, remote_engine, run_sample, sampling_params
+from .manifest import Manifest, stage_key, versions
+from .sample_stage import ANSWERS, PAIRS, SAMPLED, evaluate, run_sample
 
 Say = Callable[[str], None]
 
 # Files that a pipeline writes next to the folders of its stages, and files that a stage writes into its own folder:
 # nothing else in either is ever replaced or deleted.
 _OF_RUN = ("manifest.json", "summary.json", "report.html")
-_OF_STAGE = ("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED)
+_OF_STAGE = (
+    *("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED),
+    *("generated.jsonl", "generated.summary.json"),
+)
+# Metrics of a generate stage.
+_OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
 
 
 def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
@@ -129,7 +146,7 @@ def _check_all(pipeline: Pipeline) -> None:
         awaited += [str(place) for place in places if not place.exists()]
 
 
-def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStage | SampleStage, say: Say) -> None:
+def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: Stage, say: Say) -> None:
     folder, seed = pipeline.folder(name), pipeline.stage_seed(name)
     config = _describe(pipeline, name, stage)
     inputs = input_hashes(config)
@@ -139,8 +156,9 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
         say(f"{name}: finished before and unchanged")
         return
     before = manifest.stages.get(name, {})
-    if not (isinstance(stage, SampleStage) and before.get("status") == "running" and before.get("key") == key):
-        _clear(folder)  # an interrupted sample stage keeps its samples
+    begun = before.get("status") == "running" and before.get("key") == key
+    if isinstance(stage, FitStage) or not begun:
+        _clear(folder)  # interrupted stages that sample keep their samples
 
     # Recorded as running first: after a crash the stage is not taken for finished.
     started = time.time()
@@ -150,6 +168,9 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: FitStag
     say(f"{name}: running")
     if isinstance(stage, FitStage):
         metrics = run_fit(stage, folder, seed, lambda line: say(f"{name}: {line}"))
+    elif isinstance(stage, GenerateStage):
+        summary = generate_rows(stage.options(folder, seed, pipeline.dtype))
+        metrics = {metric: summary[metric] for metric in _OF_ROWS if metric in summary}
     else:
         metrics = run_sample(stage, folder, seed, pipeline.dtype, lambda line: say(f"{name}: {line}"))
 
@@ -185,7 +206,7 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
     manifest.save()
 
 
-def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> dict[str, Any]:
+def _describe(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, Any]:
     """Returns the stage's full configuration, and checks everything that can be checked without running it."""
     seed = pipeline.stage_seed(name)
     if isinstance(stage, FitStage):
@@ -195,6 +216,10 @@ def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> d
                 "start from what it writes: set max_steps: 1 for a quick look, or try the stage by `rlhf-lightning fit`"
             )
         return StageCLI(stage, pipeline.folder(name), seed).merged | {"export": vars(stage.export)}
+    if isinstance(stage, GenerateStage):
+        options = stage.options(pipeline.folder(name), seed, pipeline.dtype)
+        options.check()
+        return options.plain() | {"kind": stage.kind}
     sampling_params(stage.sampling)
     load_verifier(stage.verifier)
     if stage.server is not None:
@@ -203,7 +228,11 @@ def _describe(pipeline: Pipeline, name: str, stage: FitStage | SampleStage) -> d
 
 
 def _summary(metrics: dict[str, float]) -> str:
-    shown = [name for name in ("val/accuracy", "val/loss", "pairs", "mean_reward", "steps") if name in metrics]
+    shown = [
+        name
+        for name in ("val/accuracy", "val/loss", "pairs", "mean_reward", "rows", "mean_score", "steps")
+        if name in metrics
+    ]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answers import Answer, answer_prompts, load_verifier, read_prompts
-from ..inference import Engine, LocalEngine, RemoteEngine, SamplingParams, derive_seed
+from ..generation.options import remote_engine, sampling_params
+from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
 from ..models import load_causal_lm, load_tokenizer
 from ..utils.files import json_line, write_atomically
-from ..utils.messages import did_you_mean
 from ..utils.progress import progress
 from .config import Evaluation, SampleStage
 
@@ -160,37 +158,6 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     ]
     write_atomically(answers_file, "".join(lines))
     return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}
-
-
-def sampling_params(written: dict[str, Any]) -> SamplingParams:
-    """Makes sampling settings of a mapping.
-
-    Raises:
-        ValueError: for an unknown key or a value out of range.
-    """
-    allowed = [f.name for f in fields(SamplingParams) if f.name != "seed"]
-    for key in written:
-        if key not in allowed:
-            raise ValueError(f"sampling has no key {key!r}{did_you_mean(str(key), allowed)}")
-    try:
-        return SamplingParams(**written)
-    except TypeError as error:  # a text where a number belongs
-        raise ValueError(f"sampling is {written!r}; one of its values has the wrong type: {error}") from error
-
-
-def remote_engine(written: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> RemoteEngine:
-    """Makes a server's engine of a mapping.
-
-    Raises:
-        ValueError: for an unknown key or a value out of range.
-    """
-    allowed = [name for name in signature(RemoteEngine).parameters if name != "tokenizer"]
-    for key in written:
-        if key not in allowed:
-            raise ValueError(f"server has no key {key!r}{did_you_mean(str(key), allowed)}")
-    if "url" not in written:
-        raise ValueError("server has no url: write where it listens, such as url: http://localhost:8000")
-    return RemoteEngine(**written, tokenizer=tokenizer)
 
 
 def _load(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -9,7 +9,9 @@ other program uses. ``hold`` keeps a second run out of a place.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -87,6 +89,39 @@ def json_line(row: Mapping[str, Any]) -> str:
         ('{"a": 1}\n', '{"a": "\\ud800"}\n')
     """
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def json_values(value: Any) -> Any:
+    """Converts a value to what JSON has: numbers that are not finite to null, arrays to lists, unknown objects to text.
+
+    Example:
+        >>> json_values({"a": (1, float("nan")), "b": Path("c")})
+        {'a': [1, None], 'b': 'c'}
+    """
+    if isinstance(value, Mapping):
+        return {str(name): json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [json_values(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    plain = getattr(value, "tolist", None)  # of numpy and torch
+    return json_values(plain()) if callable(plain) else str(value)
+
+
+def content_hash(path: Path) -> str | None:
+    """Hashes a file, or the names and contents of all files of a folder; ``None`` if the path does not exist."""
+    if path.is_dir():
+        digest = hashlib.sha256()
+        # Names and contents in a fixed order, whatever the file system's.
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\n".encode())
+        return digest.hexdigest()
+    if not path.is_file():
+        return None
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # Ownership of folders.

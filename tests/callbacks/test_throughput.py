@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 
-from rlhf_lightning import DPOModule, SFTModule
+from rlhf_lightning import DPOModule, GRPOModule, SFTModule
 from rlhf_lightning.callbacks import Throughput, throughput
 from rlhf_lightning.callbacks.throughput import flops_per_token, peak_flops_of
 from rlhf_lightning.core import timing
@@ -327,6 +327,40 @@ def test_phases_of_a_run_add_up(folder: str) -> None:
     tokens = 2 * sum(len(sample.token_ids) for row in rows for sample in fixed_completions(row.row_id, 3))
     speed = logged[1]["throughput/generated_tokens_per_second"]
     assert speed * 2 * logged[1]["time/generate"] == pytest.approx(tokens, rel=1e-5)
+
+
+class Sampling(GRPOModule):
+    """Remembers what it samples in training and in validation."""
+
+    def rollout(self, prompts: Sequence[Example], stage: str = "train", attempt: int = 0) -> Any:
+        found = super().rollout(prompts, stage, attempt)
+        self.lengths: dict[str, list[int]] = {**getattr(self, "lengths", {})}
+        tokens = sum(len(sample.token_ids) for sample in found.samples)
+        self.lengths[stage] = [*self.lengths.get(stage, []), tokens]
+        return found
+
+
+@pytest.mark.parametrize("speculation", [None, "ngram"])
+def test_phases_and_counts_of_sampling(folder: str, speculation: str | None) -> None:
+    rows = prompts(4)
+    given = options(num_generations=3, **{"sampling.speculation": speculation})
+    module = Sampling(folder, **given)
+    batches, val = Batches(*[ExampleBatch(rows)] * 4), Batches(ExampleBatch(rows))
+    kept = fit(module, Throughput(), batches, val=val, val_check_interval=1)
+    logged = [row for _, row in kept.rows if "time/batch" in row]
+    sampled = module.lengths["train"]
+    # Means over two batches; validation samples as much again, and does not count.
+    assert [row["generation/new_tokens"] for row in logged] == [sum(sampled[:2]) / 2, sum(sampled[2:]) / 2]
+    assert len(module.lengths["val"]) == 4
+    distinct = {tuple(row.root.tokens.tolist()) for row in rows}
+    for row in logged:
+        assert row["generation/prompt_tokens"] == sum(map(len, distinct))
+        assert 0 < row["time/prefill"] + row["time/decode"] < row["time/generate"]
+        assert "generation/expansions" not in row
+        if speculation is None:
+            assert "generation/acceptance_rate" not in row
+    if speculation:
+        assert all(0 <= row.get("generation/acceptance_rate", 0) <= 1 for row in logged)
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -69,7 +69,10 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     said: list[str] = []
     monkeypatch.setattr(progress_file, "rank_zero_info", said.append)
     assert list(progress(range(7), "counting")) == list(range(7))
-    assert said == ["counting: 3 of 7 (43%) in 30 s", "counting: 6 of 7 (86%) in 60 s"]
+    assert said == [
+        "counting: 3 of 7 (43%) in 30 s, about 40 s left",
+        "counting: 6 of 7 (86%) in 60 s, about 10 s left",
+    ]
     assert list(progress(iter("ab"), "reading")) == ["a", "b"]
 
 

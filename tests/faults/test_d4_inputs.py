@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lightning.pipeline.inputs import input_hashes, own_sources
 from rlhf_lightning.pipeline.manifest import stage_key
+from rlhf_lightning.utils.inputs import input_hashes, own_sources
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lightning.pipeline.inputs import input_hashes
-from rlhf_lightning.pipeline.manifest import Manifest, content_hash, stage_key, write_atomically
+from rlhf_lightning.pipeline.manifest import Manifest, stage_key
+from rlhf_lightning.utils.files import content_hash, write_atomically
+from rlhf_lightning.utils.inputs import input_hashes
 
 
 def test_content_hash_is_of_contents_and_names(tmp_path):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.evaluation.answers import Answer
+from rlhf_lightning.generation.options import remote_engine, sampling_params
 from rlhf_lightning.inference import Completion
 from rlhf_lightning.models import load_tokenizer
 from rlhf_lightning.pipeline.config import SampleStage
 from rlhf_lightning.pipeline.figures import TRAIN_SECONDS, points
-from rlhf_lightning.pipeline.sample_stage import ranked_pair, remote_engine, run_sample, sampling_params
+from rlhf_lightning.pipeline.sample_stage import ranked_pair, run_sample
 from rlhf_lightning.sequences import Example, Segment
 
 from ..inference.served import completion, serve

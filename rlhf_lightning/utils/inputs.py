@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from ..utils.imports import find_own_modules
-from ..utils.packaged_configs import packaged_config
-from .manifest import content_hash
+from .files import content_hash
+from .imports import find_own_modules
+from .packaged_configs import packaged_config
 
 # Options whose value may be a folder or a task instead of a hub id. Files are looked for in every option.
-_SOURCES = ("model", "tokenizer", "judge", "train", "val", "test", "predict", "prompts")
+_SOURCES = (
+    *("model", "tokenizer", "adapter", "draft", "scorer", "judge"),
+    *("train", "val", "test", "predict", "prompts"),
+)
 # Options that name outputs.
 _WRITTEN = ("output", "dirpath", "save_dir", "default_root_dir", "log_dir", "folder", "filename", "root_dir")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
