@@ -41,6 +41,7 @@ FLOORS = (
     "cli",
     "pipeline",
     "labeling",
+    "planning",
 )
 METHODS = ("sft", "reward", "process_reward", "dpo", "simpo", "kto", "grpo", "ppo")
 Graph = dict[str, set[str]]

@@ -258,7 +258,7 @@ def _load_base(
     if skeletons_wanted():
         return _random_model(place, dtype=dtype, attn_implementation=attn_implementation)
 
-    config = _read_config(place)
+    config = read_config(place)
     arguments: dict[str, Any] = {"dtype": dtype}
     stored = getattr(config, "quantization_config", None)
     if stored is not None and quantization is not None:
@@ -303,11 +303,11 @@ def _with_attention(build: Callable[..., Any], attn_implementation: str | None) 
 
 
 def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
-    _read_config(place)
+    read_config(place)
     try:
         with weights_device():
             model: PreTrainedModel = _with_attention(
-                lambda **arguments: AutoModelForCausalLM.from_config(_read_config(place), dtype=dtype, **arguments),
+                lambda **arguments: AutoModelForCausalLM.from_config(read_config(place), dtype=dtype, **arguments),
                 attn_implementation,
             )
         return model
@@ -317,7 +317,15 @@ def _random_model(place: str, *, dtype: torch.dtype, attn_implementation: str | 
         ) from error
 
 
-def _read_config(place: str) -> PreTrainedConfig:
+def read_config(place: str) -> PreTrainedConfig:
+    """Reads a model's config.
+
+    Args:
+        place: a folder or hub id, as ``locate`` gives it.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
     folder = Path(place)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{place!r} holds no config.json: pass a folder that save_pretrained wrote, or a hub id")
