@@ -35,6 +35,7 @@ FLOORS = (
     "evaluation",
     "generation",
     "merging",
+    "export",
     "loggers",
     "callbacks",
     "modules",

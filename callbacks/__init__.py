@@ -1,9 +1,10 @@
-"""Callbacks: generation accuracy, samples, predictions, checkpoints, exports, logs, guards, and averaged weights."""
+"""Callbacks: generation accuracy, samples, predictions, checkpoints, exports, logs, guards, averages and merges."""
 
 from ..loggers import JSONLLogger
 from .generation_accuracy import GenerationAccuracy
 from .kl_guard import KLGuard
 from .model_export import ModelExport
+from .model_merging import ModelMerging
 from .prediction_writer import PredictionWriter
 from .reference_sync import ReferenceSync
 from .reward_guard import RewardGuard
@@ -17,6 +18,7 @@ __all__ = [
     "JSONLLogger",
     "KLGuard",
     "ModelExport",
+    "ModelMerging",
     "PredictionWriter",
     "ReferenceSync",
     "RewardGuard",

@@ -10,10 +10,9 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..core import PostTrainingModule
-from ..distributed.fsdp2 import sharded_like, sharded_units
+from .trained_weights import copied, exact, placed, put, settled_weights, trained_weights
 
 
 class WeightAverage(lightning.Callback):
@@ -101,23 +100,23 @@ class WeightAverage(lightning.Callback):
         trained = self._trained()
         # A checkpoint that was made without this callback has no average: it begins where the run resumes.
         if not self.average:
-            self.average = {name: _exact(weight).clone() for name, weight in trained.items()}
+            self.average = {name: exact(weight).clone() for name, weight in trained.items()}
             self.start_step = self.num_steps - 1
             return
 
         # Adam's bias correction: the initial weights are not in the average.
         factor = 1 / count if self.decay == 1 else (1 - self.decay) / (1 - self.decay**count)
         for name, weight in trained.items():
-            self.average[name].lerp_(_exact(weight), factor)
+            self.average[name].lerp_(exact(weight), factor)
 
     def _place(self) -> None:
         if self.average:
-            self.average = _placed(self.average, self._trained())
+            self.average = placed(self.average, self._trained(), what="average", callback="WeightAverage")
         self._is_loaded = False
 
     def _trained(self) -> dict[str, nn.Parameter]:
         assert self._module is not None
-        return {name: weight for name, weight in self._module.named_parameters() if weight.requires_grad}
+        return trained_weights(self._module)
 
     # Evaluation.
 
@@ -137,24 +136,20 @@ class WeightAverage(lightning.Callback):
         if not self.average or self._own is not None:
             return
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not train again
-            trained = self._sharded()
+            assert self._module is not None
+            trained = settled_weights(self._module)
             if self._is_loaded:  # a checkpoint is validated without training
                 self._place()
-            self._own = {name: weight.detach().clone() for name, weight in trained.items()}
-            _put(trained, self.average)
+            self._own = copied(trained)
+            put(trained, self.average)
 
     def _hide(self) -> None:
         if self._own is None:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            _put(self._sharded(), self._own)
-        self._own = None
-
-    def _sharded(self) -> dict[str, nn.Parameter]:
         assert self._module is not None
-        for unit in sharded_units(self._module):
-            unit.reshard()  # it may still hold gathered weights of the last forward
-        return self._trained()
+        with torch.inference_mode(False), torch.no_grad():
+            put(settled_weights(self._module), self._own)
+        self._own = None
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Replaces the weights by the average."""
@@ -209,34 +204,3 @@ class WeightAverage(lightning.Callback):
         # Before the first average, the start_step of this run applies.
         if self.average:
             self.start_step = state_dict["start_step"]
-
-
-def _put(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, weight in trained.items():
-        weight.copy_(values[name])
-
-
-def _exact(weight: Tensor) -> Tensor:
-    """Converts to at least fp32: in half precision, a thousandth of a step would be rounded away."""
-    value = weight.detach()
-    return value if value.dtype == torch.float64 else value.float()
-
-
-def _placed(average: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Moves a loaded average to the devices and shards of the weights."""
-    wrong = sorted(average.keys() ^ trained.keys()) or sorted(
-        name for name, weight in trained.items() if average[name].shape != weight.shape
-    )
-    if wrong:
-        raise ValueError(
-            f"the checkpoint's average is not one of the weights that are trained here ({len(wrong)} differ, the first "
-            f"{wrong[0]!r}): use the options that it was made with, or remove WeightAverage"
-        )
-    placed: dict[str, Tensor] = {}
-    for name, weight in trained.items():
-        value = average[name]
-        if isinstance(weight, DTensor) and not isinstance(value, DTensor):
-            placed[name] = sharded_like(value, weight)
-        else:
-            placed[name] = value.to(weight.device, copy=True)
-    return placed

@@ -100,6 +100,7 @@ class PostTrainingModule(lightning.LightningModule):
     contracts: ClassVar[tuple[str, ...]] = ()  # datamodules whose rows are accepted; () for any
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # metrics in the progress bar
     keeps_dropout: ClassVar[bool] = False  # whether dropout=None means the rates of the model's config
+    of_validation: ClassVar[tuple[str, ...]] = ("validation_rows",)  # attributes that a validation replaces
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

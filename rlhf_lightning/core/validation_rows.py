@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ..distributed.collectives import Rows, concatenate
+from ..distributed.collectives import Metrics, Rows, concatenate
 from .logging import log_values
 
 _STEPS = {"val": "validation_step", "test": "test_step"}
@@ -36,11 +36,19 @@ class ValidationRows:
 
     def log(self, stage: str, num_loaders: int) -> None:
         """Logs the loss and metrics of each data loader, and warns about one without rows."""
-        rows, normalizers = self._rows, self._normalizers
-        self.clear()
-        for loader in range(num_loaders):
-            values = self.module.summarize(concatenate(rows.get(loader, [])), normalizers.get(loader, {}))
+        for suffix, values in self.summaries(num_loaders).items():
             if values:
-                log_values(self.module, stage, values, suffix=f"/dataloader_idx_{loader}" if num_loaders > 1 else "")
+                log_values(self.module, stage, values, suffix=suffix)
             elif _STEPS[stage] in self.module.hooks_reached:  # otherwise a subclass has overridden the step
                 warnings.warn(f"the {stage} set has no rows: nothing is logged for it", stacklevel=2)
+
+    def summaries(self, num_loaders: int) -> dict[str, Metrics]:
+        """Computes loss and metrics of each data loader, by the end of their logged names, and discards the rows."""
+        rows, normalizers = self._rows, self._normalizers
+        self.clear()
+        return {
+            f"/dataloader_idx_{loader}" if num_loaders > 1 else "": self.module.summarize(
+                concatenate(rows.get(loader, [])), normalizers.get(loader, {})
+            )
+            for loader in range(num_loaders)
+        }

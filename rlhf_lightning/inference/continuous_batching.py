@@ -144,7 +144,7 @@ class ContinuousBatch:
         """Draws one token of every running sample, or as many as the store's shapes stay fixed for."""
         drawn = []
         for _ in range(self._store.steps):
-            logits_NV = self._decoder.step(lanes.tokens_N, self._store.cache, lanes.alive_N)
+            logits_NV = self._store.step(self._decoder, lanes.tokens_N, lanes.alive_N)
             drawn.append(lanes.draw(logits_NV))
             self._counts.steps += 1
             self._counts.rows += len(logits_NV)

@@ -81,6 +81,11 @@ class Decoder:
         given = {"attention_mask": mask_PL, "position_ids": places_PL.clamp(min=0)}
         return self._forward(input_ids_PL, cache, given)[:, -1]
 
+    def last(self, tokens: Sequence[int], keep: int) -> Tensor:
+        """Computes the scores after each of the last ``keep`` tokens of one sequence, ``(keep, V)``."""
+        input_ids = torch.tensor([tokens], device=self.device)
+        return self._forward(input_ids, None, {}, keep)[0, -keep:]
+
     def step(self, tokens_N: Tensor, cache: SlotCache | Rows, alive_N: Tensor | None = None) -> Tensor:
         """Computes one more token of every row; returns the scores after it, ``(N, V)``.
 
@@ -217,6 +222,24 @@ class Decoder:
         of_first, of_second = self._reference(first), self._reference(second)
         expected = (of_first[3:4], of_second[1:2], of_first[4:7], of_second[2:4], of_first[7:8], of_second[4:5])
         return _error(torch.cat(found), torch.cat(expected), model)
+
+    def check_sampling(self) -> None:
+        """Checks two properties that batched sampling rests on: causality, and keys that do not depend on the layout.
+
+        Raises:
+            ValueError: the model has not both of them.
+        """
+        model = base_model(self.model)
+        if not self.looks_back():
+            raise ValueError(
+                f"{type(model).__name__} cannot be sampled from: an earlier token sees later ones; use a causal "
+                "language model (where the config has is_decoder, set it)"
+            )
+        if vars(model.config.get_text_config()).get("index_topk"):
+            raise ValueError(
+                f"{type(model).__name__} cannot be sampled from: it chooses the keys that it reads (index_topk), and "
+                "equal ones by where they lie in a batch; use another model"
+            )
 
     def looks_back(self) -> bool:
         """Whether the logits after a token do not depend on later tokens; probed once per model."""

@@ -34,7 +34,7 @@ from .next_tokens import next_token_logprobs
 from .paged_cache import PagePool
 from .prefix_tree import PAGE
 from .projection import exact_projection
-from .sample_numbers import new_token_limits, sample_seeds
+from .requests import completions_by_prompt, make_requests
 from .sampling import SamplingParams
 from .speculation import Speculation, SpeculationSpec
 from .stores import CACHES, CacheKind, make_store
@@ -247,44 +247,13 @@ class LocalEngine:
                 ``limits`` one number of at least 1 per prompt.
         """
         params = sampling or SamplingParams()
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} is not allowed: it must be at least 1")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop} needs text: give the engine a tokenizer, or use stop_token_ids")
-        numbered_prompts: Any = enumerate(prompts)
-        token_prompts = [self.encode(prompt, number) for number, prompt in numbered_prompts]
-
-        # Greedy samples of a prompt are equal: one is made, and repeated below.
-        distinct = 1 if params.greedy else num_samples
-        numbered = sample_seeds(seeds, len(token_prompts), num_samples, params)
-        most = new_token_limits(limits, len(token_prompts), params)
-        stop_ids = sorted(self.end_token_ids | set(params.stop_token_ids))
-        stops = frozenset(stop_ids)
-
-        # Every sample has a seed of its own, so that neither batching nor order changes it.
-        requests = [
-            Request(
-                prompt,
-                (row, column),
-                numbered[row][column],
-                self._limit(prompt, most[row]),
-                params,
-                stops,
-                self.tokenizer,
-                watch,
-            )
-            for row, prompt in enumerate(token_prompts)
-            for column in range(distinct)
-        ]
+        requests, stop_ids = make_requests(self, prompts, num_samples, params, seeds, limits, watch)
 
         # Gathering is a collective, so a rank without prompts has to enter it as well.
         with torch.no_grad(), evaluating(self.model), gathered(self.model), exact_projection(self.model):
             if requests:
                 self._run(requests, params, stop_ids)
-
-        completions = [request.completion() for request in requests]
-        grouped = [completions[first : first + distinct] for first in range(0, len(completions), distinct)]
-        return [group * (num_samples // distinct) for group in grouped]
+        return completions_by_prompt(requests, num_samples, params)
 
     def next_token_logprobs(self, prompts: Prompts) -> Tensor:
         """Computes the log-probabilities of all tokens after each prompt, under the unmodified model.
@@ -301,7 +270,7 @@ class LocalEngine:
         numbered_prompts: Any = enumerate(prompts)
         tokens = [self.encode(prompt, number) for number, prompt in numbered_prompts]
         for prompt in tokens:
-            self._limit(prompt, 1)
+            self.token_limit(prompt, 1)
         with torch.no_grad(), evaluating(self.model), gathered(self.model), exact_projection(self.model):
             return next_token_logprobs(Decoder(self.model), tokens, self.max_batch_tokens)
 
@@ -309,16 +278,7 @@ class LocalEngine:
         # Two properties that batched sampling rests on: causality, and keys that do not depend on the layout.
         decoder, model = Decoder(self.model), base_model(self.model)
         avoid_cudnn_attention(decoder.device)
-        if not decoder.looks_back():
-            raise ValueError(
-                f"{type(model).__name__} cannot be sampled from: an earlier token sees later ones; use a causal "
-                "language model (where the config has is_decoder, set it)"
-            )
-        if vars(model.config.get_text_config()).get("index_topk"):
-            raise ValueError(
-                f"{type(model).__name__} cannot be sampled from: it chooses the keys that it reads (index_topk), and "
-                "equal ones by where they lie in a batch; use another model"
-            )
+        decoder.check_sampling()
         if self._cache_kind != "dynamic" or self._speculation is not None:
             with using_attention(model, register_attention()):
                 if decoder.agrees_in_rows():
@@ -331,7 +291,7 @@ class LocalEngine:
                 else f"{type(model).__name__} does not compute the same several tokens at a time: running with "
                 "cache='dynamic' and without speculation"
             )
-        with using_attention(model, _own_or_registered(model, decoder.device)):
+        with using_attention(model, generation_attention(model, decoder.device)):
             if decoder.agrees():
                 self._run_together(decoder, requests, params, stop_ids, "dynamic")
                 return
@@ -419,8 +379,12 @@ class LocalEngine:
         positions = num_positions(self.model)
         return None if positions is None else positions - 1
 
-    def _limit(self, prompt: tuple[int, ...], requested: int) -> int:
-        """Maximum number of new tokens: the requested one, or what the model's positions leave."""
+    def token_limit(self, prompt: tuple[int, ...], requested: int) -> int:
+        """Returns the maximum number of new tokens: the requested one, or what the model's positions leave.
+
+        Raises:
+            ValueError: they leave none.
+        """
         positions = num_positions(self.model)
         if positions is None:
             return requested
@@ -454,8 +418,8 @@ class LocalEngine:
             warnings.warn(message, stacklevel=4)
 
 
-def _own_or_registered(model: PreTrainedModel, device: torch.device) -> str:
-    """The attention that a model generates with: its own, but on a GPU the registered one in place of torch's.
+def generation_attention(model: PreTrainedModel, device: torch.device) -> str:
+    """Returns the attention that a model generates with: its own, but on a GPU the registered one instead of torch's.
 
     It computes the same, without reading masks back from the device.
     """

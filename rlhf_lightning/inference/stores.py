@@ -66,6 +66,10 @@ class Store(ABC):
     def compute(self, decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> list[Computed]:
         """Computes prompts."""
 
+    def step(self, decoder: Decoder, tokens_N: Tensor, alive_N: Tensor | None) -> Tensor:
+        """Computes one more token of every row; returns the scores after it, ``(N, V)``."""
+        return decoder.step(tokens_N, self.cache, alive_N)
+
     @abstractmethod
     def admit(self, prompt: Computed, copies: int) -> None:
         """Appends rows that each begin with a prompt."""

@@ -1,10 +1,11 @@
-"""Merges models: methods by their conventions, streamed from disk to disk, with a manifest."""
+"""Merges models: methods by their conventions, streamed from disk to disk, with a manifest; ensembles of models."""
 
 from __future__ import annotations
 
 from .conflicts import conflict_report
+from .ensemble import EnsemblePolicy
 from .manifest import verify
 from .merge import merge
 from .soups import greedy_soup, uniform_soup
 
-__all__ = ["conflict_report", "greedy_soup", "merge", "uniform_soup", "verify"]
+__all__ = ["EnsemblePolicy", "conflict_report", "greedy_soup", "merge", "uniform_soup", "verify"]

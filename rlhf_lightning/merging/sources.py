@@ -176,17 +176,29 @@ def check_tokenizers(folders: Sequence[Path]) -> None:
     known = [(folder, tokens) for folder, tokens in found if tokens is not None]
     for folder, tokens in known[1:]:
         expected_folder, expected = known[0]
-        if tokens == expected:
-            continue
-        odd = sorted(
-            (token for token in {**expected, **tokens} if expected.get(token) != tokens.get(token)),
-            key=lambda token: min(expected.get(token, 1 << 62), tokens.get(token, 1 << 62)),
-        )
-        raise ValueError(
-            f"the tokenizers of {str(expected_folder)!r} and {str(folder)!r} differ: the token {odd[0]!r} is "
-            f"{expected.get(odd[0], 'missing')} in one and {tokens.get(odd[0], 'missing')} in the other; only models "
-            "of one vocabulary can be merged"
-        )
+        odd = first_difference(expected, tokens)
+        if odd is not None:
+            raise ValueError(
+                f"the tokenizers of {str(expected_folder)!r} and {str(folder)!r} differ: {odd}; only models of one "
+                "vocabulary can be merged"
+            )
+
+
+def first_difference(expected: Mapping[str, int], tokens: Mapping[str, int]) -> str | None:
+    """Describes the first token that two vocabularies number differently; ``None`` where they are equal.
+
+    Example:
+        >>> first_difference({"a": 0, "b": 1}, {"a": 0, "c": 1})
+        "the token 'b' is 1 in one and missing in the other"
+    """
+    if tokens == expected:
+        return None
+    odd = min(
+        (token for token in {**expected, **tokens} if expected.get(token) != tokens.get(token)),
+        key=lambda token: min(expected.get(token, 1 << 62), tokens.get(token, 1 << 62)),
+    )
+    places = expected.get(odd, "missing"), tokens.get(odd, "missing")
+    return f"the token {odd!r} is {places[0]} in one and {places[1]} in the other"
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

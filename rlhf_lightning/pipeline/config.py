@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..generation import GenerateOptions
 from ..generation.options import sampling_params
+from ..merging.methods import METHODS
+from ..merging.options import MergeOptions
 from ..utils import yaml_parser
 from ..utils.messages import UsageError, did_you_mean, one_line
 from ..utils.packaged_configs import nearest_config, packaged_config
@@ -63,18 +65,19 @@ class FitStage:
 class SampleStage:
     """Samples and verifies completions, and makes a preference pair of each prompt with a better and a worse one.
 
-    With ``server``, options of ``inference.RemoteEngine``, completions come from there, and only the tokenizer of
-    ``model`` is read.
+    A list of models samples as one: ``ensemble`` has options of ``merging.EnsemblePolicy``. With ``server``, options of
+    ``inference.RemoteEngine``, completions come from there, and only the tokenizer of ``model`` is read.
     """
 
     outputs: ClassVar[dict[str, str]] = {"pairs": "pairs.jsonl"}
 
-    model: str
+    model: str | list[str]
     prompts: str | list[str]
     kind: Literal["sample"] = "sample"
     verifier: str = _EXACT
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
+    ensemble: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_pairs: int | None = None
@@ -105,11 +108,37 @@ class GenerateStage(GenerateOptions):
         )
 
 
-Stage = FitStage | SampleStage | GenerateStage
-_KINDS: dict[str, type[FitStage] | type[SampleStage] | type[GenerateStage]] = {
+@dataclass(frozen=True, kw_only=True)
+class MergeStage(MergeOptions):
+    """Merges models as ``rlhf-lightning merge`` does, with the same options; ``seed`` is the pipeline's by default."""
+
+    outputs: ClassVar[dict[str, str]] = {"model": "model"}
+
+    output: str = ""
+    kind: Literal["merge"] = "merge"
+    evaluate: bool = True
+
+    def options(self, folder: Path, seed: int) -> MergeOptions:
+        """Returns the options of the merge.
+
+        Args:
+            folder: of the stage.
+            seed: of random masks, for methods that draw some.
+        """
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(MergeOptions)}
+        draws = self.method in METHODS and "seed" in {
+            option.name for option in dataclasses.fields(METHODS[self.method])
+        }
+        place = str(folder / self.outputs["model"])
+        return MergeOptions(**{**given, "output": place, "seed": seed if draws else self.seed})
+
+
+Stage = FitStage | SampleStage | GenerateStage | MergeStage
+_KINDS: dict[str, type[FitStage] | type[SampleStage] | type[GenerateStage] | type[MergeStage]] = {
     "fit": FitStage,
     "sample": SampleStage,
     "generate": GenerateStage,
+    "merge": MergeStage,
 }
 _TOP_LEVEL = (
     *("title", "run_dir", "seed", "threads", "dtype", "variables"),
@@ -262,7 +291,8 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
 def _outputs(run_dir: str, name: str, written: Any) -> dict[str, str]:
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in _KINDS:
-        raise UsageError(f"stage {name!r} is of kind {kind!r}; write kind: {' or '.join(_KINDS)}")
+        *others, last = _KINDS
+        raise UsageError(f"stage {name!r} is of kind {kind!r}; write kind: {', '.join(others)} or {last}")
     return {key: str(Path(run_dir) / name / place) for key, place in _KINDS[kind].outputs.items()}
 
 
@@ -274,6 +304,10 @@ def _stage(name: str, written: dict[str, Any]) -> Stage:
         return _build(SampleStage, written, where)
     if written["kind"] == "generate":
         return _generate_stage(written, where)
+    if written["kind"] == "merge":
+        if "output" in written:
+            raise UsageError(f"{where}: output is {written['output']!r}, and the stage names it itself: leave it out")
+        return _build(MergeStage, written, where)
     config = written.get("config") or []
     export = _build(Export, written.get("export") or {}, f"{where}, export")
     return _build(

@@ -135,6 +135,10 @@ def _what(row: dict[str, Any]) -> str:
     if row["kind"] == "generate":
         score = f", mean score {metrics['mean_score']:.3g}" if "mean_score" in metrics else ""
         return f"{metrics['rows']} answers to {metrics['prompts']} prompts, {metrics['cut_off']} cut off{score}"
+    if row["kind"] == "merge":
+        models = int(metrics["models"])
+        soup = f": {int(metrics['ingredients'])} of {models}, metric {metrics['soup']:.4g}" if "soup" in metrics else ""
+        return f"{models} models merged{soup}"
     steps, exported = int(metrics["steps"]), int(metrics["exported_step"])
     return f"{steps} steps" if steps == exported else f"{steps} steps, exported step {exported}"
 

@@ -15,6 +15,7 @@ from ..core.checkpoint_io import check_place
 from ..evaluation.answers import load_verifier
 from ..generation import generate_rows
 from ..generation.options import remote_engine, sampling_params
+from ..merging.options import expand
 from ..utils.files import (
     check_names,
     check_replaceable,
@@ -28,10 +29,11 @@ from ..utils.files import (
 )
 from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError
-from .config import FitStage, GenerateStage, Pipeline, Stage
+from .config import FitStage, GenerateStage, MergeStage, Pipeline, Stage
 from .fit_stage import HISTORY, StageCLI, run_fit
 from .manifest import Manifest, stage_key, versions
-from .sample_stage import ANSWERS, PAIRS, SAMPLED, evaluate, run_sample
+from .merge_stage import run_merge
+from .sample_stage import ANSWERS, PAIRS, SAMPLED, check_models, evaluate, run_sample
 
 Say = Callable[[str], None]
 
@@ -39,7 +41,7 @@ Say = Callable[[str], None]
 # nothing else in either is ever replaced or deleted.
 _OF_RUN = ("manifest.json", "summary.json", "report.html")
 _OF_STAGE = (
-    *("model", "model.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED),
+    *("model", "model.json", "model.soup.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED),
     *("generated.jsonl", "generated.summary.json"),
 )
 # Metrics of a generate stage.
@@ -84,7 +86,7 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
         for name, stage in pipeline.stages.items():
             with _in_stage(name):
                 _run_stage(pipeline, manifest, name, stage, say)
-                if isinstance(stage, FitStage) and stage.evaluate and pipeline.evaluation is not None:
+                if isinstance(stage, FitStage | MergeStage) and stage.evaluate and pipeline.evaluation is not None:
                     _evaluate_stage(pipeline, manifest, name, say)
 
         # In the order of the pipeline, then stages of other policies.
@@ -166,13 +168,19 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: Stage, 
     manifest.stages[name] = record | {"inputs": inputs, "config": config, "ran": True}
     manifest.save()
     say(f"{name}: running")
+
+    def tell(line: str) -> None:
+        say(f"{name}: {line}")
+
     if isinstance(stage, FitStage):
-        metrics = run_fit(stage, folder, seed, lambda line: say(f"{name}: {line}"))
+        metrics = run_fit(stage, folder, seed, tell)
     elif isinstance(stage, GenerateStage):
         summary = generate_rows(stage.options(folder, seed, pipeline.dtype))
         metrics = {metric: summary[metric] for metric in _OF_ROWS if metric in summary}
+    elif isinstance(stage, MergeStage):
+        metrics = run_merge(stage.options(folder, seed), tell).metrics
     else:
-        metrics = run_sample(stage, folder, seed, pipeline.dtype, lambda line: say(f"{name}: {line}"))
+        metrics = run_sample(stage, folder, seed, pipeline.dtype, tell)
 
     # Hashes of the outputs are inputs of later stages.
     outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
@@ -220,8 +228,13 @@ def _describe(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, Any]:
         options = stage.options(pipeline.folder(name), seed, pipeline.dtype)
         options.check()
         return options.plain() | {"kind": stage.kind}
+    if isinstance(stage, MergeStage):
+        merge = stage.options(pipeline.folder(name), seed)
+        merge.check()
+        return asdict(merge) | {"models": expand(merge.models)}
     sampling_params(stage.sampling)
     load_verifier(stage.verifier)
+    check_models(stage)
     if stage.server is not None:
         remote_engine(stage.server | {"text_prompts": False}, None)  # the tokenizer comes later
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
@@ -230,7 +243,10 @@ def _describe(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, Any]:
 def _summary(metrics: dict[str, float]) -> str:
     shown = [
         name
-        for name in ("val/accuracy", "val/loss", "pairs", "mean_reward", "rows", "mean_score", "steps")
+        for name in (
+            *("val/accuracy", "val/loss", "pairs", "mean_reward", "rows", "mean_score", "steps"),
+            *("models", "ingredients", "soup"),
+        )
         if name in metrics
     ]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)

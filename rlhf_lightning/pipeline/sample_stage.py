@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation.answers import Answer, answer_prompts, load_verifier, read_prompts
 from ..generation.options import remote_engine, sampling_params
 from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
+from ..merging import EnsemblePolicy
 from ..models import load_causal_lm, load_tokenizer
 from ..utils.files import json_line, write_atomically
+from ..utils.messages import did_you_mean
 from ..utils.progress import progress
 from .config import Evaluation, SampleStage
 
 PAIRS, ANSWERS, SAMPLED = "pairs.jsonl", "test_answers.jsonl", "sampled.jsonl"
 _PROMPTS_AT_ONCE = 64
+# Arguments of an ensemble that are not options of a stage.
+_NOT_OF_ENSEMBLE = ("models", "tokenizer", "dtype", "device")
 
 
 def run_sample(
@@ -48,13 +53,7 @@ def run_sample(
         ValueError: no prompt gave a pair.
     """
     params = sampling_params(stage.sampling)
-    engine: Engine
-    if stage.server is None:
-        model, tokenizer = _load(stage.model, dtype)
-        engine = LocalEngine(model, tokenizer)
-    else:
-        tokenizer = load_tokenizer(stage.model)
-        engine = remote_engine(stage.server, tokenizer)
+    engine, tokenizer = _stage_engine(stage, dtype)
     verifier = load_verifier(stage.verifier)
     examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
 
@@ -158,6 +157,36 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     ]
     write_atomically(answers_file, "".join(lines))
     return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}
+
+
+def check_models(stage: SampleStage) -> None:
+    """Checks that the options of a stage fit the number of its models.
+
+    Raises:
+        ValueError: they do not.
+    """
+    several = isinstance(stage.model, list)
+    if several and stage.server is not None:
+        raise ValueError(f"model is {stage.model!r}, and a server samples from one: name one, whose tokenizer is read")
+    if stage.ensemble and not several:
+        raise ValueError(f"ensemble combines models, and model is {stage.model!r}: write model: [A, B]")
+    allowed = [name for name in signature(EnsemblePolicy).parameters if name not in _NOT_OF_ENSEMBLE]
+    for key in stage.ensemble:
+        if key not in allowed:
+            raise ValueError(f"ensemble has no key {key!r}{did_you_mean(str(key), allowed)}")
+
+
+def _stage_engine(stage: SampleStage, dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """Makes the engine of a stage: a model, several as one, or a server."""
+    if isinstance(stage.model, list):
+        policy = EnsemblePolicy(stage.model, dtype=dtype, **stage.ensemble)
+        assert policy.tokenizer is not None  # all models are folders
+        return policy, policy.tokenizer
+    if stage.server is not None:
+        tokenizer = load_tokenizer(stage.model)
+        return remote_engine(stage.server, tokenizer), tokenizer
+    model, tokenizer = _load(stage.model, dtype)
+    return LocalEngine(model, tokenizer), tokenizer
 
 
 def _load(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -73,6 +73,7 @@ class OnPolicyModule(PostTrainingModule):
     default_learning_rate: ClassVar[float] = 1e-6
     progress_metrics: ClassVar[tuple[str, ...]] = ("reward", "completions/mean_length")
     contracts: ClassVar[tuple[str, ...]] = ("PromptDataModule",)
+    of_validation: ClassVar[tuple[str, ...]] = (*PostTrainingModule.of_validation, "last_rollouts")
 
     def __init__(
         self,
