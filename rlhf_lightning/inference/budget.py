@@ -96,7 +96,7 @@ class Account:
 
 @dataclass
 class SearchCounts:
-    """What a strategy's searches have spent since it was made.
+    """Counts of a strategy's searches since it was made.
 
     Attributes:
         searches: searches that ended, one per prompt.

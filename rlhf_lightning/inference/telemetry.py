@@ -1,4 +1,4 @@
-"""What sampling cost: tokens and seconds by phase, and what caches, drafts and searches did."""
+"""The cost of sampling: tokens and seconds by phase, and the work of caches, drafts and searches."""
 
 from __future__ import annotations
 
