@@ -19,7 +19,7 @@ METHODS = sorted(folder.name for folder in CONFIGS.iterdir() if (folder / "defau
 FRAGMENTS = sorted(file for name in ("data", "logger", "model", "trainer") for file in (CONFIGS / name).glob("*.yaml"))
 PIPELINES = sorted((CONFIGS / "pipelines").glob("*.yaml"))
 REQUIRED = {"model", "train"}  # what default.yaml leaves to the user
-GROUPS = {"sampling", "loss", "advantages", "kl", "off_policy", "entropy", "value", "gae"}
+GROUPS = {"sampling", "loss", "advantages", "tree", "kl", "off_policy", "entropy", "value", "gae"}
 
 
 def printed(capsys, *args: str) -> dict:
@@ -81,6 +81,18 @@ def test_tiny_trains(method, tmp_path, monkeypatch):
     once = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
     main(["fit", "--config", f"configs/{method}/tiny.yaml", *once])
     assert (tmp_path / f"runs/tiny-{method}/model/model.safetensors").is_file()
+
+
+def test_search_trees_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    once = ["--trainer.max_steps=1", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+    main(["fit", "--config", "configs/grpo/tree.yaml", *once])
+    history = [json.loads(line) for line in Path("runs/tree-grpo/history.jsonl").read_text().splitlines()]
+    logged = {name: value for row in history for name, value in row.items()}
+    # Six simulations of three steps each are more than the four samples, and share what they begin with.
+    assert logged["train/tree/completions"] > 4 + 3
+    assert 0 < logged["train/tree/shared"] < 1
+    assert logged["train/tree/depth"] > 1
 
 
 @pytest.mark.parametrize("method", METHODS)

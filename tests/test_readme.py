@@ -143,6 +143,7 @@ GROUP = {
     "num_generations": 2,
     "max_completion_length": 6,
 }
+BEAM = {"class_path": "beam", "init_args": {"max_step_tokens": 3}}
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("SFTModule", "SFTDataModule", "demonstrations", {}),
     ("SFTModule", "SFTDataModule", "demonstrations", {"loss_type": "dft"}),
@@ -157,6 +158,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("GRPOModule", "PromptDataModule", "prompts", GROUP),
     ("GRPOModule", "PromptDataModule", "prompts", {**GROUP, "dynamic_sampling": 1, "beta": 0.1}
      | {"sampling": {"top_k": 5}, "off_policy": {"correction": "token_truncate"}}),
+    ("GRPOModule", "PromptDataModule", "prompts", {**GROUP, "tree": {"rollouts": ["samples", BEAM]}}
+     | {"off_policy": {"correction": "token_truncate", "replay_capacity": 8}}),
     ("PPOModule", "PromptDataModule", "prompts", GROUP),
 ]  # fmt: skip
 

@@ -11,21 +11,27 @@ from torch import nn
 from .fsdp2 import sharded_units
 from .lockstep import barrier, lockstep
 
+# Models whose weights are gathered now.
+_held: list[nn.Module] = []
+
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Gathers the sharded weights of a model once, and keeps them until the context ends.
 
     Forwards inside need no communication, so ranks may run different numbers of them: each generates until its own rows
-    have ended. All ranks must enter and leave together. Does nothing without sharded modules.
+    have ended. All ranks must enter and leave together. Does nothing without sharded modules, nor within itself: around
+    several calls that gather, ranks may make different numbers of them.
 
     Args:
         model: any module; its submodules sharded by ``fully_shard`` are gathered.
     """
     sharded: list[Any] = list(sharded_units(model))
-    agreement = lockstep() if sharded else None
-    if sharded:
-        barrier()
+    if not sharded or any(model is held for held in _held):
+        yield
+        return
+    agreement = lockstep()
+    barrier()
 
     # torch has a public setter of this switch but no getter, so the attribute is read to restore it afterwards.
     switches: list[tuple[Any, Any]] = []
@@ -38,6 +44,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for group in filter(None, groups):
             switches.append((group, None if is_new_root else group.post_forward_mesh_info))
 
+    _held.append(model)
     try:
         for module in sharded:
             module.unshard()
@@ -46,6 +53,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         with nullcontext() if agreement is None else agreement.suspended():
             yield
     finally:
+        _held.remove(model)
         for group, info in switches:
             group.post_forward_mesh_info = info
         for module in sharded:

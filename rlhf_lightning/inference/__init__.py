@@ -21,6 +21,7 @@ from .specs import build_scorer, build_strategy
 from .strategy import Candidate, Scorer, Scores, SearchResult, Strategy
 from .text_terms import JudgeScorer, LikelihoodScorer, TextScorer, VerifierScorer, WeightedScorer
 from .token_beam import TokenBeamSearch
+from .tree_rows import collect_demonstrations, collect_pairs, collect_steps, node_values
 from .trees import Node, SearchTree
 from .value_scorers import SelfCertaintyScorer, ValueScorer
 
@@ -60,7 +61,11 @@ __all__ = [
     "WeightedScorer",
     "build_scorer",
     "build_strategy",
+    "collect_demonstrations",
+    "collect_pairs",
+    "collect_steps",
     "derive_seed",
     "generate",
+    "node_values",
     "reasoning_rows",
 ]

@@ -20,10 +20,10 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
     """Builds a strategy on an engine.
 
     Args:
-        spec: a strategy's class name such as ``MCTS`` or ``best_of_n``, or a mapping with ``class_path`` (a class name,
-            or the dotted path of a class of one's own) and ``init_args``. In these, ``scorer`` and ``value`` are as in
-            ``build_scorer``, ``budget`` and ``sampling`` are mappings of their options, and ``engine`` is a strategy
-            on the given engine that this one wraps.
+        spec: a strategy's class name such as ``MCTS`` or ``best_of_n``, also cut (``beam``), or a mapping with
+            ``class_path`` (a class name, or the dotted path of a class of one's own) and ``init_args``. In these,
+            ``scorer`` and ``value`` are as in ``build_scorer``, ``budget`` and ``sampling`` are mappings of their
+            options, and ``engine`` is a strategy on the given engine that this one wraps.
         engine: samples from the policy.
         scorer: used if ``init_args`` name none; as in ``build_scorer``.
 
@@ -42,6 +42,16 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
         if options.get(name) is not None:
             options[name] = build_scorer(options[name])
     return _call(cls, _in_groups(options), "strategy", engine)
+
+
+def takes_scorer(spec: Any) -> bool:
+    """Returns whether a strategy, as in ``build_strategy``, has the option ``scorer``.
+
+    Example:
+        >>> takes_scorer("mcts"), takes_scorer("MajorityVote")
+        (True, False)
+    """
+    return "scorer" in _options(_read(spec, "strategy")[0])
 
 
 def build_scorer(spec: Any) -> Any:
@@ -221,13 +231,14 @@ def _read(spec: Any, what: str) -> tuple[type, dict[str, Any]]:
 
 
 def _class(name: str, what: str) -> Any:
-    """Finds a class by its name in this room, or by its dotted path."""
-    room: Any = import_module(__package__)
-    near = next((n for n in _names() if _plain(n) == _plain(name)), name)
-    found: Any = load_attribute(name) if "." in name else getattr(room, near, None)
-    method = "search" if what == "strategy" else "score"
+    """Finds a class by its name in this room, in any spelling, cut where it is clear, or by its dotted path."""
+    method, room = "search" if what == "strategy" else "score", import_module(__package__)
+    fitting = [n for n in _names() if callable(getattr(getattr(room, n), method, None))]
+    near = [n for n in _names() if _plain(n) == _plain(name)]
+    if not near and name and name == name.lower():  # as on a command line
+        near = [n for n in fitting if _plain(n).startswith(_plain(name))]
+    found: Any = load_attribute(name) if "." in name else getattr(room, near[0] if len(near) == 1 else name, None)
     if not inspect.isclass(found) or not callable(getattr(found, method, None)):
-        fitting = [n for n in _names() if callable(getattr(getattr(room, n), method, None))]
         raise ValueError(f"there is no {what} {name!r}{advise(name, [*fitting, *map(str.lower, fitting)])}")
     return found
 

@@ -137,6 +137,7 @@ class Strategy:
     """
 
     needs_token_ids = False
+    samples = True  # whether all tokens that it reports are drawn from the policy
 
     def __init__(
         self,
@@ -220,7 +221,7 @@ class Strategy:
         queries = [
             Query(prompt, ids, seed, row) for prompt, ids, seed, row in zip(prompts, tokens, seeds, rows, strict=True)
         ]
-        return self._run(queries, [params] * len(queries), watch)
+        return self.run(queries, [params] * len(queries), watch)
 
     def generate(
         self,
@@ -251,7 +252,7 @@ class Strategy:
             queries += [Query(prompt, self._encoded(prompt), seed) for seed in row]
             least = min(params.min_new_tokens, limit)
             settings += [replace(params, max_new_tokens=limit, min_new_tokens=least)] * len(row)
-        results = iter(self._run(queries, settings))
+        results = iter(self.run(queries, settings))
         return [[next(results).best.completion() for _ in row] for row in seeds]
 
     def _encoded(self, prompt: Any) -> tuple[int, ...]:
@@ -271,13 +272,13 @@ class Strategy:
 
     # Rounds.
 
-    def _run(
+    def run(
         self,
         queries: Sequence[Query],
         settings: Sequence[SamplingParams],
         watch: Callable[[int, SearchResult], object] | None = None,
     ) -> list[SearchResult]:
-        """Advances all searches together until each has its result."""
+        """Advances the searches of queries, each with its settings, together until every one has its result."""
         accounts = [Account(self.budget) for _ in queries]
         searches = [self.start(*search) for search in zip(queries, settings, accounts, strict=True)]
         results: dict[int, SearchResult] = {}

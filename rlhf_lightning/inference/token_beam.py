@@ -43,6 +43,7 @@ class TokenBeamSearch(Strategy):
     """
 
     needs_token_ids = True
+    samples = False
 
     def __init__(self, engine: Engine, *, width: int = 4, length_penalty: float = 0.0, **options: Any) -> None:
         super().__init__(engine, **options)

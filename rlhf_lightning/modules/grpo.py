@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..core.logging import store_options
 from ..distributed.collectives import Metrics, Rows, sum_over_ranks
-from ..inference import derive_seed
+from ..inference import Completion, derive_seed
 from ..rewards.specs import RewardSpec
-from ..rl import KLPenalty, OffPolicyCorrection, PolicyLoss, RelativeAdvantage, TokenEntropy, TreeAdvantage
+from ..rl import KLPenalty, OffPolicyCorrection, PolicyLoss, RelativeAdvantage, TokenEntropy, TreeRollouts
+from ..rl.exploration import Explorer
 from ..rl.on_policy_module import OnPolicyModule
+from ..rl.replay_buffer import ReplayBuffer
 from ..rl.rollouts import Rollouts, token_field, tree_extremes, tree_sums
 from ..rl.step_rewards import steps_differ
 from ..rl.training_trees import TrainingTrees
@@ -49,10 +51,11 @@ class GRPOModule(OnPolicyModule):
         num_generations: completions per prompt, at least 2.
         loss: type, clipping and aggregation of the loss: ``PolicyLoss``, or a subclass with a loss of one's own.
         advantages: baseline and scale of rewards: ``RelativeAdvantage``.
-        tree: advantages where completions share steps (``explore``): ``TreeAdvantage``.
+        tree: what completions come from, samples or searches, and advantages where they share steps: ``TreeRollouts``.
         beta: weight of the KL divergence from the reference, at least 0; 0 needs no reference.
         kl: estimator of the divergence, and where it is applied: ``KLPenalty``.
-        off_policy: importance weights and masks for samples of another distribution: ``OffPolicyCorrection``.
+        off_policy: importance weights and masks for samples of another distribution, and a buffer of earlier ones:
+            ``OffPolicyCorrection``.
         entropy: weight of an entropy bonus, and the share of tokens that carry the gradient: ``TokenEntropy``.
         dynamic_sampling: number of times that groups of equal rewards are replaced by those of other prompts of the
             training data, at least 0.
@@ -74,7 +77,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         loss: PolicyLoss = PolicyLoss(),
         advantages: RelativeAdvantage = RelativeAdvantage(),
-        tree: TreeAdvantage = TreeAdvantage(),
+        tree: TreeRollouts = TreeRollouts(),
         beta: float = 0.0,
         kl: KLPenalty = KLPenalty(),
         off_policy: OffPolicyCorrection = OffPolicyCorrection(),
@@ -90,7 +93,7 @@ class GRPOModule(OnPolicyModule):
         check_not_negative("dynamic_sampling", dynamic_sampling, "0 switches it off")
         loss, advantages = build_group(loss, PolicyLoss), build_group(advantages, RelativeAdvantage)
         kl, entropy = build_group(kl, KLPenalty), build_group(entropy, TokenEntropy)
-        off_policy, tree = build_group(off_policy, OffPolicyCorrection), build_group(tree, TreeAdvantage)
+        off_policy, tree = build_group(off_policy, OffPolicyCorrection), build_group(tree, TreeRollouts)
         tree.check(advantages)
         kl.check(beta)
         if advantages.normalizes_each_reward and kl.in_reward:
@@ -104,7 +107,7 @@ class GRPOModule(OnPolicyModule):
             self,
             loss=plain_group(loss, PolicyLoss),
             advantages=plain_group(advantages, RelativeAdvantage),
-            tree=plain_group(tree, TreeAdvantage),
+            tree=plain_group(tree, TreeRollouts),
             kl=plain_group(kl, KLPenalty),
             off_policy=plain_group(off_policy, OffPolicyCorrection),
             entropy=plain_group(entropy, TokenEntropy),
@@ -118,6 +121,8 @@ class GRPOModule(OnPolicyModule):
         self.entropy = entropy
         self.dynamic_sampling = dynamic_sampling
         self.training_trees = TrainingTrees(self)
+        self.explorer = Explorer(self, tree)
+        self.replay = ReplayBuffer(off_policy, self.seed)
         self._replaced = 0.0
 
     @property
@@ -138,6 +143,7 @@ class GRPOModule(OnPolicyModule):
 
     def rollout(self, prompts: Sequence[Example], stage: str = "train", attempt: int = 0) -> Rollouts:
         """Samples and scores completions; in training, dynamic sampling replaces groups without learning signal."""
+        self.explorer.begin()
         rollouts = super().rollout(prompts, stage, attempt)
         if stage != "train":
             return rollouts
@@ -155,6 +161,10 @@ class GRPOModule(OnPolicyModule):
             rollouts.replace(weak, super().rollout(others, stage, again))
         return rollouts
 
+    def explore(self, prompts: Sequence[Example], seeds: Sequence[int]) -> list[list[Completion]]:
+        """Finds the completions of prompts to train on: samples, or those of the searches in ``tree.rollouts``."""
+        return self.explorer(prompts, seeds)
+
     def _other_prompt(self, row_id: str, again: int) -> Example:
         """Chooses a replacement prompt as a function of the replaced row, independent of the number of ranks."""
         pool: Any = self.trainer.train_dataloader.examples  # type: ignore[union-attr]
@@ -166,9 +176,24 @@ class GRPOModule(OnPolicyModule):
     def prepare(self, rollouts: Rollouts) -> tuple[list[Example], Metrics]:
         """Builds the training trees and attaches advantages, old and reference log-probs, and token weights."""
         trees, values = self.training_trees.prepare(rollouts)
+        if self.explorer.options.searches:
+            values |= self.explorer.metrics(rollouts.completions)
         if self.dynamic_sampling:
             values["dynamic_sampling/replaced"] = torch.tensor(self._replaced)
         return trees, values
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the replay buffer."""
+        super().on_save_checkpoint(checkpoint)
+        if self.off_policy.replay_capacity:
+            checkpoint["on_policy"]["replay"] = self.replay.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the replay buffer."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("on_policy", {}).get("replay")
+        if state is not None and self.off_policy.replay_capacity:
+            self.replay.load_state_dict(state)
 
     # The update.
 

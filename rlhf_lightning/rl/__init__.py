@@ -4,10 +4,10 @@ The option groups of ``GRPOModule`` and ``PPOModule`` are published here: ``from
 """
 
 from .advantages import RelativeAdvantage
+from .exploration import TreeRollouts
 from .policy_loss import EntropyBonus, KLPenalty, OffPolicyCorrection, PolicyLoss, TokenEntropy
 from .ppo_loss import GAE, AdaptiveKL, PPOLoss, ValueFunction
 from .sampling import Sampling
-from .tree_advantages import TreeAdvantage
 
 __all__ = [
     "GAE",
@@ -20,6 +20,6 @@ __all__ = [
     "RelativeAdvantage",
     "Sampling",
     "TokenEntropy",
-    "TreeAdvantage",
+    "TreeRollouts",
     "ValueFunction",
 ]

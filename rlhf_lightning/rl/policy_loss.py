@@ -30,8 +30,10 @@ from ..losses.policy_gradient import (
     importance_ratio,
 )
 from ..utils.option_groups import OptionGroup
-from ..utils.validation import check_positive
+from ..utils.validation import check_count, check_positive
 from .clipped_loss import ClippedLoss
+
+ReplayPriority = Literal["uniform", "hard_negative", "frontier"]
 
 _PER_TOKEN: Final = ("dapo", "bnpo", "cispo")  # divided by tokens; the other loss types by completions
 
@@ -170,6 +172,10 @@ class KLPenalty(OptionGroup):
 class OffPolicyCorrection(OptionGroup):
     """Corrects for a sampling distribution that is not the trained one: filters, other precision, older weights.
 
+    With a replay buffer completions of earlier iterations come back, with the log-probs that they were drawn with and
+    the advantages that they had: in each iteration as many as ``replay_share`` of those that are new, if there are so
+    many. They count as new ones do, and need a ``correction``.
+
     Papers: Yao et al., 2025, and IcePop (Ling Team, 2025) for the weights; DeepSeek-V3.2 (2025, arXiv:2512.02556), eq.
     9, for the mask. ``losses.off_policy`` documents both.
 
@@ -180,9 +186,15 @@ class OffPolicyCorrection(OptionGroup):
         max: upper bound of the weights, above ``min``; ``None`` for none.
         mask_threshold: drop completions with a negative advantage from which the policy has moved by more than this,
             above 0; ``None`` keeps them.
+        replay_capacity: completions in the buffer, at least 1, those that it keeps longest having the highest priority;
+            0 is off.
+        replay_share: replayed completions for each new one, above 0.
+        replay_priority: ``uniform``; ``hard_negative``: bad ones that were likely; ``frontier``: those of prompts at
+            which the policy succeeds now and then (``rl.replay_buffer.replay_priority``). They are drawn in proportion.
+        replay_max_age: iterations after which a completion leaves, at least 1; ``None`` for no limit.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range, or replay without a correction.
 
     Example:
         >>> index = torch.tensor([0, 1])
@@ -198,6 +210,10 @@ class OffPolicyCorrection(OptionGroup):
     min: float | None = None
     max: float | None = 3.0
     mask_threshold: float | None = None
+    replay_capacity: int = 0
+    replay_share: float = 0.25
+    replay_priority: ReplayPriority = "uniform"
+    replay_max_age: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,6 +223,16 @@ class OffPolicyCorrection(OptionGroup):
             )
         if self.mask_threshold is not None:
             check_positive("off_policy.mask_threshold", self.mask_threshold, "0.5 is usual")
+        if self.replay_capacity:
+            check_count("off_policy.replay_capacity", self.replay_capacity, "0 is off")
+            if self.correction is None:
+                raise ValueError(
+                    f"off_policy.replay_capacity is {self.replay_capacity} without off_policy.correction, so that old "
+                    "completions would count as if they were drawn today: use correction=token_truncate"
+                )
+        check_positive("off_policy.replay_share", self.replay_share, "0.25 is usual")
+        if self.replay_max_age is not None:
+            check_count("off_policy.replay_max_age", self.replay_max_age, "null is no limit")
 
     @property
     def needs_sampling_logprobs(self) -> bool:

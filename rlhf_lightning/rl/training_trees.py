@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.micro_batching import ROW_KEY
 from ..distributed.collectives import Metrics, Rows, gather_rows, rows_before_this_rank
 from ..sequences import Example, SequenceBatch
-from .advantages import GroupAdvantages
+from .advantages import GroupAdvantages, group_advantages
 from .branches import Branches, copies, shared_mean
 from .reward_shaping import kl_penalised_scores
 from .rollout_metrics import sampling_metrics
@@ -47,13 +47,26 @@ class TrainingTrees:
         kept_S = rollouts.ended_S().bool() if self.module.policy_loss.mask_truncated_completions else every_S
         trees = self._build(rollouts, kept_S)
         trees = attach_token_fields(trees, self._sampled_fields(rollouts, kept_S, trees))
+        replayed, counts = self._replayed(trees, rollouts)
+        trees = [*trees, *replayed]
         fixed, values = self._policy_fields(trees)
-        return attach_token_fields(trees, fixed), values
+        return attach_token_fields(trees, fixed), values | counts
 
     def has_signal(self, rollouts: Rollouts) -> Tensor:
         """Returns whether two completions of a prompt have different outcome rewards: ``(E,)``."""
         scores_S = self.module.combined(rollouts.rewards_SK)
         return self._group_advantages(rollouts.rewards_SK, scores_S, group_index(rollouts.first_S())).has_signal_G
+
+    def _replayed(self, trees: Sequence[Example], rollouts: Rollouts) -> tuple[list[Example], Metrics]:
+        """Exchanges completions with the replay buffer, where there is one."""
+        module = self.module
+        if not module.off_policy.replay_capacity:
+            return [], {}
+        index_S = group_index(rollouts.first_S())
+        scores_S = module.combined(rollouts.rewards_SK)
+        groups = group_advantages(scores_S, group_index_S=index_S, num_groups=len(rollouts.prompts))
+        found: tuple[list[Example], Metrics] = module.replay.exchange(trees, groups.std_G[index_S], module.iteration)
+        return found
 
     def _build(self, rollouts: Rollouts, kept_S: Tensor) -> list[Example]:
         module = self.module

@@ -97,8 +97,8 @@ def plain_group(value: OptionGroup, cls: type[OptionGroup]) -> dict[str, Any]:
         cls: the class that ``build_group`` will be given.
 
     Returns:
-        Its options; of a subclass, its ``class_path`` and ``init_args``. A subclass that no module holds is known by
-        its name alone, with which it cannot be built.
+        Its options, functions among them by their dotted paths; of a subclass, its ``class_path`` and ``init_args``. A
+        function or subclass that no module holds is known by its name alone, with which it cannot be built.
     """
     options = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     return options if type(value) is cls else {"class_path": dotted_path(type(value)), "init_args": options}
@@ -117,7 +117,9 @@ def _check_savable(value: OptionGroup) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return dotted_path(value) if inspect.isfunction(value) or inspect.isclass(value) else value
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}

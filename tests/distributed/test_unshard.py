@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
+from rlhf_lightning.distributed.unshard import gathered
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 
 from ..helpers import tiny_model
@@ -26,6 +27,13 @@ def _rank(rank: int, port: int) -> None:
         assert LocalEngine(sharded, None).generate(prompts, 2, params) == LocalEngine(whole, None).generate(
             prompts, 2, params
         )
+    # Within one gathering, a search makes as many calls as it needs.
+    params = SamplingParams(max_new_tokens=4, seed=rank)
+    with gathered(sharded):
+        for _ in range(1 + 2 * rank):
+            assert LocalEngine(sharded, None).generate([[5, 6]], 1, params) == LocalEngine(whole, None).generate(
+                [[5, 6]], 1, params
+            )
     ids = torch.tensor([[1, 2, 3, 4 + rank]])
     for model in (whole, sharded):
         model(input_ids=ids, labels=ids).loss.backward()

@@ -17,7 +17,7 @@ from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
 
 from ..rl.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
-from ..rl.fixed_trees import FixedTreeGRPO
+from ..rl.fixed_trees import FixedReplayGRPO, FixedSearchGRPO, FixedTreeGRPO
 
 VOCAB = 60
 # Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.
@@ -150,6 +150,8 @@ def rollouts(**options: Any) -> dict[str, Any]:
     return {**rewards, "num_generations": 4, "max_completion_length": 10, **options}
 
 
+STEPS = {"init_args": {"step_separator": None, "max_step_tokens": 3, "budget": {"expansions": 4}}}
+
 METHODS: dict[str, Method] = {
     "sft": Method(SFTModule, demonstrations),
     "sft-smooth": Method(SFTModule, demonstrations, {"label_smoothing": 0.1}),
@@ -219,6 +221,35 @@ METHODS: dict[str, Method] = {
             process_reward=by_step,
             entropy={"top_quantile": 0.4},
             off_policy={"correction": "token_truncate"},
+        ),
+    ),
+    "grpo-search": Method(
+        FixedSearchGRPO,
+        prompts,
+        rollouts(
+            beta=0.1,
+            tree={
+                "rollouts": ["samples", STEPS | {"class_path": "mcts"}, STEPS | {"class_path": "beam"}],
+                "comparison": "sibling",
+                "visit_weights": "linear",
+                "preference": 0.2,
+            },
+            off_policy={"correction": "token_truncate"},
+            optimizer=partial(torch.optim.SGD, lr=100.0),
+        ),
+    ),
+    "grpo-replay": Method(
+        FixedReplayGRPO,
+        prompts,
+        rollouts(
+            loss={"loss_type": "grpo"},
+            off_policy={
+                "correction": "sequence_truncate",
+                "replay_capacity": 12,
+                "replay_share": 0.3,
+                "replay_priority": "frontier",
+            },
+            optimizer=partial(torch.optim.SGD, lr=100.0),
         ),
     ),
     "ppo": Method(

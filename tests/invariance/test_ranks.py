@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # `make invariance` compares all of the matrix under FSDP2, too; otherwise one entry of every method, where ranks differ
 # most in what they run.
 ALL = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
-SHARDED = [*METHODS] if ALL else ["sft", "dpo-coupled", "kto", "process", "reward", "simpo", "grpo-coupled", "ppo"]
+SHARDED = ["sft", "dpo-coupled", "kto", "process", "reward", "simpo", "grpo-coupled", "grpo-tree", "grpo-search", "ppo"]
+SHARDED = [*METHODS] if ALL else SHARDED
 
 
 @pytest.fixture(scope="module")

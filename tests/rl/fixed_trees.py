@@ -1,17 +1,23 @@
-"""GRPO on given trees, which are a function of the row alone, and what is said of them by loops over their paths."""
+"""GRPO on given trees, which are a function of the row alone, on searches of what a seed decides, and on old ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import count
+from typing import Any
 
 import numpy as np
 
+from rlhf_lightning import GRPOModule
+from rlhf_lightning.inference import Completion, SamplingParams
 from rlhf_lightning.rl.branches import Branch, TreeCompletion
+from rlhf_lightning.rl.replay_buffer import Record
 from rlhf_lightning.sequences import Example
 
-from .fixed_rollouts import VOCAB, FixedGRPO
+from ..helpers import EOS_ID
+from ..inference.toy import Characters
+from .fixed_rollouts import VOCAB, FixedGRPO, fixed_completions
 
 
 def tree_completion(branch: Branch, finish_reason: str = "stop") -> TreeCompletion:
@@ -68,3 +74,55 @@ class FlatTreeGRPO(FixedGRPO):
             [tree_completion(Branch(tuple(c.token_ids), tuple(c.logprobs)), c.finish_reason) for c in group]
             for group in self.generate(prompts, seeds)
         ]
+
+
+class SeededEngine:
+    """Samples whose tokens and log-probs are a function of their seed alone, as long as the settings allow."""
+
+    tokenizer = Characters()
+    end_token_ids = frozenset({EOS_ID})
+
+    def encode(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        return tuple(prompt)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        assert sampling is not None
+        most = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
+        return [[self._one(seed, limit) for seed in row] for row, limit in zip(seeds or [], most, strict=True)]
+
+    def _one(self, seed: int, limit: int) -> Completion:
+        rng = np.random.default_rng(seed)
+        tokens = rng.integers(3, VOCAB, size=int(rng.integers(1, 10))).tolist()
+        tokens = [*tokens, EOS_ID][:limit]
+        logprobs = (-3 * rng.random(len(tokens))).tolist()
+        return Completion(tokens, str(tokens), logprobs, "stop" if tokens[-1] == EOS_ID else "length")
+
+
+class FixedSearchGRPO(GRPOModule):
+    """GRPO that searches with a ``SeededEngine``."""
+
+    @property
+    def engine(self) -> Any:
+        return SeededEngine()
+
+
+class FixedReplayGRPO(FixedTreeGRPO):
+    """GRPO on the trees of ``fixed_tree``, and on completions of other rows that are in its buffer from the start."""
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        rng = np.random.default_rng(7)
+        for number in range(9):
+            (completion, *_) = fixed_completions(f"old:{number}", 1)
+            values = (rng.normal(size=len(completion.token_ids)), 0.5 + rng.random(len(completion.token_ids)))
+            prompt, tokens = rng.integers(3, VOCAB, size=1 + number), np.array(completion.token_ids)
+            given = (prompt, tokens, np.array(completion.logprobs), *values)
+            self.replay.add([Record(f"old:{number}", -1, 1.0 + number, *given)])

@@ -34,9 +34,18 @@ def by_line(completions: Sequence[str]) -> list[list[float]]:
     return [[float(len(set(step))) for step in text.split("\n") if step] for text in completions]
 
 
+SEARCH = {"class_path": "beam", "init_args": {"width": 2, "expand": 2, "max_step_tokens": 3}}
 CASES: dict[str, tuple[type[OnPolicyModule], dict[str, Any]]] = {
     "grpo-dynamic-sampling": (GRPOModule, {"num_updates": 2, "beta": 0.1, "dynamic_sampling": 2}),
     "grpo-process": (GRPOModule, {"process_reward": by_line, "dynamic_sampling": 1, "num_mini_batches": 3}),
+    "grpo-tree": (GRPOModule, {"tree": {"rollouts": ["samples", SEARCH]}, "num_mini_batches": 2}),
+    "grpo-replay": (
+        GRPOModule,
+        {
+            "off_policy": {"correction": "token_truncate", "replay_capacity": 7, "replay_share": 0.5},
+            "tree": {"rollouts": SEARCH},
+        },
+    ),
     "ppo-adaptive-kl": (PPOModule, {"num_updates": 2, "num_mini_batches": 2, "kl": {"target": 0.01, "horizon": 10}}),
     "ppo-warm-up": (PPOModule, {"process_reward": by_line, "value": {"warmup_iterations": 3, "lr_ratio": 2.0}}),
 }
@@ -117,7 +126,11 @@ def test_two_and_two_are_four(case: str, folder: str, tmp_path: Path) -> None:
     assert resumed.keys() == weights.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
     # Nothing that the next checkpoint says of the run differs either.
+    replayed, replay = (checkpoint["on_policy"].pop("replay", {}) for checkpoint in (last_of_rest, last))
     assert last_of_rest["on_policy"] == last["on_policy"]
+    assert replayed.keys() == replay.keys()
+    for name, value in replay.items():
+        assert torch.equal(replayed[name], value) if isinstance(value, Tensor) else replayed[name] == value
     assert last_of_rest["on_policy"]["iteration"] == 4
     assert last_of_rest["global_step"] == last["global_step"]
     assert str(last_of_rest["optimizer_states"]) == str(last["optimizer_states"])
@@ -125,8 +138,22 @@ def test_two_and_two_are_four(case: str, folder: str, tmp_path: Path) -> None:
     assert len({tuple(map(str, samples)) for samples in whole.samples}) == 4
     if "dynamic" in case:
         assert sum(row["train/dynamic_sampling/replaced"] for row in whole.seen[2:]) > 0
+    if "replay" in case:
+        assert len(replay["row_ids"]) == 7
+        assert whole.seen[2]["train/replay/completions"] == 7
     if "adaptive" in case:
         assert len({row["train/kl_coef"] for row in whole.seen}) == 4
+
+
+def test_a_checkpoint_without_its_buffer_shows(folder: str, tmp_path: Path) -> None:
+    whole, _, _ = run("grpo-replay", folder, tmp_path / "whole", 3)
+    run("grpo-replay", folder, tmp_path / "first", 2)
+    checkpoint = torch.load(sorted((tmp_path / "first").iterdir())[-1], weights_only=True)
+    del checkpoint["on_policy"]["replay"]
+    torch.save(checkpoint, tmp_path / "without.ckpt")
+    rest, _, _ = run("grpo-replay", folder, tmp_path / "rest", 1, tmp_path / "without.ckpt")
+    assert rest.samples[0] == whole.samples[2]
+    assert rest.seen[0] != whole.seen[2]
 
 
 def test_what_a_checkpoint_forgets_shows(folder: str, tmp_path: Path) -> None:

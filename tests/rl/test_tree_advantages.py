@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from rlhf_lightning.rl import RelativeAdvantage, TreeAdvantage
+from rlhf_lightning.rl import RelativeAdvantage
 from rlhf_lightning.rl.advantages import group_advantages
 from rlhf_lightning.rl.branches import Branch, Branches, TreeCompletion, branch_lengths, copies, shared_mean
-from rlhf_lightning.rl.tree_advantages import branch_advantages, branch_preferences, visit_weights
+from rlhf_lightning.rl.tree_advantages import TreeAdvantage, branch_advantages, branch_preferences, visit_weights
 
 from .fixed_trees import fixed_tree, tree_completion
 
