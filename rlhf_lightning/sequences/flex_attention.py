@@ -131,11 +131,14 @@ def _kernel(compiled: bool) -> Any:
 
     Each kind of layer (heads, sizes, window, soft cap, with and without gradient) is one compilation, which models of
     the same sizes share, and torch gives up after ``recompile_limit`` of them: with ``fullgraph`` as an error.
+    Batches of more than one block are one more. Soft caps are constants: torch cannot trace the backward pass of a
+    score that reads a number which may change.
     """
     if not compiled:
         return flex_attention
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    fused = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return torch._dynamo.config.patch(specialize_float=True)(fused)
 
 
 def flex_tree_attention(
