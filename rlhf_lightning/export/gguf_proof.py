@@ -23,7 +23,7 @@ _CONTINUATION: Final = 16
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model does on the prompts of a check.
+    """A model's answers to the prompts of a check.
 
     Args:
         tokens: of each prompt with its greedy continuation.

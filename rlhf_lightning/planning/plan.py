@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is on a device while a micro-batch runs, and while completions are sampled.
+    """Bytes on a device while a micro-batch runs, and while completions are sampled.
 
     Args:
         tokens: T.
@@ -171,7 +171,7 @@ def _trained(owner: str, decoder: Decoder, training: Training, states: int) -> I
 
 
 def _micro_batch(owner: str, decoder: Decoder, training: Training, tokens: int) -> Iterator[Part]:
-    """What a forward keeps for its backward."""
+    """Bytes that a forward keeps for its backward."""
     found = activation_bytes(decoder, training, tokens)
     if training.precision.mixed:
         yield Part(f"{owner}cast weights", cast_bytes(decoder, training), "rounded in each forward")
@@ -184,7 +184,7 @@ def _micro_batch(owner: str, decoder: Decoder, training: Training, tokens: int) 
 
 
 def _working(decoder: Decoder, training: Training, tokens: int, *, entropy: bool) -> Part:
-    """What is needed only for a while: by the head, or by a layer's backward after it."""
+    """Bytes that are needed only for a while: by the head, or by a layer's backward after it."""
     head = 0.0 if training.headless else head_bytes(decoder, training, tokens, entropy=entropy)
     layer = backward_bytes(decoder, training, tokens)
     why = "logits of a chunk, gradients of the head" if head > layer else "gradients in flight in a layer"

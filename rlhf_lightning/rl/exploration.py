@@ -34,7 +34,7 @@ _PLAIN = (str, int, float, bool, type(None))
 
 @dataclass(frozen=True, kw_only=True)
 class TreeRollouts(TreeAdvantage):
-    r"""What completions in training come from, and the advantages of the branches that they share.
+    r"""Options of where completions in training come from, and of the advantages of branches that they share.
 
     A search (``inference``) draws and scores steps; its tree is the training tree, in which each step is computed once.
     Partial solutions that it leaves are completed by one sample each; budgets limit the search and not these samples.
