@@ -44,6 +44,15 @@ def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
     return _call(cls, _in_groups(options), "strategy", engine)
 
 
+def strategy_class(spec: Any) -> type:
+    """Finds the class of a strategy, as in ``build_strategy``.
+
+    Raises:
+        ValueError: there is no such strategy.
+    """
+    return _read(spec, "strategy")[0]
+
+
 def takes_scorer(spec: Any) -> bool:
     """Returns whether a strategy, as in ``build_strategy``, has the option ``scorer``.
 
@@ -51,7 +60,7 @@ def takes_scorer(spec: Any) -> bool:
         >>> takes_scorer("mcts"), takes_scorer("MajorityVote")
         (True, False)
     """
-    return "scorer" in _options(_read(spec, "strategy")[0])
+    return "scorer" in _options(strategy_class(spec))
 
 
 def build_scorer(spec: Any) -> Any:

@@ -17,10 +17,11 @@ import torch
 from ..distributed.collectives import Metrics, sum_over_ranks
 from ..distributed.unshard import gathered
 from ..inference import Candidate, Completion, Node, Scores, SearchResult, SearchTree, build_strategy, derive_seed
+from ..inference.candidates import Query
 from ..inference.completion import FinishReason, decode
 from ..inference.sampling import SamplingParams
-from ..inference.specs import takes_scorer
-from ..inference.strategy import Query, Strategy
+from ..inference.specs import strategy_class, takes_scorer
+from ..inference.strategy import Strategy
 from ..sequences import Example
 from .branches import Branch, TreeCompletion, branch_line
 from .tree_advantages import TreeAdvantage
@@ -71,6 +72,11 @@ class TreeRollouts(TreeAdvantage):
                 raise ValueError(
                     f"tree.rollouts gives {spec.get('class_path')} a sampling of its own, but all tokens are drawn "
                     "from the distribution that is trained: use the module's temperature and sampling"
+                )
+            if isinstance(spec, Mapping) and "engine" in (spec.get("init_args") or {}):
+                raise ValueError(
+                    f"tree.rollouts gives {spec.get('class_path')} an engine of its own, but it searches with the "
+                    "policy: leave engine out"
                 )
             # Built once without a model, so that wrong options are found before one is loaded.
             _strategy(_without_scorer(spec), None, _Unused())
@@ -188,7 +194,7 @@ class Explorer:
     def metrics(self, groups: Sequence[Sequence[Completion]]) -> Metrics:
         """Computes the logged values of an iteration's trees, over all ranks: see ``tree_sums``."""
         own = tree_sums(groups) | {"drawn": float(self.tokens), "scorer": float(self.scorer_tokens)}
-        total = sum_over_ranks(own, self.module.device)
+        total = sum_over_ranks(own)
         values = {
             "tree/completions": total["completions"] / max(total["prompts"], 1),
             "tree/depth": total["depth"] / max(total["completions"], 1),
@@ -321,12 +327,13 @@ def _columns(prompt: Example) -> dict[str, Any]:
 
 
 def _strategy(spec: RolloutSpec, engine: Any, scorer: Any) -> Strategy:
-    found = build_strategy(spec, engine, scorer=scorer if takes_scorer(spec) else None)
-    if not isinstance(found, Strategy) or not found.samples:
+    cls = strategy_class(spec)
+    if not issubclass(cls, Strategy) or not cls.samples:
         raise ValueError(
-            f"tree.rollouts is {type(found).__name__}, whose tokens are not drawn from the policy: use samples, or a "
+            f"tree.rollouts is {cls.__name__}, whose tokens are not drawn from the policy: use samples, or a "
             "strategy that samples, such as mcts, astar, beam, DVTS or ParticleFilter"
         )
+    found: Strategy = build_strategy(spec, engine, scorer=scorer if takes_scorer(spec) else None)
     return found
 
 

@@ -24,7 +24,7 @@ from rlhf_lightning.inference import (
     SamplingParams,
     SearchTree,
 )
-from rlhf_lightning.inference.strategy import Query
+from rlhf_lightning.inference.candidates import Query
 from rlhf_lightning.rl import TreeRollouts
 from rlhf_lightning.rl.branches import Branch, Branches, branch_line
 from rlhf_lightning.rl.exploration import OutcomeScorer, open_leaves, tree_completions, tree_sums
@@ -275,6 +275,8 @@ def lengths(prompts: list[str], completions: list[str]) -> list[float]:
         (search_of("beam", width=0), "width is 0"),
         (search_of("beam", sampling={"top_k": 3}), "tree.rollouts gives beam a sampling of its own"),
         ("token_beam", "tree.rollouts is TokenBeamSearch, whose tokens are not drawn from the policy"),
+        (search_of("beam", engine="mcts"), "tree.rollouts gives beam an engine of its own"),
+        ("HiddenReasoning", "tree.rollouts is HiddenReasoning, whose tokens are not drawn from the policy"),
         (search_of("beam", scorer=Judge(len)), "tree.rollouts holds a Judge, which a checkpoint cannot"),
         (3, "strategy is 3: write a class name"),
     ],
