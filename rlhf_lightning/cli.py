@@ -42,13 +42,12 @@ _ONE_METHOD = ("fit", "validate", "test", "predict")
 _COMMANDS = {
     "pipeline": ".pipeline.command",
     "label-steps": ".labeling.command",
-    "merge": ".merging.command",
+    "merge": ".pipeline.merge_command",
     "evaluate": ".evaluation.command",
     "generate": ".generation.command",
     "chat": ".generation.chat_command",
     "memory": ".planning.command",
 }
-_COMMANDS = {"pipeline": ".pipeline.command", "label-steps": ".labeling.command", "merge": ".pipeline.merge_command"}
 _USAGE = """\
 usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
        rlhf-lightning generate --model FOLDER --prompts SOURCE|--prompt TEXT [--output FILE] [--NAME VALUE ...]
