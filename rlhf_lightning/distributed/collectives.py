@@ -1,7 +1,6 @@
 """Collectives of the modules; each is a no-op in a single process.
 
-Under FSDP2 each begins with ``barrier``, since ranks may still be running different numbers of micro-batches. All but
-``copy_from_first_rank`` exchange host memory, and no device is waited for.
+Under FSDP2 each begins with ``barrier``, since ranks may still be running different numbers of micro-batches.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..utils.transfer import to_host
-from .host_group import host_group
 from .lockstep import barrier
 
 Rows = dict[str, Tensor]  # per-example tensors: the first dimension is the example
@@ -28,14 +26,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+def device_of_collectives() -> torch.device:
+    """Returns the device whose tensors ranks exchange: with NCCL a rank's GPU, else host memory."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Sums counts over all ranks."""
     if world_size() == 1:
         return dict(values)
     barrier()
     # fp64, since counts of tokens exceed the whole numbers that fp32 represents.
-    vector = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu")
-    dist.all_reduce(vector, group=host_group())
+    vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(vector)
     return dict(zip(values, vector.tolist(), strict=True))
 
 
@@ -44,18 +47,18 @@ def sum_vector_over_ranks(vector: Tensor) -> Tensor:
     if world_size() == 1:
         return vector
     barrier()
-    total = vector.to("cpu", torch.float64, copy=True)
-    dist.all_reduce(total, group=host_group())
+    total = vector.to(device_of_collectives(), torch.float64, copy=True)
+    dist.all_reduce(total)
     return total.to(vector.device, vector.dtype)
 
 
-def max_over_ranks(value: int) -> int:
+def max_over_ranks(value: int, device: torch.device) -> int:
     """Returns the maximum over all ranks."""
     if world_size() == 1:
         return value
     barrier()
-    largest = torch.tensor(value, dtype=torch.int64, device="cpu")
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=host_group())
+    largest = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
 
@@ -73,7 +76,7 @@ def gather_rows(rows: Rows) -> Rows:
         return hosted
     barrier()
     parts: list[Rows] = [{} for _ in range(world_size())]
-    dist.all_gather_object(parts, hosted, group=host_group())
+    dist.all_gather_object(parts, hosted)
     # Ranks without rows do not know the names.
     filled = [part for part in parts if part]
     return {name: torch.cat([part[name] for part in filled]) for name in (filled[0] if filled else ())}
@@ -85,7 +88,7 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     barrier()
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, value, group=host_group())
+    dist.all_gather_object(parts, value)
     return parts
 
 
@@ -108,7 +111,7 @@ def rows_before_this_rank(count: int) -> int:
         return 0
     barrier()
     counts = [0] * world_size()
-    dist.all_gather_object(counts, count, group=host_group())
+    dist.all_gather_object(counts, count)
     return sum(counts[: dist.get_rank()])
 
 
