@@ -20,7 +20,7 @@ from rlhf_lightning.callbacks import JSONLLogger, ModelExport, TrainingCheckpoin
 from rlhf_lightning.cli import main
 from rlhf_lightning.datamodules import SFTDataModule
 from rlhf_lightning.loggers import read_history
-from rlhf_lightning.models.saving import _replace
+from rlhf_lightning.models.saving import replace_folder
 from rlhf_lightning.pipeline import load_pipeline, run_pipeline
 from rlhf_lightning.pipeline.runner import _clear
 from rlhf_lightning.utils.files import (
@@ -128,7 +128,7 @@ def test_killed_while_it_deletes_the_replaced_folder(deleted: int, tmp_path: Pat
     def write(text: str) -> Callable[[Path], object]:
         return lambda place: [(place / name).write_text(text) for name in ("a", "b", "c")]
 
-    _replace(target, "model", write("old"))
+    replace_folder(target, "model", write("old"))
     unlink, left = Path.unlink, deleted
 
     def killed(path: Path, missing_ok: bool = False) -> None:
@@ -141,7 +141,7 @@ def test_killed_while_it_deletes_the_replaced_folder(deleted: int, tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt) if deleted < 3 else nullcontext():
-            _replace(target, "model", write("new"))
+            replace_folder(target, "model", write("new"))
     assert not hidden_sibling(target, REPLACED).exists()
     assert {path.name: path.read_text() for path in target.iterdir() if path.name != MARKER} == dict.fromkeys(
         "abc", "new"
@@ -160,7 +160,7 @@ def test_killed_before_the_list_or_after_its_deletion(suffix: str, begun: bool, 
     left.mkdir()
     if begun:
         hidden_sibling(left / MARKER, PARTIAL).write_text("{")
-    _replace(target, "model", lambda place: (place / "a").write_text("new"))
+    replace_folder(target, "model", lambda place: (place / "a").write_text("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
