@@ -58,6 +58,8 @@ class HiddenReasoning(Strategy):
     # Searches over steps must not wrap it: it would think before every step.
     thinks = True
 
+    samples = False  # marks are written
+
     def __init__(
         self,
         engine: Engine,

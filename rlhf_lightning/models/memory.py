@@ -218,13 +218,13 @@ def backward_bytes(decoder: Decoder, training: Training, tokens: float) -> float
     return float(states + largest * (precision.products + (precision.weights if precision.mixed else 0)))
 
 
-def cache_bytes(decoder: Decoder, tokens: float, *, size: float, kind: str = "dynamic") -> float:
+def cache_bytes(decoder: Decoder, tokens: float, *, size: int, kind: str = "dynamic") -> float:
     """Bytes of keys and values in rollouts.
 
     Args:
         decoder: its sizes.
         tokens: places for tokens, such as ``generation_batch_tokens``.
-        size: bytes of a number, the mean of keys and values.
+        size: bytes of a number.
         kind: the engine's cache; ``int8`` takes a byte and a scale of two bytes for every 32 numbers.
     """
     numbers = 2.0 * decoder.layers * decoder.keys * tokens

@@ -226,8 +226,7 @@ def _reward_models(options: Mapping[str, Any]) -> Iterator[Part]:
 
 def _caches(options: Mapping[str, Any], decoder: Decoder, training: Training) -> Part:
     tokens = int((options.get("sampling") or {}).get("generation_batch_tokens", 65536))
-    precision = training.precision
-    size = (precision.weights + precision.products) / 2  # rotated keys are in the precision of the angles
+    size = training.precision.weights  # rotated keys are in the precision of the angles, and values as keys
     return Part("caches", cache_bytes(decoder, tokens, size=size), f"keys and values of {tokens:,} tokens")
 
 

@@ -218,7 +218,7 @@ def test_the_plain_format_is_stated(tmp_path, monkeypatch, capsys):
         ([], "chat: no model given"),
         (["--model=m", "--systen=x"], "chat: no option 'systen'; did you mean 'system'?"),
         (["--model=m", "--sampling.top_p=0"], "top_p=0.0 is not allowed"),
-        (["--model=m", "--strategy=best_of"], "there is no strategy 'best_of'"),
+        (["--model=m", "--strategy=best_if"], "there is no strategy 'best_if'"),
     ],
 )
 def test_mistakes(args, message, capsys):

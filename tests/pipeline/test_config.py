@@ -93,7 +93,10 @@ def stage(**changes: Any) -> dict[str, Any]:
         (changed(stages={}), "stages is missing"),
         (changed(seed=-1), "seed is -1; it must be a whole number"),
         (changed(dtype="int8"), "dtype is 'int8'; it must be float32"),
-        (changed(stages={"a": {"model": "x"}}), "stage 'a' is of kind None; write kind: fit, sample, generate or merge"),
+        (
+            changed(stages={"a": {"model": "x"}}),
+            "stage 'a' is of kind None; write kind: fit, sample, generate or merge",
+        ),
         (changed(stages={"a": {"kind": "fitt"}}), "stage 'a' is of kind 'fitt'"),
         (changed(stages={"a/b": {"kind": "fit"}}), "stage 'a/b': a name has letters"),
         (stage(num_sample=3), "stage 'a' has no key 'num_sample'; did you mean 'num_samples'?"),
