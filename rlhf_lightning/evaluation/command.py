@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-import jsonargparse
 import transformers
 
-from ..utils import yaml_parser
+from ..utils.command_line import parse_options
 from ..utils.imports import find_own_modules
-from ..utils.messages import UsageError, explain
 from .evaluate import evaluate
 from .report import PAGE
 
@@ -44,15 +42,6 @@ class EvaluateOptions:
         return self.models
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": yaml_parser.MODE, "allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        names = (action.dest for action in self._actions)
-        raise UsageError(f"evaluate: {explain(message, names)}") from ex
-
-
 def run_command(args: Sequence[str]) -> None:
     """Runs ``rlhf-lightning evaluate``.
 
@@ -61,11 +50,8 @@ def run_command(args: Sequence[str]) -> None:
     """
     transformers.utils.logging.disable_progress_bar()
     find_own_modules()
-    parser = _Parser(prog="rlhf-lightning evaluate", description="Evaluates models on a suite, and compares them.")
-    parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
-    parser.add_class_arguments(EvaluateOptions, as_group=False)
-    given = yaml_parser.plain(parser.instantiate(parser.parse_args([*args])))
-    options = EvaluateOptions(**{field.name: given[field.name] for field in fields(EvaluateOptions)})
+    description = "Evaluates models on a suite, and compares them."
+    options = EvaluateOptions(**parse_options("evaluate", EvaluateOptions, args, description))
     report = evaluate(
         options.named(),
         options.suite,

@@ -19,6 +19,7 @@ from ..models import load_causal_lm, load_tokenizer
 from ..rewards.specs import build_reward
 from ..sequences import Example
 from ..utils.files import write_atomically
+from ..utils.inputs import input_hashes
 from ..utils.progress import progress
 from .answers import Answer, answer_prompts, read_prompts
 from .report import Report
@@ -57,8 +58,9 @@ def evaluate(
     """Evaluates models on the tasks of a suite, and compares each with the first.
 
     A sample is a function of ``seed``, the number of its prompt and its own number. With ``output``, finished results
-    are kept in the folder and not computed again as long as the model's files, the task, the seed and the type of the
-    weights are the same: an interrupted evaluation continues, and a further model costs its own answers only.
+    are kept in the folder and not computed again as long as the contents of model and prompts, the verifier's source,
+    the task, the seed and the type of the weights are the same: an interrupted evaluation continues, and a further
+    model costs its own answers only.
 
     Args:
         models: folders or hub ids; or names with a folder, a hub id or an engine with a tokenizer each. The first is
@@ -212,9 +214,7 @@ def _part(folder: Path, candidate: _Candidate, task: Task, seed: int, dtype: str
     """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
     if not isinstance(candidate.place, str | Path):
         return None
-    place = Path(candidate.place).expanduser()
-    # A file is taken as unchanged if its size and time are: hashing all weights would take longer than small tasks.
-    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
-    state = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = json.dumps([str(candidate.place), state, task.as_dict(), seed, dtype], sort_keys=True, default=str)
+    # The contents of the model (and of an adapter's base), of the prompts, and of verifiers and scorers of one's own.
+    inputs = input_hashes({"model": str(candidate.place), "task": task.as_dict()})
+    key = json.dumps([str(candidate.place), inputs, task.as_dict(), seed, dtype], sort_keys=True, default=str)
     return folder / PARTS / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import jsonargparse
 import transformers
 
 from ..distributed.collectives import rank_prefix
 from ..inference.specs import scorer_spec, with_options
 from ..inference.telemetry import Telemetry
 from ..utils import yaml_parser
+from ..utils.command_line import parse_options
 from ..utils.files import json_line, json_values
 from ..utils.imports import find_own_modules
-from ..utils.messages import UsageError, explain
+from ..utils.messages import UsageError
 from .options import EngineOptions, GenerateOptions
 from .run import generate_rows
 
@@ -75,15 +74,6 @@ def summary_line(summary: Mapping[str, Any]) -> str:
 # Shared with ``chat``.
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": yaml_parser.MODE, "allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        names = (action.dest for action in self._actions)
-        raise UsageError(f"{str(self.prog).rpartition(' ')[2]}: {explain(message, names)}") from ex
-
-
 def read_options(command: str, cls: type[_Options], args: Sequence[str], description: str) -> _Options:
     """Parses a command line.
 
@@ -96,14 +86,10 @@ def read_options(command: str, cls: type[_Options], args: Sequence[str], descrip
     Raises:
         UsageError: an option does not exist, or has a wrong value.
     """
-    parser = _Parser(prog=f"rlhf-lightning {command}", description=description)
-    parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
-    parser.add_class_arguments(cls, as_group=False)
     rest, further = take_spec_options(args, ("strategy", "scorer"))
-    given = yaml_parser.plain(parser.instantiate(parser.parse_args(rest)))
+    values = parse_options(command, cls, rest, description)
     transformers.utils.logging.disable_progress_bar()
     find_own_modules()
-    values = {option.name: given[option.name] for option in fields(cls)}
     try:
         for name, write in (("strategy", with_options), ("scorer", scorer_spec)):
             if further[name]:

@@ -8,11 +8,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-import jsonargparse
 import torch
 import transformers
 from torch import nn
@@ -23,11 +22,10 @@ from ..evaluation.answers import Verifier, load_verifier, read_prompts
 from ..inference import Engine, LocalEngine, RemoteEngine, SamplingParams
 from ..models import load_causal_lm, load_tokenizer
 from ..sequences import Example
-from ..utils import yaml_parser
+from ..utils.command_line import parse_options
 from ..utils.files import json_line, write_atomically
 from ..utils.imports import find_own_modules
 from ..utils.inputs import input_hashes
-from ..utils.messages import UsageError, explain
 from .step_labels import TOO_LONG, UNJUDGED, OnTooLong, label_steps, sample_solutions
 
 _PROMPTS_AT_ONCE = 16
@@ -350,15 +348,6 @@ class _Journal:
         }
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": yaml_parser.MODE, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        names = (action.dest for action in self._actions)
-        raise UsageError(f"label-steps: {explain(message, names)}") from ex
-
-
 def run_command(args: Sequence[str]) -> None:
     """Runs ``rlhf-lightning label-steps``.
 
@@ -369,14 +358,11 @@ def run_command(args: Sequence[str]) -> None:
         SystemExit: 130 after Ctrl-C.
     """
     description = (label_prompts.__doc__ or "").partition("\n")[0]
-    parser = _Parser(prog="rlhf-lightning label-steps", description=description, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
-    parser.add_class_arguments(LabelOptions, as_group=False)
-    given = yaml_parser.plain(parser.instantiate(parser.parse_args([*args])))
+    given = parse_options("label-steps", LabelOptions, args, description)
 
     # Before a model is loaded.
     check_single_process("label-steps")
-    options = LabelOptions(**{option.name: given[option.name] for option in fields(LabelOptions)})
+    options = LabelOptions(**given)
     transformers.utils.logging.disable_progress_bar()
     find_own_modules()
     started = time.time()

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, NoReturn
 
-import jsonargparse
 import transformers
 
 from ..merging import conflict_report, merge, verify
 from ..merging.options import MergeOptions
 from ..utils import yaml_parser
+from ..utils.command_line import CommandParser, parse_options
 from ..utils.imports import find_own_modules
-from ..utils.messages import UsageError, explain
+from ..utils.messages import UsageError
 from .merge_stage import run_merge
 
 _USAGE = """\
 usage: rlhf-lightning merge --method NAME --models '[A, B]' --output FOLDER [--base FOLDER] [--NAME VALUE ...]
        rlhf-lightning merge verify FOLDER
        rlhf-lightning merge conflicts --models '[A, B]' [--base FOLDER] [--output FOLDER]"""
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": yaml_parser.MODE, "allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        names = (action.dest for action in self._actions)
-        raise UsageError(f"merge: {explain(message, names)}") from ex
 
 
 def run_command(args: Sequence[str]) -> None:
@@ -49,11 +38,8 @@ def run_command(args: Sequence[str]) -> None:
     elif args[:1] == ["conflicts"]:
         _conflicts(args[1:])
     else:
-        parser = _Parser(prog="rlhf-lightning merge", description=(merge.__doc__ or "").partition("\n")[0])
-        parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
-        parser.add_class_arguments(MergeOptions, as_group=False)
-        given = yaml_parser.plain(parser.instantiate(parser.parse_args([*args])))
-        options = MergeOptions(**{field.name: given[field.name] for field in fields(MergeOptions)})
+        description = (merge.__doc__ or "").partition("\n")[0]
+        options = MergeOptions(**parse_options("merge", MergeOptions, args, description))
         try:
             options.check()
         except ValueError as error:
@@ -73,7 +59,7 @@ def _verify(args: Sequence[str]) -> None:
 
 
 def _conflicts(args: Sequence[str]) -> None:
-    parser = _Parser(prog="rlhf-lightning merge conflicts", description="Compares models before a merge.")
+    parser = CommandParser(command="merge conflicts", description="Compares models before a merge.")
     parser.add_argument("--models", type=list[str], required=True, help="folders of models or adapters")
     parser.add_argument("--base", type=str | None, default=None, help="the model that they were trained from")
     parser.add_argument("--output", type=str | None, default=None, help="folder of conflicts.json and conflicts.png")

@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import cli
 from rlhf_lightning.evaluation import Suite, Task, TaskResult, compare, evaluate, run_task, wilson_interval
@@ -32,6 +34,7 @@ def engine(*texts: list[str]) -> ScriptedEngine:
     return ScriptedEngine({row["prompt"]: answers for row, answers in zip(ROWS, texts, strict=True)})
 
 
+GREEDY = {"max_new_tokens": 5, "temperature": 0.0}
 RIGHT, WRONG = [[f"#{n + 1}"] for n in range(4)], [["#9"]] * 4
 
 
@@ -124,6 +127,44 @@ def test_results_of_unchanged_models_are_not_computed_again(tmp_path: Path) -> N
     shutil.copytree(folders[1], folders[0], dirs_exist_ok=True)
     again = evaluate(folders[:1], {"tasks": [task]}, output=tmp_path / "out")
     assert again.results[0].prompts == both.results[1].prompts
+
+
+def test_changed_prompts_and_verifiers_are_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    char_tokenizer().save_pretrained(folder)
+    (tmp_path / "my_verifier.py").write_text(
+        "def check(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    task = {"name": "a", "prompts": write_rows(tmp_path), "verifier": "my_verifier.check", "sampling": GREEDY}
+
+    def parts() -> int:
+        evaluate([folder], {"tasks": [task]}, output=tmp_path / "out")
+        return len(list((tmp_path / "out" / "parts").iterdir()))
+
+    assert parts() == parts() == 1
+    write_rows(tmp_path, ROWS[:2])
+    assert parts() == 2
+    (tmp_path / "my_verifier.py").write_text(
+        "def check(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n"
+    )
+    assert parts() == 3
+
+
+def test_adapters_are_evaluated_on_their_base(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    char_tokenizer().save_pretrained(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    char_tokenizer().save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    char_tokenizer().save_pretrained(tmp_path / "merged")
+    task = {"name": "a", "prompts": write_rows(tmp_path), "sampling": GREEDY}
+    found = evaluate([tmp_path / name for name in ("base", "adapter", "merged")], {"tasks": [task]})
+    texts = [[prompt.samples[0].text for prompt in result.prompts] for result in found.results]
+    assert texts[1] == texts[2] != texts[0]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
