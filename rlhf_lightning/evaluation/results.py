@@ -76,11 +76,14 @@ class TaskResult:
 
     @property
     def accuracy(self) -> Interval:
-        """The mean score with its 95 % interval: Wilson's for one sample per prompt, else Student's over prompts."""
+        """The mean score with its 95 % interval: Wilson's where every prompt is right or wrong, else Student's."""
         values = list(self.scores.values())
         if all(value in (0.0, 1.0) for value in values):
             return wilson_interval(int(sum(values)), len(values))
-        return mean_interval(values) if len(values) > 1 else Interval(values[0], 0.0, 1.0)
+        if len(values) == 1:
+            return Interval(values[0], 0.0, 1.0)
+        found = mean_interval(values)
+        return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
 
     @cached_property
     def metrics(self) -> dict[str, float]:

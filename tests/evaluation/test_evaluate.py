@@ -13,7 +13,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import cli
-from rlhf_lightning.evaluation import Suite, Task, TaskResult, compare, evaluate, run_task, wilson_interval
+from rlhf_lightning.evaluation import (
+    Suite,
+    Task,
+    TaskResult,
+    compare,
+    evaluate,
+    mean_interval,
+    run_task,
+    wilson_interval,
+)
 from rlhf_lightning.evaluation.evaluate import short_names
 from rlhf_lightning.evaluation.report import Report
 from rlhf_lightning.utils.messages import UsageError
@@ -61,6 +70,15 @@ def test_several_samples_have_pass_and_majority_at_k(tmp_path: Path) -> None:
     assert metrics["pass@4"] == pytest.approx(fmean([1, 1, 1, 0]))
     assert metrics["maj@4"] == pytest.approx(fmean([1, 1 / 2, 1 / 4, 0]))
     assert metrics["unique_answers"] == pytest.approx(fmean([1 / 4, 1 / 2, 1, 1 / 4]))
+
+
+def test_the_interval_of_a_share_stays_within_its_range(tmp_path: Path) -> None:
+    task = Task(name="sums", prompts=write_rows(tmp_path), num_samples=2)
+    low = run_task(task, engine(["#1", "#9"], *WRONG[1:])).accuracy
+    high = run_task(task, engine(["#1", "#9"], *RIGHT[1:])).accuracy
+    assert (low.value, low.low, high.high) == (0.125, 0.0, 1.0)
+    assert low.high == pytest.approx(mean_interval([0.5, 0, 0, 0]).high)
+    assert high.low == pytest.approx(mean_interval([0.5, 1, 1, 1]).low)
 
 
 def test_rows_without_a_verdict_are_counted_and_left_out(tmp_path: Path) -> None:
