@@ -80,8 +80,11 @@ def evaluate(
         print(report.table())
     """
     suite, candidates = Suite.read(suite), _candidates(models)
-    # Verifiers are built before anything is sampled: a typo costs nothing.
+    # Verifiers are built and models looked for before anything is sampled: a typo costs nothing.
     verifiers = {task.name: build_reward(task.verifier) for task in suite.tasks}
+    for candidate in candidates:
+        if isinstance(candidate.place, str | Path):
+            load_tokenizer(str(candidate.place))
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
         Report.check_output(folder)

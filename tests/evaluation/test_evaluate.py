@@ -249,6 +249,14 @@ def test_a_column_that_the_verifier_reads_is_missing(tmp_path: Path) -> None:
         run_task(Task(name="a", prompts=rows), engine(*RIGHT))
 
 
+def test_a_missing_model_is_found_before_the_others_answer(tmp_path: Path) -> None:
+    first, task = engine(*RIGHT), {"name": "a", "prompts": write_rows(tmp_path)}
+    with pytest.raises((ValueError, OSError), match="missing"):
+        evaluate({"a": first, "b": tmp_path / "missing"}, {"tasks": [task]}, output=tmp_path / "out")
+    assert first.calls == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_that_was_not_written_by_an_evaluation_stays(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("mine")
     with pytest.raises(ValueError, match="already exists"):
