@@ -85,7 +85,7 @@ def accuracy(folder: Path, rows: int) -> float:
 
 
 def start(seed: int, steps: int, folder: Path) -> None:
-    """Trains a model on demonstrations, half of which are guesses."""
+    """Trains a model on demonstrations, half of them guesses."""
     lightning.seed_everything(seed, verbose=False)
     optimizer = partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.0)
     schedule = partial(WarmupSchedule, warmup_steps=0.1, decay="cosine")

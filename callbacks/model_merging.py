@@ -27,7 +27,7 @@ class ModelMerging(lightning.Callback):
     r"""Replaces the policy by a merge of its own snapshots where that is better on a validation metric.
 
     ``method: mean`` is the plain mean of the last ``num_models`` snapshots (Stochastic Weight Averaging, Izmailov et
-    al., 2018, arXiv:1803.05407; with a constant learning rate it takes the place of decay: WSM, Tian et al., 2025,
+    al., 2018, arXiv:1803.05407; with a constant learning rate it replaces decay: WSM, Tian et al., 2025,
     arXiv:2507.17634).
 
     ``method: warp`` runs rounds like those of WARP (Ramé et al., 2024, arXiv:2406.16768). In each round

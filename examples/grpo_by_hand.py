@@ -1,7 +1,7 @@
 """Group-relative policy optimisation (GRPO) in one file: plain PyTorch, one completion at a time.
 
 Paper: DeepSeekMath (Shao et al., 2024, arXiv:2402.03300). The policy pi completes each prompt G times, a function
-rewards the completions, and those that are better than their group become more likely. Completion i with the reward R_i
+rewards the completions, and the better ones of each group become more likely. Completion i with the reward R_i
 has the advantage A_i, and its token y_t the loss L_t:
 
     A_i  = (R_i - mean(R)) / (std(R) + 1e-4)

@@ -72,3 +72,13 @@ def test_contributing_lists_the_floors():
 
 def test_contributing_shows_the_picture():
     assert house.picture() in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_words_are_the_fields():
+    """The idioms below were this project's own; each has a plainer word."""
+    retired = ("[Tt]hose that", "by itself", "tak(?:es|ing) the place of", "goes on", "is to be", "[Mm]end(?:s|ed)?")
+    idioms = re.compile(rf"\b({'|'.join((*retired, 'of which'))})\b")
+    files = [*house.sources().values(), *(ROOT / "examples").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    files += [ROOT / "README.md", ROOT / "METHODS.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "design.md"]
+    found = [(str(p.relative_to(ROOT)), idioms.findall(p.read_text())) for p in files]
+    assert [entry for entry in found if entry[1]] == []

@@ -64,7 +64,7 @@ class HeadedModule(PostTrainingModule):
         return layout
 
     def configure_model(self) -> None:
-        """Builds the decoder with its adapters and its head, and loads those that are stored with the model."""
+        """Builds the decoder with its adapters and its head, and loads the stored ones."""
         if self.is_configured:
             return
         super().configure_model()

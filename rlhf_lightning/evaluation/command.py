@@ -21,7 +21,7 @@ class EvaluateOptions:
     """Options of ``evaluate``.
 
     Args:
-        models: folders or hub ids, the first of which the others are compared with: a,b,c or a list; or a mapping of
+        models: folders or hub ids, a,b,c or a list; the others are compared with the first; or a mapping of
             names to them.
         suite: a YAML file with a suite, such as configs/suites/arithmetic.yaml.
         output: the folder of results.json, report.html and history.jsonl; results there are not computed again.

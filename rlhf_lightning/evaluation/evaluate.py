@@ -191,7 +191,7 @@ def _candidates(models: Sequence[str | Path] | Mapping[str, Any]) -> list[_Candi
 
 
 def short_names(places: Sequence[str | Path]) -> list[str]:
-    """Names folders by the fewest of their parts that tell them apart, without those that all share.
+    """Names folders by the fewest of their parts that tell them apart, without the parts that all share.
 
     Raises:
         ValueError: a folder occurs twice.

@@ -24,7 +24,7 @@ class SampleResult:
         text: the completion.
         reward: of the verifier; ``None`` without a verdict.
         num_tokens: sampled tokens.
-        ended: whether it ended by itself; else it was truncated at its limit.
+        ended: whether the model ended it; else it was truncated at its limit.
     """
 
     text: str

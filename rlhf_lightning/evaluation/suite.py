@@ -31,8 +31,8 @@ class Task:
         strategy: a search instead of plain sampling; as in ``inference.build_strategy``.
         limit: number of prompts to read; all by default.
         success: least reward of a right answer.
-        votes: whether answers can be compared, for maj@k and the share of unique answers: those that have a final
-            answer, which ``data.answer_key`` reads.
+        votes: whether answers can be compared, for maj@k and the share of unique answers: they need a final
+            answer that ``data.answer_key`` reads.
         chat_template_kwargs: passed to the chat template; the rows' own take precedence.
 
     Raises:

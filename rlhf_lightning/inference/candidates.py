@@ -103,7 +103,7 @@ class Scores:
 
     Args:
         values: one per candidate, higher is better.
-        tokens: tokens that the scorer read for each; those that candidates share are counted once, for the first.
+        tokens: tokens that the scorer read for each; shared tokens are counted once, for the first candidate.
     """
 
     values: list[float]

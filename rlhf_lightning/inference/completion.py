@@ -35,7 +35,7 @@ class Thought:
         token_ids: tokens of the thought with its marks, up to the one that ends the closing mark; empty if they are
             not known.
         logprobs: of each of them under the sampling distribution, 0 for written ones; empty if they are not known.
-        written: places of those that were written and not sampled: the opening mark, and the closing one of a thought
+        written: places of tokens that were written and not sampled: the opening mark, and the closing one of a thought
             that was cut off.
         closed: whether the policy has closed the thought itself.
         lead: first characters of the answer, if the token that ends the closing mark holds some.

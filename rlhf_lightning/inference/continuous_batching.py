@@ -208,7 +208,7 @@ class ContinuousBatch:
         lanes = Lanes(begun, self._params, self._stop_ids, logits_NV.device, vocabulary, fixed_width=fixed)
         self._read([lanes.draw(logits_NV)], begun)
 
-        # Those that ended with their first token need no row.
+        # Samples that ended with their first token need no row.
         lanes.keep([row for row, request in enumerate(begun) if request.finish_reason is None])
         if self._lanes is None:
             self._lanes = lanes

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 _MEMORY = 0.9
 # Drafts that arrive more rarely than this are not made.
 _RARE = 0.05
-# Share of the time that may be lost on rounds of which a gain is not expected.
+# Share of the time that may be lost on rounds without an expected gain.
 _SHARE_FOR_TRIALS = 0.01
 # Rounds after which one plain step is measured again.
 _REMEASURE = 32
@@ -224,5 +224,5 @@ class Pace:
 
 
 def _reach(rate: float) -> int:
-    """Drafts of which the last one arrives not too rarely, at least one."""
+    """Longest draft whose last token is accepted often enough, at least one token."""
     return 1 if rate <= _RARE else int(min(math.log(_RARE) / math.log(min(rate, 0.999)), 1000))

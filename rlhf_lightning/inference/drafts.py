@@ -1,7 +1,7 @@
 """Drafts: guesses at the next tokens of each row, by lookup, by a smaller model, or by the model's own first layers.
 
 A draft is checked against the token that the model draws with the same uniform (``speculation``), so that a drafter may
-guess in any way. Those that are models draw from their own scores with the rows' own uniforms and settings, which makes
+guess in any way. Draft models draw from their own scores with the rows' own uniforms and settings, which makes
 them agree as often as their distributions do.
 
 Legend: N rows, K drafts of a row, V vocabulary.
@@ -50,7 +50,7 @@ class Drafter(Protocol):
         """Drafts tokens.
 
         Args:
-            requests: the samples, of which a token at least is drawn.
+            requests: the samples, each with at least one token.
             lanes: theirs, which stay as they are.
             cache: the model's own, which holds all of their tokens but the last; left as it is.
             lengths: tokens of each row, not all 0.
@@ -181,7 +181,7 @@ class ModelDrafter:
         return [max(0, self._positions + 1 - longest)] * len(requests)
 
     def unprepared(self, requests: Sequence[Request]) -> int:
-        """Tokens of rows that joined, and those that others were given meanwhile, besides the usual two."""
+        """Tokens of rows that joined, and tokens that others were given meanwhile, besides the usual two."""
         known = {request: int(length) for request, length in zip(self._rows, self._cache.lengths, strict=False)}
         missing = [len(request.prompt) + len(request.token_ids) - known.get(request, 0) for request in requests]
         return sum(count for count in missing if count > 2)
@@ -259,7 +259,7 @@ class EarlyExitDrafter:
     """Draws ahead from the scores after the model's first layers, in the model's own cache (Zhang et al. 2023).
 
     The final norm and the output layer read the hidden states of an earlier layer, as in Draft & Verify, arXiv
-    2309.08168. The first layers' keys and values are those that the model itself computes, so that nothing is stored or
+    2309.08168. The first layers' keys and values are the model's own, so that nothing is stored or
     prepared; the check computes them again.
 
     Args:

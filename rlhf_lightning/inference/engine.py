@@ -343,7 +343,7 @@ class LocalEngine:
                 raise
 
     def _current_pool(self) -> PagePool:
-        """The pages of earlier calls, if the weights are still those that computed them."""
+        """The pages of earlier calls, if the same weights computed them."""
         version = weight_version(self.model)
         if self._pool is None or version != self._pool_version:
             self._pool, self._pool_version = PagePool(max(1, self.max_batch_tokens // PAGE)), version

@@ -43,7 +43,7 @@ class Lanes:
     """The lanes of some requests.
 
     Args:
-        requests: the samples; those that have begun are continued.
+        requests: the samples; begun ones are continued.
         params: the sampling settings.
         stop_ids: tokens that end a sample, and that none draws before its minimum length.
         device: where scores are computed.
@@ -105,7 +105,7 @@ class Lanes:
         return torch.stack([part.double() for part in parts])
 
     def _advance(self, tokens_N: Tensor, alive_N: Tensor) -> None:
-        """Takes the tokens of lanes that are alive, and finds those that have ended."""
+        """Takes the tokens of lanes that are alive, and finds the ended ones."""
         self.tokens_N = tokens_N.where(alive_N, self.tokens_N)
         self._steps_N = self._steps_N + alive_N
         alive_N = alive_N & (self._steps_N < self._limits_N)

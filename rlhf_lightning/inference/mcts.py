@@ -183,7 +183,7 @@ class _Simulator:
         return node
 
     def _wanted(self, node: Node) -> int:
-        """Number of steps to draw from a node before the simulation goes on."""
+        """Number of steps to draw from a node before the simulation continues."""
         if node.finish_reason is not None or (node.parent is not None and not node.visits):
             return 0
         if self.search.widening is None:

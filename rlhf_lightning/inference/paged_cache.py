@@ -43,7 +43,7 @@ class PagedPrompt:
 
 
 class PagePool:
-    """Storage of pages, who holds them, and the tree of those that can be found again.
+    """Storage of pages, who holds them, and the tree of the pages that can be found again.
 
     Args:
         max_pages: pages within which storage grows, and beyond which pages that no row holds are given up; rows that
@@ -125,7 +125,7 @@ class PagePool:
         np.add.at(self._holders, np.array(pages, dtype=np.int64), 1)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Holds pages once less; those that nothing holds any more are free."""
+        """Holds pages once less; pages that nothing holds any more are free."""
         np.subtract.at(self._holders, np.array(pages, dtype=np.int64), 1)
         self._free += [page for page in dict.fromkeys(pages) if self._holders[page] == 0]
 
@@ -210,7 +210,7 @@ class PagedRows(Rows):
 
         Args:
             row: its index.
-            tokens: its tokens; those that have no keys and values yet are left out.
+            tokens: its tokens; tokens without keys and values yet are skipped.
         """
         self.pool.retain(self.pool.tree.insert(tokens[: int(self.lengths[row])], self.tables[row]))
 
@@ -268,7 +268,7 @@ def compute_prompts(
     scores: dict[int, Tensor] = {}
     computed: dict[int, PagedPrompt] = {}
     found: dict[int, int] = {}
-    # Those that begin like an earlier one of the same group wait until that is in the pool.
+    # Prompts that begin like an earlier one of the same group wait until that is in the pool.
     first: list[int] = []
     begun: set[tuple[int, ...]] = set()
     for number, prompt in enumerate(prompts):

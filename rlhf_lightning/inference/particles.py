@@ -110,7 +110,7 @@ class ParticleFilter(StepSearch):
         self._weigh(steps, particles, log_weights_N)
 
     def _move(self, steps: StepEnvironment, particles: list[Node]) -> Generator[Ask, Any, list[Node]]:
-        """Continues every particle that has not ended by a step; those that the budget does not reach stay."""
+        """Continues every particle that has not ended by a step; where the budget ends, the rest stay as they are."""
         counts: dict[Node, int] = {}
         for node in particles:
             if node.finish_reason is None:

@@ -87,7 +87,7 @@ class PrefixTree:
             self._used.move_to_end(node)
 
     def give_up(self, free: Callable[[int], bool]) -> int | None:
-        """Removes the page that was not used for longest, of those that end a path; ``None`` if there is none.
+        """Removes the least recently used page that ends a path; ``None`` if there is no such page.
 
         Args:
             free: whether nothing but the tree holds a page.

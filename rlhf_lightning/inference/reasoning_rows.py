@@ -28,7 +28,7 @@ def reasoning_rows(
     Args:
         results: of ``HiddenReasoning``, or of a strategy around it.
         reasoning: ``kept``, ``masked`` or ``stripped``.
-        prompts: one per result, in place of those that were searched: the chat messages of a rendered chat, say.
+        prompts: one per result, instead of the searched ones: the chat messages of a rendered chat, say.
         least_score: results whose score is lower, or that have none, are left out; ``None`` keeps all.
         marks: texts that open and close a thought; an opening one at a prompt's end is left out with the thought.
 

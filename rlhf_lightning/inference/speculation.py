@@ -191,7 +191,7 @@ class Speculator:
         """Drafts and checks, if that is faster than a plain step; returns whether it was done.
 
         Args:
-            requests: the samples, of which a token at least is drawn and none has ended; they are given their tokens.
+            requests: the samples, each with at least one token and not ended; they are given their tokens.
             cache: holds all of their tokens but the last, also afterwards.
             lanes: theirs.
         """

@@ -317,13 +317,13 @@ class StepEnvironment:
 
 
 def _merit(node: Node) -> tuple[bool, bool, float, float]:
-    """Orders solutions: those that have ended first, then by score, then by probability."""
+    """Orders solutions: ended ones first, then by score, then by probability."""
     estimate = node.score if node.score is not None else node.value
     return node.finish_reason == "stop", estimate is not None, estimate or 0.0, sum(node.all_logprobs())
 
 
 def _alike(draws: Sequence[_Draw]) -> Iterator[list[_Draw]]:
-    """Splits draws into runs of those that differ in their seeds alone."""
+    """Splits draws into runs that differ in their seeds alone."""
     run: list[_Draw] = []
     for draw in draws:
         if run and (draw.node is not run[0].node or draw.limit != run[0].limit):

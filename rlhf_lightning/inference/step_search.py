@@ -33,7 +33,7 @@ class StepSearch(Strategy):
     round. If the budget ends before a solution does, the result is the best partial one, with the finish reason
     ``length``, and the last step may be cut off within; ``stopped_by`` names the limit.
 
-    Solutions that have ended come before those that were cut off, whatever their scores; among them, the highest score
+    Solutions that have ended come before truncated ones, whatever their scores; among them, the highest score
     is chosen unless a search says otherwise.
 
     Args:
@@ -104,7 +104,7 @@ class SplitScorer:
 
     Args:
         whole: scores solutions that have ended or were cut off.
-        partial: scores those that continue.
+        partial: scores the unfinished ones.
     """
 
     def __init__(self, *, whole: Scorer, partial: Scorer) -> None:

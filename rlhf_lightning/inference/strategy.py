@@ -204,7 +204,7 @@ class Strategy:
             seeds: one per prompt; derived from the sampling settings' seed by default.
             sampling: settings instead of the strategy's own.
             columns: further columns of the prompts, such as ``answer``, for scorers that read them.
-            encoded: the prompts' tokens, instead of those that the engine makes of them; scorers still get the prompts.
+            encoded: the prompts' tokens, instead of the engine's own encoding; scorers still get the prompts.
             watch: called with a prompt's number and its result as soon as its search has ended; what it raises ends the
                 call.
 

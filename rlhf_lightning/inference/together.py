@@ -24,7 +24,7 @@ from .row_cache import Rows
 from .sampling import SamplingParams
 from .stores import Computed, Store, make_store
 
-# From the scores of every model, ``(M, N, V)``, to those that tokens are drawn from, ``(N, V)``.
+# From the scores of every model, ``(M, N, V)``, to the scores that tokens are drawn from, ``(N, V)``.
 Combine = Callable[[Tensor], Tensor]
 
 

@@ -32,7 +32,7 @@ class TensorConflict:
         name: of the tensor.
         drift: of each model, the norm of its difference to the base over the norm of the base's tensor.
         cosines: of each pair of models, between their differences; 0 where one is 0.
-        sign_disagreement: of each pair, the share of entries with opposite signs among those that both changed.
+        sign_disagreement: of each pair, the share of entries with opposite signs among the entries that both changed.
     """
 
     name: str

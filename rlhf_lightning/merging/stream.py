@@ -197,7 +197,7 @@ class Journal:
 def write_shards(
     merge: Merge, shards: Sequence[Shard], folder: Path, journal: Journal, survey: Any, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Writes all files of weights, those that are finished excepted.
+    """Writes all files of weights that are not finished yet.
 
     Args:
         merge: the merge.

@@ -79,7 +79,10 @@ def majority_at_k(answers: Sequence[Hashable | None], values: Sequence[float], k
             worth.setdefault(answer, []).append(float(value))
     classes = [(len(found), sum(found) / len(found)) for found in worth.values()]
     silent = len(answers) - sum(count for count, _ in classes)
-    ways = sum(_worth_of_winners(classes, silent, k, votes) for votes in range(1, k + 1))
+    # Winners have at most the votes of the commonest answer, and enough that all k samples find a place.
+    largest = min(k, max((count for count, _ in classes), default=0))
+    possible = [v for v in range(1, largest + 1) if silent + sum(min(count, v) for count, _ in classes) >= k]
+    ways = sum(_worth_of_winners(classes, silent, k, votes) for votes in possible)
     return float(ways / math.comb(len(answers), k))
 
 

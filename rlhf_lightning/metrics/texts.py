@@ -87,7 +87,7 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def unique_share(answers: Sequence[object]) -> float:
-    """Computes the share of different ones among the answers to a prompt; those that are ``None`` are left out.
+    """Computes the share of different ones among the answers to a prompt; ``None`` is not counted.
 
     Example:
         >>> unique_share(["3", "3", "5", None])

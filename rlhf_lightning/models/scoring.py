@@ -86,7 +86,7 @@ def grouped(trees: Sequence[Segment], budget: int) -> tuple[list[Example], list[
 def prefix_examples(trees: Sequence[Segment], budget: int) -> tuple[list[Example], list[list[list[int]]]]:
     """Builds trees in which completions of a prompt share all tokens that they begin with.
 
-    The last token of every completion is a leaf of its own, also where another completion goes on after it, so that
+    The last token of every completion is a leaf of its own, also where another completion continues after it, so that
     each is the end of one sequence.
 
     Args:
@@ -107,7 +107,7 @@ def prefix_examples(trees: Sequence[Segment], budget: int) -> tuple[list[Example
     examples: list[Example] = []
     numbers: list[list[list[int]]] = []
     for key, completions in by_prompt.items():
-        # Sorted, so that those that share much are in one tree.
+        # Sorted, so that completions that share much are in one tree.
         waiting = sorted(completions)
         while waiting:
             size = len(prompts[key].tokens)

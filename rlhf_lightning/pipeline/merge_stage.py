@@ -42,7 +42,7 @@ def validation_metric(folder: Path, *, configs: Sequence[str], metric: str) -> f
     """Validates the model in a folder with the module, the data and the callbacks of config files.
 
     Args:
-        folder: of the model, which takes the place of the configured one.
+        folder: of the model, which replaces the configured one.
         configs: files of ``rlhf-lightning validate``, later ones overriding earlier ones.
         metric: name of the metric, such as ``val/loss``.
 

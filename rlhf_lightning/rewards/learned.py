@@ -204,7 +204,7 @@ class ProcessModelSteps(ProcessModelReward):
         )
         if self.model.options.learns_boundaries:
             raise ValueError(
-                f"the process reward model {model!r} finds steps by itself (boundaries='learned'), so that its rewards "
+                f"the process reward model {model!r} finds the steps (boundaries='learned'), so that its rewards "
                 "have no tokens to land on: use ProcessModelReward, or a model trained with a step_separator"
             )
         self.baseline = baseline

@@ -233,7 +233,7 @@ class OutcomeScorer:
 
 
 def open_leaves(tree: SearchTree, limit: int) -> list[Node]:
-    """Returns the partial solutions of a tree that nothing continues, in its order; also those that a budget cut off.
+    """Returns the partial solutions of a tree that nothing continues, in its order, truncated ones included.
 
     Args:
         tree: a search's.

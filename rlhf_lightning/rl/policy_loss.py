@@ -173,7 +173,7 @@ class OffPolicyCorrection(OptionGroup):
     """Corrects for a sampling distribution that is not the trained one: filters, other precision, older weights.
 
     With a replay buffer completions of earlier iterations come back, with the log-probs that they were drawn with and
-    the advantages that they had: in each iteration as many as ``replay_share`` of those that are new, if there are so
+    the advantages that they had: in each iteration as many as ``replay_share`` of the new ones, if there are so
     many. They count as new ones do, and need a ``correction``.
 
     Papers: Yao et al., 2025, and IcePop (Ling Team, 2025) for the weights; DeepSeek-V3.2 (2025, arXiv:2512.02556), eq.
@@ -186,7 +186,7 @@ class OffPolicyCorrection(OptionGroup):
         max: upper bound of the weights, above ``min``; ``None`` for none.
         mask_threshold: drop completions with a negative advantage from which the policy has moved by more than this,
             above 0; ``None`` keeps them.
-        replay_capacity: completions in the buffer, at least 1, those that it keeps longest having the highest priority;
+        replay_capacity: completions in the buffer, at least 1, those of the highest priority being kept longest;
             0 is off.
         replay_share: replayed completions for each new one, above 0.
         replay_priority: ``uniform``; ``hard_negative``: bad ones that were likely; ``frontier``: those of prompts at

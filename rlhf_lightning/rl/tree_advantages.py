@@ -145,7 +145,7 @@ def _deviation(values: Tensor) -> Tensor:
 
 
 def branch_preferences(branches: Branches) -> Tensor:
-    r"""Computes how much a scorer prefers each branch to those that continue the same one.
+    r"""Computes how much a scorer prefers each branch to its siblings.
 
     With s the scores of a process reward model, and the Bradley-Terry probability that one step is better than another,
     it is the mean over the other scored siblings of :math:`\sigma(s_v - s_u) - 1/2`: between -1/2 and 1/2, and 0
@@ -185,12 +185,12 @@ class TreeAdvantage(OptionGroup):
 
     Args:
         comparison: a branch's completions with all of the prompt (``global``), its value with that of the branch before
-            (``subtree``), or with those that continue the same one (``sibling``).
+            (``subtree``), or with its siblings (``sibling``).
         depth_discount: factor of a return for each step between it and a branch, in (0, 1].
         visit_weights: weight of a completion in the mean of a branch: 1 (``none``), log(1 + visits) (``log``), or the
             visits of its last step in the search (``linear``).
-        preference: weight, at least 0, of how much the search's scorer prefers a branch to those that continue the same
-            one (``branch_preferences``); added to the advantage.
+        preference: weight, at least 0, of how much the search's scorer prefers a branch to its siblings; added to the
+            advantage (``branch_preferences``).
 
     Raises:
         ValueError: an option out of range.

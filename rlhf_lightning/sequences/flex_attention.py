@@ -77,7 +77,7 @@ def visible_pairs(tree: TreeGeometry, window: int | None) -> np.ndarray:
     rows, columns, counts = [start // _BLOCK], [start // _BLOCK], [_staircase(length) - _staircase(length - reach)]
     own, other = np.arange(len(start)), above
     while True:
-        # Pieces further up a path are further away: those that are out of reach end the walk.
+        # Pieces further up a path are further away: the first out of reach ends the walk.
         near = (other >= 0) & (depth[own] - depth[other] - length[other] + 1 < reach)
         own, other = own[near], other[near]
         if not len(own):

@@ -36,7 +36,7 @@ def to_device(arrays: Mapping[_Name, np.ndarray | Tensor], device: torch.device 
     if device.type == "cpu" or not hosted:
         return hosted
 
-    # The memory is pinned, so that the copy runs while the host goes on; torch keeps it until the copy is done.
+    # The memory is pinned, so that the copy runs while the host continues; torch keeps it until the copy is done.
     places: dict[_Name, slice] = {}
     end = 0
     for name, tensor in hosted.items():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EIGHT = ("sft", "reward", "process", "dpo", "simpo", "kto", "grpo", "ppo")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_rehearsal() -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

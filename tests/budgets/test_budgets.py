@@ -13,8 +13,12 @@ from .measure import costs, decoding_with
 from .table import GROUPS
 from .trace import Trace, traced_cuda
 
+SLOW_GROUPS = ("caches",)
 
-@pytest.mark.parametrize("group", GROUPS)
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(group, marks=[pytest.mark.slow] * (group in SLOW_GROUPS)) for group in GROUPS]
+)
 def test_costs_stay_within_their_limits(group: str) -> None:
     found = {budget.what: (budget.count(), budget.limit) for budget in GROUPS[group]()}
     assert found

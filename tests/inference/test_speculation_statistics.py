@@ -137,6 +137,7 @@ def pairs_of(
 
 
 @pytest.mark.parametrize("drafter", [by_model, by_lookup])
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_first_tokens_and_pairs_have_the_models_distribution(setting: str, drafter: Callable[[Lanes], Tensor]) -> None:
     params, expected = SETTINGS[setting], NUM * exact_pairs(SETTINGS[setting])

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # `make invariance` compares all of the matrix under FSDP2, too; otherwise one entry of every method, where ranks differ
 # most in what they run.
 ALL = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
+NUM_ROWS = [pytest.param(7, id="uneven"), pytest.param(1, id="a-rank-without-rows", marks=pytest.mark.slow)]
 SHARDED = ["sft", "dpo-coupled", "kto", "process", "reward", "simpo", "grpo-coupled", "grpo-tree", "grpo-search", "ppo"]
 SHARDED = [*METHODS] if ALL else SHARDED
 
@@ -38,13 +39,13 @@ def on_ranks(folder: str, target: Path, num_rows: int, strategy: str, methods: l
     return torch.load(target)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=[7, 1], ids=["uneven", "a-rank-without-rows"])
+@pytest.fixture(scope="module", params=NUM_ROWS)
 def copied(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Any]:
     target = tmp_path_factory.mktemp("ranks") / "two.pt"
     return request.param, on_ranks(folder, target, request.param, "ddp", [*METHODS])
 
 
-@pytest.fixture(scope="module", params=[7, 1], ids=["uneven", "a-rank-without-rows"])
+@pytest.fixture(scope="module", params=NUM_ROWS)
 def sharded(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Any]:
     target = tmp_path_factory.mktemp("ranks") / "two.pt"
     return request.param, on_ranks(folder, target, request.param, "fsdp2", SHARDED)

@@ -332,6 +332,7 @@ def _export_sharded(rank: int, store: str, source: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_sharded_weights_are_gathered_and_written_once(tmp_path: Path) -> None:
     source, out = save_tiny_model(tmp_path / "source", "llama"), tmp_path / "out"

@@ -157,6 +157,7 @@ def test_a_change_reruns_what_depends_on_it(written, tmp_path, change, expected)
     assert ran(run(written, tmp_path, change)) == expected
 
 
+@pytest.mark.slow
 def test_changed_rows_and_damaged_outputs_are_noticed(written, tmp_path):
     run(written, tmp_path)
     pairs = tmp_path / "run/pairs/pairs.jsonl"
@@ -169,6 +170,7 @@ def test_changed_rows_and_damaged_outputs_are_noticed(written, tmp_path):
     assert ran(run(written, tmp_path)) == ["sft", "pairs", "dpo"]
 
 
+@pytest.mark.slow
 def test_a_new_test_set_is_evaluated_without_training(written, tmp_path):
     run(written, tmp_path)
     CALLS.clear()
@@ -178,7 +180,7 @@ def test_a_new_test_set_is_evaluated_without_training(written, tmp_path):
     assert stages["dpo"]["evaluation"]["rows"] == 5
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, monkeypatch, capsys, error):
     real = runner.run_sample
 
@@ -204,6 +206,7 @@ def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, mo
     assert "half" not in (tmp_path / "run/pairs/pairs.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(written, tmp_path):
     first = run(written, tmp_path)
     written["run_dir"] = str(tmp_path / "again")
@@ -213,6 +216,7 @@ def test_the_same_seed_gives_the_same_run(written, tmp_path):
         assert second[name]["outputs"] == first[name]["outputs"]
 
 
+@pytest.mark.slow
 def test_a_policy_is_rewarded_by_the_model_of_an_earlier_stage(written, tmp_path):
     """Its class reads the reward model when it is made, which is before there is one when all stages are checked."""
     dpo = written["stages"].pop("dpo")
@@ -242,6 +246,7 @@ def test_a_policy_is_rewarded_by_the_model_of_an_earlier_stage(written, tmp_path
         run(written, tmp_path)
 
 
+@pytest.mark.slow
 def test_test_loss_is_that_of_the_exported_model(written, tmp_path):
     """The best of several models is exported, and what is reported of it is measured on it."""
     stage = written["stages"]["dpo"]

@@ -83,7 +83,7 @@ class DareTies(Method):
 
 
 def drop(block: Block, name: str, density: float, seed: int, factors: Sequence[float]) -> Tensor:
-    """Drops differences of one block at random, with a mask for each model, and rescales those that are kept.
+    """Drops differences of one block at random, with a mask for each model, and rescales the rest.
 
     Args:
         block: of the tensor ``name``.
