@@ -3,12 +3,13 @@
     python benchmarks/search.py                       # seeds 0, 1, 2; continues where it was stopped
     python benchmarks/search.py --seeds 0 --scale 0.1 --problems 8 --run_dir runs/search-quick   # does it run at all
 
-For each seed a policy of 0.6M weights learns sums of three to six numbers up to 14 from scratch, mostly from a careless
-author; a process reward model (PRM) and a reward model (RM) learn from labelled solutions with numbers up to 20; and
-PPO's critic learns the values of the policy's own solutions, while the policy stays as it is. Then problems of five
-numbers are solved: as in training, and harder, with numbers up to 18. Tokens are those that the policy sampled plus
-those that a scorer read, per problem. The verifier knows the right answer, so it is a bound and no method; it judges
-whole solutions, and the critic those that are not finished.
+For each seed a model of 0.6M weights learns sums of three to six numbers from scratch: up to 12, and in every seventh
+row up to 20. The policy continues with solutions that are mostly of a careless author, or have slips. From the same
+model, a process reward model (PRM) and then a reward model (RM) learn from labelled solutions with numbers up to 20;
+PPO's critic learns values of the policy's own solutions while the policy stays as it is. Then test problems of five
+numbers are solved: up to 12, and harder, up to 20. Tokens are those that the policy sampled plus those that a scorer
+read, per problem. The verifier knows the right answer, so it is a bound and no method; it judges whole solutions, and
+the critic those that are not finished.
 
 Majority, best-of-n and weighted best-of-n for all n are estimates from one set of samples of each problem: exact for
 best-of-n, over random subsets for the others. ``table.md`` and ``search.svg`` are written next to the runs.
@@ -55,7 +56,7 @@ from rlhf_lightning.inference.selection import expected_best
 from rlhf_lightning.rewards import exact_answer
 
 NANO = "configs/models/nano"
-SETTINGS = {"as in training": "terms=5&high=14", "harder": "terms=5&high=18"}
+SETTINGS = {"up to 12": "terms=5&high=12", "harder, up to 20": "terms=5&high=20"}
 SCORERS = ("RM", "PRM", "critic", "verifier")
 SEARCHES = ("beam", "DVTS", "MCTS", "A*", "particles")
 SAMPLES = 32
@@ -126,18 +127,23 @@ def train(folder: Path, seed: int, scale: float) -> dict[str, str]:
     def rows(steps: int, batch: int) -> int:
         return max(1, round(steps * scale)) * batch
 
-    def sft() -> tuple[Any, Any]:
-        train = sources("demonstrations", rows(400, 64), seed, "&high=14&careless=0.6&slips=0.15")
+    def base() -> tuple[Any, Any]:
+        train = sources("demonstrations", rows(360, 64), seed, "&high=12&careless=0.1")
+        train += sources("demonstrations", rows(60, 64), seed, "&high=20&careless=0.1")
         return SFTModule(NANO, init="random", **optimizers(2e-3)), SFTDataModule(train, global_batch_size=64)
 
+    def sft() -> tuple[Any, Any]:
+        train = sources("demonstrations", rows(60, 64), 40 + seed, "&high=12&careless=0.65&slips=0.3")
+        return SFTModule(start, **optimizers(3e-4)), SFTDataModule(train, global_batch_size=64)
+
     def process() -> tuple[Any, Any]:
-        data = StepwiseDataModule(labelled(rows(260, 32), 10 + seed), global_batch_size=32)
-        return ProcessRewardModule(policy, **optimizers(1e-3)), data
+        data = StepwiseDataModule(labelled(rows(220, 32), 10 + seed), global_batch_size=32)
+        return ProcessRewardModule(start, **optimizers(5e-4)), data
 
     def reward() -> tuple[Any, Any]:
         # It starts from what the PRM has learned of steps.
         data = PreferenceDataModule(
-            sources("preference", rows(130, 32), 20 + seed, "&high=20&careless=0.3"), global_batch_size=32
+            sources("preference", rows(110, 32), 20 + seed, "&high=20&careless=0.3"), global_batch_size=32
         )
         return RewardModule(found["PRM"], pooling="mean", center_rewards_coefficient=0.01, **optimizers(3e-4)), data
 
@@ -156,9 +162,10 @@ def train(folder: Path, seed: int, scale: float) -> dict[str, str]:
             seed=seed,
             **optimizers(3e-4),
         )
-        train = sources("prompts", rows(24, 32), 30 + seed, "&high=18")
+        train = sources("prompts", rows(20, 32), 30 + seed, "&high=20")
         return module, PromptDataModule(train, global_batch_size=32)
 
+    start = fit(folder / "base", base)
     policy = fit(folder / "policy", sft)
     found = {"policy": policy, "PRM": fit(folder / "PRM", process)}
     found["RM"] = fit(folder / "RM", reward)
