@@ -37,6 +37,7 @@ FLOORS = (
     "merging",
     "export",
     "loggers",
+    "self_improvement",
     "callbacks",
     "modules",
     "cli",

@@ -1,0 +1,168 @@
+"""Decisions on candidates: tests by hand and by enumeration, limits one by one, and clear refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_lightning.evaluation import PromptResult, SampleResult, Task, TaskResult
+from rlhf_lightning.self_improvement import CapabilityCriteria, decide
+from rlhf_lightning.utils.option_groups import build_group
+
+
+def result(rewards: Sequence[Sequence[float | None]], *, name: str = "sums", texts: Any = None) -> TaskResult:
+    """A result with these rewards; each sample says its text, or the number of its prompt and itself."""
+    samples = max(map(len, rewards))
+    task = Task(name=name, prompts="none", num_samples=samples)
+    prompts = []
+    for number, row in enumerate(rewards):
+        said = [texts(number, n) if texts else f"#{number} {n}" for n in range(len(row))]
+        found = tuple(SampleResult(text, reward, 4, True) for text, reward in zip(said, row, strict=True))
+        prompts.append(PromptResult(f"row:{number}", "?", found))
+    return TaskResult("model", task, tuple(prompts), 0.0)
+
+
+def single(values: Sequence[float], **given: Any) -> TaskResult:
+    return result([[value] for value in values], **given)
+
+
+def test_a_better_candidate_is_accepted_with_the_exact_p_value() -> None:
+    """8 prompts are won, 1 is lost: P(at least 8 of 9 heads) = (9 + 1) / 512."""
+    before = [0.0] * 8 + [1.0] + [1.0] * 3
+    after = [1.0] * 8 + [0.0] + [1.0] * 3
+    found = decide([single(before)], [single(after)])
+    assert found.verdict == "accept"
+    assert found.p_value == pytest.approx(10 / 512)
+    assert found.difference == pytest.approx(7 / 12)
+    assert found.low > 0
+    assert found.reason.startswith("better than the accepted model: +0.5833")
+    # Seen from the other side, it is rejected, with the probability of the other tail and the value itself.
+    back = decide([single(after)], [single(before)])
+    assert (back.verdict, back.difference) == ("reject", -found.difference)
+    assert back.p_value == pytest.approx(1 - 10 / 512)
+
+
+def test_what_is_not_certain_is_rejected_or_accepted_by_the_side_that_must_be_shown() -> None:
+    before, after = [0.0, 0.0, 1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    pair = [single(before)], [single(after)]
+    assert decide(*pair).verdict == "reject"
+    assert decide(*pair).reason.startswith("not shown to be better")
+    assert decide(*pair, CapabilityCriteria(accept="not_worse")).verdict == "accept"
+    worse = [single([1.0] * 8)], [single([0.0] * 8)]
+    found = decide(*worse, CapabilityCriteria(accept="not_worse"))
+    assert (found.verdict, found.p_value) == ("reject", pytest.approx(1 / 256))
+    assert decide(*worse, CapabilityCriteria(accept="not_worse", threshold=1.0)).verdict == "accept"
+
+
+@pytest.mark.parametrize("accept", ["better", "not_worse"])
+def test_of_all_signs_at_most_the_level_is_decided_against_equality(accept: Any) -> None:
+    """The share of the sign patterns that are accepted (rejected) is the error rate on equal models."""
+    sizes = np.array([1.0, 0.5, 0.5, 0.25, 0.75, 1.0, 0.25])
+    criteria = CapabilityCriteria(level=0.1, accept=accept)
+    wanted, found = "accept" if accept == "better" else "reject", 0
+    patterns = list(product((-1, 1), repeat=len(sizes)))
+    for signs in patterns:
+        difference = sizes * np.array(signs)
+        before, after = np.maximum(-difference, 0), np.maximum(difference, 0)
+        rewards = [[[float(n < 4 * share) for n in range(4)] for share in side] for side in (before, after)]
+        found += decide([result(rewards[0])], [result(rewards[1])], criteria).verdict == wanted
+    assert 0 < found / len(patterns) <= 0.1
+    # A level that is 4 times as large decides more often: the bound is not met by deciding nothing.
+    assert found / len(patterns) > 0.04
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 4])
+def test_false_accepts_of_equal_models_are_within_the_level(samples: int) -> None:
+    """2,000 pairs of models with the same accuracy of each prompt: at most the level plus 3 standard errors."""
+    generator, draws, accepted = np.random.default_rng(samples), 2000, 0
+    for _ in range(draws):
+        chance = generator.beta(0.5, 0.5, size=40)
+        sides = (generator.random((2, 40, samples)) < chance[:, None]).astype(float).tolist()
+        accepted += decide([result(sides[0])], [result(sides[1])]).verdict == "accept"
+    assert accepted / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
+    assert accepted / draws >= 0.01
+
+
+def test_tasks_count_equally_whatever_their_number_of_prompts() -> None:
+    before = [single([0.0] * 4, name="a"), single([1.0] * 12, name="b")]
+    after = [single([1.0] * 4, name="a"), single([1.0] * 9 + [0.0] * 3, name="b")]
+    found = decide(before, after)
+    assert found.difference == pytest.approx((1.0 - 0.25) / 2)
+    # Tasks are paired by name, prompts by row.
+    assert decide(before, after[::-1]).difference == pytest.approx(found.difference)
+    drop = CapabilityCriteria(max_task_drop=0.2, level=0.4)
+    assert decide(before, after, drop).reason == "task 'b' falls by 0.25, more than max_task_drop=0.2"
+    assert decide(before, after, CapabilityCriteria(max_task_drop=0.25, level=0.4)).verdict == "accept"
+
+
+def test_prompts_without_a_verdict_in_either_are_left_out() -> None:
+    found = decide([result([[1.0], [None], [0.0], [0.0]])], [result([[1.0], [1.0], [None], [1.0]])])
+    assert found.difference == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "kl", "reason"),
+    [
+        ({"max_kl": 0.1}, 0.2, "its divergence from the start is 0.2 nats per token, above max_kl=0.1"),
+        ({"min_length": 5}, None, "length/mean of task 'sums' is 4, below min_length=5"),
+        ({"max_length": 3.5}, None, "length/mean of task 'sums' is 4, above max_length=3.5"),
+        ({"min_distinct": 0.2}, None, "distinct_2 of task 'sums' is 0.0625, below min_distinct=0.2"),
+        ({"min_unique_answers": 0.6}, None, "unique_answers of task 'sums' is 0.5, below min_unique_answers=0.6"),
+    ],
+)
+def test_each_limit_rejects_a_candidate_that_is_better(limits: dict[str, Any], kl: Any, reason: str) -> None:
+    before, after = [[0.0, 0.0]] * 8, [[1.0, 1.0]] * 8
+    texts = lambda number, n: "#1 1"  # noqa: E731
+    pair = [result(before)], [result(after, texts=texts)]
+    assert decide(*pair).verdict == "accept"
+    found = decide(*pair, CapabilityCriteria(**limits), kl=kl)
+    assert (found.verdict, found.reason) == ("reject", reason)
+    wide = {"max_kl": 0.3, "min_length": 4, "max_length": 4, "min_distinct": 0.0625, "min_unique_answers": 0.5}
+    assert decide(*pair, CapabilityCriteria(**wide), kl=kl or 0.0).verdict == "accept"
+
+
+def test_patience_and_stop() -> None:
+    pair = [single([1.0] * 8)], [single([0.0] * 8)]
+    verdicts = [decide(*pair, CapabilityCriteria(patience=2), num_rejected=n).verdict for n in range(3)]
+    assert verdicts == ["reject", "stop", "stop"]
+    assert decide(*pair, CapabilityCriteria(on_reject="stop")).verdict == "stop"
+
+
+def test_refusals() -> None:
+    one = [single([1.0, 0.0, 1.0])]
+    with pytest.raises(ValueError, match=r"^there are no results to decide on: evaluate both models on a suite"):
+        decide([], [])
+    with pytest.raises(ValueError, match=r"^only one of the two models has results of task 'b': evaluate both on"):
+        decide(one, [*one, single([1.0, 0.0], name="b")])
+    with pytest.raises(ValueError, match=r"^the candidate has two results of task 'sums': give one per task"):
+        decide(one, one * 2)
+    with pytest.raises(ValueError, match=r"^both models have verdicts for 1 prompts of task 'sums' in common"):
+        decide(one, [result([[1.0], [None], [None]])])
+    with pytest.raises(ValueError, match=r"^criteria.max_kl is 1.0, and no divergence was measured: give kl$"):
+        decide(one, one, CapabilityCriteria(max_kl=1.0))
+    with pytest.raises(ValueError, match=r"^criteria.min_unique_answers is 0.5, and no task measures unique_answers"):
+        decide(one, one, CapabilityCriteria(min_unique_answers=0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"level": 0.5}, r"criteria.level is 0.5; it must be in \(0, 0.5\) \(0.05 is usual\)"),
+        ({"threshold": -0.1}, r"criteria.threshold is -0.1; it must be at least 0"),
+        ({"patience": 0}, r"criteria.patience is 0; it must be a whole number of at least 1"),
+        ({"max_kl": 0.0}, r"criteria.max_kl is 0.0; it must be above 0"),
+        ({"min_distinct": 1.5}, r"criteria.min_distinct is 1.5; it must be in \[0, 1\]"),
+        ({"max_length": 2.0, "min_length": 3.0}, r"criteria.max_length is 2.0, below min_length=3.0"),
+        ({"on_reject": "retry"}, r"criteria.on_reject is 'retry'; it must be one of smaller_step, new_seed, stop"),
+        ({"levle": 0.1}, r"criteria has no option 'levle'; did you mean 'level'\?"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        build_group(options, CapabilityCriteria)
