@@ -5,12 +5,14 @@ from .code_tests import CodeTestsReward
 from .constitution import ConstitutionReward, Principle
 from .exact_answer import exact_answer
 from .format import FormatReward
+from .judge_panel import JudgePanel
 from .judges import EngineJudge, ModelJudge
 from .learned import ProcessModelReward, ProcessModelSteps, RewardModelReward
 from .length import LengthReward, SoftOverlongReward
 from .math_answer import MathAnswerReward
 from .repetition import RepetitionReward
 from .reward_set import RewardFunction, RewardScores, RewardSet, StepReward, resolve_reward
+from .static_checks import StaticCodeChecks
 
 __all__ = [
     "AnswerOnlyReward",
@@ -18,6 +20,7 @@ __all__ = [
     "ConstitutionReward",
     "EngineJudge",
     "FormatReward",
+    "JudgePanel",
     "LengthReward",
     "MathAnswerReward",
     "ModelJudge",
@@ -30,6 +33,7 @@ __all__ = [
     "RewardScores",
     "RewardSet",
     "SoftOverlongReward",
+    "StaticCodeChecks",
     "StepReward",
     "exact_answer",
     "resolve_reward",

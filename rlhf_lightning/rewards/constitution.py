@@ -117,14 +117,7 @@ class ConstitutionReward:
                 f"principle {self._judged[0].name!r} has a statement: give a judge, such as a model's folder"
             )
 
-        # A wrong field in the question is found before training.
-        try:
-            question.format(prompt="", completion="", statement="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"question has the wrong field {error}: its fields are {{prompt}}, {{completion}} and {{statement}}"
-            ) from error
-        self.question = question
+        self.question = checked_question(question)
         self.judge = resolve_judge(judge) if self._judged else None
 
     def attach(self, module: Any) -> None:
@@ -157,7 +150,7 @@ class ConstitutionReward:
 
         # All questions at once, so that the judge can batch them.
         asked = [(n, principle) for n in range(len(samples)) if n not in failed for principle in self._judged]
-        questions = [self._question(principle, *samples[n]) for n, principle in asked]
+        questions = [ask(self.question, *samples[n], str(principle.statement)) for n, principle in asked]
         verdicts = self.judge(questions) if self.judge is not None and questions else []
         for (number, principle), verdict in zip(asked, verdicts, strict=True):
             if isinstance(verdict, Exception):
@@ -178,10 +171,27 @@ class ConstitutionReward:
             found.append((principle, float(verdict)))
         return found
 
-    def _question(self, principle: Principle, prompt: Any, completion: str) -> str:
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-        return self.question.format(prompt=prompt, completion=completion, statement=principle.statement)
+
+def checked_question(question: str) -> str:
+    """Returns a question with fields; a wrong field is found before training.
+
+    Raises:
+        ValueError: a field that is not filled in.
+    """
+    try:
+        ask(question, "", "", "")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"question has the wrong field {error}: its fields are {{prompt}}, {{completion}} and {{statement}}"
+        ) from error
+    return question
+
+
+def ask(question: str, prompt: Any, completion: str, statement: str) -> str:
+    """Fills in the fields of a question; messages are written line by line."""
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return question.format(prompt=prompt, completion=completion, statement=statement)
 
 
 def _principle(given: Principle | Mapping[str, Any]) -> Principle:
