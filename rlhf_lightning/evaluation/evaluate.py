@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.transformed_rows import Transform
 from ..inference import Engine, LocalEngine, build_strategy, derive_seed
 from ..models import load_causal_lm, load_tokenizer
 from ..rewards.specs import build_reward
@@ -110,7 +111,13 @@ def evaluate(
 
 
 def run_task(
-    task: Task, engine: Engine, *, model: str = "model", seed: int = 0, verifier: Callable[..., Any] | None = None
+    task: Task,
+    engine: Engine,
+    *,
+    model: str = "model",
+    seed: int = 0,
+    verifier: Callable[..., Any] | None = None,
+    transform: Transform | None = None,
 ) -> TaskResult:
     """Answers and verifies the prompts of a task.
 
@@ -120,6 +127,7 @@ def run_task(
         model: name of the model in the result.
         seed: a sample is a function of this, the number of its prompt and its own number.
         verifier: instead of the task's own.
+        transform: maps a row's columns to new ones before the prompt is read.
 
     Raises:
         ValueError: the engine has no tokenizer, there are no prompts, or no sample has a verdict.
@@ -130,7 +138,11 @@ def run_task(
     verify = verifier or build_reward(task.verifier)
     answering = engine if task.strategy is None else build_strategy(task.strategy, engine)
     examples = read_prompts(
-        task.prompts, tokenizer, limit=task.limit, chat_template_kwargs=task.chat_template_kwargs or None
+        task.prompts,
+        tokenizer,
+        limit=task.limit,
+        chat_template_kwargs=task.chat_template_kwargs or None,
+        transform=transform,
     )
     if not examples:
         raise ValueError(

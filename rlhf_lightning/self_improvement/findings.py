@@ -1,0 +1,107 @@
+"""Findings of checks of a model, which fail where the whole interval is beyond a limit."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, ClassVar
+
+from ..inference import Engine
+from ..metrics.intervals import Interval, mean_interval
+from ..utils.option_groups import OptionGroup
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: name of the check.
+        value: what it measured.
+        low: lower end of the 95 % interval of the value.
+        high: upper end.
+        limit: that the value must not be certain to exceed, or to fall short of.
+        passed: whether it holds: only a value whose whole interval is beyond the limit fails.
+        detail: one sentence with the numbers.
+        samples: a few of the model's answers that speak against it.
+    """
+
+    check: str
+    value: float
+    low: float
+    high: float
+    limit: float
+    passed: bool
+    detail: str
+    samples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The findings of all checks.
+
+    Attributes:
+        findings: one per check.
+    """
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks passed."""
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def reason(self) -> str:
+        """The first finding that did not pass; else that all did."""
+        failed = [finding for finding in self.findings if not finding.passed]
+        return f"{failed[0].check}: {failed[0].detail}" if failed else f"all {len(self.findings)} checks passed"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {"passed": self.passed, "findings": [asdict(finding) for finding in self.findings]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCheck(OptionGroup):
+    """Base class of checks; ``run`` looks at a model through an engine that has a tokenizer."""
+
+    group: ClassVar[str] = "check"
+
+    @abstractmethod
+    def run(self, engine: Engine, seed: int) -> Finding:
+        """Runs the check."""
+
+
+def check_share(name: str, value: float, least: float = 0.0) -> None:
+    """Checks a share.
+
+    Raises:
+        ValueError: it is not in [least, 1].
+    """
+    if not least <= value <= 1:
+        raise ValueError(f"check.{name} is {value!r}; it must be in [{least:g}, 1]")
+
+
+def bounded_mean(values: Sequence[float]) -> Interval:
+    """Returns the mean of shares with its 95 % interval, cut to [0, 1]."""
+    if len(values) < 2:
+        return Interval(fmean(values), 0.0, 1.0)
+    found = mean_interval(values)
+    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+
+
+def at_least(name: str, found: Interval, limit: float, detail: str, samples: Sequence[str]) -> Finding:
+    """Makes a finding that fails where the whole interval is below the limit."""
+    return Finding(
+        name, found.value, found.low, found.high, limit, found.high >= limit, detail, tuple(samples[:_SHOWN])
+    )
+
+
+def at_most(name: str, found: Interval, limit: float, detail: str, samples: Sequence[str]) -> Finding:
+    """Makes a finding that fails where the whole interval is above the limit."""
+    return Finding(name, found.value, found.low, found.high, limit, found.low <= limit, detail, tuple(samples[:_SHOWN]))
