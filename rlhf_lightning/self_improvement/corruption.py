@@ -22,7 +22,7 @@ _WORD = re.compile(r"[^\W\d_]{4,}")
 def corrupted_twin(
     text: str, seed: int, kinds: Sequence[Corruption] = CORRUPTIONS, separator: str = "\n"
 ) -> str | None:
-    r"""Makes a flawed copy of a solution by one change, drawn among those that are possible.
+    r"""Makes a flawed copy of a solution by one change, drawn among the possible ones.
 
     - ``number``: one number becomes another of nearly the same size.
     - ``sign``: one of ``+ - * /`` between operands becomes another.
@@ -44,7 +44,7 @@ def corrupted_twin(
 
     Example:
         >>> corrupted_twin("2+3=5", seed=0, kinds=["sign"])
-        '2-3=5'
+        '2/3=5'
     """
     _check_kinds("kind of corruption", kinds, CORRUPTIONS)
     draw = random.Random(f"{seed}:{text}")
@@ -131,9 +131,8 @@ class PerturbedPrompt:
 
     def __init__(self, how: str, seed: int = 0) -> None:
         if how not in PERTURBATIONS and "{prompt}" not in how:
-            raise ValueError(
-                f"there is no perturbation {how!r}{did_you_mean(how, PERTURBATIONS)}; or write a template with {{prompt}}"
-            )
+            advice = f"{did_you_mean(how, PERTURBATIONS)}; or write a template with {{prompt}}"
+            raise ValueError(f"there is no perturbation {how!r}{advice}")
         self.how = how
         self.seed = seed
 

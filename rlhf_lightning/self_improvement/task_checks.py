@@ -99,7 +99,7 @@ class Consistency(ModelCheck):
     """Checks that paraphrases of a prompt get the same final answer.
 
     The agreement of a prompt is the share of pairs of its phrasings whose final answers (``data.answer_key``) are the
-    same; an answer without one agrees with none.
+    same; an empty answer agrees with none.
 
     Args:
         task: a task of a suite, or a mapping of its options; answered greedily, whatever its sampling.
