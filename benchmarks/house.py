@@ -244,13 +244,11 @@ def arrows(graph: Graph) -> Counter[tuple[str, str]]:
 
 def picture() -> str:
     """Formats the floors as text, top first, each with the rooms that it imports from."""
-    files = sources()
-    found = arrows(imports(files))
-    sizes = Counter(room(module) for module in files)
+    found = arrows(imports(sources()))
     rows = []
     for name in reversed(FLOORS):
         below = [two for two in reversed(FLOORS) if (name, two) in found]
-        rows.append(f"{name:12s} {sizes[name]:3d} files   uses {', '.join(below) or 'nothing'}")
+        rows.append(f"{name:17s} uses {', '.join(below) or 'nothing'}")
     return "\n".join(rows)
 
 

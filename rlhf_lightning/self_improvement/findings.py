@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
 from ..inference import Engine
 from ..metrics.intervals import Interval, mean_interval
-from ..utils.option_groups import OptionGroup
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         check: name of the check.
@@ -66,15 +64,17 @@ class Validation:
         return {"passed": self.passed, "findings": [asdict(finding) for finding in self.findings]}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelCheck(OptionGroup):
-    """Base class of checks; ``run`` looks at a model through an engine that has a tokenizer."""
+class ModelCheck(Protocol):
+    """Interface of checks, which look at a model through its engine."""
 
-    group: ClassVar[str] = "check"
-
-    @abstractmethod
     def run(self, engine: Engine, seed: int) -> Finding:
-        """Runs the check."""
+        """Runs the check.
+
+        Args:
+            engine: the model's, with a tokenizer.
+            seed: of all that is drawn.
+        """
+        ...
 
 
 def check_share(name: str, value: float, least: float = 0.0) -> None:

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from ..data.final_answer import answer_key
 from ..evaluation import Task, TaskResult
 from ..evaluation.evaluate import run_task
 from ..inference import Engine
 from ..metrics.intervals import Interval, paired_bootstrap
+from ..utils.option_groups import OptionGroup
 from .corruption import PerturbedPrompt
-from .findings import Finding, ModelCheck, at_least, at_most, bounded_mean, check_share
+from .findings import Finding, at_least, at_most, bounded_mean, check_share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdicts(ModelCheck):
+class Verdicts(OptionGroup):
     """Checks that the accuracy on a task is not certain to be below a limit.
 
     The task's verifier may be a ``JudgePanel``, ``StaticCodeChecks`` or any other reward function.
@@ -27,6 +28,8 @@ class Verdicts(ModelCheck):
         task: a task of a suite, or a mapping of its options.
         min_accuracy: in [0, 1].
     """
+
+    group: ClassVar[str] = "check"
 
     task: Any
     min_accuracy: float
@@ -48,7 +51,7 @@ class Verdicts(ModelCheck):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Robustness(ModelCheck):
+class Robustness(OptionGroup):
     """Checks that the accuracy does not fall where prompts are perturbed: the worst perturbation counts.
 
     Each perturbation is compared with the plain prompts by a paired bootstrap, at a level divided by their number
@@ -59,6 +62,8 @@ class Robustness(ModelCheck):
         perturbations: as in ``PerturbedPrompt``, at least one.
         max_drop: largest fall of the accuracy, in [0, 1].
     """
+
+    group: ClassVar[str] = "check"
 
     task: Any
     perturbations: tuple[str, ...] = ("typos", "spaces", "lower")
@@ -95,7 +100,7 @@ class Robustness(ModelCheck):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consistency(ModelCheck):
+class Consistency(OptionGroup):
     """Checks that paraphrases of a prompt get the same final answer.
 
     The agreement of a prompt is the share of pairs of its phrasings whose final answers (``data.answer_key``) are the
@@ -106,6 +111,8 @@ class Consistency(ModelCheck):
         templates: at least two, with the field ``{prompt}``.
         min_agreement: mean agreement that is needed, in [0, 1].
     """
+
+    group: ClassVar[str] = "check"
 
     task: Any
     templates: tuple[str, ...] = ("{prompt}", "Please answer this: {prompt}")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..evaluation.answers import read_prompts
 from ..inference import Engine, SamplingParams, derive_seed
 from ..metrics.intervals import wilson_interval
 from ..sequences import Example
+from ..utils.option_groups import OptionGroup
 from .corruption import CORRUPTIONS, Corruption, corrupted_twin
-from .findings import Finding, ModelCheck, at_most, check_share
+from .findings import Finding, at_most, check_share
 from .pair_classifier import LabelledPair, PairClassifierOptions, TrainedPairClassifier, train_pair_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TrainedCheck(ModelCheck):
+class _TrainedCheck(OptionGroup):
     """A check by a classifier that is trained on pairs of completions.
 
     Args:
@@ -28,6 +29,8 @@ class _TrainedCheck(ModelCheck):
         sampling: settings of ``SamplingParams`` of the model's completions, without a seed.
         classifier: options of ``PairClassifierOptions``.
     """
+
+    group: ClassVar[str] = "check"
 
     model: str
     references: Any

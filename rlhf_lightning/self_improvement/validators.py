@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..inference import Engine
-from ..utils.option_groups import build_group
+from ..utils.imports import load_attribute
+from ..utils.option_groups import OptionGroup, build_group
 from .findings import ModelCheck, Validation
 from .task_checks import Consistency, Robustness, Verdicts
 from .trained_checks import Discriminator, FlawDetector
 
-_CHECKS: dict[str, type[ModelCheck]] = {
+_CHECKS: dict[str, type[OptionGroup]] = {
     cls.__name__: cls for cls in (Verdicts, Robustness, Consistency, Discriminator, FlawDetector)
 }
 
@@ -20,9 +21,9 @@ class AdversarialValidator:
     """Runs checks that look for what a model's accuracy does not show.
 
     Args:
-        checks: at least one: ``Verdicts``, ``Robustness``, ``Consistency``, ``Discriminator``, ``FlawDetector``, a
-            subclass of ``ModelCheck`` of your own, or a mapping with ``class_path`` (one of these names, or a dotted
-            path) and ``init_args``.
+        checks: at least one: ``Verdicts``, ``Robustness``, ``Consistency``, ``Discriminator``, ``FlawDetector``, an
+            object of your own with ``run(engine, seed)``, or a mapping with ``class_path`` (one of these names, or a
+            dotted path) and ``init_args``.
 
     Raises:
         TypeError: an option that a check does not have.
@@ -56,11 +57,20 @@ class AdversarialValidator:
 
 
 def _check(given: ModelCheck | Mapping[str, Any]) -> ModelCheck:
+    """Builds a check, unless it is one already."""
+    found: Any = given
     if isinstance(given, Mapping):
-        name = given.get("class_path")
+        name, options = given.get("class_path"), dict(given.get("init_args") or {})
         if name in _CHECKS:
-            options = {k: tuple(v) if isinstance(v, list) else v for k, v in (given.get("init_args") or {}).items()}
-            return build_group(options, _CHECKS[str(name)])
-        if not isinstance(name, str) or "." not in name:
-            raise ValueError(f"there is no check {name!r}; write one of {', '.join(_CHECKS)}, or the path of your own")
-    return build_group(given, ModelCheck)
+            # YAML has lists only.
+            options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+            found = build_group(options, _CHECKS[str(name)])
+        elif isinstance(name, str) and "." in name:
+            found = load_attribute(name)(**options)
+        else:
+            advice = f"write one of {', '.join(_CHECKS)}, or the dotted path of your own"
+            raise ValueError(f"there is no check {name!r}; {advice}")
+    if not callable(getattr(found, "run", None)):
+        raise TypeError(f"a check is {given!r}; it must have the method run(engine, seed)")
+    checked: ModelCheck = found
+    return checked

@@ -15,9 +15,9 @@ from rlhf_lightning.self_improvement import (
     AdversarialValidator,
     Consistency,
     Discriminator,
+    Finding,
     FlawDetector,
     LabelledPair,
-    ModelCheck,
     PairClassifierOptions,
     PerturbedPrompt,
     Robustness,
@@ -296,5 +296,19 @@ def test_references_without_the_column_are_named(folder: str) -> None:
         Discriminator(model=folder, references=SUMS, column="solution").run(Answering(right), 0)
 
 
-def test_a_check_of_ones_own_is_a_subclass() -> None:
-    assert issubclass(Robustness, ModelCheck)
+class Short:
+    """A check of one's own."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def run(self, engine: Any, seed: int) -> Finding:
+        return Finding("short", 1.0, 1.0, 1.0, float(self.limit), False, f"seed {seed}")
+
+
+def test_checks_of_ones_own() -> None:
+    path = {"class_path": f"{__name__}.Short", "init_args": {"limit": 3}}
+    found = AdversarialValidator([Short(2), path]).validate(Answering(right), seed=4)
+    assert [(finding.limit, finding.detail) for finding in found.findings] == [(2.0, "seed 4"), (3.0, "seed 4")]
+    with pytest.raises(TypeError, match="must have the method run"):
+        AdversarialValidator([lambda engine: None])  # type: ignore[list-item]
