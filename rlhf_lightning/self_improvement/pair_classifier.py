@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.lengths import longest
 from ..data.messages import Text
 from ..losses.reward import bradley_terry_loss
-from ..metrics.intervals import Interval, mean_interval
-from ..models import load_causal_lm, load_tokenizer
+from ..metrics.intervals import Interval
+from ..models import load_causal_lm, load_tokenizer, num_positions
 from ..models.reward_model import RewardModel
-from ..models.scoring import grouped
+from ..models.scoring import answered, grouped
 from ..sequences import Segment, pack, register_attention
 from ..utils.validation import check_count, check_positive
+from .findings import bounded_mean
 
 
 class LabelledPair(NamedTuple):
@@ -84,53 +86,69 @@ def train_pair_classifier(
 
     Args:
         model: folder or hub id of the causal language model that it starts from.
-        pairs: at least one held-out prompt and one for training; pairs of equal completions are of no use and ignored.
+        pairs: of at least one held-out prompt and one for training; pairs of equal completions, and of empty or too
+            long ones, are ignored.
         options: of training.
 
     Raises:
         ValueError: no pairs, or all prompts on one side of the split.
     """
     options = options or PairClassifierOptions()
-    usable = [pair for pair in pairs if pair.first != pair.second and pair.first and pair.second]
-    held_out = [pair for pair in usable if _share(pair.prompt, options.seed) < options.holdout]
-    training = [pair for pair in usable if _share(pair.prompt, options.seed) >= options.holdout]
-    if not held_out or not training:
-        raise ValueError(
-            f"of {len(pairs)} pairs, {len(training)} are left to train on and {len(held_out)} held out: give pairs of "
-            "more prompts (pairs of equal or empty completions do not count)"
-        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        classifier = _fitted(model, training, options)
-    prompts = [pair.prompt for pair in held_out for _ in range(2)]
-    scored = classifier.score(prompts, [text for pair in held_out for text in (pair.first, pair.second)])
+        decoder = load_causal_lm(model, dtype=torch.float32, attn_implementation=register_attention(), headless=True)
+        classifier = RewardModel(decoder, tokenizer=load_tokenizer(model), seed=options.seed)
+
+        # Split by the prompt alone.
+        found = [(pair, trees) for pair in pairs if (trees := _trees(classifier, pair)) is not None]
+        shares = [_share(pair.prompt, options.seed) for pair, _ in found]
+        held_out = [entry for entry, share in zip(found, shares, strict=True) if share < options.holdout]
+        training = [trees for (_, trees), share in zip(found, shares, strict=True) if share >= options.holdout]
+        if not held_out or not training:
+            raise ValueError(
+                f"of {len(pairs)} pairs, {len(training)} are left to train on and {len(held_out)} held out: give pairs "
+                "of more prompts (pairs of equal, empty or too long completions do not count)"
+            )
+        _fit(classifier, training, options)
+
+    scored, _ = classifier.summarized(classifier.score_trees([tree for _, trees in held_out for tree in trees]))
     scores = tuple(zip(scored[::2], scored[1::2], strict=True))
-    right = [0.5 if a == b else float(a > b) for a, b in scores]
-    found = mean_interval(right) if len(right) > 1 else Interval(right[0], 0.0, 1.0)
-    accuracy = Interval(found.value, max(0.0, found.low), min(1.0, found.high))
-    return TrainedPairClassifier(classifier, accuracy, tuple(held_out), scores)
+    accuracy = bounded_mean([0.5 if first == second else float(first > second) for first, second in scores])
+    return TrainedPairClassifier(classifier, accuracy, tuple(pair for pair, _ in held_out), scores)
 
 
-def _fitted(model: str | Path, pairs: Sequence[LabelledPair], options: PairClassifierOptions) -> RewardModel:
-    decoder = load_causal_lm(model, dtype=torch.float32, attn_implementation=register_attention(), headless=True)
-    classifier = RewardModel(decoder, tokenizer=load_tokenizer(model), seed=options.seed)
+def readable(classifier: RewardModel, prompt: Text, completion: str) -> Segment | None:
+    """Tokenizes a prompt with its completion; ``None`` for an empty completion, or one that is too long."""
+    if not completion:
+        return None
+    tree = classifier.rows.answers(answered(prompt, completion))
+    limit = num_positions(classifier.model)
+    return None if limit is not None and longest(tree) > limit else tree
+
+
+def _trees(classifier: RewardModel, pair: LabelledPair) -> tuple[Segment, Segment] | None:
+    if pair.first == pair.second:
+        return None
+    first, second = (readable(classifier, pair.prompt, text) for text in (pair.first, pair.second))
+    return None if first is None or second is None else (first, second)
+
+
+def _fit(classifier: RewardModel, pairs: Sequence[tuple[Segment, Segment]], options: PairClassifierOptions) -> None:
     optimizer = torch.optim.AdamW(
         [p for p in classifier.parameters() if p.requires_grad], lr=options.learning_rate, weight_decay=0.0
     )
     draw = random.Random(options.seed)
-    trees = [[classifier.encode(pair.prompt, text) for text in (pair.first, pair.second)] for pair in pairs]
     with torch.inference_mode(False), torch.enable_grad():
         for _ in range(options.epochs):
-            order = draw.sample(range(len(trees)), len(trees))
+            order = draw.sample(range(len(pairs)), len(pairs))
             for start in range(0, len(order), options.batch_size):
-                rewards = _rewards(
-                    classifier, [tree for n in order[start : start + options.batch_size] for tree in trees[n]]
-                )
+                chosen = order[start : start + options.batch_size]
+                rewards = _rewards(classifier, [tree for n in chosen for tree in pairs[n]])
                 bradley_terry_loss(rewards[::2], rewards[1::2]).mean().backward()
                 torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-    return classifier.requires_grad_(False).eval()
+    classifier.requires_grad_(False).eval()
 
 
 def _rewards(classifier: RewardModel, trees: Sequence[Segment]) -> Tensor:

@@ -14,7 +14,7 @@ from ..sequences import Example
 from ..utils.option_groups import OptionGroup
 from .corruption import CORRUPTIONS, Corruption, corrupted_twin
 from .findings import Finding, at_most, check_share
-from .pair_classifier import LabelledPair, PairClassifierOptions, TrainedPairClassifier, train_pair_classifier
+from .pair_classifier import LabelledPair, PairClassifierOptions, TrainedPairClassifier, readable, train_pair_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,8 @@ class FlawDetector(_TrainedCheck):
     """Checks that a detector of flaws finds few in the model's completions.
 
     The detector learns to score references above their corrupted twins (``corrupted_twin``). A completion is flagged
-    if it scores below 95 % of the held-out references. A detector that finds no held-out twins says nothing, and the
-    check passes.
+    if it scores below 95 % of the held-out references, is empty, or is longer than the model's positions. A detector
+    that finds no held-out twins says nothing, and the check passes.
 
     Args:
         corruptions: allowed kinds of change.
@@ -148,10 +148,13 @@ class FlawDetector(_TrainedCheck):
         texts = self.completions(engine, held_out, seed)
         sound = sorted(first for first, _ in detector.scores)
         threshold = sound[int(0.05 * len(sound))]
-        written = [(example.fields["prompt"], text) for example, text in zip(held_out, texts, strict=True) if text]
-        scores = detector.model.score([prompt for prompt, _ in written], [text for _, text in written])
-        flagged = [text for (_, text), score in zip(written, scores, strict=True) if score < threshold]
-        flagged += [text for text in texts if not text]  # nothing is no solution
+        prompts = [example.fields["prompt"] for example in held_out]
+        trees = [readable(detector.model, *pair) for pair in zip(prompts, texts, strict=True)]
+        values, _ = detector.model.summarized(detector.model.score_trees([tree for tree in trees if tree is not None]))
+        # An empty solution is none, and one beyond the model's positions has no end.
+        given = iter(values)
+        scores = [-math.inf if tree is None else next(given) for tree in trees]
+        flagged = [text for text, score in zip(texts, scores, strict=True) if score < threshold]
         found = wilson_interval(len(flagged), len(texts))
         detail = (
             f"{found.value:.1%} [{found.low:.1%}, {found.high:.1%}] of the completions look corrupted to a detector "

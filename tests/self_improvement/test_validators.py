@@ -236,6 +236,15 @@ def test_flaw_detector(folder: str) -> None:
     assert flawed.value > 0.6
 
 
+def test_what_is_empty_or_too_long_is_flagged_and_not_trained_on(folder: str) -> None:
+    rows = [{"prompt": p.prompt, "completion": f"{p.first}\n#done"} for p in pairs(80, lambda a, b: "")]
+    check = FlawDetector(model=folder, references=rows, corruptions=("repeat_step",), classifier=QUICK)
+    for text in ("", "1" * 500):
+        assert check.run(Answering(lambda prompt, text=text: text), 0).value == 1.0  # type: ignore[misc]
+    with pytest.raises(ValueError, match="of 80 pairs, 0 are left"):
+        train_pair_classifier(folder, pairs(80, lambda a, b: "1" * 500))
+
+
 def test_a_detector_that_finds_nothing_is_not_believed(folder: str) -> None:
     still = {"epochs": 1, "learning_rate": 1e-12, "batch_size": 8}
     check = FlawDetector(model=folder, references=SUMS, min_detection=1.0, classifier=still)
