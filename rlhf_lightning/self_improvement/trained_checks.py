@@ -56,7 +56,8 @@ class _TrainedCheck(OptionGroup):
 
     def completions(self, engine: Engine, examples: Sequence[Example], seed: int) -> list[str]:
         """Samples the model's completions of prompts."""
-        params = SamplingParams(**{"temperature": 1.0, "max_new_tokens": 256} | dict(self.sampling))
+        settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 256} | dict(self.sampling)
+        params = SamplingParams(**settings)
         seeds = [[derive_seed(seed, n, 0)] for n in range(len(examples))]
         groups = engine.generate([e.root.tokens.tolist() for e in examples], 1, params, seeds=seeds)
         return [group[0].text for group in groups]
