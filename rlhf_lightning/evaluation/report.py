@@ -170,6 +170,11 @@ class Report:
             "options": {name: value for name, value in found[0].task.as_dict().items() if value not in (None, {}, [])},
             "rows": rows,
             "metrics": [(name, [result.metrics.get(name) for result in found]) for name in names],
+            "sections": [
+                (name.removeprefix("section/"), [result.metrics.get(name) for result in found])
+                for name in names
+                if name.startswith("section/") or name == "score"
+            ],
             "prompts": self._side_by_side(found),
         }
 

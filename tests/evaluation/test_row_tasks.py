@@ -173,6 +173,7 @@ def test_reward_models_are_evaluated_and_compared(tmp_path: Path) -> None:
     assert evaluate(folders, suite, output=tmp_path / "out").results == report.results  # from what was kept
     page = (tmp_path / "out" / "report.html").read_text()
     assert "chosen +" in page or "chosen -" in page
+    assert all(f"<tr><td>{name}</td>" in page for name in ("a", "b", "score"))
     assert "| pairs | one | " in report.table()
 
 
