@@ -52,7 +52,7 @@ from rlhf_lightning.inference import (
     ValueScorer,
     VerifierScorer,
 )
-from rlhf_lightning.inference.selection import expected_best
+from rlhf_lightning.metrics.at_k import expected_best
 from rlhf_lightning.rewards import exact_answer
 
 NANO = "configs/models/nano"

@@ -44,6 +44,7 @@ _COMMANDS = {
     "label-steps": ".labeling.command",
     "merge": ".pipeline.merge_command",
     "evaluate": ".evaluation.command",
+    "contamination": ".evaluation.contamination_command",
     "generate": ".generation.command",
     "chat": ".generation.chat_command",
     "memory": ".planning.command",
@@ -56,6 +57,7 @@ usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAM
        rlhf-lightning label-steps --model FOLDER --prompts SOURCE --output FILE [--NAME VALUE ...]
        rlhf-lightning merge --method NAME --models '[A, B]' --output FOLDER [--base FOLDER] [--NAME VALUE ...]
        rlhf-lightning evaluate --models A,B --suite FILE --output FOLDER
+       rlhf-lightning contamination --rows SOURCE --against SOURCE [--n N] [--output FILE]
        rlhf-lightning memory [--config FILE ...] [--tokens T] [--card GIB] [--model.NAME VALUE ...]
 
 fit, validate, test, predict   one method on one data set: a LightningCLI, whose --help lists every option
@@ -65,6 +67,7 @@ pipeline                       several stages, each starting from what the one b
 label-steps                    rows for process reward models: solutions whose steps are labelled by completing them
 merge                          one model of several: TIES, DARE, SLERP, Fisher and others; merge verify FOLDER checks it
 evaluate                       answers of models to a suite of prompts, verified and compared, with intervals and tests
+contamination                  rows of an evaluation whose n-grams other rows, such as those of training, have as well
 memory                         what a micro-batch of fit takes on a device, and the largest that fits a card
 
 --config may be given several times: later files and options win. --print_config shows what they amount to.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -121,11 +122,38 @@ def answer_prompts(
     groups = engine.generate(prompts, num_samples, sampling, seeds=seeds)
     pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
 
-    # The verifier gets the rows' other columns, one value per completion.
-    names = sorted({name for example in examples for name in example.fields} - {"prompt"})
-    columns: dict[str, list[Any]] = {name: [example.fields.get(name) for example, _ in pairs] for name in names}
-    texts = [example.fields.get("prompt") for example, _ in pairs]
-    given = verifier(texts, [sample.text for _, sample in pairs], **columns) if pairs else []
+    given = score_texts(verifier, [example for example, _ in pairs], [sample.text for _, sample in pairs])
     rewards = check_verdicts(given, len(pairs))
     answers = [Answer(*pair, reward) for pair, reward in zip(pairs, rewards, strict=True)]
     return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+
+
+def score_texts(verifier: Callable[..., Any], examples: Sequence[Example], texts: Sequence[str]) -> list[Any]:
+    """Calls a verifier or another reward function with completions and the columns of their rows.
+
+    Args:
+        verifier: called as ``fn(prompts, completions, **columns)``, with the columns that it takes.
+        examples: the prompt of each completion, with the row's other columns.
+        texts: completions.
+
+    Returns:
+        What it returns, as a list.
+    """
+    if not texts:
+        return []
+    names = sorted({name for example in examples for name in example.fields} - {"prompt"})
+    if (taken := _taken(verifier)) is not None:
+        names = [name for name in names if name in taken]
+    columns: dict[str, list[Any]] = {name: [example.fields.get(name) for example in examples] for name in names}
+    return list(verifier([example.fields.get("prompt") for example in examples], list(texts), **columns))
+
+
+def _taken(verifier: Callable[..., Any]) -> set[str] | None:
+    """Names of the columns that a verifier takes; ``None`` if it takes all, or nothing is known of it."""
+    try:
+        parameters = inspect.signature(verifier).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -1,27 +1,25 @@
 """Divergence of a model from a reference on given texts, exactly over the vocabulary, and on the model's own samples.
 
-Legend: N scored tokens, V vocabulary, S sequences, D hidden size.
+Legend: N scored tokens, S sequences.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..inference import LocalEngine, SamplingParams, derive_seed
+from ..metrics.functional import token_divergences
 from ..metrics.intervals import Interval, mean_interval
-from ..models import base_model, evaluating, hidden_states, output_head, resolve_layout
+from ..models import output_head
 from ..models.backbone import check_fits
-from ..models.own_attention import using_attention
-from ..sequences import Example, Segment, SequenceBatch, pack, plan_micro_batches, register_attention
+from ..sequences import Example, Segment, SequenceBatch
 from ..utils.validation import check_count
-
-# Entries of the logits of both models that exist at once.
-_ENTRIES = 1 << 24
+from .logits import batches, log_probs
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def divergence(
     for part in (model, reference):
         check_fits(part, examples)
     sums, totals, tokens = torch.zeros(6, dtype=torch.float64), [], 0
-    for batch in _batches(examples, micro_batch_tokens, next(model.parameters()).device):
+    for _, batch in batches(examples, micro_batch_tokens, next(model.parameters()).device):
         values_6N = _of_batch(model, reference, batch)
         sums += values_6N.sum(1).cpu()
         totals += batch.sum_per_sequence(values_6N[0]).tolist()
@@ -126,39 +124,10 @@ def own_samples(
     return found
 
 
-def _batches(examples: Sequence[Example], budget: int, device: torch.device) -> Iterator[SequenceBatch]:
-    for micro in plan_micro_batches(examples, budget=budget):
-        yield pack([examples[n] for n in micro], device=device)
-
-
-@torch.no_grad()
 def _of_batch(model: nn.Module, reference: nn.Module, batch: SequenceBatch) -> Tensor:
     """Returns both divergences, k1, k3 and both log-probabilities of each scored token, ``(6, N)`` in fp64."""
-    states, heads = [_states(part, batch) for part in (model, reference)], [output_head(p) for p in (model, reference)]
-    chunk = max(1, _ENTRIES // (2 * heads[0].weight.shape[0]))
-    found = []
-    for start in range(0, len(batch.target_ids), chunk):
-        part = slice(start, start + chunk)
-        log_p, log_q = (
-            _at_least_fp32(head.logits(state[part])).log_softmax(dim=-1)
-            for head, state in zip(heads, states, strict=True)
-        )
-        targets_N1 = batch.target_ids[part, None]
-        own, other = (logs.gather(1, targets_N1)[:, 0].double() for logs in (log_p, log_q))
-        difference = log_p - log_q
-        forward = (log_p.exp() * difference).sum(1, dtype=torch.float64)
-        reverse = -(log_q.exp() * difference).sum(1, dtype=torch.float64)
-        k3 = torch.expm1(other - own) - (other - own)
-        found.append(torch.stack((forward, reverse, own - other, k3, own, other)))
+    found = [
+        token_divergences(log_p, log_q, batch.target_ids[part])
+        for part, (log_p, log_q) in log_probs([model, reference], batch)
+    ]
     return torch.cat(found, dim=1) if found else torch.zeros(6, 0, dtype=torch.float64)
-
-
-def _states(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Returns the hidden states that scored tokens are predicted from, ``(N, D)``."""
-    with evaluating(model), using_attention(base_model(model), register_attention()):
-        layout = resolve_layout(model, "auto")
-        return hidden_states(model, batch, layout).read(batch.source_index, batch.source_path, batch.source_depth)
-
-
-def _at_least_fp32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -7,7 +7,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from torch import nn
 from ..data.transformed_rows import Transform
 from ..inference import Engine, LocalEngine, build_strategy, derive_seed
 from ..models import load_causal_lm, load_tokenizer
+from ..rewards.exact_answer import check_verdicts
 from ..rewards.specs import build_reward
 from ..sequences import Example
 from ..utils.files import write_atomically
 from ..utils.inputs import input_hashes
 from ..utils.progress import progress
-from .answers import Answer, answer_prompts, read_prompts
+from .answers import Answer, answer_prompts, read_prompts, score_texts
 from .report import Report
-from .results import PromptResult, SampleResult, TaskResult
-from .suite import Suite, Task
+from .results import TaskResult
+from .samples import PromptResult, SampleResult
+from .suite import AnyTask, Suite
+from .tasks import Task
 
 _PROMPTS_AT_ONCE = 64
 # Finished results of an output folder, which are not computed again.
@@ -39,9 +42,12 @@ class _Candidate:
     name: str
     place: Any
 
-    def engine(self, dtype: str) -> Engine:
+    def load(self, task: AnyTask, dtype: str) -> Any:
+        """Loads what a task is run with: an engine, or a model that scores rows."""
         if not isinstance(self.place, str | Path):
-            return self.place  # type: ignore[no-any-return]
+            return self.place
+        if not isinstance(task, Task):
+            return task.load(str(self.place), dtype)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: nn.Module = load_causal_lm(str(self.place), dtype=getattr(torch, dtype), trainable=False)
         return LocalEngine(model.to(device), load_tokenizer(str(self.place)))
@@ -82,7 +88,9 @@ def evaluate(
     """
     suite, candidates = Suite.read(suite), _candidates(models)
     # Verifiers are built and models looked for before anything is sampled: a typo costs nothing.
-    verifiers = {task.name: build_reward(task.verifier) for task in suite.tasks}
+    answered = [task for task in suite.tasks if isinstance(task, Task)]
+    verifiers = {task.name: build_reward(task.verifier) for task in answered}
+    scorers = {task.name: build_reward(task.scorer) for task in answered if task.scorer is not None}
     for candidate in candidates:
         if isinstance(candidate.place, str | Path):
             load_tokenizer(str(candidate.place))
@@ -91,14 +99,22 @@ def evaluate(
         Report.check_output(folder)
     results: list[TaskResult] = []
     for candidate in candidates:
-        engine: Engine | None = None
+        loaded: dict[str, Any] = {}
         for task in suite.tasks:
             part = None if folder is None else _part(folder, candidate, task, seed, dtype)
             if part is not None and part.is_file():
                 found = TaskResult.read(json.loads(part.read_text(encoding="utf-8")) | {"model": candidate.name})
             else:
-                engine = engine or candidate.engine(dtype)
-                found = run_task(task, engine, model=candidate.name, seed=seed, verifier=verifiers[task.name])
+                if task.kind not in loaded:
+                    loaded[task.kind] = candidate.load(task, dtype)
+                found = run_task(
+                    task,
+                    loaded[task.kind],
+                    model=candidate.name,
+                    seed=seed,
+                    verifier=verifiers.get(task.name),
+                    scorer=scorers.get(task.name),
+                )
                 if part is not None:
                     part.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(part, json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
@@ -111,63 +127,153 @@ def evaluate(
 
 
 def run_task(
-    task: Task,
-    engine: Engine,
+    task: AnyTask,
+    engine: Any,
     *,
     model: str = "model",
     seed: int = 0,
     verifier: Callable[..., Any] | None = None,
     transform: Transform | None = None,
+    scorer: Callable[..., Any] | None = None,
 ) -> TaskResult:
-    """Answers and verifies the prompts of a task.
+    """Runs a task: answers and verifies its prompts, or scores its rows.
 
     Args:
         task: the task.
-        engine: samples; it has a tokenizer.
+        engine: samples, and has a tokenizer; for a ``PreferenceTask`` a reward function, for a ``FirstErrorTask`` a
+            process reward model.
         model: name of the model in the result.
         seed: a sample is a function of this, the number of its prompt and its own number.
         verifier: instead of the task's own.
         transform: maps a row's columns to new ones before the prompt is read.
+        scorer: instead of the task's own.
 
     Raises:
         ValueError: the engine has no tokenizer, there are no prompts, or no sample has a verdict.
     """
-    tokenizer: Any = getattr(engine, "tokenizer", None)
-    if tokenizer is None:
-        raise ValueError(f"the engine of {model!r} has no tokenizer, which prompts are read with: give it one")
-    verify = verifier or build_reward(task.verifier)
-    answering = engine if task.strategy is None else build_strategy(task.strategy, engine)
+    if isinstance(task, Task):
+        tokenizer: Any = getattr(engine, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(f"the engine of {model!r} has no tokenizer, which prompts are read with: give it one")
+        verify = verifier or build_reward(task.verifier)
+        examples = task_prompts(task, tokenizer, verify, transform=transform)
+        start = time.perf_counter()
+        every = range(len(examples))
+        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer)
+    else:
+        start = time.perf_counter()
+        prompts = task.run(engine, model)
+    found = TaskResult(model, task, tuple(prompts), time.perf_counter() - start)
+    check_scores(found)
+    return found
+
+
+def task_prompts(
+    task: Task,
+    tokenizer: Any,
+    verifier: Callable[..., Any],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
+) -> list[Example]:
+    """Reads the prompts of a task.
+
+    Args:
+        task: the task.
+        tokenizer: the model's.
+        verifier: what will verify answers; the prompts must have the columns that it needs.
+        chat_template_kwargs: passed to the chat template; the task's own override them by name.
+        transform: maps a row's columns to new ones before the prompt is read.
+
+    Raises:
+        ValueError: there are no prompts, or they lack a column.
+    """
+    settings = {**(chat_template_kwargs or {}), **task.chat_template_kwargs}
     examples = read_prompts(
-        task.prompts,
-        tokenizer,
-        limit=task.limit,
-        chat_template_kwargs=task.chat_template_kwargs or None,
-        transform=transform,
+        task.prompts, tokenizer, limit=task.limit, chat_template_kwargs=settings or None, transform=transform
     )
     if not examples:
         raise ValueError(
             f"task {task.name!r} has no prompts: {task.prompts!r} is empty, or all of its rows are too long"
         )
-    _check_columns(task, verify, examples[0])
-    start, prompts = time.perf_counter(), []
-    for first in progress(range(0, len(examples), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
-        chunk = examples[first : first + _PROMPTS_AT_ONCE]
-        seeds = [[derive_seed(seed, first + n, s) for s in range(task.num_samples)] for n in range(len(chunk))]
+    _check_columns(task, verifier, examples[0])
+    return examples
+
+
+def answer_task(
+    task: Task,
+    engine: Engine,
+    examples: Sequence[Example],
+    numbers: Sequence[int],
+    verifier: Callable[..., Any],
+    *,
+    model: str = "model",
+    seed: int = 0,
+    scorer: Callable[..., Any] | None = None,
+) -> list[PromptResult]:
+    """Answers and verifies some of the prompts of a task.
+
+    Args:
+        task: the task.
+        engine: samples.
+        examples: all prompts of the task.
+        numbers: which of them to answer.
+        verifier: verifies the answers.
+        model: name of the model, for the progress bar.
+        seed: a sample is a function of this, the number of its prompt and its own number.
+        scorer: instead of the task's own.
+
+    Returns:
+        One result per number, in their order.
+    """
+    answering = engine if task.strategy is None else build_strategy(task.strategy, engine)
+    prompts: list[PromptResult] = []
+    for first in progress(range(0, len(numbers), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
+        chunk = numbers[first : first + _PROMPTS_AT_ONCE]
+        rows = [examples[number] for number in chunk]
+        seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
         groups = answer_prompts(
-            answering, chunk, verify, num_samples=task.num_samples, sampling=task.params, seeds=seeds
+            answering, rows, verifier, num_samples=task.num_samples, sampling=task.params, seeds=seeds
         )
-        prompts += [_prompt_result(example, group) for example, group in zip(chunk, groups, strict=True)]
-    found = TaskResult(model, task, tuple(prompts), time.perf_counter() - start)
-    if not found.scores:
-        raise ValueError(
-            f"the verifier of task {task.name!r} has no verdict for any answer of {model!r}: the prompts lack a column "
-            "that it reads"
-        )
-    return found
+        prompts += [_prompt_result(task, example, group) for example, group in zip(rows, groups, strict=True)]
+    return prompts if task.scorer is None else _scored(prompts, examples, numbers, scorer or build_reward(task.scorer))
+
+
+def _scored(
+    prompts: Sequence[PromptResult], examples: Sequence[Example], numbers: Sequence[int], scorer: Callable[..., Any]
+) -> list[PromptResult]:
+    """Adds a scorer's scores to the samples; ``None`` where it has none."""
+    pairs = [(examples[n], sample) for n, p in zip(numbers, prompts, strict=True) for sample in p.samples]
+    given = score_texts(scorer, [example for example, _ in pairs], [sample.text for _, sample in pairs])
+    scores = iter(check_verdicts([None if isinstance(value, Exception) else value for value in given], len(pairs)))
+    return [
+        replace(prompt, samples=tuple(replace(sample, score=next(scores)) for sample in prompt.samples))
+        for prompt in prompts
+    ]
+
+
+def check_scores(result: TaskResult) -> None:
+    """Refuses a result without any verdict.
+
+    Raises:
+        ValueError: no answer has one.
+    """
+    name, model = result.task.name, result.model
+    if result.scores:
+        return
+    if not isinstance(result.task, Task):
+        raise ValueError(f"{model!r} scores no row of task {name!r}: there are none, or all are too long for it")
+    raise ValueError(
+        f"the verifier of task {name!r} has no verdict for any answer of {model!r}: the prompts lack a column that it "
+        "reads"
+    )
 
 
 def _check_columns(task: Task, verifier: Callable[..., Any], example: Example) -> None:
-    """Refuses a verifier that must be given a column that the prompts lack."""
+    """Refuses a section, or a verifier that must be given a column, that the prompts lack."""
+    have = ", ".join(sorted(set(example.fields) - {"prompt"})) or "none"
+    if task.section is not None and task.section not in example.fields:
+        raise ValueError(f"the section of task {task.name!r} is the column {task.section!r}: its prompts have {have}")
     try:
         parameters = inspect.signature(verifier).parameters.values()
     except (TypeError, ValueError):  # nothing is known of it
@@ -177,11 +283,10 @@ def _check_columns(task: Task, verifier: Callable[..., Any], example: Example) -
     ]
     for name in required[2:] if required[:2] == ["prompts", "completions"] else ():
         if name not in example.fields:
-            have = ", ".join(sorted(set(example.fields) - {"prompt"})) or "none"
             raise ValueError(f"the verifier of task {task.name!r} reads the column {name!r}: its prompts have {have}")
 
 
-def _prompt_result(example: Example, group: Sequence[Answer]) -> PromptResult:
+def _prompt_result(task: Task, example: Example, group: Sequence[Answer]) -> PromptResult:
     samples = tuple(
         SampleResult(
             answer.completion.text,
@@ -191,7 +296,10 @@ def _prompt_result(example: Example, group: Sequence[Answer]) -> PromptResult:
         )
         for answer in group
     )
-    return PromptResult(example.row_id, example.fields.get("prompt"), samples)
+    section = None if task.section is None else example.fields.get(task.section)
+    return PromptResult(
+        example.row_id, example.fields.get("prompt"), samples, None if section is None else str(section)
+    )
 
 
 def _candidates(models: Sequence[str | Path] | Mapping[str, Any]) -> list[_Candidate]:
@@ -225,7 +333,7 @@ def short_names(places: Sequence[str | Path]) -> list[str]:
     return ["/".join(names) for names in parts]
 
 
-def _part(folder: Path, candidate: _Candidate, task: Task, seed: int, dtype: str) -> Path | None:
+def _part(folder: Path, candidate: _Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
     """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
     if not isinstance(candidate.place, str | Path):
         return None

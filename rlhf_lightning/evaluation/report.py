@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from ..utils.files import check_names, json_line, listed_names, mark, write_atomically
+from ..utils.files import check_names, listed_names, mark, write_atomically
+from .history import HISTORY, remember
 from .results import PairedResult, TaskResult, compare_all
 
-RESULTS, PAGE, HISTORY = "results.json", "report.html", "history.jsonl"
+RESULTS, PAGE = "results.json", "report.html"
 _NAMES = (RESULTS, PAGE, HISTORY)
 _KIND = "evaluation"
 # Prompts that the page shows of each task; those on which models differ come first.
@@ -69,10 +68,10 @@ class Report:
         return next(fitting, None)
 
     def table(self) -> str:
-        """Formats accuracies, intervals, estimates at k and comparisons as a Markdown table."""
+        """Formats accuracies, intervals, scores over sections, estimates at k and comparisons as a Markdown table."""
         lines = [
-            "| task | model | right | 95 % interval | pass@k | maj@k | difference | p |",
-            "|---|---|---:|---:|---:|---:|---:|---:|",
+            "| task | model | right | 95 % interval | score | pass@k | maj@k | best@k | difference | p |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for task in self.tasks:
             for found in (result for result in self.results if result.task.name == task):
@@ -80,15 +79,16 @@ class Report:
         return "\n".join(lines)
 
     def _cells(self, found: TaskResult) -> list[str]:
-        metrics, most = found.metrics, found.task.num_samples
-        at_k = [f"{metrics[name]:.1%} (k={most})" if (name := f"{kind}@{most}") in metrics else "" for kind in _AT_K]
+        metrics = found.metrics
+        at_k = [_largest_k(metrics, kind) for kind in _AT_K]
         paired = self.comparison(found.model, found.task.name)
         difference, p_value = "", ""
         if paired is not None:
             of = paired.comparison
             difference, p_value = f"{of.difference:+.1%} ({of.low:+.1%} to {of.high:+.1%})", f"{of.p_value:.3g}"
         interval = f"{metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}"
-        return [f"{metrics['accuracy']:.1%}", interval, *at_k, difference, p_value]
+        score = f"{metrics['score']:.1%}" if "score" in metrics else ""
+        return [f"{metrics['accuracy']:.1%}", interval, score, *at_k, difference, p_value]
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values: metrics and comparisons first, then every sample."""
@@ -146,24 +146,9 @@ class Report:
         place.mkdir(parents=True, exist_ok=True)
         mark(place, _KIND, {*listed_names(place, _KIND), *_NAMES})
         write_atomically(place / RESULTS, json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n")
-        self._remember(place / HISTORY)
+        remember(place / HISTORY, self.results, self.suite, self.seed)
         write_atomically(place / PAGE, self.page())
         return place / PAGE
-
-    def _remember(self, path: Path) -> None:
-        """Appends a line per result that the history does not have."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        known = {json.loads(line)["id"] for line in lines}
-        for result in self.results:
-            name = _identity(result.as_dict())
-            if name not in known:
-                lines.append(json_line(self._record(name, result)).rstrip("\n"))
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
-
-    def _record(self, name: str, result: TaskResult) -> dict[str, Any]:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        where = {"suite": self.suite, "task": result.task.name, "model": result.model, "seed": self.seed}
-        return {"id": name, "time": now, **where, "metrics": result.metrics}
 
     def page(self) -> str:
         """Makes the HTML page: the table, all metrics, and completions of the same prompts side by side."""
@@ -185,6 +170,11 @@ class Report:
             "options": {name: value for name, value in found[0].task.as_dict().items() if value not in (None, {}, [])},
             "rows": rows,
             "metrics": [(name, [result.metrics.get(name) for result in found]) for name in names],
+            "sections": [
+                (name.removeprefix("section/"), [result.metrics.get(name) for result in found])
+                for name in names
+                if name.startswith("section/") or name == "score"
+            ],
             "prompts": self._side_by_side(found),
         }
 
@@ -196,21 +186,19 @@ class Report:
         rows = sorted(rows, key=lambda row: _spread(scores[row]), reverse=True)[:_SHOWN]
         shown = []
         for row in rows:
-            texts = [prompts[row].samples[0].text for prompts in by_row]
+            texts = [result.task.shown(prompts[row]) for result, prompts in zip(found, by_row, strict=True)]
             answers = [{"score": score, "text": text} for score, text in zip(scores[row], texts, strict=True)]
             shown.append({"prompt": _as_text(by_row[0][row].prompt), "answers": answers})
         return shown
 
 
-_AT_K = ("pass", "maj")
+_AT_K = ("pass", "maj", "best")
 
 
-def _identity(written: Mapping[str, Any]) -> str:
-    """Names a result by all that it holds but the seconds that it took."""
-    text = json.dumps(
-        {name: value for name, value in written.items() if name != "seconds"}, sort_keys=True, default=str
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _largest_k(metrics: Mapping[str, float], kind: str) -> str:
+    """Formats an estimate at the largest k that it was made for; empty without one."""
+    ks = [int(name.removeprefix(f"{kind}@")) for name in metrics if name.startswith(f"{kind}@")]
+    return f"{metrics[f'{kind}@{max(ks)}']:.1%} (k={max(ks)})" if ks else ""
 
 
 def _spread(scores: list[float | None]) -> float:

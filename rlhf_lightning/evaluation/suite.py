@@ -1,89 +1,25 @@
-"""Suites of evaluation tasks: named prompts, how they are answered, and what verifies the answers."""
+"""Suites of evaluation tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..inference import SamplingParams
 from ..utils import yaml_parser
 from ..utils.messages import did_you_mean
 from ..utils.packaged_configs import nearest_config, packaged_config
-from ..utils.validation import check_count
+from ..utils.validation import check_choice
+from .row_tasks import FirstErrorTask, PreferenceTask
+from .tasks import Task
 
-_EXACT = "rlhf_lightning.rewards.exact_answer"
-_GREEDY = {"temperature": 0.0, "max_new_tokens": 256}
-_SAMPLED = {"temperature": 1.0, "max_new_tokens": 256}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One set of prompts and its verifier.
-
-    Args:
-        name: what results call it.
-        prompts: a source of ``PromptDataModule``: a file, folder, hub id or task such as ``sums:prompts?split=test``.
-        verifier: a reward function: a dotted path, or ``class_path`` and ``init_args``.
-        num_samples: completions per prompt, at least 1; with several, pass@k and maj@k are estimated.
-        sampling: settings of ``SamplingParams`` without a seed; greedy for one sample, at temperature 1 for several.
-        strategy: a search instead of plain sampling; as in ``inference.build_strategy``.
-        limit: number of prompts to read; all by default.
-        success: least reward of a right answer.
-        votes: whether answers can be compared, for maj@k and the share of unique answers: they need a final
-            answer that ``data.answer_key`` reads.
-        chat_template_kwargs: passed to the chat template; the rows' own take precedence.
-
-    Raises:
-        ValueError: an option out of its range.
-
-    Example:
-        >>> Task(name="sums", prompts="sums:prompts?rows=8", num_samples=6).ks
-        (1, 2, 4, 6)
-    """
-
-    name: str
-    prompts: str | list[str]
-    verifier: str | dict[str, Any] = _EXACT
-    num_samples: int = 1
-    sampling: dict[str, Any] = field(default_factory=dict)
-    strategy: str | dict[str, Any] | None = None
-    limit: int | None = None
-    success: float = 0.5
-    votes: bool = True
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip() or "/" in self.name:
-            raise ValueError(f"the name of a task is {self.name!r}; write a text without '/', such as arithmetic")
-        check_count("num_samples", self.num_samples, "1 answers greedily")
-        if self.limit is not None:
-            check_count("limit", self.limit, "null reads all prompts")
-        allowed = [f.name for f in fields(SamplingParams) if f.name != "seed"]
-        for key in self.sampling:
-            if key not in allowed:
-                raise ValueError(f"sampling of task {self.name!r} has no key {key!r}{did_you_mean(str(key), allowed)}")
-        if self.num_samples > 1 and self.strategy is None and self.params.temperature == 0:
-            raise ValueError(
-                f"task {self.name!r} draws {self.num_samples} samples at temperature 0, which are all equal: raise "
-                "sampling.temperature, or set num_samples to 1"
-            )
-
-    @property
-    def params(self) -> SamplingParams:
-        """The settings of its samples."""
-        return SamplingParams(**(_GREEDY if self.num_samples == 1 else _SAMPLED) | self.sampling)
-
-    @property
-    def ks(self) -> tuple[int, ...]:
-        """The k of pass@k and maj@k: powers of two, and the number of samples."""
-        powers = [2**n for n in range(self.num_samples.bit_length()) if 2**n <= self.num_samples]
-        return tuple(dict.fromkeys([*powers, self.num_samples]))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns its options."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+AnyTask = Task | PreferenceTask | FirstErrorTask
+_KINDS: dict[str, type[AnyTask]] = {
+    "answers": Task,
+    PreferenceTask.kind: PreferenceTask,
+    FirstErrorTask.kind: FirstErrorTask,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +35,7 @@ class Suite:
     """
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[AnyTask, ...]
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -113,8 +49,9 @@ class Suite:
         """Reads a suite.
 
         Args:
-            source: a suite, a mapping with ``name`` and ``tasks`` (a list of the options of ``Task``), or a YAML file
-                with one, such as ``configs/suites/arithmetic.yaml``.
+            source: a suite, a mapping with ``name`` and ``tasks``, or a YAML file with one, such as
+                ``configs/suites/arithmetic.yaml``. A task is a mapping of the options of ``Task``; with ``kind:
+                preferences`` those of ``PreferenceTask``, with ``kind: first_errors`` those of ``FirstErrorTask``.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -137,20 +74,37 @@ class Suite:
         if not isinstance(source, Mapping) or not isinstance(source.get("tasks"), Sequence | None):
             raise ValueError(f"{where}a suite is a mapping with name and tasks, a list; got {source!r:.80}")
         _check_keys(source, ("name", "tasks"), f"{where}the suite")
-        tasks = [_task(written, where) for written in source.get("tasks") or ()]
+        tasks = [task_of(written, where) for written in source.get("tasks") or ()]
         return cls(name=str(source.get("name", "suite")), tasks=tuple(tasks))
 
 
-def _task(written: Any, where: str) -> Task:
-    if isinstance(written, Task):
+def task_of(written: Any, where: str = "") -> AnyTask:
+    """Makes a task of its options.
+
+    Args:
+        written: a mapping; or a task, which is returned.
+        where: begins the messages of errors.
+
+    Raises:
+        ValueError: an unknown kind or key, or one that is missing.
+
+    Example:
+        >>> task_of({"kind": "preferences", "name": "pairs", "rows": "pairs.jsonl"}).limit is None
+        True
+    """
+    if isinstance(written, AnyTask):
         return written
     if not isinstance(written, Mapping):
         raise ValueError(f"{where}a task is {written!r:.80}; write a mapping with name, prompts and verifier")
-    _check_keys(written, [f.name for f in fields(Task)], f"{where}task {written.get('name')!r}")
-    for key in ("name", "prompts"):
-        if not written.get(key):
+    options = dict(written)
+    kind = options.pop("kind", "answers")
+    check_choice(f"{where}kind of task {written.get('name')!r}", kind, _KINDS)
+    made = _KINDS[kind]
+    _check_keys(options, [f.name for f in fields(made)], f"{where}task {written.get('name')!r}")
+    for key in ("name", "prompts" if made is Task else "rows"):
+        if not options.get(key):
             raise ValueError(f"{where}task {written.get('name')!r} has no {key}: write it")
-    return Task(**written)
+    return made(**options)
 
 
 def _check_keys(written: Mapping[str, Any], allowed: Sequence[str], what: str) -> None:

@@ -252,9 +252,6 @@ def result_of(candidates: Sequence[Candidate], chosen: int, account: Account) ->
     )
 
 
-# Estimates from one set of samples.
-
-
 def probability_of_lead(first: int, second: int) -> float:
     """Returns the probability that an answer with ``first`` votes is more frequent than one with ``second``.
 
@@ -264,41 +261,6 @@ def probability_of_lead(first: int, second: int) -> float:
     """
     trials = first + second + 1
     return float(sum(math.comb(trials, j) for j in range(first + 1)) / 2**trials)
-
-
-def expected_best(scores: Sequence[float], values: Sequence[float] | None = None) -> list[float]:
-    r"""Estimates, without bias, what best-of-n gives for every n up to the number of samples, from one set of samples.
-
-    With the scores in ascending order, :math:`E[\max] = \sum_i \binom{i-1}{n-1} / \binom{N}{n}\, r_{(i)}`: the mean
-    over all subsets of n samples.
-
-    Args:
-        scores: of N independent samples of one prompt, by which the best is chosen.
-        values: of the same samples, such as 1 for right ones: the result is then the expected value of the chosen
-            sample; ties are broken at random. By default the scores themselves.
-
-    Returns:
-        N numbers, for n = 1 to N.
-
-    Example:
-        >>> expected_best([1.0, 0.0, 2.0])
-        [1.0, 1.6666666666666667, 2.0]
-    """
-    order = sorted(range(len(scores)), key=lambda place: scores[place])
-    chosen = [scores[place] if values is None else values[place] for place in order]
-    # Samples of equal score are equally likely to be the chosen one.
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and scores[order[end]] == scores[order[start]]:
-            end += 1
-        chosen[start:end] = [sum(chosen[start:end]) / (end - start)] * (end - start)
-        start = end
-    count = len(scores)
-    return [
-        sum(math.comb(i, n - 1) * value for i, value in enumerate(chosen)) / math.comb(count, n)
-        for n in range(1, count + 1)
-    ]
 
 
 def best_of_n_kl(n: int, probabilities: Sequence[float] | None = None) -> float:

@@ -1,7 +1,6 @@
-"""Estimates from n samples per prompt of what k samples would reach: pass@k and maj@k without bias.
+"""Estimates from n samples per prompt of what k samples would reach, without bias: pass@k, maj@k, and the best of k.
 
-Both are means over all subsets of k of the n samples, so that one set of samples gives the whole curve over k. The
-score of the best of k by a scorer is ``inference.selection.expected_best``.
+All are means over all subsets of k of the n samples, so that one set of samples gives the whole curve over k.
 """
 
 from __future__ import annotations
@@ -84,6 +83,52 @@ def majority_at_k(answers: Sequence[Hashable | None], values: Sequence[float], k
     possible = [v for v in range(1, largest + 1) if silent + sum(min(count, v) for count, _ in classes) >= k]
     ways = sum(_worth_of_winners(classes, silent, k, votes) for votes in possible)
     return float(ways / math.comb(len(answers), k))
+
+
+def expected_best(scores: Sequence[float], values: Sequence[float] | None = None) -> list[float]:
+    r"""Estimates, without bias, what best-of-n gives for every n up to the number of samples, from one set of samples.
+
+    With the scores in ascending order, :math:`E[\max] = \sum_i \binom{i-1}{n-1} / \binom{N}{n}\, r_{(i)}`: the mean
+    over all subsets of n samples.
+
+    Args:
+        scores: of N independent samples of one prompt, by which the best is chosen.
+        values: of the same samples, such as 1 for right ones: the result is then the expected value of the chosen
+            sample; ties are broken at random. By default the scores themselves.
+
+    Returns:
+        N numbers, for n = 1 to N.
+
+    Example:
+        >>> expected_best([1.0, 0.0, 2.0])
+        [1.0, 1.6666666666666667, 2.0]
+    """
+    order = sorted(range(len(scores)), key=lambda place: scores[place])
+    chosen = [scores[place] if values is None else values[place] for place in order]
+    # Samples of equal score are equally likely to be the chosen one.
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and scores[order[end]] == scores[order[start]]:
+            end += 1
+        chosen[start:end] = [sum(chosen[start:end]) / (end - start)] * (end - start)
+        start = end
+    count = len(scores)
+    return [
+        sum(math.comb(i, n - 1) * value for i, value in enumerate(chosen)) / math.comb(count, n)
+        for n in range(1, count + 1)
+    ]
+
+
+def usual_ks(num_samples: int) -> tuple[int, ...]:
+    """Returns the k of a curve over k: powers of two, and the number of samples.
+
+    Example:
+        >>> usual_ks(6)
+        (1, 2, 4, 6)
+    """
+    powers = [2**n for n in range(num_samples.bit_length()) if 2**n <= num_samples]
+    return tuple(dict.fromkeys([*powers, num_samples]))
 
 
 def _worth_of_winners(classes: Sequence[tuple[int, float]], silent: int, k: int, votes: int) -> float:

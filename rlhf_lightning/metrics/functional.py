@@ -1,6 +1,6 @@
 """Formulas of the metrics: pure functions of all values of a batch.
 
-Shapes: B values, K attributes, M steps, S sequences, N bins.
+Shapes: B values, K attributes, M steps, S sequences, N bins or tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,18 +37,73 @@ def expected_calibration_error(confidence_B: Tensor, correct_B: Tensor, num_bins
         >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([1, 0, 1, 0]), num_bins=10)
         tensor(0.2500, dtype=torch.float64)
     """
+    return error_of_bins(calibration_bins(confidence_B, correct_B, num_bins))
+
+
+def calibration_bins(confidence_B: Tensor, correct_B: Tensor, num_bins: int) -> Tensor:
+    """Counts predictions by confidence, in bins of equal width.
+
+    Args:
+        confidence_B: in [0, 1].
+        correct_B: whether the prediction was right, the same shape.
+        num_bins: N, at least 1.
+
+    Returns:
+        (3, N), fp64: number of predictions, sum of confidences, number of right ones.
+
+    Raises:
+        ValueError: shapes that differ, or a confidence outside [0, 1].
+    """
     check_same_shape("B", confidence_B=confidence_B, correct_B=correct_B)
     confidence_B = confidence_B.detach().double()
     outside = ~((confidence_B >= 0) & (confidence_B <= 1))
     if outside.any():
         raise ValueError(f"a confidence is {confidence_B[outside][0].item():.4g}, outside [0, 1]: give probabilities")
 
-    # Per bin: number of values, sum of confidences, number of hits. The last bin includes 1.
+    # The last bin includes 1.
     bins_B = (confidence_B * num_bins).long().clamp(max=num_bins - 1)
     values_3B = torch.stack([torch.ones_like(confidence_B), confidence_B, correct_B.double()])
-    count_N, confidence_N, correct_N = values_3B.new_zeros(3, num_bins).index_add(1, bins_B, values_3B)
+    return values_3B.new_zeros(3, num_bins).index_add(1, bins_B, values_3B)
+
+
+def error_of_bins(bins_3N: Tensor) -> Tensor:
+    """Computes the expected calibration error of ``calibration_bins``, which may be added up before."""
+    count_N, confidence_N, correct_N = bins_3N
     error: Tensor = (confidence_N - correct_N).abs().sum() / count_N.sum()
     return error
+
+
+def token_divergences(log_p_NV: Tensor, log_q_NV: Tensor, target_ids_N: Tensor) -> Tensor:
+    r"""Computes how far two distributions are apart at each token, over the whole vocabulary and at the token itself.
+
+    Args:
+        log_p_NV: log-probabilities of the model; ``-inf`` for what is impossible.
+        log_q_NV: of the reference.
+        target_ids_N: the tokens x.
+
+    Returns:
+        (6, N), fp64: :math:`\sum_v p_v (\log p_v - \log q_v)`, the same with p and q exchanged, k1
+        :math:`= \log p(x) - \log q(x)`, k3 :math:`= q(x)/p(x) - 1 - \log(q(x)/p(x))`, :math:`\log p(x)`,
+        :math:`\log q(x)`.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Example:
+        >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+        >>> [round(float(value), 4) for value in token_divergences(p, q, torch.tensor([0]))[:2, 0]]
+        [0.1438, 0.1308]
+    """
+    check_same_shape("NV", log_p_NV=log_p_NV, log_q_NV=log_q_NV)
+    own, other = (logs.gather(1, target_ids_N[:, None])[:, 0].double() for logs in (log_p_NV, log_q_NV))
+    difference = log_p_NV - log_q_NV
+    # What has no probability adds nothing, whatever the other thinks of it.
+    forward, reverse = (
+        torch.where(logs == -torch.inf, 0.0, logs.exp() * gap).sum(1, dtype=torch.float64)
+        for logs, gap in ((log_p_NV, difference), (log_q_NV, -difference))
+    )
+    k3 = torch.expm1(other - own) - (other - own)
+    return torch.stack((forward, reverse, own - other, k3, own, other))
 
 
 def attribute_correlation(rewards_BK: Tensor, ratings_BK: Tensor) -> Tensor:
@@ -145,10 +200,31 @@ def first_error_f1(predicted_S: Tensor, expected_S: Tensor) -> FirstError:
         >>> first_error_f1(torch.tensor([1, 2, -1]), torch.tensor([1, 0, -1])).f1
         tensor(0.6667, dtype=torch.float64)
     """
+    return f1_of_counts(first_error_counts(predicted_S, expected_S))
+
+
+def first_error_counts(predicted_S: Tensor, expected_S: Tensor) -> Tensor:
+    """Counts sequences with an error, those of them whose first error was found, and the same without an error.
+
+    Args:
+        predicted_S: step numbers, ``NO_ERROR`` for none.
+        expected_S: the same shape.
+
+    Returns:
+        (4,), int64: with an error, found; without an error, none predicted.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
     check_same_shape("S", predicted_S=predicted_S, expected_S=expected_S)
     has_error, is_hit = expected_S != NO_ERROR, predicted_S == expected_S
-    with_error = (has_error & is_hit).sum().double() / has_error.sum()
-    without_error = (~has_error & is_hit).sum().double() / (~has_error).sum()
+    return torch.stack([has_error.sum(), (has_error & is_hit).sum(), (~has_error).sum(), (~has_error & is_hit).sum()])
+
+
+def f1_of_counts(counts_4: Tensor) -> FirstError:
+    """Computes the F1 of ``first_error_counts``, which may be added up before."""
+    errors, found, sound, passed = counts_4.double()
+    with_error, without_error = found / errors, passed / sound
     total = with_error + without_error
     f1 = torch.where(total == 0, 0.0, 2 * with_error * without_error / total)
     return FirstError(f1, with_error, without_error)

@@ -107,6 +107,36 @@ def mean_interval(values: Values, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def share_interval(count: int, total: float, squares: float, level: float = 0.95) -> Interval:
+    """Computes the interval of a mean of shares, from their number, their sum and the sum of their squares.
+
+    Wilson's where every share is 0 or 1 (only then both sums are equal); otherwise Student's, cut off at 0 and 1; the
+    whole range for a single share in between.
+
+    Args:
+        count: number of shares, at least 1.
+        total: their sum.
+        squares: sum of their squares.
+        level: of confidence, in (0, 1).
+
+    Raises:
+        ValueError: no shares, or a level out of its range.
+
+    Example:
+        >>> share_interval(10, 8.0, 8.0) == wilson_interval(8, 10), share_interval(1, 0.25, 0.0625)
+        (True, Interval(value=0.25, low=0.0, high=1.0))
+    """
+    check_count("count", count, "an interval needs at least one share")
+    if squares == total:
+        return wilson_interval(round(total), count, level)
+    mean = total / count
+    if count == 1:
+        return Interval(mean, 0.0, 1.0)
+    error = math.sqrt(max(0.0, squares - total * mean) / (count - 1) / count)
+    half = student_quantile(0.5 + _checked_level(level) / 2, count - 1) * error
+    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
 def student_quantile(probability: float, degrees: int) -> float:
     """Returns the value that Student's t distribution stays below with this probability.
 

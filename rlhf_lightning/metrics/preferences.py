@@ -15,9 +15,9 @@ def length_controlled_win_rate(outcomes: Values, length_differences: Values, *, 
 
     Paper: Dubois et al., 2024 (arXiv:2404.04475), the regression of two models without the difficulty of prompts,
     which takes many models to fit: :math:`P(\text{win}) = \sigma(\theta + \phi \tanh(d / \text{std}(d)))` with the
-    difference d of lengths; the rate is :math:`\sigma(\theta)`. Fitted by Newton's method to the cross-entropy with
-    outcomes in [0, 1], plus ``ridge`` times the squares of both coefficients, which keeps them finite where one model
-    always wins.
+    difference d of lengths and its sample deviation; the rate is :math:`\sigma(\theta)`. Fitted by Newton's method to
+    the cross-entropy with outcomes in [0, 1], plus ``ridge`` times the squares of both coefficients, which keeps them
+    finite where one model always wins.
 
     Args:
         outcomes: 1 for a win, 0 for a loss, 1/2 for a tie, or a probability; at least two.
@@ -33,7 +33,7 @@ def length_controlled_win_rate(outcomes: Values, length_differences: Values, *, 
     Example:
         >>> outcomes, differences = [1, 1, 1, 0, 0, 1], [40, 55, 60, -50, -45, -2]
         >>> round(length_controlled_win_rate(outcomes, differences, ridge=0.01), 2)
-        0.65
+        0.69
     """
     check_same_length(outcomes=outcomes, length_differences=length_differences)
     check_positive("ridge", ridge, "0.0001 is usual")
@@ -42,7 +42,7 @@ def length_controlled_win_rate(outcomes: Values, length_differences: Values, *, 
         raise ValueError(f"there are {len(wins)} outcomes; a regression needs at least two")
     if not ((wins >= 0) & (wins <= 1)).all():
         raise ValueError(f"an outcome is {wins[~((wins >= 0) & (wins <= 1))][0]}; it must be in [0, 1]")
-    spread = lengths.std()
+    spread = lengths.std(ddof=1)
     columns = np.stack([np.ones_like(wins), np.tanh(lengths / spread) if spread > 0 else np.zeros_like(wins)], axis=1)
 
     def loss(weights: np.ndarray) -> float:

@@ -11,7 +11,13 @@ from statistics import fmean, median, pstdev
 from ..utils.validation import check_count
 
 
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """Returns all n-grams of a text, in order.
+
+    Example:
+        >>> ngrams("The cat sat", 2)
+        [('the', 'cat'), ('cat', 'sat')]
+    """
     words = text.lower().split()
     return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
@@ -36,7 +42,7 @@ def distinct_n(texts: Iterable[str], n: int) -> float:
         0.6666666666666666
     """
     check_count("n", n, "1 and 2 are usual")
-    found = [ngram for text in texts for ngram in _ngrams(text, n)]
+    found = [ngram for text in texts for ngram in ngrams(text, n)]
     return len(set(found)) / len(found) if found else float("nan")
 
 
@@ -58,7 +64,7 @@ def repetition(text: str, n: int = 3) -> float:
         0.25
     """
     check_count("n", n, "3 is usual")
-    found = _ngrams(text, n)
+    found = ngrams(text, n)
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 

@@ -4,7 +4,9 @@ from .answer_only import AnswerOnlyReward
 from .code_tests import CodeTestsReward
 from .constitution import ConstitutionReward, Principle
 from .exact_answer import exact_answer
+from .exact_text import exact_text
 from .format import FormatReward
+from .instructions import InstructionReward
 from .judge_panel import JudgePanel
 from .judges import EngineJudge, ModelJudge
 from .learned import ProcessModelReward, ProcessModelSteps, RewardModelReward
@@ -20,6 +22,7 @@ __all__ = [
     "ConstitutionReward",
     "EngineJudge",
     "FormatReward",
+    "InstructionReward",
     "JudgePanel",
     "LengthReward",
     "MathAnswerReward",
@@ -36,5 +39,6 @@ __all__ = [
     "StaticCodeChecks",
     "StepReward",
     "exact_answer",
+    "exact_text",
     "resolve_reward",
 ]

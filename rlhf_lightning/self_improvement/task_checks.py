@@ -40,11 +40,10 @@ class Verdicts(OptionGroup):
 
     def run(self, engine: Engine, seed: int) -> Finding:
         """Answers and verifies the task."""
-        found = run_task(_task(self.task), engine, seed=seed)
+        task = _task(self.task)
+        found = run_task(task, engine, seed=seed)
         accuracy = found.accuracy
-        wrong = [
-            s.text for p in found.prompts for s in p.samples if s.reward is not None and s.reward < found.task.success
-        ]
+        wrong = [s.text for p in found.prompts for s in p.samples if s.reward is not None and s.reward < task.success]
         detail = f"{accuracy.value:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}] of the answers to task "
         detail += f"{found.task.name!r} are right; at least {self.min_accuracy:.1%} are needed"
         return at_least(f"verdicts of {found.task.name}", accuracy, self.min_accuracy, detail, wrong)

@@ -192,7 +192,10 @@ def test_stepwise_labels_are_true_until_the_first_error(slips):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("sumz:prompts", "unknown task 'sumz' in 'sumz:prompts': allowed are sums, gsm8k, recall"),
+        (
+            "sumz:prompts",
+            "unknown task 'sumz' in 'sumz:prompts': allowed are sums, gsm8k, recall, copying, instructions",
+        ),
         (
             "sums:pairs",
             "unknown contract 'pairs' in 'sums:pairs': allowed are demonstrations, preference, unpaired, stepwise, "

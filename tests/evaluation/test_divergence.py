@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from rlhf_lightning.evaluation import divergence, mean_interval, own_samples
+from rlhf_lightning.evaluation import divergence, logits, mean_interval, own_samples
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.models.own_attention import set_attention
 from rlhf_lightning.sequences import Example, Segment
@@ -35,7 +34,7 @@ def rows() -> list[Example]:
 @pytest.mark.parametrize("budget", [1, 8192])
 @pytest.mark.filterwarnings("ignore:.*above micro_batch_tokens")
 def test_it_is_the_definition(arch: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module(divergence.__module__), "_ENTRIES", 300)  # a few tokens at a time
+    monkeypatch.setattr(logits, "_ENTRIES", 300)  # a few tokens at a time
     model, reference = (tiny_model(arch, seed=n, dtype=torch.float64).eval() for n in (0, 1))
     close = partial(pytest.approx, rel=1e-9)
     if arch == "gemma2":

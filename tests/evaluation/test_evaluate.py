@@ -20,6 +20,7 @@ from rlhf_lightning.evaluation import (
     compare,
     evaluate,
     mean_interval,
+    read_history,
     run_task,
     wilson_interval,
 )
@@ -72,6 +73,22 @@ def test_several_samples_have_pass_and_majority_at_k(tmp_path: Path) -> None:
     assert metrics["unique_answers"] == pytest.approx(fmean([1 / 4, 1 / 2, 1, 1 / 4]))
 
 
+def test_the_best_of_several_by_a_scorer(tmp_path: Path) -> None:
+    def score(prompts: Any, completions: list[str]) -> list[float | Exception]:
+        return [ValueError("empty") if not text else float(len(text)) for text in completions]
+
+    task = Task(name="sums", prompts=write_rows(tmp_path), num_samples=2, scorer="rlhf_lightning.rewards.exact_answer")
+    # The longer one is right; both are equally long; the longer one is wrong; one has no score.
+    found = run_task(task, engine(["#9", "so #1"], ["#2", "#9"], ["#3", "so #9"], ["#4", ""]), scorer=score)
+    assert [sample.score for sample in found.prompts[0].samples] == [2.0, 5.0]
+    assert found.metrics["best@1"] == 0.5
+    assert found.metrics["best@2"] == pytest.approx(fmean([1, 0.5, 0]))
+    assert found.metrics["pass@2"] == 1
+    own = run_task(task, engine(["#9", "#1"], *RIGHT[1:]))  # by the verifier itself
+    assert own.metrics["best@2"] == 1
+    assert TaskResult.read(json.loads(json.dumps(own.as_dict()))) == own
+
+
 def test_the_interval_of_a_share_stays_within_its_range(tmp_path: Path) -> None:
     task = Task(name="sums", prompts=write_rows(tmp_path), num_samples=2)
     low = run_task(task, engine(["#1", "#9"], *WRONG[1:])).accuracy
@@ -121,8 +138,10 @@ def test_a_report_is_saved_read_and_remembered(tmp_path: Path) -> None:
     assert "&lt;b&gt;" in page
     assert "<script>" not in page
     evaluate(models, suite, output=out, seed=2)
-    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    assert [(line["model"], line["metrics"]["accuracy"]) for line in history] == [("base", 0.0), ("<b>", 0.875)]
+    history = read_history(out)
+    assert [(entry.model, entry.metrics["accuracy"]) for entry in history] == [("base", 0.0), ("<b>", 0.875)]
+    assert [list(entry.scores.values()) for entry in history] == [[0.0] * 4, [0.5, 1.0, 1.0, 1.0]]
+    assert history[1].compare(history[0], seed=2) == report.comparison("<b>", "sums")
     evaluate(models, suite, output=out, seed=3)
     assert len((out / "history.jsonl").read_text().splitlines()) == 2  # equal samples, whatever the seed: the same
 

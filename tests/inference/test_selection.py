@@ -23,8 +23,9 @@ from rlhf_lightning.inference import (
     build_strategy,
     generate,
 )
-from rlhf_lightning.inference.selection import best_of_n_kl, expected_best, probability_of_lead
+from rlhf_lightning.inference.selection import best_of_n_kl, probability_of_lead
 from rlhf_lightning.inference.strategy import Scores
+from rlhf_lightning.metrics.at_k import expected_best
 
 from ..helpers import char_tokenizer, save_tiny_model
 

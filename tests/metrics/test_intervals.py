@@ -12,6 +12,7 @@ from rlhf_lightning.metrics.intervals import (
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    share_interval,
     student_quantile,
     wilson_interval,
 )
@@ -87,6 +88,29 @@ def test_the_same_seed_gives_the_same_result_and_swapped_models_the_opposite() -
 def test_equal_models_differ_by_nothing() -> None:
     found = paired_bootstrap([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
     assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_means_and_shares_of_samples_cover_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(6)
+    means, shares = 0, 0
+    for _ in range(2000):
+        found = mean_interval(draw.normal(2.0, 3.0, 12))
+        means += found.low <= 2.0 <= found.high
+        # Eight samples of 60 prompts that are more or less difficult: samples of one prompt are not independent.
+        right = draw.binomial(8, draw.beta(0.8, 1.2, 60)) / 8
+        found = share_interval(60, right.sum(), (right * right).sum())
+        shares += found.low <= 0.4 <= found.high
+    assert 0.93 <= means / 2000 <= 0.97
+    assert 0.93 <= shares / 2000 <= 0.97
+
+
+def test_the_interval_of_shares_is_that_of_their_values() -> None:
+    values = np.array([0.25, 0.5, 1.0, 0.0, 0.75])
+    found, expected = share_interval(5, values.sum(), (values * values).sum()), mean_interval(values)
+    assert (found.low, found.high) == pytest.approx((max(0, expected.low), min(1, expected.high)))
+    assert share_interval(7, 3.0, 3.0) == wilson_interval(3, 7)
+    with pytest.raises(ValueError, match="count is 0"):
+        share_interval(0, 0.0, 0.0)
 
 
 @pytest.mark.slow

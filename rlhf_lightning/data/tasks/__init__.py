@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from . import gsm8k, recall, sums
+from . import copying, gsm8k, instructions, recall, sums
 from .query import Query
 
 __all__ = ["is_task", "open_task"]
@@ -15,6 +15,8 @@ _LOADERS: dict[str, Callable[[str, Query], list[dict[str, Any]]]] = {
     "sums": sums.load,
     "gsm8k": gsm8k.load,
     "recall": recall.load,
+    "copying": copying.load,
+    "instructions": instructions.load,
 }
 # `name:contract`, and neither a URL (`hf://...`), nor a path, nor a Windows drive (`C:rows.jsonl`).
 _SCHEME = re.compile(r"[A-Za-z]\w+:[^/\\?]*(\?.*)?", re.DOTALL)
@@ -39,13 +41,14 @@ def open_task(source: str) -> list[dict[str, Any]]:
     """Makes the rows of a task.
 
     Args:
-        source: ``"<task>:<contract>?key=value&..."``. Tasks: ``sums`` and ``recall`` (generated) and ``gsm8k``
-            (read from a folder). Contracts: ``demonstrations``, ``preference``, ``unpaired``, ``stepwise``,
-            ``prompts``. The keys are those of :func:`sums.load`, :func:`recall.load` and :func:`gsm8k.load`; values are
-            percent-encoded as in a URL, but ``+`` is itself.
+        source: ``"<task>:<contract>?key=value&..."``. Tasks: ``sums``, ``recall``, ``copying`` and ``instructions``
+            (generated) and ``gsm8k`` (read from a folder). Contracts: ``demonstrations``, ``preference``, ``unpaired``,
+            ``stepwise``, ``prompts``. The keys are those of the task's ``load``; values are percent-encoded as in a
+            URL, but ``+`` is itself.
 
     Returns:
-        One dictionary per row, with the columns of the contract and ``answer``, the right final answer.
+        One dictionary per row, with the columns of the contract and what a verifier reads: ``answer``, the right final
+        answer, or ``constraints``.
 
     Raises:
         ValueError: for an unknown task, contract, key or value.
