@@ -47,10 +47,11 @@ class ContextDataModule(SFTDataModule):
         if not isinstance(context, str):
             raise wrong_type(context, "context", "a string")
         tokens = np.asarray(prompt_tokens(self.tokenizer, context))
-        return [
-            Example(each.row_id, Segment(tokens, None, [self._continued(each.root)]), each.fields | {"context": context})
-            for each in super().make_examples(row_id, rest)
-        ]
+        examples = []
+        for each in super().make_examples(row_id, rest):
+            root = Segment(tokens, None, [self._continued(each.root)])
+            examples.append(Example(each.row_id, root, {**each.fields, "context": context}))
+        return examples
 
     def _continued(self, root: Segment) -> Segment:
         """Takes the tokens that open every text from a tree that comes after a context."""

@@ -22,7 +22,8 @@ class ContextPrompts:
     Args:
         engine: encodes prompts without a context.
         prompts: strings, or token ids.
-        contexts: one for each prompt: text, token ids, a compressed context, or ``None``. Equal ones are compressed once.
+        contexts: one for each prompt: text, token ids, a compressed context, or ``None``. Equal ones are compressed
+            once.
         compressor: compresses texts and token ids.
 
     Raises:
@@ -44,8 +45,7 @@ class ContextPrompts:
             if context is None:
                 self._keys.append(0)
                 continue
-            given = isinstance(context, CompressedContext)
-            content: Any = id(context) if given else tuple(self._tokens(context, number))
+            content: Any = id(context) if isinstance(context, CompressedContext) else self._tokens(context, number)
             key = known.setdefault(content, -1 - len(known))
             self._keys.append(key)
             if isinstance(context, CompressedContext):
@@ -81,12 +81,12 @@ class ContextPrompts:
         limit: int = self._engine.token_limit((*[0] * skipped, *prompt), requested)
         return limit
 
-    def _tokens(self, context: str | Sequence[int], number: int) -> list[int]:
+    def _tokens(self, context: str | Sequence[int], number: int) -> tuple[int, ...]:
         if not isinstance(context, str):
-            return [int(token) for token in context]
+            return tuple(int(token) for token in context)
         if self.tokenizer is None:
             raise ValueError(f"context {number} is the string {context[:40]!r}: without a tokenizer, give token ids")
-        return prompt_tokens(self.tokenizer, context) if context else []
+        return tuple(prompt_tokens(self.tokenizer, context)) if context else ()
 
     def _following(self, prompt: str | Sequence[int], number: int) -> list[int]:
         tokens = list(self._engine.encode(prompt, number))

@@ -305,10 +305,14 @@ class LocalEngine:
         model = base_model(self.model)
         if self._cache_kind == "paged" or self._speculation is not None:
             other = "cache='paged'" if self._cache_kind == "paged" else "speculation"
-            raise ValueError(f"contexts are given with {other}: use the caches 'dynamic', 'static' or 'int8' without it")
+            raise ValueError(
+                f"contexts are given with {other}: use the caches 'dynamic', 'static' or 'int8' without it"
+            )
         with torch.no_grad(), evaluating(self.model), using_attention(model, register_attention()):
             if not Decoder(self.model).agrees_in_rows():
-                raise ValueError(f"{type(model).__name__} cannot be given compressed contexts: use prompts without them")
+                raise ValueError(
+                    f"{type(model).__name__} cannot be given compressed contexts: use prompts without them"
+                )
         return ContextPrompts(self, prompts, contexts, self.compressor)
 
     def _run(

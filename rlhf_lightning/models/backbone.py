@@ -109,7 +109,9 @@ def hidden_states(
         output = decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False, **options)
         hidden = HiddenStates(output.last_hidden_state, padded.start)
     else:
-        given = {"input_ids": batch.input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
+        given = (
+            {"input_ids": batch.input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
+        )
         output = decoder(
             **given,
             position_ids=batch.position_ids[None],

@@ -134,7 +134,7 @@ def check_entries(model: nn.Module) -> Any:
     base = base_model(model)
     if not is_switchable(base):
         raise ValueError(
-            f"{type(base).__name__} has an attention of its own, which cannot be given compressed contexts: use a model "
-            "whose layers look up their attention by name"
+            f"{type(base).__name__} has an attention of its own, which cannot be given compressed contexts: use a "
+            "model whose layers look up their attention by name"
         )
     return base

@@ -25,12 +25,13 @@ class CompressorWeights(nn.Module):
     Args:
         model: the decoder.
         num_slots: slots of a segment; there is one embedding for each, and a last one that begins a reconstruction.
+        pooled: whether slots attend to the tokens that they stand for, by queries that begin at zero.
         rank: of the changes that the encoder makes to each linear layer; 0 makes none.
         seed: of the initial weights: embeddings of slots are drawn with the mean and the deviation of the decoder's,
             and changes begin at zero.
     """
 
-    def __init__(self, model: nn.Module, num_slots: int, rank: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, num_slots: int, rank: int, seed: int, *, pooled: bool = False) -> None:
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(seed)
         embedding: Any = base_model(model).get_input_embeddings()
@@ -39,6 +40,7 @@ class CompressorWeights(nn.Module):
         with torch.no_grad():
             known = embedding(ids)
         self.slots = nn.Parameter(self._drawn((num_slots + 1, known.shape[1]), known, generator))
+        self.queries = nn.Parameter(torch.zeros_like(self.slots[:-1])) if pooled else None
 
         self.inner, self.outer = nn.ParameterDict(), nn.ParameterDict()
         for name, layer in linear_layers(model) if rank else ():
@@ -52,12 +54,38 @@ class CompressorWeights(nn.Module):
         noise = torch.randn(shape, generator=generator, device="cpu").to(like)
         return like.mean(0) + noise * like.std(0)
 
-    def embed(self, model: nn.Module, input_ids: Tensor, slots: Tensor) -> Tensor:
-        """Embeds tokens and slots: ``(T,), (T,) -> (T, D)``; slots are numbers, -1 at tokens."""
+    def embed(
+        self, model: nn.Module, input_ids: Tensor, slots: Tensor, groups: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Embeds tokens and slots: ``(T,), (T,) -> (T, D)``.
+
+        Args:
+            model: the decoder.
+            input_ids: tokens; not read at slots.
+            slots: numbers of slots, -1 at tokens.
+            groups: places of tokens, and of the slots that stand for them: adds the tokens' mean to the slot, weighted
+                by the softmax of ``q . x / sqrt(D)`` where there are queries.
+        """
         embedding: Any = base_model(model).get_input_embeddings()
         states: Tensor = embedding(input_ids)
         own = F.embedding(slots.clamp(min=0), self.slots).to(states.dtype)
+        if groups is not None:
+            own = own + self._pooled(states, slots, *groups)
         return torch.where((slots >= 0)[:, None], own, states)
+
+    def _pooled(self, states: Tensor, slots: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """Averages the embeddings of each slot's tokens: ``(T, D) -> (T, D)``, 0 elsewhere."""
+        chosen = F.embedding(tokens, states)
+        if self.queries is None:
+            weights = torch.ones_like(chosen[:, 0])
+        else:
+            queries = F.embedding(slots[places], self.queries).to(chosen.dtype)
+            scores = (queries * chosen).sum(-1) / chosen.shape[1] ** 0.5
+            # The largest of each slot is taken off, which changes no weight.
+            largest = scores.new_full((len(states),), -torch.inf).scatter_reduce(0, places, scores, "amax").detach()
+            weights = (scores - largest[places]).exp()
+        total = weights.new_zeros(len(states)).index_add(0, places, weights)
+        return torch.zeros_like(states).index_add(0, places, chosen * (weights / total[places])[:, None])
 
     def change(self, name: str, inputs: Tensor) -> Tensor:
         """Computes what the encoder adds to the output of a layer."""

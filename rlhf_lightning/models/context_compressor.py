@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Literal, Self, get_args
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from ..sequences import AttentionKernel, SequenceBatch, SummaryLayout, register_attention
 from ..utils.files import check_replaceable, on_first_rank
 from ..utils.keywords import refuse_unknown
+from ..utils.transfer import to_device
+from ..utils.validation import check_choice
 from .adapters import locate_base
 from .backbone import HiddenStates, evaluating, hidden_states, num_positions, token_stats
 from .compressed_context import CompressedContext, LayerStates, check_entries, run_after
@@ -36,6 +39,11 @@ from .saving import replace_folder, save_pretrained
 OPTIONS_FILE, WEIGHTS_FILE = "compressor.json", "compressor.safetensors"
 
 
+Pooling = Literal["none", "mean", "attention"]
+
+POOLINGS: Final[tuple[Pooling, ...]] = get_args(Pooling)
+
+
 @dataclass(frozen=True)
 class CompressorOptions(SummaryLayout):
     """Options of a compressor, which are stored with it: those of ``SummaryLayout`` and its encoder's.
@@ -43,12 +51,16 @@ class CompressorOptions(SummaryLayout):
     Args:
         encoder_rank: rank of low-rank changes to the decoder's linear layers, which apply to contexts alone (Ge et al.,
             2023, arXiv:2307.06945); 0: the decoder itself reads them.
+        pooling: added to a slot's embedding: ``"none"``; ``"mean"``: the mean of the embeddings of the ``ratio`` tokens
+            that it stands for; or ``"attention"``: their mean weighted by the slot's attention, whose query is learned.
     """
 
     encoder_rank: int = 0
+    pooling: Pooling = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("pooling", self.pooling, POOLINGS)
         if isinstance(self.encoder_rank, bool) or not isinstance(self.encoder_rank, int) or self.encoder_rank < 0:
             raise ValueError(f"encoder_rank is {self.encoder_rank!r}; it must be a whole number of at least 0 (16)")
 
@@ -111,7 +123,8 @@ class ContextCompressor(nn.Module):
         check_entries(model)
         self.options = CompressorOptions() if options is None else options
         self.model: Any = model
-        self.weights = CompressorWeights(model, self.options.num_slots, self.options.encoder_rank, seed)
+        pooled = self.options.pooling == "attention"
+        self.weights = CompressorWeights(model, self.options.num_slots, self.options.encoder_rank, seed, pooled=pooled)
         self.tokenizer = tokenizer
         self.source = source
         self._identity = decoder_identity(model)
@@ -208,7 +221,7 @@ class ContextCompressor(nn.Module):
         if batch.slots is None or batch.encoded is None:
             with self.encoding(None):
                 return hidden_states(self.model, batch, "packed")
-        embeds = self.weights.embed(self.model, batch.input_ids, batch.slots)
+        embeds = self._embedded(batch, batch.slots)
         with self.encoding(batch.encoded):
             return hidden_states(self.model, batch, "packed", embeds)
 
@@ -218,9 +231,24 @@ class ContextCompressor(nn.Module):
         if batch.slots is None or batch.encoded is None:
             with self.encoding(None):
                 return token_stats(self.model, batch, "packed", **options)
-        embeds = self.weights.embed(self.model, batch.input_ids, batch.slots)
+        embeds = self._embedded(batch, batch.slots)
         with self.encoding(batch.encoded):
             return token_stats(self.model, batch, "packed", inputs_embeds=embeds, **options)
+
+    def _embedded(self, batch: SequenceBatch, slots: Tensor) -> Tensor:
+        segments, groups = batch.geometry.segments, []
+        if self.options.pooling != "none":
+            for start, length, _ in (segments[number] for number in batch.geometry.shown):
+                own = batch.host["slots"][start : start + length]
+                groups.append(np.stack(self.options.stands_for(own)) + start)
+        return self._embed(batch.input_ids, slots, groups)
+
+    def _embed(self, input_ids: Tensor, slots: Tensor, groups: Sequence[np.ndarray]) -> Tensor:
+        """Embeds tokens and slots; groups are those of ``stands_for``, of each segment."""
+        if not groups:
+            return self.weights.embed(self.model, input_ids, slots)
+        tokens, places = to_device({"groups": np.concatenate(groups, axis=1)}, slots.device)["groups"]
+        return self.weights.embed(self.model, input_ids, slots, (tokens, places))
 
     # Use: segment by segment.
 
@@ -269,8 +297,9 @@ class ContextCompressor(nn.Module):
             ids, slots = (torch.from_numpy(array).to(self.device) for array in (tokens, numbers))
             positions = (depth - 1 + (slots < 0).cumsum(0)).clamp(min=0)
             depth += int((numbers < 0).sum())
+            groups = [] if self.options.pooling == "none" else [np.stack(self.options.stands_for(numbers))]
             with self.encoding(True):
-                _, new = run_after(self.model, seen, self.weights.embed(self.model, ids, slots), positions)
+                _, new = run_after(self.model, seen, self._embed(ids, slots, groups), positions)
             # Of the segment, its summaries stay.
             chosen = (slots >= 0).nonzero().squeeze(1)
             summaries = [(keys[:, chosen], values[:, chosen]) for keys, values in new]

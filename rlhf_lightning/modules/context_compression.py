@@ -1,4 +1,4 @@
-"""Context compression: a compressor is trained so that answers given its summaries are those given the whole context."""
+"""Context compression: trains a compressor so that answers given its summaries are those given the whole context."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..models.backbone import evaluating, hidden_states, scored_stats
 from ..models.context_compressor import (
     CompressorOptions,
     ContextCompressor,
+    Pooling,
     compressor_kind,
     decoder_source,
     stored_options,
@@ -57,6 +58,7 @@ class ContextCompressionModule(PostTrainingModule):
         placement: ``"interleaved"``: a slot after every ``ratio`` tokens; ``"end"``: all slots after the segment.
         encoder_rank: rank of changes to the decoder's linear layers that apply to contexts alone; 0: the decoder
             itself reads contexts.
+        pooling: added to a slot's embedding: ``"none"``, ``"mean"`` or ``"attention"`` over the tokens it stands for.
         train_decoder: train the decoder's weights as well; else the summaries and the encoder's changes alone.
         continuation_coef: a, at least 0: weight of the answers' negative log-likelihood.
         kl_coef: b, at least 0: weight of the divergence from the initial model given the whole context.
@@ -87,6 +89,7 @@ class ContextCompressionModule(PostTrainingModule):
         recurrence: Recurrence = "accumulate",
         placement: Placement = "interleaved",
         encoder_rank: int = 16,
+        pooling: Pooling = "none",
         train_decoder: bool = False,
         continuation_coef: float = 1.0,
         kl_coef: float = 0.0,
@@ -94,7 +97,7 @@ class ContextCompressionModule(PostTrainingModule):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        options = CompressorOptions(ratio, segment_length, recurrence, placement, encoder_rank)
+        options = CompressorOptions(ratio, segment_length, recurrence, placement, encoder_rank, pooling)
         coefficients = {
             "continuation_coef": continuation_coef,
             "kl_coef": kl_coef,
@@ -172,8 +175,8 @@ class ContextCompressionModule(PostTrainingModule):
         if self.autoencoding_coef > 0:
             if positions is not None and 2 * len(context) > positions:
                 raise ValueError(
-                    f"row {example.row_id} has a context of {len(context)} tokens, and to reconstruct it the model needs "
-                    f"{2 * len(context)} positions, not {positions}: use shorter contexts, or autoencoding_coef=0"
+                    f"row {example.row_id} has a context of {len(context)} tokens, and to reconstruct it the model "
+                    f"needs {2 * len(context)} positions, not {positions}: use shorter contexts, or autoencoding_coef=0"
                 )
             children.append(self._reconstruction(context))
         fields = {**example.fields, FULL: example.root}

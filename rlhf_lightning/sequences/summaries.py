@@ -86,6 +86,19 @@ class SummaryLayout:
             places = np.minimum(np.arange(1, count + 1) * self.ratio, len(tokens))
         return np.insert(tokens, places, 0), np.insert(np.full(len(tokens), -1), places, np.arange(count))
 
+    def stands_for(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the places of a segment's tokens, and for each the place of the slot that stands for it.
+
+        Args:
+            slots: numbers of the segment's slots, -1 at tokens.
+
+        Example:
+            >>> SummaryLayout(ratio=2, segment_length=4).stands_for(np.array([-1, -1, 0, -1, 1]))
+            (array([0, 1, 3]), array([2, 2, 4]))
+        """
+        tokens, places = np.flatnonzero(slots < 0), np.flatnonzero(slots >= 0)
+        return tokens, places[np.arange(len(tokens)) // self.ratio]
+
     def tree(self, context: npt.ArrayLike, children: Sequence[Segment]) -> Segment:
         """Makes the tree of a context, as the segments that come after it see it.
 

@@ -20,7 +20,9 @@ PROMPTS = [[30, 31, 32], [33], [34, 35], [36, 37, 38, 39, 40]]
 
 
 def made(arch: str, **options: Any) -> ContextCompressor:
-    compressor = ContextCompressor(tiny_model(arch), CompressorOptions(ratio=2, segment_length=8, encoder_rank=2, **options))
+    compressor = ContextCompressor(
+        tiny_model(arch), CompressorOptions(ratio=2, segment_length=8, encoder_rank=2, **options)
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in compressor.weights.outer.values():

@@ -299,6 +299,7 @@ PACKED: dict[str, Method] = {
         ContextCompressionModule,
         contexts,
         {"ratio": 4, "segment_length": 8, "recurrence": "replace", "placement": "end", "encoder_rank": 0}
+        | {"pooling": "attention"}
         | {"train_decoder": True, "kl_coef": 2.0, "continuation_coef": 0.5},
     ),
 }

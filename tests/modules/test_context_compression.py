@@ -44,7 +44,9 @@ def logits_after(model: Any, context: Any, tokens: list[int], position: int, fir
     mask = mask.masked_fill(~torch.ones_like(mask, dtype=torch.bool).tril(before), -torch.inf)
     start = position - (first is not None)
     positions = torch.arange(start, start + len(embeds))[None]
-    output = model(inputs_embeds=embeds[None], position_ids=positions, attention_mask=mask[None, None], past_key_values=cache)
+    output = model(
+        inputs_embeds=embeds[None], position_ids=positions, attention_mask=mask[None, None], past_key_values=cache
+    )
     return output.logits[0].log_softmax(-1)
 
 
@@ -98,7 +100,9 @@ def test_losses_and_gradients_are_naive_ones(folder: str, recurrence: Any) -> No
 
     # The same weights on another model of the folder.
     model = naive_model(folder)
-    compressor = ContextCompressor(model, CompressorOptions(ratio=2, segment_length=6, recurrence=recurrence, encoder_rank=2))
+    compressor = ContextCompressor(
+        model, CompressorOptions(ratio=2, segment_length=6, recurrence=recurrence, encoder_rank=2)
+    )
     start = {name.removeprefix("weights."): value for name, value in seen.items() if name.startswith("weights.")}
     compressor.weights.to(torch.float64).load_state_dict(start)
 
@@ -129,7 +133,9 @@ def test_losses_and_gradients_are_naive_ones(folder: str, recurrence: Any) -> No
 
 def test_a_trained_decoder_diverges_from_the_initial_one(folder: str) -> None:
     rows = contexts(4)
-    module = ContextCompressionModule(folder, train_decoder=True, kl_coef=1.0, **SMALL, optimizer=partial(torch.optim.SGD, lr=0.1))
+    module = ContextCompressionModule(
+        folder, train_decoder=True, kl_coef=1.0, **SMALL, optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
     run = trainer(max_steps=2, num_sanity_val_steps=0)
     run.fit(module, Batches(ExampleBatch(rows), ExampleBatch(rows)))
     [reference] = module.references
@@ -139,7 +145,10 @@ def test_a_trained_decoder_diverges_from_the_initial_one(folder: str) -> None:
 
 
 def test_the_divergence() -> None:
-    logits, full = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64), torch.tensor([[2.0, 0.0, 0.5]], dtype=torch.float64)
+    logits, full = (
+        torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64),
+        torch.tensor([[2.0, 0.0, 0.5]], dtype=torch.float64),
+    )
     p, q = logits[0].exp() / logits[0].exp().sum(), full[0].exp() / full[0].exp().sum()
     by_hand = sum(float(b * (b / a).log()) for a, b in zip(p, q, strict=True))
     assert float(full_context_kl(logits, full_logits_NV=full)) == pytest.approx(by_hand, rel=1e-12)
@@ -167,7 +176,11 @@ def test_export_and_further_training(folder: str, tmp_path: Path) -> None:
     loaded = ContextCompressor.from_pretrained(tmp_path / "compressor")
     context = list(range(5, 25))
     expected, found = (c.compress([context])[0].states for c in (module.compressor, loaded))
-    assert all(torch.equal(a, b) for mine, theirs in zip(expected, found, strict=True) for a, b in zip(mine, theirs, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for mine, theirs in zip(expected, found, strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    )
 
     # What a folder holds is trained further: before the first step, its loss is that of the run that wrote it.
     again = ContextCompressionModule(str(tmp_path / "compressor"), **SMALL)
@@ -175,7 +188,7 @@ def test_export_and_further_training(folder: str, tmp_path: Path) -> None:
     after = trainer("32-true").validate(again, ContextDataModule(val=ROWS, global_batch_size=3), verbose=False)[0]
     assert after == before
     other = ContextCompressionModule(str(tmp_path / "compressor"), **(SMALL | {"segment_length": 8}))
-    with pytest.raises(ValueError, match="segment_length is 8, and the compressor in .* was trained with 6: set"):
+    with pytest.raises(ValueError, match=r"segment_length is 8, and the compressor in .* was trained with 6: set"):
         other.configure_model()
 
     # With a trained decoder, the folder holds it.
@@ -229,7 +242,9 @@ def test_bad_rows(folder: str) -> None:
     with pytest.raises(ValueError, match="row rows:3 has no context to compress: give it the column context"):
         module.validate_batch(ExampleBatch([plain]))
     long = Example("rows:4", Segment([5] * 70, children=(Segment([7], [0], (Segment([8], [1]),)),)), {"context": ""})
-    with pytest.raises(ValueError, match="row rows:4 has a context of 70 tokens, and to reconstruct it the model needs 140"):
+    with pytest.raises(
+        ValueError, match="row rows:4 has a context of 70 tokens, and to reconstruct it the model needs 140"
+    ):
         module.validate_batch(ExampleBatch([long]))
     with pytest.raises(ValueError, match="does not take the rows of SFTDataModule: use ContextDataModule"):
         module.validate_batch(ExampleBatch([plain], contract="SFTDataModule"))
@@ -239,4 +254,3 @@ def test_bad_rows(folder: str) -> None:
         ContextDataModule(tokenizer=folder).make_examples("rows:0", {"context": [1], "prompt": "a", "completion": "b"})
     with pytest.raises(ValueError, match="on_too_long"):
         ContextDataModule(tokenizer=folder, on_too_long="truncate_start")
-
