@@ -10,7 +10,8 @@ from .backbone import (
     token_stats,
 )
 from .compressed_context import CompressedContext, Compressor, context_states
-from .context_compressor import CompressorOptions, ContextCompressor
+from .compressor_options import CompressorOptions
+from .context_compressor import ContextCompressor
 from .fused_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .layout import resolve_layout
 from .loading import load_adapted_lm, load_adapted_tokenizer, load_causal_lm, load_tokenizer

@@ -6,11 +6,11 @@ Legend: T tokens, D hidden size.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,64 +18,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..sequences import AttentionKernel, SequenceBatch, SummaryLayout, register_attention
+from ..sequences import ATTENTION_NAMES, AttentionKernel, SequenceBatch, register_attention
 from ..utils.files import check_replaceable, on_first_rank
 from ..utils.keywords import refuse_unknown
 from ..utils.transfer import to_device
-from ..utils.validation import check_choice
 from .adapters import locate_base
-from .backbone import HiddenStates, evaluating, hidden_states, num_positions, token_stats
+from .backbone import HiddenStates, base_model, evaluating, hidden_states, num_positions, token_stats
 from .compressed_context import CompressedContext, LayerStates, check_entries, run_after
+from .compressor_options import CompressorOptions
 from .compressor_weights import CompressorWeights, Encoding
 from .decoder_identity import decoder_identity, difference
 from .fused_head import TokenStats
 from .layout import resolve_layout
 from .loading import load_causal_lm, load_tokenizer, locate
-from .own_attention import using_attention
+from .own_attention import attention_of, using_attention
 from .reward_head import stored_file, whole
 from .safetensors_io import read_json, read_weights
 from .saving import replace_folder, save_pretrained
 
 OPTIONS_FILE, WEIGHTS_FILE = "compressor.json", "compressor.safetensors"
-
-
-Pooling = Literal["none", "mean", "attention"]
-
-POOLINGS: Final[tuple[Pooling, ...]] = get_args(Pooling)
-
-
-@dataclass(frozen=True)
-class CompressorOptions(SummaryLayout):
-    """Options of a compressor, which are stored with it: those of ``SummaryLayout`` and its encoder's.
-
-    Args:
-        encoder_rank: rank of low-rank changes to the decoder's linear layers, which apply to contexts alone (Ge et al.,
-            2023, arXiv:2307.06945); 0: the decoder itself reads them.
-        pooling: added to a slot's embedding: ``"none"``; ``"mean"``: the mean of the embeddings of the ``ratio`` tokens
-            that it stands for; or ``"attention"``: their mean weighted by the slot's attention, whose query is learned.
-    """
-
-    encoder_rank: int = 0
-    pooling: Pooling = "none"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("pooling", self.pooling, POOLINGS)
-        if isinstance(self.encoder_rank, bool) or not isinstance(self.encoder_rank, int) or self.encoder_rank < 0:
-            raise ValueError(f"encoder_rank is {self.encoder_rank!r}; it must be a whole number of at least 0 (16)")
-
-    def check_stored(self, stored: Mapping[str, Any], folder: str | Path) -> None:
-        """Checks that the options are those of a stored compressor.
-
-        Raises:
-            ValueError: one differs.
-        """
-        for name, value in asdict(self).items():
-            if value != stored[name]:
-                raise ValueError(
-                    f"{name} is {value!r}, and the compressor in {str(folder)!r} was trained with {stored[name]!r}: "
-                    f"set {name} to that"
-                )
 
 
 class ContextCompressor(nn.Module):
@@ -143,7 +104,7 @@ class ContextCompressor(nn.Module):
         seed: int = 0,
         **options: Any,
     ) -> Self:
-        """Loads a stored compressor with its model, or makes a new one for a model; in evaluation mode.
+        """Loads a stored compressor with its model, or makes a new one for a model; its weights are frozen.
 
         Args:
             folder: folder or hub id of a compressor, or of a model without one.
@@ -180,7 +141,8 @@ class ContextCompressor(nn.Module):
         if stored:
             compressor.load_weights(place)
         compressor.weights.to(next(model.parameters()).device)
-        compressor.requires_grad_(False).eval()
+        compressor.weights.requires_grad_(False)
+        compressor.train(model.training)
         return compressor if device is None else compressor.to(device)
 
     @property
@@ -195,8 +157,15 @@ class ContextCompressor(nn.Module):
             ValueError: it does not, so that it cannot have a compressor.
         """
         if not self._runs_packed:
-            resolve_layout(self.model, "packed")
+            with self._registered():
+                resolve_layout(self.model, "packed")
             self._runs_packed = True
+
+    def _registered(self) -> AbstractContextManager[None]:
+        """Runs a model that was loaded with another attention with the registered one, within the context."""
+        base = base_model(self.model)
+        loaded_so = attention_of(base) in ATTENTION_NAMES.values()
+        return nullcontext() if loaded_so else using_attention(base, register_attention())
 
     # Training: packed forests.
 
@@ -219,20 +188,20 @@ class ContextCompressor(nn.Module):
         """Runs the decoder over a packed batch whose contexts have slots, as ``options.tree`` makes them."""
         self.check_runs_packed()
         if batch.slots is None or batch.encoded is None:
-            with self.encoding(None):
+            with self.encoding(None), self._registered():
                 return hidden_states(self.model, batch, "packed")
         embeds = self._embedded(batch, batch.slots)
-        with self.encoding(batch.encoded):
+        with self.encoding(batch.encoded), self._registered():
             return hidden_states(self.model, batch, "packed", embeds)
 
     def token_stats(self, batch: SequenceBatch, **options: Any) -> TokenStats:
         """Computes log-probabilities of a batch's scored tokens, see ``models.token_stats``."""
         self.check_runs_packed()
         if batch.slots is None or batch.encoded is None:
-            with self.encoding(None):
+            with self.encoding(None), self._registered():
                 return token_stats(self.model, batch, "packed", **options)
         embeds = self._embedded(batch, batch.slots)
-        with self.encoding(batch.encoded):
+        with self.encoding(batch.encoded), self._registered():
             return token_stats(self.model, batch, "packed", inputs_embeds=embeds, **options)
 
     def _embedded(self, batch: SequenceBatch, slots: Tensor) -> Tensor:
@@ -269,17 +238,17 @@ class ContextCompressor(nn.Module):
         Raises:
             ValueError: a context has no tokens, tokens that the model lacks, or more than the model has positions.
         """
-        base = check_entries(self.model)
         self.check_runs_packed()
         for number, context in enumerate(contexts):
             self._check(number, context)
-        with self._bare(), evaluating(self), using_attention(base, register_attention()):
+        with self._bare(), evaluating(self), self._registered():
             return [self._compressed(context) for context in contexts]
 
     def _check(self, number: int, context: Sequence[int]) -> None:
         if not len(context):
             raise ValueError(f"context {number} has no tokens: leave it out, or give it one")
-        vocabulary = int(check_entries(self.model).get_input_embeddings().weight.shape[0])
+        embedding: Any = base_model(self.model).get_input_embeddings()
+        vocabulary = int(embedding.weight.shape[0])
         wrong = next((token for token in context if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise ValueError(f"context {number} has the token {wrong}: the model's tokens are 0 to {vocabulary - 1}")

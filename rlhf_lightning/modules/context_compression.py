@@ -19,10 +19,9 @@ from ..losses.context_compression import full_context_kl
 from ..losses.sft import nll
 from ..models import FrozenReference, num_positions, output_head
 from ..models.backbone import evaluating, hidden_states, scored_stats
+from ..models.compressor_options import CompressorOptions, Pooling
 from ..models.context_compressor import (
-    CompressorOptions,
     ContextCompressor,
-    Pooling,
     compressor_kind,
     decoder_source,
     stored_options,

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_lightning.models import load_causal_lm
 from rlhf_lightning.models.backbone import decoder_of, fix_rotary_frequencies, token_stats
 from rlhf_lightning.models.compressed_context import context_states
+from rlhf_lightning.models.compressor_options import CompressorOptions
 from rlhf_lightning.models.compressor_weights import linear_layers
-from rlhf_lightning.models.context_compressor import CompressorOptions, ContextCompressor
+from rlhf_lightning.models.context_compressor import ContextCompressor
 from rlhf_lightning.models.loading import _enable_checkpointing
 from rlhf_lightning.models.own_attention import set_attention, using_attention
 from rlhf_lightning.sequences import Example, Segment, pack, register_attention

@@ -96,7 +96,11 @@ def test_losses_and_gradients_are_naive_ones(folder: str, recurrence: Any) -> No
     run.fit(module, Batches(ExampleBatch(rows)))
     gradient = {name: seen[name] - p.detach() for name, p in module.named_parameters()}
     assert all(float(g.norm()) == 0 for name, g in gradient.items() if name.startswith("model."))
-    assert all(float(g.norm()) > 0 for name, g in gradient.items() if name.startswith("weights."))
+    # In the last layer, keys and values are all that later tokens see of a context.
+    unseen = ("h-1-attn-c_proj", "h-1-mlp-c_fc", "h-1-mlp-c_proj")
+    for name, value in gradient.items():
+        if name.startswith("weights."):
+            assert (float(value.norm()) > 0) == (not name.endswith(unseen)), name
 
     # The same weights on another model of the folder.
     model = naive_model(folder)
