@@ -40,7 +40,7 @@ class ContextPrompts:
         self.table: dict[int, CompressedContext] = {}
 
         known: dict[Any, int] = {}
-        waiting: dict[int, tuple[list[int], list[int]]] = {}  # a context's tokens, and those that follow
+        waiting: dict[int, tuple[list[int], list[int]]] = {}  # tokens of contexts, and of prompts
         for number, context in enumerate(contexts):
             if context is None:
                 self._keys.append(0)

@@ -57,7 +57,7 @@ class CompressedContext:
 
 
 class Compressor(Protocol):
-    """Interface of compressors: learned ones, and those that keep a part of a context."""
+    """Interface of compressors: learned ones, and others that keep a part of a context."""
 
     def compress(
         self, contexts: Sequence[Sequence[int]], queries: Sequence[Sequence[int]] | None = None

@@ -182,7 +182,6 @@ class _Node:
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
-        self.tokens = segment.tokens
         self.start = 0  # in the layout
         self.children: dict[bytes, _Node] = {}
 
@@ -220,11 +219,11 @@ class _Layout:
 
     def place(self, node: _Node, parent: int = -1, depth: int = 0) -> None:
         """Lays out a node after its ancestors, then its children."""
-        node.start, length, number = self.size, len(node.tokens), len(self.segments)
+        node.start, length, number = self.size, len(node.segment.tokens), len(self.segments)
         slots = np.full(length, -1) if node.segment.slots is None else node.segment.slots
         # A slot has the position of the token before it.
         positions = depth - 1 + np.cumsum(slots < 0)
-        self.tokens.append(node.tokens)
+        self.tokens.append(node.segment.tokens)
         self.slots.append(slots)
         self.positions.append(np.maximum(positions, 0))
         self.segments.append((node.start, length, parent))
@@ -238,7 +237,7 @@ class _Layout:
         """Records a sequence: its paths, and the tokens that it scores on them."""
         number = len(self.example)
         for tokens, weights, nodes in turns:
-            flat = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in nodes])
+            flat = np.concatenate([np.arange(node.start, node.start + len(node.segment.tokens)) for node in nodes])
             # A token is predicted from the one before it on its path.
             scored = np.flatnonzero(weights)
             if len(scored) and scored[0] == 0:
@@ -291,7 +290,7 @@ def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
     everything = _Node(Segment([0]))  # no segment: its children are the roots
     found: list[tuple[list[_Turn], int]] = []
 
-    # First pass: merge the trees. Nothing has a position yet, since a later example may add to an earlier prefix.
+    # First pass: merge the trees. Nothing has a position yet: a later example may add to an earlier prefix.
     for number, example in enumerate(examples):
         for sequence in example.root.sequences():
             turns: list[_Turn] = []
