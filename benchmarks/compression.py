@@ -5,9 +5,9 @@
     python benchmarks/compression.py --only costs                  # memory and time at 4,096 tokens
 
 Runs configs/pipelines/recall.yaml, which trains a model with the whole context in view and then a compressor of each
-ratio for it; stages that are finished are not repeated. Every compressor is measured on the same held-out rows: accuracy
-of greedy answers, in all and by the quarter of the context in which the fact lies. Costs are those of an untrained model
-of the same sizes, each in a process of its own. The exit status says whether all requirements hold.
+ratio for it; stages that are finished are not repeated. Every compressor is measured on the same held-out rows:
+accuracy of greedy answers, in all and by the quarter of the context in which the fact lies. Costs are those of an
+untrained model of the same sizes, each in a process of its own. The exit status says whether all requirements hold.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def build(name: str, ratio: int, model: Any, tokenizer: Any, folder: Path | None
     if name == LEARNED and folder is not None:
         return build_compressor(str(folder), model, tokenizer)
     if name == LEARNED:
-        from rlhf_lightning.models import ContextCompressor
-        from rlhf_lightning.models.context_compressor import CompressorOptions
+        from rlhf_lightning.models import CompressorOptions, ContextCompressor
 
         return ContextCompressor(model, CompressorOptions(ratio=ratio, segment_length=128))
     if name == FULL:

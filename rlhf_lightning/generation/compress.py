@@ -13,7 +13,7 @@ from ..data.text_tokens import encode, prompt_tokens
 from ..evaluation.answers import load_verifier
 from ..inference import LocalEngine, SamplingParams, derive_seed
 from ..inference.specs import build_compressor, compressor_spec
-from ..models.compressed_context import CompressedContext
+from ..models import CompressedContext
 from ..rewards.exact_answer import check_verdicts
 from ..utils.files import json_line, json_values, write_atomically
 from ..utils.validation import check_count

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from ..data.text_tokens import decode, prompt_tokens
-from ..models import decoder_of, evaluating
-from ..models.compressed_context import CompressedContext, check_entries, context_states
+from ..models import CompressedContext, context_states, decoder_of, evaluating
+from ..models.compressed_context import check_entries
 from ..models.own_attention import EAGER, using_attention
 from ..utils.validation import check_choice, check_count
 from .engine import Engine, LocalEngine

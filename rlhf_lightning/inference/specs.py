@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..models import ContextCompressor
 from ..models.loading import locate
 from ..models.reward_head import read_head_options
 from ..utils.imports import load_attribute
@@ -211,8 +212,7 @@ def build_compressor(spec: Any, model: Any, tokenizer: Any) -> Any:
     written = compressor_spec(spec)
     cls, options = _read(written, "compressor")
     if written["class_path"] == _LEARNED:
-        learned: Any = cls
-        return learned.from_pretrained(options["compressor"], model=model)
+        return ContextCompressor.from_pretrained(options["compressor"], model=model)
     given = (model, tokenizer) if "tokenizer" in inspect.signature(cls).parameters else (model,)
     return cls(*given, **options)
 
