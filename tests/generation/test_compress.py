@@ -119,6 +119,9 @@ def test_stage_of_a_pipeline(model, rows, tmp_path):
     assert record["metrics"]["rows"] == len(found) == 7
     assert record["metrics"]["accuracy"] == pytest.approx(sum(row["reward"] for row in found) / 7)
     assert set(record["inputs"]) >= {model, rows}
+    accuracy = f"accuracy {record['metrics']['accuracy']:.1%}"
+    page = (tmp_path / "run/report.html").read_text()
+    assert f"7 contexts, {record['metrics']['ratio']:.3g} tokens per entry that is kept, {accuracy}" in page
 
     # Unchanged it is not run again; with other rows it is.
     main(["pipeline", "--config", str(file)])
@@ -155,12 +158,12 @@ def test_names_of_compressors():
         ),
         (["--compressor=truncation", "--limit=0"], "limit is 0; it must be a whole number of at least 1"),
         (["--compressor=truncation", "--sampling.seed=1"], "sampling.seed is 1: write seed"),
-        (["--compressor=truncation", "--columns.prompt=number"], "prompt is 5; it must be a text"),
+        (["--compressor=truncation", "--columns={prompt: number, old: prompt}"], "prompt is 5; it must be a text"),
     ],
 )
 def test_errors(model, tmp_path, capsys, further, message):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"context": "a=1", "question": "a?", "number": 5}) + "\n")
+    file.write_text(json.dumps({"context": "a=1", "prompt": "a?", "number": 5}) + "\n")
     output = tmp_path / "out.jsonl"
     given = ["compress", f"--model={model}", f"--input={file}", f"--output={output}"]
     assert message in refused(capsys, *given, *further)[1]
