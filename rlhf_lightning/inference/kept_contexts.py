@@ -323,9 +323,11 @@ def observed_attention(
 
 
 def _chosen(scores_KT: Tensor, count: int, recent: int) -> Tensor:
-    """Returns the entries with the largest scores, and the last ones, in their order: ``(K, C)``."""
+    """Returns the entries with the largest scores, the later ones of equal, and the last ones, in order: ``(K, C)``."""
     heads, length = scores_KT.shape
-    best_KC = scores_KT[:, : length - recent].topk(count - recent).indices
+    # Tokens outside of a window of attention all have the score 0.
+    backwards_KT = scores_KT[:, : length - recent].flip(1).argsort(dim=1, descending=True, stable=True)
+    best_KC = length - recent - 1 - backwards_KT[:, : count - recent]
     last_KC = torch.arange(length - recent, length, device=scores_KT.device).expand(heads, -1)
     return torch.cat((best_KC, last_KC), dim=1).sort(dim=1).values
 
