@@ -45,7 +45,7 @@ FLOORS = (
     "labeling",
     "planning",
 )
-METHODS = ("sft", "reward", "process_reward", "dpo", "simpo", "kto", "grpo", "ppo")
+METHODS = ("sft", "reward", "process_reward", "dpo", "simpo", "kto", "grpo", "ppo", "context_compression")
 Graph = dict[str, set[str]]
 
 

@@ -3,6 +3,7 @@
 from ..data.loaders import BatchLoader, ExampleLoader, StreamLoader
 from ..data.sources import open_source
 from .base import ExampleDataModule
+from .contexts import ContextDataModule
 from .preference import PreferenceDataModule
 from .prompts import PromptDataModule
 from .sft import SFTDataModule
@@ -11,6 +12,7 @@ from .unpaired import UnpairedDataModule
 
 __all__ = [
     "BatchLoader",
+    "ContextDataModule",
     "ExampleDataModule",
     "ExampleLoader",
     "PreferenceDataModule",

@@ -3,6 +3,7 @@
 from .utils import quiet  # noqa: F401, I001  (first: it hides what is said when peft is imported)
 from .distributed.strategy import FSDP2Strategy
 from .modules import (
+    ContextCompressionModule,
     DPOModule,
     GRPOModule,
     KTOModule,
@@ -15,6 +16,7 @@ from .modules import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "ContextCompressionModule",
     "DPOModule",
     "FSDP2Strategy",
     "GRPOModule",

@@ -47,12 +47,14 @@ _COMMANDS = {
     "contamination": ".evaluation.contamination_command",
     "generate": ".generation.command",
     "chat": ".generation.chat_command",
+    "compress": ".generation.compress_command",
     "memory": ".planning.command",
 }
 _USAGE = """\
 usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
        rlhf-lightning generate --model FOLDER --prompts SOURCE|--prompt TEXT [--output FILE] [--NAME VALUE ...]
        rlhf-lightning chat --model FOLDER [--system TEXT] [--NAME VALUE ...]
+       rlhf-lightning compress --model FOLDER --compressor FOLDER|NAME --input SOURCE [--output FILE] [--NAME VALUE ...]
        rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [KEY=VALUE ...]
        rlhf-lightning label-steps --model FOLDER --prompts SOURCE --output FILE [--NAME VALUE ...]
        rlhf-lightning merge --method NAME --models '[A, B]' --output FOLDER [--base FOLDER] [--NAME VALUE ...]
@@ -63,6 +65,7 @@ usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAM
 fit, validate, test, predict   one method on one data set: a LightningCLI, whose --help lists every option
 generate                       answers to many prompts, by sampling or by a strategy that searches
 chat                           a conversation on the terminal
+compress                       answers to prompts after contexts that are compressed, with the figures of what was kept
 pipeline                       several stages, each starting from what the one before it exported
 label-steps                    rows for process reward models: solutions whose steps are labelled by completing them
 merge                          one model of several: TIES, DARE, SLERP, Fisher and others; merge verify FOLDER checks it

@@ -81,8 +81,8 @@ def test_version_and_usage(capsys):
     assert "rlhf-lightning chat" in usage
 
 
-METHODS = ("SFT", "Reward", "ProcessReward", "DPO", "SimPO", "KTO", "GRPO", "PPO")
-CONTRACTS = ("SFT", "Preference", "Unpaired", "Stepwise", "Prompt")
+METHODS = ("SFT", "Reward", "ProcessReward", "DPO", "SimPO", "KTO", "GRPO", "PPO", "ContextCompression")
+CONTRACTS = ("SFT", "Context", "Preference", "Unpaired", "Stepwise", "Prompt")
 
 
 @pytest.mark.parametrize(

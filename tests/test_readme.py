@@ -143,6 +143,7 @@ GROUP = {
     "num_generations": 2,
     "max_completion_length": 6,
 }
+RECALL = "recall:demonstrations?length=24&facts=2&rows=8"
 BEAM = {"class_path": "beam", "init_args": {"max_step_tokens": 3}}
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("SFTModule", "SFTDataModule", "demonstrations", {}),
@@ -155,6 +156,9 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("SimPOModule", "PreferenceDataModule", "preference", {}),
     ("SimPOModule", "PreferenceDataModule", "preference", {"loss_type": "orpo", "beta": 0.1}),
     ("KTOModule", "UnpairedDataModule", "unpaired", {}),
+    ("ContextCompressionModule", "ContextDataModule", RECALL, {"segment_length": 8}),
+    ("ContextCompressionModule", "ContextDataModule", RECALL, {"segment_length": 8, "kl_coef": 1.0,
+     "autoencoding_coef": 1.0}),
     ("GRPOModule", "PromptDataModule", "prompts", GROUP),
     ("GRPOModule", "PromptDataModule", "prompts", {**GROUP, "dynamic_sampling": 1, "beta": 0.1}
      | {"sampling": {"top_k": 5}, "off_policy": {"correction": "token_truncate"}}),
@@ -191,7 +195,7 @@ def test_what_is_logged_is_in_methods(
     tmp_path: Path,
     tiny_model_folder: Callable[[str], Path],
 ) -> None:
-    task = f"sums:{contract}?terms=2&high=9&rows=8"
+    task = contract if ":" in contract else f"sums:{contract}?terms=2&high=9&rows=8"
     data = getattr(datamodules, datamodule)(train=task, val=f"{task}&split=validation", global_batch_size=4)
     trainer = lightning.Trainer(
         accelerator="cpu",

@@ -10,6 +10,7 @@ from .dvts import DVTS
 from .engine import Engine, LocalEngine
 from .generation import generate
 from .hidden_reasoning import HiddenReasoning
+from .kept_contexts import AttentionEviction, SinkWindow, TextSummary, Truncation
 from .mcts import MCTS
 from .particles import ParticleFilter
 from .reasoning_rows import reasoning_rows
@@ -29,6 +30,7 @@ __all__ = [
     "DVTS",
     "MCTS",
     "AStar",
+    "AttentionEviction",
     "BeamSearch",
     "BestOfN",
     "Budget",
@@ -52,10 +54,13 @@ __all__ = [
     "SearchTree",
     "SelfCertaintyScorer",
     "SelfConsistency",
+    "SinkWindow",
     "Strategy",
     "TextScorer",
+    "TextSummary",
     "Thought",
     "TokenBeamSearch",
+    "Truncation",
     "ValueScorer",
     "VerifierScorer",
     "WeightedScorer",

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..models import base_model
+from ..models import CompressedContext, base_model
 from ..models.own_attention import EAGER, is_switchable, short_reach, using_attention
+from ..sequences import CachedRows
 from .kv_cache import PromptStates, SlotCache
 from .lanes import to_device
 from .planes import WholePlane
@@ -42,10 +44,12 @@ class Decoder:
 
     Args:
         model: a causal language model of transformers, bare or with adapters around it.
+        contexts: compressed contexts that prompts follow, by the tokens that stand for their entries (``contexts.py``).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, contexts: Mapping[int, CompressedContext] | None = None) -> None:
         self.model = model
+        self.contexts = contexts or {}
         self.device = next(model.parameters()).device
         accepted = inspect.signature(base_model(model).forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -57,10 +61,42 @@ class Decoder:
         Returns:
             The scores after each prompt, ``(P, V)``, and the keys and values of each layer.
         """
+        if self.contexts:
+            return self._prefill_after_contexts(prompts)
         cache = DynamicCache()
         logits_PV = self._after(prompts, cache)
         layers: list[Any] = cache.layers
         return logits_PV, [(layer.keys, layer.values) for layer in layers]
+
+    def positions_ahead(self, prompt: Sequence[int]) -> int:
+        """Returns how far the position after a prompt is ahead of its length, after a compressed context."""
+        context = self.contexts.get(prompt[0])
+        return 0 if context is None else context.position - context.size
+
+    def _prefill_after_contexts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, PromptStates]:
+        """Computes prompts one by one, each after the entries of its context."""
+        width = max(map(len, prompts))
+        found: list[Tensor] = []
+        padded: list[list[tuple[Tensor, Tensor]]] = []
+        for prompt in prompts:
+            context = self.contexts.get(prompt[0])
+            cache, before = DynamicCache(), 0 if context is None else context.size
+            for number, (keys, values) in enumerate([] if context is None else context.states):
+                cache.update(keys[None], values[None], number)
+            columns = torch.arange(before, len(prompt), device=self.device)[None]
+            given = {
+                "position_ids": columns + self.positions_ahead(prompt),
+                "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device),
+                "cached_rows": CachedRows(columns, len(prompt)),
+            }
+            ids = torch.tensor([list(prompt[before:])], device=self.device)
+            found.append(self._forward(ids, cache, given)[:, -1])
+            layers: list[Any] = cache.layers
+            missing = (0, 0, width - len(prompt), 0)
+            padded.append([(F.pad(layer.keys, missing), F.pad(layer.values, missing)) for layer in layers])
+        by_layer = zip(*padded, strict=True)
+        states = [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in by_layer]
+        return torch.cat(found), cast(PromptStates, states)
 
     def after(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Computes the scores after prompts, padded on the left to the longest, ``(P, V)``; keeps no cache."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,9 @@ from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import prompt_tokens
 from ..distributed.unshard import gathered
 from ..models import (
+    CompressedContext,
+    Compressor,
+    ContextCompressor,
     base_model,
     evaluating,
     load_adapted_lm,
@@ -26,6 +29,7 @@ from ..models import (
 from ..models.own_attention import EAGER, attention_of, avoid_cudnn_attention, is_switchable, using_attention
 from ..sequences import register_attention
 from .completion import Completion, Request
+from .contexts import Context, ContextPrompts
 from .continuous_batching import ContinuousBatch, Counts
 from .cpu_linear import packed_linears
 from .decoder import Decoder
@@ -106,6 +110,7 @@ class LocalEngine:
             cache comes on top of ``max_batch_tokens``, and ``{"early_exit": n}`` by the model's own first n layers.
             Samples, their log-probs included, are those without it, up to rounding (see ``speculation``). Not with
             ``static``, and only with layers of plain attention; other models run without, with one warning.
+        compressor: compresses the ``contexts`` of ``generate``; not with ``paged`` or ``speculation``.
 
     Raises:
         ValueError: an option is not allowed, or a draft model has another vocabulary.
@@ -130,6 +135,7 @@ class LocalEngine:
         max_batch_tokens: int = 65536,
         cache: CacheKind = "dynamic",
         speculation: SpeculationSpec | None = None,
+        compressor: Compressor | None = None,
     ) -> None:
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens={max_batch_tokens} is not allowed: it must be at least 1")
@@ -142,6 +148,7 @@ class LocalEngine:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self.compressor = compressor
         self.max_batch_tokens = max_batch_tokens
         self._template_ends: list[int] | None = None
         self._warned: set[str] = set()
@@ -163,6 +170,7 @@ class LocalEngine:
         device: str | torch.device | None = None,
         max_batch_tokens: int = 65536,
         speculation: SpeculationSpec | None = None,
+        compressor: str | Path | None = None,
     ) -> LocalEngine:
         """Loads a model and its tokenizer, to sample from.
 
@@ -175,6 +183,7 @@ class LocalEngine:
             device: where it runs; by default the GPU if there is one.
             max_batch_tokens: as for the class.
             speculation: as for the class.
+            compressor: a folder or hub id of a ``ContextCompressor`` that was trained with the model.
 
         Raises:
             ValueError: nothing can be loaded, or an option is not allowed.
@@ -194,8 +203,16 @@ class LocalEngine:
             if adapter is None
             else load_adapted_lm(folder, adapter, **options)
         )
-        tokenizer = load_adapted_tokenizer(folder, adapter)
-        return cls(model.to(place), tokenizer, max_batch_tokens=max_batch_tokens, cache=cache, speculation=speculation)
+        model = model.to(place)
+        made = None if compressor is None else ContextCompressor.from_pretrained(compressor, model=model)
+        return cls(
+            model,
+            load_adapted_tokenizer(folder, adapter),
+            max_batch_tokens=max_batch_tokens,
+            cache=cache,
+            speculation=speculation,
+            compressor=made,
+        )
 
     def statistics(self) -> dict[str, Any]:
         """Tells what was done since the engine was made.
@@ -227,6 +244,7 @@ class LocalEngine:
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
         watch: Callable[[Request], object] | None = None,
+        contexts: Sequence[Context] | None = None,
     ) -> list[list[Completion]]:
         """Samples completions of prompts.
 
@@ -238,21 +256,25 @@ class LocalEngine:
             limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
             watch: called with a sample whenever it has another token, to show or keep it before all are done; what it
                 raises ends the call. Equal greedy samples of a prompt are one, of number 0.
+            contexts: that the prompts follow, one each: text or token ids, which the engine's compressor compresses, a
+                ``CompressedContext``, or ``None``. A prompt that is a string follows as text that continues one.
 
         Returns:
             One list per prompt, in order, with ``num_samples`` completions.
 
         Raises:
             ValueError: a prompt is empty or fills the model's positions, or ``seeds`` does not hold one per sample, or
-                ``limits`` one number of at least 1 per prompt.
+                ``limits`` one number of at least 1 per prompt, or ``contexts`` one per prompt.
         """
         params = sampling or SamplingParams()
-        requests, stop_ids = make_requests(self, prompts, num_samples, params, seeds, limits, watch)
+        after = None if contexts is None else self._after_contexts(prompts, contexts)
+        encoder = self if after is None else after
+        requests, stop_ids = make_requests(encoder, prompts, num_samples, params, seeds, limits, watch)
 
         # Gathering is a collective, so a rank without prompts has to enter it as well.
         with torch.no_grad(), evaluating(self.model), gathered(self.model), exact_projection(self.model):
             if requests:
-                self._run(requests, params, stop_ids)
+                self._run(requests, params, stop_ids, {} if after is None else after.table)
         return completions_by_prompt(requests, num_samples, params)
 
     def next_token_logprobs(self, prompts: Prompts) -> Tensor:
@@ -274,12 +296,37 @@ class LocalEngine:
         with torch.no_grad(), evaluating(self.model), gathered(self.model), exact_projection(self.model):
             return next_token_logprobs(Decoder(self.model), tokens, self.max_batch_tokens)
 
-    def _run(self, requests: Sequence[Request], params: SamplingParams, stop_ids: Sequence[int]) -> None:
+    def _after_contexts(self, prompts: Prompts, contexts: Sequence[Context]) -> ContextPrompts:
+        """Compresses the contexts of prompts.
+
+        Raises:
+            ValueError: the cache or speculation does not go with contexts, or the model cannot be given them.
+        """
+        model = base_model(self.model)
+        if self._cache_kind == "paged" or self._speculation is not None:
+            other = "cache='paged'" if self._cache_kind == "paged" else "speculation"
+            raise ValueError(
+                f"contexts are given with {other}: use the caches 'dynamic', 'static' or 'int8' without it"
+            )
+        with torch.no_grad(), evaluating(self.model), using_attention(model, register_attention()):
+            if not Decoder(self.model).agrees_in_rows():
+                raise ValueError(
+                    f"{type(model).__name__} cannot be given compressed contexts: use prompts without them"
+                )
+        return ContextPrompts(self, prompts, contexts, self.compressor)
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        stop_ids: Sequence[int],
+        contexts: Mapping[int, CompressedContext],
+    ) -> None:
         # Two properties that batched sampling rests on: causality, and keys that do not depend on the layout.
-        decoder, model = Decoder(self.model), base_model(self.model)
+        decoder, model = Decoder(self.model, contexts), base_model(self.model)
         avoid_cudnn_attention(decoder.device)
         decoder.check_sampling()
-        if self._cache_kind != "dynamic" or self._speculation is not None:
+        if self._cache_kind != "dynamic" or self._speculation is not None or contexts:
             with using_attention(model, register_attention()):
                 if decoder.agrees_in_rows():
                     self._run_together(decoder, requests, params, stop_ids, self._cache_kind, self._speculation)
@@ -330,7 +377,8 @@ class LocalEngine:
         self._attention = str(attention_of(base_model(self.model)))
         pool = self._current_pool() if cache == "paged" else None
         tokens = self.max_batch_tokens
-        store = make_store(cache, requests, tokens, pool, spare=speculation.longest if speculation else 0)
+        spare = speculation.longest if speculation else 0
+        store = make_store(cache, requests, tokens, pool, spare=spare, own_lengths=bool(decoder.contexts))
         begun = speculation.begin(decoder, requests, params, store.num_rows, tokens) if speculation else nullcontext()
         worth_it = max(request.limit for request in requests) >= _PACKING_STEPS
         with packed_linears(self.model) if worth_it else nullcontext(), begun as speculator:

@@ -65,6 +65,7 @@ class Rows(Cache):
     Attributes:
         num_rows: rows in use: the first ones.
         lengths: tokens in each.
+        offsets: how far the position of a row's next token is ahead of its column, after a compressed context.
         device: where they are stored.
     """
 
@@ -72,6 +73,8 @@ class Rows(Cache):
         super().__init__(layers=[])
         self.num_rows = 0
         self.lengths = np.zeros(0, dtype=np.int64)
+        self.offsets = np.zeros(0, dtype=np.int64)
+        self._offsets_N1: Tensor | None = None  # on the device, copied when rows come or leave
         self.device = torch.device("cpu")
         self._lengths_N1: Tensor | None = None  # on the device, copied when rows come, leave or become shorter
         self._width = 0
@@ -103,7 +106,7 @@ class Rows(Cache):
         used = self.lengths[: self.num_rows]
         if counts is None:
             columns_NQ, written_NQ = lengths_N1, None if alive_N is None else alive_N[:, None]
-            needed = int(used.max()) + 1
+            positions_NQ, needed = self._positions(columns_NQ), int(used.max()) + 1
         else:
             most = max(counts)
             missing_N1 = most - to_device(np.array(counts, dtype=np.int64)[:, None], self.device)
@@ -111,13 +114,14 @@ class Rows(Cache):
             # Padding takes position 0, which every model has.
             written_NQ = offsets_NQ >= 0
             columns_NQ = (lengths_N1[: self.num_rows] + offsets_NQ).where(written_NQ, 0)
+            positions_NQ = self._positions(columns_NQ).where(written_NQ, 0)
             needed = int((used + np.array(counts)).max())
         # Rows of one length need no mask for one more token each.
         all_seen = counts is None and alive_N is None and bool((used == used[0]).all())
         self._width = needed if all_seen else self._columns(needed)
         self._place(columns_NQ, written_NQ)
         return {
-            "position_ids": columns_NQ,
+            "position_ids": positions_NQ,
             # A mask with four dimensions passes through mask creation untouched, and the attention does not read it.
             "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device),
             "cached_rows": CachedRows(columns_NQ, self._width, all_seen=all_seen),
@@ -142,6 +146,15 @@ class Rows(Cache):
         """
         self.lengths[: self.num_rows] -= np.array(counts, dtype=np.int64)
         self._lengths_N1 = None
+
+    def _positions(self, columns_NQ: Tensor) -> Tensor:
+        if not self.offsets[: self.num_rows].any():
+            return columns_NQ
+        if self._offsets_N1 is None:
+            offsets = np.zeros((self._computed_rows(), 1), dtype=np.int64)
+            offsets[: self.num_rows, 0] = self.offsets[: self.num_rows]
+            self._offsets_N1 = to_device(offsets, self.device)
+        return columns_NQ + self._offsets_N1[: len(columns_NQ)]
 
     def _device_lengths(self) -> Tensor:
         if self._lengths_N1 is None:
@@ -174,13 +187,14 @@ class RowCache(Rows):
         self._planes: list[tuple[Plane, Plane]] = []
         self._places: Places = (torch.empty(0), torch.empty(0))
         self.lengths = np.zeros(self._shape[0], dtype=np.int64)
+        self.offsets = np.zeros(self._shape[0], dtype=np.int64)
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage."""
         return sum(plane.nbytes for planes in self._planes for plane in planes)
 
-    def admit(self, prompts: PromptStates, index: int, length: int, copies: int) -> None:
+    def admit(self, prompts: PromptStates, index: int, length: int, copies: int, offset: int = 0) -> None:
         """Appends rows that each begin with one prompt of a left-padded batch."""
         if not self._planes:
             self.device = prompts[0][0].device
@@ -190,9 +204,9 @@ class RowCache(Rows):
         for planes, layer in zip(self._planes, prompts, strict=True):
             for plane, states_PHLD in zip(planes, layer, strict=True):
                 plane.fill(rows, states_PHLD[index, :, -length:])
-        self.lengths[rows] = length
+        self.lengths[rows], self.offsets[rows] = length, offset
         self.num_rows += copies
-        self._lengths_N1 = None
+        self._lengths_N1 = self._offsets_N1 = None
 
     def keep(self, order: Sequence[int]) -> None:
         """Keeps some rows, in a new order (see ``lanes.remaining``): only those whose index changes move."""
@@ -204,8 +218,9 @@ class RowCache(Rows):
                 for plane in planes:
                     plane.move(targets, sources, columns)
         self.lengths[: len(order)] = self.lengths[list(order)]
+        self.offsets[: len(order)] = self.offsets[list(order)]
         self.num_rows = len(order)
-        self._lengths_N1 = None
+        self._lengths_N1 = self._offsets_N1 = None
 
     def exchange(self, layer: int, keys_NHQD: Tensor, values_NHQD: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's new tokens; returns all its keys and values, ``(N, H, C, D)``."""

@@ -1,4 +1,4 @@
-"""Builds strategies and scorers from configurations: by the names of their classes, or by class paths."""
+"""Builds strategies, scorers and compressors from configurations: by the names of their classes, or by class paths."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..models import ContextCompressor
 from ..models.loading import locate
 from ..models.reward_head import read_head_options
 from ..utils.imports import load_attribute
 from ..utils.keywords import advise
 from .budget import Budget
 from .sampling import SamplingParams
+
+# The method that makes a class one of a kind.
+_METHODS = {"strategy": "search", "scorer": "score", "compressor": "compress"}
+# What a compressor gets from where it is used.
+_GIVEN = ("model", "tokenizer")
+_LEARNED = "rlhf_lightning.models.ContextCompressor"
 
 
 def build_strategy(spec: Any, engine: Any, *, scorer: Any = None) -> Any:
@@ -154,6 +161,62 @@ def scorer_spec(spec: Any, further: Mapping[str, Any] | None = None) -> dict[str
     return written
 
 
+def compressor_spec(spec: Any, further: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Writes a compressor in full, and checks its names without building it.
+
+    Args:
+        spec: a class name such as ``SinkWindow`` or ``sink_window``, also cut (``trunc``); the folder of a learned
+            compressor; or ``class_path`` and ``init_args``.
+        further: options that override those of ``init_args``.
+
+    Returns:
+        ``class_path`` and ``init_args``; a folder becomes the option ``compressor`` of ``ContextCompressor``.
+
+    Raises:
+        ValueError: there is no such compressor.
+        TypeError: it has no such option.
+
+    Example:
+        >>> compressor_spec("truncation", {"ratio": 8})
+        {'class_path': 'Truncation', 'init_args': {'ratio': 8}}
+    """
+    if isinstance(spec, str) and (Path(spec).expanduser().exists() or "/" in spec):
+        spec = {"class_path": _LEARNED, "init_args": {"compressor": spec}}
+    written = _with(_written(spec, "compressor"), further)
+    cls, options = _read(written, "compressor")
+    if written["class_path"] == _LEARNED:
+        if others := sorted(set(options) - {"compressor"}):
+            raise TypeError(f"a learned compressor has its own options: leave out {others[0]!r}")
+        return written
+    _check_names(cls, options, "compressor")
+    return written
+
+
+def build_compressor(spec: Any, model: Any, tokenizer: Any) -> Any:
+    """Builds a compressor of contexts for a model.
+
+    Args:
+        spec: as in ``compressor_spec``.
+        model: continues after compressed contexts.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: there is no such compressor, a value is not allowed, or it was trained with another model.
+        TypeError: it has no such option.
+
+    Example:
+        >>> build_compressor({"class_path": "Truncation", "init_args": {"ratio": 8}}, model, tokenizer).ratio
+        ... # doctest: +SKIP
+        8
+    """
+    written = compressor_spec(spec)
+    cls, options = _read(written, "compressor")
+    if written["class_path"] == _LEARNED:
+        return ContextCompressor.from_pretrained(options["compressor"], model=model)
+    given = (model, tokenizer) if "tokenizer" in inspect.signature(cls).parameters else (model,)
+    return cls(*given, **options)
+
+
 def _is_scorer(spec: Any) -> bool:
     return callable(getattr(spec, "score", None)) and not inspect.isclass(spec)
 
@@ -241,7 +304,7 @@ def _read(spec: Any, what: str) -> tuple[type, dict[str, Any]]:
 
 def _class(name: str, what: str) -> Any:
     """Finds a class by its name in this room, in any spelling, cut where it is clear, or by its dotted path."""
-    method, room = "search" if what == "strategy" else "score", import_module(__package__)
+    method, room = _METHODS[what], import_module(__package__)
     fitting = [n for n in _names() if callable(getattr(getattr(room, n), method, None))]
     near = [n for n in _names() if _plain(n) == _plain(name)]
     if not near and name and name == name.lower():  # as on a command line
@@ -259,7 +322,7 @@ def _call(cls: type, options: Mapping[str, Any], what: str, *arguments: Any) -> 
 
 
 def _check_names(cls: type, options: Mapping[str, Any], what: str) -> None:
-    known = _options(cls)
+    known = {name: needed for name, needed in _options(cls).items() if what != "compressor" or name not in _GIVEN}
     for name in options:
         if name not in known:
             instead = advise(str(name), known) or f": it has {', '.join(known)}"

@@ -111,14 +111,20 @@ class _StateStore(Store):
     def compute(self, decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> list[Computed]:
         """Computes prompts."""
         logits_PV, states = decoder.prefill(prompts)
-        return [Computed(logits_PV[n], (states, n, len(prompt)), 0) for n, prompt in enumerate(prompts)]
+        return [
+            Computed(logits_PV[n], (states, n, len(prompt), decoder.positions_ahead(prompt)), 0)
+            for n, prompt in enumerate(prompts)
+        ]
 
     def admit(self, prompt: Computed, copies: int) -> None:
         """Appends rows that each begin with a prompt."""
-        states, index, length = prompt.states
+        states, index, length, ahead = prompt.states
         if self._cache is None:
             self._cache = self._make(states)
-        self._cache.admit(states, index, length, copies)
+        if isinstance(self._cache, RowCache):
+            self._cache.admit(states, index, length, copies, ahead)
+        else:
+            self._cache.admit(states, index, length, copies)
 
     def drop(self, prompt: Computed) -> None:
         """Does nothing: rows have copies."""
@@ -167,7 +173,13 @@ class _PagedStore(Store):
 
 
 def make_store(
-    kind: CacheKind, requests: Sequence[Request], max_tokens: int, pool: PagePool | None = None, *, spare: int = 0
+    kind: CacheKind,
+    requests: Sequence[Request],
+    max_tokens: int,
+    pool: PagePool | None = None,
+    *,
+    spare: int = 0,
+    own_lengths: bool = False,
 ) -> Store:
     """Makes the cache of a batch.
 
@@ -178,6 +190,7 @@ def make_store(
         pool: of ``paged``.
         spare: columns after a row's last, for tokens that may be taken back; rows then have lengths of their own with
             ``dynamic`` as well, so that they can be.
+        own_lengths: whether rows have lengths of their own with ``dynamic``, whatever ``spare`` is.
     """
     longest = max(len(request.prompt) + request.limit for request in requests)
     count = min(len(requests), max(1, max_tokens // longest))
@@ -192,7 +205,7 @@ def make_store(
         count = min(bucket(len(requests)), bucket(fitting + 1) // 2)
         make = lambda _: RowCache(WholePlane, count, longest, fixed_shapes=True)  # noqa: E731
         return _StateStore(make, count, _BLIND_STEPS)
-    if kind == "int8" or spare:
+    if kind == "int8" or spare or own_lengths:
         plane = EightBitPlane if kind == "int8" else WholePlane
         return _StateStore(lambda _: RowCache(plane, count, longest + spare), count)
 

@@ -9,6 +9,9 @@ from .backbone import (
     num_positions,
     token_stats,
 )
+from .compressed_context import CompressedContext, Compressor, context_states
+from .compressor_options import CompressorOptions
+from .context_compressor import ContextCompressor
 from .fused_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .layout import resolve_layout
 from .loading import load_adapted_lm, load_adapted_tokenizer, load_causal_lm, load_tokenizer
@@ -19,6 +22,10 @@ from .saving import save_pretrained
 
 __all__ = [
     "AdapterReference",
+    "CompressedContext",
+    "Compressor",
+    "CompressorOptions",
+    "ContextCompressor",
     "FrozenReference",
     "HiddenStates",
     "OutputHead",
@@ -29,6 +36,7 @@ __all__ = [
     "RewardModelOptions",
     "TokenStats",
     "base_model",
+    "context_states",
     "decoder_of",
     "evaluating",
     "folder_fingerprint",

@@ -82,14 +82,22 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return found
 
 
-def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> HiddenStates:
+def hidden_states(
+    model: nn.Module, batch: SequenceBatch, layout: Layout, inputs_embeds: Tensor | None = None
+) -> HiddenStates:
     """Runs the decoder over a batch.
 
     Args:
         model: a causal language model, or one wrapped by PEFT.
         batch: the sequences.
         layout: ``packed`` or ``padded``.
+        inputs_embeds: ``(T, D)``, the embeddings of a packed batch with slots.
+
+    Raises:
+        ValueError: the batch has slots, and the layout is padded or their embeddings are not given.
     """
+    if batch.slots is not None and (inputs_embeds is None or layout == "padded"):
+        raise ValueError("the batch has slots, whose embeddings a ContextCompressor has: run its token_stats, packed")
     decoder = decoder_of(model)
     recorder = getattr(decoder, ROUTER_RECORDER, None)
     options: dict[str, Any] = {} if recorder is None else {"output_router_logits": True}
@@ -101,8 +109,11 @@ def hidden_states(model: nn.Module, batch: SequenceBatch, layout: Layout) -> Hid
         output = decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False, **options)
         hidden = HiddenStates(output.last_hidden_state, padded.start)
     else:
+        given = (
+            {"input_ids": batch.input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
+        )
         output = decoder(
-            input_ids=batch.input_ids[None],
+            **given,
             position_ids=batch.position_ids[None],
             # A mask with four dimensions passes through mask creation untouched; the registered attention does not
             # read it.
@@ -128,6 +139,7 @@ def token_stats(
     entropy: bool = False,
     mean: bool = False,
     power: bool = False,
+    inputs_embeds: Tensor | None = None,
 ) -> TokenStats:
     """Computes log-probabilities of every scored token of a batch; projects only positions that a loss reads.
 
@@ -139,25 +151,30 @@ def token_stats(
         entropy: see ``fused_logprobs``.
         mean: see ``fused_logprobs``.
         power: see ``fused_logprobs``.
+        inputs_embeds: see ``hidden_states``.
 
     Returns:
         TokenStats of ``(N,)`` tensors, in the order of ``batch.target_ids``.
     """
-    hidden = hidden_states(model, batch, layout)
+    hidden = hidden_states(model, batch, layout, inputs_embeds)
+    return scored_stats(model, batch, hidden, temperature=temperature, entropy=entropy, mean=mean, power=power)
+
+
+def scored_stats(model: nn.Module, batch: SequenceBatch, hidden: HiddenStates, **options: Any) -> TokenStats:
+    """Computes log-probabilities of every scored token from the hidden states of a batch.
+
+    Args:
+        model: the model that computed them.
+        batch: the sequences.
+        hidden: their states.
+        options: see ``fused_logprobs``.
+    """
     read, target_ids, which = [batch.source_index, batch.source_path, batch.source_depth], batch.target_ids, None
-    if batch.distinct is not None and layout == "packed":
+    if batch.distinct is not None and hidden.start is None:
         # Tokens that several sequences share are projected once.
         chosen, which = batch.distinct
         read, target_ids = [index[chosen] for index in read], target_ids[chosen]
-    stats = fused_logprobs(
-        hidden.read(*read),
-        output_head(model),
-        target_ids,
-        temperature=temperature,
-        entropy=entropy,
-        mean=mean,
-        power=power,
-    )
+    stats = fused_logprobs(hidden.read(*read), output_head(model), target_ids, **options)
     return stats if which is None else TokenStats(*(values[which] for values in stats))
 
 

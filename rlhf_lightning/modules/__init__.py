@@ -1,5 +1,6 @@
 """Methods: one LightningModule per method, based on ``rlhf_lightning.core``."""
 
+from .context_compression import ContextCompressionModule
 from .dpo import DPOModule
 from .grpo import GRPOModule
 from .kto import KTOModule
@@ -10,6 +11,7 @@ from .sft import SFTModule
 from .simpo import SimPOModule
 
 __all__ = [
+    "ContextCompressionModule",
     "DPOModule",
     "GRPOModule",
     "KTOModule",

@@ -35,7 +35,7 @@ class SFTModule(PostTrainingModule):
     keeps_dropout: ClassVar[bool] = True
     default_learning_rate: ClassVar[float] = 2e-5
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy")
-    contracts: ClassVar[tuple[str, ...]] = ("SFTDataModule",)
+    contracts: ClassVar[tuple[str, ...]] = ("SFTDataModule", "ContextDataModule")
 
     def __init__(
         self, model: str, *, loss_type: SFTLossType = "nll", label_smoothing: float = 0.0, **kwargs: Any

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..generation import GenerateOptions
+from ..generation.compress import CompressOptions
 from ..generation.options import sampling_params
 from ..merging.methods import METHODS
 from ..merging.options import MergeOptions
@@ -133,12 +134,40 @@ class MergeStage(MergeOptions):
         return MergeOptions(**{**given, "output": place, "seed": seed if draws else self.seed})
 
 
-Stage = FitStage | SampleStage | GenerateStage | MergeStage
-_KINDS: dict[str, type[FitStage] | type[SampleStage] | type[GenerateStage] | type[MergeStage]] = {
+@dataclass(frozen=True, kw_only=True)
+class CompressStage(CompressOptions):
+    """Compresses contexts and answers prompts as ``rlhf-lightning compress`` does, with the same options.
+
+    ``dtype: auto`` is the pipeline's.
+    """
+
+    outputs: ClassVar[dict[str, str]] = {"rows": "compressed.jsonl"}
+
+    kind: Literal["compress"] = "compress"
+    seed: int | None = None  # type: ignore[assignment]
+
+    def options(self, folder: Path, seed: int, dtype: str) -> CompressOptions:
+        """Returns the options of the function that does the work.
+
+        Args:
+            folder: of the stage.
+            seed: of all answers.
+            dtype: of the weights, unless the stage has its own.
+        """
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(CompressOptions)}
+        place = str(folder / self.outputs["rows"])
+        return CompressOptions(
+            **{**given, "output": place, "seed": seed, "dtype": dtype if self.dtype == "auto" else self.dtype}
+        )
+
+
+Stage = FitStage | SampleStage | GenerateStage | MergeStage | CompressStage
+_KINDS: dict[str, type[Stage]] = {
     "fit": FitStage,
     "sample": SampleStage,
     "generate": GenerateStage,
     "merge": MergeStage,
+    "compress": CompressStage,
 }
 _TOP_LEVEL = (
     *("title", "run_dir", "seed", "threads", "dtype", "variables"),
@@ -303,7 +332,9 @@ def _stage(name: str, written: dict[str, Any]) -> Stage:
     if written["kind"] == "sample":
         return _build(SampleStage, written, where)
     if written["kind"] == "generate":
-        return _generate_stage(written, where)
+        return _sampling_stage(GenerateStage, written, where)
+    if written["kind"] == "compress":
+        return _sampling_stage(CompressStage, written, where)
     if written["kind"] == "merge":
         if "output" in written:
             raise UsageError(f"{where}: output is {written['output']!r}, and the stage names it itself: leave it out")
@@ -315,14 +346,17 @@ def _stage(name: str, written: dict[str, Any]) -> Stage:
     )
 
 
-def _generate_stage(written: dict[str, Any], where: str) -> GenerateStage:
+def _sampling_stage(cls: type[T], written: dict[str, Any], where: str) -> T:
     if "output" in written:
         raise UsageError(f"{where}: output is {written['output']!r}, and the stage names it itself: leave it out")
+    given = written.get("sampling")
+    if not given:  # the command's own
+        return _build(cls, {name: value for name, value in written.items() if name != "sampling"}, where)
     try:
-        sampling = sampling_params(written.get("sampling") or {})
+        sampling = sampling_params(given)
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
-    return _build(GenerateStage, written | {"sampling": sampling}, where)
+    return _build(cls, written | {"sampling": sampling}, where)
 
 
 def _build(cls: type[T], written: Any, where: str) -> T:

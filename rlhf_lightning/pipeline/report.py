@@ -135,6 +135,9 @@ def _what(row: dict[str, Any]) -> str:
     if row["kind"] == "generate":
         score = f", mean score {metrics['mean_score']:.3g}" if "mean_score" in metrics else ""
         return f"{metrics['rows']} answers to {metrics['prompts']} prompts, {metrics['cut_off']} cut off{score}"
+    if row["kind"] == "compress":
+        accuracy = f", accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
+        return f"{metrics['rows']:.0f} contexts, {metrics['ratio']:.3g} tokens per entry that is kept{accuracy}"
     if row["kind"] == "merge":
         models = int(metrics["models"])
         soup = f": {int(metrics['ingredients'])} of {models}, metric {metrics['soup']:.4g}" if "soup" in metrics else ""

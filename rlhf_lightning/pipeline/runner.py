@@ -14,6 +14,7 @@ import torch
 from ..core.checkpoint_io import check_place
 from ..evaluation.answers import load_verifier
 from ..generation import generate_rows
+from ..generation.compress import compress_rows
 from ..generation.options import remote_engine, sampling_params
 from ..merging.options import expand
 from ..utils.files import (
@@ -29,7 +30,7 @@ from ..utils.files import (
 )
 from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError
-from .config import FitStage, GenerateStage, MergeStage, Pipeline, Stage
+from .config import CompressStage, FitStage, GenerateStage, MergeStage, Pipeline, Stage
 from .fit_stage import HISTORY, StageCLI, run_fit
 from .manifest import Manifest, stage_key, versions
 from .merge_stage import run_merge
@@ -42,7 +43,7 @@ Say = Callable[[str], None]
 _OF_RUN = ("manifest.json", "summary.json", "report.html")
 _OF_STAGE = (
     *("model", "model.json", "model.soup.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED),
-    *("generated.jsonl", "generated.summary.json"),
+    *("generated.jsonl", "generated.summary.json", "compressed.jsonl"),
 )
 # Metrics of a generate stage.
 _OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
@@ -159,7 +160,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: Stage, 
         return
     before = manifest.stages.get(name, {})
     begun = before.get("status") == "running" and before.get("key") == key
-    if isinstance(stage, FitStage) or not begun:
+    if isinstance(stage, FitStage | CompressStage) or not begun:
         _clear(folder)  # interrupted stages that sample keep their samples
 
     # Recorded as running first: after a crash the stage is not taken for finished.
@@ -177,6 +178,8 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: Stage, 
     elif isinstance(stage, GenerateStage):
         summary = generate_rows(stage.options(folder, seed, pipeline.dtype))
         metrics = {metric: summary[metric] for metric in _OF_ROWS if metric in summary}
+    elif isinstance(stage, CompressStage):
+        metrics = compress_rows(stage.options(folder, seed, pipeline.dtype))
     elif isinstance(stage, MergeStage):
         metrics = run_merge(stage.options(folder, seed), tell).metrics
     else:
@@ -228,6 +231,10 @@ def _describe(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, Any]:
         options = stage.options(pipeline.folder(name), seed, pipeline.dtype)
         options.check()
         return options.plain() | {"kind": stage.kind}
+    if isinstance(stage, CompressStage):
+        compress = stage.options(pipeline.folder(name), seed, pipeline.dtype)
+        compress.check()
+        return compress.plain() | {"kind": stage.kind}
     if isinstance(stage, MergeStage):
         merge = stage.options(pipeline.folder(name), seed)
         merge.check()
@@ -245,7 +252,7 @@ def _summary(metrics: dict[str, float]) -> str:
         name
         for name in (
             *("val/accuracy", "val/loss", "pairs", "mean_reward", "rows", "mean_score", "steps"),
-            *("models", "ingredients", "soup"),
+            *("models", "ingredients", "soup", "accuracy", "ratio"),
         )
         if name in metrics
     ]

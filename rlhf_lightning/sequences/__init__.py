@@ -6,6 +6,7 @@ from .cached_rows import CachedRows
 from .example import Example, ExampleBatch, Segment, distinct_segments
 from .geometry import TreeGeometry
 from .micro_batch_plan import example_cost, plan_micro_batches
+from .summaries import Placement, Recurrence, SummaryLayout
 from .tree_attention import (
     ATTENTION_KERNELS,
     ATTENTION_NAME,
@@ -25,8 +26,11 @@ __all__ = [
     "Example",
     "ExampleBatch",
     "PaddedBatch",
+    "Placement",
+    "Recurrence",
     "Segment",
     "SequenceBatch",
+    "SummaryLayout",
     "TreeGeometry",
     "distinct_segments",
     "example_cost",

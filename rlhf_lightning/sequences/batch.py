@@ -4,7 +4,8 @@ Legend: T tokens in the forest, P root-to-leaf paths, S sequences (of one path o
 per sequence), E examples.
 
 One integer per token defines the geometry: token ``j`` is visible to token ``i`` exactly when
-``j <= i < subtree_end[j]``. Plain packing (no shared segment), shared prompts and search trees are the same case.
+``j <= i < subtree_end[j]``. Plain packing (no shared segment), shared prompts and search trees are the same case. A
+segment that shows no more than its slots hides its other tokens from the segments below (see ``Segment``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..utils.transfer import to_device
-from .example import Example, Path, Segment
-from .geometry import Part, TreeGeometry
+from .example import Example, Segment, path_weights
+from .geometry import Part, Shown, TreeGeometry
 
 
 @dataclass
@@ -64,6 +65,8 @@ class SequenceBatch:
         host: the tensors above as arrays in host memory, by name, for code that would wait for the device otherwise.
         extra: further tensors that ``pack`` was given as arrays.
         also: further batches that were packed with this one.
+        slots: ``(T,)`` numbers of slots, -1 at tokens; ``None`` without slots, as is ``encoded``: ``(T,)`` whether a
+            token's segment shows less than everything.
         distinct: where several sequences score the same token at the same place (rows of one prompt that share a
             completion): the scored tokens to compute, ``(U,)``, and for each scored token its number there, ``(N,)``.
     """
@@ -88,6 +91,8 @@ class SequenceBatch:
     extra: dict[str, Tensor] = field(default_factory=dict)
     also: dict[str, SequenceBatch] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
+    slots: Tensor | None = None
+    encoded: Tensor | None = None
     distinct: tuple[Tensor, Tensor] | None = None
     _padded: dict[tuple[str, int, int], PaddedBatch] = field(default_factory=dict)
 
@@ -175,14 +180,14 @@ class SequenceBatch:
 class _Node:
     """A run of tokens that every path through it shares."""
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
         self.start = 0  # in the layout
         self.children: dict[bytes, _Node] = {}
 
     def child(self, segment: Segment) -> _Node:
         """Returns the child that holds a segment's tokens, and creates it if needed."""
-        return self.children.setdefault(segment.tokens.tobytes(), _Node(segment.tokens))
+        return self.children.setdefault(segment.content, _Node(segment))
 
 
 class _Layout:
@@ -193,7 +198,9 @@ class _Layout:
         self.roots: list[_Node] = []
         self.tokens: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
+        self.slots: list[np.ndarray] = []
         self.segments: list[tuple[int, int, int]] = []  # (start, length, parent segment or -1)
+        self.shown: dict[int, Shown] = {}  # of segments that do not show everything
         self.size = 0
 
         # Scored tokens, one array per path: where they are predicted from, their depth and path, and what they are.
@@ -212,19 +219,25 @@ class _Layout:
 
     def place(self, node: _Node, parent: int = -1, depth: int = 0) -> None:
         """Lays out a node after its ancestors, then its children."""
-        node.start, length, number = self.size, len(node.tokens), len(self.segments)
-        self.tokens.append(node.tokens)
-        self.positions.append(np.arange(depth, depth + length))
+        node.start, length, number = self.size, len(node.segment.tokens), len(self.segments)
+        slots = np.full(length, -1) if node.segment.slots is None else node.segment.slots
+        # A slot has the position of the token before it.
+        positions = depth - 1 + np.cumsum(slots < 0)
+        self.tokens.append(node.segment.tokens)
+        self.slots.append(slots)
+        self.positions.append(np.maximum(positions, 0))
         self.segments.append((node.start, length, parent))
+        if node.segment.shows != "all":
+            self.shown[number] = Shown(np.flatnonzero(slots >= 0), node.segment.shows == "slots")
         self.size += length
         for child in node.children.values():
-            self.place(child, number, depth + length)
+            self.place(child, number, int(positions[-1]) + 1)
 
     def close(self, turns: list[_Turn], example: int) -> None:
         """Records a sequence: its paths, and the tokens that it scores on them."""
         number = len(self.example)
         for tokens, weights, nodes in turns:
-            flat = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in nodes])
+            flat = np.concatenate([np.arange(node.start, node.start + len(node.segment.tokens)) for node in nodes])
             # A token is predicted from the one before it on its path.
             scored = np.flatnonzero(weights)
             if len(scored) and scored[0] == 0:
@@ -244,8 +257,9 @@ class _Layout:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays of a ``SequenceBatch``, by name."""
-        sequence = np.concatenate(self.sequence)
+        sequence, slots = np.concatenate(self.sequence), np.concatenate(self.slots)
         return {
+            **({"slots": slots, "encoded": self._encoded()} if (slots >= 0).any() else {}),
             "input_ids": np.concatenate(self.tokens),
             "position_ids": np.concatenate(self.positions),
             "source_index": np.concatenate(self.source),
@@ -263,6 +277,9 @@ class _Layout:
             "path_index": np.concatenate(self.paths),
         }
 
+    def _encoded(self) -> np.ndarray:
+        return np.repeat([n in self.shown for n in range(len(self.segments))], [size for _, size, _ in self.segments])
+
 
 _Turn = tuple[np.ndarray, np.ndarray, list[_Node]]  # tokens, weights and nodes of a path
 
@@ -270,24 +287,22 @@ _Turn = tuple[np.ndarray, np.ndarray, list[_Node]]  # tokens, weights and nodes 
 def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
     """Merges equal prefixes of the examples' trees, lays them out, and records every example's sequences."""
     layout = _Layout()
-    everything = _Node(np.empty(0, np.int64))  # its children are the roots
+    everything = _Node(Segment([0]))  # no segment: its children are the roots
     found: list[tuple[list[_Turn], int]] = []
 
-    # First pass: merge the trees. Nothing has a position yet, since a later example may add to an earlier prefix.
+    # First pass: merge the trees. Nothing has a position yet: a later example may add to an earlier prefix.
     for number, example in enumerate(examples):
         for sequence in example.root.sequences():
             turns: list[_Turn] = []
             scored: set[Segment] = set()
             for path in sequence:
                 tokens = np.concatenate([segment.tokens for segment in path])
-                weights = _weights(path, scored)
-                nodes = [everything] if share_prefix else [_Node(tokens)]
-                if share_prefix:
-                    for segment in path:
-                        nodes.append(nodes[-1].child(segment))
-                    nodes = nodes[1:]
-                else:
+                weights = path_weights(path, scored)
+                nodes = [everything.child(path[0]) if share_prefix else _Node(path[0])]
+                if not share_prefix:
                     layout.roots.append(nodes[0])
+                for segment in path[1:]:
+                    nodes.append(nodes[-1].child(segment))
                 turns.append((tokens, weights, nodes))
             found.append((turns, number))
 
@@ -297,16 +312,6 @@ def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
     for turns, number in found:
         layout.close(turns, number)
     return layout
-
-
-def _weights(path: Path, scored: set[Segment]) -> np.ndarray:
-    """Concatenates weights along a path, 0 on segments already in ``scored``, and adds its segments to ``scored``."""
-    parts = [
-        np.zeros(len(segment.tokens), np.float32) if segment.weights is None or segment in scored else segment.weights
-        for segment in path
-    ]
-    scored.update(path)
-    return np.concatenate(parts)
 
 
 def pack(
@@ -349,8 +354,7 @@ def pack(
     }
     arrays |= {(None, name): array for name, array in (extra or {}).items()}
 
-    # Everything in one copy.
-    tensors: dict[Any, dict[Any, Tensor]] = {owner: {} for owner in (*drafts, None)}
+    tensors: dict[Any, dict[Any, Tensor]] = {owner: {} for owner in (*drafts, None)}  # everything in one copy
     for (owner, key), tensor in to_device(arrays, device).items():
         tensors[owner][key] = tensor
     batches = {name: draft.batch(tensors[name]) for name, draft in drafts.items()}
@@ -372,7 +376,7 @@ class _Draft:
         layout = _lay_out(examples, share_prefix)
         self.examples = list(examples)
         self.host = layout.arrays()
-        self.geometry = TreeGeometry(layout.segments, device=device, wanted=wanted)
+        self.geometry = TreeGeometry(layout.segments, device=device, wanted=wanted, shown=layout.shown)
 
     def arrays(self) -> dict[Any, np.ndarray]:
         """Returns all arrays of the batch: its own, tokens to project once, and what layers have asked for."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+Shows = Literal["all", "slots", "only slots"]
+
+SHOWS: Final[tuple[Shows, ...]] = get_args(Shows)
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -25,12 +29,18 @@ class Segment:
             that a loss compares or counts (a completion, a conversation). It is one path, or several where its turns
             are generated in contexts that do not extend one another; the last path is its last turn. Each token is
             scored once, on the first path of the sequence through it.
+        slots: one number per token: -1 for a token, from 0 on for a *slot*, whose embedding is the learned one of that
+            number and not its token's. A slot has the position of the token before it. ``None`` = no slots.
+        shows: tokens that the segments below see: ``"all"``; or ``"slots"``: of this segment its slots alone, which
+            sum it up; or ``"only slots"``: these, and nothing above this segment.
     """
 
     tokens: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32] | None
     children: tuple[Segment, ...]
     continued: bool
+    slots: npt.NDArray[np.int64] | None
+    shows: Shows
 
     def __init__(
         self,
@@ -39,6 +49,8 @@ class Segment:
         children: Sequence[Segment] = (),
         *,
         continued: bool = False,
+        slots: npt.ArrayLike | None = None,
+        shows: Shows = "all",
     ) -> None:
         flat = np.asarray(tokens, dtype=np.int64)
         if flat.ndim != 1 or len(flat) == 0:
@@ -46,10 +58,17 @@ class Segment:
         counts = None if weights is None else np.asarray(weights, dtype=np.float32)
         if counts is not None and counts.shape != flat.shape:
             raise ValueError(f"{len(flat)} tokens but {len(counts)} weights")
+        numbers = None if slots is None else np.asarray(slots, dtype=np.int64)
+        if numbers is not None and numbers.shape != flat.shape:
+            raise ValueError(f"{len(flat)} tokens but {len(numbers)} slots: give -1 for each token that is no slot")
+        if shows not in SHOWS:
+            raise ValueError(f"shows is {shows!r}: use one of {', '.join(map(repr, SHOWS))}")
         object.__setattr__(self, "tokens", flat)
         object.__setattr__(self, "weights", counts)
         object.__setattr__(self, "children", tuple(children))
         object.__setattr__(self, "continued", continued)
+        object.__setattr__(self, "slots", numbers)
+        object.__setattr__(self, "shows", shows)
 
     def paths(self) -> Iterator[tuple[Segment, ...]]:
         """Yields each root-to-leaf path, depth first."""
@@ -81,6 +100,14 @@ class Segment:
         """Tokens in this segment and its descendants, each counted once."""
         return len(self.tokens) + sum(child.num_tokens for child in self.children)
 
+    @property
+    def content(self) -> bytes:
+        """Digests what a path computes of the segment: segments of equal content and ancestors are laid out once."""
+        if self.slots is None and self.shows == "all":
+            return self.tokens.tobytes()
+        slots = b"" if self.slots is None else self.slots.tobytes()
+        return self.shows.encode() + b":" + slots + b":" + self.tokens.tobytes()
+
 
 Path = tuple[Segment, ...]
 
@@ -92,6 +119,16 @@ def distinct_segments(sequence: Sequence[Path]) -> list[Segment]:
         sequence: the paths of one sequence.
     """
     return list(dict.fromkeys(segment for path in sequence for segment in path))
+
+
+def path_weights(path: Path, scored: set[Segment]) -> np.ndarray:
+    """Concatenates weights along a path, 0 on segments already in ``scored``, and adds its segments to ``scored``."""
+    parts = [
+        np.zeros(len(segment.tokens), np.float32) if segment.weights is None or segment in scored else segment.weights
+        for segment in path
+    ]
+    scored.update(path)
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +165,7 @@ class Example:
 
         def feed(segment: Segment) -> None:
             digest.update(b"(")
-            digest.update(segment.tokens.tobytes())
+            digest.update(segment.content)
             if segment.weights is not None:
                 digest.update(b"w" + segment.weights.tobytes())
             for child in segment.children:

@@ -5,7 +5,7 @@ Legend: T tokens, B blocks' rows, Q / P padded queries / path keys, N stretches 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -67,6 +67,18 @@ class Stretches(NamedTuple):
     window: int | None
 
 
+class Shown(NamedTuple):
+    """Says what a segment shows to those below it, where that is not everything.
+
+    Args:
+        offsets: places of its tokens that they see, ascending.
+        above: whether they also see what the segment itself sees above it.
+    """
+
+    offsets: np.ndarray
+    above: bool
+
+
 _FAR = 1 << 40  # depth of padding queries, which see all keys of a path; padding keys lie twice as far, hidden from all
 
 
@@ -81,6 +93,7 @@ class TreeGeometry:
         segments: ``(start, length, parent)`` per segment in depth-first order; parent is -1 for a root.
         device: device of the index tensors.
         wanted: see above; by default nothing is copied ahead.
+        shown: of segments that do not show everything, by their number. Depths count the tokens that a path sees.
 
     Example:
         >>> pair = TreeGeometry([(0, 2, -1), (2, 1, 0), (3, 2, 0)])  # a prompt of two tokens, and two completions
@@ -93,8 +106,9 @@ class TreeGeometry:
         segments: list[tuple[int, int, int]],
         device: torch.device | None = None,
         wanted: set[Part] | None = None,
+        shown: Mapping[int, Shown] | None = None,
     ) -> None:
-        segments = _merge_chains(segments)
+        segments, self.shown = _merge_chains(segments, shown or {})
         self.segments = segments
         self.device = device
         self.wanted = set() if wanted is None else wanted
@@ -145,6 +159,8 @@ class TreeGeometry:
     @cached_property
     def first_depths(self) -> list[int]:
         """Position of each segment's first token along its path."""
+        if self.shown:
+            return [len(seen) for seen in self._seen]
         first: list[int] = []
         for _, _, parent in self.segments:
             first.append(first[parent] + self.segments[parent][1] if parent >= 0 else 0)
@@ -152,12 +168,24 @@ class TreeGeometry:
 
     @cached_property
     def paths(self) -> list[np.ndarray]:
-        """Flat positions of each segment's ancestors and of itself."""
+        """Flat positions of each segment's ancestors, as far as it sees them, and of itself."""
         paths: list[np.ndarray] = []
-        for start, length, parent in self.segments:
+        for number, (start, length, parent) in enumerate(self.segments):
             own = np.arange(start, start + length)
-            paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
+            above = self._seen[number] if self.shown else paths[parent] if parent >= 0 else own[:0]
+            paths.append(np.concatenate([above, own]) if len(above) else own)
         return paths
+
+    @cached_property
+    def _seen(self) -> list[np.ndarray]:
+        """Flat positions of the tokens that each segment sees above it."""
+        seen: list[np.ndarray] = []
+        below: list[np.ndarray] = []  # of the tokens that each segment's children see
+        for number, (start, length, parent) in enumerate(self.segments):
+            seen.append(below[parent] if parent >= 0 else np.empty(0, np.int64))
+            shown = self.shown.get(number, Shown(np.arange(length), above=True))
+            below.append(np.concatenate([seen[-1][: None if shown.above else 0], start + shown.offsets]))
+        return seen
 
     # Padded blocks.
 
@@ -248,16 +276,18 @@ class TreeGeometry:
 
     def calls(self, window: int | None) -> tuple[list[list[int]], np.ndarray | None, int | None]:
         """Lists bounds of queries and of keys, call after call; gathered keys; and the window that has an effect."""
-        longest_path = int(self._sizes[:, 1].max())
+        longest_path, reach = int(self._sizes[:, 1].max()), window
         if window is None or window >= longest_path:
-            return self._whole_paths(), None, None
+            if not self.shown:
+                return self._whole_paths(), None, None
+            window, reach = longest_path, None
         tails = [
             path[max(0, len(path) - length - window + 1) :]
             for path, (_, length, _) in zip(self.paths, self.segments, strict=True)
         ]
-        # One causal call of segments to the ends of their paths, which hold all that a window shows.
+        # One causal call of segments to the ends of their paths, which hold all that a window or a segment shows.
         queries = [*(start for start, _, _ in self.segments), self.num_tokens]
-        return [queries, np.cumsum([0, *map(len, tails)]).tolist()], np.concatenate(tails), window
+        return [queries, np.cumsum([0, *map(len, tails)]).tolist()], np.concatenate(tails), reach
 
     def _whole_paths(self) -> list[list[int]]:
         """Makes a causal call within segments, and a call per level of the tree: descendants to their ancestor there.
@@ -310,24 +340,29 @@ def stretch_arrays(tree: TreeGeometry, window: int | None) -> dict[str, np.ndarr
     return bounds if tails is None else {**bounds, "key_index": tails}
 
 
-def _merge_chains(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Joins each only child with its parent, since one causal product is cheaper than a masked one."""
+def _merge_chains(
+    segments: list[tuple[int, int, int]], shown: Mapping[int, Shown]
+) -> tuple[list[tuple[int, int, int]], dict[int, Shown]]:
+    """Joins each only child with its parent, since one causal product is cheaper than a masked one.
+
+    Segments that do not show everything stay as they are; they are returned by their new numbers.
+    """
     num_children = [0] * len(segments)
     for _, _, parent in segments:
         if parent >= 0:
             num_children[parent] += 1
     merged: list[tuple[int, int, int]] = []
     place: list[int] = []  # new index of each segment
-    for start, length, parent in segments:
+    for number, (start, length, parent) in enumerate(segments):
         # Extend the parent's merged segment; the child's tokens directly follow it in the layout.
-        if parent >= 0 and num_children[parent] == 1:
+        if parent >= 0 and num_children[parent] == 1 and not {number, parent} & shown.keys():
             first, so_far, above = merged[place[parent]]
             merged[place[parent]] = (first, so_far + length, above)
             place.append(place[parent])
         else:
             place.append(len(merged))
             merged.append((start, length, place[parent] if parent >= 0 else -1))
-    return merged
+    return merged, {place[number]: each for number, each in shown.items()}
 
 
 def _group_by_size(sizes: np.ndarray) -> list[np.ndarray]:

@@ -75,16 +75,16 @@ def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix
 
 
 class _Level(dict[bytes, "_Level"]):
-    """Maps the distinct segments at one node of merged trees, by their tokens."""
+    """Maps the distinct segments at one node of merged trees, by their content."""
 
     def missing(self, segment: Segment) -> int:
         """Counts the tokens that merging a segment and its descendants would add, at most."""
-        below = self.get(segment.tokens.tobytes())
+        below = self.get(segment.content)
         return segment.num_tokens if below is None else sum(below.missing(child) for child in segment.children)
 
     def add(self, segment: Segment) -> int:
         """Merges a segment and its descendants; returns the number of tokens added."""
-        key = segment.tokens.tobytes()
+        key = segment.content
         added = 0 if key in self else len(segment.tokens)
         below = self.setdefault(key, _Level())
         return added + sum(below.add(child) for child in segment.children)
@@ -95,7 +95,7 @@ def _families(examples: Sequence[Example], budget: int) -> list[tuple[list[int],
     found: list[tuple[list[int], int]] = []
     latest: dict[bytes, tuple[int, _Level]] = {}  # prompt -> its last family and the merged segments of that
     for n, example in enumerate(examples):
-        key = example.root.tokens.tobytes()
+        key = example.root.content
         number, level = latest.get(key, (-1, _Level()))
         # A full family is never opened again: its prompt starts another one.
         if number < 0 or found[number][1] + level.missing(example.root) > budget:

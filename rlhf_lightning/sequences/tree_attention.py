@@ -11,6 +11,7 @@ Kernels, whose results agree up to rounding:
 - ``cascade`` (``cascade.py``) is flash attention in one call per level of the tree, on CUDA in half precision;
   elsewhere its arithmetic in plain operators, for tests. It has no attention dropout, soft caps or sinks.
 - ``flex`` (``flex_attention.py``) is FlexAttention, which trains on CUDA only. It has no attention dropout.
+- A forest whose segments show no more than their slots runs in blocks where it would run in FlexAttention.
 - ``auto`` is the cascade where flash attention applies, FlexAttention for soft caps and sinks on CUDA in half
   precision, and blocks for all else.
 
@@ -108,6 +109,9 @@ def tree_attention(
 
     _check_mask(attention_mask)
     cast = _as_autocast(query, key, value)
+    # FlexAttention's mask is that of a forest whose segments show everything.
+    if tree.shown and (kernel == "flex" or softcap is not None or s_aux is not None):
+        kernel = "blocks"
     chosen = _kernel_for(kernel, *cast, dropout, softcap, s_aux)
     if chosen == "cascade":
         return cascade_attention(*cast, tree, sliding_window, scaling), None

@@ -20,8 +20,8 @@ from .packaged_configs import packaged_config
 
 # Options whose value may be a folder or a task instead of a hub id. Files are looked for in every option.
 _SOURCES = (
-    *("model", "models", "base", "tokenizer", "adapter", "draft", "scorer", "judge"),
-    *("train", "val", "test", "predict", "prompts", "rows"),
+    *("model", "models", "base", "tokenizer", "adapter", "draft", "scorer", "judge", "compressor"),
+    *("train", "val", "test", "predict", "prompts", "rows", "input"),
 )
 # Options that name outputs.
 _WRITTEN = ("output", "dirpath", "save_dir", "default_root_dir", "log_dir", "folder", "filename", "root_dir")

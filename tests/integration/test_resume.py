@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning import (
+    ContextCompressionModule,
     DPOModule,
     GRPOModule,
     KTOModule,
@@ -28,6 +29,7 @@ from rlhf_lightning import (
 from rlhf_lightning.callbacks import ReferenceSync, TrainingCheckpoint
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules import (
+    ContextDataModule,
     PreferenceDataModule,
     PromptDataModule,
     SFTDataModule,
@@ -42,6 +44,7 @@ DEMONSTRATIONS = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}"} for n in r
 PAIRS = [{"prompt": f"{n}+{n}=?", "chosen": f"#{2 * n}", "rejected": f"#{2 * n + 1} no"} for n in range(11)]
 LABELLED = [{"prompt": f"{n}+1=?", "completion": f"#{n + n % 2}", "label": n % 2 == 1} for n in range(12)]
 STEPS = [{"prompt": f"{n}?", "completions": ["a=1\n", f"b={n}\n"], "labels": [True, n % 2 == 0]} for n in range(11)]
+CONTEXTS = [{"context": f"{n}7{n}1 {n}3" * (1 + n % 3), "prompt": "?", "completion": f"#{n}"} for n in range(11)]
 PROMPTS = [{"prompt": f"{n}+{n}="} for n in range(5)]
 
 
@@ -163,6 +166,13 @@ RUNS: dict[str, Run] = {
         lambda model: KTOModule(model, lora=LORA, undesirable_weight=0.0),
         lambda: UnpairedDataModule(train=LABELLED[1::2], global_batch_size=1),
         steps=8,
+    ),
+    "compression": Run(
+        lambda model: ContextCompressionModule(
+            model, ratio=2, segment_length=6, encoder_rank=2, kl_coef=0.5, train_decoder=True, dropout=0.1
+        ),
+        lambda: ContextDataModule(train=CONTEXTS, val=CONTEXTS[:3], global_batch_size=3),
+        {"val_check_interval": 2},
     ),
     "grpo": Run(lambda model: GRPOModule(model, lora=LORA, beta=0.1, **ON_POLICY), prompts, steps=10),
     "ppo": Run(lambda model: PPOModule(model, lora=LORA, kl_coef=0.1, **ON_POLICY), prompts, steps=10),

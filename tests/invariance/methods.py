@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_lightning import DPOModule, KTOModule, ProcessRewardModule, RewardModule, SFTModule, SimPOModule
+from rlhf_lightning import (
+    ContextCompressionModule,
+    DPOModule,
+    KTOModule,
+    ProcessRewardModule,
+    RewardModule,
+    SFTModule,
+    SimPOModule,
+)
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules.unpaired import mismatch
 from rlhf_lightning.sequences import Example, Segment, grow_tree
@@ -131,6 +139,18 @@ def labelled_chats(count: int) -> list[Example]:
         prompt = _tokens(rng, 2, 6)
         rows.append(Example(f"rows:{n}", grow_tree([_turns(rng, prompt)], prompt), {"label": n % 3 != 0}))
     return mismatch(rows)
+
+
+def contexts(count: int) -> list[Example]:
+    """Contexts of one to four segments, each with one or two demonstrations; some rows have the same context."""
+    rng, rows = np.random.default_rng(7), []
+    shared = rng.integers(3, VOCAB, size=13)
+    for n, row in enumerate(demonstrations(count)):
+        context = shared if n % 3 == 1 else _tokens(rng, 4, 24)
+        other = Segment(_tokens(rng, 1, 6), children=(_completion(rng),))
+        prompts = [row.root, other] if n % 2 else [row.root]
+        rows.append(Example(row.row_id, Segment(context, children=prompts), {"context": ""}))
+    return rows
 
 
 class MovedKTO(KTOModule):
@@ -265,6 +285,22 @@ METHODS: dict[str, Method] = {
             gae={"whiten_rewards": True},
             optimizer=partial(torch.optim.SGD, lr=3.0),
         ),
+    ),
+}
+
+# Methods that run in the packed layout alone.
+PACKED: dict[str, Method] = {
+    "compression": Method(
+        ContextCompressionModule,
+        contexts,
+        {"ratio": 2, "segment_length": 6, "encoder_rank": 2, "kl_coef": 0.5, "autoencoding_coef": 0.3},
+    ),
+    "compression-decoder": Method(
+        ContextCompressionModule,
+        contexts,
+        {"ratio": 4, "segment_length": 8, "recurrence": "replace", "placement": "end", "encoder_rank": 0}
+        | {"pooling": "attention"}
+        | {"train_decoder": True, "kl_coef": 2.0, "continuation_coef": 0.5},
     ),
 }
 

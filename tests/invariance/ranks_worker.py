@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers import leave_together
 from tests.invariance.harness import step, validate
-from tests.invariance.methods import EXPERTS, METHODS
+from tests.invariance.methods import EXPERTS, METHODS, PACKED
 
 
 def main(folder: str, target: str, num_rows: int, strategy: str, names: list[str]) -> None:
@@ -19,7 +19,7 @@ def main(folder: str, target: str, num_rows: int, strategy: str, names: list[str
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {}
     for name in names or METHODS:
-        method = (METHODS | EXPERTS)[name]
+        method = (METHODS | PACKED | EXPERTS)[name]
         precision = "32-true" if name in EXPERTS else "64-true"
         rows = method.rows(num_rows)
         run = {"strategy": strategy, "devices": world, "use_distributed_sampler": False}

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import pytest
 
-METHODS = ("sft", "reward", "process", "dpo", "simpo", "kto", "grpo", "ppo")
+METHODS = ("sft", "reward", "process", "dpo", "simpo", "kto", "grpo", "ppo", "compression")
 # From what a test is called, its first parameters included, to what it guarantees.
 GUARANTEES = (
     (r"test_layout_and_budget\[padded-(?!budget)", "packed = padded"),

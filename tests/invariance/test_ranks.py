@@ -13,15 +13,17 @@ import torch
 
 from ..helpers import save_tiny_model
 from .harness import TOLERANCE, Outcome, assert_same, assert_same_metrics, step, validate
-from .methods import METHODS
+from .methods import METHODS as LAID_OUT
+from .methods import PACKED
 
+METHODS = LAID_OUT | PACKED
 ROOT = Path(__file__).resolve().parents[2]
 # `make invariance` compares all of the matrix under FSDP2, too; otherwise one entry of every method, where ranks differ
 # most in what they run.
 ALL = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
 NUM_ROWS = [pytest.param(7, id="uneven"), pytest.param(1, id="a-rank-without-rows", marks=pytest.mark.slow)]
 SHARDED = ["sft", "dpo-coupled", "kto", "process", "reward", "simpo", "grpo-coupled", "grpo-tree", "grpo-search", "ppo"]
-SHARDED = [*METHODS] if ALL else SHARDED
+SHARDED = [*LAID_OUT] if ALL else SHARDED
 
 
 @pytest.fixture(scope="module")
