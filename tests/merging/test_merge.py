@@ -22,6 +22,7 @@ from rlhf_lightning.merging import merge, verify
 from rlhf_lightning.merging.data import estimate_fisher, estimate_products
 from rlhf_lightning.merging.merge import build_method
 from rlhf_lightning.merging.methods import METHODS, merge_tensors
+from rlhf_lightning.merging.methods import base as base_module
 from rlhf_lightning.merging.sources import open_source
 from rlhf_lightning.merging.tensor_files import read_header
 
@@ -72,6 +73,35 @@ def test_a_merge_on_disk_equals_one_in_memory(name, folders, tmp_path):
     assert verify(output) == []
     logits = AutoModelForCausalLM.from_pretrained(output)(torch.arange(5)[None]).logits
     assert bool(torch.isfinite(logits).all())
+
+
+def test_threads_and_blocks_change_no_bytes(folders, tmp_path, monkeypatch):
+    options = {"base": folders["base"], "models": [folders[n] for n in "abc"], "density": 0.3}
+    merge("ties", **options, output=tmp_path / "whole")
+    monkeypatch.setattr(base_module, "BLOCK_ELEMENTS", 64)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            merge("ties", **options, output=tmp_path / str(threads))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert all((tmp_path / name / "model.safetensors").read_bytes() == whole for name in ("1", "3"))
+
+
+def test_layers_have_densities_of_their_own(folders, tmp_path):
+    options = {"base": folders["base"], "models": [folders["a"], folders["b"]]}
+    output = merge("ties", **options, output=tmp_path / "out", density=0.2, layers={"embed": {"density": 0.9}})
+    start, *models = states(folders, "base", "a", "b")
+    found = load_file(output / "model.safetensors")
+    for density, keys in (
+        (0.9, ["model.embed_tokens.weight"]),
+        (0.2, sorted(set(start) - {"model.embed_tokens.weight"})),
+    ):
+        expected = merge_tensors(METHODS["ties"](density=density), models, start)
+        assert all(torch.equal(found[key], expected[key]) for key in keys)
 
 
 def test_types_shards_and_layers(folders, tmp_path):
