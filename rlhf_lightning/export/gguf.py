@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import load_causal_lm, load_tokenizer, save_pretrained
 from ..utils.files import PARTIAL, flush_to_disk, hidden_sibling
 from ..utils.validation import check_choice
 from .gguf_metadata import ROPE_FACTORS, check_config, context_length, needs_factors, write_config
-from .gguf_proof import check_model, check_tokenizer, continued, encoded_prompts
+from .gguf_proof import check_model, check_tokenizer
 from .gguf_tensors import (
     FILE_TYPES,
     TYPES,
@@ -31,6 +29,7 @@ from .gguf_tensors import (
     tensor_type,
 )
 from .gguf_tokenizer import tokenizer_fields, write_tokenizer
+from .proof import continued, encoded_prompts, load_source
 
 _MAGIC = b"GGUF"
 
@@ -95,7 +94,7 @@ def export_gguf(
     target = Path(output).expanduser().resolve()
     _check_target(target)
     with tempfile.TemporaryDirectory() as scratch:
-        loaded, tokenizer = _load(model, Path(scratch))
+        loaded, tokenizer = load_source(model, Path(scratch))
     architecture = check_config(loaded.config)
     positions = context_length(loaded.config)
     prompts = encoded_prompts(tokenizer, check_prompts, positions)
@@ -173,17 +172,6 @@ def write_file(
     finally:
         writer.close()
     return dict(Counter(kinds.values()))
-
-
-def _load(model: str | Path, scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model in fp32, with an adapter merged."""
-    tokenizer = load_tokenizer(model)
-    options: dict[str, Any] = {"dtype": torch.float32, "trainable": False, "attn_implementation": "eager"}
-    loaded: Any = load_causal_lm(model, **options)
-    if isinstance(loaded, PeftModel):
-        save_pretrained(loaded, tokenizer, scratch / "merged", merge_adapter=True)
-        loaded = load_causal_lm(scratch / "merged", **options)
-    return loaded.eval(), tokenizer
 
 
 @torch.no_grad()
