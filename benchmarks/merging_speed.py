@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -144,22 +143,23 @@ class PrivateMemory:
 
     def _follow(self) -> None:
         while True:
-            self.peak_gb = max(self.peak_gb, self.now_gb())
+            self.peak_gb = max(self.peak_gb, status_gb("RssAnon"))
             time.sleep(0.02)
 
-    @staticmethod
-    def now_gb() -> float:
-        """Returns it now, in GB."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
+
+def status_gb(name: str) -> float:
+    """Returns a number of this process's status, in GB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e9
 
 
 def report(name: str, folder: Path) -> None:
     """Runs one side in this process; prints its seconds and its memory."""
     private = PrivateMemory()
     seconds = RUNS[name](folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    found = {"seconds": seconds, "peak_gb": peak, "private_gb": max(private.peak_gb, private.now_gb())}
+    # Not getrusage's maximum, which a process inherits from the one that started it.
+    peak, private_gb = status_gb("VmHWM"), max(private.peak_gb, status_gb("RssAnon"))
+    found = {"seconds": seconds, "peak_gb": peak, "private_gb": private_gb}
     print("RESULT " + json.dumps(found))
 
 

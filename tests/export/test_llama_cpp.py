@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,9 +14,8 @@ from rlhf_lightning.export import export_gguf
 from ..helpers import tiny_model
 from .test_gguf import EXTRA, FAMILIES, PROMPTS, SIZES, byte_tokenizer
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+llama_cpp = pytest.importorskip("llama_cpp_py_sync", reason="the extra llama-cpp is not installed")
 pytestmark = pytest.mark.slow
-F32 = 0  # of keys and values, as ggml numbers its types
 ANSWER = 12
 
 
@@ -31,10 +29,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def logits_in_llama_cpp(llama: Any, tokens: list[int]) -> torch.Tensor:
-    llama.reset()
-    llama.eval(tokens)
-    return torch.from_numpy(np.array(llama.scores[: len(tokens)])).float()
+def last_logits(llama: Any, row: list[int]) -> torch.Tensor:
+    """Logits after a text, computed from its beginning."""
+    llama._clear_context_state()
+    llama._eval_tokens(row, 0)
+    found = llama._lib.llama_get_logits_ith(llama._ctx, -1)
+    return torch.tensor([found[n] for n in range(llama.n_vocab)])
 
 
 @pytest.mark.parametrize(("type", "tolerance"), [("f32", 1e-4), ("q8_0", 0.1)])
@@ -43,21 +43,21 @@ def test_llama_cpp_computes_the_model(
     arch: str, type: str, tolerance: float, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     export_gguf(folders[arch], tmp_path / "model.gguf", type=type, check_prompts=PROMPTS)
-    llama = llama_cpp.Llama(
-        str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, n_threads=1, type_k=F32, type_v=F32, verbose=False
-    )
+    options = {"n_ctx": 128, "n_batch": 128, "n_threads": 1, "type_k": "f32", "type_v": "f32", "flash_attn_type": 0}
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), **options)
     model = AutoModelForCausalLM.from_pretrained(folders[arch], dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folders[arch])
     for prompt in PROMPTS:
         row = tokenizer(prompt)["input_ids"]
-        assert llama.tokenize(prompt.encode(), add_bos=True) == row
+        assert llama.tokenize(prompt) == row
         for _ in range(ANSWER):
             with torch.no_grad():
-                expected = model(torch.tensor([row])).logits[0]
-            found = logits_in_llama_cpp(llama, row)
-            spread = float((expected - expected.mean(-1, keepdim=True)).square().mean().sqrt())
+                expected = model(torch.tensor([row])).logits[0, -1]
+            found = last_logits(llama, row)
+            spread = float((expected - expected.mean()).square().mean().sqrt())
             # With q8_0 it rounds activations to 8 bits as well.
             assert float((found - expected).abs().max()) <= tolerance * spread
             if type == "f32":
-                assert int(found[-1].argmax()) == int(expected[-1].argmax())
-            row.append(int(expected[-1].argmax()))
+                assert int(found.argmax()) == int(expected.argmax())
+            row.append(int(expected.argmax()))
+    llama.close()
