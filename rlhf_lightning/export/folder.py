@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..merging.adapter_files import is_adapter
@@ -25,7 +23,7 @@ from ..models.safetensors_io import first_line
 from ..models.saving import replace_folder
 from ..utils.files import check_replaceable, hold, release
 from ..utils.validation import check_choice
-from .model_card import ModelCard
+from .model_card import HUB_ID, ModelCard
 from .proof import Expected, compare_models, compare_tokenizers, continued, encoded_prompts, load_source
 
 CARD = "README.md"
@@ -98,8 +96,8 @@ def export_folder(
     if dtype is not None:
         check_choice("dtype", dtype, _DTYPES)
     parse_size(max_shard_size)
-    if push_to_hub is not None:
-        _check_repository(push_to_hub)
+    if push_to_hub is not None and not HUB_ID.fullmatch(push_to_hub):
+        raise ValueError(f"push_to_hub is {push_to_hub!r}; it must be an id such as me/my-model")
     source, target = find_folder(model), Path(output).expanduser().resolve()
     alone = is_adapter(source) and not merge_adapter
     if alone and dtype is not None:
@@ -178,13 +176,6 @@ def _round(model: PreTrainedModel, place: Path) -> None:
 
 
 # The hub.
-
-
-def _check_repository(name: str) -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"push_to_hub is {name!r}; it must be an id such as me/my-model") from error
 
 
 def _push(folder: Path, repository: str, private: bool, say: Callable[[str], None]) -> str:

@@ -16,7 +16,7 @@ from ..merging.manifest import NAME
 from ..models.safetensors_io import read_json
 
 # Ids on the hub; everything else is a file, a folder or a description.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def is_hub_id(name: str) -> bool:
         >>> is_hub_id("Qwen/Qwen3-0.6B"), is_hub_id("/models/base"), is_hub_id("rows.jsonl")
         (True, False, False)
     """
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _recorded(source: Path) -> dict[str, Any]:
