@@ -8,7 +8,6 @@ continues after it, and writes the same bytes.
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -279,8 +278,6 @@ def _write_shard(merge: Merge, shard: Shard, folder: Path, surveys: Surveys) -> 
                     writer.write(raw_bytes(block))
         finally:
             digest = writer.finish()
-        file.flush()
-        os.fsync(file.fileno())
     partial.replace(folder / shard.file)
     flush_to_disk(folder)
     return digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rlhf_lightning.merging import merge, verify
+from rlhf_lightning.merging import merge, tensor_files, verify
 from rlhf_lightning.merging.data import estimate_fisher, estimate_products
 from rlhf_lightning.merging.merge import build_method
 from rlhf_lightning.merging.methods import METHODS, merge_tensors
@@ -418,6 +419,30 @@ def test_headers_are_read_like_safetensors_does(folders):
         assert stored.shape == tuple(tensor.shape)
         assert torch.equal(stored.rows(0, 10**6).view(tensor.shape), tensor)
     assert open_source(folders["a"]).config["model_type"] == "llama"
+
+
+def test_a_disk_that_fails_while_it_is_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_FLUSHED_PART", 16)
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:  # a system tells once
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(tensor_files.os, "fsync", fsync)
+    with (tmp_path / "file").open("wb") as file:
+        writer = tensor_files.HashingWriter(file)
+        writer.write(b"x" * 20)
+        writer.write(b"y" * 20)
+        with pytest.raises(OSError, match="Input/output error"):
+            writer.finish()
+    calls[:] = [0]
+    with (tmp_path / "file").open("wb") as file:
+        writer = tensor_files.HashingWriter(file)
+        writer.write(b"x" * 40)
+        assert writer.finish() == hashlib.sha256(b"x" * 40).hexdigest()
+    assert len(calls) > 2  # early, and in the end
 
 
 _SCRIPT = """

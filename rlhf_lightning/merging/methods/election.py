@@ -48,7 +48,7 @@ def elect_and_average(
     votes_RC = sparse_MRC[0] * voices[0]
     for sparse_RC, voice in zip(sparse_MRC[1:], voices[1:], strict=True):
         votes_RC.add_(sparse_RC, alpha=voice)
-    sign_RC = torch.copysign(torch.ones_like(votes_RC), votes_RC)
+    sign_RC = torch.copysign(votes_RC.new_ones(()), votes_RC)
     total_RC, divisor_RC = _agreeing(sparse_MRC, sign_RC, factors, voices, preset)
     if preset == "paper":
         # Where positive differences agree with a sum of 0, negative ones cancel them. (Comparisons into floating-point
@@ -56,8 +56,8 @@ def elect_and_average(
         zero_RC = torch.eq(votes_RC, 0, out=torch.empty_like(votes_RC))
         ones = [1.0] * len(factors)
         count_RC = divisor_RC if weights is None else _agreeing(sparse_MRC, sign_RC, ones, ones, preset)[1]
-        if float((zero_RC * count_RC).sum()) > 0:
-            sign_RC[zero_RC.bool()] = majority()
+        if float(zero_RC.mul_(count_RC).sum()) > 0:
+            sign_RC[votes_RC == 0] = majority()
             total_RC, divisor_RC = _agreeing(sparse_MRC, sign_RC, factors, voices, preset)
     if not divide:
         return block.base_RC.add(total_RC, alpha=scale)
@@ -70,9 +70,13 @@ def _agreeing(
 ) -> tuple[Tensor, Tensor]:
     """Sums the weighted differences that agree with a sign, and what they are divided by, ``(R, C)`` each."""
     total_RC, divisor_RC = torch.zeros_like(sign_RC), torch.zeros_like(sign_RC)
+    agreeing_RC = torch.empty_like(sign_RC)
     for sparse_RC, factor, voice in zip(sparse_MRC, factors, voices, strict=True):
         # Positive where the difference agrees; 0 agrees with no sign.
-        agreeing_RC = (sparse_RC * sign_RC if voice == 1 else (sparse_RC * voice).mul_(sign_RC)).relu_()
+        torch.mul(sparse_RC, sign_RC, out=agreeing_RC)
+        if voice != 1:
+            agreeing_RC.mul_(voice)
+        agreeing_RC.relu_()
         total_RC.add_(agreeing_RC, alpha=1.0 if preset == "mergekit" else factor)
         divisor_RC.add_(agreeing_RC.sign_(), alpha=1.0 if preset == "peft" else factor)
     return total_RC.mul_(sign_RC), divisor_RC

@@ -219,7 +219,7 @@ def _bracket(pieces: Sequence[Array], share: float) -> _Bracket:
 
     Args:
         pieces: sampled magnitudes.
-        share: of all elements, those that are not below the threshold.
+        share: part of all elements that is not below the threshold.
     """
     ordered_N = np.sort(np.concatenate(pieces))[::-1]
     size = len(ordered_N)
@@ -247,19 +247,20 @@ class Trimmer:
     value: float
     last: int | None = None
 
-    def __call__(self, delta_RC: Tensor, first_row: int) -> Tensor:
-        """Returns a block of differences with 0 in place of what is not kept."""
-        if self.last is None:
-            return not_below(delta_RC, self.value)
-        cut = max(0, self.last + 1 - first_row * delta_RC.shape[1])
-        flat_N = delta_RC.reshape(-1)
-        parts = not_below(flat_N[:cut], self.value), torch.nn.functional.hardshrink(flat_N[cut:], self.value)
-        return torch.cat(parts).view_as(delta_RC)
+    def __call__(self, delta_RC: Tensor, first_row: int) -> None:
+        """Sets what is not kept of a contiguous block of differences to 0."""
+        flat_N = delta_RC.view(-1)
+        kept = len(flat_N) if self.last is None else max(0, self.last + 1 - first_row * delta_RC.shape[1])
+        drop_below(flat_N[:kept], self.value)
+        _drop_up_to(flat_N[kept:], self.value)
 
 
 def trim(block: Block, trimmers: Sequence[Trimmer]) -> Tensor:
-    """Removes the small differences of every model from a block."""
-    return torch.stack([keep(block.delta_RC(model), block.first_row) for model, keep in enumerate(trimmers)])
+    """Returns the differences of one block without the small ones of every model."""
+    deltas_MRC = block.deltas_MRC
+    for delta_RC, keep in zip(deltas_MRC, trimmers, strict=True):
+        keep(delta_RC, block.first_row)
+    return deltas_MRC
 
 
 def trimmers_of(view: TensorView, k: int) -> list[Trimmer]:
@@ -290,10 +291,14 @@ def _last_kept(view: TensorView, values: Mapping[int, float], left: dict[int, in
     return found
 
 
-def not_below(block: Tensor, value: float) -> Tensor:
-    """Returns a block with 0 in place of magnitudes below a value."""
-    if value == math.inf:
-        return torch.zeros_like(block)
-    # hardshrink keeps what is strictly above its bound: the next lower number of the block's precision.
+def drop_below(block: Tensor, value: float) -> None:
+    """Sets magnitudes below a value to 0."""
+    # What is not above the next lower number of the block's precision.
     bound = float(torch.nextafter(block.new_tensor(value), block.new_tensor(-1.0)))
-    return torch.nn.functional.hardshrink(block, bound) if bound >= 0 else block
+    if bound >= 0:
+        _drop_up_to(block, bound)
+
+
+def _drop_up_to(block: Tensor, bound: float) -> None:
+    """Sets magnitudes up to a bound to 0, in one pass and without another block."""
+    torch.ops.aten.hardshrink.out(block, bound, out=block)
