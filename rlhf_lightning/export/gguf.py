@@ -32,6 +32,7 @@ from .gguf_tokenizer import tokenizer_fields, write_tokenizer
 from .proof import continued, encoded_prompts, load_source
 
 _MAGIC = b"GGUF"
+_PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,13 @@ def write_file(
     gguf = gguf_package()
     writer: Any = gguf.GGUFWriter(str(path), architecture)
     try:
-        # Loaders treat files of some names in their own way: the name is the architecture's.
-        writer.add_name(architecture)
+        fields = tokenizer_fields(tokenizer, int(model.config.vocab_size))
+        writer.add_name(_name(architecture, fields.tokens))
         writer.add_file_type(FILE_TYPES[type])
         if type.startswith("q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_config(writer, model.config, architecture)
-        write_tokenizer(writer, tokenizer_fields(tokenizer, int(model.config.vocab_size)))
+        write_tokenizer(writer, fields)
 
         # The table of tensors comes first, so that one tensor at a time is in memory.
         tensors = {place: tensor for place, (_, tensor) in named_tensors(model, architecture).items()}
@@ -172,6 +173,14 @@ def write_file(
     finally:
         writer.close()
     return dict(Counter(kinds.values()))
+
+
+def _name(architecture: str, tokens: Sequence[str]) -> str:
+    """Names the file, whose name tells loaders how to treat it: by the architecture.
+
+    llama.cpp looks up tokens of Phi-3 in files of that name, and does not load them without.
+    """
+    return architecture if architecture != "phi3" or set(tokens) >= _PHI3_TOKENS else "model"
 
 
 @torch.no_grad()

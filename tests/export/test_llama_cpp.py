@@ -1,4 +1,4 @@
-"""Exported files in llama.cpp: the same tokens, the same logits, the same greedy answers."""
+"""Exported files in llama.cpp: the same tokens, the same log-probs, the same greedy answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_lightning.export import export_gguf
 from ..helpers import tiny_model
 from .test_gguf import EXTRA, FAMILIES, PROMPTS, SIZES, byte_tokenizer
 
-llama_cpp = pytest.importorskip("llama_cpp_py_sync", reason="the extra llama-cpp is not installed")
+llama_cpp = pytest.importorskip("xllamacpp", reason="the extra llama-cpp is not installed")
 pytestmark = pytest.mark.slow
 ANSWER = 12
 
@@ -29,12 +29,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def last_logits(llama: Any, row: list[int]) -> torch.Tensor:
-    """Logits after a text, computed from its beginning."""
-    llama._clear_context_state()
-    llama._eval_tokens(row, 0)
-    found = llama._lib.llama_get_logits_ith(llama._ctx, -1)
-    return torch.tensor([found[n] for n in range(llama.n_vocab)])
+def answers(path: Path, prompt: str) -> list[dict[str, Any]]:
+    """The greedy answer to a text: for each token its number, and the log-probs of all tokens by number."""
+    params = llama_cpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup, params.cpuparams.n_threads = 128, 1, False, 1
+    params.cache_type_k = params.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = llama_cpp.Server(params)
+    request = {"prompt": prompt, "max_tokens": ANSWER, "temperature": 0.0, "logprobs": SIZES["vocab_size"]}
+    result = server.handle_completions({**request, "cache_prompt": False, "ignore_eos": True})
+    steps = result["choices"][0]["logprobs"]["content"]
+    return [{"id": s["id"], "logprobs": {t["id"]: t["logprob"] for t in s["top_logprobs"]}} for s in steps]
 
 
 @pytest.mark.parametrize(("type", "tolerance"), [("f32", 1e-4), ("q8_0", 0.1)])
@@ -42,22 +48,21 @@ def last_logits(llama: Any, row: list[int]) -> torch.Tensor:
 def test_llama_cpp_computes_the_model(
     arch: str, type: str, tolerance: float, folders: dict[str, Path], tmp_path: Path
 ) -> None:
+    """From a text: other tokens would give other log-probs. With q8_0 it rounds activations to 8 bits as well."""
     export_gguf(folders[arch], tmp_path / "model.gguf", type=type, check_prompts=PROMPTS)
-    options = {"n_ctx": 128, "n_batch": 128, "n_threads": 1, "type_k": "f32", "type_v": "f32", "flash_attn_type": 0}
-    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), **options)
     model = AutoModelForCausalLM.from_pretrained(folders[arch], dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folders[arch])
     for prompt in PROMPTS:
         row = tokenizer(prompt)["input_ids"]
-        assert llama.tokenize(prompt) == row
-        for _ in range(ANSWER):
+        steps = answers(tmp_path / "model.gguf", prompt)
+        assert len(steps) == ANSWER
+        for step in steps:
             with torch.no_grad():
-                expected = model(torch.tensor([row])).logits[0, -1]
-            found = last_logits(llama, row)
-            spread = float((expected - expected.mean()).square().mean().sqrt())
-            # With q8_0 it rounds activations to 8 bits as well.
-            assert float((found - expected).abs().max()) <= tolerance * spread
+                logits = model(torch.tensor([row])).logits[0, -1]
+            expected, spread = logits.log_softmax(-1), float((logits - logits.mean()).square().mean().sqrt())
+            assert len(step["logprobs"]) > 200
+            for token, logprob in step["logprobs"].items():
+                assert logprob == pytest.approx(float(expected[token]), abs=tolerance * spread)
             if type == "f32":
-                assert int(found.argmax()) == int(expected.argmax())
-            row.append(int(expected.argmax()))
-    llama.close()
+                assert step["id"] == int(expected.argmax())
+            row.append(step["id"])
