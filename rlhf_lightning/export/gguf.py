@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import load_causal_lm, load_tokenizer, save_pretrained
 from ..utils.files import PARTIAL, flush_to_disk, hidden_sibling
 from ..utils.validation import check_choice
 from .gguf_metadata import ROPE_FACTORS, check_config, context_length, needs_factors, write_config
-from .gguf_proof import check_model, check_tokenizer, continued, encoded_prompts
+from .gguf_proof import check_model, check_tokenizer
 from .gguf_tensors import (
     FILE_TYPES,
     TYPES,
@@ -31,8 +29,10 @@ from .gguf_tensors import (
     tensor_type,
 )
 from .gguf_tokenizer import tokenizer_fields, write_tokenizer
+from .proof import continued, encoded_prompts, load_source
 
 _MAGIC = b"GGUF"
+_PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def export_gguf(
     target = Path(output).expanduser().resolve()
     _check_target(target)
     with tempfile.TemporaryDirectory() as scratch:
-        loaded, tokenizer = _load(model, Path(scratch))
+        loaded, tokenizer = load_source(model, Path(scratch))
     architecture = check_config(loaded.config)
     positions = context_length(loaded.config)
     prompts = encoded_prompts(tokenizer, check_prompts, positions)
@@ -145,13 +145,13 @@ def write_file(
     gguf = gguf_package()
     writer: Any = gguf.GGUFWriter(str(path), architecture)
     try:
-        # Loaders treat files of some names in their own way: the name is the architecture's.
-        writer.add_name(architecture)
+        fields = tokenizer_fields(tokenizer, int(model.config.vocab_size))
+        writer.add_name(_name(architecture, fields.tokens))
         writer.add_file_type(FILE_TYPES[type])
         if type.startswith("q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_config(writer, model.config, architecture)
-        write_tokenizer(writer, tokenizer_fields(tokenizer, int(model.config.vocab_size)))
+        write_tokenizer(writer, fields)
 
         # The table of tensors comes first, so that one tensor at a time is in memory.
         tensors = {place: tensor for place, (_, tensor) in named_tensors(model, architecture).items()}
@@ -175,15 +175,12 @@ def write_file(
     return dict(Counter(kinds.values()))
 
 
-def _load(model: str | Path, scratch: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model in fp32, with an adapter merged."""
-    tokenizer = load_tokenizer(model)
-    options: dict[str, Any] = {"dtype": torch.float32, "trainable": False, "attn_implementation": "eager"}
-    loaded: Any = load_causal_lm(model, **options)
-    if isinstance(loaded, PeftModel):
-        save_pretrained(loaded, tokenizer, scratch / "merged", merge_adapter=True)
-        loaded = load_causal_lm(scratch / "merged", **options)
-    return loaded.eval(), tokenizer
+def _name(architecture: str, tokens: Sequence[str]) -> str:
+    """Names the file, whose name tells loaders how to treat it: by the architecture.
+
+    llama.cpp looks up tokens of Phi-3 in files of that name, and does not load them without.
+    """
+    return architecture if architecture != "phi3" or set(tokens) >= _PHI3_TOKENS else "model"
 
 
 @torch.no_grad()

@@ -193,4 +193,6 @@ def _heat_map(report: ConflictReport) -> Any:
         axis.set_xticks(range(len(labels)), labels, fontsize=7)
         figure.colorbar(image, ax=axis)
     axes[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=5)
+    names = [f"{n}: {Path(*Path(model).parts[-2:])}" for n, model in enumerate(report.models)]
+    figure.supxlabel("\n".join(names), fontsize=7, y=0.0, va="top")
     return figure

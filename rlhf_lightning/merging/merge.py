@@ -34,7 +34,7 @@ from .manifest import NAME, manifest_text
 from .methods import ADAPTER_METHODS, METHODS, Cat, Svd
 from .methods.base import Method
 from .sources import TOKENIZER_FILES, Source, chat_template_differs, check_same, open_source
-from .stream import JOURNAL, Journal, Merge, is_merged, write_shards
+from .stream import JOURNAL, Journal, Merge, is_merged, worker_pool, write_shards
 from .tensor_files import INDEX, BackgroundDigests, Shard, fingerprint, plan_shards
 
 Precision = Literal["float32", "float64"]
@@ -128,7 +128,7 @@ def merge(
         )
         if keep:
             run.equal = [False] * len(run.equal)
-        _write(run, chosen, target, record, most_bytes, say)
+        _write(run, target, record, most_bytes, say)
     return target
 
 
@@ -263,7 +263,6 @@ def _result_types(first: Source, dtype: torch.dtype | None) -> Callable[[str], t
 
 def _write(
     run: Merge,
-    method: Method,
     target: Path,
     record: dict[str, Any],
     most_bytes: int,
@@ -285,8 +284,8 @@ def _write(
         journal.save()
     digests = BackgroundDigests(files)
     try:
-        survey = _survey(run, method)
-        outputs = write_shards(run, shards, fresh, journal, survey, say)
+        with worker_pool() as run.pool:
+            outputs = write_shards(run, shards, fresh, journal, run.surveys(), say)
         _check_changed(run)
         if fingerprint(files) != plan["inputs"]:
             raise ValueError("a model was changed while it was merged: merge again")
@@ -308,12 +307,6 @@ def _write(
     finally:
         digests.stop()
     _finish(fresh, target)
-
-
-def _survey(run: Merge, method: Method) -> Any:
-    """Looks at all tensors before the merge, where the method does so."""
-    views = [run.view(name) for name, tensor in run.models[0].tensors.items() if is_merged(tensor)]
-    return method.survey(views, len(run.models))
 
 
 def _check_changed(run: Merge) -> None:

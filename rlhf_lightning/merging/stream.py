@@ -8,9 +8,10 @@ continues after it, and writes the same bytes.
 from __future__ import annotations
 
 import json
-import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,31 +20,60 @@ import torch
 from torch import Tensor
 
 from ..utils.files import PARTIAL, flush_to_disk, hidden_sibling, write_atomically
-from .methods.base import Activations, Block, Method, TensorView, block_rows, matrix_shape, merge_view
+from .methods.base import Activations, Block, Found, Method, TensorView, block_rows, matrix_shape
 from .sources import Readable, Source
 from .tensor_files import HashingWriter, Shard, StoredTensor, raw_bytes
 
 JOURNAL = "merge_journal.json"
+# Blocks that are computed before the result of the first is needed.
+_AHEAD = 4
 MethodOf = Callable[[str], Method]
+Surveys = Mapping[Method, Any]
 
 
-class PrefetchingView(TensorView):
-    """A view whose next block is read in another thread while one is merged."""
+@contextmanager
+def worker_pool() -> Iterator[ThreadPoolExecutor]:
+    """Makes as many threads as torch computes with; while they exist, each of them computes alone."""
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(workers)
 
-    def blocks(self) -> Iterator[Block]:
-        """Reads all blocks in order, one ahead."""
+
+@dataclass(frozen=True)
+class ParallelView(TensorView):
+    """A view whose blocks are read and computed on in several threads.
+
+    Args:
+        pool: the threads; none by default.
+    """
+
+    pool: ThreadPoolExecutor | None = None
+
+    def map(self, function: Callable[[Block], Found]) -> Iterator[Found]:
+        """Applies a function to all blocks, some of them ahead; yields its results in their order."""
         step = block_rows(self.rows, self.columns)
-        starts = range(0, self.rows, step)
-        if len(starts) < 2:
-            yield from super().blocks()
+        if self.pool is None or step >= self.rows:
+            yield from super().map(function)
             return
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            ahead = reader.submit(self.read, 0, step)
-            for first in starts[1:]:
-                block = ahead.result()
-                ahead = reader.submit(self.read, first, min(step, self.rows - first))
-                yield block
-            yield ahead.result()
+
+        def apply(first: int) -> Found:
+            return function(self.read(first, min(step, self.rows - first)))
+
+        ahead: deque[Future[Found]] = deque()
+        try:
+            for first in range(0, self.rows, step):
+                ahead.append(self.pool.submit(apply, first))
+                if len(ahead) > _AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 @dataclass
@@ -58,6 +88,7 @@ class Merge:
         dtype_of: type of each tensor of the result.
         fisher: of every model, where the method takes it.
         activations: of linear layers, by the names of their weights.
+        pool: threads that blocks are computed in.
     """
 
     models: Sequence[Source]
@@ -67,6 +98,7 @@ class Merge:
     dtype_of: Callable[[str], torch.dtype]
     fisher: Sequence[Mapping[str, Tensor]] | None = None
     activations: Mapping[str, Activations] | None = None
+    pool: ThreadPoolExecutor | None = None
     # Which of the inputs the result equals so far: base last.
     equal: list[bool] = field(default_factory=list)
 
@@ -97,7 +129,7 @@ class Merge:
             return Block(models, base, first, fisher)
 
         activations = None if self.activations is None else self.activations.get(name)
-        return PrefetchingView(name, rows, columns, len(self.models), read, activations)
+        return ParallelView(name, rows, columns, len(self.models), read, activations, self.pool)
 
     def _read(self, source: Source, name: str, first: int, out: Tensor) -> None:
         """Reads rows of one model, straight into place where they are stored in the precision of the merge."""
@@ -113,32 +145,42 @@ class Merge:
                 "model again"
             )
 
-    def merged(self, name: str, survey: Any) -> Iterator[Tensor]:
+    def surveys(self) -> dict[Method, Any]:
+        """Looks at all tensors before the merge, for each of the options that some tensor is merged with."""
+        views = [self.view(name) for name, tensor in self.models[0].tensors.items() if is_merged(tensor)]
+        methods = dict.fromkeys(self.method_of(view.name) for view in views)
+        return {method: method.survey(views, len(self.models)) for method in methods}
+
+    def merged(self, name: str, surveys: Surveys) -> Iterator[Tensor]:
         """Merges one tensor block by block, in the type of the result."""
         tensors = [source.tensors[name] for source in self.inputs]
         if not is_merged(tensors[0]):
             yield from self._copied(name, tensors)
             return
-        method, dtype = self.method_of(name), self.dtype_of(name)
-        first = 0
-        for block in merge_view(method, self.view(name), survey):
-            result = block.to(dtype)
+        method, dtype, view = self.method_of(name), self.dtype_of(name), self.view(name)
+        survey = surveys[method]
+        observed = method.observe(view, survey)
+
+        def merge(block: Block) -> Tensor:
+            result = method.combine(block, view, observed, survey).to(dtype)
             if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
                 kind = str(dtype).removeprefix("torch.")
                 raise ValueError(
                     f"the merged tensor {name!r} has values that are not finite in {kind}: give smaller weights, or "
                     "dtype='float32'"
                 )
-            self._compare(result, tensors, first)
-            first += len(result)
-            yield result
+            self._compare(result, tensors, block.first_row)
+            return result
+
+        yield from view.map(merge)
 
     def _compare(self, result: Tensor, tensors: Sequence[Readable], first: int) -> None:
         """Notes which inputs the result still equals; each is read again only as long as it does."""
         for number, tensor in enumerate(tensors):
             if self.equal[number]:
                 part = tensor.rows(first, len(result)).to(self.precision).to(result.dtype)
-                self.equal[number] = torch.equal(part, result)
+                if not torch.equal(part, result):
+                    self.equal[number] = False
 
     def _copied(self, name: str, tensors: Sequence[Readable]) -> Iterator[Tensor]:
         """Copies a tensor of whole numbers, which all models must share."""
@@ -195,7 +237,7 @@ class Journal:
 
 
 def write_shards(
-    merge: Merge, shards: Sequence[Shard], folder: Path, journal: Journal, survey: Any, say: Callable[[str], None]
+    merge: Merge, shards: Sequence[Shard], folder: Path, journal: Journal, surveys: Surveys, say: Callable[[str], None]
 ) -> dict[str, str]:
     """Writes all files of weights that are not finished yet.
 
@@ -204,7 +246,7 @@ def write_shards(
         shards: the files.
         folder: the hidden folder that they are written to.
         journal: notes finished files.
-        survey: statistics of the whole models.
+        surveys: statistics of the whole models.
         say: reports progress.
 
     Returns:
@@ -216,7 +258,7 @@ def write_shards(
             merge.equal = [a and b for a, b in zip(merge.equal, done["equal"], strict=True)]
             continue
         before, merge.equal = merge.equal, [True] * len(merge.equal)
-        digest = _write_shard(merge, shard, folder, survey)
+        digest = _write_shard(merge, shard, folder, surveys)
         journal.shards[shard.file] = {"sha256": digest, "equal": merge.equal}
         merge.equal = [a and b for a, b in zip(before, merge.equal, strict=True)]
         journal.save()
@@ -224,7 +266,7 @@ def write_shards(
     return {name: entry["sha256"] for name, entry in journal.shards.items()}
 
 
-def _write_shard(merge: Merge, shard: Shard, folder: Path, survey: Any) -> str:
+def _write_shard(merge: Merge, shard: Shard, folder: Path, surveys: Surveys) -> str:
     """Writes one file under a hidden name, and renames it."""
     partial = hidden_sibling(folder / shard.file, PARTIAL)
     with partial.open("wb") as file:
@@ -232,12 +274,10 @@ def _write_shard(merge: Merge, shard: Shard, folder: Path, survey: Any) -> str:
         try:
             writer.write(shard.header())
             for name in shard.tensors:
-                for block in merge.merged(name, survey):
+                for block in merge.merged(name, surveys):
                     writer.write(raw_bytes(block))
         finally:
             digest = writer.finish()
-        file.flush()
-        os.fsync(file.fileno())
     partial.replace(folder / shard.file)
     flush_to_disk(folder)
     return digest

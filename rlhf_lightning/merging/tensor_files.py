@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 _HASH_PART = 1 << 22
+# Bytes that are written before they are flushed.
+_FLUSHED_PART = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,10 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class HashingWriter:
-    """Writes a file and computes its sha256 in another thread, so that neither waits for the other.
+    """Writes a file, computes its sha256 and flushes it to the disk in other threads, so that none waits for another.
+
+    Systems keep gigabytes of written pages in memory before they begin to store them; without early flushes the last
+    one would take as long as all of them.
 
     Args:
         file: opened for writing.
@@ -234,23 +240,49 @@ class HashingWriter:
         self._file = file
         self._digest = hashlib.sha256()
         self._parts: Queue[Any] = Queue(maxsize=4)
-        self._thread = threading.Thread(target=self._hash, daemon=True)
-        self._thread.start()
+        self._flushes: Queue[Any] = Queue()
+        self._unflushed = 0
+        self._error: OSError | None = None
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._hash, self._flush)]
+        for thread in self._threads:
+            thread.start()
 
     def write(self, part: bytes | memoryview) -> None:
         """Appends bytes, which must not change afterwards."""
         self._parts.put(part)
         self._file.write(part)
+        self._unflushed += len(part)
+        if self._unflushed >= _FLUSHED_PART and self._flushes.empty():
+            self._flushes.put(True)
+            self._unflushed = 0
 
     def finish(self) -> str:
-        """Returns the digest of everything that was written."""
+        """Flushes the file; returns the digest of everything that was written.
+
+        Raises:
+            OSError: the disk is full, or damaged.
+        """
         self._parts.put(None)
-        self._thread.join()
+        self._flushes.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        self._file.flush()
+        os.fsync(self._file.fileno())
         return self._digest.hexdigest()
 
     def _hash(self) -> None:
         while (part := self._parts.get()) is not None:
             self._digest.update(part)
+
+    def _flush(self) -> None:
+        while self._flushes.get() is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:  # told once: the last flush would not repeat it
+                self._error = error
+                return
 
 
 def file_digest(path: Path) -> str:

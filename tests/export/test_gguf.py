@@ -355,7 +355,7 @@ def test_a_wrong_tensor_is_caught(
         ({"type": "q4_k_m"}, "type is 'q4_k_m'; it must be one of f32, f16, bf16, q8_0, q4_0"),
         ({"check_prompts": []}, "check_prompts is []; it must be a list of at least one text"),
         ({"check_prompts": "2+2="}, "check_prompts is '2+2='; it must be a list"),
-        ({"check_prompts": ["a" * 200]}, "the file has 128 positions: shorten it"),
+        ({"check_prompts": ["a" * 200]}, "the model has 128 positions: shorten it"),
     ],
 )
 def test_bad_options(options: Any, message: str, gguf: Any, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -18,10 +19,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rlhf_lightning.merging import merge, verify
+from rlhf_lightning.merging import merge, tensor_files, verify
 from rlhf_lightning.merging.data import estimate_fisher, estimate_products
 from rlhf_lightning.merging.merge import build_method
 from rlhf_lightning.merging.methods import METHODS, merge_tensors
+from rlhf_lightning.merging.methods import base as base_module
 from rlhf_lightning.merging.sources import open_source
 from rlhf_lightning.merging.tensor_files import read_header
 
@@ -72,6 +74,35 @@ def test_a_merge_on_disk_equals_one_in_memory(name, folders, tmp_path):
     assert verify(output) == []
     logits = AutoModelForCausalLM.from_pretrained(output)(torch.arange(5)[None]).logits
     assert bool(torch.isfinite(logits).all())
+
+
+def test_threads_and_blocks_change_no_bytes(folders, tmp_path, monkeypatch):
+    options = {"base": folders["base"], "models": [folders[n] for n in "abc"], "density": 0.3}
+    merge("ties", **options, output=tmp_path / "whole")
+    monkeypatch.setattr(base_module, "BLOCK_ELEMENTS", 64)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            merge("ties", **options, output=tmp_path / str(threads))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert all((tmp_path / name / "model.safetensors").read_bytes() == whole for name in ("1", "3"))
+
+
+def test_layers_have_densities_of_their_own(folders, tmp_path):
+    options = {"base": folders["base"], "models": [folders["a"], folders["b"]]}
+    output = merge("ties", **options, output=tmp_path / "out", density=0.2, layers={"embed": {"density": 0.9}})
+    start, *models = states(folders, "base", "a", "b")
+    found = load_file(output / "model.safetensors")
+    for density, keys in (
+        (0.9, ["model.embed_tokens.weight"]),
+        (0.2, sorted(set(start) - {"model.embed_tokens.weight"})),
+    ):
+        expected = merge_tensors(METHODS["ties"](density=density), models, start)
+        assert all(torch.equal(found[key], expected[key]) for key in keys)
 
 
 def test_types_shards_and_layers(folders, tmp_path):
@@ -388,6 +419,30 @@ def test_headers_are_read_like_safetensors_does(folders):
         assert stored.shape == tuple(tensor.shape)
         assert torch.equal(stored.rows(0, 10**6).view(tensor.shape), tensor)
     assert open_source(folders["a"]).config["model_type"] == "llama"
+
+
+def test_a_disk_that_fails_while_it_is_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_FLUSHED_PART", 16)
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:  # a system tells once
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(tensor_files.os, "fsync", fsync)
+    with (tmp_path / "file").open("wb") as file:
+        writer = tensor_files.HashingWriter(file)
+        writer.write(b"x" * 20)
+        writer.write(b"y" * 20)
+        with pytest.raises(OSError, match="Input/output error"):
+            writer.finish()
+    calls[:] = [0]
+    with (tmp_path / "file").open("wb") as file:
+        writer = tensor_files.HashingWriter(file)
+        writer.write(b"x" * 40)
+        assert writer.finish() == hashlib.sha256(b"x" * 40).hexdigest()
+    assert len(calls) > 2  # early, and in the end
 
 
 _SCRIPT = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft.utils import merge_utils
@@ -431,23 +432,60 @@ def test_scale_0_is_the_base(name):
     same(merged(METHODS[name](scale=0.0), these, start), start, 0)
 
 
-def test_kth_largest_is_exact_on_large_tensors(monkeypatch):
+@pytest.fixture
+def small_selection(monkeypatch):
+    """Settings under which tensors of a few thousand elements are selected from as large ones are."""
     monkeypatch.setattr(magnitude, "_WHOLE", 100)
     monkeypatch.setattr(magnitude, "_SAMPLE", 200)
     monkeypatch.setattr(base, "BLOCK_ELEMENTS", 999)
+
+
+def check_kth_largest(views, values, k):
+    for found, model in zip(kth_largest(views, k, len(values)), values, strict=True):
+        ordered = model.abs().flatten().sort(descending=True).values
+        assert found.value == float(ordered[k - 1])
+        assert found.above == int((model.abs() > ordered[k - 1]).sum())
+        assert found.equal == int((model.abs() == ordered[k - 1]).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kth_largest_is_exact_on_large_tensors(dtype, small_selection):
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(2, 500, 40, generator=generator)
+    values = torch.randn(3, 500, 40, generator=generator, dtype=dtype)
     values[0].view(-1)[::7] = 0.5  # many equal ones
     values[1] = values[1].flatten().sort().values.view(500, 40)  # an even sample of sorted rows tells little
-    view = base.view_of(list(values), torch.zeros(500, 40))
+    values[2, :450] = 0.0  # as of a model whose rows were mostly not trained
+    view = base.view_of(list(values), torch.zeros(500, 40), dtype=dtype)
     for k in (1, 2, 17, 1000, 4321, 10_000, 19_999, 20_000):
-        for found, model in zip(kth_largest([view], k, 2), values, strict=True):
-            ordered = model.abs().flatten().sort(descending=True).values
-            assert found.value == float(ordered[k - 1])
-            assert found.above == int((model.abs() > ordered[k - 1]).sum())
-            assert found.equal == int((model.abs() == ordered[k - 1]).sum())
-    rows = [base.view_of([v[n : n + 100] for v in values], torch.zeros(100, 40)) for n in range(0, 500, 100)]
-    assert kth_largest(rows, 4321, 2) == kth_largest([view], 4321, 2)
+        check_kth_largest([view], values, k)
+    rows = [
+        base.view_of([v[n : n + 100] for v in values], torch.zeros(100, 40), dtype=dtype) for n in range(0, 500, 100)
+    ]
+    assert kth_largest(rows, 4321, 3) == kth_largest([view], 4321, 3)
+
+
+@pytest.mark.parametrize("bracket", [(0.0, 0.1), (0.1, 0.1), (2.0, 2.5), (0.0, 9.0), (0.5, 0.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_that_misses_costs_a_pass_and_no_exactness(bracket, dtype, small_selection, monkeypatch):
+    values = torch.randn(1, 50, 40, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    values.view(-1)[::5] = -0.5
+    view = base.view_of(list(values), torch.zeros(50, 40), dtype=dtype)
+    number = np.float32 if dtype == torch.float32 else np.float64
+    wrong = magnitude._Bracket(*map(number, bracket))
+    monkeypatch.setattr(magnitude, "_sampled_brackets", lambda *rest: [wrong])
+    monkeypatch.setattr(magnitude, "_BINS", 8)
+    for k in (1, 3, 700, 1500, 2000):
+        check_kth_largest([view], values, k)
+
+
+@pytest.mark.parametrize("preset", ["peft", "mergekit"])
+def test_of_equal_differences_the_first_are_kept(preset, small_selection):
+    # As of bf16 weights: few distinct differences, so that the threshold is one of many.
+    delta = torch.randint(-3, 4, (2, 90, 50), generator=torch.Generator().manual_seed(2)).float()
+    found = merge_tensors(Ties(density=0.4, preset=preset), [{"w": delta[0]}], {"w": torch.zeros(90, 50)})["w"]
+    order = delta[0].flatten().abs().argsort(descending=True, stable=True)[: int(0.4 * 4500)]
+    expected = torch.zeros(4500).index_copy(0, order, delta[0].flatten()[order]).view(90, 50)
+    assert torch.equal(found, expected)
 
 
 def test_differences_that_cancel_take_the_sign_of_the_majority():

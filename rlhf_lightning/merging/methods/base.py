@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ...utils.option_groups import OptionGroup
 
 # Elements of a block: 1 MiB in fp32 for each model, so that a dozen operations on it stay in the processor's caches.
 BLOCK_ELEMENTS = 1 << 18
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,16 @@ class TensorView:
 
     def blocks(self) -> Iterator[Block]:
         """Reads all blocks in order."""
+        return TensorView.map(self, lambda block: block)
+
+    def map(self, function: Callable[[Block], Found]) -> Iterator[Found]:
+        """Applies a function to all blocks; yields its results in their order.
+
+        Views of models on disk read and compute several blocks at a time.
+        """
         step = block_rows(self.rows, self.columns)
         for first in range(0, self.rows, step):
-            yield self.read(first, min(step, self.rows - first))
+            yield function(self.read(first, min(step, self.rows - first)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +210,7 @@ def view_of(
 def merge_view(method: Method, view: TensorView, survey: Any = None) -> Iterator[Tensor]:
     """Merges one tensor block by block."""
     observed = method.observe(view, survey)
-    for block in view.blocks():
-        yield method.combine(block, view, observed, survey)
+    yield from view.map(lambda block: method.combine(block, view, observed, survey))
 
 
 def merge_tensors(
@@ -304,10 +311,9 @@ def grams(view: TensorView, *, of_deltas: bool = False) -> Grams:
     Every method whose result is a combination of the models with coefficients that depend on angles and distances
     needs nothing else of the tensor.
     """
-    total: Tensor | None = None
-    for block in view.blocks():
-        rows = (block.deltas_MRC if of_deltas else block.models_MRC).flatten(1).double()
-        product = rows @ rows.T
-        total = product if total is None else total + product
-    assert total is not None
-    return Grams(total)
+
+    def products(block: Block) -> Tensor:
+        rows_MN = (block.deltas_MRC if of_deltas else block.models_MRC).flatten(1).double()
+        return rows_MN @ rows_MN.T
+
+    return Grams(torch.stack(list(view.map(products))).sum(0))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .base import Block, Method, TensorView
-from .magnitude import Trimmer, kth_largest
+from .magnitude import trim, trimmers_of
 from .task_arithmetic import add_deltas
 
 
@@ -46,11 +45,9 @@ class Breadcrumbs(Method):
         """Finds the thresholds of outliers and of what is kept."""
         outliers = int(self.gamma * view.elements)
         kept = min(view.elements, outliers + int(self.density * view.elements))
-        low, high = (kth_largest([view], k, view.num_models) for k in (kept, outliers))
-        return [(Trimmer(least, kept), Trimmer(most, outliers)) for least, most in zip(low, high, strict=True)]
+        return trimmers_of(view, kept), trimmers_of(view, outliers)
 
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Adds the differences between the two thresholds."""
-        pairs = zip(block.deltas_MRC, observed, strict=True)
-        kept_MRC = torch.stack([keeps(delta) - drops(delta) for delta, (keeps, drops) in pairs])
-        return add_deltas(block, kept_MRC, self.weights, self.scale)
+        kept, outliers = observed
+        return add_deltas(block, trim(block, kept) - trim(block, outliers), self.weights, self.scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, ClassVar
@@ -52,6 +52,8 @@ class Dare(Method):
 class DareTies(Method):
     """Drops differences at random as DARE does, then elects signs and averages what agrees as TIES does.
 
+    Under ``mergekit`` what agrees is summed and not averaged, as its ``dare_ties`` does by default.
+
     Args:
         weights: one per model; 1 each by default.
         scale: lambda.
@@ -70,7 +72,8 @@ class DareTies(Method):
 
     def conventions(self) -> dict[str, Any]:
         """Adds what the preset decides."""
-        return {**super().conventions(), **election_conventions(self.preset)}
+        found = {**super().conventions(), **election_conventions(self.preset)}
+        return {**found, "normalize_by": "nothing"} if self.preset == "mergekit" else found
 
     def observe(self, view: TensorView, survey: Any) -> Any:
         """Finds the factors of rescaling."""
@@ -79,7 +82,8 @@ class DareTies(Method):
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Elects signs among the differences of one block that are kept, and averages what agrees."""
         kept_MRC = drop(block, view.name, self.density, self.seed, observed)
-        return elect_and_average(block, kept_MRC, self.weights, self.scale, self.preset)
+        divide = self.preset != "mergekit"
+        return elect_and_average(block, kept_MRC, self.weights, self.scale, self.preset, divide=divide)
 
 
 def drop(block: Block, name: str, density: float, seed: int, factors: Sequence[float]) -> Tensor:
@@ -94,27 +98,34 @@ def drop(block: Block, name: str, density: float, seed: int, factors: Sequence[f
     """
     if density == 1:
         return block.deltas_MRC
-    masks = random_masks(block, name, density, seed)
-    return torch.stack([d * m * f for d, m, f in zip(block.deltas_MRC, masks, factors, strict=True)])
+    kept = []
+    for model, factor in enumerate(factors):
+        delta_RC = block.delta_RC(model)
+        mask_RC = random_block(delta_RC.shape, seed, model, name, block.first_row) < density
+        kept.append(delta_RC * mask_RC * factor)
+    return torch.stack(kept)
 
 
 def rescale_factors(view: TensorView, density: float, seed: int, preset: Preset) -> list[float]:
     """Returns the factors of kept differences: 1 / density, or under ``mergekit`` the ratio of the L1 norms."""
     if preset != "mergekit" or density == 1:
         return [1 / density] * view.num_models
-    before_M = after_M = torch.zeros(view.num_models, dtype=torch.float64)
-    for block in view.blocks():
-        magnitudes_MRC = block.deltas_MRC.abs().double()
-        masks_MRC = torch.stack(list(random_masks(block, view.name, density, seed)))
-        before_M = before_M + magnitudes_MRC.flatten(1).sum(1)
-        after_M = after_M + (magnitudes_MRC * masks_MRC).flatten(1).sum(1)
+    return norm_ratios(view, lambda block: drop(block, view.name, density, seed, [1.0] * view.num_models))
+
+
+def norm_ratios(view: TensorView, kept: Callable[[Block], Tensor]) -> list[float]:
+    """Returns, for each model, the ratio of the L1 norms of a tensor's differences and of what is kept of them.
+
+    Args:
+        view: the tensor.
+        kept: returns what is kept of a block, ``(M, R, C)``.
+    """
+
+    def norms(block: Block) -> Tensor:
+        return torch.stack([part.flatten(1).abs().double().sum(1) for part in (block.deltas_MRC, kept(block))])
+
+    before_M, after_M = torch.stack(list(view.map(norms))).sum(0)
     return [float(before / after) if after else 0.0 for before, after in zip(before_M, after_M, strict=True)]
-
-
-def random_masks(block: Block, name: str, density: float, seed: int) -> Iterator[Tensor]:
-    """Draws a mask of one block for each model."""
-    for model, tensor_RC in enumerate(block.models_MRC):
-        yield random_block(tensor_RC.shape, seed, model, name, block.first_row) < density
 
 
 def random_block(shape: torch.Size, seed: int, model: int, name: str, first_row: int) -> Tensor:

@@ -1,26 +1,39 @@
 """Exact selection of the largest differences of tensors, or of whole models, that are read in blocks.
 
-Sorting would need the whole tensor and, by ``kthvalue``, several times the time of reading it. Here a sample brackets
-the threshold of each model, one pass counts the magnitudes above the bracket and keeps those within it, and the exact
-order statistic is taken among the few that are kept. Where the sample misses, the bracket is widened and the pass
-repeated.
+Sorting would need the whole tensor and, by ``kthvalue``, several times the time of reading it. Here a sample of rows
+brackets the threshold of each model, and one pass counts the magnitudes above the bracket and makes a histogram of
+those within it. Bit patterns of positive floating-point numbers are ordered as the numbers are, and a bracket of fp32
+holds so few that a bin is one number: then the counts are exact. Where bins are wider, or the sample misses, the
+bracket is set anew and the pass repeated. Memory does not depend on the number of elements.
+
+Comparisons are numpy's: on a CPU, torch takes ten times as long to make booleans.
+
+Legend: M models, R rows and C columns of a block, N elements.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .base import TensorView
+from .base import Block, TensorView
 
-# Sampled elements: the bracket then holds about 1 % of all.
-_SAMPLE = 1 << 18
-# Below this size everything is kept, and no sample is taken.
+# Up to this size all elements are sorted, and no sample is taken.
 _WHOLE = 1 << 16
+# Most sampled elements, and the least number of elements for each of them.
+_SAMPLE, _LEAST_STRIDE = 1 << 20, 16
+# Most pieces of consecutive rows that a tensor's sample is read in.
+_PIECES = 64
+# Standard deviations of a sampled rank within which the true one is looked for first.
+_DEVIATIONS = 7
+_BINS = 1 << 16
+Array = Any
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,22 @@ class Threshold:
     equal: int
 
 
+class _Bracket(NamedTuple):
+    """Least and largest magnitude among which a threshold is looked for, numbers of the precision of the merge."""
+
+    low: Any
+    high: Any
+
+
+class _Counts(NamedTuple):
+    """Magnitudes of one block: how many are above a bracket or equal to its ends, and those between."""
+
+    above: int
+    at_high: int
+    at_low: int
+    between_N: Array
+
+
 def kth_largest(views: Sequence[TensorView], k: int, num_models: int) -> list[Threshold]:
     """Finds the k-th largest magnitude of every model's differences to the base, over all given tensors.
 
@@ -49,102 +78,227 @@ def kth_largest(views: Sequence[TensorView], k: int, num_models: int) -> list[Th
     if k <= 0:
         return [Threshold(math.inf, 0, 0)] * num_models
     count = sum(view.elements for view in views)
-    brackets = _brackets(views, count, k, num_models)
-    found: dict[int, Threshold] = {}
-    while len(found) < num_models:
-        missing = [model for model in range(num_models) if model not in found]
-        for model, (above, within) in zip(missing, _collect(views, missing, brackets), strict=True):
-            place = k - above  # among those within, in descending order
-            if 1 <= place <= len(within):
-                value = within.kthvalue(len(within) - place + 1).values
-                larger = int((within > value).sum())
-                found[model] = Threshold(float(value), above + larger, int((within == value).sum()))
-                continue
-            # The sample missed: everything on the side where the value lies.
-            low, high = brackets[model]
-            brackets[model] = (high, math.inf) if place < 1 else (-1.0, low)
-    return [found[model] for model in range(num_models)]
-
-
-def _collect(
-    views: Sequence[TensorView], models: Sequence[int], brackets: Sequence[tuple[float, float]]
-) -> list[tuple[int, Tensor]]:
-    """Counts, for each model, magnitudes above its bracket, and returns those within it, in one pass."""
-    above = [0] * len(models)
-    kept: list[list[Tensor]] = [[] for _ in models]
-    for magnitudes_MN in _magnitudes(views):
-        for number, model in enumerate(models):
-            low, high = brackets[model]
-            magnitudes_N = magnitudes_MN[model]
-            within_N = magnitudes_N > low
-            if high < math.inf:
-                over_N = magnitudes_N > high
-                above[number] += int(torch.count_nonzero(over_N))
-                within_N ^= over_N  # those over are above the lower end as well
-            kept[number].append(magnitudes_N[within_N])
-    return [(n, torch.cat(parts)) for n, parts in zip(above, kept, strict=True)]
-
-
-def _magnitudes(views: Sequence[TensorView]) -> Iterator[Tensor]:
-    for view in views:
-        for block in view.blocks():
-            yield block.deltas_MRC.abs_().flatten(1)
-
-
-def _brackets(views: Sequence[TensorView], count: int, k: int, num_models: int) -> list[tuple[float, float]]:
-    """Returns bounds that hold each k-th largest magnitude almost certainly, from rows at even distances."""
+    models = range(num_models)
     if count <= _WHOLE:
-        return [(-1.0, math.inf)] * num_models
-    sample_MN = torch.cat([_sampled(view, max(1, count // _SAMPLE)) for view in views], dim=1)
-    ordered_MN = sample_MN.sort(dim=1, descending=True).values
-    # Rows differ more than independent draws do: twelve standard deviations of the rank among those.
-    size = ordered_MN.shape[1]
-    rank = k / count * size
-    margin = 12 * math.sqrt(max(rank * (1 - k / count), 1.0)) + 2
-    first, last = math.floor(rank - margin), math.ceil(rank + margin)
-    highs = [math.inf] * num_models if first < 0 else ordered_MN[:, first].tolist()
-    lows = [-1.0] * num_models if last >= size else ordered_MN[:, last].tolist()
-    # An open lower end: equal magnitudes must all be within.
-    return [(math.nextafter(low, -math.inf), high) for low, high in zip(lows, highs, strict=True)]
+        parts = [_magnitudes(block, models) for view in views for block in view.blocks()]
+        return [_kth_of(np.concatenate([part[model] for part in parts]), k) for model in models]
+
+    found: dict[int, Threshold] = {}
+    brackets = dict(enumerate(_sampled_brackets(views, count, k, num_models)))
+    while brackets:
+        searches = {model: _Search(bracket, k) for model, bracket in brackets.items()}
+        for part in _counted(views, brackets):
+            for model, counts in part.items():
+                searches[model].add(counts)
+        results = {model: search.result() for model, search in searches.items()}
+        found |= {model: result for model, result in results.items() if isinstance(result, Threshold)}
+        brackets = {model: result for model, result in results.items() if isinstance(result, _Bracket)}
+    return [found[model] for model in models]
 
 
-def _sampled(view: TensorView, stride: int) -> Tensor:
-    """Returns the magnitudes of every ``stride``-th row, or of every ``stride``-th entry of a tensor of few rows."""
-    if view.rows < 2 * stride:
-        parts = [block.deltas_MRC.abs_().flatten(1)[:, ::stride] for block in view.blocks()]
-    else:
-        parts = [view.read(row, 1).deltas_MRC.abs_().flatten(1) for row in range(stride // 2, view.rows, stride)]
-    return torch.cat(parts, dim=1)
+def _kth_of(magnitudes_N: Array, k: int) -> Threshold:
+    place = len(magnitudes_N) - k
+    value = np.partition(magnitudes_N, place)[place]
+    return Threshold(float(value), int((magnitudes_N > value).sum()), int((magnitudes_N == value).sum()))
 
 
-class Trimmer:
-    """Keeps exactly the k largest magnitudes of one tensor that is read in blocks; of equal ones, the first.
+def _magnitudes(block: Block, models: Sequence[int]) -> dict[int, Array]:
+    """Returns the magnitudes of some models' differences, ``(N,)`` each."""
+    return {model: block.delta_RC(model).abs_().numpy().reshape(-1) for model in models}
+
+
+def _counted(views: Sequence[TensorView], brackets: Mapping[int, _Bracket]) -> Iterator[dict[int, _Counts]]:
+    """Yields the counts of all blocks in one pass."""
+
+    def of_block(block: Block) -> dict[int, _Counts]:
+        return {model: _count(values, brackets[model]) for model, values in _magnitudes(block, [*brackets]).items()}
+
+    for view in views:
+        yield from view.map(of_block)
+
+
+def _count(magnitudes_N: Array, bracket: _Bracket) -> _Counts:
+    high_N = magnitudes_N >= bracket.high
+    above = int(np.count_nonzero(magnitudes_N > bracket.high))
+    at_high = int(np.count_nonzero(high_N)) - above
+    if bracket.low == bracket.high:
+        return _Counts(above, at_high, 0, magnitudes_N[:0])
+    between_N = magnitudes_N > bracket.low
+    at_low = int(np.count_nonzero(magnitudes_N >= bracket.low)) - int(np.count_nonzero(between_N))
+    between_N ^= high_N  # those at the high end are above the low one as well
+    return _Counts(above, at_high, at_low, magnitudes_N[between_N])
+
+
+class _Search:
+    """Collects the counts of all blocks for one model, and finds the k-th largest among them.
 
     Args:
-        threshold: the k-th largest magnitude.
-        k: how many to keep.
+        bracket: in which it is looked for.
+        k: from 1.
     """
 
-    def __init__(self, threshold: Threshold, k: int) -> None:
-        self.threshold = threshold
-        self.equal_left = k - threshold.above
+    def __init__(self, bracket: _Bracket, k: int) -> None:
+        self.bracket = bracket
+        self.k = k
+        self.above = self.at_high = self.at_low = 0
+        self.low, self.high = _pattern(bracket.low), _pattern(bracket.high)
+        self.shift = max(0, (self.high - self.low).bit_length() - (_BINS - 1).bit_length())
+        self.bins = np.zeros(_BINS, dtype=np.int64)
 
-    def __call__(self, block: Tensor) -> Tensor:
-        """Returns the next block with 0 in place of what is not kept."""
-        if self.equal_left >= self.threshold.equal:
-            return not_below(block, self.threshold.value)
-        magnitudes = block.abs()
-        kept = magnitudes > self.threshold.value
-        equal = (magnitudes == self.threshold.value).flatten().nonzero().squeeze(-1)[: self.equal_left]
-        self.equal_left -= len(equal)
-        kept.view(-1)[equal] = True
-        return block * kept
+    def add(self, counts: _Counts) -> None:
+        """Adds the counts of one block."""
+        self.above += counts.above
+        self.at_high += counts.at_high
+        self.at_low += counts.at_low
+        places_N = (counts.between_N.view(_patterns_of(counts.between_N)) - self.low) >> self.shift
+        np.add.at(self.bins, places_N, 1)
+
+    def result(self) -> Threshold | _Bracket:
+        """Returns the threshold, or the bracket of the next pass."""
+        number, largest = type(self.bracket.low), np.finfo(type(self.bracket.low)).max
+        if self.k <= self.above:
+            return _Bracket(np.nextafter(self.bracket.high, largest), largest)
+        if self.k <= self.above + self.at_high:
+            return Threshold(float(self.bracket.high), self.above, self.at_high)
+        before = self.above + self.at_high
+        descending = np.cumsum(self.bins[::-1])
+        if self.k <= before + descending[-1]:
+            place = int(np.searchsorted(descending, self.k - before))
+            chosen = _BINS - 1 - place
+            above = before + int(descending[place] - self.bins[chosen])
+            first = self.low + (chosen << self.shift)
+            if self.shift == 0:
+                return Threshold(float(_number(first, number)), above, int(self.bins[chosen]))
+            return _Bracket(_number(first, number), _number(min(first + (1 << self.shift) - 1, self.high), number))
+        before += int(descending[-1])
+        if self.k <= before + self.at_low:
+            return Threshold(float(self.bracket.low), before, self.at_low)
+        return _Bracket(number(0), np.nextafter(self.bracket.low, number(0)))
 
 
-def not_below(block: Tensor, value: float) -> Tensor:
-    """Returns a block with 0 in place of magnitudes below a value."""
-    if value == math.inf:
-        return torch.zeros_like(block)
-    # hardshrink keeps what is strictly above its bound: the next lower number of the block's precision.
+def _patterns_of(numbers: Array) -> type[Any]:
+    """Returns the type of whole numbers that has the bits of floating-point numbers."""
+    return np.uint32 if numbers.itemsize == 4 else np.uint64
+
+
+def _pattern(number: Any) -> int:
+    return int(number.view(_patterns_of(number)))
+
+
+def _number(pattern: int, kind: Any) -> Any:
+    return _patterns_of(kind(0))(pattern).view(kind)
+
+
+# The sample.
+
+
+def _sampled_brackets(views: Sequence[TensorView], count: int, k: int, num_models: int) -> list[_Bracket]:
+    """Returns bounds that hold each k-th largest magnitude almost certainly."""
+    stride = max(_LEAST_STRIDE, count // _SAMPLE)
+    pieces = [piece for view in views for piece in _pieces(view, stride, num_models)]
+    return [_bracket([piece[model] for piece in pieces], k / count) for model in range(num_models)]
+
+
+def _pieces(view: TensorView, stride: int, num_models: int) -> Iterator[list[Array]]:
+    """Yields the magnitudes of about one element in ``stride``, in pieces of rows at even distances."""
+    models = range(num_models)
+    if view.rows < 2 * stride:
+        for block in view.blocks():
+            kept = [values[::stride] for values in _magnitudes(block, models).values()]
+            yield from (list(part) for part in zip(*(np.array_split(v, 16) for v in kept), strict=True))
+        return
+    rows = max(1, view.rows // stride // _PIECES)
+    for first in range(0, view.rows - rows + 1, rows * stride):
+        yield list(_magnitudes(view.read(first, rows), models).values())
+
+
+def _bracket(pieces: Sequence[Array], share: float) -> _Bracket:
+    """Returns the sample's quantile, less and more the error of its rank.
+
+    Rows of a matrix differ more than independent draws would: the error is that of a sample of pieces.
+
+    Args:
+        pieces: sampled magnitudes.
+        share: part of all elements that is not below the threshold.
+    """
+    ordered_N = np.sort(np.concatenate(pieces))[::-1]
+    size = len(ordered_N)
+    guess = ordered_N[min(size - 1, int(share * size))]
+    squares = sum((np.count_nonzero(piece >= guess) - share * len(piece)) ** 2 for piece in pieces)
+    margin = _DEVIATIONS * math.sqrt(max(squares, share * (1 - share) * size, 1.0)) + 2
+    first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
+    number = type(ordered_N[0])
+    high = np.finfo(number).max if first < 0 else ordered_N[first]
+    return _Bracket(number(0) if last >= size else ordered_N[last], high)
+
+
+# Trimming.
+
+
+@dataclass(frozen=True)
+class Trimmer:
+    """Removes what is below a threshold from one model's differences.
+
+    Args:
+        value: the least magnitude that is kept.
+        last: index in the tensor of the last element of that magnitude that is kept; all by default.
+    """
+
+    value: float
+    last: int | None = None
+
+    def __call__(self, delta_RC: Tensor, first_row: int) -> None:
+        """Sets what is not kept of a contiguous block of differences to 0."""
+        flat_N = delta_RC.view(-1)
+        kept = len(flat_N) if self.last is None else max(0, self.last + 1 - first_row * delta_RC.shape[1])
+        drop_below(flat_N[:kept], self.value)
+        _drop_up_to(flat_N[kept:], self.value)
+
+
+def trim(block: Block, trimmers: Sequence[Trimmer]) -> Tensor:
+    """Returns the differences of one block without the small ones of every model."""
+    deltas_MRC = block.deltas_MRC
+    for delta_RC, keep in zip(deltas_MRC, trimmers, strict=True):
+        keep(delta_RC, block.first_row)
+    return deltas_MRC
+
+
+def trimmers_of(view: TensorView, k: int) -> list[Trimmer]:
+    """Returns, for each model, what keeps exactly the k largest differences of a tensor; of equal ones, the first."""
+    thresholds = kth_largest([view], k, view.num_models)
+    left = {n: k - t.above for n, t in enumerate(thresholds) if t.above + t.equal > k}
+    last = _last_kept(view, {model: thresholds[model].value for model in left}, left)
+    return [Trimmer(threshold.value, last.get(model)) for model, threshold in enumerate(thresholds)]
+
+
+def _last_kept(view: TensorView, values: Mapping[int, float], left: dict[int, int]) -> dict[int, int]:
+    """Finds, for each model, the index of the last element of a magnitude that is kept."""
+    found: dict[int, int] = {}
+
+    def places(block: Block) -> tuple[int, dict[int, Array]]:
+        magnitudes = _magnitudes(block, [*values])
+        return block.first_row, {model: np.flatnonzero(found == values[model]) for model, found in magnitudes.items()}
+
+    if not values:
+        return found
+    for first_row, equal in view.map(places):
+        for model, places_N in equal.items():
+            if model not in found and left[model] <= len(places_N):
+                found[model] = first_row * view.columns + int(places_N[left[model] - 1])
+            left[model] -= len(places_N)
+        if len(found) == len(values):
+            break
+    return found
+
+
+def drop_below(block: Tensor, value: float) -> None:
+    """Sets magnitudes below a value to 0."""
+    # What is not above the next lower number of the block's precision.
     bound = float(torch.nextafter(block.new_tensor(value), block.new_tensor(-1.0)))
-    return torch.nn.functional.hardshrink(block, bound) if bound >= 0 else block
+    if bound >= 0:
+        _drop_up_to(block, bound)
+
+
+def _drop_up_to(block: Tensor, bound: float) -> None:
+    """Sets magnitudes up to a bound to 0, in one pass and without another block."""
+    torch.ops.aten.hardshrink.out(block, bound, out=block)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .base import Block, Method, TensorView
 from .election import Preset, elect_and_average, election_conventions
-from .magnitude import Trimmer, kth_largest, not_below
-
-Trim = Callable[[Tensor], Tensor]
+from .magnitude import Trimmer, kth_largest, trim, trimmers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,33 +54,26 @@ class Ties(Method):
             return None
         views = list(views)
         if self.density == 1:
-            return Survey(views, [lambda deltas: deltas] * num_models)
+            return Survey(views, [Trimmer(0.0)] * num_models)
         count = sum(view.elements for view in views)
         # The authors' code keeps what is not below the (d - k d)-th smallest: one more than k d.
         k = min(count, int(self.density * count) + 1)
-        thresholds = kth_largest(views, k, num_models)
-        return Survey(views, [partial(not_below, value=threshold.value) for threshold in thresholds])
+        return Survey(views, [Trimmer(threshold.value) for threshold in kth_largest(views, k, num_models)])
 
     def observe(self, view: TensorView, survey: Any) -> Any:
         """Finds what is kept of each model's tensor."""
         if survey is not None:
-            return survey.trims
+            return survey.trimmers
         if self.density == 1:
-            return [lambda deltas: deltas] * view.num_models
+            return [Trimmer(0.0)] * view.num_models
         k = int(self.density * view.elements)
-        k = max(1, k) if self.preset == "mergekit" else k
-        return [Trimmer(threshold, k) for threshold in kth_largest([view], k, view.num_models)]
+        return trimmers_of(view, max(1, k) if self.preset == "mergekit" else k)
 
     def combine(self, block: Block, view: TensorView, observed: Any, survey: Any) -> Tensor:
         """Trims the differences of one block, elects signs, and averages what agrees."""
-        trimmed_MRC = trim(block.deltas_MRC, observed)
+        trimmed_MRC = trim(block, observed)
         majority = (lambda: 1.0) if survey is None else survey.majority
         return elect_and_average(block, trimmed_MRC, self.weights, self.scale, self.preset, majority)
-
-
-def trim(deltas_MRC: Tensor, trims: Sequence[Trim]) -> Tensor:
-    """Removes the small differences of every model."""
-    return torch.stack([keep(delta_RC) for delta_RC, keep in zip(deltas_MRC, trims, strict=True)])
 
 
 class Survey:
@@ -91,18 +81,21 @@ class Survey:
 
     Args:
         views: all tensors.
-        trims: remove what is not kept, for each model.
+        trimmers: remove what is not kept, for each model.
     """
 
-    def __init__(self, views: Sequence[TensorView], trims: Sequence[Trim]) -> None:
+    def __init__(self, views: Sequence[TensorView], trimmers: Sequence[Trimmer]) -> None:
         self.views = views
-        self.trims = trims
+        self.trimmers = trimmers
         self._majority: float | None = None
+        self._lock = threading.Lock()
 
     def majority(self) -> float:
         """Returns the sign that most entries of the model elect; counted when it is first needed, which is rare."""
-        if self._majority is None:
-            blocks = (block for view in self.views for block in view.blocks())
-            votes = sum(int(trim(block.deltas_MRC, self.trims).sum(0).sign().sum()) for block in blocks)
-            self._majority = float((votes > 0) - (votes < 0))
-        return self._majority
+        # Called where blocks are merged, several at a time: one of them counts, alone.
+        with self._lock:
+            if self._majority is None:
+                blocks = (block for view in self.views for block in view.blocks())
+                votes = sum(int(trim(block, self.trimmers).sum(0).sign().sum()) for block in blocks)
+                self._majority = float((votes > 0) - (votes < 0))
+            return self._majority
