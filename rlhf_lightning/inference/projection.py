@@ -25,7 +25,7 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """Prepares the weights of a model for many forwards, once for all of them.
 
-    Sharded weights are gathered, those that autocast would round in every forward are rounded, and the output
+    Sharded weights are gathered, weights that autocast would round in every forward are rounded, and the output
     projection returns fp32. All ranks enter and leave together.
     """
     with gathered(model), rounded(model), exact_projection(model):

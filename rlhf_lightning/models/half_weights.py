@@ -86,7 +86,7 @@ def widen_trained(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def multiplies_alone(model: nn.Module) -> bool:
-    """Returns whether all that a module's weights do is to be multiplied by linear layers, or to scale norms.
+    """Returns whether linear layers multiply by all of a module's weights, but for scales of norms.
 
     Not so: experts and convolutions, adapters that read the weight that they change, norms of torch's own, which want
     all in one precision.

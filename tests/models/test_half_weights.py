@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.models import AdapterReference, OutputHead, fused_logprobs, load_causal_lm, output_head
-from rlhf_lightning.models.half_weights import HalfLinear, hold_frozen, rounded, widen_trained
+from rlhf_lightning.models.half_weights import HalfLinear, hold_frozen, rounded, rounded_copy, widen_trained
 from rlhf_lightning.models.process_reward_model import ProcessRewardModel, ProcessRewardModelOptions
 from rlhf_lightning.models.saving import save_pretrained
 
@@ -72,12 +72,12 @@ def test_copies_change_no_bit(arch: str) -> None:
     """Of logits and gradients, and each weight is cast once instead of once per pass."""
     model = tiny_model(arch).requires_grad_(True).train()
     expected = passes(model)
-    with Casts(model) as casts, autocast(), rounded(model):
-        made = casts.count
-        found = passes(model)
+    with autocast(), rounded(model):
+        first, found = passes(model, times=1), passes(model)
     assert_same(found, expected)
+    assert torch.equal(first[0][0], expected[0][0])
     tied = model.config.tie_word_embeddings
-    assert made == linears(model)
+    assert first[2] == expected[2] // 2 >= linears(model)
     # Left are those of layers that are no nn.Linear: of experts and of GPT-2.
     assert found[2] == expected[2] - 2 * linears(model)
     if arch not in ("gpt2", "qwen3_moe"):
@@ -164,6 +164,7 @@ def test_adapters_on_frozen_weights_change_no_bit(options: dict[str, Any]) -> No
     assert len(held) == (1 if "use_dora" in options else 15)
     assert not any("lora_" in name for name in held)
     with autocast(), rounded(model):
+        passes(model, times=1)
         found = passes(model)
     assert_same(found, expected)
     assert found[2] <= (2 * 14 if "use_dora" in options else 0)
@@ -192,10 +193,21 @@ def test_checkpointed_layers_read_the_copies() -> None:
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     expected = passes(model)
     with autocast(), rounded(model):
-        found = passes(model)
+        first, found = passes(model, times=1), passes(model)
     assert_same(found, expected)
-    # Four passes over layers, two of the head.
-    assert (expected[2], found[2]) == (2 * (2 * 14 + 1), 0)
+    # Four passes over layers, two of the head; then each weight once, and not again.
+    assert (expected[2], first[2], found[2]) == (2 * (2 * 14 + 1), 15, 0)
+
+
+def test_weights_that_nothing_reads_are_not_rounded() -> None:
+    """Such as the output projection under a reward head."""
+    model = tiny_model("llama")
+    with Casts(model) as casts, autocast(), rounded(model):
+        assert casts.count == 0
+        model.model(input_ids=TOKENS)
+        assert casts.count == 14
+        assert rounded_copy(model.lm_head).dtype == HALF  # type: ignore[union-attr]
+        assert casts.count == 15
 
 
 def test_passes_without_gradients_may_come_first() -> None:
