@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
-import torch
 
 from ..core import PostTrainingModule
 from ..distributed.collectives import sum_over_ranks
@@ -95,10 +94,11 @@ class GenerationAccuracy(lightning.Callback):
         # Each rank answers its share. Sums are added, since shares may differ in size.
         own = self._examples[trainer.global_rank :: trainer.world_size]
         engine = LocalEngine(pl_module.model, pl_module.tokenizer)
-        groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)
+        with trainer.precision_plugin.forward_context():  # in which the model is trained
+            groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)
         rewards = [answer.reward for group in groups for answer in group if answer.reward is not None]
         sums = {"reward": float(sum(rewards)), "rows": float(len(rewards))}
-        totals = sum_over_ranks(sums, torch.device(pl_module.device))
+        totals = sum_over_ranks(sums)
         if not totals["rows"]:
             raise ValueError(f"no reward for any of the prompts {self.prompts!r}: they lack what the verifier reads")
         self._measured = (id(pl_module), trainer.global_step)

@@ -47,7 +47,10 @@ class ReferenceSync(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Checks that there is a reference that can move, and makes checkpoints hold it."""
-        _reference(pl_module).rebuildable = False
+        reference = _reference(pl_module)
+        reference.rebuildable = False
+        if isinstance(reference, FrozenReference):
+            reference.moves = True
 
     def on_train_batch_end(
         self,

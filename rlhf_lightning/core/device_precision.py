@@ -1,4 +1,4 @@
-"""The precision of a trainer that names none."""
+"""The precision of a trainer that names none, and the one that its precision multiplies in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 
 # Strategies that fork a process, which must not have used CUDA before.
 _FORKING = ("ddp_fork", "ddp_notebook")
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def default_precision(trainer: Mapping[str, Any]) -> str | None:
@@ -40,3 +41,23 @@ def default_precision(trainer: Mapping[str, Any]) -> str | None:
         return None
     # Cards before Ampere emulate it, many times slower than fp32.
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def autocast_dtype(trainer: Any) -> torch.dtype | None:
+    """Returns the dtype that a trainer's autocast multiplies in; ``None`` where its precision has no autocast.
+
+    Example:
+        >>> autocast_dtype(lightning.Trainer(precision="bf16-mixed"))  # doctest: +SKIP
+        torch.bfloat16
+    """
+    return None if trainer is None else _MIXED.get(str(trainer.precision))
+
+
+def frozen_dtype(module: Any) -> torch.dtype | None:
+    """Returns the half precision in which frozen models next to a module compute: bf16, where it is trained so on CUDA.
+
+    ``None`` on other devices and in other precisions: fp16 has too few exponents for a model that was trained without.
+    """
+    trainer = getattr(module, "_trainer", None)
+    half = trainer is not None and str(trainer.precision) in ("bf16-mixed", "bf16-true")
+    return torch.bfloat16 if half and module.device.type == "cuda" else None

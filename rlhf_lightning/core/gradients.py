@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..distributed.collectives import gather_objects, world_size
 from ..distributed.fsdp2 import copies_of
+from ..distributed.host_group import host_group
 from ..distributed.lockstep import barrier, lockstep
 from ..sequences import Example
 
@@ -69,8 +70,12 @@ class GradientSums:
             self._sums[parameter] = grad.float()
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-    """Sums gradients over all ranks in flat buckets; FSDP2 has already reduced those of sharded parameters.
+def sum_gradients(
+    parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 64 << 20, alone_bytes: int = 16 << 20
+) -> None:
+    """Sums gradients over all ranks; FSDP2 has already reduced those of sharded parameters.
+
+    Large gradients are summed where they are, small ones in flat buckets: at most one bucket is held besides them.
 
     Losses are divided by global normalizers before the backward pass, so the sum is the gradient of the global batch,
     however many micro-batches each rank ran, zero included. A missing gradient counts as zero; a parameter without
@@ -88,10 +93,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
     whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     if not whole:
         return
-    used = torch.tensor([parameter.grad is not None for parameter in whole], device=whole[0].device).int()
-    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    used = torch.tensor([parameter.grad is not None for parameter in whole], device="cpu").int()
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=host_group())
 
-    # Large buckets, because a collective for every parameter would cost more in latency than in transfer.
+    # Large buckets, because a collective for every small parameter would cost more in latency than in transfer.
     bucket: list[Tensor] = []
 
     def flush() -> None:
@@ -108,6 +113,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = 
         # Another rank has a gradient: this one takes part with 0.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        grad = parameter.grad
+        if grad.nbytes >= alone_bytes and grad.dtype not in _HALF and grad.is_contiguous():
+            dist.all_reduce(grad)
+            continue
         if bucket and bucket[0].dtype != parameter.grad.dtype:
             flush()
         bucket.append(parameter.grad)

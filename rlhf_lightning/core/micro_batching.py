@@ -14,7 +14,7 @@ Legend: E examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 from typing import Any
 
@@ -55,7 +55,12 @@ class MicroBatching:
         """
         if not self.module.drops:
             switch_off_dropout(self.module)  # a caller may have switched modes since
-        normalizers: dict[str, Any] = sum_over_ranks(self.module.normalizers(examples), self.module.device)
+        # Where activations are recomputed to save memory, no copies of weights are held either.
+        with nullcontext() if self.module.gradient_checkpointing else self.module.rounded_weights():
+            return self._backward(examples)
+
+    def _backward(self, examples: Sequence[Example]) -> tuple[Rows, dict[str, Any]]:
+        normalizers: dict[str, Any] = sum_over_ranks(self.module.normalizers(examples))
         batches = [[examples[n] for n in micro] for micro in self.plan(examples)]
         if (self.module.couples_rows or self.module.router_loss is not None) and (len(batches) > 1 or world_size() > 1):
             return self._backward_coupled(batches, normalizers), normalizers
@@ -229,7 +234,8 @@ class MicroBatching:
     def map(self, examples: Sequence[Example], rows_of: Callable[[SequenceBatch], Rows]) -> Rows:
         """Applies a function to packed micro-batches and returns its rows in the order of ``examples``."""
         plan = self.plan(examples)
-        rows = concatenate(rows_of(self.pack([examples[n] for n in micro])) for micro in plan)
+        with self.module.rounded_weights():
+            rows = concatenate(rows_of(self.pack([examples[n] for n in micro])) for micro in plan)
         order = np.argsort([n for micro in plan for n in micro])
         index = to_device({"order": order}, self.module.device)["order"]
         return {name: value[index] for name, value in rows.items()}

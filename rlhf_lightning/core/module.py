@@ -13,17 +13,19 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from ..distributed.collectives import Metrics, Rows, gather_rows, sum_over_ranks
+from ..distributed.host_group import set_timeout
+from ..distributed.whole_gradients import without_buckets
 from ..models import Reference, TokenStats, load_causal_lm, load_tokenizer, resolve_layout, token_stats
 from ..models import save_pretrained as export_pretrained
 from ..models.backbone import fix_rotary_frequencies
 from ..models.dropout import switch_off_dropout
+from ..models.half_weights import hold_frozen, rounded, widen_trained
 from ..models.own_attention import avoid_cudnn_attention
 from ..models.saving import export_kind
 from ..sequences import AttentionKernel, Example, ExampleBatch, SequenceBatch, register_attention
@@ -33,6 +35,7 @@ from ..utils.transfer import to_host
 from .agreement import RankAgreement
 from .batch_checks import check_batch
 from .checkpoint_io import prepare_checkpoints
+from .device_precision import autocast_dtype
 from .exports import trained_end_tokens
 from .gradients import check_gradient, clip_gradients, loss_scale, sum_gradients
 from .hooks import check_optimizers, step_schedulers, wrap_hooks
@@ -343,10 +346,15 @@ class PostTrainingModule(lightning.LightningModule):
         if self.reference is not None:
             self.reference.place_on_device()
 
+    def rounded_weights(self) -> AbstractContextManager[None]:
+        """Rounds the weights of all passes within once, where autocast would do so in each; changes no result."""
+        return rounded(self, *self.models_alike)
+
     def on_fit_start(self) -> None:
         """Checks the result of ``configure_optimizers``, logs the run's settings, and prepares the reference."""
         check_optimizers(self)
         report_config_losses(self)
+        hold_frozen(self, autocast_dtype(self.trainer))
         self.place_on_device()
         log_settings(self)
         if self.reference is not None:
@@ -357,8 +365,9 @@ class PostTrainingModule(lightning.LightningModule):
         self.resume.begin_training()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restores random states once more in mid-epoch."""
+        """Restores random states once more in mid-epoch, and the precision of weights that were unfrozen."""
         self.resume.begin_batch(batch_idx)
+        widen_trained(self, autocast_dtype(self.trainer))
 
     def on_train_epoch_end(self) -> None:
         """Steps epoch-wise schedulers that monitor a metric, which validation may have logged."""
@@ -381,6 +390,8 @@ class PostTrainingModule(lightning.LightningModule):
         check_trainer(self.trainer)
         check_module(self)
         avoid_cudnn_attention(self.trainer.strategy.root_device)
+        without_buckets(self.trainer.strategy)
+        set_timeout(getattr(self.trainer.strategy, "_timeout", None))
         prepare_checkpoints(self.trainer)
         prepare_screen(self.trainer)
         run = self.trainer.state.fn
@@ -470,7 +481,7 @@ class PostTrainingModule(lightning.LightningModule):
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'auto'")
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
-        with self._local_gradients(), self.micro_batching.summed_gradients(), self.phase("forward_backward"):
+        with self.micro_batching.summed_gradients(), self.phase("forward_backward"):
             rows, normalizers = self.backward_examples(examples)
         with self.phase("step"):
             sum_gradients(p for p in self.parameters() if p.requires_grad)
@@ -500,11 +511,6 @@ class PostTrainingModule(lightning.LightningModule):
             trained, as a tensor.
         """
         return self.micro_batching.backward(examples)
-
-    def _local_gradients(self) -> AbstractContextManager[None]:
-        """Disables DDP's gradient averaging: ranks may run different numbers of micro-batches, zero included."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def _clip(self, scale: float) -> Tensor:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm * scale
@@ -560,7 +566,7 @@ class PostTrainingModule(lightning.LightningModule):
 
     def summarize(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes loss and metrics of the rows of all ranks of a validation or test set; the rows may be none."""
-        totals = sum_over_ranks(normalizers or self.normalizers([]), self.device)
+        totals = sum_over_ranks(normalizers or self.normalizers([]))
         gathered = gather_rows(rows)
         return self._summary(gathered, totals | self.micro_batching.statistics(gathered, totals)) if gathered else {}
 

@@ -17,6 +17,7 @@ from ..sequences import Example, ExampleBatch, SequenceBatch
 from ..utils.progress import progress
 from ..utils.transfer import to_host
 from ..utils.validation import check_choice
+from .device_precision import autocast_dtype
 
 ReferenceKind = Literal["auto", "frozen", "adapter", "precomputed"]
 
@@ -142,7 +143,8 @@ class ReferencePolicy:
 
         DDP broadcasts the policy of rank 0, but a reference of randomly drawn weights was copied before that.
         """
-        fitting = self.module._trainer is not None and self.module._trainer.state.fn == "fit"
+        trainer = self.module._trainer
+        fitting = trainer is not None and trainer.state.fn == "fit"
         for reference in self.policies:
             # Weights that validation's inference mode moves could not be used outside of it.
             with torch.inference_mode(False):
@@ -152,6 +154,8 @@ class ReferencePolicy:
                 if not reference.rebuildable:
                     copy_from_first_rank([*reference.model.parameters(), *reference.model.buffers()])
                 self._shared = True
+            if fitting and isinstance(reference, FrozenReference):
+                reference.hold(autocast_dtype(trainer))
 
     def _precompute(self) -> None:
         """Scores every training and validation row with the untrained policy, which is the reference."""

@@ -115,7 +115,7 @@ class StopOnSignal(lightning.Callback):
 
     def _agree(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> bool:
         # A signal may arrive during the collective: a result of 0 must not overwrite what the handler has recorded.
-        agreed = max_over_ranks(self.signum, module.device)
+        agreed = max_over_ranks(self.signum)
         if agreed:
             self.signum = agreed
             # Lightning's own flag, with which it ends the loops and saves.

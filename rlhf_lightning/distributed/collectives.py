@@ -1,6 +1,7 @@
 """Collectives of the modules; each is a no-op in a single process.
 
-Under FSDP2 each begins with ``barrier``, since ranks may still be running different numbers of micro-batches.
+Under FSDP2 each begins with ``barrier``, since ranks may still be running different numbers of micro-batches. All but
+``copy_from_first_rank`` exchange host memory, and no device is waited for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..utils.transfer import to_host
+from .host_group import host_group
 from .lockstep import barrier
 
 Rows = dict[str, Tensor]  # per-example tensors: the first dimension is the example
@@ -26,19 +28,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def device_of_collectives() -> torch.device:
-    """Returns the device whose tensors ranks exchange: with NCCL a rank's GPU, else host memory."""
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-
-
-def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Sums counts over all ranks."""
     if world_size() == 1:
         return dict(values)
     barrier()
     # fp64, since counts of tokens exceed the whole numbers that fp32 represents.
-    vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(vector)
+    vector = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu")
+    dist.all_reduce(vector, group=host_group())
     return dict(zip(values, vector.tolist(), strict=True))
 
 
@@ -47,18 +44,18 @@ def sum_vector_over_ranks(vector: Tensor) -> Tensor:
     if world_size() == 1:
         return vector
     barrier()
-    total = vector.to(device_of_collectives(), torch.float64, copy=True)
-    dist.all_reduce(total)
+    total = vector.to("cpu", torch.float64, copy=True)
+    dist.all_reduce(total, group=host_group())
     return total.to(vector.device, vector.dtype)
 
 
-def max_over_ranks(value: int, device: torch.device) -> int:
+def max_over_ranks(value: int) -> int:
     """Returns the maximum over all ranks."""
     if world_size() == 1:
         return value
     barrier()
-    largest = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    largest = torch.tensor(value, dtype=torch.int64, device="cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=host_group())
     return int(largest)
 
 
@@ -76,7 +73,7 @@ def gather_rows(rows: Rows) -> Rows:
         return hosted
     barrier()
     parts: list[Rows] = [{} for _ in range(world_size())]
-    dist.all_gather_object(parts, hosted)
+    dist.all_gather_object(parts, hosted, group=host_group())
     # Ranks without rows do not know the names.
     filled = [part for part in parts if part]
     return {name: torch.cat([part[name] for part in filled]) for name in (filled[0] if filled else ())}
@@ -88,7 +85,7 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     barrier()
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, value)
+    dist.all_gather_object(parts, value, group=host_group())
     return parts
 
 
@@ -111,7 +108,7 @@ def rows_before_this_rank(count: int) -> int:
         return 0
     barrier()
     counts = [0] * world_size()
-    dist.all_gather_object(counts, count)
+    dist.all_gather_object(counts, count, group=host_group())
     return sum(counts[: dist.get_rank()])
 
 

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..models.backbone import base_model, decoder_of
 from ..models.dropout import layerdrop_rate
+from ..models.half_weights import multiplies_alone, widen_without_autocast
 from ..utils.page_cache import drop_file_pages
 from .lockstep import lockstep
 
@@ -95,6 +96,7 @@ def shard_model(
     heads: Sequence[nn.Module] = (),
     number: int = 0,
     cpu_offload: bool = False,
+    half: torch.dtype | None = None,
 ) -> ShardedRoot:
     """Shards a causal language model and the heads that read it, unit by unit, with the weights of rank 0.
 
@@ -108,6 +110,7 @@ def shard_model(
         heads: modules that read the model's hidden states.
         number: number of the model in ``Lockstep``.
         cpu_offload: see ``block_options``.
+        half: see ``gathering``.
 
     Raises:
         ValueError: the weights are quantised.
@@ -124,7 +127,7 @@ def shard_model(
     for block in decoder_blocks(base):
         check_one_dtype(block)
         read = _take_from_first_rank(block, device)
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, **options)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, **options, **gathering(block, half))
         # Trainers move modules to the device; offloaded shards stay in host memory.
         if "offload_policy" in options:
             _keep_in_place(block)
@@ -209,6 +212,24 @@ def block_options(mesh: DeviceMesh, *, cpu_offload: bool) -> dict[str, Any]:
             that compute on the CPU.
     """
     return {"offload_policy": CPUOffloadPolicy()} if cpu_offload and mesh.device_type == "cuda" else {}
+
+
+def gathering(block: nn.Module, half: torch.dtype | None) -> dict[str, Any]:
+    """Returns the options of ``fully_shard`` with which a block is gathered in the precision that it multiplies in.
+
+    Autocast would round the weights of its linear layers after they were gathered in fp32, twice the bytes. Scales of
+    norms are rounded with them. Gradients are summed over ranks in fp32. Blocks whose weights do more than that
+    (experts, convolutions; see ``multiplies_alone``) are gathered in fp32.
+
+    Args:
+        block: a decoder block, whose linear layers then also compute without autocast.
+        half: the precision of autocast; ``None`` without it.
+    """
+    if half is None or not multiplies_alone(block):
+        return {}
+    widen_without_autocast(block)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return {"mp_policy": policy}
 
 
 def _keep_in_place(block: Any) -> None:

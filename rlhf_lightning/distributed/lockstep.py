@@ -10,6 +10,9 @@ With hybrid sharding all ranks agree as well, since gradients are summed over th
 
 Passes are ordered: forwards without gradient, forwards with gradient, backwards, and last ``barrier``, where ranks wait
 until no rank has a pass left. Every other collective must come after a ``barrier``.
+
+Votes are host memory and go over ``host_group``: hosts wait for each other and not for their devices, which have the
+passes before still queued.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .host_group import host_group
 
 
 class ShardedModel(Protocol):
@@ -38,7 +43,7 @@ class Lockstep:
     """Keeps ranks with different numbers of micro-batches on the same sequence of collectives.
 
     Args:
-        device: device of the exchanged votes.
+        device: device of the models.
         models: all sharded models, in the same order on every rank.
     """
 
@@ -77,11 +82,11 @@ class Lockstep:
 
         On one rank these models would have no gradient, and the optimizer would skip them.
         """
-        reached = torch.tensor([number in self._reached for number in range(len(self.models))], dtype=torch.int32)
+        numbers = [number in self._reached for number in range(len(self.models))]
+        reached = torch.tensor(numbers, dtype=torch.int32, device="cpu")
         self._reached = set()
         self.barrier()
-        reached = reached.to(self.device)
-        dist.all_reduce(reached, op=dist.ReduceOp.MAX)
+        dist.all_reduce(reached, op=dist.ReduceOp.MAX, group=host_group())
         for model, any_rank in zip(self.models, reached.tolist(), strict=True):
             if not any_rank:
                 for parameter in model.model.parameters():
@@ -104,8 +109,8 @@ class Lockstep:
     def _agree(self, wanted: int) -> None:
         while True:
             # The lowest number wins, so that forwards come before the backward pass and all ranks finish it together.
-            vote = torch.tensor(wanted, dtype=torch.int64, device=self.device)
-            dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+            vote = torch.tensor(wanted, dtype=torch.int64, device="cpu")
+            dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=host_group())
             coming = int(vote)
             if coming == wanted:
                 return

@@ -202,6 +202,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             for number, (model, heads) in enumerate(groups):
                 assert self._mesh is not None
                 options: dict[str, Any] = {"heads": heads, "number": number, "cpu_offload": self.cpu_offload}
+                options["half"] = torch.bfloat16 if str(self.precision_plugin.precision) == "bf16-mixed" else None
                 self._roots.append(shard_model(model, self._mesh, self.root_device, **options))
             self._agree_on_the_rest(module, [model for model, _ in groups])
         self._lockstep = Lockstep(self.root_device, self._roots)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import prompt_tokens
-from ..distributed.unshard import gathered
 from ..models import (
     CompressedContext,
     Compressor,
@@ -37,7 +36,7 @@ from .hf_generate import generate_plain, loops_exactly
 from .next_tokens import next_token_logprobs
 from .paged_cache import PagePool
 from .prefix_tree import PAGE
-from .projection import exact_projection
+from .projection import whole_weights
 from .requests import completions_by_prompt, make_requests
 from .sampling import SamplingParams
 from .speculation import Speculation, SpeculationSpec
@@ -272,7 +271,7 @@ class LocalEngine:
         requests, stop_ids = make_requests(encoder, prompts, num_samples, params, seeds, limits, watch)
 
         # Gathering is a collective, so a rank without prompts has to enter it as well.
-        with torch.no_grad(), evaluating(self.model), gathered(self.model), exact_projection(self.model):
+        with torch.no_grad(), evaluating(self.model), whole_weights(self.model):
             if requests:
                 self._run(requests, params, stop_ids, {} if after is None else after.table)
         return completions_by_prompt(requests, num_samples, params)
@@ -293,7 +292,7 @@ class LocalEngine:
         tokens = [self.encode(prompt, number) for number, prompt in numbered_prompts]
         for prompt in tokens:
             self.token_limit(prompt, 1)
-        with torch.no_grad(), evaluating(self.model), gathered(self.model), exact_projection(self.model):
+        with torch.no_grad(), evaluating(self.model), whole_weights(self.model):
             return next_token_logprobs(Decoder(self.model), tokens, self.max_batch_tokens)
 
     def _after_contexts(self, prompts: Prompts, contexts: Sequence[Context]) -> ContextPrompts:

@@ -14,9 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..distributed.unshard import gathered
 from ..models import base_model
+from ..models.half_weights import HalfLinear, rounded, rounded_copy
 
 _HALF: Final = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Prepares the weights of a model for many forwards, once for all of them.
+
+    Sharded weights are gathered, weights that autocast would round in every forward are rounded, and the output
+    projection returns fp32. All ranks enter and leave together.
+    """
+    with gathered(model), rounded(model), exact_projection(model):
+        yield
 
 
 @contextmanager
@@ -28,18 +41,24 @@ def exact_projection(model: nn.Module) -> Iterator[None]:
             (scales, soft caps) is its own.
     """
     projection: Any = base_model(model).get_output_embeddings()
-    changed: list[nn.Module] = []
+    changed: list[tuple[nn.Module, Any]] = []
     try:
         for module in () if projection is None else projection.modules():
-            if type(module) is nn.Linear and not isinstance(module.weight, DTensor):
+            if type(module) in (nn.Linear, HalfLinear) and not isinstance(module.weight, DTensor):
                 dtype = _computed_in(module.weight)
-                if dtype in _HALF:
-                    module.__dict__["forward"] = _fp32_forward(module.weight, module.bias, dtype)
-                    changed.append(module)
+                # Weights that are merely kept in half precision are widened where there is no autocast.
+                widens = type(module) is HalfLinear and not torch.is_autocast_enabled(module.weight.device.type)
+                if dtype in _HALF and not widens:
+                    copy, before = rounded_copy(module), module.__dict__.get("forward")
+                    weight = module.weight if copy is None else copy
+                    module.__dict__["forward"] = _fp32_forward(weight, module.bias, dtype)
+                    changed.append((module, before))
         yield
     finally:
-        for module in changed:
+        for module, before in changed:
             del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
 
 
 def computes_in_half(model: nn.Module) -> bool:

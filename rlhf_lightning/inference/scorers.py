@@ -29,7 +29,7 @@ from .text_scorers import (
     PackedScorer,
     PaddedScorer,
     check_ensemble,
-    exactly,
+    computing_in,
     load_scorer,
     move,
     same_tokens,
@@ -184,7 +184,7 @@ class ProcessScorer:
         """
         places = [number for number, candidate in enumerate(candidates) if self._has_steps(candidate)]
         trees = [self._encoded(candidates[number]) for number in places]
-        with exactly(self.model.device):
+        with computing_in(None, self.model.device):
             found = self.model.score_trees(trees)
         values = self.model.aggregated([value[:, 0].tolist() for value in found])
         scores, tokens = [1.0] * len(candidates), [0] * len(candidates)
@@ -252,7 +252,7 @@ def packed_values(model: RewardModel, trees: Sequence[Segment]) -> list[Tensor]:
     Returns:
         For each solution the scores by the ensemble's members, ``(M,)``.
     """
-    with exactly(model.device):
+    with computing_in(None, model.device):
         if model.options.pooling != "last":
             # A mean over a solution's states reads every token of it for itself.
             values = model.score_trees(trees)

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from ..distributed.fsdp2 import decoder_blocks
 from ..models import base_model, evaluating, load_causal_lm, load_tokenizer, num_positions
+from ..models.half_weights import rounded
 from ..models.own_attention import is_switchable, using_attention
 from ..sequences import register_attention
 from .completion import Request
@@ -154,8 +155,8 @@ class Speculation:
                 drafter = EarlyExitDrafter(Decoder(first_layers(decoder.model, self._layers)))
             if self.draft is not None:
                 self.draft.to(decoder.device)
-                for context in (evaluating(self.draft), exact_projection(self.draft), packed_linears(self.draft)):
-                    contexts.enter_context(context)
+                for prepare in (evaluating, rounded, exact_projection, packed_linears):
+                    contexts.enter_context(prepare(self.draft))
                 contexts.enter_context(using_attention(base_model(self.draft), register_attention()))
                 draft = Decoder(self.draft)
                 if not draft.agrees_in_rows():

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ..data.chat_template import ChatTemplate, with_turn
 from ..models import RewardModel, num_positions
+from ..models.half_weights import hold_frozen
 from ..models.loading import locate
 from ..models.reward_head import read_head_options, read_head_state, with_padding_token
 from ..models.scoring import check_length
@@ -32,6 +33,7 @@ class PackedScorer:
     def __init__(self, model: RewardModel) -> None:
         self.model = model
         self.rows = model.rows
+        self.half: torch.dtype | None = None
         self._other: PreTrainedTokenizerBase | None = None
         self._same_tokens = False
 
@@ -40,9 +42,18 @@ class PackedScorer:
         """Number of members of an ensemble; 1 for any other model."""
         return self.model.options.num_models
 
-    def attach(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Moves to a policy's device, and checks whether both tokenizers agree."""
-        move(self.model, device)
+    def attach(
+        self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None, half: torch.dtype | None = None
+    ) -> None:
+        """Moves to a policy's device, and checks whether both tokenizers agree.
+
+        Args:
+            device: the policy's.
+            tokenizer: the policy's.
+            half: the precision of products; ``None``: that of the weights.
+        """
+        self.half = half
+        move(self.model, device, half)
         if self._other is not tokenizer:
             self._other = tokenizer
             self._same_tokens = tokenizer is not None and same_tokens(self.rows.tokenizer, tokenizer)
@@ -78,7 +89,7 @@ class PackedScorer:
 
     def score(self, segments: Sequence[Segment]) -> list[Tensor]:
         """The rewards of each sequence by the ensemble's members, ``(M,)``."""
-        with exactly(self.model.device):
+        with computing_in(self.half, self.model.device):
             values = self.model.score_trees(segments)
         return [self.model.options.combined(value).float() for value in values]
 
@@ -107,12 +118,16 @@ class PaddedScorer:
         if self.model.config.pad_token_id is None:  # decoders find the last token by it
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.output, self.budget = output, budget
+        self.half: torch.dtype | None = None
 
     num_members = 1
 
-    def attach(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Moves to a policy's device."""
-        move(self.model, device)
+    def attach(
+        self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None, half: torch.dtype | None = None
+    ) -> None:
+        """Moves to a policy's device; arguments as of ``PackedScorer.attach``."""
+        self.half = half
+        move(self.model, device, half)
 
     def encode(
         self, prompt: Any, completion: str, template: dict[str, Any], *ids: Any, ended: bool = True
@@ -147,7 +162,7 @@ class PaddedScorer:
 
     def _score_part(self, part: Sequence[int], encoded: Sequence[dict[str, list[int]]], values: list[Tensor]) -> None:
         batch = self.tokenizer.pad([encoded[n] for n in part], return_tensors="pt").to(self.model.device)
-        with exactly(self.model.device):
+        with computing_in(self.half, self.model.device):
             logits = self.model(**batch).logits[:, self.output].float().cpu()
         for n, logit in zip(part, logits, strict=True):
             values[n] = logit[None]
@@ -167,15 +182,17 @@ def row_templates(
     return found
 
 
-def move(model: nn.Module, device: torch.device) -> None:
-    """Moves a model to a device."""
+def move(model: nn.Module, device: torch.device, half: torch.dtype | None = None) -> None:
+    """Moves a model to a device, the weights of its linear layers in the precision that products have there."""
     with torch.inference_mode(False):  # validation may run in inference mode
+        if half is not None:
+            hold_frozen(model, half, exact=False)
         model.to(device)
 
 
-def exactly(device: torch.device) -> AbstractContextManager[Any]:
-    """Turns the policy's autocast off: a reward model computes in the precision of its weights."""
-    return torch.autocast(device.type, enabled=False)
+def computing_in(half: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Computes products in half precision; with ``None`` in the precision of the weights, whatever the policy's."""
+    return torch.autocast(device.type, half, enabled=half is not None, cache_enabled=False)
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

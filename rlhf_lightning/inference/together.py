@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..distributed.unshard import gathered
 from ..models import base_model, evaluating
 from ..models.own_attention import EAGER, avoid_cudnn_attention, using_attention
 from .completion import Request
@@ -19,7 +18,7 @@ from .continuous_batching import ContinuousBatch, Counts
 from .decoder import Decoder
 from .engine import generation_attention
 from .kv_cache import SlotCache
-from .projection import exact_projection
+from .projection import whole_weights
 from .row_cache import Rows
 from .sampling import SamplingParams
 from .stores import Computed, Store, make_store
@@ -93,7 +92,7 @@ def decoding(models: Sequence[nn.Module]) -> Iterator[list[Decoder]]:
         stack.enter_context(torch.no_grad())
         decoders = []
         for model in models:
-            for context in (evaluating(model), gathered(model), exact_projection(model)):
+            for context in (evaluating(model), whole_weights(model)):
                 stack.enter_context(context)
             decoder = Decoder(model)
             avoid_cudnn_attention(decoder.device)

@@ -20,7 +20,7 @@ from ..utils.transfer import to_host
 from ..utils.validation import check_choice, check_count
 from .scorers import device_of, packed_values
 from .strategy import Candidate, Scores
-from .text_scorers import DTYPES, Dtype, exactly, move, same_tokens
+from .text_scorers import DTYPES, Dtype, computing_in, move, same_tokens
 from .token_counts import read_once
 
 
@@ -173,7 +173,7 @@ class SelfCertaintyScorer:
         device = next(model.parameters()).device
         examples, numbers = grouped(trees, self.micro_batch_tokens)
         found: dict[tuple[int, ...], Tensor] = {}
-        with evaluating(model), gathered(model), exactly(device), using_attention(base, self._attention):
+        with evaluating(model), gathered(model), computing_in(None, device), using_attention(base, self._attention):
             if self._layout is None:
                 self._layout = resolve_layout(model, "auto")
                 self._attention = str(attention_of(base))

@@ -154,6 +154,11 @@ class Decoder:
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
+    def projection(self) -> int:
+        """Weights of an output projection of its own."""
+        return 0 if self.tied else self.vocabulary * self.hidden
+
+    @property
     def weights(self) -> int:
         """All weights."""
         return self.matrices + self.vectors + self.embeddings
@@ -190,6 +195,7 @@ class Training:
         adapter: what is trained; all weights without one.
         four_bits: whether the matrices of layers are in 4 bits; not with mixed precision.
         headless: whether another head replaces the output projection, which is frozen unless it is the embedding.
+        stored: whether the model was stored in the precision of products, in which frozen matrices are then kept.
     """
 
     precision: Precision
@@ -198,6 +204,7 @@ class Training:
     adapter: Adapter | None = None
     four_bits: bool = False
     headless: bool = False
+    stored: bool = False
 
     @property
     def adapter_bytes(self) -> int:

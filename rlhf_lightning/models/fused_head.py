@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .half_weights import rounded_copy
 from .logprob_chunks import ChunkedLogProbs
 from .logprob_tiles import LogitsConfig, TiledLogProbs
 
@@ -30,6 +31,7 @@ class OutputHead:
         lora_out: ``(V, R)``, its B matrix, scaling not included.
         lora_scaling: the factor of the adapter.
         lora_dropout: dropout of the adapter's input, in its own mode.
+        rounded: ``weight`` in the precision of autocast, if it is there already.
         scale: factor of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``, and so on).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2), applied after ``scale``.
     """
@@ -40,6 +42,7 @@ class OutputHead:
     lora_out: Tensor | None = None
     lora_scaling: float = 1.0
     lora_dropout: nn.Module | None = None
+    rounded: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
 
@@ -119,7 +122,7 @@ def fused_logprobs(
     # As autocast would for a linear layer; within the function it is off, since sums are kept in fp32.
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-        hidden_ND, weight = hidden_ND.to(dtype), weight.to(dtype)
+        hidden_ND, weight = hidden_ND.to(dtype), (weight if head.rounded is None else head.rounded).to(dtype)
         low, low_out = (None if t is None else t.to(dtype) for t in (low, low_out))
     learned = any(t is not None and t.requires_grad for t in (hidden_ND, weight, bias, low, low_out))
     config = LogitsConfig(
@@ -181,7 +184,7 @@ def output_head(model: nn.Module) -> OutputHead:
                 "lora_dropout": layer.lora_dropout[name],
             }
         layer = inner
-    return OutputHead(weight=layer.weight, bias=getattr(layer, "bias", None), **parts)
+    return OutputHead(weight=layer.weight, bias=getattr(layer, "bias", None), rounded=rounded_copy(layer), **parts)
 
 
 def _logit_scale(config: Any) -> float:

@@ -91,8 +91,8 @@ def load_causal_lm(
     """Loads a causal language model, in training mode and in the requested dtype.
 
     LoRA (Hu et al. 2021, arXiv 2106.09685): ``W x + (alpha / r) B A x`` with ``W`` frozen. QLoRA (Dettmers et al. 2023,
-    arXiv 2305.14314): ``W`` in 4 bits with doubly quantised scales, products in ``dtype``. Adapters are kept in fp32
-    where ``dtype`` is a half precision.
+    arXiv 2305.14314): ``W`` in 4 bits with doubly quantised scales, products in ``dtype``, or in the precision of
+    autocast where there is one. Adapters are kept in fp32 where ``dtype`` is a half precision.
 
     A folder or hub id that holds an adapter loads its base model and continues training the adapter; a second, frozen
     adapter ``ref`` keeps the loaded weights, because with the adapter off the reference would be the base.

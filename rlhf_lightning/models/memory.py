@@ -18,20 +18,32 @@ from .decoder_sizes import NORMED, SANDWICHED, WIDE, Blocks, Decoder, Training
 _FOUR_BITS: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
-def weight_bytes(decoder: Decoder, training: Training) -> float:
-    """Bytes of the weights, adapters included."""
-    size = float(training.precision.weights)
-    matrix = size if not training.four_bits else _FOUR_BITS
+def weight_bytes(decoder: Decoder, training: Training, *, frozen: bool = False) -> float:
+    """Bytes of the weights, adapters included.
+
+    Args:
+        decoder: its sizes.
+        training: how it is trained.
+        frozen: whether nothing trains it, as a reference: its linear layers are kept in the precision of products.
+    """
+    size, products = training.precision
+    matrix = products if frozen or _kept_in_half(training) else size
+    projection = products if frozen or (training.stored and training.headless) or _kept_in_half(training) else size
+    held = (_FOUR_BITS if training.four_bits else matrix) * decoder.matrices + projection * decoder.projection
     adapter = 0 if training.adapter is None else training.adapter.weights(decoder) * training.adapter_bytes
-    return matrix * decoder.matrices + size * (decoder.vectors + decoder.embeddings) + adapter
+    return float(held + size * (decoder.vectors + decoder.embeddings - decoder.projection) + adapter)
+
+
+def _kept_in_half(training: Training) -> bool:
+    """Whether the matrices under an adapter are kept as they are multiplied."""
+    return training.stored and training.adapter is not None
 
 
 def trained_weights(decoder: Decoder, training: Training) -> int:
     """Number of weights that are trained."""
     if training.adapter is not None:
         return training.adapter.weights(decoder)
-    frozen = decoder.vocabulary * decoder.hidden if training.headless and not decoder.tied else 0
-    return decoder.weights - frozen
+    return decoder.weights - (decoder.projection if training.headless else 0)
 
 
 def trained_bytes(training: Training) -> int:
@@ -46,22 +58,33 @@ def gradient_bytes(decoder: Decoder, training: Training, *, passes: int) -> floa
 
 
 def cast_bytes(decoder: Decoder, training: Training) -> float:
-    """Bytes of the weights that autocast rounds in a forward and that are kept for its backward.
+    """Bytes of the copies in which autocast reads weights, made once per step and held until it ends.
 
-    Layers that are recomputed keep none; ``activation_bytes`` has those of the layer that is.
+    Layers that are recomputed keep none; ``activation_bytes`` has those of the layer that is. The head's copy is then
+    kept from its forward to its backward.
     """
-    if not training.precision.mixed:
-        return 0.0
     layers = 0 if training.checkpointing else decoder.layers
-    head = 0 if training.headless else decoder.vocabulary * decoder.hidden
-    return training.precision.products * head + layers * _layer_cast_bytes(decoder, training)
+    return _head_cast_bytes(decoder, training) + layers * _layer_cast_bytes(decoder, training)
+
+
+def sampling_cast_bytes(decoder: Decoder, training: Training) -> float:
+    """Bytes of the same copies while completions are sampled, whether or not training recomputes layers."""
+    return _head_cast_bytes(decoder, training) + decoder.layers * _layer_cast_bytes(decoder, training)
+
+
+def _head_cast_bytes(decoder: Decoder, training: Training) -> float:
+    kept = _kept_in_half(training) and not decoder.tied
+    if not training.precision.mixed or training.headless or kept:
+        return 0.0
+    return float(training.precision.products * decoder.vocabulary * decoder.hidden)
 
 
 def _layer_cast_bytes(decoder: Decoder, training: Training) -> float:
     if not training.precision.mixed:
         return 0.0
+    matrices = 0 if _kept_in_half(training) else decoder.matrices
     adapter = 0 if training.adapter is None else training.adapter.weights(decoder)
-    return float(training.precision.products * (decoder.matrices + adapter) / decoder.layers)
+    return float(training.precision.products * (matrices + adapter) / decoder.layers)
 
 
 def layer_bytes(decoder: Decoder, training: Training, tokens: float, blocks: Blocks | None = None) -> float:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import TiedLinear
+from .half_weights import hold_frozen
 from .reference import ADAPTER_COPY
 from .reward_ensemble import num_members
 
@@ -123,6 +124,7 @@ def _replaced_state(name: str, module: nn.Module, adapter: str) -> dict[str, Ten
 def _merged_plain(layer: Any, adapter: str) -> dict[str, Tensor]:
     """Applies peft's own merge, for every kind of LoRA, to a copy of one layer."""
     layer = copy.deepcopy(layer, _kept_as_they_are(layer))
+    hold_frozen(layer, None)  # the sum is formed in the precision that the weights were loaded in
     # peft's merge does not know shards.
     for module in layer.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):

@@ -19,8 +19,9 @@ from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_sc
 from ..sequences import Segment, SequenceBatch
 from ..utils.transfer import to_device
 from ..utils.validation import check_choice, check_fraction
-from .backbone import HiddenStates, Layout, hidden_states
+from .backbone import HiddenStates, Layout, base_model, hidden_states
 from .fused_head import OutputHead, output_head
+from .half_weights import read_exactly
 from .headed_model import HeadedModel, HeadedModelOptions
 from .scoring import TemplateSettings, check_texts, template_of
 
@@ -141,6 +142,8 @@ class ProcessRewardModel(HeadedModel):
         super().__init__(model, options, **settings)
         labels = self.options.label_tokens if self.options.predicts_tokens else []
         self._label_ids = [self._label_id(text) for text in labels]
+        if labels:
+            read_exactly(base_model(model).get_output_embeddings())
 
     def _label_id(self, text: str) -> int:
         tokenizer = self.rows.tokenizer

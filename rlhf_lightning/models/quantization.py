@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from bitsandbytes import matmul_4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, fix_4bit_weight_quant_state_from_module
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 Quantization = Literal["nf4", "fp4", "int8"]
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Makes the bitsandbytes config for a model that computes in ``dtype``."""
+    """Makes the bitsandbytes config for a model that computes in ``dtype`` where there is no autocast."""
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -21,6 +24,29 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+class AutocastLinear4bit(Linear4bit):
+    """A 4-bit layer that multiplies in the precision of autocast where there is one, as other linear layers do.
+
+    bitsandbytes multiplies in the ``compute_dtype`` that a layer was made with, fp32 under mixed precision, also where
+    everything around it is in half precision.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer, ``(..., in) -> (..., out)``."""
+        if not torch.is_autocast_enabled(x.device.type):
+            found: Tensor = super().forward(x)
+            return found
+        fix_4bit_weight_quant_state_from_module(self)
+        weight: Any = self.weight
+        dtype = torch.get_autocast_dtype(x.device.type)
+        # The backward pass dequantises to the precision that the state names.
+        state = copy.copy(weight.quant_state)
+        state.dtype = dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        product: Tensor = matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=state)
+        return product
 
 
 class SteadyLinear8bit(Linear8bitLt):
@@ -42,11 +68,13 @@ class SteadyLinear8bit(Linear8bitLt):
 
 
 def steady_quantised_layers(model: PreTrainedModel) -> None:
-    """Makes quantised layers compute the same function, and a differentiable one, in every mode."""
+    """Makes quantised layers compute the same function, and a differentiable one, in every mode and precision."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weight in place for a kernel that
             # computes in bfloat16 and has no backward: later training steps would silently lose most of their gradient.
             module.support_avx512bf16_for_cpu = False
+            if type(module) is Linear4bit:
+                module.__class__ = AutocastLinear4bit
         elif type(module) is Linear8bitLt:
             module.__class__ = SteadyLinear8bit

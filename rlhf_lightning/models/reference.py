@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .backbone import evaluating
+from .half_weights import hold_frozen, unrounded
 
 ADAPTER_COPY = "ref"  # the adapter that keeps the weights from which a loaded adapter started
 _KEPT = "beside:"  # prefix, in checkpoints, of the names of kept weights that belong to no adapter
@@ -111,7 +112,8 @@ class AdapterReference:
         for name, parameter in own.items():
             parameter.data.copy_(self.kept[name])
         try:
-            yield
+            with unrounded(self.model, own.values()):
+                yield
         finally:
             for name, parameter in own.items():
                 parameter.data.copy_(now[name])
@@ -143,6 +145,9 @@ class FrozenReference:
     Args:
         model: the reference model.
         rebuildable: whether the same weights can be loaded again from their source; otherwise a checkpoint holds them.
+
+    Attributes:
+        moves: whether training moves it; set before training by what does.
     """
 
     def __init__(self, model: nn.Module, *, rebuildable: bool) -> None:
@@ -150,6 +155,26 @@ class FrozenReference:
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.model = model.eval().requires_grad_(False)
         self.rebuildable = rebuildable
+        self.moves = False
+        self._held: torch.dtype | None = None
+
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Keeps the weights of linear layers as autocast rounds them, unless the reference moves.
+
+        Args:
+            dtype: the precision of autocast; ``None`` without it.
+
+        Raises:
+            ValueError: they were rounded for an earlier run, and are needed in fp32 now.
+        """
+        wanted = None if self.moves else dtype
+        if self._held not in (None, wanted):
+            raise ValueError(
+                f"the reference was rounded to {self._held} for an earlier run of this module: build a new module for "
+                "a run in another precision, or with a reference that moves"
+            )
+        hold_frozen(self.model, wanted, exact=False)
+        self._held = wanted
 
     @classmethod
     def copy_of(cls, policy: nn.Module, *, rebuildable: bool) -> FrozenReference:

@@ -34,6 +34,7 @@ from ..utils.files import (
     write_atomically,
 )
 from .adapters import ROPE_PARAMETERS, tied_state
+from .half_weights import HalfLinear
 from .merged_weights import merged_state, trained_adapter
 from .rotary import long_rotary_parameters
 
@@ -143,6 +144,9 @@ def _model_writer(
         raise ValueError("the model is quantised and has no adapter: there is nothing in it that its source lacks")
     state = merged_state(model) if isinstance(model, PeftModel) else base.state_dict()
     state = {name: _whole(tensor) for name, tensor in state.items()}
+    for name, module in base.named_modules():
+        if isinstance(module, HalfLinear) and f"{name}.weight" in state:  # written in the precision it was loaded in
+            state[f"{name}.weight"] = state[f"{name}.weight"].float()
     if convert is not None:
         base, state = convert(base, state)
     shell = _shell(base, state, end_tokens)

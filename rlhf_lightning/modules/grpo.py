@@ -153,7 +153,7 @@ class GRPOModule(OnPolicyModule):
             if self.has_process_reward:
                 signal_E = signal_E | steps_differ(rollouts.steps)
             weak = (~signal_E).nonzero().flatten().tolist() if rollouts.prompts else []
-            count = sum_over_ranks({"weak": float(len(weak))}, self.device)["weak"]
+            count = sum_over_ranks({"weak": float(len(weak))})["weak"]
             if not count:
                 break
             self._replaced += count

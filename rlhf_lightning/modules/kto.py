@@ -223,7 +223,7 @@ class KTOModule(PostTrainingModule):
     def _add_fallback_partner(self, batch: ExampleBatch) -> ExampleBatch:
         """Gives rows a partner from an earlier batch, if no row of any rank has one."""
         paired = {"partners": float(sum(map(_has_partner, batch.examples)))}
-        if sum_over_ranks(paired, self.device)["partners"] or self._fallback_partner is None:
+        if sum_over_ranks(paired)["partners"] or self._fallback_partner is None:
             return batch
         row_id, prompt, completion = self._fallback_partner
         positions = num_positions(self.model)

@@ -215,7 +215,7 @@ class PPOModule(OnPolicyModule):
         }
         if kl_N is not None:
             own["kl"] = float(kl_N.sum())
-        sums = sum_over_ranks(own, self.device)
+        sums = sum_over_ranks(own)
         if not sums["samples"]:  # no completion could be scored, so means are undefined
             return {}
 

@@ -19,13 +19,14 @@ from ..models.memory import (
     cast_bytes,
     gradient_bytes,
     head_bytes,
+    sampling_cast_bytes,
     trained_bytes,
     trained_weights,
     weight_bytes,
 )
 from ..modules import DPOModule, GRPOModule, KTOModule, PPOModule, ProcessRewardModule, RewardModule
 
-_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPES = {"auto": None, "float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a token in a batch's indices and in the losses, measured; in GRPO and PPO with their fields and statistics.
 _ROW, _ROW_ON_POLICY = 200, 1000
 # Options of LoRA that change neither the number of an adapter's weights nor what its layers keep.
@@ -89,15 +90,19 @@ def plan(
         ['weights', 'gradients', 'optimizer']
     """
     tokens = int(options.get("micro_batch_tokens", 8192)) if tokens is None else tokens
-    training = _training(method, options, _precision(precision))
+    precision = _precision(precision)
     decoder = decoder_of(options["model"])
+    training = replace(
+        _training(method, options, PRECISIONS[precision]), stored=_is_stored_in(precision, options["model"])
+    )
     parts = [*_trained("", decoder, training, states), *_reference(method, options, decoder, training)]
-    parts += _critic(method, options, training, tokens, states)
-    parts += _reward_models(options)
+    parts += _critic(method, options, training, tokens, states, precision)
+    parts += _reward_models(options, precision)
     sampling: tuple[Part, ...] = ()
     if issubclass(method, GRPOModule | PPOModule):
         kept = [part for part in parts if part.what != "gradients"]
-        sampling = (*kept, _caches(options, decoder, training))
+        cast = Part("cast weights", sampling_cast_bytes(decoder, training), "rounded once per call of the sampler")
+        sampling = (*kept, cast, _caches(options, decoder, training))
     parts += _micro_batch("", decoder, training, tokens)
     each = _ROW_ON_POLICY if issubclass(method, GRPOModule | PPOModule) else _ROW
     parts.append(Part("rows", float(each * tokens), f"{each} bytes a token: indices, and what the loss keeps"))
@@ -106,12 +111,17 @@ def plan(
     return Plan(tokens, training, tuple(parts), sampling)
 
 
-def _precision(name: str) -> Precision:
-    known = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-    found = PRECISIONS.get(known.get(str(name), str(name)))
-    if found is None:
+def _precision(name: str) -> str:
+    found = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))
+    if found not in PRECISIONS:
         raise ValueError(f"the memory of precision {name!r} is not known: it is for {', '.join(PRECISIONS)}")
     return found
+
+
+def _is_stored_in(precision: str, source: str) -> bool:
+    """Whether the weights of a model were stored in the half precision that autocast multiplies in."""
+    stored = str(read_config(locate(source, what="model")).dtype).removeprefix("torch.")
+    return {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(precision) == stored
 
 
 def decoder_of(source: str) -> Decoder:
@@ -174,7 +184,8 @@ def _micro_batch(owner: str, decoder: Decoder, training: Training, tokens: int) 
     """Bytes that a forward keeps for its backward."""
     found = activation_bytes(decoder, training, tokens)
     if training.precision.mixed:
-        yield Part(f"{owner}cast weights", cast_bytes(decoder, training), "rounded in each forward")
+        often = "rounded in each forward" if training.checkpointing else "rounded once per step"
+        yield Part(f"{owner}cast weights", cast_bytes(decoder, training), often)
     if training.checkpointing:
         yield Part(f"{owner}inputs of layers", found.layers, f"{found.layers / tokens:,.0f} bytes a token")
         yield Part(f"{owner}a recomputed layer", found.recomputed, f"{found.recomputed / tokens:,.0f} bytes a token")
@@ -200,28 +211,42 @@ def _reference(
     kind = options.get("reference", "auto")
     kind = ("frozen" if training.adapter is None else "adapter") if kind == "auto" and used else kind
     if kind == "frozen" and (always or issubclass(method, GRPOModule | PPOModule)):
-        yield Part("reference", weight_bytes(decoder, training), "a frozen copy of the policy")
+        held = weight_bytes(decoder, training, frozen=True)
+        yield Part("reference", held, "a frozen copy of the policy, matrices as they are multiplied")
+        # DPO and KTO score in the step, which holds all copies that it makes; a projection of its own needs none.
+        if always and training.precision.mixed and decoder.tied and not training.checkpointing:
+            projection = float(training.precision.products * decoder.vocabulary * decoder.hidden)
+            yield Part("reference's projection", projection, "its embedding, rounded once per step")
 
 
 def _critic(
-    method: type[PostTrainingModule], options: Mapping[str, Any], training: Training, tokens: int, states: int
+    method: type[PostTrainingModule],
+    options: Mapping[str, Any],
+    training: Training,
+    tokens: int,
+    states: int,
+    precision: str,
 ) -> Iterator[Part]:
     source = (options.get("value") or {}).get("model") if issubclass(method, PPOModule) else None
     if source is not None:
-        decoder, own = decoder_of(source), replace(training, headless=True)
+        own = replace(training, headless=True, stored=_is_stored_in(precision, source))
+        decoder = decoder_of(source)
         yield from _trained("critic's ", decoder, own, states)
         yield from _micro_batch("critic's ", decoder, own, tokens)
 
 
-def _reward_models(options: Mapping[str, Any]) -> Iterator[Part]:
+def _reward_models(options: Mapping[str, Any], precision: str) -> Iterator[Part]:
     """Learned rewards, which name a model."""
+    # With dtype: auto, matrices are in bf16 where the policy is trained so.
+    auto = Precision(4, 2 if precision.startswith("bf16") else 4)
     specs = [*(options.get("rewards") or ()), options.get("process_reward")]
     for spec in specs:
         given = spec.get("init_args") or {} if isinstance(spec, Mapping) else {}
         if isinstance(given.get("model"), str):
-            size = _DTYPES[given.get("dtype", "float32")]
-            held = weight_bytes(decoder_of(given["model"]), Training(Precision(size, size)))
-            yield Part("reward model", held, f"{given['model']}, {size} bytes a weight")
+            size = _DTYPES[given.get("dtype", "auto")]
+            own = auto if size is None else Precision(size, size)
+            held = weight_bytes(decoder_of(given["model"]), Training(own), frozen=True)
+            yield Part("reward model", held, f"{given['model']}, {own.products} bytes a weight of its matrices")
 
 
 def _caches(options: Mapping[str, Any], decoder: Decoder, training: Training) -> Part:

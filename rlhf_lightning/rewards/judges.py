@@ -12,16 +12,19 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..core.device_precision import frozen_dtype
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode, prompt_tokens
 from ..inference.engine import Engine
 from ..inference.sampling import SamplingParams
+from ..inference.text_scorers import computing_in, move
 from ..models import evaluating, load_causal_lm, load_tokenizer, num_positions, resolve_layout, token_stats
+from ..models.half_weights import rounded
 from ..sequences import Example, Segment, pack, plan_micro_batches, register_attention
 from ..utils.imports import load_attribute
 from ..utils.transfer import to_host
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": torch.float32}
 _VERDICT = re.compile(r"\W*(?:(?P<yes>yes|true)|(?P<no>no|false))\b", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 
@@ -44,7 +47,7 @@ class ModelJudge:
         model: folder or hub id of a causal language model.
         answers: the texts of yes and no; `` yes`` and `` no`` suit models that continue text.
         micro_batch_tokens: tokens per forward, above 0; changes no result.
-        dtype: of the weights.
+        dtype: of the weights; ``auto``: ``float32``, with products in bf16 where the policy is trained so on a GPU.
 
     Raises:
         ValueError: the model does not exist, an option is out of range, or both answers have the same tokens.
@@ -59,7 +62,7 @@ class ModelJudge:
         model: str,
         answers: tuple[str, str] = ("yes", "no"),
         micro_batch_tokens: int = 8192,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
@@ -70,13 +73,14 @@ class ModelJudge:
         if len(self.answers) != 2 or not all(self.answers) or self.answers[0] == self.answers[1]:
             raise ValueError(f"answers is {list(answers)}; it must be two texts of different tokens: ['yes', 'no']")
         self.micro_batch_tokens = micro_batch_tokens
+        self.dtype = dtype
+        self._half: torch.dtype | None = None
         self._layout: Literal["packed", "padded"] | None = None
 
     def attach(self, module: Any) -> None:
         """Moves to a policy's device."""
-        # Weights that are moved in inference mode could not be used outside of it.
-        with torch.inference_mode(False):
-            self.model.to(module.device)
+        self._half = frozen_dtype(module) if self.dtype == "auto" else None
+        move(self.model, module.device, self._half)
 
     @torch.no_grad()
     def __call__(self, questions: Sequence[str]) -> list[float | Exception]:
@@ -93,7 +97,7 @@ class ModelJudge:
         device = next(self.model.parameters()).device
         if self._layout is None:
             self._layout = resolve_layout(self.model, "auto")
-        with evaluating(self.model), torch.autocast(device.type, enabled=False):
+        with evaluating(self.model), computing_in(self._half, device), rounded(self.model):
             found: dict[tuple[int, ...], Tensor] = {}
             for micro in plan_micro_batches(examples, budget=self.micro_batch_tokens):
                 batch = pack([examples[n] for n in micro], device=device)

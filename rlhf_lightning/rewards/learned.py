@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from ..inference.text_scorers import DTYPES, Dtype, exactly, load_scorer, move, row_templates
+import torch
+
+from ..core.device_precision import frozen_dtype
+from ..inference.text_scorers import DTYPES, Dtype, computing_in, load_scorer, move, row_templates
 from ..losses.process_reward import Aggregation
 from ..models import ProcessRewardModel
 from ..models.loading import locate
 from ..utils.validation import check_choice, check_count, check_not_negative
+
+RewardDtype = Literal["auto"] | Dtype
+_DTYPES = {**DTYPES, "auto": torch.float32}
 
 
 class RewardModelReward:
@@ -31,7 +37,7 @@ class RewardModelReward:
         label: of a classifier with several outputs, the name of the one whose logit is the reward; of a reward model
             with several attributes, the one to use instead of their weighted sum.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
-        dtype: of the weights.
+        dtype: of the weights; ``auto``: ``float32``, with products in bf16 where the policy is trained so on a GPU.
         chat_template_kwargs: passed to the reward model's chat template; the rows' own take precedence.
 
     Raises:
@@ -48,21 +54,27 @@ class RewardModelReward:
         uncertainty_penalty: float = 0.0,
         label: str | None = None,
         micro_batch_tokens: int = 8192,
-        dtype: Dtype = "float32",
+        dtype: RewardDtype = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_not_negative("uncertainty_penalty", uncertainty_penalty, "0 is the ensemble's plain mean")
         check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
-        check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, _DTYPES)
+        self.dtype = dtype
         self.uncertainty_penalty = uncertainty_penalty
         self.scorer = load_scorer(
-            model, label=label, micro_batch_tokens=micro_batch_tokens, dtype=DTYPES[dtype], penalty=uncertainty_penalty
+            model,
+            label=label,
+            micro_batch_tokens=micro_batch_tokens,
+            dtype=_DTYPES[dtype],
+            penalty=uncertainty_penalty,
         )
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def attach(self, module: Any) -> None:
         """Moves to a policy's device, and checks whether both tokenizers agree."""
-        self.scorer.attach(module.device, module.tokenizer)
+        half = frozen_dtype(module) if self.dtype == "auto" else None
+        self.scorer.attach(module.device, module.tokenizer, half)
 
     def __call__(
         self,
@@ -112,7 +124,7 @@ class ProcessModelReward:
         model: folder or hub id of an exported process reward model.
         aggregation: ``min``, ``product``, ``last`` or ``mean``; the model's own by default.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
-        dtype: of the weights.
+        dtype: of the weights; ``auto``: ``float32``, with products in bf16 where the policy is trained so on a GPU.
         chat_template_kwargs: passed to the model's chat template; the rows' own take precedence.
 
     Raises:
@@ -128,20 +140,23 @@ class ProcessModelReward:
         model: str,
         aggregation: Aggregation | None = None,
         micro_batch_tokens: int = 8192,
-        dtype: Dtype = "float32",
+        dtype: RewardDtype = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, _DTYPES)
+        self.dtype = dtype
+        self._half: torch.dtype | None = None
         options: dict[str, Any] = {} if aggregation is None else {"aggregation": aggregation}
         model = locate(model, what="process reward model")
-        options |= {"dtype": DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
+        options |= {"dtype": _DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
         self.model = ProcessRewardModel.from_pretrained(model, **options)
         self.step_separator = self.model.options.step_separator
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def attach(self, module: Any) -> None:
         """Moves to a policy's device."""
-        move(self.model, module.device)
+        self._half = frozen_dtype(module) if self.dtype == "auto" else None
+        move(self.model, module.device, self._half)
 
     def __call__(
         self,
@@ -155,7 +170,7 @@ class ProcessModelReward:
         places = [n for n, completion in enumerate(completions) if self.model.split(completion)]
         found: list[Any] = [None] * len(completions)
         if places:
-            with exactly(self.model.device):
+            with computing_in(self._half, self.model.device):
                 scores = self._scores(
                     [prompts[n] for n in places], [completions[n] for n in places], [templates[n] for n in places]
                 )
@@ -180,7 +195,7 @@ class ProcessModelSteps(ProcessModelReward):
         model: folder or hub id of an exported process reward model, without ``boundaries="learned"``.
         baseline: probability above which a step's reward is positive.
         micro_batch_tokens: tokens per forward, at least 1; changes no result.
-        dtype: of the weights.
+        dtype: of the weights; ``auto``: ``float32``, with products in bf16 where the policy is trained so on a GPU.
         chat_template_kwargs: passed to the model's chat template; the rows' own take precedence.
 
     Raises:
@@ -196,7 +211,7 @@ class ProcessModelSteps(ProcessModelReward):
         model: str,
         baseline: float = 0.5,
         micro_batch_tokens: int = 8192,
-        dtype: Dtype = "float32",
+        dtype: RewardDtype = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(

@@ -175,7 +175,7 @@ class OnPolicyModule(PostTrainingModule):
         """Runs an iteration: generates, scores, and makes all its updates; returns its logged values."""
         rollouts = self.rollout(self.validate_batch(batch))
         global_rows = in_canonical_order(gather_rows(self._rollout_rows(rollouts)))
-        failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()}, self.device)
+        failures = sum_over_ranks({name: float(n) for name, n in rollouts.failures.items()})
         self.failing.update(self.rewards.names, global_rows["rewards"], failures, rollouts.errors)
         with self.phase("score"):
             trees, values = self.prepare(rollouts)
@@ -286,7 +286,7 @@ class OnPolicyModule(PostTrainingModule):
             ``{name: (N,)}``, tree after tree, in host memory.
         """
         found: dict[str, list[Tensor]] = {name: [torch.empty(0, device=self.device)] * len(trees) for name in names}
-        with evaluating(self.model):
+        with evaluating(self.model), self.rounded_weights():
             for micro in self.micro_batching.plan(trees):
                 values = values_of(self.micro_batching.pack([trees[n] for n in micro]))
                 sizes = [num_tokens(trees[n]) for n in micro]

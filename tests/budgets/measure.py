@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import lightning
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.core.micro_batching import MicroBatching
@@ -63,9 +64,18 @@ def _plan(self: Any, examples: Sequence[Example]) -> list[list[int]]:
 
 @cache
 def folder(layers: int = 2) -> str:
-    """A tiny model with some layers."""
+    """A tiny model with some layers, and values that bf16 holds."""
     place = tempfile.mkdtemp(prefix="budgets-")
-    return save_model(Path(place), initializer_range=0.05, num_hidden_layers=layers)
+    save_model(Path(place), initializer_range=0.05, num_hidden_layers=layers)
+    AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16).save_pretrained(place)
+    return place
+
+
+@cache
+def num_weights(layers: int = 2) -> int:
+    """The number of weights in linear layers of that model."""
+    model = AutoModelForCausalLM.from_pretrained(folder(layers))
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 class _Watch(lightning.Callback):
@@ -105,7 +115,9 @@ def _trainer(watch: _Watch, precision: str, **options: Any) -> lightning.Trainer
 
 
 @cache
-def costs(name: str, precision: str = "bf16-mixed", layers: int = 2, layout: str = "auto") -> Cost:
+def costs(
+    name: str, precision: str = "bf16-mixed", layers: int = 2, layout: str = "auto", lora: bool = False, **more: Any
+) -> Cost:
     """Measures a method: the steps after the first, of two and of three equal micro-batches.
 
     Args:
@@ -113,9 +125,13 @@ def costs(name: str, precision: str = "bf16-mixed", layers: int = 2, layout: str
         precision: of the trainer.
         layers: of the model.
         layout: of the module.
+        lora: whether adapters of all layers are trained.
+        more: options of the module.
     """
     method = METHODS[name]
-    options = {key: value for key, value in method.options.items() if key != "optimizer"}
+    options = {key: value for key, value in method.options.items() if key != "optimizer"} | more
+    if lora:
+        options["lora"] = {"r": 2}
     made: Any = _REPEATED.get(method.module, method.module)
     with _quiet_cuda() as tracer, patch.object(MicroBatching, "plan", _plan):
         watch = _Watch(tracer)
@@ -200,16 +216,17 @@ def head_chunk(**asked: bool) -> Trace:
     return found[1] - found[0]
 
 
-def _decoded(model: Any, cache: Any, prompts: list[list[int]], params: SamplingParams) -> Trace:
+def _decoded(model: Any, cache: Any, prompts: list[list[int]], params: SamplingParams, *, mixed: bool = False) -> Trace:
     """What a call costs in which nothing ends a sample but its limit; the call before it began with probes."""
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     with warnings.catch_warnings(), traced_cuda() as tracer:
         warnings.simplefilter("ignore")  # no token ends these samples
         engine = LocalEngine(model.to("cuda"), None, cache=cache)
-        for seed in range(2):
-            tracer.take()
-            # Pages of the call before are not found again.
-            engine.generate([[seed + 3, *prompt] for prompt in prompts], 4 // len(prompts), params)
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed, cache_enabled=False):
+            for seed in range(2):
+                tracer.take()
+                # Pages of the call before are not found again.
+                engine.generate([[seed + 3, *prompt] for prompt in prompts], 4 // len(prompts), params)
         return tracer.take()
 
 
@@ -221,7 +238,7 @@ def decoding_step(layers: int = 2, precision: str = "bf16-true", top_p: float = 
     for length in (12, 16):
         model = AutoModelForCausalLM.from_pretrained(folder(layers), dtype=dtype)
         params = SamplingParams(max_new_tokens=length, seed=0, top_p=top_p)
-        found.append(_decoded(model, "dynamic", [[5, 6]], params))
+        found.append(_decoded(model, "dynamic", [[5, 6]], params, mixed=precision == "bf16-mixed"))
     return (found[1] - found[0]) / 4
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import measure
 
@@ -43,14 +43,14 @@ class _Method(NamedTuple):
 # GRPO and PPO read log-probs of samples, once per iteration. Their micro-batches are packed twice: for these, and for
 # the step.
 _METHODS = {
-    "sft": _Method((413, 17, 17, 0, 1), 420),
-    "reward": _Method((418, 20, 20, 2, 4), 430),
-    "process": _Method((494, 19, 25, 0, 5), 500),
-    "dpo": _Method((600, 17, 18, 0, 1), 610),
-    "simpo": _Method((453, 17, 18, 0, 1), 460),
-    "kto": _Method((722, 65, 69, 0, 14), 720, waits=2),
-    "grpo": _Method((838, 35, 36, 10, 33), 850, waits=2),
-    "ppo": _Method((924, 39, 39, 9, 44), 950, waits=2),
+    "sft": _Method((413, 17, 17, 0, 1), 405),
+    "reward": _Method((418, 20, 20, 2, 4), 415),
+    "process": _Method((494, 19, 25, 0, 5), 480),
+    "dpo": _Method((600, 17, 18, 0, 1), 580),
+    "simpo": _Method((453, 17, 18, 0, 1), 445),
+    "kto": _Method((722, 65, 69, 0, 14), 680, waits=2),
+    "grpo": _Method((838, 35, 36, 10, 33), 830, waits=2),
+    "ppo": _Method((924, 39, 39, 9, 44), 905, waits=2),
 }
 COPIES = 2  # to the device, per micro-batch
 LAYER = 1.3  # of the model's own layer
@@ -97,6 +97,28 @@ def of_validation() -> Iterator[Budget]:
     )
     yield Budget("simpo, validation: waits per batch", 19, 0, partial(counted, "micro_batch", "waits"))
     yield Budget("simpo, validation: waits per epoch", 38, 1, partial(counted, "step", "waits"))
+
+
+def of_weights() -> Iterator[Budget]:
+    """The lines of casts of weights, in bytes per weight of the policy's linear layers; one cast is 6 bytes."""
+
+    def cast(part: str, name: str, **options: Any) -> float:
+        return getattr(measure.costs(name, **options), part).totals["casts"] / measure.num_weights()  # type: ignore[no-any-return]
+
+    for name, before in (("sft", 6), ("dpo", 12), ("grpo", 12)):
+        yield Budget(f"{name}: casts of weights per micro-batch", before, 0, partial(cast, "micro_batch", name))
+        # GRPO's samples have log-probs before the step.
+        limit = 12 if name == "grpo" else 6
+        yield Budget(f"{name}: casts of weights per step", 0, limit, partial(cast, "step", name))
+    yield Budget("dpo with lora: casts per micro-batch", 12.34, 0, partial(cast, "micro_batch", "dpo", lora=True))
+    yield Budget("dpo with lora: casts per step", 0, 1, partial(cast, "step", "dpo", lora=True))
+    again = {"gradient_checkpointing": True}
+    yield Budget("dpo, recomputed: casts per micro-batch", 17.63, 12, partial(cast, "micro_batch", "dpo", **again))
+
+    def sampled() -> float:
+        return measure.decoding_step(precision="bf16-mixed").totals["casts"] / measure.num_weights()
+
+    yield Budget("decoding in bf16-mixed: casts per token", 5.625, 0, sampled)
 
 
 def of_layers() -> Iterator[Budget]:
@@ -156,6 +178,7 @@ GROUPS: dict[str, Callable[[], Iterator[Budget]]] = {
     **{name: partial(of_method, name) for name in EIGHT},
     "padded": of_padded,
     "validation": of_validation,
+    "weights": of_weights,
     "layers": of_layers,
     "head": of_head,
     "decoding": of_decoding,

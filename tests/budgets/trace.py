@@ -70,6 +70,7 @@ class Trace:
         reads: copies from the device to the host.
         waits: places where the host waits for the device: these reads, and others.
         masks: scaled-dot-product attention with a mask, which rules flash attention out.
+        casts: bytes that are read and written to cast parameters to another precision.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
@@ -78,6 +79,7 @@ class Trace:
     reads: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     masks: Counter[str] = field(default_factory=Counter)
+    casts: Counter[str] = field(default_factory=Counter)
 
     def __sub__(self, other: Trace) -> Trace:
         """The counts that this trace has in excess of another; below 0 where it has fewer."""
@@ -191,6 +193,9 @@ class Tracer:
         if self._paused or packet in _IDLE or func.is_view:
             return None
         self._count(str(packet).removeprefix("aten."), args)
+        if packet is _aten._to_copy and getattr(args[0], "_is_param", False):
+            wide = kwargs.get("dtype") or args[0].dtype
+            self.trace.casts[place_in_code()] += args[0].numel() * (args[0].dtype.itemsize + wide.itemsize)
         return self._look_for_waiting(func, args, kwargs)
 
     def _look_for_waiting(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import GenerationAccuracy, JSONLLogger
@@ -100,6 +101,7 @@ def test_ranks_share_the_prompts_out(tiny_model_folder, prompts):
     class Rank:
         def __init__(self, rank: int, world: int) -> None:
             self.global_rank, self.world_size, self.global_step = rank, world, 0
+            self.precision_plugin = Precision()
 
     whole = callback.measure(Rank(0, 1), module)
     halves = [callback.measure(Rank(rank, 2), module) for rank in range(2)]  # 3 prompts each, without a process group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import GenerationConfig
 
@@ -131,3 +133,61 @@ def test_ranks_take_over_what_only_the_first_one_has_read(monkeypatch: pytest.Mo
     assert module.resume.base == {"weights": "rank 0"}
     assert base_model(module.model).generation_config.max_length == 7
     assert torch.equal(torch.get_rng_state(), first["random"])
+
+
+TOKENS = torch.tensor([[5, 6, 7, 8, 9], [11, 4, 12, 30, 7]])
+
+
+def pass_of(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        logits = model(input_ids=TOKENS, use_cache=False).logits
+        logits.float().logsumexp(-1).sum().backward()
+    weights = {n.replace("_sharded_root.", ""): p for n, p in model.named_parameters()}
+    return logits.detach(), {
+        n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "half"),
+    [
+        ("llama", torch.bfloat16),
+        ("qwen3", torch.bfloat16),
+        ("qwen3", None),
+        ("gpt2", torch.bfloat16),
+        ("qwen3_moe", torch.bfloat16),
+    ],
+)
+def test_blocks_are_gathered_in_the_precision_of_their_products(
+    arch: str, half: torch.dtype | None, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the bytes, and the results of autocast on whole weights; blocks with other weights stay as they were."""
+    model = tiny_model(arch).requires_grad_(True).train().bfloat16().float()
+    plain = copy.deepcopy(model)
+    expected = pass_of(plain)
+    weights = sum(p.numel() for block in fsdp2.decoder_blocks(model) for p in block.parameters())
+    shard_model(model, rank_mesh("cpu", 1, 1), CPU, half=half)
+
+    sent: dict[int, int] = {}
+    inputs: Any = FSDPParam.all_gather_inputs
+
+    def counted(parameter: Any) -> Any:
+        given = inputs.fget(parameter)
+        sent[id(parameter)] = sum(tensor.nbytes for tensor in given)
+        return given
+
+    monkeypatch.setattr(FSDPParam, "all_gather_inputs", property(counted))
+    found = pass_of(model)
+    each = 2 if half is not None and arch in ("llama", "qwen3") else 4
+    assert sum(sent.values()) == each * weights + 4 * (sum(p.numel() for p in plain.parameters()) - weights)
+
+    assert torch.equal(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        assert found[1][name].dtype == torch.float32
+        # Those of norms are rounded once more; Qwen3's norms of queries and keys return what their weights are in.
+        slack = 0.0 if each == 4 else 2**-7 if "norm" in name else 2**-6 if arch == "qwen3" else 0.0
+        assert float((found[1][name] - gradient).norm()) <= slack * float(gradient.norm()), name
+
+    # Probes compute without autocast.
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits, rtol=0, atol=0)

@@ -73,7 +73,7 @@ def test_f1_a_signal_that_arrives_while_ranks_agree_is_not_lost(monkeypatch):
     trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False))
     module = SimpleNamespace(device=torch.device("cpu"))
 
-    def max_over_ranks(signum, device):
+    def max_over_ranks(signum):
         if not signum:
             stop.note(signal.SIGTERM, None)
         return signum

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file, save_file
@@ -341,7 +342,7 @@ def test_quantised_lora_computes_with_the_dequantised_weights(quantization: str,
     twins = dict(plain.named_modules())
     gradients(model)  # 8-bit layers move their numbers into their state on first use
     for name, module in model.named_modules():
-        if type(module).__name__ in ("Linear4bit", "SteadyLinear8bit") and name.endswith("base_layer"):
+        if isinstance(module, Linear4bit | Linear8bitLt) and name.endswith("base_layer"):
             weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
             twins[name].weight.data = weight.float()
     assert distance(logits(model), logits(plain)) < 1e-5

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import DPOModule, GRPOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.cli import main
@@ -135,13 +139,38 @@ def test_an_adapter_is_all_that_is_trained(folder: str) -> None:
     assert weight_bytes(decoder, planned.training) == 4 * (decoder.weights + trained_weights(decoder, planned.training))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_that_were_stored_in_half_precision_stay_so_under_an_adapter(
+    checkpointing: bool, folder: str, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    options = {"lora": {"r": 4}, "gradient_checkpointing": checkpointing}
+    found = run("dpo", str(tmp_path), "bf16-mixed", **options)
+    planned = plan(DPOModule, {"model": str(tmp_path), **options}, "bf16-mixed", tokens=found.batch.num_tokens)
+    assert found.before == pytest.approx(held(planned, str(tmp_path), found.batch), rel=0.05)
+    adapter = trained_weights(decoder_of(folder), planned.training)
+    assert planned.parts[0].size == frozen_bytes(folder) + 4 * adapter
+    single = plan(DPOModule, {"model": folder, **options}, "bf16-mixed", tokens=found.batch.num_tokens)
+    assert single.parts[0].size == 4 * decoder_of(folder).weights + 4 * adapter
+
+
 def sizes(method: Any, options: dict[str, Any], folder: str, precision: str = "bf16-mixed") -> dict[str, float]:
     return {part.what: part.size for part in plan(method, {"model": folder, **options}, precision).parts}
 
 
+def frozen_bytes(folder: str) -> int:
+    """Bytes of a model whose linear layers are in bf16 unless they are tied to the embedding, and all else in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    half = sum(layer.weight.numel() for layer in layers if layer.weight is not model.get_input_embeddings().weight)
+    return 4 * sum(p.numel() for p in model.parameters()) - 2 * half
+
+
 def test_references_are_there_where_they_are_used(folder: str) -> None:
-    whole = 4 * decoder_of(folder).weights
+    whole = frozen_bytes(folder)
     assert sizes(DPOModule, {}, folder)["reference"] == whole
+    assert sizes(DPOModule, {}, folder, "32-true")["reference"] == 4 * decoder_of(folder).weights
     assert "reference" not in sizes(DPOModule, {"lora": {"r": 4}}, folder)
     assert "reference" not in sizes(DPOModule, {"reference": "precomputed"}, folder)
     assert "reference" not in sizes(SFTModule, {}, folder)
@@ -154,10 +183,19 @@ def test_references_are_there_where_they_are_used(folder: str) -> None:
 def test_reward_models_and_caches(folder: str) -> None:
     weights = decoder_of(folder).weights
     reward = {"class_path": "rlhf_lightning.rewards.RewardModelReward", "init_args": {"model": folder}}
-    half = {"class_path": reward["class_path"], "init_args": {"model": folder, "dtype": "bfloat16"}}
-    options = {"model": folder, "rewards": [reward, "rlhf_lightning.rewards.exact_answer"], "process_reward": half}
+    half, single = (
+        {"class_path": reward["class_path"], "init_args": {"model": folder, "dtype": dtype}}
+        for dtype in ("bfloat16", "float32")
+    )
+    rewards = [reward, "rlhf_lightning.rewards.exact_answer", single]
+    options = {"model": folder, "rewards": rewards, "process_reward": half}
     planned = plan(GRPOModule, {**options, "sampling": {"generation_batch_tokens": 1000}}, "bf16-mixed")
-    assert [p.size for p in planned.parts if p.what == "reward model"] == [4 * weights, 2 * weights]
+    found = [p.size for p in planned.parts if p.what == "reward model"]
+    assert found == [frozen_bytes(folder), 4 * weights, 2 * weights]
+    assert {p.size for p in plan(GRPOModule, options, "16-mixed").parts if p.what == "reward model"} == {
+        4 * weights,
+        2 * weights,
+    }
     # Keys in four bytes and values in two, of two layers with four heads of 16 numbers.
     assert planned.sampling[-1].size == 2 * 4 * 16 * (4 + 4) * 1000
     assert "gradients" not in [part.what for part in planned.sampling]
