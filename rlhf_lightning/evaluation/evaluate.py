@@ -136,34 +136,94 @@ def run_task(
     if tokenizer is None:
         raise ValueError(f"the engine of {model!r} has no tokenizer, which prompts are read with: give it one")
     verify = verifier or build_reward(task.verifier)
-    answering = engine if task.strategy is None else build_strategy(task.strategy, engine)
+    examples = task_prompts(task, tokenizer, verify, transform=transform)
+    start = time.perf_counter()
+    prompts = answer_task(task, engine, examples, range(len(examples)), verify, model=model, seed=seed)
+    found = TaskResult(model, task, tuple(prompts), time.perf_counter() - start)
+    check_scores(found)
+    return found
+
+
+def task_prompts(
+    task: Task,
+    tokenizer: Any,
+    verifier: Callable[..., Any],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
+) -> list[Example]:
+    """Reads the prompts of a task.
+
+    Args:
+        task: the task.
+        tokenizer: the model's.
+        verifier: what will verify answers; the prompts must have the columns that it needs.
+        chat_template_kwargs: passed to the chat template; the task's own override them by name.
+        transform: changes the rows before they become prompts.
+
+    Raises:
+        ValueError: there are no prompts, or they lack a column.
+    """
+    settings = {**(chat_template_kwargs or {}), **task.chat_template_kwargs}
     examples = read_prompts(
-        task.prompts,
-        tokenizer,
-        limit=task.limit,
-        chat_template_kwargs=task.chat_template_kwargs or None,
-        transform=transform,
+        task.prompts, tokenizer, limit=task.limit, chat_template_kwargs=settings or None, transform=transform
     )
     if not examples:
         raise ValueError(
             f"task {task.name!r} has no prompts: {task.prompts!r} is empty, or all of its rows are too long"
         )
-    _check_columns(task, verify, examples[0])
-    start, prompts = time.perf_counter(), []
-    for first in progress(range(0, len(examples), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
-        chunk = examples[first : first + _PROMPTS_AT_ONCE]
-        seeds = [[derive_seed(seed, first + n, s) for s in range(task.num_samples)] for n in range(len(chunk))]
+    _check_columns(task, verifier, examples[0])
+    return examples
+
+
+def answer_task(
+    task: Task,
+    engine: Engine,
+    examples: Sequence[Example],
+    numbers: Sequence[int],
+    verifier: Callable[..., Any],
+    *,
+    model: str = "model",
+    seed: int = 0,
+) -> list[PromptResult]:
+    """Answers and verifies some of the prompts of a task.
+
+    Args:
+        task: the task.
+        engine: samples.
+        examples: all prompts of the task.
+        numbers: which of them to answer.
+        verifier: verifies the answers.
+        model: name of the model, for the progress bar.
+        seed: a sample is a function of this, the number of its prompt and its own number.
+
+    Returns:
+        One result per number, in their order.
+    """
+    answering = engine if task.strategy is None else build_strategy(task.strategy, engine)
+    prompts: list[PromptResult] = []
+    for first in progress(range(0, len(numbers), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
+        chunk = numbers[first : first + _PROMPTS_AT_ONCE]
+        rows = [examples[number] for number in chunk]
+        seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
         groups = answer_prompts(
-            answering, chunk, verify, num_samples=task.num_samples, sampling=task.params, seeds=seeds
+            answering, rows, verifier, num_samples=task.num_samples, sampling=task.params, seeds=seeds
         )
-        prompts += [_prompt_result(example, group) for example, group in zip(chunk, groups, strict=True)]
-    found = TaskResult(model, task, tuple(prompts), time.perf_counter() - start)
-    if not found.scores:
+        prompts += [_prompt_result(example, group) for example, group in zip(rows, groups, strict=True)]
+    return prompts
+
+
+def check_scores(result: TaskResult) -> None:
+    """Refuses a result without any verdict.
+
+    Raises:
+        ValueError: no answer has one.
+    """
+    if not result.scores:
         raise ValueError(
-            f"the verifier of task {task.name!r} has no verdict for any answer of {model!r}: the prompts lack a column "
-            "that it reads"
+            f"the verifier of task {result.task.name!r} has no verdict for any answer of {result.model!r}: the prompts "
+            "lack a column that it reads"
         )
-    return found
 
 
 def _check_columns(task: Task, verifier: Callable[..., Any], example: Example) -> None:
