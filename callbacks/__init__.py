@@ -1,6 +1,8 @@
-"""Callbacks: generation accuracy, samples, predictions, checkpoints, exports, logs, guards, averages and merges."""
+"""Callbacks: accuracy, samples, predictions, checkpoints, exports, logs, guards, gates, averages, merges, penalties."""
 
 from ..loggers import JSONLLogger
+from .capability_gate import CapabilityGate
+from .elastic_weight_consolidation import ElasticWeightConsolidation
 from .generation_accuracy import GenerationAccuracy
 from .kl_guard import KLGuard
 from .model_export import ModelExport
@@ -14,6 +16,8 @@ from .training_checkpoint import TrainingCheckpoint
 from .weight_average import WeightAverage
 
 __all__ = [
+    "CapabilityGate",
+    "ElasticWeightConsolidation",
     "GenerationAccuracy",
     "JSONLLogger",
     "KLGuard",

@@ -145,6 +145,7 @@ class Throughput(lightning.Callback):
         """Attaches the clock to the module and to the trainer's profiler."""
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(f"Throughput needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+        self._detach(trainer, pl_module)  # a run that was rewound begins again
         self._clock = PhaseClock(pl_module.device)
         pl_module.clock = self._clock
         profiler = _profiler(trainer)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..core.checkpoint_io import check_place, damage
 from ..core.position import validation_is_due
+from ..core.rewind import is_rewound
 from ..utils.files import PARTIAL, hold, on_first_rank, release
 
 _PREFIX = "step="
@@ -120,7 +121,8 @@ class TrainingCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Starts counting at the first step of this run."""
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
-        self._refuse_others(trainer)
+        if not is_rewound(trainer):  # then the checkpoints that are there are its own
+            self._refuse_others(trainer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

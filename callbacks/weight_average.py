@@ -89,6 +89,7 @@ class WeightAverage(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Moves a loaded average to the devices of the weights, and hooks into the optimizer's steps."""
         self._place()
+        self._unhook()  # a run that was rewound begins again
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._step())
 
     @torch.no_grad()

@@ -147,6 +147,9 @@ class ResumePosition(lightning.Callback):
     ) -> None:
         """Normalises the loops' state before they load it."""
         self._resumed = None
+        # Of a validation that a rewound run has left.
+        resume: Any = pl_module.resume
+        self._before_validation = resume.random_before_validation = None
         if trainer.state.fn == "fit" and "loops" in checkpoint:
             pending = checkpoint["callbacks"].get(self.state_key, {}).get(_PENDING, False)
             self._resumed = settle_loops(checkpoint["loops"]["fit_loop"], validation_pending=pending)

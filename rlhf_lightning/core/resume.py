@@ -82,6 +82,15 @@ class ResumeState:
         loop = self.module.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
+    def draw_anew(self, number: int) -> None:
+        """Replaces the random states that were loaded by others that are derived from them.
+
+        Args:
+            number: another one gives other states, at least 0.
+        """
+        assert self._loaded_random is not None
+        self._loaded_random = _derived_state(self._loaded_random, number)
+
     def begin_validation(self) -> None:
         """Cancels the second restore: random numbers that validation draws belong to the run."""
         self._redo_random = False

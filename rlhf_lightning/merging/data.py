@@ -5,15 +5,17 @@ Legend: L tokens of a row, V vocabulary, I inputs of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from ..data.sources import Source as TableSource
 from ..datamodules import SFTDataModule
 from ..inference.sampling import derive_seed
 from ..models.loading import load_causal_lm, load_tokenizer
@@ -50,7 +52,7 @@ def measure(method: Method, sources: Sequence[Source], rows: str | None, num_row
         ValueError: the source has no rows, or a model does not load.
     """
     check_count("num_rows", num_rows, "256 is usual")
-    sequences = list(islice(_sequences(sources[0], str(rows)), num_rows))
+    sequences = list(islice(row_tokens(load_tokenizer(sources[0].folder), str(rows)), num_rows))
     if not sequences:
         raise ValueError(f"rows {rows!r} has no row to measure the models on")
     fisher, products = [], []
@@ -71,9 +73,14 @@ def measure(method: Method, sources: Sequence[Source], rows: str | None, num_row
     )
 
 
-def _sequences(source: Source, rows: str) -> Iterator[list[int]]:
-    """Yields the tokens of each row, prompts with their completions as one sequence."""
-    data = SFTDataModule(val=rows, tokenizer=load_tokenizer(source.folder), eval_batch_size=1)
+def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterator[list[int]]:
+    """Yields the tokens of each row, prompts with their completions as one sequence.
+
+    Args:
+        tokenizer: the model's.
+        rows: a source of rows, as ``SFTDataModule`` reads them.
+    """
+    data = SFTDataModule(val=rows, tokenizer=tokenizer, eval_batch_size=1)
     data.setup("validate")
     for batch in data.val_dataloader():
         for example in batch.examples:
@@ -101,29 +108,53 @@ def estimate_fisher(model: nn.Module, sequences: Sequence[Sequence[int]], *, see
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     requires = {name: weight.requires_grad for name, weight in weights.items()}
-    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    count = 0
     model.requires_grad_(True)
     try:
-        for number, tokens in enumerate(sequences):
-            if len(tokens) < 2:
-                continue
-            model.zero_grad(set_to_none=True)
-            logits_LV = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float()
-            generator = torch.Generator().manual_seed(derive_seed(seed, number) >> 1)
-            drawn_L1 = torch.multinomial(logits_LV.detach().softmax(-1), 1, generator=generator)
-            logits_LV.log_softmax(-1).gather(-1, drawn_L1).sum().backward()
-            count += len(drawn_L1)
-            for name, weight in weights.items():
-                if weight.grad is not None:
-                    sums[name] += weight.grad.square()
+        sums, count = fisher_sums(model, weights, dict(enumerate(sequences)), seed=seed)
     finally:
-        model.zero_grad(set_to_none=True)
         for name, weight in weights.items():
             weight.requires_grad_(requires[name])
     if count == 0:
         raise ValueError("no row has two tokens: Fisher information is measured on predictions of tokens")
     return {name: total / count for name, total in sums.items()}
+
+
+def fisher_sums(
+    model: nn.Module, weights: Mapping[str, Tensor], sequences: Mapping[int, Sequence[int]], *, seed: int = 0
+) -> tuple[dict[str, Tensor], int]:
+    """Adds up the squared gradients of ``estimate_fisher`` over rows.
+
+    Args:
+        model: a causal language model of transformers.
+        weights: those of its weights, by name, that the information is wanted of; they require gradients.
+        sequences: tokens of rows by their numbers, with which draws are seeded.
+        seed: of the draws.
+
+    Returns:
+        The sums by name, in at least fp32, and the number of contexts.
+    """
+    sums = {name: torch.zeros_like(weight, dtype=_wide(weight)) for name, weight in weights.items()}
+    count, distinct = 0, {id(weight): weight for weight in weights.values()}
+    device = next(iter(distinct.values())).device if distinct else torch.device("cpu")
+    for number, tokens in sequences.items():
+        if len(tokens) < 2:
+            continue
+        logits_LV = model(input_ids=torch.tensor([list(tokens)], device=device)).logits[0, :-1].float()
+        generator = torch.Generator().manual_seed(derive_seed(seed, number) >> 1)
+        drawn_L1 = torch.multinomial(logits_LV.detach().cpu().softmax(-1), 1, generator=generator).to(device)
+        total = logits_LV.log_softmax(-1).gather(-1, drawn_L1).sum()
+        found = torch.autograd.grad(total, list(distinct.values()), allow_unused=True)
+        gradients = dict(zip(distinct, found, strict=True))
+        count += len(drawn_L1)
+        for name, weight in weights.items():
+            gradient = gradients[id(weight)]
+            if gradient is not None:
+                sums[name] += gradient.to(sums[name].dtype).square()
+    return sums, count
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 @torch.no_grad()

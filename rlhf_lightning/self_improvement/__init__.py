@@ -1,4 +1,4 @@
-"""Self-improvement: candidates are accepted by a paired test, or rejected."""
+"""Self-improvement: candidates are accepted by a paired test, or rejected; adversarial validation."""
 
 from .corruption import PerturbedPrompt, corrupted_twin
 from .findings import Finding, ModelCheck, Validation

@@ -161,6 +161,15 @@ def decide(
     return Decision(verdict, reason, compared.difference, compared.low, compared.high, p_value, kl)
 
 
+def check_criteria(results: Sequence[TaskResult], criteria: CapabilityCriteria) -> None:
+    """Refuses criteria that results like these cannot be compared by, before anything is trained.
+
+    Raises:
+        ValueError: as ``decide`` does.
+    """
+    decide(results, results, criteria, kl=0.0)
+
+
 def _paired_tasks(
     accepted: Sequence[TaskResult], candidate: Sequence[TaskResult]
 ) -> list[tuple[TaskResult, TaskResult]]:

@@ -1,0 +1,350 @@
+"""Accepts the policy at boundaries of training by a paired test on a suite, or goes back to the last accepted state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from ..core import PostTrainingModule
+from ..core.checkpoint_io import check_place
+from ..core.rewind import Rewind, allow_rewinding
+from ..evaluation import Suite, TaskResult
+from ..inference import derive_seed
+from ..rl.on_policy_module import OnPolicyModule
+from ..self_improvement.gate import CapabilityCriteria, Decision, check_criteria, decide
+from ..self_improvement.measuring import Sample, SuiteMeter
+from ..self_improvement.snapshots import Snapshots
+from ..utils.files import hold, on_first_rank, release
+from ..utils.option_groups import build_group
+from ..utils.validation import check_count
+from .model_export import ModelExport
+
+# Learning rates in an optimizer's groups and in a schedule.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+# Above the number of any rank, from which other random states are derived.
+_ANEW = 1 << 20
+
+
+class CapabilityGate(lightning.Callback):
+    r"""Evaluates the policy on a suite at boundaries, and keeps what was learned only where a paired test accepts it.
+
+    The policy is measured before the first step, and that state is the first accepted one. At each boundary, and when
+    training ends, :func:`~rlhf_lightning.self_improvement.decide` compares the candidate with the last accepted state,
+    on the same prompts with the same seeds. An accepted candidate is saved as a whole checkpoint. A rejected one is
+    discarded: weights, optimizer, schedules, random states, position in the data, and the states of the module and of
+    all callbacks are again those of the accepted state, bit for bit on CPUs, as in a resumed run. Then
+    ``criteria.on_reject`` decides: training continues with the learning rate times ``step_factor`` for every rejection
+    in succession (``smaller_step``), with other samples and dropout (``new_seed``, of methods that draw), or ends.
+    After ``criteria.patience`` rejections in succession it ends as well. A run that has ended has the weights of the
+    last accepted state, of which the final export is made.
+
+    Rejected steps count neither for ``max_steps`` nor for schedules, but for ``max_time``. ``ModelExport`` with
+    ``monitor``, or ``every_n_steps``, may export between boundaries, where nothing has been decided yet. With
+    ``WeightAverage``, the weights that train are judged, not their average.
+
+    Args:
+        suite: a suite, its options as a mapping, or a YAML file such as ``configs/suites/arithmetic.yaml``; see
+            ``evaluation.Suite``. Prompts on which the policy is not trained tell more.
+        folder: destination of the accepted states, their results, and ``manifest.json`` with their SHA-256 and all
+            decisions; one folder for each run.
+        every_n_steps: optimizer steps between two boundaries, at least 1; if omitted, every epoch ends at one.
+        criteria: when a candidate is accepted: a ``CapabilityCriteria`` or a mapping of its options. ``max_kl`` limits
+            :math:`\mathrm{KL}(\text{start} \,\|\, \text{candidate})`, estimated on one sample of each prompt that the
+            policy drew before the first step.
+        step_factor: factor of the learning rates at each rejection, in (0, 1).
+        keep: number of newest accepted states to keep, at least 1: a run may be resumed from a checkpoint that is older
+            than the newest of them.
+        seed: of samples and tests.
+
+    Raises:
+        ValueError: an option out of range, or a suite without tasks; in training, a verifier that raises or has no
+            verdict, a folder of another run, or an accepted state that was changed on disk.
+
+    Example::
+
+        gate = CapabilityGate("configs/suites/arithmetic.yaml", "runs/grpo/accepted", every_n_steps=50)
+        lightning.Trainer(callbacks=[gate, ModelExport("runs/grpo/model")], max_steps=400).fit(module, data)
+        print(gate.history)  # step, verdict, reason, difference, low, high, p_value of every decision
+    """
+
+    def __init__(
+        self,
+        suite: str | dict[str, Any] | Suite,
+        folder: str,
+        every_n_steps: int | None = None,
+        criteria: CapabilityCriteria | dict[str, Any] | None = None,
+        step_factor: float = 0.5,
+        keep: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps, "null judges at the end of every epoch")
+        if isinstance(step_factor, bool) or not isinstance(step_factor, int | float) or not 0 < step_factor < 1:
+            raise ValueError(f"step_factor is {step_factor!r}; it must be in (0, 1) (0.5 is usual)")
+        check_count("keep", keep, "2 is usual")
+        self.suite = Suite.read(suite)
+        self.folder = Path(folder).expanduser()
+        self.every_n_steps = every_n_steps
+        self.criteria = build_group({} if criteria is None else criteria, CapabilityCriteria)
+        self.step_factor = step_factor
+        self.seed = seed
+        self.snapshots = Snapshots(self.folder, keep)
+        self._meter = SuiteMeter(self.suite, seed)
+        self._module: PostTrainingModule | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.accepted: int | None = None  # step of the last accepted state
+        self.history: list[dict[str, Any]] = []  # decisions
+        self.num_rejected = 0  # in succession
+        self._results: list[TaskResult] | None = None  # of the accepted state
+        self._start: dict[str, Any] | None = None  # samples of the policy at the start, and their log-probability
+        self._module_seed: int | None = None  # of an on-policy module, after new_seed
+        self._last_step = 0
+        self._judged_step = -1
+        self._is_stopping = False
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes the state of several of these callbacks."""
+        return self._generate_state_key(folder=self.folder.name)
+
+    def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Checks module and folder, and moves to where candidates are complete and nothing has been written of them."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, PostTrainingModule) or not pl_module.predicts_tokens:
+            raise ValueError(
+                f"CapabilityGate needs a module that generates text; it was given a {type(pl_module).__name__}"
+            )
+        if self.criteria.on_reject == "new_seed" and not (isinstance(pl_module, OnPolicyModule) or pl_module.drops):
+            raise ValueError(
+                f"criteria.on_reject is 'new_seed', and {type(pl_module).__name__} draws nothing at random without "
+                "dropout: every attempt would be the same; use smaller_step or stop"
+            )
+        if self._module is not pl_module or trainer.global_step == 0:
+            self._forget()
+        self._module, self._is_stopping = pl_module, False
+        allow_rewinding(trainer)
+        if not _is_trial(trainer):
+            on_first_rank(self._prepare_folder)
+
+        # Another list, as Lightning is going through this one.
+        trainer.callbacks = sorted(trainer.callbacks, key=self._order)
+
+    def _prepare_folder(self) -> None:
+        check_place(self.folder, "accepted states")
+        hold(self.folder)
+
+    def _order(self, callback: lightning.Callback) -> int:
+        """After callbacks that change weights or states, before those that write them."""
+        if callback is self:
+            return 1
+        return 3 if isinstance(callback, Checkpoint) else 2 if isinstance(callback, ModelExport) else 0
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Lets other runs write to the folder."""
+        release(self.folder)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets other runs write to the folder."""
+        release(self.folder)
+
+    # Boundaries.
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuses a folder of another run, reads the accepted results of a resumed one, or ends a run that stops."""
+        if _is_trial(trainer):
+            return
+        self._last_step = self._judged_step = trainer.global_step
+        if self._is_stopping:
+            trainer.should_stop = True
+            # Lightning would train on until these are met.
+            trainer.fit_loop.min_epochs = 0
+            trainer.fit_loop.epoch_loop.min_steps = None
+            return
+        if self._module_seed is not None and isinstance(pl_module, OnPolicyModule):
+            pl_module.seed = self._module_seed
+        if self.accepted is None:
+            self.snapshots.refuse_others()
+        elif self._results is None:
+            self._results = self.snapshots.read(self.accepted)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Measures the policy before the first step, and saves it as the first accepted state."""
+        self._begin(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Does so where a run without this callback is resumed within an epoch."""
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        if self.accepted is not None or _is_trial(trainer):
+            return
+        assert isinstance(module, PostTrainingModule)
+        results = self._measure(trainer, module)
+        check_criteria(results, self.criteria)
+        if self.criteria.max_kl is not None:
+            samples = self._meter.samples(module)
+            if not samples:
+                raise ValueError(
+                    "criteria.max_kl is measured on samples of the policy at the start, and all of them are empty: "
+                    "remove it, or check the model"
+                )
+            self._start = {"samples": samples, "logprob": self._meter.mean_logprob(module, samples)}
+        self._accept(trainer, results)
+        rank_zero_info(f"step {trainer.global_step}: {_scores(results)} before training")
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judges the policy at a boundary."""
+        step, every = trainer.global_step, self.every_n_steps
+        due = trainer.is_last_batch if every is None else step // every > self._last_step // every
+        self._last_step = step
+        if due:
+            self._judge(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Judges the last steps, before the final model is exported."""
+        self._judge(trainer, pl_module)
+
+    def _judge(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Accepts the policy, or leaves the loops to continue from the accepted state.
+
+        Raises:
+            Rewind: it is rejected.
+        """
+        step = trainer.global_step
+        if self.accepted is None or self._is_stopping or step == self._judged_step or _is_trial(trainer):
+            return
+        assert isinstance(module, PostTrainingModule)
+        assert self._results is not None
+        results, kl = self._measure(trainer, module), self._divergence(module)
+        found = decide(self._results, results, self.criteria, kl=kl, num_rejected=self.num_rejected, seed=self.seed)
+        decision: Decision = trainer.strategy.broadcast(found)
+        self._judged_step = step
+        self._record(trainer, decision, results)
+        if decision.verdict == "accept":
+            self._accept(trainer, results)
+            return
+
+        # What the accepted checkpoint holds of this callback is of an earlier time.
+        self.num_rejected += 1
+        self.snapshots.check(self.accepted)
+        self.snapshots.note(self.history)
+        kept, of_accepted = self.state_dict(), self._results
+        is_stop = decision.verdict == "stop"
+
+        def then() -> None:
+            self.load_state_dict(kept, results=of_accepted)
+            self._is_stopping = is_stop
+            if not is_stop:
+                self._try_otherwise(trainer, module)
+
+        raise Rewind(self.snapshots.checkpoint(self.accepted), then)
+
+    def _measure(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[TaskResult]:
+        settings = getattr(getattr(trainer, "datamodule", None), "chat_template_kwargs", None)
+        return self._meter.results(module, settings)
+
+    def _divergence(self, module: PostTrainingModule) -> float | None:
+        """Estimates KL(start || policy), the mean of log p_start(x) - log p(x) over tokens x that the start drew."""
+        if self._start is None:
+            return None
+        samples: Sequence[Sample] = self._start["samples"]
+        return float(self._start["logprob"]) - self._meter.mean_logprob(module, samples)
+
+    def _record(self, trainer: lightning.Trainer, decision: Decision, results: Sequence[TaskResult]) -> None:
+        step = trainer.global_step
+        scores = {result.task.name: result.accuracy.value for result in results}
+        self.history.append({"step": step, "accepted_step": self.accepted, **decision.as_dict(), "scores": scores})
+        values = {"gate/difference": decision.difference, "gate/p_value": decision.p_value}
+        values |= {"gate/accepted": float(decision.verdict == "accept")}
+        values |= {} if decision.kl is None else {"gate/kl": decision.kl}
+        values |= {f"gate/{name}": score for name, score in scores.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        rank_zero_info(
+            f"step {step}: {decision.verdict}: {decision.reason}"
+            + ("" if decision.verdict == "accept" else f"; back to step {self.accepted}")
+        )
+
+    def _accept(self, trainer: lightning.Trainer, results: list[TaskResult]) -> None:
+        """Saves the state of the run, this decision in it."""
+        step = trainer.global_step
+        self.accepted, self.num_rejected, self._results, self._judged_step = step, 0, results, step
+        on_first_rank(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        trainer.save_checkpoint(self.snapshots.checkpoint(step))
+        self.snapshots.add(step, results, self.history)
+
+    def _try_otherwise(self, trainer: lightning.Trainer, module: PostTrainingModule) -> None:
+        """Changes what the criteria say of the restored state, so that the next attempt is another one."""
+        if self.criteria.on_reject == "smaller_step":
+            scale_learning_rates(trainer, self.step_factor**self.num_rejected)
+            return
+        module.resume.draw_anew(_ANEW + self.num_rejected)
+        if isinstance(module, OnPolicyModule):
+            # The same for an attempt of the same number, also after a kill.
+            self._module_seed = derive_seed(module.seed, "rejected") >> 1
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the step of the accepted state, all decisions, and what the divergence is measured on."""
+        return {
+            "accepted": self.accepted,
+            "history": [dict(entry) for entry in self.history],
+            "num_rejected": self.num_rejected,
+            "start": self._start,
+            "module_seed": self._module_seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], results: list[TaskResult] | None = None) -> None:
+        """Restores the state of an earlier run; the results are read when training starts, unless they are given."""
+        self.accepted, self.num_rejected = state_dict["accepted"], state_dict["num_rejected"]
+        self.history, self._start = list(state_dict["history"]), state_dict["start"]
+        self._module_seed, self._results = state_dict["module_seed"], results
+
+
+def scale_learning_rates(trainer: Any, factor: float) -> None:
+    """Multiplies the learning rates of a trainer's optimizers and the peaks of their schedules.
+
+    Args:
+        trainer: a trainer that fits.
+        factor: above 0.
+    """
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for name in _RATES:
+                if isinstance(group.get(name), float | int | Tensor):
+                    group[name] = group[name] * factor
+    for config in trainer.lr_scheduler_configs:
+        _scale_schedule(config.scheduler, factor)
+
+
+def _scale_schedule(schedule: Any, factor: float) -> None:
+    for name in ("base_lrs", "_last_lr"):
+        if isinstance(getattr(schedule, name, None), list):
+            setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
+    for inner in getattr(schedule, "_schedulers", ()):
+        _scale_schedule(inner, factor)
+
+
+def _scores(results: Iterable[TaskResult]) -> str:
+    return ", ".join(f"{result.task.name} {result.accuracy.value:.4f}" for result in results)
+
+
+def _is_trial(trainer: Any) -> bool:
+    """Tells whether the trainer is in a trial run (``fast_dev_run``), which writes and decides nothing."""
+    return bool(getattr(trainer, "fast_dev_run", False))
