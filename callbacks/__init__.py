@@ -1,4 +1,4 @@
-"""Callbacks: accuracy, samples, predictions, checkpoints, exports, logs, guards, gates, averages, merges, penalties."""
+"""Callbacks: accuracy, samples, checkpoints, exports, logs, guards, gates, rounds, averages, merges, penalties."""
 
 from ..loggers import JSONLLogger
 from .capability_gate import CapabilityGate
@@ -11,6 +11,7 @@ from .prediction_writer import PredictionWriter
 from .reference_sync import ReferenceSync
 from .reward_guard import RewardGuard
 from .sample_logger import SampleLogger
+from .self_improvement import SelfImprovement
 from .throughput import Throughput
 from .training_checkpoint import TrainingCheckpoint
 from .weight_average import WeightAverage
@@ -27,6 +28,7 @@ __all__ = [
     "ReferenceSync",
     "RewardGuard",
     "SampleLogger",
+    "SelfImprovement",
     "Throughput",
     "TrainingCheckpoint",
     "WeightAverage",

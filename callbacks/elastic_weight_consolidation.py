@@ -134,7 +134,7 @@ class ElasticWeightConsolidation(lightning.Callback):
             sums, count = fisher_sums(module.model, inner, own, seed=self.seed)
         if world > 1:
             sums = {name: sum_vector_over_ranks(total) for name, total in sums.items()}
-            count = int(sum_over_ranks({"count": float(count)}, torch.device(module.device))["count"])
+            count = int(sum_over_ranks({"count": float(count)})["count"])
         found = {named[id(inner[name])]: total / count for name, total in sums.items()}
         # Weights outside of the model have no part in its predictions.
         others = {n: torch.zeros_like(exact(w)) for n, w in trained_weights(module).items() if n not in found}

@@ -11,7 +11,7 @@ import torch
 from ..data.formats import preference
 from ..data.messages import Text
 from ..data.sources import Source, open_source
-from ..inference.text_scorers import exactly
+from ..inference.text_scorers import computing_in
 from ..metrics import CalibrationError, FirstErrorF1, PreferenceAccuracy
 from ..metrics.functional import NO_ERROR
 from ..models import ProcessRewardModel
@@ -235,7 +235,7 @@ class FirstErrorTask(RowTask):
         found = []
         for first in progress(range(0, len(rows), _ROWS_AT_ONCE), f"evaluating {model} on {self.name}"):
             chunk = rows[first : first + _ROWS_AT_ONCE]
-            with exactly(getattr(scorer, "device", torch.device("cpu"))):
+            with computing_in(None, getattr(scorer, "device", torch.device("cpu"))):
                 scores = _step_scores(scorer, [row[2] for row in chunk], [row[3] for row in chunk])
             for (row_id, section, prompt, steps, label), of_row in zip(chunk, scores, strict=True):
                 given = [None] * len(steps) if of_row is None else of_row

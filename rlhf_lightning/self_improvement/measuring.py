@@ -44,9 +44,9 @@ class SuiteMeter:
                     f"task {task.name!r} is a {type(task).__name__}, which is measured after training; in training, "
                     "give tasks of prompts that the policy answers"
                 )
-        self.suite = suite
+        self.tasks = [task for task in suite.tasks if isinstance(task, Task)]
         self.seed = seed
-        self.verifiers = {task.name: build_reward(task.verifier) for task in suite.tasks}
+        self.verifiers = {task.name: build_reward(task.verifier) for task in self.tasks}
         self._examples: dict[str, list[Example]] = {}
 
     def results(self, module: PostTrainingModule, settings: dict[str, Any] | None) -> list[TaskResult]:
@@ -59,7 +59,7 @@ class SuiteMeter:
         Raises:
             ValueError: a task without prompts or verdicts, or a verifier that raised on any rank.
         """
-        return _undisturbed(module, lambda: [self._result(module, task, settings) for task in self.suite.tasks])
+        return _undisturbed(module, lambda: [self._result(module, task, settings) for task in self.tasks])
 
     def _result(self, module: PostTrainingModule, task: Any, settings: dict[str, Any] | None) -> TaskResult:
         start, verifier, name = time.perf_counter(), self.verifiers[task.name], type(module).__name__
@@ -93,7 +93,7 @@ class SuiteMeter:
 
         def draw() -> list[Sample]:
             engine, found = LocalEngine(module.model, module.tokenizer), []
-            for place, task in enumerate(self.suite.tasks):
+            for place, task in enumerate(self.tasks):
                 examples = self._examples[task.name]
                 own = list(range(len(examples)))[module.global_rank :: module.trainer.world_size]
                 prompts = [examples[number].root.tokens.tolist() for number in own]
