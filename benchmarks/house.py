@@ -41,9 +41,9 @@ FLOORS = (
     "callbacks",
     "modules",
     "cli",
-    "pipeline",
     "labeling",
     "planning",
+    "pipeline",
 )
 METHODS = ("sft", "reward", "process_reward", "dpo", "simpo", "kto", "grpo", "ppo")
 Graph = dict[str, set[str]]

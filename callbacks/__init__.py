@@ -1,4 +1,4 @@
-"""Callbacks: generation accuracy, samples, predictions, checkpoints, exports, logs, guards, averages and merges."""
+"""Callbacks: accuracy of completions, samples, predictions, checkpoints, exports, guards, averages, merges, rounds."""
 
 from ..loggers import JSONLLogger
 from .generation_accuracy import GenerationAccuracy

@@ -52,7 +52,7 @@ _USAGE = """\
 usage: rlhf-lightning fit|validate|test|predict [--config FILE ...] [--model.NAME VALUE ...] [--data.NAME VALUE ...]
        rlhf-lightning generate --model FOLDER --prompts SOURCE|--prompt TEXT [--output FILE] [--NAME VALUE ...]
        rlhf-lightning chat --model FOLDER [--system TEXT] [--NAME VALUE ...]
-       rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [KEY=VALUE ...]
+       rlhf-lightning pipeline --config FILE [--run_dir FOLDER] [--dry-run] [--force STAGE] [KEY=VALUE ...]
        rlhf-lightning label-steps --model FOLDER --prompts SOURCE --output FILE [--NAME VALUE ...]
        rlhf-lightning merge --method NAME --models '[A, B]' --output FOLDER [--base FOLDER] [--NAME VALUE ...]
        rlhf-lightning evaluate --models A,B --suite FILE --output FOLDER

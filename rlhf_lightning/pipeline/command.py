@@ -18,6 +18,7 @@ from ..core.trainer_checks import check_single_process
 from ..utils.imports import find_own_modules
 from ..utils.messages import UsageError, explain
 from .config import load_pipeline
+from .dry_run import plan_lines
 from .report import results_table, write_report
 from .runner import run_pipeline
 
@@ -34,7 +35,7 @@ def run_command(args: Sequence[str]) -> None:
     """Runs ``rlhf-lightning pipeline``.
 
     Args:
-        args: ``--config FILE [--run_dir FOLDER] [KEY=VALUE ...]``.
+        args: ``--config FILE [--run_dir FOLDER] [--dry-run] [--force STAGE ...] [KEY=VALUE ...]``.
 
     Raises:
         SystemExit: 130 after Ctrl-C.
@@ -46,6 +47,8 @@ def run_command(args: Sequence[str]) -> None:
     )
     parser.add_argument("-c", "--config", required=True, help="the pipeline; configs/... may be one of the package")
     parser.add_argument("--run_dir", help="where everything is written, instead of the file's run_dir")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and why, and run nothing")
+    parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run it although it is finished")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as stages.dpo.trainer.max_epochs=2")
 
     # Intermixed, so that overrides may stand before and after the options.
@@ -56,11 +59,16 @@ def run_command(args: Sequence[str]) -> None:
     console = Console()
     started = time.time()
     _quieten()
+    if parsed.dry_run:
+        print("\n".join(plan_lines(pipeline, parsed.force)))
+        return
 
     # Each line shows the time since the start.
     try:
         manifest = run_pipeline(
-            pipeline, lambda line: console.print(f"[{time.time() - started:6.1f} s] {line}", markup=False)
+            pipeline,
+            lambda line: console.print(f"[{time.time() - started:6.1f} s] {line}", markup=False),
+            parsed.force,
         )
     except KeyboardInterrupt:
         print(

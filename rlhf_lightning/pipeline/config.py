@@ -6,31 +6,32 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..generation import GenerateOptions
 from ..generation.options import sampling_params
-from ..merging.methods import METHODS
-from ..merging.options import MergeOptions
 from ..utils import yaml_parser
 from ..utils.messages import UsageError, did_you_mean, one_line
 from ..utils.packaged_configs import nearest_config, packaged_config
+from .stages import (
+    EXACT,
+    KINDS,
+    ROWS,
+    Export,
+    FitStage,
+    GenerateStage,
+    LabelStage,
+    MergeStage,
+    RoundsStage,
+    RowStage,
+    Stage,
+    outputs_of,
+)
 
-_EXACT = "rlhf_lightning.rewards.exact_answer"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Export:
-    """Selects the exported model of a fit stage: the last, or the best by a validation metric."""
-
-    monitor: str | None = None
-    mode: Literal["max", "min"] | None = None
-    merge_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,108 +39,13 @@ class Evaluation:
     """Tests every exported model by greedy completions of the test prompts."""
 
     prompts: str | list[str]
-    verifier: str = _EXACT
+    verifier: str = EXACT
     max_new_tokens: int = 256
     limit: int | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     samples: int = 8  # shown in the report
 
 
-@dataclass(frozen=True)
-class FitStage:
-    """Training: config files of ``rlhf-lightning fit``, and overrides."""
-
-    outputs: ClassVar[dict[str, str]] = {"model": "model"}
-
-    kind: Literal["fit"] = "fit"
-    config: list[str] = field(default_factory=list)
-    model: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-    export: Export = field(default_factory=Export)
-    evaluate: bool = True
-
-
-@dataclass(frozen=True)
-class SampleStage:
-    """Samples and verifies completions, and makes a preference pair of each prompt with a better and a worse one.
-
-    A list of models samples as one: ``ensemble`` has options of ``merging.EnsemblePolicy``. With ``server``, options of
-    ``inference.RemoteEngine``, completions come from there, and only the tokenizer of ``model`` is read.
-    """
-
-    outputs: ClassVar[dict[str, str]] = {"pairs": "pairs.jsonl"}
-
-    model: str | list[str]
-    prompts: str | list[str]
-    kind: Literal["sample"] = "sample"
-    verifier: str = _EXACT
-    num_samples: int = 4
-    sampling: dict[str, Any] = field(default_factory=dict)
-    ensemble: dict[str, Any] = field(default_factory=dict)
-    server: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_pairs: int | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateStage(GenerateOptions):
-    """Answers prompts as ``rlhf-lightning generate`` does, with the same options; ``dtype: auto`` is the pipeline's."""
-
-    outputs: ClassVar[dict[str, str]] = {"rows": "generated.jsonl"}
-
-    kind: Literal["generate"] = "generate"
-    seed: int | None = None  # type: ignore[assignment]
-
-    def options(self, folder: Path, seed: int, dtype: str) -> GenerateOptions:
-        """Returns the options of the function that does the work.
-
-        Args:
-            folder: of the stage.
-            seed: of all samples.
-            dtype: of the weights, unless the stage has its own.
-        """
-        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(GenerateOptions)}
-        place = str(folder / self.outputs["rows"])
-        return GenerateOptions(
-            **{**given, "output": place, "seed": seed, "dtype": dtype if self.dtype == "auto" else self.dtype}
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeStage(MergeOptions):
-    """Merges models as ``rlhf-lightning merge`` does, with the same options; ``seed`` is the pipeline's by default."""
-
-    outputs: ClassVar[dict[str, str]] = {"model": "model"}
-
-    output: str = ""
-    kind: Literal["merge"] = "merge"
-    evaluate: bool = True
-
-    def options(self, folder: Path, seed: int) -> MergeOptions:
-        """Returns the options of the merge.
-
-        Args:
-            folder: of the stage.
-            seed: of random masks, for methods that draw some.
-        """
-        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(MergeOptions)}
-        draws = self.method in METHODS and "seed" in {
-            option.name for option in dataclasses.fields(METHODS[self.method])
-        }
-        place = str(folder / self.outputs["model"])
-        return MergeOptions(**{**given, "output": place, "seed": seed if draws else self.seed})
-
-
-Stage = FitStage | SampleStage | GenerateStage | MergeStage
-_KINDS: dict[str, type[FitStage] | type[SampleStage] | type[GenerateStage] | type[MergeStage]] = {
-    "fit": FitStage,
-    "sample": SampleStage,
-    "generate": GenerateStage,
-    "merge": MergeStage,
-}
 _TOP_LEVEL = (
     *("title", "run_dir", "seed", "threads", "dtype", "variables"),
     *("policy", "policies", "evaluation", "stages", "compare"),
@@ -263,10 +169,7 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
     if not isinstance(source.get("stages"), dict) or not source["stages"]:
         raise UsageError("stages is missing: write at least one stage by name, with its kind")
 
-    # References such as ${outputs.sft.model} are resolved against the stages' places.
-    config.outputs = {name: _outputs(config.run_dir, name, written) for name, written in source["stages"].items()}
-    resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    stages = {name: _stage(name, written) for name, written in resolved["stages"].items()}
+    stages, resolved = _stages(config, source["stages"])
     evaluation = resolved.get("evaluation")
     compare = [_build(Comparison, item, "compare") for item in resolved.get("compare") or []]
     for name in (name for item in compare for name in item.stages):
@@ -288,41 +191,141 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
     )
 
 
+def _stages(config: DictConfig, written: Mapping[str, Any]) -> tuple[dict[str, Stage], dict[str, Any]]:
+    """Resolves the references of a configuration; returns its stages, and all of it as plain values."""
+    # References such as ${outputs.sft.model} are resolved against the stages' places.
+    places = {name: _outputs(config.run_dir, name, stage) for name, stage in written.items()}
+    config.outputs = OmegaConf.merge(config.get("outputs") or {}, places)
+    # Bodies of rounds are resolved later: they have references to each round.
+    bodies: dict[str, Any] = {}
+    for name, stage in written.items():
+        if stage["kind"] == "rounds":
+            bodies[name] = stage.get("body")
+            config.stages[name].pop("body", None)
+    resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    shared = {key: value for key, value in resolved.items() if key not in ("stages", "compare", "evaluation", "round")}
+    found = {}
+    for name, stage in resolved["stages"].items():
+        if name in bodies:
+            stage = stage | {"body": bodies[name], "written": shared}
+        found[name] = _stage(name, stage)
+        if name in bodies:
+            _check_body(name, found[name], [*written])
+    return found, resolved
+
+
 def _outputs(run_dir: str, name: str, written: Any) -> dict[str, str]:
     kind = written.get("kind") if isinstance(written, dict) else None
-    if kind not in _KINDS:
-        *others, last = _KINDS
+    if kind not in KINDS:
+        *others, last = KINDS
         raise UsageError(f"stage {name!r} is of kind {kind!r}; write kind: {', '.join(others)} or {last}")
-    return {key: str(Path(run_dir) / name / place) for key, place in _KINDS[kind].outputs.items()}
+    return {key: str(Path(run_dir) / name / place) for key, place in outputs_of(written).items()}
 
 
 def _stage(name: str, written: dict[str, Any]) -> Stage:
-    where = f"stage {name!r}"
+    where, cls = f"stage {name!r}", KINDS[written["kind"]]
     if not name.isidentifier() and not name.replace("-", "_").isidentifier():
         raise UsageError(f"{where}: a name has letters, digits, - and _, and is that of a folder")
-    if written["kind"] == "sample":
-        return _build(SampleStage, written, where)
-    if written["kind"] == "generate":
-        return _generate_stage(written, where)
-    if written["kind"] == "merge":
-        if "output" in written:
-            raise UsageError(f"{where}: output is {written['output']!r}, and the stage names it itself: leave it out")
-        return _build(MergeStage, written, where)
-    config = written.get("config") or []
-    export = _build(Export, written.get("export") or {}, f"{where}, export")
-    return _build(
-        FitStage, written | {"config": [config] if isinstance(config, str) else config, "export": export}, where
+    if cls in (GenerateStage, LabelStage, MergeStage) and "output" in written:
+        raise UsageError(f"{where}: output is {written['output']!r}, and the stage names it itself: leave it out")
+    if cls in (GenerateStage, LabelStage):
+        try:
+            written = written | {"sampling": sampling_params(written.get("sampling") or {})}
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+    if cls is FitStage:
+        config = written.get("config") or []
+        export = _build(Export, written.get("export") or {}, f"{where}, export")
+        written = written | {"config": [config] if isinstance(config, str) else config, "export": export}
+    if issubclass(cls, RowStage):
+        written = written | {"rows": _kinds_of_rows(written.get("rows", ["pairs"]), where)}
+    if cls is RoundsStage:
+        _whole(f"{where}: rounds", written.get("rounds", 3), 1)
+    stage: Stage = _build(cls, written, where)
+    return stage
+
+
+def _kinds_of_rows(rows: Any, where: str) -> list[str]:
+    rows = [rows] if isinstance(rows, str) else rows
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f"{where}: rows is {rows!r}; write at least one of {', '.join(ROWS)}")
+    for kind in rows:
+        if kind not in ROWS:
+            raise UsageError(
+                f"{where}: rows has {kind!r}; it may have {', '.join(ROWS)}{did_you_mean(str(kind), ROWS)}"
+            )
+    return rows
+
+
+def _check_body(name: str, stage: Stage, outside: Sequence[str]) -> None:
+    """Finds mistakes in the body of rounds before anything runs."""
+    assert isinstance(stage, RoundsStage)
+    where = f"stage {name!r}"
+    if not isinstance(stage.body, dict) or not stage.body:
+        raise UsageError(f"{where}: body is {stage.body!r}; write stages by name, as those of a pipeline")
+    for inner, written in stage.body.items():
+        if inner in outside:
+            raise UsageError(f"{where}: its body has a stage {inner!r}, and so has the pipeline: rename one of them")
+        if isinstance(written, dict) and written.get("kind") == "rounds":
+            raise UsageError(f"{where}: its body has rounds of its own, {inner!r}: write them as a stage after it")
+    try:
+        body_of(stage, number=1, model=stage.model, seed=0, run_dir="body")
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def body_of(
+    stage: RoundsStage, *, number: int, model: str, seed: int, run_dir: str | Path, step: float = 1.0
+) -> Pipeline:
+    """Returns the stages of one round as a pipeline.
+
+    Args:
+        stage: the rounds.
+        number: of the round, from 1: ``${round.number}``.
+        model: that it starts from: ``${round.model}``.
+        seed: of its stages without their own.
+        run_dir: its folder.
+        step: factor of the learning rates of its fit stages.
+
+    Raises:
+        UsageError: a mistake in the body.
+    """
+    values = {"stages": stage.body, "run_dir": str(run_dir), "seed": seed}
+    config = OmegaConf.create({**stage.written, **values, "round": {"number": number, "model": model}})
+    assert isinstance(config, DictConfig)
+    stages, _ = _stages(config, stage.body)
+    if step != 1:
+        stages = {
+            name: _smaller(inner, step) if isinstance(inner, FitStage) else inner for name, inner in stages.items()
+        }
+    with_model = [name for name, inner in stages.items() if "model" in inner.outputs]
+    if stage.result not in (None, *with_model):
+        raise UsageError(f"result is {stage.result!r}; it must be a stage of the body with a model: {with_model}")
+    if not with_model:
+        raise UsageError(f"no stage of the body has a model: add one that trains, to {', '.join(stages)}")
+    written: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    return Pipeline(
+        title=f"Round {number}",
+        run_dir=Path(run_dir),
+        seed=seed,
+        threads=stage.written.get("threads"),
+        dtype=_dtype(stage.written.get("dtype", "float32")),
+        stages=stages,
+        evaluation=None,
+        compare=[],
+        source=written,
     )
 
 
-def _generate_stage(written: dict[str, Any], where: str) -> GenerateStage:
-    if "output" in written:
-        raise UsageError(f"{where}: output is {written['output']!r}, and the stage names it itself: leave it out")
-    try:
-        sampling = sampling_params(written.get("sampling") or {})
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}") from error
-    return _build(GenerateStage, written | {"sampling": sampling}, where)
+def _smaller(stage: FitStage, step: float) -> FitStage:
+    """Multiplies the learning rate of a stage that has one of its own."""
+    options = stage.model.get("init_args") or {}
+    optimizer = options.get("optimizer") or {}
+    arguments = optimizer.get("init_args") or {}
+    if "lr" not in arguments:
+        return stage
+    changed = optimizer | {"init_args": arguments | {"lr": step * float(arguments["lr"])}}
+    return dataclasses.replace(stage, model=stage.model | {"init_args": options | {"optimizer": changed}})
 
 
 def _build(cls: type[T], written: Any, where: str) -> T:

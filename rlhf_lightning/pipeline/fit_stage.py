@@ -22,8 +22,8 @@ from ..models.headed_model import HeadedModel
 from ..models.safetensors_io import read_weights
 from ..utils import yaml_parser
 from ..utils.files import write_atomically
-from .config import FitStage
 from .figures import TRAIN_SECONDS
+from .stages import FitStage
 
 HISTORY = "history.jsonl"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from rich.table import Table
 from ..loggers import read_history
 from ..utils import yaml_parser
 from ..utils.files import write_atomically
-from .config import FitStage, Pipeline
+from .config import Pipeline
 from .figures import comparison_figure, points, stage_figure
 from .fit_stage import HISTORY
+from .judging import EVALUATION
 from .manifest import Manifest
-from .sample_stage import ANSWERS, PAIRS
+from .rounds_stage import RECORD, ROUNDS
+from .row_files import first_lines
+from .sample_stage import ANSWERS
+from .stages import ROWS, FitStage
 
-_NUM_PAIRS = 3
+_NUM_PAIRS, _MOST_ROUNDS = 3, 100
 
 
 def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
@@ -102,8 +107,11 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
         "validation": _measured(row["metrics"], "val"),
         "tested": _tested(row),
         "figure": stage_figure(history, _exported_step(manifest, name)) if history else None,
-        "answers": _lines(folder / ANSWERS, shown),
-        "pairs": _lines(folder / PAIRS, _NUM_PAIRS),
+        "answers": first_lines(folder / ANSWERS, shown),
+        "pairs": first_lines(folder / ROWS["pairs"], _NUM_PAIRS),
+        "rounds": [_round_view(record) for record in first_lines(folder / RECORD, _MOST_ROUNDS)],
+        "rounds_folder": f"{name}/{ROUNDS}",
+        "page": _page(record, name) if (folder / EVALUATION).is_dir() else None,
         "config": yaml_parser.dump(record["config"]),
     }
 
@@ -130,8 +138,11 @@ def _exported_step(manifest: Manifest, name: str) -> float:
 
 def _what(row: dict[str, Any]) -> str:
     metrics = row["metrics"]
-    if row["kind"] == "sample":
-        return f"{metrics['pairs']} pairs from {metrics['samples']} samples, {metrics['mean_reward']:.1%} of them right"
+    if row["kind"] in ("sample", "refine"):
+        made = (
+            ", ".join(f"{metrics[name]:.0f} {name}" for name in ROWS if name in metrics and name != "samples") or "rows"
+        )
+        return f"{made} from {metrics['samples']:.0f} samples, mean reward {metrics['mean_reward']:.3g}"
     if row["kind"] == "generate":
         score = f", mean score {metrics['mean_score']:.3g}" if "mean_score" in metrics else ""
         return f"{metrics['rows']} answers to {metrics['prompts']} prompts, {metrics['cut_off']} cut off{score}"
@@ -139,8 +150,61 @@ def _what(row: dict[str, Any]) -> str:
         models = int(metrics["models"])
         soup = f": {int(metrics['ingredients'])} of {models}, metric {metrics['soup']:.4g}" if "soup" in metrics else ""
         return f"{models} models merged{soup}"
+    if row["kind"] in _OTHER:
+        return _OTHER[row["kind"]](metrics)
     steps, exported = int(metrics["steps"]), int(metrics["exported_step"])
     return f"{steps} steps" if steps == exported else f"{steps} steps, exported step {exported}"
+
+
+def _of_labels(metrics: dict[str, float]) -> str:
+    return f"{metrics['steps']:.0f} steps of {metrics['solutions']:.0f} solutions labelled"
+
+
+def _of_accuracies(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name.partition('/')[2]} {value:.1%}" for name, value in metrics.items())
+
+
+def _of_gate(metrics: dict[str, float]) -> str:
+    verdict = "accepted" if metrics["accepted"] else "rejected"
+    return f"{verdict}: {metrics['difference']:+.1%} ({metrics['low']:+.1%} to {metrics['high']:+.1%})"
+
+
+def _of_export(metrics: dict[str, float]) -> str:
+    return f"{metrics['tensors']:.0f} tensors, {metrics['greedy_agreement']:.1%} of greedy tokens as before"
+
+
+def _of_rounds(metrics: dict[str, float]) -> str:
+    found = f"{metrics['accepted']:.0f} of {metrics['rounds']:.0f} rounds accepted"
+    if "accuracy" in metrics:
+        found += f", suite {metrics['accuracy_before']:.1%} → {metrics['accuracy']:.1%}"
+    return found
+
+
+_OTHER: dict[str, Callable[[dict[str, float]], str]] = {
+    "label-steps": _of_labels,
+    "evaluate": _of_accuracies,
+    "gate": _of_gate,
+    "export": _of_export,
+    "rounds": _of_rounds,
+}
+
+
+def _round_view(record: dict[str, Any]) -> dict[str, Any]:
+    """Describes a round: accuracies are means over the suite's tasks."""
+    accuracy = {name: sum(found.values()) / len(found) for name, found in record.get("accuracy", {}).items()}
+    between = f"{record['low']:+.1%} to {record['high']:+.1%}" if "low" in record else ""
+    return {
+        "number": record["round"],
+        "verdict": record["verdict"],
+        "accuracy": f"{accuracy['accepted']:.1%} → {accuracy['candidate']:.1%}" if accuracy else "",
+        "between": between,
+        "reason": record["reason"],
+    }
+
+
+def _page(record: dict[str, Any], name: str) -> str | None:
+    """The page of an evaluation, from the run directory."""
+    return f"{name}/{EVALUATION}/report.html" if record["kind"] in ("evaluate", "gate", "rounds") else None
 
 
 def _tested(row: dict[str, Any]) -> str:
@@ -160,10 +224,3 @@ def _measured(metrics: dict[str, float], prefix: str) -> str:
         f"{n} {metrics[f'{prefix}/{n}']:.1%}" for n in ("accuracy", "rewards/accuracies") if f"{prefix}/{n}" in metrics
     ]
     return ", ".join(shown)
-
-
-def _lines(path: Path, limit: int) -> list[dict[str, Any]]:
-    if not path.is_file() or not limit:
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line, _ in zip(file, range(limit), strict=False)]

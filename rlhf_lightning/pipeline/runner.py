@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +13,6 @@ import torch
 
 from ..core.checkpoint_io import check_place
 from ..evaluation.answers import load_verifier
-from ..generation import generate_rows
-from ..generation.options import remote_engine, sampling_params
-from ..merging.options import expand
 from ..utils.files import (
     check_names,
     check_replaceable,
@@ -28,12 +25,17 @@ from ..utils.files import (
     release,
 )
 from ..utils.inputs import input_hashes
-from ..utils.messages import UsageError
-from .config import FitStage, GenerateStage, MergeStage, Pipeline, Stage
-from .fit_stage import HISTORY, StageCLI, run_fit
+from ..utils.messages import UsageError, did_you_mean
+from .config import Pipeline
+from .fit_stage import HISTORY
+from .judging import DECISION
+from .kinds import describe, run_stage
 from .manifest import Manifest, stage_key, versions
-from .merge_stage import run_merge
-from .sample_stage import ANSWERS, PAIRS, SAMPLED, check_models, evaluate, run_sample
+from .report import write_report
+from .rounds_stage import RECORD
+from .row_files import SAMPLED, NoRowsError
+from .sample_stage import ANSWERS, evaluate
+from .stages import ROWS, WITH_MODEL, FitStage
 
 Say = Callable[[str], None]
 
@@ -41,36 +43,37 @@ Say = Callable[[str], None]
 # nothing else in either is ever replaced or deleted.
 _OF_RUN = ("manifest.json", "summary.json", "report.html")
 _OF_STAGE = (
-    *("model", "model.json", "model.soup.json", HISTORY, "stage.yaml", "config.yaml", PAIRS, ANSWERS, SAMPLED),
-    *("generated.jsonl", "generated.summary.json"),
+    *("model", "model.json", "model.soup.json", HISTORY, "stage.yaml", "config.yaml", ANSWERS, SAMPLED),
+    *("generated.jsonl", "generated.summary.json", "steps.jsonl", ".steps.jsonl.journal", "model.gguf"),
+    *(DECISION, RECORD, *ROWS.values()),
 )
-# Metrics of a generate stage.
-_OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
 
 
-def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
+def run_pipeline(pipeline: Pipeline, say: Say = print, force: Collection[str] = ()) -> Manifest:
     """Runs unfinished stages, evaluates exported models, and records both.
 
     A stage is finished if it is recorded as such, its configuration, inputs and the package's version match the record,
     and its outputs are unchanged. Otherwise its earlier files are removed and it starts from its inputs. Nothing else
-    is
-    removed: a folder of a stage's name that no pipeline made is refused before anything runs, and other files in the
-    folders of a run stay.
+    is removed: a folder of a stage's name that no pipeline made is refused before anything runs, and other files in
+    the folders of a run stay.
 
     Args:
         pipeline: the pipeline.
         say: shown one line per stage.
+        force: stages that run although they are finished; of rounds, all of their stages.
 
     Returns:
         The run's record, as in ``manifest.json``.
 
     Raises:
+        UsageError: ``force`` names a stage that there is not.
         ValueError: a stage failed; the message begins with its name.
     """
+    check_forced(pipeline, force)
     if pipeline.threads is not None:
         torch.set_num_threads(pipeline.threads)
     _check_places(pipeline)
-    _check_all(pipeline)
+    check_stages(pipeline)
     if pipeline.evaluation is not None:
         load_verifier(pipeline.evaluation.verifier)
 
@@ -84,9 +87,9 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
         manifest.content["stages"] = others
         manifest.save()
         for name, stage in pipeline.stages.items():
-            with _in_stage(name):
-                _run_stage(pipeline, manifest, name, stage, say)
-                if isinstance(stage, FitStage | MergeStage) and stage.evaluate and pipeline.evaluation is not None:
+            with in_stage(name):
+                _run_stage(pipeline, manifest, name, say, name in force)
+                if isinstance(stage, WITH_MODEL) and stage.evaluate and pipeline.evaluation is not None:
                     _evaluate_stage(pipeline, manifest, name, say)
 
         # In the order of the pipeline, then stages of other policies.
@@ -97,6 +100,18 @@ def run_pipeline(pipeline: Pipeline, say: Say = print) -> Manifest:
     return manifest
 
 
+def check_forced(pipeline: Pipeline, force: Collection[str]) -> None:
+    """Refuses names that are no stages.
+
+    Raises:
+        UsageError: naming the nearest.
+    """
+    for name in force:
+        if name not in pipeline.stages:
+            known = ", ".join(pipeline.stages)
+            raise UsageError(f"force is {name!r}, and stages are {known}{did_you_mean(name, pipeline.stages)}")
+
+
 def _check_places(pipeline: Pipeline) -> None:
     """Refuses folders that hold files of a pipeline's names which no pipeline wrote."""
     check_place(pipeline.run_dir, "a pipeline")
@@ -104,7 +119,7 @@ def _check_places(pipeline: Pipeline) -> None:
     Manifest(pipeline.run_dir / _OF_RUN[0])  # reports a damaged one before anything runs
     for name in pipeline.stages:
         folder = pipeline.folder(name)
-        with _in_stage(name):
+        with in_stage(name):
             if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
                 raise ValueError(f"{str(folder)!r} is a file: give the stage another name, or move it away")
             if folder.is_dir() and any(folder.iterdir()) and read_marker(folder) is None:
@@ -132,34 +147,38 @@ def _clear(folder: Path) -> None:
     mark(folder, "stage", _OF_STAGE)
 
 
-def _check_all(pipeline: Pipeline) -> None:
-    """Finds mistakes in the last stage before the first runs."""
+def check_stages(pipeline: Pipeline) -> None:
+    """Finds mistakes in the last stage before the first runs.
+
+    Raises:
+        ValueError: the message begins with the stage's name.
+    """
     awaited: list[str] = []
     for name, stage in pipeline.stages.items():
-        with _in_stage(name):
+        with in_stage(name):
             try:
-                _describe(pipeline, name, stage)
+                describe(pipeline, name)
             except (ValueError, FileNotFoundError) as error:
                 # Some classes read a model when they are built: such a stage is checked once its model exists.
                 if not any(place in str(error) for place in awaited):
                     raise
-        # Not there yet: a later stage that reads one of these cannot be checked.
-        places = [pipeline.folder(name) / place for place in stage.outputs.values()]
-        awaited += [str(place) for place in places if not place.exists()]
+        # Not there yet: a later stage that reads something of this one cannot be checked.
+        if not all((pipeline.folder(name) / place).exists() for place in stage.outputs.values()):
+            awaited.append(f"{pipeline.folder(name)}/")
 
 
-def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: Stage, say: Say) -> None:
-    folder, seed = pipeline.folder(name), pipeline.stage_seed(name)
-    config = _describe(pipeline, name, stage)
+def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say, forced: bool) -> None:
+    stage, folder, seed = pipeline.stages[name], pipeline.folder(name), pipeline.stage_seed(name)
+    config = describe(pipeline, name)
     inputs = input_hashes(config)
     key = stage_key(config, inputs, pipeline.run_dir)
-    if manifest.is_finished(name, key, folder):
+    if not forced and manifest.is_finished(name, key, folder):
         manifest.stages[name]["ran"] = False
         say(f"{name}: finished before and unchanged")
         return
     before = manifest.stages.get(name, {})
     begun = before.get("status") == "running" and before.get("key") == key
-    if isinstance(stage, FitStage) or not begun:
+    if isinstance(stage, FitStage) or forced or not begun:
         _clear(folder)  # interrupted stages that sample keep their samples
 
     # Recorded as running first: after a crash the stage is not taken for finished.
@@ -172,16 +191,10 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, stage: Stage, 
     def tell(line: str) -> None:
         say(f"{name}: {line}")
 
-    if isinstance(stage, FitStage):
-        metrics = run_fit(stage, folder, seed, tell)
-    elif isinstance(stage, GenerateStage):
-        summary = generate_rows(stage.options(folder, seed, pipeline.dtype))
-        metrics = {metric: summary[metric] for metric in _OF_ROWS if metric in summary}
-    elif isinstance(stage, MergeStage):
-        metrics = run_merge(stage.options(folder, seed), tell).metrics
-    else:
-        metrics = run_sample(stage, folder, seed, pipeline.dtype, tell)
+    def run_body(body: Pipeline) -> None:
+        write_report(body, run_pipeline(body, tell, body.stages if forced else ()))
 
+    metrics = run_stage(pipeline, name, run_body, tell)
     # Hashes of the outputs are inputs of later stages.
     outputs = {place: content_hash(folder / place) for place in stage.outputs.values()}
     for place, digest in outputs.items():
@@ -214,38 +227,12 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
     manifest.save()
 
 
-def _describe(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, Any]:
-    """Returns the stage's full configuration, and checks everything that can be checked without running it."""
-    seed = pipeline.stage_seed(name)
-    if isinstance(stage, FitStage):
-        if stage.trainer.get("fast_dev_run"):
-            raise ValueError(
-                f"trainer.fast_dev_run is {stage.trainer['fast_dev_run']!r}, which writes nothing, and later stages "
-                "start from what it writes: set max_steps: 1 for a quick look, or try the stage by `rlhf-lightning fit`"
-            )
-        return StageCLI(stage, pipeline.folder(name), seed).merged | {"export": vars(stage.export)}
-    if isinstance(stage, GenerateStage):
-        options = stage.options(pipeline.folder(name), seed, pipeline.dtype)
-        options.check()
-        return options.plain() | {"kind": stage.kind}
-    if isinstance(stage, MergeStage):
-        merge = stage.options(pipeline.folder(name), seed)
-        merge.check()
-        return asdict(merge) | {"models": expand(merge.models)}
-    sampling_params(stage.sampling)
-    load_verifier(stage.verifier)
-    check_models(stage)
-    if stage.server is not None:
-        remote_engine(stage.server | {"text_prompts": False}, None)  # the tokenizer comes later
-    return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
-
-
 def _summary(metrics: dict[str, float]) -> str:
     shown = [
         name
         for name in (
-            *("val/accuracy", "val/loss", "pairs", "mean_reward", "rows", "mean_score", "steps"),
-            *("models", "ingredients", "soup"),
+            *("val/accuracy", "val/loss", *ROWS, "mean_reward", "rows", "mean_score", "steps"),
+            *("models", "ingredients", "soup", "rounds", "accepted", "accuracy_before", "accuracy", "tensors"),
         )
         if name in metrics
     ]
@@ -253,12 +240,12 @@ def _summary(metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def _in_stage(name: str) -> Iterator[None]:
+def in_stage(name: str) -> Iterator[None]:
     """Adds the stage's name to errors."""
     try:
         yield
-    except UsageError as error:
-        raise UsageError(f"stage {name!r}: {error}") from error
+    except (UsageError, NoRowsError) as error:
+        raise type(error)(f"stage {name!r}: {error}") from error
     except (ValueError, OSError) as error:
         raise ValueError(f"stage {name!r}: {error}") from error
 

@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.answers import Answer, answer_prompts, load_verifier, read_prompts
+from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
 from ..generation.options import remote_engine, sampling_params
 from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
 from ..merging import EnsemblePolicy
 from ..models import load_causal_lm, load_tokenizer
+from ..self_improvement.row_makers import hinted_rows, without_hints
+from ..self_improvement.samples import ScoredPrompt, Scorer, model_hash, sample_prompts
+from ..self_improvement.scorers import check_scorer, load_scorer
+from ..self_improvement.templates import check_places
+from ..sequences import Example
 from ..utils.files import json_line, write_atomically
 from ..utils.messages import did_you_mean
 from ..utils.progress import progress
-from .config import Evaluation, SampleStage
+from ..utils.validation import check_count
+from .config import Evaluation
+from .row_files import SAMPLED, Journal, write_rows
+from .stages import SampleStage
 
-PAIRS, ANSWERS, SAMPLED = "pairs.jsonl", "test_answers.jsonl", "sampled.jsonl"
+ANSWERS = "test_answers.jsonl"
 _PROMPTS_AT_ONCE = 64
 # Arguments of an ensemble that are not options of a stage.
 _NOT_OF_ENSEMBLE = ("models", "tokenizer", "dtype", "device")
+_ADVICE = "raise num_samples or sampling.temperature, change what is kept, or sample from another model"
 
 
 def run_sample(
     stage: SampleStage, folder: Path, seed: int, dtype: str, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, float]:
-    """Samples completions and writes ranked pairs.
+    """Samples and scores completions, and writes rows of them.
 
-    Results are kept in ``sampled.jsonl``, part by part; an interrupted stage continues after the last part.
-
-    Among the samples of a prompt that ended before the limit, the best by the verifier is chosen and the worst is
-    rejected, the first of equals each time; a prompt whose samples are all equally good gives no pair.
+    Samples are kept in ``sampled.jsonl``, part by part; an interrupted stage continues after the last part.
 
     Args:
         stage: the stage.
-        folder: where ``pairs.jsonl`` goes.
+        folder: where the rows go.
         seed: a sample is a function of this, its prompt's number and its own.
         dtype: of the model's weights.
         say: shown one line per part.
@@ -50,96 +53,68 @@ def run_sample(
         Counts, and the mean reward of the samples.
 
     Raises:
-        ValueError: no prompt gave a pair.
+        NoRowsError: no prompt gave a row.
     """
-    params = sampling_params(stage.sampling)
     engine, tokenizer = _stage_engine(stage, dtype)
-    verifier = load_verifier(stage.verifier)
     examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
+    maker = _Maker(stage, engine, tokenizer, load_scorer(stage.verifier), seed)
+    journal, kind = Journal(folder / SAMPLED), stage.rows[0]
+    made = sum(len(stage.make(kind, *part)) for part in journal.parts)
 
     # Seeds are functions of prompt and sample numbers, so a resumed stage draws the same samples.
-    parts = _read_parts(folder / SAMPLED)
-    rows = [pair for part in parts for pair in part["pairs"]]
-    rest = range(len(parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE)
+    rest = range(len(journal.parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE)
     for start in progress(rest, f"sampling, {_PROMPTS_AT_ONCE} prompts at once"):
-        if stage.max_pairs is not None and len(rows) >= stage.max_pairs:
+        if stage.max_rows is not None and made >= stage.max_rows:
             break
         prompts = examples[start : start + _PROMPTS_AT_ONCE]
-        seeds = [[derive_seed(seed, start + n, s) for s in range(stage.num_samples)] for n in range(len(prompts))]
-        groups = answer_prompts(engine, prompts, verifier, num_samples=stage.num_samples, sampling=params, seeds=seeds)
-        parts.append(_summarise(groups))
-        # Each part is on disk before the next one begins: an interrupted stage resumes from it.
-        with (folder / SAMPLED).open("a", encoding="utf-8") as file:
-            file.write(json_line(parts[-1]))
-        rows += parts[-1]["pairs"]
-        say(f"{start + len(prompts)} of {len(examples)} prompts, {len(rows)} pairs")
+        drawn = maker.sample(prompts, start)
+        journal.add(drawn, maker.rationalised(drawn, start))
+        made += len(stage.make(kind, *journal.parts[-1]))
+        say(f"{start + len(prompts)} of {len(examples)} prompts, {made} {kind}")
+    return write_rows(stage, journal, folder, seed, _ADVICE)
 
-    rows = rows[: stage.max_pairs]
-    rewards = [reward for part in parts for reward in part["rewards"]]
-    mean = sum(rewards) / len(rewards) if rewards else 0.0
-    if not rows:
-        raise ValueError(
-            f"no prompt of {stage.prompts!r} got both a better and a worse completion (mean reward {mean:.2f}): "
-            "raise num_samples or sampling.temperature, or sample from another model"
+
+class _Maker:
+    """Samples the prompts of a stage, and again, with a hint, prompts that no sample solved."""
+
+    def __init__(
+        self, stage: SampleStage, engine: Engine, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, seed: int
+    ) -> None:
+        self.stage, self.engine, self.tokenizer, self.scorer, self.seed = stage, engine, tokenizer, scorer, seed
+        self.model = model_hash(stage.model)
+        self.sampling = sampling_params(stage.sampling)
+
+    def sample(self, examples: Sequence[Example], first: int, *names: str) -> list[ScoredPrompt]:
+        return sample_prompts(
+            self.engine,
+            examples,
+            self.scorer,
+            num_samples=self.stage.num_samples,
+            sampling=self.sampling,
+            seed=derive_seed(self.seed, *names) if names else self.seed,
+            first=first,
+            model=self.model,
         )
 
-    # Complete: the parts are no longer needed.
-    write_atomically(folder / PAIRS, "".join(map(json_line, rows)))
-    (folder / SAMPLED).unlink(missing_ok=True)
-    counts = {name: sum(part[name] for part in parts) for name in ("samples", "cut_off")}
-    return {"samples": counts["samples"], "mean_reward": mean, "pairs": len(rows), "cut_off": counts["cut_off"]}
+    def rationalised(self, drawn: Sequence[ScoredPrompt], first: int) -> list[ScoredPrompt]:
+        if self.stage.hint is None:
+            return []
+        rows = hinted_rows(drawn, self.stage.hint, threshold=_success(self.stage))
+        if not rows:
+            return []
+        kwargs = self.stage.chat_template_kwargs
+        examples = read_prompts(rows, self.tokenizer, chat_template_kwargs=kwargs)
+        return without_hints(self.sample(examples, first, "hint"))
 
 
-def _summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
-    """Summarises a part: its pairs, its rewards, and its numbers of samples and of truncated ones."""
-    answers = [answer for group in groups for answer in group]
-    return {
-        "pairs": [pair for pair in map(ranked_pair, groups) if pair is not None],
-        "rewards": [float(answer.reward) for answer in answers if answer.reward is not None],
-        "samples": len(answers),
-        "cut_off": sum(answer.completion.finish_reason == "length" for answer in answers),
-    }
-
-
-def _read_parts(file: Path) -> list[dict[str, Any]]:
-    """Reads the parts of an interrupted stage, and removes a truncated last line."""
-    if not file.is_file():
-        return []
-    lines = file.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    # A crash may leave a part of a line.
-    if len(whole) < len(lines):
-        file.write_bytes(b"".join(whole))
-    return [json.loads(line) for line in whole]
-
-
-def ranked_pair(group: Sequence[Answer]) -> dict[str, Any] | None:
-    """Makes a row of the best and the worst of a prompt's answers, if one is better than the other."""
-    # Only complete answers: a truncated one must be neither preferred nor rejected.
-    ended = [
-        answer
-        for answer in group
-        if answer.reward is not None
-        and math.isfinite(answer.reward)
-        and answer.completion.finish_reason == "stop"
-        and answer.completion.text
-    ]
-    if not ended:
-        return None
-    best = max(ended, key=lambda answer: answer.reward or 0.0)
-    worst = min(ended, key=lambda answer: answer.reward or 0.0)
-    # A text is not worse than itself, even if a noisy verifier gives it two rewards.
-    if best.reward == worst.reward or best.completion.text == worst.completion.text:
-        return None
-    texts = {"chosen": best.completion.text, "rejected": worst.completion.text}
-    return {"prompt": best.example.fields["prompt"], **texts} | {
-        name: value for name, value in best.example.fields.items() if name not in ("prompt", *texts)
-    }
+def _success(stage: SampleStage) -> float:
+    assert stage.threshold is not None  # checked
+    return stage.threshold
 
 
 def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_file: Path) -> dict[str, float]:
     """Answers the test prompts greedily, writes the answers, and returns accuracy and number of rows."""
-    model, tokenizer = _load(str(model_folder), dtype)
+    model, tokenizer = load_model(str(model_folder), dtype)
     examples = read_prompts(
         evaluation.prompts, tokenizer, limit=evaluation.limit, chat_template_kwargs=evaluation.chat_template_kwargs
     )
@@ -157,6 +132,26 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     ]
     write_atomically(answers_file, "".join(lines))
     return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}
+
+
+def check_sample(stage: SampleStage) -> None:
+    """Checks the options of a stage before anything is loaded.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    sampling_params(stage.sampling)
+    check_scorer(stage.verifier)
+    check_count("num_samples", stage.num_samples, "8 is usual")
+    stage.check()
+    check_models(stage)
+    if stage.server is not None:
+        remote_engine(stage.server | {"text_prompts": False}, None)  # the tokenizer comes later
+    if stage.hint is not None:
+        if "demonstrations" not in stage.rows or stage.threshold is None:
+            raise ValueError("hint makes demonstrations of prompts below threshold: add them to rows, and a threshold")
+        if "{prompt}" not in stage.hint:
+            check_places("hint", stage.hint, ("prompt",))
 
 
 def check_models(stage: SampleStage) -> None:
@@ -185,11 +180,12 @@ def _stage_engine(stage: SampleStage, dtype: str) -> tuple[Engine, PreTrainedTok
     if stage.server is not None:
         tokenizer = load_tokenizer(stage.model)
         return remote_engine(stage.server, tokenizer), tokenizer
-    model, tokenizer = _load(stage.model, dtype)
+    model, tokenizer = load_model(stage.model, dtype)
     return LocalEngine(model, tokenizer), tokenizer
 
 
-def _load(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_model(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Loads a model that samples, and its tokenizer."""
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: nn.Module = load_causal_lm(folder, dtype=getattr(torch, dtype), trainable=False)
     return model.to(place), load_tokenizer(folder)

@@ -22,8 +22,8 @@ from rlhf_lightning import callbacks, datamodules, modules
 from rlhf_lightning.cli import Parser, PostTrainingCLI, main
 from rlhf_lightning.datamodules import PromptDataModule
 from rlhf_lightning.pipeline import load_pipeline
-from rlhf_lightning.pipeline.config import FitStage
 from rlhf_lightning.pipeline.fit_stage import StageCLI
+from rlhf_lightning.pipeline.stages import FitStage
 from rlhf_lightning.utils import yaml_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_lightning.evaluation.answers import Answer
-from rlhf_lightning.inference import Completion
-from rlhf_lightning.pipeline.sample_stage import ranked_pair
 from rlhf_lightning.rewards import MathAnswerReward
 from rlhf_lightning.rewards.exact_answer import check_verdicts, exact_answer
-from rlhf_lightning.sequences import Example, Segment
+from rlhf_lightning.self_improvement import Sample, ScoredPrompt, preference_pairs
 
 
 @pytest.mark.parametrize(
@@ -167,9 +164,13 @@ def test_verdicts_are_finite_numbers_or_none() -> None:
         check_verdicts([0.0], 2)
 
 
-def _answer(text: str, reward: float | None) -> Answer:
-    example = Example("r", Segment([1]), fields={"prompt": "?"})
-    return Answer(example, Completion([1], text, [0.0], "stop", None), reward)
+def _answer(text: str, reward: float | None) -> Sample:
+    return Sample(text, reward)
+
+
+def ranked_pair(samples: list[Sample]) -> dict[str, Any] | None:
+    pairs = preference_pairs([ScoredPrompt("?", tuple(samples))])
+    return {name: pairs[0][name] for name in pairs[0] if name != "provenance"} if pairs else None
 
 
 def test_no_pair_of_a_text_with_itself() -> None:

@@ -19,7 +19,9 @@ import pytest
 from rlhf_lightning.data.loaders import epoch_draws, epoch_order
 from rlhf_lightning.datamodules import StreamLoader, open_source
 from rlhf_lightning.datamodules.unpaired import NextPartner, mismatch
+from rlhf_lightning.evaluation.answers import Answer
 from rlhf_lightning.pipeline import load_pipeline, run_pipeline, sample_stage
+from rlhf_lightning.self_improvement import samples
 from rlhf_lightning.sequences import Example, Segment
 
 ROWS = [{"prompt": f"{number}", "completion": "x"} for number in range(7)]
@@ -176,7 +178,7 @@ def test_partners_of_a_whole_split_take_no_quadratic_time(fits: bool) -> None:
 
 def test_an_interrupted_sample_stage_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_stage, "_PROMPTS_AT_ONCE", 8)
-    monkeypatch.setattr(sample_stage, "_load", lambda folder, dtype: (None, tokenizer))
+    monkeypatch.setattr(sample_stage, "load_model", lambda folder, dtype: (None, tokenizer))
     monkeypatch.setattr(sample_stage, "LocalEngine", lambda model, tokenizer: None)
     from .. import helpers
 
@@ -192,12 +194,10 @@ def test_an_interrupted_sample_stage_continues(tmp_path: Path, monkeypatch: pyte
                 raise KeyboardInterrupt
             texts = [f"{seed % 97}" for seed in own]
             completions = [sampling_completion(text) for text in texts]
-            groups.append(
-                [sample_stage.Answer(example, c, float(n)) for n, c in enumerate(completions)]  # type: ignore[attr-defined]
-            )
+            groups.append([Answer(example, c, float(n)) for n, c in enumerate(completions)])
         return groups
 
-    monkeypatch.setattr(sample_stage, "answer_prompts", answer)
+    monkeypatch.setattr(samples, "answer_prompts", answer)
     stage = {"kind": "sample", "model": "m", "prompts": "sums:prompts?rows=30", "num_samples": 2}
 
     def run(folder: str) -> list[dict[str, Any]]:

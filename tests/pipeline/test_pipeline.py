@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.pipeline import load_pipeline, run_pipeline, runner
+from rlhf_lightning.pipeline import kinds, load_pipeline, run_pipeline
 
 CALLS: list[str] = []
 VERIFIER = f"{__name__}.first_is_right"
@@ -182,14 +182,14 @@ def test_a_new_test_set_is_evaluated_without_training(written, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, monkeypatch, capsys, error):
-    real = runner.run_sample
+    real = kinds.run_sample
 
     def interrupted(stage, folder, seed, dtype, *others):
         real(stage, folder, seed, dtype)  # the output is there, the stage is not finished
         (folder / "pairs.jsonl").write_text("half a row")
         raise error
 
-    monkeypatch.setattr(runner, "run_sample", interrupted)
+    monkeypatch.setattr(kinds, "run_sample", interrupted)
     with pytest.raises(SystemExit) as exit_info:
         run(written, tmp_path)
     assert exit_info.value.code == (130 if error is KeyboardInterrupt else 1)
@@ -201,7 +201,7 @@ def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, mo
         assert said[-1] == "rlhf-lightning: RuntimeError (--debug shows where)"
     record = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
     assert [record[name]["status"] for name in ("sft", "pairs")] == ["finished", "running"]
-    monkeypatch.setattr(runner, "run_sample", real)
+    monkeypatch.setattr(kinds, "run_sample", real)
     assert ran(run(written, tmp_path)) == ["pairs", "dpo"]
     assert "half" not in (tmp_path / "run/pairs/pairs.jsonl").read_text()
 

@@ -6,24 +6,26 @@ import json
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 
-from rlhf_lightning.evaluation.answers import Answer
 from rlhf_lightning.generation.options import remote_engine, sampling_params
-from rlhf_lightning.inference import Completion
 from rlhf_lightning.models import load_tokenizer
-from rlhf_lightning.pipeline.config import SampleStage
 from rlhf_lightning.pipeline.figures import TRAIN_SECONDS, points
-from rlhf_lightning.pipeline.sample_stage import ranked_pair, run_sample
-from rlhf_lightning.sequences import Example, Segment
+from rlhf_lightning.pipeline.sample_stage import run_sample
+from rlhf_lightning.pipeline.stages import SampleStage
+from rlhf_lightning.self_improvement import Sample, ScoredPrompt, preference_pairs
 
 from ..inference.served import completion, serve
 
 
-def answers(*given: tuple[str, float | None, str]) -> list[Answer]:
-    example = Example("p:1", Segment(np.array([1])), {"prompt": "1+1=?", "answer": "2", "chosen": "of the source"})
-    return [Answer(example, Completion([1], text, [0.0], reason), reward) for text, reward, reason in given]
+def answers(*given: tuple[str, float | None, str]) -> ScoredPrompt:
+    samples = tuple(Sample(text, reward, ended=reason == "stop") for text, reward, reason in given)
+    return ScoredPrompt("1+1=?", samples, {"answer": "2", "chosen": "of the source"})
+
+
+def ranked_pair(group: ScoredPrompt) -> dict[str, Any] | None:
+    pairs = [{name: pair[name] for name in pair if name != "provenance"} for pair in preference_pairs([group])]
+    return pairs[0] if pairs else None
 
 
 def test_the_first_best_and_the_first_worst_make_a_pair():
@@ -38,7 +40,7 @@ def test_the_first_best_and_the_first_worst_make_a_pair():
         answers(("a", 1.0, "stop"), ("b", 0.0, "length")),  # cut off: how it would have ended is not known
         answers(("a", 1.0, "stop"), ("b", None, "stop")),  # not judged
         answers(("a", 1.0, "stop"), ("", 0.0, "stop")),  # empty: no token to learn from
-        [],
+        answers(),
     ],
 )
 def test_no_pair(group):

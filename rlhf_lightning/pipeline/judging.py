@@ -1,0 +1,171 @@
+"""The ``evaluate`` and ``gate`` stages, and the decision on the model of a round."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..evaluation import Report, Suite, divergence, evaluate, own_samples
+from ..evaluation.answers import read_prompts
+from ..inference import LocalEngine, SamplingParams
+from ..models import load_causal_lm, load_tokenizer
+from ..self_improvement.gate import CapabilityCriteria, Decision, decide
+from ..self_improvement.scorers import check_scorer
+from ..utils.files import PARTIAL, discard, hidden_sibling, mark, read_marker, recover, write_atomically
+from ..utils.option_groups import build_group
+from .stages import EvaluateStage, GateStage
+
+EVALUATION, DECISION = "evaluation", "decision.json"
+# Prompts of a task that the divergence from the start is measured on.
+_DRIFT_PROMPTS = 64
+Say = Callable[[str], None]
+
+
+def check_suite(suite: str | Mapping[str, Any]) -> Suite:
+    """Reads a suite, and checks its verifiers.
+
+    Raises:
+        ValueError: it is not complete, or a verifier cannot be imported.
+    """
+    found = Suite.read(suite)
+    for task in found.tasks:
+        check_scorer(task.verifier)
+    return found
+
+
+def criteria_of(written: Mapping[str, Any]) -> CapabilityCriteria:
+    """Makes the criteria of a gate.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    try:
+        return build_group(written, CapabilityCriteria)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def check_folder(name: str, model: str) -> None:
+    """Refuses a model that is not a folder: a rejected candidate is replaced by a copy of the accepted model."""
+    if not Path(model).expanduser().is_dir():
+        raise ValueError(
+            f"{name} is {model!r}, which is no folder: give a folder with a model, such as a stage's export"
+        )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares candidates with accepted models on a suite.
+
+    Args:
+        suite: the tasks.
+        criteria: of acceptance.
+        folder: where results are kept: answers that are there are not computed again.
+        seed: of samples and resamples.
+        dtype: of the weights.
+        start: the model that the divergence is measured from.
+        say: shown one line per result.
+    """
+
+    suite: str | dict[str, Any]
+    criteria: CapabilityCriteria
+    folder: Path
+    seed: int
+    dtype: str
+    start: str
+    say: Say = lambda line: None
+
+    def decide(self, accepted: str, candidate: str, num_rejected: int = 0) -> tuple[Decision, Report]:
+        """Decides whether a candidate replaces the accepted model; see ``self_improvement.decide``."""
+        models = {"accepted": accepted, "candidate": candidate}
+        report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
+        before, after = ([found for found in report.results if found.model == name] for name in models)
+        drift = None if self.criteria.max_kl is None else self._drift(candidate)
+        decision = decide(before, after, self.criteria, kl=drift, num_rejected=num_rejected, seed=self.seed)
+        return decision, report
+
+    def _drift(self, candidate: str) -> float:
+        """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, self.dtype)
+        models: list[nn.Module] = [
+            load_causal_lm(place, dtype=dtype, trainable=False) for place in (candidate, self.start)
+        ]
+        tokenizer = load_tokenizer(candidate)
+        engine = LocalEngine(models[0].to(device), tokenizer)
+        rows = []
+        for task in Suite.read(self.suite).tasks:
+            prompts = read_prompts(task.prompts, tokenizer, limit=min(task.limit or _DRIFT_PROMPTS, _DRIFT_PROMPTS))
+            sampling = SamplingParams(max_new_tokens=task.params.max_new_tokens, seed=self.seed)
+            rows += own_samples(engine, prompts, sampling=sampling)
+        return divergence(models[0], models[1].to(device), rows).forward
+
+
+def run_evaluate(stage: EvaluateStage, folder: Path, seed: int, dtype: str, say: Say) -> dict[str, float]:
+    """Evaluates models on a suite; see ``evaluation.evaluate``.
+
+    Args:
+        stage: the stage.
+        folder: of the stage; results go into its folder ``evaluation``.
+        seed: of samples and resamples.
+        dtype: of the weights.
+        say: shown one line per result.
+
+    Returns:
+        Accuracies by task and model.
+    """
+    report = evaluate(stage.models, stage.suite, output=folder / EVALUATION, seed=seed, dtype=dtype, say=say)
+    return {f"accuracy/{found.model}/{found.task.name}": found.accuracy.value for found in report.results}
+
+
+def run_gate(stage: GateStage, folder: Path, seed: int, dtype: str, say: Say) -> dict[str, float]:
+    """Decides between two models, and copies the one that is accepted.
+
+    Args:
+        stage: the stage.
+        folder: of the stage, which gets ``model`` and ``decision.json``.
+        seed: of samples and resamples.
+        dtype: of the weights.
+        say: shown one line per result, and the decision.
+
+    Returns:
+        The difference with its interval, the p-value, and 1 if the candidate is accepted.
+    """
+    check_folder("model", stage.model)
+    check_folder("accepted", stage.accepted)
+    judge = Judge(stage.suite, criteria_of(stage.criteria), folder / EVALUATION, seed, dtype, stage.accepted, say)
+    decision, _ = judge.decide(stage.accepted, stage.model)
+    accepts = decision.verdict == "accept"
+    say(f"{'accepted' if accepts else 'rejected'}: {decision.reason}")
+    copy_model(stage.model if accepts else stage.accepted, folder / "model")
+    write_atomically(folder / DECISION, json.dumps(decision.as_dict(), indent=1) + "\n")
+    numbers = {name: getattr(decision, name) for name in ("difference", "low", "high", "p_value")}
+    return {"accepted": float(accepts), **numbers}
+
+
+def copy_model(source: str | Path, target: Path) -> None:
+    """Copies a model's folder; the copy appears whole or not at all.
+
+    Args:
+        source: the folder.
+        target: a folder that a stage owns; an earlier copy there is replaced.
+    """
+    recover(target)
+    partial = hidden_sibling(target, PARTIAL)
+    source = Path(source).expanduser()
+    record = read_marker(source)
+    partial.mkdir(parents=True)
+    mark(partial, "model" if record is None else record["kind"], [])
+    shutil.copytree(source, partial, dirs_exist_ok=True)
+    if record is None:
+        mark(partial, "model")
+    if target.exists():
+        discard(target)
+    partial.rename(target)

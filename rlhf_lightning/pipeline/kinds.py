@@ -1,0 +1,149 @@
+"""Checks and runs stages, kind by kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..export import export_gguf
+from ..export.gguf_tensors import TYPES
+from ..generation import generate_rows
+from ..labeling.command import label_prompts
+from ..merging.options import expand
+from ..utils.validation import check_choice
+from .config import Pipeline
+from .fit_stage import StageCLI, run_fit
+from .judging import check_suite, criteria_of, run_evaluate, run_gate
+from .merge_stage import run_merge
+from .refine_stage import check_refine, run_refine
+from .rounds_stage import RunBody, check_rounds, run_rounds
+from .sample_stage import check_sample, run_sample
+from .stages import (
+    EvaluateStage,
+    ExportStage,
+    FitStage,
+    GateStage,
+    GenerateStage,
+    LabelStage,
+    MergeStage,
+    RefineStage,
+    RoundsStage,
+    SampleStage,
+)
+
+Say = Callable[[str], None]
+# Metrics of a generate stage.
+_OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
+
+
+def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
+    """Returns a stage's full configuration, and checks everything that can be checked without running it.
+
+    Args:
+        pipeline: the pipeline.
+        name: of the stage.
+
+    Raises:
+        ValueError: a mistake in the stage.
+    """
+    stage, folder, seed = pipeline.stages[name], pipeline.folder(name), pipeline.stage_seed(name)
+    if isinstance(stage, FitStage):
+        return _describe_fit(stage, folder, seed)
+    if isinstance(stage, GenerateStage):
+        options = stage.options(folder, seed, pipeline.dtype)
+        options.check()
+        return options.plain() | {"kind": stage.kind}
+    if isinstance(stage, LabelStage):
+        labels = stage.options(folder, seed, pipeline.dtype)
+        # A finished stage has its output already.
+        dataclasses.replace(labels, output=str(folder / ".unwritten.jsonl")).check()
+        return asdict(labels) | {"kind": stage.kind}
+    if isinstance(stage, MergeStage):
+        merge = stage.options(folder, seed)
+        merge.check()
+        return asdict(merge) | {"models": expand(merge.models)}
+    if isinstance(stage, SampleStage):
+        check_sample(stage)
+    if isinstance(stage, RefineStage):
+        check_refine(stage)
+    if isinstance(stage, EvaluateStage | GateStage):
+        suite = check_suite(stage.suite)
+        if isinstance(stage, GateStage):
+            criteria_of(stage.criteria)
+        # The models by a name under which their contents are inputs.
+        models = [*stage.models.values()] if isinstance(stage, EvaluateStage) else [stage.accepted, stage.model]
+        found = {"tasks": [task.as_dict() for task in suite.tasks], "compared": {"models": models}}
+        return asdict(stage) | found | {"seed": seed, "dtype": pipeline.dtype}
+    if isinstance(stage, ExportStage):
+        check_choice("type", stage.type, TYPES)
+    if isinstance(stage, RoundsStage):
+        return _describe_rounds(stage, folder) | {"seed": seed, "dtype": pipeline.dtype}
+    return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
+
+
+def _describe_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, Any]:
+    if stage.trainer.get("fast_dev_run"):
+        raise ValueError(
+            f"trainer.fast_dev_run is {stage.trainer['fast_dev_run']!r}, which writes nothing, and later stages "
+            "start from what it writes: set max_steps: 1 for a quick look, or try the stage by `rlhf-lightning fit`"
+        )
+    return StageCLI(stage, folder, seed).merged | {"export": vars(stage.export)}
+
+
+def _describe_rounds(stage: RoundsStage, folder: Path) -> dict[str, Any]:
+    """Describes the first round, and the options of the loop."""
+    body = check_rounds(stage, folder)
+    suite = None if stage.suite is None else [task.as_dict() for task in check_suite(stage.suite).tasks]
+    # As it is written, too: later rounds differ in what refers to them.
+    own = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.name != "written"}
+    return own | {"first": {name: describe(body, name) for name in body.stages}, "tasks": suite}
+
+
+def run_stage(pipeline: Pipeline, name: str, run_body: RunBody, say: Say) -> dict[str, float]:
+    """Runs a stage in its folder.
+
+    Args:
+        pipeline: the pipeline.
+        name: of the stage.
+        run_body: runs the stages of a round.
+        say: shown one line per part.
+
+    Returns:
+        Its metrics.
+
+    Raises:
+        ValueError: it failed.
+    """
+    stage, folder, seed = pipeline.stages[name], pipeline.folder(name), pipeline.stage_seed(name)
+    if isinstance(stage, FitStage):
+        return run_fit(stage, folder, seed, say)
+    if isinstance(stage, GenerateStage):
+        summary = generate_rows(stage.options(folder, seed, pipeline.dtype))
+        return {metric: summary[metric] for metric in _OF_ROWS if metric in summary}
+    if isinstance(stage, LabelStage):
+        # Written by a run that ended before it was recorded.
+        (folder / stage.outputs["rows"]).unlink(missing_ok=True)
+        return label_prompts(stage.options(folder, seed, pipeline.dtype), say)
+    if isinstance(stage, MergeStage):
+        return run_merge(stage.options(folder, seed), say).metrics
+    if isinstance(stage, SampleStage):
+        return run_sample(stage, folder, seed, pipeline.dtype, say)
+    if isinstance(stage, RefineStage):
+        return run_refine(stage, folder, seed, pipeline.dtype, say)
+    if isinstance(stage, EvaluateStage):
+        return run_evaluate(stage, folder, seed, pipeline.dtype, say)
+    if isinstance(stage, GateStage):
+        return run_gate(stage, folder, seed, pipeline.dtype, say)
+    if isinstance(stage, ExportStage):
+        return _run_export(stage, folder, say)
+    return run_rounds(stage, folder, seed, pipeline.dtype, run_body, say)
+
+
+def _run_export(stage: ExportStage, folder: Path, say: Say) -> dict[str, float]:
+    prompts = {"check_prompts": stage.check_prompts} if stage.check_prompts else {}
+    found = export_gguf(stage.model, folder / stage.outputs["file"], type=stage.type, say=say, **prompts)
+    numbers = ("logit_error", "rounding", "greedy_agreement")
+    return {"tensors": float(sum(found.types.values())), **{name: float(getattr(found, name)) for name in numbers}}

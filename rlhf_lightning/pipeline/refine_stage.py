@@ -1,0 +1,79 @@
+"""The ``refine`` stage: a model revises its answers, and drafts become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..evaluation.answers import read_prompts
+from ..generation.options import sampling_params
+from ..inference import LocalEngine
+from ..self_improvement.refine import refine
+from ..self_improvement.samples import model_hash
+from ..self_improvement.scorers import check_scorer, load_scorer
+from .row_files import SAMPLED, Journal, write_rows
+from .sample_stage import load_model
+from .stages import RefineStage
+
+_PROMPTS_AT_ONCE = 64
+_ADVICE = "raise revisions or sampling.temperature, change critique and revision, or refine with another model"
+
+
+def check_refine(stage: RefineStage) -> None:
+    """Checks the options of a stage before anything is loaded.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    sampling_params(stage.sampling)
+    check_scorer(stage.verifier)
+    stage.check()
+    _ = stage.settings
+    if "spin" in stage.rows:
+        raise ValueError("rows has 'spin', which compares demonstrations with plain samples: write a sample stage")
+
+
+def run_refine(
+    stage: RefineStage, folder: Path, seed: int, dtype: str, say: Callable[[str], None] = lambda line: None
+) -> dict[str, float]:
+    """Answers prompts, revises the answers, and writes rows of all drafts.
+
+    Drafts are kept in ``sampled.jsonl``, part by part; an interrupted stage continues after the last part.
+
+    Args:
+        stage: the stage.
+        folder: where the rows go.
+        seed: a draft is a function of this, its prompt's number and its own.
+        dtype: of the model's weights.
+        say: shown one line per part.
+
+    Returns:
+        Counts, and the mean reward of the drafts.
+
+    Raises:
+        NoRowsError: no prompt gave a row.
+    """
+    model, tokenizer = load_model(stage.model, dtype)
+    engine, scorer, sampling = (
+        LocalEngine(model, tokenizer),
+        load_scorer(stage.verifier),
+        sampling_params(stage.sampling),
+    )
+    examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
+    journal, name = Journal(folder / SAMPLED), model_hash(stage.model)
+    for start in range(len(journal.parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE):
+        part = examples[start : start + _PROMPTS_AT_ONCE]
+        drafts = refine(
+            engine,
+            tokenizer,
+            part,
+            scorer,
+            stage.settings,
+            sampling=sampling,
+            seed=seed,
+            first=start,
+            model=name,
+        )
+        journal.add([one.drafts for one in drafts])
+        say(f"{start + len(part)} of {len(examples)} prompts, {len(journal.samples)} drafts")
+    return write_rows(stage, journal, folder, seed, _ADVICE)

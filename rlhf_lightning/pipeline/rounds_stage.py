@@ -1,0 +1,156 @@
+"""The ``rounds`` stage: its body again and again, each round accepted by a paired test or rolled back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..inference import derive_seed
+from ..self_improvement.gate import Decision
+from ..self_improvement.samples import model_hash
+from ..utils.files import json_line, write_atomically
+from .config import Pipeline, body_of
+from .judging import EVALUATION, Judge, check_folder, check_suite, copy_model, criteria_of
+from .row_files import NoRowsError
+from .stages import FitStage, RoundsStage
+
+ROUNDS, RECORD = "rounds", "rounds.jsonl"
+_SMALLER = 0.5
+# Runs the stages of a round; finished ones are not run again.
+RunBody = Callable[[Pipeline], object]
+
+
+def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
+    """Checks the options of a stage; returns its first round, in a folder that never exists.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    criteria = criteria_of(stage.criteria)
+    body = body_of(stage, number=1, model=stage.model, seed=0, run_dir=folder / ROUNDS / "0")
+    if stage.suite is None:
+        if stage.criteria:
+            raise ValueError(f"criteria is {stage.criteria!r}, and without a suite nothing is measured: give suite")
+        return body
+    check_suite(stage.suite)
+    rates = [_rate(inner) for inner in body.stages.values() if isinstance(inner, FitStage)]
+    if criteria.on_reject == "smaller_step" and rates and not any(rates):
+        raise ValueError(
+            "criteria.on_reject is 'smaller_step', and no fit stage of the body has "
+            "model.init_args.optimizer.init_args.lr, which it halves: write it there, or on_reject: new_seed"
+        )
+    return body
+
+
+def _rate(stage: FitStage) -> Any:
+    optimizer = (stage.model.get("init_args") or {}).get("optimizer") or {}
+    return (optimizer.get("init_args") or {}).get("lr")
+
+
+def result_of(stage: RoundsStage, body: Pipeline) -> Path:
+    """Returns the folder of the model of a round."""
+    last = [name for name, inner in body.stages.items() if "model" in inner.outputs][-1]
+    return body.folder(stage.result or last) / "model"
+
+
+@dataclass
+class _Position:
+    """The state of a loop between two rounds."""
+
+    accepted: str
+    step: float = 1.0
+    rejected: int = 0  # in succession
+
+
+def run_rounds(
+    stage: RoundsStage, folder: Path, seed: int, dtype: str, run_body: RunBody, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Runs rounds, and copies the model that was accepted last.
+
+    A round runs in its own folder, ``rounds/<number>``, as a pipeline. Its model is compared with the accepted one on
+    the suite; if it is rejected, the next round starts from the accepted export again, with half the learning rates
+    (``on_reject: smaller_step``) or other seeds alone. A round of whose samples no row can be made counts as rejected.
+    What is finished is not run again: a loop that was killed continues, and ends with the same model and record.
+
+    Args:
+        stage: the stage.
+        folder: of the stage, which gets ``model`` and ``rounds.jsonl``.
+        seed: seeds of rounds are functions of this and their numbers.
+        dtype: of the weights in sampling and evaluation.
+        run_body: runs the stages of a round.
+        say: shown one line per round.
+
+    Returns:
+        Numbers of rounds and of accepted ones, and the accuracies of the first and the last accepted model.
+    """
+    criteria = criteria_of(stage.criteria)
+    check_folder("model", stage.model)
+    judge = None
+    if stage.suite is not None:
+        judge = Judge(stage.suite, criteria, folder / EVALUATION, derive_seed(seed, "suite"), dtype, stage.model)
+    at, records = _Position(stage.model), []
+    for number in range(1, stage.rounds + 1):
+        body = body_of(
+            stage,
+            number=number,
+            model=at.accepted,
+            seed=derive_seed(seed, "round", number) % 2**31,
+            run_dir=folder / ROUNDS / str(number),
+            step=at.step,
+        )
+        record = {"round": number, "start": model_hash(at.accepted), "seed": body.seed, "step": at.step}
+        outcome = _round(stage, body, judge, at, run_body)
+        records.append(record | outcome)
+        write_atomically(folder / RECORD, "".join(map(json_line, records)))
+        say(f"round {number}: {outcome['verdict']}: {outcome['reason']}")
+        if outcome["verdict"] == "accept":
+            at.accepted, at.rejected = str(result_of(stage, body)), 0
+        else:
+            at.rejected += 1
+            at.step *= _SMALLER if criteria.on_reject == "smaller_step" else 1.0
+        if outcome["verdict"] == "stop":
+            break
+    copy_model(at.accepted, folder / "model")
+    return _metrics(records)
+
+
+def _round(stage: RoundsStage, body: Pipeline, judge: Judge | None, at: _Position, run_body: RunBody) -> dict[str, Any]:
+    """Runs the body of a round, and decides on its model."""
+    try:
+        run_body(body)
+    except NoRowsError as error:
+        criteria = criteria_of(stage.criteria)
+        ends = criteria.on_reject == "stop" or at.rejected + 1 >= criteria.patience
+        return {"verdict": "stop" if ends else "reject", "reason": str(error)}
+    candidate = result_of(stage, body)
+    outcome: dict[str, Any] = {"model": model_hash(candidate)}
+    if judge is None:
+        return outcome | {"verdict": "accept", "reason": "there is no suite: every round is accepted"}
+    decision, report = judge.decide(at.accepted, str(candidate), at.rejected)
+    accuracies = {
+        name: {found.task.name: found.accuracy.value for found in report.results if found.model == name}
+        for name in ("accepted", "candidate")
+    }
+    return outcome | _plain(decision) | {"accuracy": accuracies}
+
+
+def _plain(decision: Decision) -> dict[str, Any]:
+    return {name: value for name, value in decision.as_dict().items() if value is not None}
+
+
+def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Summarises a loop: the accuracies are means over tasks."""
+    judged = [record["accuracy"] for record in records if "accuracy" in record]
+    found = {"rounds": float(len(records)), "accepted": float(sum(r["verdict"] == "accept" for r in records))}
+    if judged:
+        last = records[-1]
+        ends_with = "candidate" if last["verdict"] == "accept" else "accepted"
+        found |= {"accuracy_before": _mean(judged[0]["accepted"]), "accuracy": _mean(judged[-1][ends_with])}
+    return found
+
+
+def _mean(accuracies: dict[str, float]) -> float:
+    return math.fsum(accuracies.values()) / len(accuracies)

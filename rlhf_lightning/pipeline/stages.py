@@ -1,0 +1,293 @@
+"""Kinds of stages: their options, and what each writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ..generation import GenerateOptions
+from ..labeling.command import LabelOptions
+from ..merging.methods import METHODS
+from ..merging.options import MergeOptions
+from ..self_improvement.refine import CRITIQUE, REVISION, Refine
+from ..self_improvement.row_options import KINDS_OF_ROWS, RowOptions
+
+EXACT = "rlhf_lightning.rewards.exact_answer"
+# Kinds of rows that sample and refine stages write, with their files.
+ROWS = {kind: f"{kind}.jsonl" for kind in KINDS_OF_ROWS}
+MODEL = {"model": "model"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Selects the exported model of a fit stage: the last, or the best by a validation metric."""
+
+    monitor: str | None = None
+    mode: Literal["max", "min"] | None = None
+    merge_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class FitStage:
+    """Training: config files of ``rlhf-lightning fit``, and overrides."""
+
+    outputs: ClassVar[Mapping[str, str]] = MODEL
+
+    kind: Literal["fit"] = "fit"
+    config: list[str] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    export: Export = field(default_factory=Export)
+    evaluate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowStage(RowOptions):
+    """Writes rows of each kind in ``rows`` into a file of its name."""
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Files of the kinds of rows that are written."""
+        return {name: ROWS[name] for name in self.rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleStage(RowStage):
+    """Samples and scores completions, and makes rows of them.
+
+    A list of models samples as one: ``ensemble`` has options of ``merging.EnsemblePolicy``. With ``server``, options of
+    ``inference.RemoteEngine``, completions come from there, and only the tokenizer of ``model`` is read. ``verifier``
+    is any reward function: a dotted path, or ``class_path`` and ``init_args``, such as a reward model or a judge. With
+    ``hint``, prompts that no sample solved are sampled once more with a hint, for ``demonstrations`` alone (STaR).
+    """
+
+    model: str | list[str]
+    prompts: str | list[str]
+    kind: Literal["sample"] = "sample"
+    verifier: str | dict[str, Any] = EXACT
+    num_samples: int = 4
+    sampling: dict[str, Any] = field(default_factory=dict)
+    hint: str | None = None
+    ensemble: dict[str, Any] = field(default_factory=dict)
+    server: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineStage(RowStage):
+    """Lets a model revise its answers by critiques, and makes rows of the drafts; see ``self_improvement.Refine``."""
+
+    model: str
+    prompts: str | list[str]
+    kind: Literal["refine"] = "refine"
+    verifier: str | dict[str, Any] = EXACT
+    critique: str = CRITIQUE
+    revision: str = REVISION
+    principles: list[str] = field(default_factory=list)
+    revisions: int = 2
+    good_enough: float | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    @property
+    def settings(self) -> Refine:
+        """The settings of refinement."""
+        return Refine(
+            critique=self.critique,
+            revision=self.revision,
+            principles=self.principles,
+            revisions=self.revisions,
+            threshold=self.good_enough,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateStage(GenerateOptions):
+    """Answers prompts as ``rlhf-lightning generate`` does, with the same options; ``dtype: auto`` is the pipeline's."""
+
+    outputs: ClassVar[Mapping[str, str]] = {"rows": "generated.jsonl"}
+
+    kind: Literal["generate"] = "generate"
+    seed: int | None = None  # type: ignore[assignment]
+
+    def options(self, folder: Path, seed: int, dtype: str) -> GenerateOptions:
+        """Returns the options of the function that does the work.
+
+        Args:
+            folder: of the stage.
+            seed: of all samples.
+            dtype: of the weights, unless the stage has its own.
+        """
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(GenerateOptions)}
+        place = str(folder / self.outputs["rows"])
+        return GenerateOptions(
+            **{**given, "output": place, "seed": seed, "dtype": dtype if self.dtype == "auto" else self.dtype}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelStage(LabelOptions):
+    """Labels steps of solutions as ``rlhf-lightning label-steps`` does; ``dtype`` is the pipeline's by default."""
+
+    outputs: ClassVar[Mapping[str, str]] = {"rows": "steps.jsonl"}
+
+    output: str = ""
+    kind: Literal["label-steps"] = "label-steps"
+    seed: int | None = None  # type: ignore[assignment]
+    dtype: Any = None
+
+    def options(self, folder: Path, seed: int, dtype: str) -> LabelOptions:
+        """Returns the options of the function that does the work.
+
+        Args:
+            folder: of the stage.
+            seed: of all samples.
+            dtype: of the weights, unless the stage has its own.
+        """
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(LabelOptions)}
+        place = str(folder / self.outputs["rows"])
+        return LabelOptions(**{**given, "output": place, "seed": seed, "dtype": self.dtype or dtype})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeStage(MergeOptions):
+    """Merges models as ``rlhf-lightning merge`` does, with the same options; ``seed`` is the pipeline's by default."""
+
+    outputs: ClassVar[Mapping[str, str]] = MODEL
+
+    output: str = ""
+    kind: Literal["merge"] = "merge"
+    evaluate: bool = True
+
+    def options(self, folder: Path, seed: int) -> MergeOptions:
+        """Returns the options of the merge.
+
+        Args:
+            folder: of the stage.
+            seed: of random masks, for methods that draw some.
+        """
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(MergeOptions)}
+        draws = self.method in METHODS and "seed" in {
+            option.name for option in dataclasses.fields(METHODS[self.method])
+        }
+        place = str(folder / self.outputs["model"])
+        return MergeOptions(**{**given, "output": place, "seed": seed if draws else self.seed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateStage:
+    """Evaluates models on a suite as ``rlhf-lightning evaluate`` does, and compares them with the first."""
+
+    outputs: ClassVar[Mapping[str, str]] = {"results": "evaluation/results.json", "page": "evaluation/report.html"}
+
+    models: dict[str, str]
+    suite: str | dict[str, Any]
+    kind: Literal["evaluate"] = "evaluate"
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateStage:
+    """Passes on a model if a paired test on a suite accepts it, else the accepted one; ``criteria`` say when.
+
+    Both models are folders, and ``criteria`` options of ``self_improvement.CapabilityCriteria``.
+    """
+
+    outputs: ClassVar[Mapping[str, str]] = MODEL | {"decision": "decision.json"}
+
+    model: str
+    accepted: str
+    suite: str | dict[str, Any]
+    kind: Literal["gate"] = "gate"
+    criteria: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    evaluate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportStage:
+    """Writes a model as a GGUF file, which is loaded again and compared before it counts as written."""
+
+    outputs: ClassVar[Mapping[str, str]] = {"file": "model.gguf"}
+
+    model: str
+    kind: Literal["export"] = "export"
+    type: str = "q8_0"
+    check_prompts: list[str] = field(default_factory=list)
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsStage:
+    """Repeats a body of stages, each round starting from the model that was accepted last.
+
+    In the body, ``${round.model}`` is that model, ``${round.number}`` counts from 1, and ``${outputs.NAME.model}`` is
+    an output of a stage of this round, or of one outside. Each round has its own seed.
+
+    Args:
+        model: the first accepted model: a folder.
+        body: stages by name.
+        rounds: number of rounds, at least 1.
+        result: stage of the body whose model is the round's; by default the last one with a model.
+        suite: that the round's model and the accepted one answer; without one every round is accepted.
+        criteria: options of ``self_improvement.CapabilityCriteria``: when a round is accepted, and what follows if not.
+        written: the pipeline's configuration without its stages, for references in the body.
+    """
+
+    outputs: ClassVar[Mapping[str, str]] = MODEL | {"record": "rounds.jsonl"}
+
+    model: str
+    body: dict[str, Any]
+    kind: Literal["rounds"] = "rounds"
+    rounds: int = 3
+    result: str | None = None
+    suite: str | dict[str, Any] | None = None
+    criteria: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    evaluate: bool = True
+    written: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+Stage = (
+    FitStage
+    | SampleStage
+    | RefineStage
+    | GenerateStage
+    | LabelStage
+    | MergeStage
+    | EvaluateStage
+    | GateStage
+    | ExportStage
+    | RoundsStage
+)
+KINDS: dict[str, type[Any]] = {
+    "fit": FitStage,
+    "sample": SampleStage,
+    "refine": RefineStage,
+    "generate": GenerateStage,
+    "label-steps": LabelStage,
+    "merge": MergeStage,
+    "evaluate": EvaluateStage,
+    "gate": GateStage,
+    "export": ExportStage,
+    "rounds": RoundsStage,
+}
+# Stages whose model the pipeline's evaluation tests.
+WITH_MODEL = (FitStage, MergeStage, GateStage, RoundsStage)
+
+
+def outputs_of(written: Mapping[str, Any]) -> Mapping[str, str]:
+    """Returns the outputs of a stage as it is written, by their names in references; its kind is known."""
+    cls = KINDS[written["kind"]]
+    if issubclass(cls, RowStage):
+        rows = written.get("rows", ["pairs"])
+        return {name: ROWS[name] for name in ([rows] if isinstance(rows, str) else rows or ()) if name in ROWS}
+    found: Mapping[str, str] = cls.outputs
+    return found

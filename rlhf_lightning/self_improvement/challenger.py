@@ -1,0 +1,127 @@
+"""New prompts by a model: asked for by examples, without near copies, and neither solved always nor never."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from ..utils.validation import check_count, check_fraction
+from .samples import ScoredPrompt
+from .templates import check_places, fill
+
+CHALLENGE = """\
+Write one new task like these, and nothing else.
+
+{examples}
+
+Task:"""
+
+
+def challenges(
+    seeds: Sequence[str], *, number: int, num_examples: int = 4, template: str = CHALLENGE, seed: int = 0
+) -> list[str]:
+    """Makes requests for new prompts, each with examples drawn from known prompts: Self-Instruct.
+
+    Paper: Wang et al., 2023, arXiv:2212.10560.
+
+    Args:
+        seeds: prompts to draw examples from.
+        number: of requests, at least 1.
+        num_examples: in each request, at least 1; all prompts if there are fewer.
+        template: with the place ``{examples}``.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no prompts, a number out of its range, or a template without its place.
+
+    Example:
+        >>> challenges(["1+1=?"], number=1, template="{examples} Next:")
+        ['Task: 1+1=? Next:']
+    """
+    check_count("number", number, "one for each new prompt that is wanted")
+    check_count("num_examples", num_examples, "4 is usual")
+    check_places("template", template, ("examples",))
+    if not seeds:
+        raise ValueError("seeds is empty: give some prompts as examples")
+    found = []
+    for place in range(number):
+        # One generator for each request: more requests begin with the same ones.
+        drawn = Random(f"challenges/{seed}/{place}").sample(list(seeds), min(num_examples, len(seeds)))
+        found.append(fill(template, {"examples": "\n\n".join(f"Task: {text}" for text in drawn)}))
+    return found
+
+
+def new_prompts(candidates: Sequence[str], known: Sequence[str], *, max_overlap: float = 0.7) -> list[str]:
+    """Keeps candidates that are not empty and not near copies of known prompts or of those kept before them.
+
+    Overlap is ROUGE-L, the F1 score of the longest common subsequence of words, as in Self-Instruct.
+
+    Args:
+        candidates: texts of a model.
+        known: prompts that there are.
+        max_overlap: a candidate with this overlap or more is dropped, in (0, 1].
+
+    Raises:
+        ValueError: ``max_overlap`` out of its range.
+
+    Example:
+        >>> new_prompts(["add two and two", "add two and three", "name a river"], ["add one and two"], max_overlap=0.8)
+        ['add two and two', 'name a river']
+    """
+    if not 0 < max_overlap <= 1:
+        raise ValueError(f"max_overlap is {max_overlap}; it must be in (0, 1] (0.7 is usual)")
+    words = [text.split() for text in known]
+    kept = []
+    for candidate in candidates:
+        own = candidate.split()
+        if own and all(rouge_l(own, other) < max_overlap for other in words):
+            kept.append(candidate.strip())
+            words.append(own)
+    return kept
+
+
+def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
+    """Returns ROUGE-L of two texts: the F1 score of their longest common subsequence (Lin, 2004).
+
+    Example:
+        >>> round(rouge_l("the cat sat".split(), "the big cat sat down".split()), 4)
+        0.75
+    """
+    if not one or not other:
+        return 0.0
+    # lengths[n]: of the longest common subsequence of the words of `one` so far and the first n of `other`.
+    lengths = [0] * (len(other) + 1)
+    for word in one:
+        before = 0
+        for n, with_word in enumerate(other, start=1):
+            diagonal, before = before, lengths[n]
+            lengths[n] = diagonal + 1 if word == with_word else max(lengths[n], lengths[n - 1])
+    return 2 * lengths[-1] / (len(one) + len(other))
+
+
+def frontier(
+    prompts: Sequence[ScoredPrompt], *, success: float = 0.5, low: float = 0.0, high: float = 1.0
+) -> list[ScoredPrompt]:
+    """Keeps prompts that the model solves sometimes: what is always or never solved teaches nothing.
+
+    Args:
+        prompts: with their samples.
+        success: least score of a sample that solves its prompt.
+        low: the pass rate is above this, in [0, 1).
+        high: and below this.
+
+    Raises:
+        ValueError: an empty range of pass rates.
+
+    Example:
+        >>> from rlhf_lightning.self_improvement import Sample
+        >>> some = ScoredPrompt("a", (Sample("x", 1.0), Sample("y", 0.0)))
+        >>> never = ScoredPrompt("b", (Sample("x", 0.0), Sample("y", 0.0)))
+        >>> [scored.prompt for scored in frontier([some, never])]
+        ['a']
+    """
+    check_fraction("low", low, "0 drops what is never solved")
+    if not low < high <= 1:
+        raise ValueError(f"high is {high}; it must be above low={low} and at most 1, which drops what is always solved")
+    rates = [(scored, scored.pass_rate(success)) for scored in prompts]
+    return [scored for scored, rate in rates if rate is not None and low < rate < high]

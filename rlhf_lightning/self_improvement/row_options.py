@@ -1,0 +1,88 @@
+"""Options of the rows that are made of scored samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..data.sources import open_source
+from ..utils.validation import check_choice, check_count, check_fraction, check_not_negative
+from .mixing import mix_rows
+from .row_makers import PAIRINGS, Row, demonstrations, preference_pairs, scored_rows, spin_pairs, unpaired_rows
+from .samples import ScoredPrompt
+
+KINDS_OF_ROWS = ("pairs", "demonstrations", "unpaired", "spin", "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Rows that are made of scored samples.
+
+    Args:
+        rows: kinds of rows to write, each into a file of its name: ``pairs`` (preferences), ``demonstrations`` (the
+            best samples), ``unpaired`` (samples with labels), ``spin`` (the rows' demonstrations against samples) and
+            ``samples`` (all, with scores).
+        threshold: least score of a right sample: of ``demonstrations`` (null takes any) and the labels of ``unpaired``.
+        keep: of ``demonstrations``, largest number of a prompt; null for all.
+        margin: of ``pairs``, their scores differ by more.
+        pairing: of ``pairs``: ``best_worst`` of each prompt, or ``all``.
+        demonstration: of ``spin``, the column with demonstrations.
+        seed_rows: a source of rows that are mixed with those of the first kind.
+        seed_ratio: their share, in [0, 1).
+        max_rows: largest number of rows of the first kind; no prompt is sampled once there are so many.
+    """
+
+    rows: list[str] = field(default_factory=lambda: ["pairs"])
+    threshold: float | None = 0.5
+    keep: int | None = 1
+    margin: float = 0.0
+    pairing: Literal["best_worst", "all"] = "best_worst"
+    demonstration: str = "completion"
+    seed_rows: str | list[str] | None = None
+    seed_ratio: float = 0.0
+    max_rows: int | None = None
+
+    def check(self) -> None:
+        """Checks the options before anything is sampled.
+
+        Raises:
+            ValueError: naming the option, its value and what is allowed.
+        """
+        check_choice("pairing", self.pairing, PAIRINGS)
+        check_not_negative("margin", self.margin, "0 takes every difference")
+        check_fraction("seed_ratio", self.seed_ratio, "0.2 is usual")
+        for name in ("keep", "max_rows"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), "null for all")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold is {self.threshold}; it must be finite, or null")
+        if self.threshold is None and "unpaired" in self.rows:
+            raise ValueError("threshold is null, and the labels of unpaired rows need one: 0.5 for scores of 0 and 1")
+        if (self.seed_rows is None) != (self.seed_ratio == 0):
+            raise ValueError(f"seed_rows is {self.seed_rows!r} and seed_ratio {self.seed_ratio}: give both, or neither")
+
+    def make(self, kind: str, prompts: Sequence[ScoredPrompt], hinted: Sequence[ScoredPrompt] = ()) -> list[Row]:
+        """Makes the rows of one kind; those of each prompt do not depend on the others.
+
+        Args:
+            kind: of the rows.
+            prompts: with their samples.
+            hinted: the same of prompts that were sampled with a hint, for demonstrations.
+        """
+        if kind == "pairs":
+            return preference_pairs(prompts, margin=self.margin, pairing=self.pairing)
+        if kind == "demonstrations":
+            return demonstrations([*prompts, *hinted], threshold=self.threshold, keep=self.keep)
+        if kind == "unpaired":
+            assert self.threshold is not None  # checked
+            return unpaired_rows(prompts, threshold=self.threshold)
+        return spin_pairs(prompts, column=self.demonstration) if kind == "spin" else scored_rows(prompts)
+
+    def mixed(self, rows: Sequence[Row], seed: int) -> list[Row]:
+        """Adds the seed rows, chosen by a seed."""
+        if self.seed_rows is None:
+            return list(rows)
+        seeds = [row for _, row in open_source(self.seed_rows)]
+        return mix_rows(rows, seeds, ratio=self.seed_ratio, seed=seed)

@@ -1,0 +1,75 @@
+"""Scorers of samples: any reward function, verifier, learned reward or judge, as row makers need them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..evaluation.answers import load_verifier
+from ..rewards.reward_set import RewardSet
+from ..rewards.specs import build_reward
+from ..utils.imports import load_attribute
+from .samples import Scorer
+
+
+def load_scorer(spec: str | Mapping[str, Any]) -> Scorer:
+    """Makes a scorer of a reward's specification.
+
+    It is called as ``fn(prompts, completions, **columns)`` and passes on the columns that the reward takes. A sample on
+    which the reward fails has no score; where it fails on all samples of a call, that is an error.
+
+    Args:
+        spec: dotted path of a function or class, or ``class_path`` and ``init_args``: ``RewardModelReward`` of a reward
+            model, ``ProcessModelReward``, ``ConstitutionReward`` with a judge.
+
+    Raises:
+        ValueError: it cannot be imported, or its arguments do not fit.
+
+    Example:
+        >>> load_scorer("rlhf_lightning.rewards.exact_answer")(["1+1=?"], ["#2"], answer=["2"], source=["book"])
+        [1.0]
+    """
+    if isinstance(spec, str):
+        load_verifier(spec)
+    rewards = RewardSet(
+        [build_reward(spec if isinstance(spec, str) else dict(spec))], timeout=None, sample_timeout=None
+    )
+
+    def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
+        found = rewards(list(prompts), list(completions), columns)
+        failures = sum(found.failures.values())
+        if completions and failures == len(completions):
+            reason = next(iter(found.errors.values()), "")
+            raise ValueError(f"the verifier {spec!r} failed on all of {failures} samples: {reason}")
+        return [None if math.isnan(value) else float(value) for value in found.values[:, 0]]
+
+    return score
+
+
+def check_scorer(spec: str | Mapping[str, Any]) -> None:
+    """Checks a reward's specification without loading the models that it names.
+
+    Raises:
+        ValueError: it cannot be imported, or its arguments do not fit.
+
+    Example:
+        >>> check_scorer({"class_path": "rlhf_lightning.rewards.RewardModelReward", "init_args": {"folder": "x"}})
+        Traceback (most recent call last):
+        ValueError: verifier rlhf_lightning.rewards.RewardModelReward: missing a required argument: 'model'
+    """
+    if isinstance(spec, str):
+        load_verifier(spec)
+        return
+    path, arguments = spec.get("class_path"), spec.get("init_args") or {}
+    if not isinstance(path, str) or not isinstance(arguments, Mapping):
+        raise ValueError(f"verifier is {dict(spec)!r}; write a dotted path, or class_path and init_args")
+    found = load_attribute(path)
+    try:
+        if inspect.isclass(found):
+            inspect.signature(found).bind(**arguments)
+        else:
+            inspect.signature(found).bind_partial(**arguments)
+    except TypeError as error:
+        raise ValueError(f"verifier {path}: {error}") from error

@@ -1,0 +1,104 @@
+"""The plan of a run: what is said of stages that are finished, changed, waiting or forced; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.pipeline import load_pipeline
+from rlhf_lightning.pipeline.dry_run import plan_pipeline
+from rlhf_lightning.utils.files import content_hash
+
+NANO = "configs/models/nano"
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> dict[str, Any]:
+    trainer = {"accelerator": "cpu", "max_steps": 1, "logger": False}
+    sft = {
+        "kind": "fit",
+        "model": {"class_path": "SFTModule", "init_args": {"model": NANO, "init": "random"}},
+        "data": {
+            "class_path": "SFTDataModule",
+            "init_args": {"train": "sums:demonstrations?rows=40", "global_batch_size": 4},
+        },
+        "trainer": trainer,
+    }
+    pairs = {
+        "kind": "sample",
+        "model": "${outputs.sft.model}",
+        "prompts": "sums:prompts?rows=30",
+        "num_samples": 3,
+        "rows": ["samples"],
+        "sampling": {"max_new_tokens": 2},
+    }
+    dpo = {
+        "kind": "fit",
+        "model": {"class_path": "DPOModule", "init_args": {"model": "${round.model}"}},
+        "data": {"class_path": "PreferenceDataModule", "init_args": {"train": "sums:preference?rows=8"}},
+        "trainer": trainer,
+    }
+    loop = {"kind": "rounds", "model": "${outputs.sft.model}", "rounds": 1, "body": {"dpo": dpo}}
+    return {"run_dir": str(tmp_path / "run"), "stages": {"sft": sft, "pairs": pairs, "loop": loop}}
+
+
+def plans(written: dict[str, Any], tmp_path: Path, *overrides: str, force: tuple[str, ...] = ()) -> dict[str, Any]:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(written, sort_keys=False))
+    return {found.name: found for found in plan_pipeline(load_pipeline(file, overrides), force)}
+
+
+def test_a_run_that_has_not_begun(written, tmp_path, capsys):
+    found = plans(written, tmp_path)
+    assert [(one.runs, one.why) for one in found.values()] == [
+        (True, "not run before"),
+        (True, "not run before (after sft)"),
+        (True, "not run before (after sft)"),
+    ]
+    weights = f"{AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(NANO)).num_parameters():,} parameters"
+    assert weights in found["sft"].facts
+    assert "40 rows" in found["sft"].facts
+    assert any("s of arithmetic" in fact for fact in found["sft"].facts)
+    assert found["pairs"].facts == ["30 prompts, 90 samples"]
+    (dpo,) = found["loop"].body
+    assert weights in dpo.facts  # of a model that there is not yet
+    assert "8 rows" in dpo.facts
+    assert dpo.why == "in every round"
+
+    main(["pipeline", "--config", str(tmp_path / "pipeline.yaml"), "--dry-run"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "sft (fit): runs, not run before"
+    assert out[-2] == "    dpo (fit): runs, in every round"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_is_finished_and_what_has_changed(written, tmp_path):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(written, sort_keys=False))
+    main(["pipeline", "--config", str(file)])
+    before = content_hash(tmp_path / "run")
+
+    def why(*overrides: str, force: tuple[str, ...] = ()) -> list[str]:
+        return [one.why for one in plans(written, tmp_path, *overrides, force=force).values()]
+
+    same = "finished before and unchanged"
+    assert why() == [same] * 3
+    assert why("stages.sft.trainer.max_steps=2") == [
+        "trainer changed",
+        "its inputs are new (after sft)",
+        "its inputs are new (after sft)",
+    ]
+    assert why("stages.pairs.num_samples=2") == [same, "num_samples changed", same]
+    assert why("stages.loop.body.dpo.model.init_args.beta=0.2") == [same, same, "body, first changed"]
+    assert why(force=("pairs",)) == [same, "forced", same]
+    found = plans(written, tmp_path, force=("sft",))
+    assert any(fact.endswith("s in an earlier run") for fact in found["sft"].facts)
+    assert content_hash(tmp_path / "run") == before
+    (tmp_path / "run/pairs/samples.jsonl").write_text("")
+    assert why() == [same, "samples.jsonl is missing or changed", same]

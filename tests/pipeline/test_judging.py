@@ -1,0 +1,158 @@
+"""The evaluate, gate, export and label-steps stages: which model passes, and what stands in the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.evaluation import Report
+from rlhf_lightning.pipeline.judging import Judge, check_suite, copy_model, criteria_of, run_evaluate, run_gate
+from rlhf_lightning.pipeline.stages import EvaluateStage, GateStage
+from rlhf_lightning.utils.files import MARKER, content_hash
+
+from ..helpers import save_tiny_model
+
+EVEN = f"{__name__}.first_is_even"
+
+
+def first_is_even(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(bool(text) and ord(text[0]) % 2 == 0) for text in completions]
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> dict[str, Any]:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}+{n}=?"}) + "\n" for n in range(24)))
+    task = {"name": "even", "prompts": str(file), "verifier": EVEN, "sampling": {"max_new_tokens": 2}}
+    return {"name": "small", "tasks": [task]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("models")
+    return [str(save_tiny_model(folder / str(seed), seed=seed)) for seed in (0, 1)]
+
+
+def test_the_gate_passes_the_model_that_a_paired_test_accepts(models, suite, tmp_path):
+    criteria = criteria_of({})
+    judge = Judge(suite, criteria, tmp_path / "evaluation", 0, "float32", models[0])
+    decision, report = judge.decide(models[0], models[1])
+    scores = {name: report.result(name, "even").scores for name in ("accepted", "candidate")}
+    difference = sum(scores["candidate"].values()) / 24 - sum(scores["accepted"].values()) / 24
+    assert decision.difference == pytest.approx(difference)
+    better, worse = (models[1], models[0]) if difference > 0 else (models[0], models[1])
+    assert abs(difference) > 0.2  # random models differ on such a question
+
+    said: list[str] = []
+    for number, (candidate, accepted, expected) in enumerate(
+        [(better, worse, better), (worse, better, better), (better, better, better)]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        stage = GateStage(model=candidate, accepted=accepted, suite=suite)
+        metrics = run_gate(stage, folder, 0, "float32", said.append)
+        assert metrics["accepted"] == (1.0 if number == 0 else 0.0)
+        assert content_hash(folder / "model/model.safetensors") == content_hash(Path(expected) / "model.safetensors")
+        written = json.loads((folder / "decision.json").read_text())
+        assert written["verdict"] == ("accept" if number == 0 else "reject")
+        assert metrics["difference"] == written["difference"]
+    assert said[-1].startswith("rejected: not shown to be better")
+
+
+def test_the_divergence_from_the_start_is_a_criterion(models, suite, tmp_path):
+    """A model that is the start has none; two random models differ by much."""
+    suite["tasks"][0]["limit"] = 2
+    for candidate, verdict in ((models[0], "accept"), (models[1], "reject")):
+        criteria = criteria_of({"accept": "not_worse", "threshold": 1.0, "max_kl": 0.01})
+        judge = Judge(suite, criteria, tmp_path / "evaluation", 0, "float32", models[0])
+        decision, _ = judge.decide(models[0], candidate)
+        assert decision.verdict == verdict
+        assert decision.kl is not None
+        assert (decision.kl < 1e-6) == (verdict == "accept")
+
+
+def test_models_are_evaluated_together(models, suite, tmp_path):
+    stage = EvaluateStage(models={"one": models[0], "two": models[1]}, suite=suite)
+    metrics = run_evaluate(stage, tmp_path, 0, "float32", lambda line: None)
+    report = Report.read(tmp_path / "evaluation")
+    assert metrics == {
+        f"accuracy/{name}/even": sum(report.result(name, "even").scores.values()) / 24 for name in ("one", "two")
+    }
+    assert (tmp_path / "evaluation/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"patiense": 1}, "criteria has no option 'patiense'; did you mean 'patience'?"),
+        ({"level": 0.7}, r"level is 0.7; it must be in \(0, 0.5\)"),
+        ({"on_reject": "retry"}, "on_reject is 'retry'"),
+    ],
+)
+def test_mistakes_in_criteria(written, message):
+    with pytest.raises(ValueError, match=message):
+        criteria_of(written)
+
+
+def test_mistakes_in_a_suite(suite, models, tmp_path):
+    with pytest.raises(ValueError, match="has no tasks"):
+        check_suite({"name": "empty", "tasks": []})
+    suite["tasks"][0]["verifier"] = "nowhere.right"
+    with pytest.raises(ValueError, match=r"verifier 'nowhere\.right' cannot be imported"):
+        check_suite(suite)
+    with pytest.raises(ValueError, match="accepted is 'org/model', which is no folder"):
+        run_gate(GateStage(model=models[0], accepted="org/model", suite=suite), tmp_path, 0, "float32", print)
+
+
+def test_a_copy_is_whole_and_is_the_package_s(models, tmp_path):
+    target = tmp_path / "stage/model"
+    target.parent.mkdir()
+    copy_model(models[0], target)
+    again = content_hash(target)
+    assert {path.name for path in target.iterdir()} == {path.name for path in Path(models[0]).iterdir()} | {MARKER}
+    copy_model(models[1], target)
+    assert content_hash(target) != again
+    copy_model(models[0], target)
+    assert content_hash(target) == again
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_stages_that_label_evaluate_and_export(models, suite, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}+{n}=?", "answer": "2"}) + "\n" for n in range(4)))
+    suite["tasks"][0]["limit"] = 4
+    stages = {
+        "labels": {
+            "kind": "label-steps",
+            "model": models[0],
+            "prompts": str(rows),
+            "verifier": EVEN,
+            "num_solutions": 6,
+            "num_completions": 2,
+            "step_separator": "a",
+            "sampling": {"max_new_tokens": 24},
+        },
+        "choice": {"kind": "gate", "model": models[1], "accepted": models[0], "suite": suite},
+        "both": {"kind": "evaluate", "models": {"a": models[0], "b": "${outputs.choice.model}"}, "suite": suite},
+        "file": {"kind": "export", "model": "${outputs.choice.model}", "type": "f32", "check_prompts": ["1+1="]},
+    }
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "stages": stages}, sort_keys=False))
+    main(["pipeline", "--config", str(file)])
+    records = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
+    assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(stages, "finished")
+    labelled = [json.loads(line) for line in (tmp_path / "run/labels/steps.jsonl").read_text().splitlines()]
+    assert len(labelled) == records["labels"]["metrics"]["solutions"] > 0
+    assert (tmp_path / "run/file/model.gguf").read_bytes()[:4] == b"GGUF"
+    page = (tmp_path / "run/report.html").read_text()
+    assert 'href="both/evaluation/report.html"' in page
+    assert "of greedy tokens as before" in page
+    main(["pipeline", "--config", str(file)])
+    again = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
+    assert not any(record["ran"] for record in again.values())
