@@ -9,6 +9,7 @@ from .prediction_writer import PredictionWriter
 from .reference_sync import ReferenceSync
 from .reward_guard import RewardGuard
 from .sample_logger import SampleLogger
+from .self_improvement import SelfImprovement
 from .throughput import Throughput
 from .training_checkpoint import TrainingCheckpoint
 from .weight_average import WeightAverage
@@ -23,6 +24,7 @@ __all__ = [
     "ReferenceSync",
     "RewardGuard",
     "SampleLogger",
+    "SelfImprovement",
     "Throughput",
     "TrainingCheckpoint",
     "WeightAverage",

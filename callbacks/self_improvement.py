@@ -1,0 +1,256 @@
+"""Replaces the training rows, round by round, by rows made of the policy's own samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+
+from ..core import PostTrainingModule
+from ..data.loaders import BatchLoader
+from ..datamodules import ExampleDataModule
+from ..datamodules.replacing import replace_train
+from ..distributed.collectives import gather_objects
+from ..evaluation.answers import read_prompts
+from ..inference import LocalEngine, SamplingParams, derive_seed
+from ..self_improvement.row_options import RowOptions
+from ..self_improvement.samples import ScoredPrompt, sample_prompts
+from ..self_improvement.scorers import load_scorer
+from ..sequences import Example
+from ..utils.files import json_line, on_first_rank, write_atomically
+from ..utils.validation import check_choice, check_count
+
+Kind = Literal["demonstrations", "pairs", "unpaired", "spin"]
+_KINDS = ("demonstrations", "pairs", "unpaired", "spin")
+_PROMPTS_AT_ONCE = 64
+
+
+class SelfImprovement(lightning.Callback):
+    """Trains in rounds on rows of the policy's own samples.
+
+    The first ``every_n_epochs`` epochs train on the datamodule's rows. Then, before every so many epochs, the policy
+    answers the next prompts, the answers are scored, and the rows made of them (with seed rows) take over as training
+    rows: for ``SFTModule`` demonstrations (rejection sampling), for DPO and SimPO pairs or, with demonstrations among
+    the prompts' columns, the pairs of SPIN, for KTO unpaired rows. The optimizer continues, and so does the reference
+    of DPO; ``ReferenceSync`` moves it. A round without a single row keeps the rows of the one before.
+
+    Rows are in ``folder/round-N.jsonl``, with seed and score of their samples and the step of the policy that drew them
+    in ``provenance``. They are a function of the policy, the seed and the round, whatever the number of ranks, and a
+    resumed run reads them again: it needs the folder. Rounds have epochs of different lengths: use ``max_steps``, or a
+    learning rate without decay.
+
+    Args:
+        prompts: a source of ``PromptDataModule``.
+        folder: where the rows go; files there are replaced.
+        verifier: any reward function, as in ``self_improvement.load_scorer``.
+        rows: kind of the rows.
+        every_n_epochs: length of a round, at least 1.
+        prompts_per_round: taken in turn, from the first again after the last; by default all in every round.
+        num_samples: of each prompt, at least 1.
+        sampling: options of ``SamplingParams`` without a seed.
+        threshold: least score of a right sample: of demonstrations (``None`` takes any), and of the labels of KTO.
+        keep: of demonstrations, largest number of a prompt; ``None`` for all.
+        margin: of pairs, their scores differ by more.
+        pairing: of pairs, ``best_worst`` of each prompt or ``all``.
+        demonstration: of ``spin``, the prompts' column with demonstrations.
+        seed_rows: source of rows that are mixed in.
+        seed_ratio: their share, in [0, 1).
+        seed: of samples and seed rows.
+        chat_template_kwargs: passed to the chat template; by default those of the trainer's datamodule.
+
+    Attributes:
+        history: of each round: its number, the step, its samples, rows, and mean score.
+
+    Raises:
+        ValueError: an option out of its range; in training, another module or datamodule.
+
+    Example::
+
+        rounds = SelfImprovement("sums:prompts?rows=2000", "runs/own", prompts_per_round=500, num_samples=8)
+        lightning.Trainer(max_epochs=4, callbacks=[rounds]).fit(SFTModule("runs/sft/model"), data)
+    """
+
+    def __init__(
+        self,
+        prompts: str | list[str],
+        folder: str,
+        verifier: str | dict[str, Any] = "rlhf_lightning.rewards.exact_answer",
+        rows: Kind = "demonstrations",
+        every_n_epochs: int = 1,
+        prompts_per_round: int | None = None,
+        num_samples: int = 4,
+        sampling: dict[str, Any] | None = None,
+        threshold: float | None = 0.5,
+        keep: int | None = 1,
+        margin: float = 0.0,
+        pairing: Literal["best_worst", "all"] = "best_worst",
+        demonstration: str = "completion",
+        seed_rows: str | list[str] | None = None,
+        seed_ratio: float = 0.0,
+        seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        check_choice("rows", rows, _KINDS)
+        check_count("every_n_epochs", every_n_epochs, "1 is usual")
+        check_count("num_samples", num_samples, "4 is usual")
+        if prompts_per_round is not None:
+            check_count("prompts_per_round", prompts_per_round, "null takes all prompts in every round")
+        self.options = RowOptions(
+            rows=[rows],
+            threshold=threshold,
+            keep=keep,
+            margin=margin,
+            pairing=pairing,
+            demonstration=demonstration,
+            seed_rows=seed_rows,
+            seed_ratio=seed_ratio,
+        )
+        self.options.check()
+        self.prompts, self.folder, self.rows = prompts, Path(folder).expanduser(), rows
+        self.scorer = load_scorer(verifier)
+        self.every_n_epochs, self.prompts_per_round, self.num_samples = every_n_epochs, prompts_per_round, num_samples
+        self.sampling = SamplingParams(**(sampling or {}))
+        if self.sampling.seed is not None:
+            raise ValueError(f"sampling.seed is {self.sampling.seed}: write seed, which is that of all samples")
+        self.seed, self.chat_template_kwargs = seed, chat_template_kwargs
+        self.round = 0
+        self.history: list[dict[str, Any]] = []
+        self._rows_of = 0  # the round whose rows are trained on
+        self._is_loaded = False
+        self._examples: list[Example] | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Refuses a module or datamodule whose rows cannot be replaced, and asks for new rows in every epoch.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if stage != "fit":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(pl_module, PostTrainingModule):
+            raise ValueError(f"SelfImprovement needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+        if not isinstance(data, ExampleDataModule) or data.streaming:
+            name = type(data).__name__ + (" with streaming" if isinstance(data, ExampleDataModule) else "")
+            raise ValueError(
+                f"SelfImprovement replaces the rows of a datamodule of this package without streaming; the trainer has "
+                f"{name}: call trainer.fit(module, datamodule=...) with one"
+            )
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        ask = type(data).train_dataloader
+
+        def rows_first() -> BatchLoader:
+            self._before_rows(trainer, pl_module, data)
+            return ask(data)
+
+        vars(data)["train_dataloader"] = rows_first
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Leaves the datamodule to others."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and isinstance(data, ExampleDataModule):
+            vars(data).pop("train_dataloader", None)
+
+    def _before_rows(self, trainer: lightning.Trainer, module: PostTrainingModule, data: ExampleDataModule) -> None:
+        """Makes the rows of a round that begins now, or finds those of the round that a run is resumed in."""
+        if self._is_loaded:
+            self._is_loaded = False
+            if self._rows_of:
+                replace_train(data, str(self._file(self._rows_of)), continues=True)
+        due = trainer.current_epoch // self.every_n_epochs
+        if due <= self.round:
+            return
+        self.round = due
+        rows = self._make(trainer, module)
+        if rows:
+            on_first_rank(lambda: write_atomically(self._file(due), "".join(map(json_line, rows))))
+            self._rows_of = due
+            replace_train(data, str(self._file(due)))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"round-{number}.jsonl"
+
+    def _make(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[dict[str, Any]]:
+        """Samples and scores the prompts of this round, each rank its share, and makes rows of all."""
+        examples = self._of_round(trainer, module)
+        own = range(trainer.global_rank, len(examples), trainer.world_size)
+        drawn = {n: scored for n, scored in zip(own, self._sample(module, examples, own, trainer), strict=True)}
+        merged: dict[int, ScoredPrompt] = {}
+        for part in gather_objects(drawn):
+            merged |= part
+        prompts = [merged[n] for n in range(len(examples))]
+        rows = self.options.make(self.rows, prompts)
+        scores = [s.score for scored in prompts for s in scored.samples if s.score is not None]
+        record = {
+            "round": self.round,
+            "step": trainer.global_step,
+            "samples": sum(len(scored.samples) for scored in prompts),
+            "rows": len(rows),
+            "mean_score": sum(scores) / len(scores) if scores else None,
+        }
+        self.history.append(record)
+        logged = {f"round/{name}": float(value) for name, value in record.items() if value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        rank_zero_info(f"round {self.round}: {json.dumps(record)}" + ("" if rows else ": the rows stay as they are"))
+        return self.options.mixed(rows, derive_seed(self.seed, "seed rows", self.round)) if rows else []
+
+    def _of_round(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[Example]:
+        if self._examples is None:
+            settings = self.chat_template_kwargs
+            if settings is None:
+                settings = getattr(trainer.datamodule, "chat_template_kwargs", None)  # type: ignore[attr-defined]
+            self._examples = read_prompts(self.prompts, module.tokenizer, chat_template_kwargs=settings)
+        number = self.prompts_per_round or len(self._examples)
+        start = (self.round - 1) * number
+        return [self._examples[n % len(self._examples)] for n in range(start, start + number)]
+
+    def _sample(
+        self, module: PostTrainingModule, examples: Sequence[Example], own: Sequence[int], trainer: lightning.Trainer
+    ) -> list[ScoredPrompt]:
+        engine, found = LocalEngine(module.model, module.tokenizer), []
+        # With sharded weights every rank calls the engine equally often.
+        calls = -(-len(examples) // (trainer.world_size * _PROMPTS_AT_ONCE))
+        for call in range(calls):
+            part = own[call * _PROMPTS_AT_ONCE : (call + 1) * _PROMPTS_AT_ONCE]
+            found += self._part(engine, [examples[n] for n in part], part, trainer.global_step)
+        return found
+
+    def _part(
+        self, engine: LocalEngine, examples: Sequence[Example], places: Sequence[int], step: int
+    ) -> list[ScoredPrompt]:
+        return sample_prompts(
+            engine,
+            examples,
+            self.scorer,
+            num_samples=self.num_samples,
+            sampling=self.sampling,
+            seed=derive_seed(self.seed, "round", self.round),
+            numbers=places,
+            model=f"step {step}",
+        )
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the round, and the one whose rows are trained on."""
+        return {"round": self.round, "rows_of": self._rows_of, "history": [dict(record) for record in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the round of an earlier run.
+
+        Raises:
+            ValueError: its rows are not there.
+        """
+        self.round, self._rows_of = state_dict["round"], state_dict["rows_of"]
+        self.history = [dict(record) for record in state_dict["history"]]
+        self._is_loaded = True
+        if self._rows_of and not self._file(self._rows_of).is_file():
+            raise ValueError(
+                f"the rows of round {self._rows_of} are not in {str(self._file(self._rows_of))!r}: the run that is "
+                "resumed has written them into its folder: give that folder"
+            )
