@@ -65,7 +65,7 @@ def new_prompts(candidates: Sequence[str], known: Sequence[str], *, max_overlap:
         ValueError: ``max_overlap`` out of its range.
 
     Example:
-        >>> new_prompts(["add two and two", "add two and three", "name a river"], ["add one and two"], max_overlap=0.8)
+        >>> new_prompts(["add two and two", "add two and three", "name a river"], ["add one and one"])
         ['add two and two', 'name a river']
     """
     if not 0 < max_overlap <= 1:
