@@ -6,13 +6,15 @@ It does not model kernels, memory, streams or speed. Everything it changes in to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -166,7 +168,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if packet in (_aten.set_, _aten.resize_):
         return args[0]
-    return return_and_correct_aliasing(func, args, kwargs, _mapped(_wrapped, out))
+    # A view of a weight is no inference tensor, even where it is made in inference mode.
+    plain_view = func.is_view and not args[0].is_inference()
+    with torch.inference_mode(False) if plain_view else nullcontext():
+        wrapped = _mapped(_wrapped, out)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -242,6 +248,22 @@ class _Accelerator(CPUAccelerator):
         """There is none."""
 
 
+class _Event:
+    """A point in time; the device is never ahead of or after the host."""
+
+    def __init__(self, *, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000 * (end.time - self.time)
+
+
 def _target(args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
     """Where ``Tensor.to`` goes, and the dtype."""
     given = [*args, *kwargs.values()]
@@ -250,6 +272,20 @@ def _target(args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]
         return like.device, like.dtype
     device = next((a for a in given if isinstance(a, str | torch.device)), None)
     return device, next((a for a in given if isinstance(a, torch.dtype)), None)
+
+
+def _attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Scaled-dot-product attention, whose causal mask C++ would make where it finds the tensors: in host memory."""
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
+    ) -> Tensor:
+        if dropout_p and options.get("is_causal") and isinstance(query, Pretended):  # only then one is made
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=CUDA).tril()
+            options["is_causal"] = False
+        return plain(query, key, value, attn_mask, dropout_p, **options)
+
+    return attend
 
 
 @contextmanager
@@ -291,9 +327,11 @@ def pretended_cuda() -> Iterator[None]:
         return make(data, dtype=dtype, device=device)
 
     replaced = {
+        "torch.nn.functional.scaled_dot_product_attention": _attention(F.scaled_dot_product_attention),
         "torch.tensor": make,
         "torch.as_tensor": wrap,
         "torch.autocast": Autocast,
+        "torch.amp.autocast": Autocast,
         "torch.is_autocast_enabled": lambda kind=None: enabled(host(kind)),
         "torch.get_autocast_dtype": lambda kind: dtype_of(host(kind)),
         "torch.cuda._lazy_init": lambda: None,
@@ -302,6 +340,11 @@ def pretended_cuda() -> Iterator[None]:
         "torch.Tensor.to": to,
         "torch.cuda.get_rng_state": lambda device=None: torch.get_rng_state(),
         "torch.cuda.set_rng_state": lambda state, device=None: None,
+        "torch.cuda.Event": _Event,
+        "torch.cuda.current_stream": lambda device=None: None,
+        "torch.cuda.get_device_name": lambda device=None: "pretended",
+        "torch.cuda.max_memory_allocated": lambda device=None: 0,
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # fp16's scaler works
     }
     _device._device_constructors()  # kept by torch: must hold the true functions
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
