@@ -288,11 +288,29 @@ def _attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return attend
 
 
-@contextmanager
-def pretended_cuda() -> Iterator[None]:
-    """Within it, ``cuda:0`` is there."""
-    tensor, move, autocast = torch.tensor, Tensor.to, torch.autocast
-    enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
+def _host(kind: Any) -> Any:
+    return "cpu" if kind in (None, "cuda") else kind
+
+
+def _autocasting() -> dict[str, Any]:
+    """Functions of autocast, by name: that of the device is the CPU's."""
+    autocast, enabled, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    class Autocast(autocast):  # type: ignore[misc,valid-type]
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(_host(device_type), *args, **kwargs)
+
+    return {
+        "torch.autocast": Autocast,
+        "torch.amp.autocast": Autocast,
+        "torch.is_autocast_enabled": lambda kind=None: enabled(_host(kind)),
+        "torch.get_autocast_dtype": lambda kind: dtype_of(_host(kind)),
+    }
+
+
+def _placing() -> dict[str, Any]:
+    """Functions that make tensors or move them, by name."""
+    tensor, move = torch.tensor, Tensor.to
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         device, dtype = _target(args, kwargs)
@@ -307,13 +325,6 @@ def pretended_cuda() -> Iterator[None]:
         plain = self.detach().clone()
         return Pretended(plain if dtype is None else move(plain, dtype))
 
-    def host(kind: Any) -> Any:
-        return "cpu" if kind in (None, "cuda") else kind
-
-    class Autocast(autocast):  # type: ignore[misc,valid-type]
-        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-            super().__init__(host(device_type), *args, **kwargs)
-
     def make(data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
         stack = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, _device.DeviceContext)]
         place = device or (stack[-1] if stack else "cpu")
@@ -326,18 +337,19 @@ def pretended_cuda() -> Iterator[None]:
             return data.to(device=device or data.device, dtype=dtype or data.dtype)
         return make(data, dtype=dtype, device=device)
 
+    return {"torch.tensor": make, "torch.as_tensor": wrap, "torch.Tensor.to": to}
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[None]:
+    """Within it, ``cuda:0`` is there."""
     replaced = {
+        **_autocasting(),
+        **_placing(),
         "torch.nn.functional.scaled_dot_product_attention": _attention(F.scaled_dot_product_attention),
-        "torch.tensor": make,
-        "torch.as_tensor": wrap,
-        "torch.autocast": Autocast,
-        "torch.amp.autocast": Autocast,
-        "torch.is_autocast_enabled": lambda kind=None: enabled(host(kind)),
-        "torch.get_autocast_dtype": lambda kind: dtype_of(host(kind)),
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.get_device_capability": lambda device=None: (7, 0),  # no kernel of newer cards is asked for
-        "torch.Tensor.to": to,
         "torch.cuda.get_rng_state": lambda device=None: torch.get_rng_state(),
         "torch.cuda.set_rng_state": lambda state, device=None: None,
         "torch.cuda.Event": _Event,
