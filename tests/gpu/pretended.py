@@ -6,13 +6,15 @@ It does not model kernels, memory, streams or speed. Everything it changes in to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -166,7 +168,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if packet in (_aten.set_, _aten.resize_):
         return args[0]
-    return return_and_correct_aliasing(func, args, kwargs, _mapped(_wrapped, out))
+    # A view of a weight is no inference tensor, even where it is made in inference mode.
+    plain_view = func.is_view and not args[0].is_inference()
+    with torch.inference_mode(False) if plain_view else nullcontext():
+        wrapped = _mapped(_wrapped, out)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -242,6 +248,22 @@ class _Accelerator(CPUAccelerator):
         """There is none."""
 
 
+class _Event:
+    """A point in time; the device is never ahead of or after the host."""
+
+    def __init__(self, *, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000 * (end.time - self.time)
+
+
 def _target(args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
     """Where ``Tensor.to`` goes, and the dtype."""
     given = [*args, *kwargs.values()]
@@ -252,11 +274,43 @@ def _target(args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]
     return device, next((a for a in given if isinstance(a, torch.dtype)), None)
 
 
-@contextmanager
-def pretended_cuda() -> Iterator[None]:
-    """Within it, ``cuda:0`` is there."""
-    tensor, move, autocast = torch.tensor, Tensor.to, torch.autocast
-    enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
+def _attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Scaled-dot-product attention, whose causal mask C++ would make where it finds the tensors: in host memory."""
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
+    ) -> Tensor:
+        if dropout_p and options.get("is_causal") and isinstance(query, Pretended):  # only then one is made
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=CUDA).tril()
+            options["is_causal"] = False
+        return plain(query, key, value, attn_mask, dropout_p, **options)
+
+    return attend
+
+
+def _host(kind: Any) -> Any:
+    return "cpu" if kind in (None, "cuda") else kind
+
+
+def _autocasting() -> dict[str, Any]:
+    """Functions of autocast, by name: that of the device is the CPU's."""
+    autocast, enabled, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    class Autocast(autocast):  # type: ignore[misc,valid-type]
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(_host(device_type), *args, **kwargs)
+
+    return {
+        "torch.autocast": Autocast,
+        "torch.amp.autocast": Autocast,
+        "torch.is_autocast_enabled": lambda kind=None: enabled(_host(kind)),
+        "torch.get_autocast_dtype": lambda kind: dtype_of(_host(kind)),
+    }
+
+
+def _placing() -> dict[str, Any]:
+    """Functions that make tensors or move them, by name."""
+    tensor, move = torch.tensor, Tensor.to
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         device, dtype = _target(args, kwargs)
@@ -271,13 +325,6 @@ def pretended_cuda() -> Iterator[None]:
         plain = self.detach().clone()
         return Pretended(plain if dtype is None else move(plain, dtype))
 
-    def host(kind: Any) -> Any:
-        return "cpu" if kind in (None, "cuda") else kind
-
-    class Autocast(autocast):  # type: ignore[misc,valid-type]
-        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-            super().__init__(host(device_type), *args, **kwargs)
-
     def make(data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
         stack = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, _device.DeviceContext)]
         place = device or (stack[-1] if stack else "cpu")
@@ -290,18 +337,26 @@ def pretended_cuda() -> Iterator[None]:
             return data.to(device=device or data.device, dtype=dtype or data.dtype)
         return make(data, dtype=dtype, device=device)
 
+    return {"torch.tensor": make, "torch.as_tensor": wrap, "torch.Tensor.to": to}
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[None]:
+    """Within it, ``cuda:0`` is there."""
     replaced = {
-        "torch.tensor": make,
-        "torch.as_tensor": wrap,
-        "torch.autocast": Autocast,
-        "torch.is_autocast_enabled": lambda kind=None: enabled(host(kind)),
-        "torch.get_autocast_dtype": lambda kind: dtype_of(host(kind)),
+        **_autocasting(),
+        **_placing(),
+        "torch.nn.functional.scaled_dot_product_attention": _attention(F.scaled_dot_product_attention),
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.get_device_capability": lambda device=None: (7, 0),  # no kernel of newer cards is asked for
-        "torch.Tensor.to": to,
         "torch.cuda.get_rng_state": lambda device=None: torch.get_rng_state(),
         "torch.cuda.set_rng_state": lambda state, device=None: None,
+        "torch.cuda.Event": _Event,
+        "torch.cuda.current_stream": lambda device=None: None,
+        "torch.cuda.get_device_name": lambda device=None: "pretended",
+        "torch.cuda.max_memory_allocated": lambda device=None: 0,
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # fp16's scaler works
     }
     _device._device_constructors()  # kept by torch: must hold the true functions
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
