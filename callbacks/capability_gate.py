@@ -24,6 +24,7 @@ from ..utils.files import hold, on_first_rank, release
 from ..utils.option_groups import build_group
 from ..utils.validation import check_count
 from .model_export import ModelExport
+from .self_improvement import SelfImprovement
 
 # Learning rates in an optimizer's groups and in a schedule.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -127,6 +128,11 @@ class CapabilityGate(lightning.Callback):
             raise ValueError(
                 f"criteria.on_reject is 'new_seed', and {type(pl_module).__name__} draws nothing at random without "
                 "dropout: every attempt would be the same; use smaller_step or stop"
+            )
+        if any(isinstance(callback, SelfImprovement) for callback in trainer.callbacks):
+            raise ValueError(
+                "CapabilityGate cannot go back to rows that SelfImprovement has replaced: use a pipeline, where a "
+                "stage of kind 'rounds' has a gate in its body, or remove one of the two callbacks"
             )
         if self._module is not pl_module or trainer.global_step == 0:
             self._forget()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlhf_lightning import GRPOModule, RewardModule, SFTModule
-from rlhf_lightning.callbacks import CapabilityGate, ModelExport, TrainingCheckpoint, capability_gate
+from rlhf_lightning.callbacks import CapabilityGate, ModelExport, SelfImprovement, TrainingCheckpoint, capability_gate
 from rlhf_lightning.datamodules import PromptDataModule, SFTDataModule
 from rlhf_lightning.evaluation import TaskResult
 from rlhf_lightning.self_improvement.gate import Decision
@@ -110,9 +110,10 @@ def assert_leaves_no_trace(
     forget_gate(expected)
     forget_gate(found)
     assert_same(found, expected)
-    # The last stretch is logged as it was.
+    # The last step is logged as it was.
     own = [[(s, v) for s, v in m.rows if not any(key.startswith("gate/") for key in v)] for m in (plain, again)]
-    assert_same(own[1][-3:], own[0][-3:])
+    assert own[0][-1][1]
+    assert_same(own[1][-1], own[0][-1])
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -163,9 +164,8 @@ def poisoned(model: Path, *callbacks: lightning.Callback, steps: int = 8, resume
         enable_model_summary=False,
     )
     schedule = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda n: 1 / (1 + n))
-    module = SFTModule(
-        str(model), optimizer=partial(torch.optim.AdamW, lr=0.05), lr_scheduler=options.pop("schedule", schedule)
-    )
+    given = options.pop("of_module", {})
+    module = SFTModule(str(model), optimizer=partial(torch.optim.AdamW, lr=0.05), lr_scheduler=schedule, **given)
     module.configure_model()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     data = SFTDataModule(train=POISON, global_batch_size=3, **options)
@@ -366,7 +366,7 @@ def test_refusals_in_training_leave_nothing(tiny_model_folder: Any, tmp_path: Pa
             ),
             ({"limit": 3, "prompts": str(tmp_path / "empty.jsonl")}, {}, r"empty.jsonl"),
             (
-                {},
+                {"dropout": 0.0},
                 {"criteria": {"on_reject": "new_seed"}},
                 r"^criteria.on_reject is 'new_seed', and SFTModule draws",
             ),
@@ -379,9 +379,10 @@ def test_refusals_in_training_leave_nothing(tiny_model_folder: Any, tmp_path: Pa
     )
     (tmp_path / "empty.jsonl").write_text("")
     for task, options, message in cases:
+        rate = {"dropout": task.pop("dropout")} if "dropout" in task else {}
         gate = CapabilityGate(suite(tmp_path, **task), folder, every_n_steps=1, **options)
         with pytest.raises(ValueError, match=message) as raised:
-            poisoned(model, gate, steps=1)
+            poisoned(model, gate, steps=1, of_module=rate)
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "accepted").exists()
 
@@ -394,3 +395,10 @@ def test_it_needs_a_module_that_generates(tiny_model_folder: Any, tmp_path: Path
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"^CapabilityGate needs a module that generates text; it was given a Rew"):
         trainer.fit(RewardModule(str(tiny_model_folder())), datamodule=RUNS["reward"].data())
+
+
+def test_rows_that_change_cannot_be_taken_back(tiny_model_folder: Any, tmp_path: Path) -> None:
+    gate = CapabilityGate(suite(tmp_path), str(tmp_path / "accepted"))
+    rounds = SelfImprovement(str(tmp_path / "prompts.jsonl"), str(tmp_path / "rounds"))
+    with pytest.raises(ValueError, match=r"^CapabilityGate cannot go back to rows that SelfImprovement has replaced"):
+        poisoned(tiny_model_folder(), gate, rounds, steps=1)
