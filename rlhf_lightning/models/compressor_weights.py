@@ -102,10 +102,12 @@ class Encoding:
 
     Attributes:
         gate: tokens that are changed: ``None`` for none, ``True`` for all, or 1 and 0 for each, ``(T,)``.
+        kept: the gate of the last forward, for layers that run again in its backward pass.
     """
 
     def __init__(self, model: nn.Module, weights: CompressorWeights) -> None:
         self.gate: Tensor | bool | None = None
+        self.kept: Tensor | bool | None = None
         self.weights = weights
         for name, layer in linear_layers(model):
             if name in weights.inner:
@@ -115,6 +117,8 @@ class Encoding:
         # A closure, so that a copy of the model does not copy the weights.
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             gate, inputs = self.gate, args[0]
+            if gate is None and torch.is_grad_enabled():
+                gate = self.kept
             if gate is None:
                 return None
             change = self.weights.change(name, inputs)

@@ -176,13 +176,16 @@ class ContextCompressor(nn.Module):
         Args:
             gate: see ``Encoding``.
         """
-        self._encoding.gate = gate
+        encoding = self._encoding
+        encoding.gate, encoding.kept = gate, None
         try:
             yield
         finally:
             # Checkpointed layers run again in the backward pass, with the changes of the last forward.
-            if not torch.is_grad_enabled():
-                self._encoding.gate = None
+            again = torch.is_grad_enabled() and any(
+                getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+            )
+            encoding.gate, encoding.kept = None, gate if again else None
 
     def hidden_states(self, batch: SequenceBatch) -> HiddenStates:
         """Runs the decoder over a packed batch whose contexts have slots, as ``options.tree`` makes them."""
