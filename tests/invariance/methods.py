@@ -300,7 +300,7 @@ PACKED: dict[str, Method] = {
         contexts,
         {"ratio": 4, "segment_length": 8, "recurrence": "replace", "placement": "end", "encoder_rank": 0}
         | {"pooling": "attention"}
-        | {"train_decoder": True, "kl_coef": 2.0, "continuation_coef": 0.5},
+        | {"train_decoder": True, "kl_coef": 0.3, "continuation_coef": 0.8},
     ),
 }
 
