@@ -38,8 +38,9 @@ def test_two_ranks_go_back_together(tiny_model_folder, tmp_path, strategy):
     first, second = plain["post_training"]["random"]
     assert not torch.equal(first["torch"], second["torch"])
     kls = [[entry["kl"] for entry in next(iter(state.values()))["history"]] for state in states]
-    assert kls[1][::2] == kls[1][1::2] == kls[0]
-    assert kls[0][-1] > 0
+    # The checkpoint of the last step is made before that step is judged, for the second time.
+    assert kls[1][:4:2] == kls[1][1:4:2] == kls[0]
+    assert len(set(kls[0])) == 2
 
     if strategy == "ddp":
         checkpoint = torch.load(tmp_path / "ewc" / "checkpoints" / "step=9.ckpt", weights_only=True)
