@@ -15,9 +15,10 @@ from ..core import PostTrainingModule
 from ..core.checkpoint_io import check_place
 from ..core.rewind import Rewind, allow_rewinding
 from ..evaluation import Suite, TaskResult
+from ..evaluation.suite import SuiteSource
 from ..inference import derive_seed
 from ..rl.on_policy_module import OnPolicyModule
-from ..self_improvement.gate import CapabilityCriteria, Decision, check_criteria, decide
+from ..self_improvement.gate import CapabilityCriteria, CriteriaSource, Decision, check_criteria, decide
 from ..self_improvement.measuring import Sample, SuiteMeter
 from ..self_improvement.snapshots import Snapshots
 from ..utils.files import hold, on_first_rank, release
@@ -43,7 +44,7 @@ class CapabilityGate(lightning.Callback):
     ``criteria.on_reject`` decides: training continues with the learning rate times ``step_factor`` for every rejection
     in succession (``smaller_step``), with other samples and dropout (``new_seed``, of methods that draw), or ends.
     After ``criteria.patience`` rejections in succession it ends as well. A run that has ended has the weights of the
-    last accepted state, of which the final export is made.
+    last accepted state, and the final export is made from it.
 
     Rejected steps count neither for ``max_steps`` nor for schedules, but for ``max_time``. ``ModelExport`` with
     ``monitor``, or ``every_n_steps``, may export between boundaries, where nothing has been decided yet. With
@@ -76,10 +77,10 @@ class CapabilityGate(lightning.Callback):
 
     def __init__(
         self,
-        suite: str | dict[str, Any] | Suite,
+        suite: SuiteSource,
         folder: str,
         every_n_steps: int | None = None,
-        criteria: CapabilityCriteria | dict[str, Any] | None = None,
+        criteria: CriteriaSource = None,
         step_factor: float = 0.5,
         keep: int = 2,
         seed: int = 0,
@@ -149,7 +150,7 @@ class CapabilityGate(lightning.Callback):
         hold(self.folder)
 
     def _order(self, callback: lightning.Callback) -> int:
-        """After callbacks that change weights or states, before those that write them."""
+        """After callbacks that change weights or states, before callbacks that write them."""
         if callback is self:
             return 1
         return 3 if isinstance(callback, Checkpoint) else 2 if isinstance(callback, ModelExport) else 0

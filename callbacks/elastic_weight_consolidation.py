@@ -1,4 +1,4 @@
-"""Keeps weights near those that earlier tasks need, by a quadratic penalty with their Fisher information."""
+"""Keeps weights near the ones that earlier tasks need, by a quadratic penalty with their Fisher information."""
 
 from __future__ import annotations
 

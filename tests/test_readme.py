@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf_lightning
-from rlhf_lightning import callbacks, core, datamodules, modules
+from rlhf_lightning import callbacks, core, datamodules, metrics, modules
 from rlhf_lightning.cli import main
 from rlhf_lightning.rl import on_policy_module
 
@@ -113,6 +113,7 @@ def test_what_documents_name_is_there(document: str) -> None:
         on_policy_module,
         datamodules,
         callbacks,
+        metrics,
         lightning,
     )
     for name in re.findall(r"`(\w+(?:Module|Export|Accuracy|Logger|Guard|Sync|Schedule))`", text):

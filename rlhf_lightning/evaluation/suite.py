@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..utils import yaml_parser
 from ..utils.messages import did_you_mean
@@ -111,3 +111,10 @@ def _check_keys(written: Mapping[str, Any], allowed: Sequence[str], what: str) -
     for key in written:
         if key not in allowed:
             raise ValueError(f"{what} has no key {key!r}{did_you_mean(str(key), allowed)}")
+
+
+if TYPE_CHECKING:
+    SuiteSource: TypeAlias = str | dict[str, Any] | Suite
+else:
+    # Without classes: the command line would parse a suite's file as the arguments of a Suite.
+    SuiteSource = str | dict[str, Any]

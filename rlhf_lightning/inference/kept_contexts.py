@@ -89,7 +89,7 @@ class SinkWindow:
     Args:
         model: a causal language model.
         ratio: tokens of a context for one that is kept, at least 1.
-        sinks: first tokens among those that are kept, at least 0.
+        sinks: first tokens among the kept ones, at least 0.
 
     Raises:
         ValueError: an option is not allowed, or the model cannot be given entries of a cache.

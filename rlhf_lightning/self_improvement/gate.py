@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from ..evaluation import TaskResult
 from ..metrics.intervals import Comparison, mcnemar, paired_bootstrap
@@ -87,6 +87,13 @@ class CapabilityCriteria(OptionGroup):
                     "would be accepted; raise it"
                 )
         check_count(name("patience"), self.patience, "3 is usual")
+
+
+if TYPE_CHECKING:
+    CriteriaSource: TypeAlias = CapabilityCriteria | dict[str, Any] | None
+else:
+    # Without classes: the command line would parse a file as the arguments of the class.
+    CriteriaSource = dict[str, Any] | None
 
 
 @dataclass(frozen=True)

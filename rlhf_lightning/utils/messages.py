@@ -13,6 +13,7 @@ _LIMIT = 1000
 # Lines that jsonargparse repeats for each allowed type that the value does not resemble.
 _COMMONPLACES = (
     "Expected an? |Not of type DottedPath|Does not validate against|Not a valid subclass|a class path|a dict"
+    "|a string or stream input is required"
 )
 
 

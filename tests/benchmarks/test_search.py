@@ -34,7 +34,8 @@ def test_votes_among_subsets(bench):
 
 
 def test_the_table_has_means_over_seeds(bench):
-    common = {"setting": "harder", "method": "beam", "scorer_name": "PRM", "n": 8}
+    setting = [*bench.SETTINGS][1]
+    common = {"setting": setting, "method": "beam", "scorer_name": "PRM", "n": 8}
     rows = [
         {**common, "seed": 0, "accuracy": 0.5, "policy": 100.0, "scorer": 50.0},
         {**common, "seed": 1, "accuracy": 0.7, "policy": 300.0, "scorer": 50.0},
@@ -51,7 +52,7 @@ def test_the_table_has_means_over_seeds(bench):
         },
     ]
     found = bench.points(rows)
-    point = found["harder", "beam", "PRM", 8]
+    point = found[setting, "beam", "PRM", 8]
     assert (point.accuracy, point.tokens) == pytest.approx((0.65, 250.0))
     lines = bench.table(found, [8]).splitlines()
     assert "| beam, 8 |  |  | 65 % at 250 |  |  |" in lines
