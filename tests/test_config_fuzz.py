@@ -211,3 +211,18 @@ def test_what_is_wrong_inside_of_a_class_is_reported(tmp_path: Path) -> None:
     said = attempt(f"--config={file}")
     assert said is not None
     assert not said.endswith(":"), said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("enable_checkpointing", "yes", "trainer.enable_checkpointing: 'yes' is not allowed: expected bool or null"),
+        ("max_steps", "yes", "trainer.max_steps: a text is not allowed: see --help"),
+    ],
+)
+def test_texts_where_yaml_once_had_other_values(tmp_path: Path, option: str, value: str, words: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"trainer: {{{option}: '{value}'}}\n")
+    said = attempt("--config=configs/dpo/tiny.yaml", f"--config={file}")
+    assert said is not None
+    assert words in said
