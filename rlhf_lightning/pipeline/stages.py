@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..generation import GenerateOptions
 from ..generation.compress import CompressOptions
@@ -16,10 +16,18 @@ from ..merging.options import MergeOptions
 from ..self_improvement.refine import CRITIQUE, REVISION, Refine
 from ..self_improvement.row_options import KINDS_OF_ROWS, RowOptions
 
+T = TypeVar("T")
+
 EXACT = "rlhf_lightning.rewards.exact_answer"
 # Kinds of rows that sample and refine stages write, with their files.
 ROWS = {kind: f"{kind}.jsonl" for kind in KINDS_OF_ROWS}
 MODEL = {"model": "model"}
+
+
+def _options(stage: Any, cls: type[T], **own: Any) -> T:
+    """Makes a command's options from the fields that a stage repeats, and from its own."""
+    given = {option.name: getattr(stage, option.name) for option in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return cls(**{**given, **own})
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,8 @@ class GenerateStage(GenerateOptions):
             seed: of all samples.
             dtype: of the weights, unless the stage has its own.
         """
-        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(GenerateOptions)}
-        place = str(folder / self.outputs["rows"])
-        return GenerateOptions(
-            **{**given, "output": place, "seed": seed, "dtype": dtype if self.dtype == "auto" else self.dtype}
-        )
+        dtype = dtype if self.dtype == "auto" else self.dtype
+        return _options(self, GenerateOptions, output=str(folder / self.outputs["rows"]), seed=seed, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +158,8 @@ class CompressStage(CompressOptions):
             seed: of all answers.
             dtype: of the weights, unless the stage has its own.
         """
-        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(CompressOptions)}
-        place = str(folder / self.outputs["rows"])
-        return CompressOptions(
-            **{**given, "output": place, "seed": seed, "dtype": dtype if self.dtype == "auto" else self.dtype}
-        )
+        dtype = dtype if self.dtype == "auto" else self.dtype
+        return _options(self, CompressOptions, output=str(folder / self.outputs["rows"]), seed=seed, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +181,8 @@ class LabelStage(LabelOptions):
             seed: of all samples.
             dtype: of the weights, unless the stage has its own.
         """
-        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(LabelOptions)}
         place = str(folder / self.outputs["rows"])
-        return LabelOptions(**{**given, "output": place, "seed": seed, "dtype": self.dtype or dtype})
+        return _options(self, LabelOptions, output=place, seed=seed, dtype=self.dtype or dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,12 +202,11 @@ class MergeStage(MergeOptions):
             folder: of the stage.
             seed: of random masks, for methods that draw some.
         """
-        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(MergeOptions)}
         draws = self.method in METHODS and "seed" in {
             option.name for option in dataclasses.fields(METHODS[self.method])
         }
         place = str(folder / self.outputs["model"])
-        return MergeOptions(**{**given, "output": place, "seed": seed if draws else self.seed})
+        return _options(self, MergeOptions, output=place, seed=seed if draws else self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
