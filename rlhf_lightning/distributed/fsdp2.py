@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import wraps
 from typing import Any
@@ -77,7 +78,12 @@ class ShardedRoot(nn.Module):
     def dummy_pass(self) -> Tensor:
         """Runs a dummy pass over one token, and returns its hidden states."""
         token = torch.zeros((1, 1), dtype=torch.long, device=next(self.parameters()).device)
-        hidden: Tensor = self(self._run, input_ids=token, use_cache=False)[0]
+        with ExitStack() as stack:
+            # Parts that change the decoder's layers must be reached as in a real pass.
+            for part in self.parts[1:]:
+                enter: Any = getattr(part, "on_dummy_pass", nullcontext)
+                stack.enter_context(enter())
+            hidden: Tensor = self(self._run, input_ids=token, use_cache=False)[0]
         return hidden
 
 

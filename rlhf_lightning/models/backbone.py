@@ -83,7 +83,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def hidden_states(
-    model: nn.Module, batch: SequenceBatch, layout: Layout, inputs_embeds: Tensor | None = None
+    model: nn.Module, batch: SequenceBatch, layout: Layout, *, embeds_slots: bool = False
 ) -> HiddenStates:
     """Runs the decoder over a batch.
 
@@ -91,12 +91,12 @@ def hidden_states(
         model: a causal language model, or one wrapped by PEFT.
         batch: the sequences.
         layout: ``packed`` or ``padded``.
-        inputs_embeds: ``(T, D)``, the embeddings of a packed batch with slots.
+        embeds_slots: whether the model embeds the slots of a packed batch, as a ``ContextCompressor`` lets it.
 
     Raises:
-        ValueError: the batch has slots, and the layout is padded or their embeddings are not given.
+        ValueError: the batch has slots, and the layout is padded or the model does not embed them.
     """
-    if batch.slots is not None and (inputs_embeds is None or layout == "padded"):
+    if batch.slots is not None and (layout == "padded" or not embeds_slots):
         raise ValueError("the batch has slots, whose embeddings a ContextCompressor has: run its token_stats, packed")
     decoder = decoder_of(model)
     recorder = getattr(decoder, ROUTER_RECORDER, None)
@@ -109,11 +109,8 @@ def hidden_states(
         output = decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False, **options)
         hidden = HiddenStates(output.last_hidden_state, padded.start)
     else:
-        given = (
-            {"input_ids": batch.input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
-        )
         output = decoder(
-            **given,
+            input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             # A mask with four dimensions passes through mask creation untouched; the registered attention does not
             # read it.
@@ -139,7 +136,7 @@ def token_stats(
     entropy: bool = False,
     mean: bool = False,
     power: bool = False,
-    inputs_embeds: Tensor | None = None,
+    embeds_slots: bool = False,
 ) -> TokenStats:
     """Computes log-probabilities of every scored token of a batch; projects only positions that a loss reads.
 
@@ -151,12 +148,12 @@ def token_stats(
         entropy: see ``fused_logprobs``.
         mean: see ``fused_logprobs``.
         power: see ``fused_logprobs``.
-        inputs_embeds: see ``hidden_states``.
+        embeds_slots: see ``hidden_states``.
 
     Returns:
         TokenStats of ``(N,)`` tensors, in the order of ``batch.target_ids``.
     """
-    hidden = hidden_states(model, batch, layout, inputs_embeds)
+    hidden = hidden_states(model, batch, layout, embeds_slots=embeds_slots)
     return scored_stats(model, batch, hidden, temperature=temperature, entropy=entropy, mean=mean, power=power)
 
 

@@ -72,14 +72,14 @@ class Compressor(Protocol):
 
 
 def run_after(
-    model: nn.Module, states: LayerStates, inputs_embeds: Tensor, positions: Tensor
+    model: nn.Module, states: LayerStates, input_ids: Tensor, positions: Tensor
 ) -> tuple[Tensor, LayerStates]:
     """Runs a decoder on new tokens of one sequence after entries of its cache.
 
     Args:
         model: a causal language model that runs with the registered attention.
         states: what the tokens see before them, as in ``CompressedContext``; may be empty.
-        inputs_embeds: ``(Q, H)``.
+        input_ids: ``(Q,)``.
         positions: ``(Q,)``.
 
     Returns:
@@ -91,7 +91,7 @@ def run_after(
     before, count = cache.get_seq_length() if states else 0, len(positions)
     columns = torch.arange(before, before + count, device=positions.device)
     output = decoder_of(model)(
-        inputs_embeds=inputs_embeds[None],
+        input_ids=input_ids[None],
         position_ids=positions[None],
         # A mask with four dimensions passes through mask creation untouched, and the attention does not read it.
         attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=positions.device),
@@ -119,9 +119,8 @@ def context_states(model: nn.Module, tokens: Sequence[int]) -> CompressedContext
         raise ValueError("a context has no tokens: leave it out, or give it one")
     base = check_entries(model)
     ids = torch.tensor(list(tokens), device=next(model.parameters()).device)
-    embeddings: Any = base.get_input_embeddings()
     with evaluating(model), using_attention(base, register_attention()):
-        _, states = run_after(model, [], embeddings(ids), torch.arange(len(ids), device=ids.device))
+        _, states = run_after(model, [], ids, torch.arange(len(ids), device=ids.device))
     return CompressedContext(states, len(ids), len(ids))
 
 

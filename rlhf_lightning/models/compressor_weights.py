@@ -6,7 +6,8 @@ Legend: R rank, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ class CompressorWeights(nn.Module):
             and changes begin at zero.
     """
 
+    on_dummy_pass: Callable[[], AbstractContextManager[None]]  # in which a pass over one token reaches the weights
+
     def __init__(self, model: nn.Module, num_slots: int, rank: int, seed: int, *, pooled: bool = False) -> None:
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -54,20 +57,15 @@ class CompressorWeights(nn.Module):
         noise = torch.randn(shape, generator=generator, device="cpu").to(like)
         return like.mean(0) + noise * like.std(0)
 
-    def embed(
-        self, model: nn.Module, input_ids: Tensor, slots: Tensor, groups: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """Embeds tokens and slots: ``(T,), (T,) -> (T, D)``.
+    def embed(self, states: Tensor, slots: Tensor, groups: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Puts the embeddings of slots among those of tokens: ``(T, D), (T,) -> (T, D)``.
 
         Args:
-            model: the decoder.
-            input_ids: tokens; not read at slots.
+            states: embeddings of tokens; not read at slots.
             slots: numbers of slots, -1 at tokens.
             groups: places of tokens, and of the slots that stand for them: adds the tokens' mean to the slot, weighted
                 by the softmax of ``q . x / sqrt(D)`` where there are queries.
         """
-        embedding: Any = base_model(model).get_input_embeddings()
-        states: Tensor = embedding(input_ids)
         own = F.embedding(slots.clamp(min=0), self.slots).to(states.dtype)
         if groups is not None:
             own = own + self._pooled(states, slots, *groups)
@@ -93,37 +91,88 @@ class CompressorWeights(nn.Module):
         return _SCALE * F.linear(F.linear(inputs.to(inner.dtype), inner), outer)
 
 
+class Encoded(NamedTuple):
+    """Holds what a forward over contexts is given besides tokens.
+
+    Args:
+        gate: tokens that the encoder reads: ``True`` for all, or 1 and 0 for each, ``(T,)``.
+        slots: numbers of slots, -1 at tokens, ``(T,)``.
+        groups: see ``CompressorWeights.embed``.
+    """
+
+    gate: Tensor | bool
+    slots: Tensor
+    groups: tuple[Tensor, Tensor] | None = None
+
+
 class Encoding:
-    """Adds the encoder's changes to a decoder's layers, at the tokens of contexts.
+    """Embeds slots in a decoder's forward, and adds the encoder's changes to its layers at the tokens of contexts.
+
+    Both happen within the forward, where the weights of a sharded decoder are gathered.
 
     Args:
         model: the decoder.
-        weights: the changes.
-
-    Attributes:
-        gate: tokens that are changed: ``None`` for none, ``True`` for all, or 1 and 0 for each, ``(T,)``.
-        kept: the gate of the last forward, for layers that run again in its backward pass.
+        weights: the embeddings and the changes.
     """
 
     def __init__(self, model: nn.Module, weights: CompressorWeights) -> None:
-        self.gate: Tensor | bool | None = None
-        self.kept: Tensor | bool | None = None
         self.weights = weights
+        self._now: Encoded | None = None
+        # Gates of forwards whose layers run again in their backward pass, by the number of their tokens.
+        self._again: dict[int, Tensor | bool] = {}
+        self._modules = list(model.modules())
+        embedding: Any = base_model(model).get_input_embeddings()
+        # Closures, so that a copy of the model does not copy the weights.
+        embedding.register_forward_hook(lambda module, args, output: self._embed(output))
         for name, layer in linear_layers(model):
             if name in weights.inner:
                 layer.register_forward_hook(self._hook(name))
+        weights.on_dummy_pass = self._of_one_token
+
+    @contextmanager
+    def reading(self, encoded: Encoded | None) -> Iterator[None]:
+        """Runs the model as an encoder, within the context and in backward passes through it.
+
+        Args:
+            encoded: of the forward within the context; ``None`` for the decoder as it is.
+        """
+        self._again.clear()
+        with self._set(encoded):
+            yield
+
+    @contextmanager
+    def _set(self, encoded: Encoded | None) -> Iterator[None]:
+        before, self._now = self._now, encoded
+        try:
+            yield
+        finally:
+            self._now = before
+            # Checkpointed layers run again in the backward pass.
+            checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self._modules)
+            if encoded is not None and torch.is_grad_enabled() and checkpointed:
+                self._again[len(encoded.slots)] = encoded.gate
+
+    def _of_one_token(self) -> AbstractContextManager[None]:
+        """Reads a single token as a slot, so that a pass over it reaches the weights; may come within another pass."""
+        return self._set(Encoded(True, torch.zeros(1, dtype=torch.long, device=self.weights.slots.device)))
+
+    def _embed(self, output: Tensor) -> Tensor | None:
+        if self._now is None:
+            return None
+        states = output.flatten(0, -2)
+        return self.weights.embed(states, self._now.slots, self._now.groups).view_as(output)
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        # A closure, so that a copy of the model does not copy the weights.
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            gate, inputs = self.gate, args[0]
+            inputs, gate = args[0], None if self._now is None else self._now.gate
+            count = inputs.shape[:-1].numel()
             if gate is None and torch.is_grad_enabled():
-                gate = self.kept
+                gate = self._again.get(count)
             if gate is None:
                 return None
             change = self.weights.change(name, inputs)
             if isinstance(gate, Tensor):
-                if gate.numel() != inputs.shape[:-1].numel():
+                if gate.numel() != count:
                     raise ValueError(
                         f"{name} is given some of the tokens alone, so that an encoder of its own cannot be told apart "
                         "there: use encoder_rank=0"

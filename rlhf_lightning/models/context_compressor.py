@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..sequences import ATTENTION_NAMES, AttentionKernel, SequenceBatch, register_attention
-from ..utils.files import check_replaceable, on_first_rank
+from ..utils.files import check_replaceable, first_rank_says, on_first_rank
 from ..utils.keywords import refuse_unknown
 from ..utils.transfer import to_device
 from .adapters import locate_base
 from .backbone import HiddenStates, base_model, evaluating, hidden_states, num_positions, token_stats
 from .compressed_context import CompressedContext, LayerStates, check_entries, run_after
 from .compressor_options import CompressorOptions
-from .compressor_weights import CompressorWeights, Encoding
+from .compressor_weights import CompressorWeights, Encoded, Encoding
 from .decoder_identity import decoder_identity, difference
 from .fused_head import TokenStats
 from .layout import resolve_layout
@@ -169,58 +169,38 @@ class ContextCompressor(nn.Module):
 
     # Training: packed forests.
 
-    @contextmanager
-    def encoding(self, gate: Tensor | bool | None) -> Iterator[None]:
-        """Runs the model with the encoder's changes, within the context and in backward passes through it.
-
-        Args:
-            gate: see ``Encoding``.
-        """
-        encoding = self._encoding
-        encoding.gate, encoding.kept = gate, None
-        try:
-            yield
-        finally:
-            # Checkpointed layers run again in the backward pass, with the changes of the last forward.
-            again = torch.is_grad_enabled() and any(
-                getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
-            )
-            encoding.gate, encoding.kept = None, gate if again else None
+    def decoding(self) -> AbstractContextManager[None]:
+        """Runs the model as it is, within the context and in backward passes through it: nothing is an encoder's."""
+        return self._encoding.reading(None)
 
     def hidden_states(self, batch: SequenceBatch) -> HiddenStates:
         """Runs the decoder over a packed batch whose contexts have slots, as ``options.tree`` makes them."""
         self.check_runs_packed()
-        if batch.slots is None or batch.encoded is None:
-            with self.encoding(None), self._registered():
-                return hidden_states(self.model, batch, "packed")
-        embeds = self._embedded(batch, batch.slots)
-        with self.encoding(batch.encoded), self._registered():
-            return hidden_states(self.model, batch, "packed", embeds)
+        with self._encoding.reading(self._encoded(batch)), self._registered():
+            return hidden_states(self.model, batch, "packed", embeds_slots=True)
 
     def token_stats(self, batch: SequenceBatch, **options: Any) -> TokenStats:
         """Computes log-probabilities of a batch's scored tokens, see ``models.token_stats``."""
         self.check_runs_packed()
-        if batch.slots is None or batch.encoded is None:
-            with self.encoding(None), self._registered():
-                return token_stats(self.model, batch, "packed", **options)
-        embeds = self._embedded(batch, batch.slots)
-        with self.encoding(batch.encoded), self._registered():
-            return token_stats(self.model, batch, "packed", inputs_embeds=embeds, **options)
+        with self._encoding.reading(self._encoded(batch)), self._registered():
+            return token_stats(self.model, batch, "packed", embeds_slots=True, **options)
 
-    def _embedded(self, batch: SequenceBatch, slots: Tensor) -> Tensor:
+    def _encoded(self, batch: SequenceBatch) -> Encoded | None:
+        if batch.slots is None or batch.encoded is None:
+            return None
         segments, groups = batch.geometry.segments, []
         if self.options.pooling != "none":
             for start, length, _ in (segments[number] for number in batch.geometry.shown):
                 own = batch.host["slots"][start : start + length]
                 groups.append(np.stack(self.options.stands_for(own)) + start)
-        return self._embed(batch.input_ids, slots, groups)
+        return Encoded(batch.encoded, batch.slots, self._groups(groups))
 
-    def _embed(self, input_ids: Tensor, slots: Tensor, groups: Sequence[np.ndarray]) -> Tensor:
-        """Embeds tokens and slots; groups are those of ``stands_for``, of each segment."""
+    def _groups(self, groups: Sequence[np.ndarray]) -> tuple[Tensor, Tensor] | None:
+        """Joins the groups of segments, which are those of ``stands_for``."""
         if not groups:
-            return self.weights.embed(self.model, input_ids, slots)
-        tokens, places = to_device({"groups": np.concatenate(groups, axis=1)}, slots.device)["groups"]
-        return self.weights.embed(self.model, input_ids, slots, (tokens, places))
+            return None
+        tokens, places = to_device({"groups": np.concatenate(groups, axis=1)}, self.device)["groups"]
+        return tokens, places
 
     # Use: segment by segment.
 
@@ -270,8 +250,8 @@ class ContextCompressor(nn.Module):
             positions = (depth - 1 + (slots < 0).cumsum(0)).clamp(min=0)
             depth += int((numbers < 0).sum())
             groups = [] if self.options.pooling == "none" else [np.stack(self.options.stands_for(numbers))]
-            with self.encoding(True):
-                _, new = run_after(self.model, seen, self._embed(ids, slots, groups), positions)
+            with self._encoding.reading(Encoded(True, slots, self._groups(groups))):
+                _, new = run_after(self.model, seen, ids, positions)
             # Of the segment, its summaries stay.
             chosen = (slots >= 0).nonzero().squeeze(1)
             summaries = [(keys[:, chosen], values[:, chosen]) for keys, values in new]
@@ -313,7 +293,8 @@ class ContextCompressor(nn.Module):
             raise ValueError("the compressor has no tokenizer: give tokenizer=load_tokenizer(folder)")
         target = Path(folder).expanduser().resolve()
         now = decoder_identity(self.model)
-        refers = self.source is not None and now == self._identity
+        # Ranks other than the first may not have read the weights of a sharded model.
+        refers = first_rank_says(self.source is not None and now == self._identity)
         write = self._writer(now, self.source if refers else None)
         if not refers:
             return save_pretrained(self.model, chosen, target, beside=write)

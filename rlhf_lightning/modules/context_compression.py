@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from ..core.module import PostTrainingModule
 from ..core.reference_policy import ReferencePolicy
 from ..distributed.collectives import Metrics, Rows
-from ..distributed.strategy import FSDP2Strategy
 from ..losses.context_compression import full_context_kl
 from ..losses.sft import nll
 from ..models import FrozenReference, num_positions, output_head
@@ -135,8 +134,6 @@ class ContextCompressionModule(PostTrainingModule):
         """Builds the decoder and the compressor on it, with the weights of a stored one."""
         if self.is_configured:
             return
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2Strategy):
-            raise ValueError("a compressor is not sharded: use trainer.strategy ddp, or auto on one device")
         place = locate(self._folder, what="model")
         stored = stored_options(place)
         if stored is not None:
@@ -159,6 +156,11 @@ class ContextCompressionModule(PostTrainingModule):
         """The compressor that is trained; built on first access."""
         self.configure_model()
         return self._held[0]
+
+    def decide_layout(self) -> None:
+        """Checks once that the model runs packed, when it is on its device."""
+        super().decide_layout()
+        self.compressor.check_runs_packed()
 
     # Rows.
 
@@ -242,7 +244,7 @@ class ContextCompressionModule(PostTrainingModule):
         assert part is not None
         policies = self.references
         model = policies[0].model if policies and isinstance(policies[0], FrozenReference) else self.model
-        with self.compressor.encoding(None), evaluating(model):
+        with self.compressor.decoding(), evaluating(model):
             hidden = hidden_states(model, part, "packed")
         return hidden.read(*_read(part)), output_head(model)
 

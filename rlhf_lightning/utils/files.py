@@ -315,6 +315,14 @@ def release(place: Path) -> None:
         _made.discard(folder)
 
 
+def first_rank_says(answer: bool) -> bool:
+    """Returns the first rank's answer on every rank; every rank calls it."""
+    found = [answer]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 def on_first_rank(act: Callable[[], object]) -> None:
     """Runs a function on the first rank, which writes for all, and raises its error on every rank; every rank calls it.
 

@@ -23,7 +23,7 @@ from rlhf_lightning import FSDP2Strategy, GRPOModule, PPOModule
 from rlhf_lightning.sequences import ExampleBatch
 from tests.helpers import leave_together
 from tests.invariance.harness import Batches, trainer, whole
-from tests.invariance.methods import METHODS, Method, rollouts
+from tests.invariance.methods import METHODS, PACKED, Method, rollouts
 from tests.rl.fixed_rollouts import prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def run_job(job: dict[str, Any], strategy: str = "auto", rank: int = 0, world: i
         world: how many processes there are.
     """
     torch.manual_seed(0)
-    method = (METHODS | LIVE)[job["method"]]
+    method = (METHODS | PACKED | LIVE)[job["method"]]
     options: dict[str, Any] = {
         "max_grad_norm": 0.5,
         "micro_batch_tokens": 40,

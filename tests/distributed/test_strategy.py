@@ -30,12 +30,15 @@ WARM_UP = {"value.warmup_iterations": 1}
 JOBS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft", "model": "gpt2"},  # tied weights
     "dpo-adapter": {"method": "dpo", "model": "qwen3", "options": {"lora": {"r": 4}}},
+    # Embeddings of slots and an encoder within layers that run again.
+    "compression": {"method": "compression", "model": "qwen3", "options": {"gradient_checkpointing": True}},
     "grpo-live": {"method": "grpo-live", "model": "qwen3"},
     "ppo-critic": {"method": "ppo", "model": "qwen3", "options": {"value.model": "gpt2", **WARM_UP}},
 }
 MORE_JOBS: dict[str, dict[str, Any]] = {
     "dpo": {"method": "dpo", "model": "qwen3", "options": {"init": "random"}},  # a reference that a checkpoint holds
     "dpo-checkpointed": {"method": "dpo", "model": "gpt2", "options": {"gradient_checkpointing": True}},
+    "compression-decoder": {"method": "compression-decoder", "model": "gpt2"},
     "simpo": {"method": "simpo", "model": "qwen3"},
     "kto": {"method": "kto", "model": "gpt2", "options": {"lora": {"r": 4}, "reference": "frozen"}},
     "reward": {"method": "reward", "model": "qwen3"},
@@ -45,7 +48,7 @@ MORE_JOBS: dict[str, dict[str, Any]] = {
     "ppo-live": {"method": "ppo-live", "model": "qwen3"},
 }
 CHOSEN = JOBS | (MORE_JOBS if EVERYTHING else {})
-RESUMED = ["sft", "dpo-adapter", *(["dpo", "ppo", "reward"] if EVERYTHING else [])]
+RESUMED = ["sft", "dpo-adapter", "compression", *(["dpo", "ppo", "reward"] if EVERYTHING else [])]
 
 
 @pytest.fixture(scope="module")

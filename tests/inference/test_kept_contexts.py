@@ -107,9 +107,8 @@ def test_all_kept_is_the_whole_context(model, cls):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model.base_model(input_ids=torch.tensor([CONTEXT + QUERY])).last_hidden_state[0, -3:]
-        embedded = model.get_input_embeddings()(torch.tensor(QUERY))
         with using_attention(model, register_attention()):
-            found, _ = run_after(model, kept.states, embedded, torch.arange(22, 25))
+            found, _ = run_after(model, kept.states, torch.tensor(QUERY), torch.arange(22, 25))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALL = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
 NUM_ROWS = [pytest.param(7, id="uneven"), pytest.param(1, id="a-rank-without-rows", marks=pytest.mark.slow)]
 SHARDED = ["sft", "dpo-coupled", "kto", "process", "reward", "simpo", "grpo-coupled", "grpo-tree", "grpo-search", "ppo"]
-SHARDED = [*LAID_OUT] if ALL else SHARDED
+SHARDED = [*METHODS] if ALL else [*SHARDED, *PACKED]
 
 
 @pytest.fixture(scope="module")
