@@ -23,7 +23,7 @@ class ContextPrompts:
         engine: encodes prompts without a context.
         prompts: strings, or token ids.
         contexts: one for each prompt: text, token ids, a compressed context, or ``None``. Equal ones are compressed
-            once.
+            once, or once for each prompt by a compressor that reads it.
         compressor: compresses texts and token ids.
 
     Raises:
@@ -45,13 +45,15 @@ class ContextPrompts:
             if context is None:
                 self._keys.append(0)
                 continue
-            content: Any = id(context) if isinstance(context, CompressedContext) else self._tokens(context, number)
-            key = known.setdefault(content, -1 - len(known))
-            self._keys.append(key)
             if isinstance(context, CompressedContext):
+                key = known.setdefault(id(context), -1 - len(known))
                 self.table[key] = context
-            elif key not in waiting:
-                waiting[key] = (list(content), self._following(prompts[number], number))
+            else:
+                tokens, query = self._tokens(context, number), self._following(prompts[number], number)
+                content = (tokens, tuple(query) if getattr(compressor, "reads_query", False) else ())
+                key = known.setdefault(content, -1 - len(known))
+                waiting.setdefault(key, (list(tokens), query))
+            self._keys.append(key)
         if waiting and compressor is None:
             raise ValueError("contexts are given as tokens, and the engine has no compressor: give it compressor=")
         if waiting and compressor is not None:

@@ -175,6 +175,7 @@ class AttentionEviction:
         check_entries(model)
         self.model, self.ratio, self.recent = model, ratio, recent
         self.observed, self.window = observed, window
+        self.reads_query = observed == "query"
 
     @torch.no_grad()
     def compress(
@@ -244,6 +245,7 @@ class TextSummary:
         check_entries(model)
         self.model, self.tokenizer, self.ratio, self.prompt = model, tokenizer, ratio, prompt
         self.engine: Engine = LocalEngine(model, tokenizer) if engine is None else engine
+        self.reads_query = "{query}" in prompt
 
     def compress(
         self, contexts: Sequence[Sequence[int]], queries: Sequence[Sequence[int]] | None = None

@@ -57,7 +57,10 @@ class CompressedContext:
 
 
 class Compressor(Protocol):
-    """Interface of compressors: learned ones, and others that keep a part of a context."""
+    """Interface of compressors: learned ones, and others that keep a part of a context.
+
+    An attribute ``reads_query`` that is true says that a context is compressed again for each prompt that follows it.
+    """
 
     def compress(
         self, contexts: Sequence[Sequence[int]], queries: Sequence[Sequence[int]] | None = None

@@ -25,7 +25,7 @@ class CompressorWeights(nn.Module):
 
     Args:
         model: the decoder.
-        num_slots: slots of a segment; there is one embedding for each, and a last one that begins a reconstruction.
+        num_slots: slots that have embeddings of their own; a last one begins a reconstruction.
         pooled: whether slots attend to the tokens that they stand for, by queries that begin at zero.
         rank: of the changes that the encoder makes to each linear layer; 0 makes none.
         seed: of the initial weights: embeddings of slots are drawn with the mean and the deviation of the decoder's,
@@ -62,7 +62,7 @@ class CompressorWeights(nn.Module):
 
         Args:
             states: embeddings of tokens; not read at slots.
-            slots: numbers of slots, -1 at tokens.
+            slots: numbers of slots, below 0 at tokens.
             groups: places of tokens, and of the slots that stand for them: adds the tokens' mean to the slot, weighted
                 by the softmax of ``q . x / sqrt(D)`` where there are queries.
         """
@@ -96,7 +96,7 @@ class Encoded(NamedTuple):
 
     Args:
         gate: tokens that the encoder reads: ``True`` for all, or 1 and 0 for each, ``(T,)``.
-        slots: numbers of slots, -1 at tokens, ``(T,)``.
+        slots: numbers of slots, below 0 at tokens, ``(T,)``.
         groups: see ``CompressorWeights.embed``.
     """
 

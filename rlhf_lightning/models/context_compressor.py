@@ -84,8 +84,8 @@ class ContextCompressor(nn.Module):
         check_entries(model)
         self.options = CompressorOptions() if options is None else options
         self.model: Any = model
-        pooled = self.options.pooling == "attention"
-        self.weights = CompressorWeights(model, self.options.num_slots, self.options.encoder_rank, seed, pooled=pooled)
+        pooled, count = self.options.pooling == "attention", self.options.num_embeddings
+        self.weights = CompressorWeights(model, count, self.options.encoder_rank, seed, pooled=pooled)
         self.tokenizer = tokenizer
         self.source = source
         self._identity = decoder_identity(model)
@@ -167,6 +167,11 @@ class ContextCompressor(nn.Module):
         loaded_so = attention_of(base) in ATTENTION_NAMES.values()
         return nullcontext() if loaded_so else using_attention(base, register_attention())
 
+    @property
+    def reads_query(self) -> bool:
+        """Whether the prompt that follows a context is read, so that the context is compressed again for each."""
+        return self.options.reads_query
+
     # Training: packed forests.
 
     def decoding(self) -> AbstractContextManager[None]:
@@ -213,39 +218,45 @@ class ContextCompressor(nn.Module):
         Args:
             contexts: tokens of each, at least one; of one that is shorter than a segment, ``ceil(n / ratio)`` entries
                 are kept.
-            queries: not read.
+            queries: tokens that will follow each, at least one; read with ``reads_query``.
 
         Returns:
             One for each context, in order.
 
         Raises:
-            ValueError: a context has no tokens, tokens that the model lacks, or more than the model has positions.
+            ValueError: a context has no tokens, tokens that the model lacks, or more than the model has positions; or
+                queries are missing.
         """
         self.check_runs_packed()
-        for number, context in enumerate(contexts):
-            self._check(number, context)
+        read = queries if self.reads_query else [()] * len(contexts)
+        if read is None or (self.reads_query and not all(map(len, read))):
+            raise ValueError("the compressor reads the prompt that follows each context: give queries, none empty")
+        pairs = list(zip(contexts, read, strict=True))
+        for number, (context, query) in enumerate(pairs):
+            self._check(number, context, query)
         with self._bare(), evaluating(self), self._registered():
-            return [self._compressed(context) for context in contexts]
+            return [self._compressed(*pair) for pair in pairs]
 
-    def _check(self, number: int, context: Sequence[int]) -> None:
+    def _check(self, number: int, context: Sequence[int], query: Sequence[int]) -> None:
         if not len(context):
             raise ValueError(f"context {number} has no tokens: leave it out, or give it one")
         embedding: Any = base_model(self.model).get_input_embeddings()
         vocabulary = int(embedding.weight.shape[0])
-        wrong = next((token for token in context if not 0 <= token < vocabulary), None)
+        wrong = next((token for token in (*context, *query) if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise ValueError(f"context {number} has the token {wrong}: the model's tokens are 0 to {vocabulary - 1}")
         positions = num_positions(self.model)
-        if positions is not None and len(context) >= positions:
+        taken = len(context) + self.options.num_segments(len(context)) * len(query)
+        if positions is not None and taken >= positions:
             raise ValueError(
                 f"context {number} of {len(context)} tokens leaves no room in the model's {positions} positions: "
                 "shorten it"
             )
 
-    def _compressed(self, context: Sequence[int]) -> CompressedContext:
+    def _compressed(self, context: Sequence[int], query: Sequence[int]) -> CompressedContext:
         seen: LayerStates = []
         depth = 0
-        for tokens, numbers in self.options.segments(list(context)):
+        for tokens, numbers, hides in self.options.segments(list(context), list(query)):
             ids, slots = (torch.from_numpy(array).to(self.device) for array in (tokens, numbers))
             positions = (depth - 1 + (slots < 0).cumsum(0)).clamp(min=0)
             depth += int((numbers < 0).sum())
@@ -256,7 +267,8 @@ class ContextCompressor(nn.Module):
             chosen = (slots >= 0).nonzero().squeeze(1)
             summaries = [(keys[:, chosen], values[:, chosen]) for keys, values in new]
             if seen and self.options.recurrence == "accumulate":
-                pairs = zip(seen, summaries, strict=True)
+                kept = seen[0][0].shape[1] - hides
+                pairs = zip(((a[:, :kept], b[:, :kept]) for a, b in seen), summaries, strict=True)
                 summaries = [(torch.cat((a, c), 1), torch.cat((b, d), 1)) for (a, b), (c, d) in pairs]
             seen = summaries
         return CompressedContext(seen, depth, len(context))

@@ -57,6 +57,8 @@ class ContextCompressionModule(PostTrainingModule):
         encoder_rank: rank of changes to the decoder's linear layers that apply to contexts alone; 0: the decoder
             itself reads contexts.
         pooling: added to a slot's embedding: ``"none"``, ``"mean"`` or ``"attention"`` over the tokens it stands for.
+        condense_every: after so many whole segments their summaries are compressed by ``ratio`` again; 0: never.
+        reads_query: let each segment begin with the row's prompt; a row then has one prompt after its context.
         train_decoder: train the decoder's weights as well; else the summaries and the encoder's changes alone.
         continuation_coef: a, at least 0: weight of the answers' negative log-likelihood.
         kl_coef: b, at least 0: weight of the divergence from the initial model given the whole context.
@@ -88,6 +90,8 @@ class ContextCompressionModule(PostTrainingModule):
         placement: Placement = "interleaved",
         encoder_rank: int = 16,
         pooling: Pooling = "none",
+        condense_every: int = 0,
+        reads_query: bool = False,
         train_decoder: bool = False,
         continuation_coef: float = 1.0,
         kl_coef: float = 0.0,
@@ -95,7 +99,9 @@ class ContextCompressionModule(PostTrainingModule):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        options = CompressorOptions(ratio, segment_length, recurrence, placement, encoder_rank, pooling)
+        options = CompressorOptions(
+            ratio, segment_length, recurrence, placement, condense_every, reads_query, encoder_rank, pooling
+        )
         coefficients = {
             "continuation_coef": continuation_coef,
             "kl_coef": kl_coef,
@@ -173,20 +179,40 @@ class ContextCompressionModule(PostTrainingModule):
             raise ValueError(f"row {example.row_id} has no context to compress: give it the column context")
         context, positions = example.root.tokens, num_positions(self.model)
         children = list(example.root.children)
+        query = self._query(example) if self.options.reads_query else ()
         if self.autoencoding_coef > 0:
-            if positions is not None and 2 * len(context) > positions:
+            needed = 2 * len(context) + self.options.num_segments(len(context)) * len(query)
+            if positions is not None and needed > positions:
                 raise ValueError(
                     f"row {example.row_id} has a context of {len(context)} tokens, and to reconstruct it the model "
-                    f"needs {2 * len(context)} positions, not {positions}: use shorter contexts, or autoencoding_coef=0"
+                    f"needs {needed} positions, not {positions}: use shorter contexts, or autoencoding_coef=0"
                 )
             children.append(self._reconstruction(context))
         fields = {**example.fields, FULL: example.root}
-        return Example(example.row_id, self.options.tree(context, children), fields)
+        return Example(example.row_id, self.options.tree(context, children, query), fields)
+
+    def _query(self, example: Example) -> np.ndarray:
+        """Returns the prompt that follows a context; each segment reads it, so that it takes further positions."""
+        prompts = example.root.children
+        if len(prompts) != 1:
+            raise ValueError(
+                f"row {example.row_id} has {len(prompts)} prompts after its context, and reads_query reads one: make a "
+                "row of each"
+            )
+        [query], positions = [prompt.tokens for prompt in prompts], num_positions(self.model)
+        length = max(sum(len(part.tokens) for part in path) for path in example.root.paths())
+        length += self.options.num_segments(len(example.root.tokens)) * len(query)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"row {example.row_id} needs {length} positions with its prompt in every segment, and the model has "
+                f"{positions}: use a larger segment_length, or reads_query=False"
+            )
+        return query
 
     def _reconstruction(self, context: np.ndarray) -> Segment:
         """A slot of its own asks for the context, whose tokens follow."""
         slots = np.full(len(context) + 1, -1)
-        slots[0] = self.options.num_slots
+        slots[0] = self.options.num_embeddings
         return Segment(np.insert(context, 0, 0), np.append(0.0, np.ones(len(context))), slots=slots)
 
     def example_parts(self, examples: Sequence[Example]) -> dict[str, list[Example]]:

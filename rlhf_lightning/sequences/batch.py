@@ -65,8 +65,8 @@ class SequenceBatch:
         host: the tensors above as arrays in host memory, by name, for code that would wait for the device otherwise.
         extra: further tensors that ``pack`` was given as arrays.
         also: further batches that were packed with this one.
-        slots: ``(T,)`` numbers of slots, -1 at tokens; ``None`` without slots, as is ``encoded``: ``(T,)`` whether a
-            token's segment shows less than everything.
+        slots: ``(T,)`` numbers of slots, below 0 at tokens; ``None`` without slots, as is ``encoded``: ``(T,)`` whether
+            a token's segment shows less than everything.
         distinct: where several sequences score the same token at the same place (rows of one prompt that share a
             completion): the scored tokens to compute, ``(U,)``, and for each scored token its number there, ``(N,)``.
     """
@@ -228,7 +228,7 @@ class _Layout:
         self.positions.append(np.maximum(positions, 0))
         self.segments.append((node.start, length, parent))
         if node.segment.shows != "all":
-            self.shown[number] = Shown(np.flatnonzero(slots >= 0), node.segment.shows == "slots")
+            self.shown[number] = Shown(np.flatnonzero(slots >= 0), node.segment.hidden)
         self.size += length
         for child in node.children.values():
             self.place(child, number, int(positions[-1]) + 1)

@@ -29,10 +29,12 @@ class Segment:
             that a loss compares or counts (a completion, a conversation). It is one path, or several where its turns
             are generated in contexts that do not extend one another; the last path is its last turn. Each token is
             scored once, on the first path of the sequence through it.
-        slots: one number per token: -1 for a token, from 0 on for a *slot*, whose embedding is the learned one of that
-            number and not its token's. A slot has the position of the token before it. ``None`` = no slots.
+        slots: one number per token: below 0 for a token, from 0 on for a *slot*, whose embedding is the learned one of
+            that number and not its token's. A slot has the position of the token before it. ``None`` = no slots.
         shows: tokens that the segments below see: ``"all"``; or ``"slots"``: of this segment its slots alone, which
             sum it up; or ``"only slots"``: these, and nothing above this segment.
+        hides: number of the last tokens that this segment sees above it and the segments below do not see; 0 unless it
+            shows ``"slots"``, which then replace them.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -41,6 +43,7 @@ class Segment:
     continued: bool
     slots: npt.NDArray[np.int64] | None
     shows: Shows
+    hides: int
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Segment:
         continued: bool = False,
         slots: npt.ArrayLike | None = None,
         shows: Shows = "all",
+        hides: int = 0,
     ) -> None:
         flat = np.asarray(tokens, dtype=np.int64)
         if flat.ndim != 1 or len(flat) == 0:
@@ -63,12 +67,15 @@ class Segment:
             raise ValueError(f"{len(flat)} tokens but {len(numbers)} slots: give -1 for each token that is no slot")
         if shows not in SHOWS:
             raise ValueError(f"shows is {shows!r}: use one of {', '.join(map(repr, SHOWS))}")
+        if hides < 0 or (hides and shows != "slots"):
+            raise ValueError(f"hides is {hides!r} and shows {shows!r}: with 'slots' it is 0 or more, else 0")
         object.__setattr__(self, "tokens", flat)
         object.__setattr__(self, "weights", counts)
         object.__setattr__(self, "children", tuple(children))
         object.__setattr__(self, "continued", continued)
         object.__setattr__(self, "slots", numbers)
         object.__setattr__(self, "shows", shows)
+        object.__setattr__(self, "hides", hides)
 
     def paths(self) -> Iterator[tuple[Segment, ...]]:
         """Yields each root-to-leaf path, depth first."""
@@ -101,12 +108,17 @@ class Segment:
         return len(self.tokens) + sum(child.num_tokens for child in self.children)
 
     @property
+    def hidden(self) -> int | None:
+        """The number of the last tokens above this segment that those below do not see; ``None`` = all."""
+        return None if self.shows == "only slots" else self.hides
+
+    @property
     def content(self) -> bytes:
         """Digests what a path computes of the segment: segments of equal content and ancestors are laid out once."""
         if self.slots is None and self.shows == "all":
             return self.tokens.tobytes()
         slots = b"" if self.slots is None else self.slots.tobytes()
-        return self.shows.encode() + b":" + slots + b":" + self.tokens.tobytes()
+        return f"{self.shows}:{self.hides}:".encode() + slots + b":" + self.tokens.tobytes()
 
 
 Path = tuple[Segment, ...]

@@ -72,11 +72,11 @@ class Shown(NamedTuple):
 
     Args:
         offsets: places of its tokens that they see, ascending.
-        above: whether they also see what the segment itself sees above it.
+        hidden: number of the last tokens that the segment sees above it, and that they do not see; ``None`` = all.
     """
 
     offsets: np.ndarray
-    above: bool
+    hidden: int | None = 0
 
 
 _FAR = 1 << 40  # depth of padding queries, which see all keys of a path; padding keys lie twice as far, hidden from all
@@ -183,8 +183,9 @@ class TreeGeometry:
         below: list[np.ndarray] = []  # of the tokens that each segment's children see
         for number, (start, length, parent) in enumerate(self.segments):
             seen.append(below[parent] if parent >= 0 else np.empty(0, np.int64))
-            shown = self.shown.get(number, Shown(np.arange(length), above=True))
-            below.append(np.concatenate([seen[-1][: None if shown.above else 0], start + shown.offsets]))
+            shown = self.shown.get(number, Shown(np.arange(length)))
+            kept = 0 if shown.hidden is None else len(seen[-1]) - shown.hidden
+            below.append(np.concatenate([seen[-1][:kept], start + shown.offsets]))
         return seen
 
     # Padded blocks.

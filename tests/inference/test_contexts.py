@@ -20,9 +20,8 @@ PROMPTS = [[30, 31, 32], [33], [34, 35], [36, 37, 38, 39, 40]]
 
 
 def made(arch: str, **options: Any) -> ContextCompressor:
-    compressor = ContextCompressor(
-        tiny_model(arch), CompressorOptions(ratio=2, segment_length=8, encoder_rank=2, **options)
-    )
+    chosen: dict[str, Any] = {"ratio": 2, "segment_length": 8, "encoder_rank": 2, **options}
+    compressor = ContextCompressor(tiny_model(arch), CompressorOptions(**chosen))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in compressor.weights.outer.values():
@@ -34,17 +33,19 @@ def packed_logprobs(compressor: ContextCompressor, number: int, answer: list[int
     """The log-probs of an answer in the packed forest of its context, its prompt and itself."""
     tree = Segment(PROMPTS[number], children=(Segment(answer, [1.0] * len(answer)),))
     context = CONTEXTS[number]
-    root = tree if context is None else compressor.options.tree(context, [tree])
+    root = tree if context is None else compressor.options.tree(context, [tree], PROMPTS[number])
     with torch.no_grad():
         return compressor.token_stats(pack([Example("rows:0", root)])).logprobs.numpy()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("recurrence", ["accumulate", "replace"])
-def test_sampled_as_trained(arch: str, cache: Any, recurrence: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"recurrence": "replace"}, {"reads_query": True, "condense_every": 2, "segment_length": 4}]
+)
+def test_sampled_as_trained(arch: str, cache: Any, options: dict[str, Any]) -> None:
     """Rows of different contexts in one batch; few columns, so that rows leave and others come."""
-    compressor = made(arch, recurrence=recurrence)
+    compressor = made(arch, **options)
     engine = LocalEngine(compressor.model, None, cache=cache, max_batch_tokens=90, compressor=compressor)
     sampling = SamplingParams(max_new_tokens=9, seed=1, model_logprobs=True, stop_token_ids=tuple(range(20, 40)))
     samples = engine.generate(PROMPTS, 3, sampling, contexts=CONTEXTS)

@@ -153,6 +153,12 @@ def contexts(count: int) -> list[Example]:
     return rows
 
 
+def asked_contexts(count: int) -> list[Example]:
+    """Contexts that are read together with their only prompt."""
+    rows = contexts(count)
+    return [Example(row.row_id, Segment(row.root.tokens, children=row.root.children[:1]), row.fields) for row in rows]
+
+
 class MovedKTO(KTOModule):
     """A policy that is less sure of itself than its reference: a KL estimate of 0 would couple nothing."""
 
@@ -301,6 +307,11 @@ PACKED: dict[str, Method] = {
         {"ratio": 4, "segment_length": 8, "recurrence": "replace", "placement": "end", "encoder_rank": 0}
         | {"pooling": "attention"}
         | {"train_decoder": True, "kl_coef": 0.3, "continuation_coef": 0.8},
+    ),
+    "compression-condensed": Method(
+        ContextCompressionModule,
+        asked_contexts,
+        {"ratio": 2, "segment_length": 4, "condense_every": 2, "reads_query": True, "encoder_rank": 2, "kl_coef": 0.5},
     ),
 }
 

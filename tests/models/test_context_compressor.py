@@ -90,8 +90,11 @@ def naive_pass(compressor: ContextCompressor, model: PreTrainedModel) -> tuple[l
     ids: list[int] = []
     slots: list[int] = []
     number: list[int] = []  # of each token's segment
+    replaced: dict[int, int] = {}  # of summaries: the segment whose own replace them
     for n, start in enumerate(range(0, len(CONTEXT), options.segment_length)):
         part = CONTEXT[start : start + options.segment_length]
+        ids += PROMPT if options.reads_query else []
+        slots += [-2] * (len(ids) - len(slots))
         slot = 0
         for place, token in enumerate(part, start=1):
             ids.append(token)
@@ -105,7 +108,15 @@ def naive_pass(compressor: ContextCompressor, model: PreTrainedModel) -> tuple[l
             ids.append(0)
             slots.append(slot)
             slot += 1
-        number += [n] * (len(ids) - len(number))
+        current = number[-1] + 1 if number else 0
+        number += [current] * (len(ids) - len(number))
+        if options.condense_every and len(part) == options.segment_length and (n + 1) % options.condense_every == 0:
+            group = [j for j, other in enumerate(slots) if 0 <= other < options.num_slots and j not in replaced]
+            replaced |= dict.fromkeys(group, current + 1)
+            for extra in range(len(group) // options.ratio):
+                ids.append(0)
+                slots.append(options.num_slots + extra)
+                number.append(current + 1)
 
     positions, position = [], -1
     for slot in slots:
@@ -115,10 +126,10 @@ def naive_pass(compressor: ContextCompressor, model: PreTrainedModel) -> tuple[l
     visible = torch.zeros(size, size, dtype=torch.bool)
     for i in range(size):
         for j in range(i + 1):
-            apart = number[i] - number[j]
-            visible[i, j] = apart == 0 or (slots[j] >= 0 and apart <= earliest)
+            apart, end = number[i] - number[j], replaced.get(j, size)
+            visible[i, j] = apart == 0 or (slots[j] >= 0 and apart <= earliest and number[i] <= end)
     last = number[-1]
-    kept = [j for j in range(size) if slots[j] >= 0 and last + 1 - number[j] <= earliest]
+    kept = [j for j in range(size) if slots[j] >= 0 and last + 1 - number[j] <= earliest and j not in replaced]
 
     embeds = model.get_input_embeddings()(torch.tensor(ids))
     embeds = torch.stack([embeds[n] if slot < 0 else slots_weight[slot] for n, slot in enumerate(slots)])
@@ -145,8 +156,10 @@ def pooled_by_hand(
     slot, ratio = slots[place], compressor.options.ratio
     if slot < 0:
         return torch.zeros_like(embeds[0])
-    tokens = [n for n, other in enumerate(slots) if other < 0 and number[n] == number[place]]
+    tokens = [n for n, other in enumerate(slots) if other == -1 and number[n] == number[place]]
     chosen = embeds[tokens[slot * ratio : (slot + 1) * ratio]]
+    if not len(chosen):  # stands for summaries
+        return torch.zeros_like(embeds[0])
     if compressor.options.pooling == "mean":
         return chosen.mean(0)
     query = compressor.weights.queries[slot]
@@ -174,7 +187,7 @@ def naive_answer(model: PreTrainedModel, states: list[tuple[Tensor, Tensor]], po
 
 def asked(compressor: ContextCompressor) -> Example:
     prompt = Segment(PROMPT, children=(Segment(ANSWER, [1.0] * len(ANSWER)),))
-    return Example("rows:0", compressor.options.tree(CONTEXT, [prompt]))
+    return Example("rows:0", compressor.options.tree(CONTEXT, [prompt], PROMPT))
 
 
 def tiny_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -234,6 +247,42 @@ def test_pooled_slots(arch: str, pooling: str, placement: str) -> None:
     if queries is not None:
         assert queries.grad is not None
         assert (queries.grad.norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"condense_every": 1, "placement": "end"},
+        {"condense_every": 2, "encoder_rank": 2, "pooling": "attention"},
+        {"reads_query": True, "recurrence": "replace"},
+        {"reads_query": True, "condense_every": 2, "segment_length": 4, "encoder_rank": 2, "pooling": "mean"},
+    ],
+)
+def test_condensed_summaries_and_prompts_that_are_read(arch: str, options: dict[str, Any]) -> None:
+    model, compressor = model_and_compressor(arch, **options)
+    with torch.no_grad():
+        expected, kept = naive_pass(compressor, encoder_of(model, compressor))
+        [found] = compressor.compress([CONTEXT], [PROMPT])
+        read = len(PROMPT) * -(-len(CONTEXT) // compressor.options.segment_length) if compressor.reads_query else 0
+        assert (found.size, found.position) == (len(kept), len(CONTEXT) + read)
+        assert found.size == compressor.options.size(len(CONTEXT))
+        for mine, theirs in zip(found.states, expected, strict=True):
+            assert all(far(a, b) < 1e-10 for a, b in zip(mine, theirs, strict=True))
+        answer = naive_answer(model, expected, found.position)
+    logprobs = compressor.token_stats(pack([asked(compressor)])).logprobs
+    assert far(logprobs.detach(), answer) < 1e-10
+    logprobs.sum().backward()
+    slots = compressor.weights.slots.grad
+    assert slots is not None
+    if arch != "gemma3_text":  # whose windows end before some of the slots
+        assert (slots[:-1].norm(dim=1) > 0).all()
+    if compressor.reads_query:
+        [other] = compressor.compress([CONTEXT], [[3, 4]])
+        # The first layer has read nothing yet.
+        assert far(other.states[-1][1], found.states[-1][1]) > 1e-6
+        with pytest.raises(ValueError, match="reads the prompt that follows each context: give queries, none empty"):
+            compressor.compress([CONTEXT])
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2"])

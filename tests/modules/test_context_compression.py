@@ -251,6 +251,15 @@ def test_bad_rows(folder: str) -> None:
         ValueError, match="row rows:4 has a context of 70 tokens, and to reconstruct it the model needs 140"
     ):
         module.validate_batch(ExampleBatch([long]))
+    reading = ContextCompressionModule(folder, reads_query=True, **SMALL)
+    reading.configure_model()
+    prompts = [Segment([7] * 9, [0] * 9, (Segment([8], [1]),)) for _ in range(2)]
+    with pytest.raises(ValueError, match="row rows:5 has 2 prompts after its context, and reads_query reads one"):
+        reading.validate_batch(ExampleBatch([Example("rows:5", Segment([5], children=prompts), {"context": ""})]))
+    with pytest.raises(ValueError, match="row rows:6 needs 158 positions with its prompt in every segment, and the"):
+        reading.validate_batch(
+            ExampleBatch([Example("rows:6", Segment([5] * 58, children=prompts[:1]), {"context": ""})])
+        )
     with pytest.raises(ValueError, match="does not take the rows of SFTDataModule: use ContextDataModule"):
         module.validate_batch(ExampleBatch([plain], contract="SFTDataModule"))
     with pytest.raises(ValueError, match=r"no column 'context' \(found: prompt, completion\)"):

@@ -25,6 +25,8 @@ LAYOUTS = [
     SummaryLayout(ratio=3, segment_length=6, placement="end"),
     SummaryLayout(ratio=2, segment_length=4, recurrence="replace"),
     SummaryLayout(ratio=4, segment_length=4, recurrence="replace", placement="end"),
+    SummaryLayout(ratio=2, segment_length=4, condense_every=1),
+    SummaryLayout(ratio=2, segment_length=4, condense_every=2, reads_query=True),
 ]
 
 
@@ -36,11 +38,11 @@ def forest(layout: SummaryLayout, share_prefix: bool = True) -> SequenceBatch:
 
     long = list(range(3, 14))
     rows = [
-        layout.tree(long, [asked(30)]),
-        layout.tree(long, [asked(31), asked(32)]),
-        layout.tree([5, 6, 7], [asked(30)]),
+        layout.tree(long, [asked(30)], [30, 41]),
+        layout.tree(long, [asked(31), asked(32)], [31, 41]),
+        layout.tree([5, 6, 7], [asked(30)], [30, 41]),
         Segment([8, 9], children=(Segment([7], [1]),)),
-        layout.tree(list(range(20, 28)), [asked(33)]),
+        layout.tree(list(range(20, 28)), [asked(33)], [33, 41]),
     ]
     return pack([Example(f"rows:{n}", root) for n, root in enumerate(rows)], share_prefix=share_prefix)
 
@@ -57,7 +59,8 @@ def naive_visibility(batch: SequenceBatch) -> Tensor:
                 for n, token in enumerate(own):
                     visible[token, [*seen, *own[: n + 1]]] = True
                 slots = [] if segment.slots is None else [t for t, s in zip(own, segment.slots, strict=True) if s >= 0]
-                seen = {"all": seen + own, "slots": seen + slots, "only slots": slots}[segment.shows]
+                kept = seen[: len(seen) - segment.hides]
+                seen = {"all": seen + own, "slots": kept + slots, "only slots": slots}[segment.shows]
     return visible
 
 
@@ -69,6 +72,9 @@ def naive_visibility(batch: SequenceBatch) -> Tensor:
         ({"segment_length": 2.0}, "segment_length is 2.0; it must be a whole number"),
         ({"recurrence": "acumulate"}, "did you mean 'accumulate'?"),
         ({"placement": "start"}, "placement is 'start'; it must be one of interleaved, end"),
+        ({"condense_every": 1.5}, "condense_every is 1.5; it must be a whole number"),
+        ({"condense_every": 2, "recurrence": "replace"}, "condense_every is 2 with recurrence 'replace', which keeps"),
+        ({"ratio": 4, "segment_length": 4, "condense_every": 2}, "does not divide the 2 summaries of 2 segments: use "),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -81,18 +87,53 @@ def test_every_ratio_tokens_have_a_slot() -> None:
         for ratio, placement in ((1, "end"), (2, "interleaved"), (4, "end"), (8, "interleaved")):
             layout = SummaryLayout(ratio=ratio, segment_length=16, placement=placement)  # type: ignore[arg-type]
             segments = layout.segments(range(100, 100 + length))
-            assert [token for tokens, slots in segments for token in tokens[slots < 0]] == [*range(100, 100 + length)]
-            count = sum(int((slots >= 0).sum()) for _, slots in segments)
+            found = [token for tokens, slots, _ in segments for token in tokens[slots < 0]]
+            assert found == [*range(100, 100 + length)]
+            count = sum(int((slots >= 0).sum()) for _, slots, _ in segments)
             assert count == layout.size(length) == -(-length // ratio)
             last = SummaryLayout(ratio=ratio, segment_length=16, recurrence="replace").size(length)
-            assert last == int((segments[-1][1] >= 0).sum())
-            assert all(len(tokens) == 16 + 16 // ratio for tokens, _ in segments[:-1])
-            for _, slots in segments:
+            assert last == int((segments[-1].slots >= 0).sum())
+            assert all(len(tokens) == 16 + 16 // ratio for tokens, _, _ in segments[:-1])
+            for _, slots, _ in segments:
                 assert slots[slots >= 0].tolist() == [*range((slots >= 0).sum())]
                 if placement == "end":
                     assert (slots[: (slots < 0).sum()] < 0).all()
                 elif len(slots) > ratio:
                     assert slots[ratio] == 0
+
+
+def test_summaries_are_compressed_again() -> None:
+    """Contexts of 0 to 40 tokens in segments of 4: of two whole ones, two entries of four stay."""
+    layout = SummaryLayout(ratio=2, segment_length=4, condense_every=2)
+    for length in range(1, 41):
+        seen: list[tuple[int, int]] = []  # (segment, slot)
+        whole = 0
+        for number in range(-(-length // 4)):
+            size = min(4, length - 4 * number)
+            seen += [(number, slot) for slot in range(-(-size // 2))]
+            whole += size == 4
+            if size == 4 and whole % 2 == 0:
+                assert [segment for segment, _ in seen[-4:]] == [number - 1, number - 1, number, number]
+                seen[-4:] = [(-number, 2), (-number, 3)]
+        assert layout.size(length) == len(seen)
+        segments = layout.segments(range(100, 100 + length))
+        assert sum(int((slots >= 0).sum()) - hides for _, slots, hides in segments) == len(seen)
+    tokens, slots, hides = layout.segments(range(100, 108))[-1]
+    assert (tokens.tolist(), slots.tolist(), hides) == ([0, 0], [2, 3], 4)
+
+
+def test_segments_begin_with_the_prompt() -> None:
+    layout = SummaryLayout(ratio=2, segment_length=4, reads_query=True)
+    first, last = layout.segments([5, 6, 7, 8, 9], [30, 31])
+    assert first.tokens.tolist() == [30, 31, 5, 6, 0, 7, 8, 0]
+    assert first.slots.tolist() == [-2, -2, -1, -1, 0, -1, -1, 1]
+    assert (last.tokens.tolist(), last.slots.tolist()) == ([30, 31, 9, 0], [-2, -2, -1, 0])
+    # A slot stands for the context's tokens alone.
+    assert [places.tolist() for places in layout.stands_for(first.slots)] == [[2, 3, 5, 6], [4, 4, 7, 7]]
+    # Rows of one context with other prompts are computed apart.
+    prompt = Segment([30], children=(Segment([7], [1]),))
+    rows = [Example(f"rows:{n}", layout.tree([5, 6, 7], [prompt], [30 + n // 2])) for n in range(4)]
+    assert pack(rows).num_tokens == 2 * (1 + 3 + 2 + 2)
 
 
 def test_positions_are_those_of_the_whole_context() -> None:
