@@ -216,13 +216,20 @@ def test_what_is_wrong_inside_of_a_class_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("enable_checkpointing", "yes", "trainer.enable_checkpointing: 'yes' is not allowed: expected bool or null"),
-        ("max_steps", "yes", "trainer.max_steps: a text is not allowed: see --help"),
+        ("trainer.enable_checkpointing", "yes", "'yes' is not allowed: expected bool or null"),
+        ("trainer.limit_train_batches", "on", "'on' is not allowed: expected int or float or null"),
+        ("trainer.max_steps", "yes", "'yes' is not allowed: expected int"),
+        ("trainer.max_steps", "12:30", "'12:30' is not allowed: expected int"),
+        ("model.share_prefix", "no", "'no' is not allowed: expected bool"),
     ],
 )
 def test_texts_where_yaml_once_had_other_values(tmp_path: Path, option: str, value: str, words: str) -> None:
+    """In a file and on the command line: the text as it is written, and what is allowed."""
+    section, key = option.split(".")
+    inner = f"init_args: {{{key}: '{value}'}}" if section == "model" else f"{key}: '{value}'"
     file = tmp_path / "mine.yaml"
-    file.write_text(f"trainer: {{{option}: '{value}'}}\n")
-    said = attempt("--config=configs/dpo/tiny.yaml", f"--config={file}")
-    assert said is not None
-    assert words in said
+    file.write_text(f"{section}: {{{inner}}}\n")
+    for argument in (f"--config={file}", f"--{option}={value}"):
+        said = attempt(f"--config={CONFIGS / 'dpo' / 'tiny.yaml'}", argument)
+        assert said is not None
+        assert said.endswith(f"{key}: {words}"), (argument, said)

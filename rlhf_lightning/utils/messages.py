@@ -14,8 +14,6 @@ _LIMIT = 1000
 _COMMONPLACES = (
     "Expected an? |Not of type DottedPath|Does not validate against|Not a valid subclass|a class path|a dict"
 )
-# Of libyaml, for a text that is not exactly a `str`.
-_NOT_PARSED = "a string or stream input is required"
 
 
 class UsageError(Exception):
@@ -51,7 +49,6 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         >>> explain("Option 'betta' is not accepted", ["beta"])
         "no option 'betta'; did you mean 'beta'?"
     """
-    message = _with_types(message)
     if text := _about_classes(message, classes) or _about_groups(message):
         return text
 
@@ -78,18 +75,7 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         if "config" in missing:
             return "no configuration is given: pass --config with a file"
         return f"no {' and no '.join(missing)} given: pass --config with a file, or --{missing[0]}=..."
-    if _NOT_PARSED in message and "Subtypes" not in message:
-        return f"{_key(message)}a text is not allowed: see --help for the values that are"
     return _wrong_value(message) or one_line(message)
-
-
-def _with_types(message: str) -> str:
-    """Names the allowed types where jsonargparse failed to parse a text again, which was parsed before."""
-    types = re.search(r"Subtypes: \[(.*)\]", message)
-    if types is None or _NOT_PARSED not in message:
-        return message
-    kinds = iter(types[1].split(", "))
-    return re.sub(_NOT_PARSED, lambda _: f"Expected a {next(kinds, 'value')}", message)
 
 
 def _about_classes(message: str, classes: Iterable[type]) -> str | None:

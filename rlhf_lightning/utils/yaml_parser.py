@@ -17,6 +17,7 @@ from typing import Any
 
 import jsonargparse
 import yaml
+from jsonargparse import _typehints
 from jsonargparse.typing import register_type
 
 from .imports import DottedPath
@@ -195,3 +196,6 @@ register_type(DottedPath, serializer=str, deserializer=DottedPath)
 register_type(Text, serializer=Text, deserializer=Text)
 jsonargparse.set_loader(MODE, load, (yaml.YAMLError,))
 jsonargparse.set_dumper(MODE, dump)
+# A text that is given to an option of a plain type is parsed once more: by this loader, and not by PyYAML, which
+# reads `yes` as True and no text of a subclass.
+_typehints.basic_json_or_yaml_load = lambda text: load(str(text))  # type: ignore[attr-defined]
