@@ -17,6 +17,7 @@ from ..metrics.functional import token_divergences
 from ..metrics.intervals import Interval, mean_interval
 from ..models import output_head
 from ..models.backbone import check_fits
+from ..models.loading import first_difference
 from ..sequences import Example, Segment, SequenceBatch
 from ..utils.validation import check_count
 from .logits import batches, log_probs
@@ -55,7 +56,11 @@ class Divergence:
 
 
 def divergence(
-    model: nn.Module, reference: nn.Module, examples: Sequence[Example], *, micro_batch_tokens: int = 8192
+    model: nn.Module | LocalEngine,
+    reference: nn.Module | LocalEngine,
+    examples: Sequence[Example],
+    *,
+    micro_batch_tokens: int = 8192,
 ) -> Divergence:
     r"""Computes the divergence of a model from a reference on the scored tokens of examples.
 
@@ -63,13 +68,14 @@ def divergence(
     reference's q, and the same with both exchanged. Logits exist for a few tokens at a time, in fp32.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or an engine: tokenizers of two engines are compared, so that the same numbers
+            are the same tokens.
         reference: another with the same vocabulary.
         examples: rows with scored tokens, such as those of ``SFTDataModule``; see ``own_samples`` for samples.
         micro_batch_tokens: tokens of a forward, above 0; changes no result.
 
     Raises:
-        ValueError: vocabularies of different sizes, a row that does not fit a model, or no scored token.
+        ValueError: vocabularies of different sizes or tokens, a row that does not fit a model, or no scored token.
 
     Example::
 
@@ -77,6 +83,8 @@ def divergence(
         print(divergence(model, reference, rows).forward)
     """
     check_count("micro_batch_tokens", micro_batch_tokens, "8192 is usual")
+    _check_tokens(model, reference)
+    model, reference = (part.model if isinstance(part, LocalEngine) else part for part in (model, reference))
     heads = [output_head(part) for part in (model, reference)]
     sizes = [head.weight.shape[0] for head in heads]
     if sizes[0] != sizes[1]:
@@ -97,6 +105,16 @@ def divergence(
     forward, reverse, k1, k3, own, other = (sums / tokens).tolist()
     per_sequence = mean_interval(totals) if len(totals) > 1 else Interval(totals[0], math.nan, math.nan)
     return Divergence(forward, reverse, k1, k3, per_sequence, math.exp(-own), math.exp(-other), tokens, len(totals))
+
+
+def _check_tokens(model: nn.Module | LocalEngine, reference: nn.Module | LocalEngine) -> None:
+    """Refuses engines whose tokenizers give a number to different tokens."""
+    found = [part.tokenizer for part in (model, reference) if isinstance(part, LocalEngine) and part.tokenizer]
+    if len(found) == 2 and (odd := first_difference(*(tokenizer.get_vocab() for tokenizer in found))) is not None:
+        raise ValueError(
+            f"the tokenizers of the model and the reference differ: {odd}; distributions over different tokens cannot "
+            "be compared: give a reference with the model's tokenizer"
+        )
 
 
 def own_samples(

@@ -190,7 +190,12 @@ def task_prompts(
     """
     settings = {**(chat_template_kwargs or {}), **task.chat_template_kwargs}
     examples = read_prompts(
-        task.prompts, tokenizer, limit=task.limit, chat_template_kwargs=settings or None, transform=transform
+        task.prompts,
+        tokenizer,
+        limit=task.limit,
+        columns=task.columns or None,
+        chat_template_kwargs=settings or None,
+        transform=transform,
     )
     if not examples:
         raise ValueError(

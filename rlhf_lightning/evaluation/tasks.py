@@ -34,6 +34,7 @@ class Task:
         sampling: settings of ``SamplingParams`` without a seed; greedy for one sample, at temperature 1 for several.
         strategy: a search instead of plain sampling; as in ``inference.build_strategy``.
         limit: number of prompts to read; all by default.
+        columns: names of the prompts' columns in their file: ``{prompt: question, answer: solution}``.
         success: least reward of a right answer.
         votes: whether answers can be compared, for maj@k and the share of unique answers: they need a final
             answer that ``data.answer_key`` reads.
@@ -58,6 +59,7 @@ class Task:
     sampling: dict[str, Any] = field(default_factory=dict)
     strategy: str | dict[str, Any] | None = None
     limit: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     success: float = 0.5
     votes: bool = True
     scorer: str | dict[str, Any] | None = None

@@ -23,6 +23,7 @@ from ..inference.requests import completions_by_prompt, make_requests
 from ..inference.sampling import SamplingParams
 from ..inference.together import decoding, generate_together
 from ..models import base_model, load_tokenizer
+from ..models.loading import first_difference
 from ..utils.validation import check_choice, check_count
 from .pooling import (
     POOLINGS,
@@ -32,7 +33,6 @@ from .pooling import (
     maximize_on_simplex,
     pooled_scores,
 )
-from .sources import first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..models.loading import locate
+from ..models.loading import first_difference, locate
 from ..models.safetensors_io import first_line, read_json
 from .adapter_files import CONFIG, is_adapter, read_adapter
 from .adapter_weights import Derived, adapted_tensors
@@ -182,23 +182,6 @@ def check_tokenizers(folders: Sequence[Path]) -> None:
                 f"the tokenizers of {str(expected_folder)!r} and {str(folder)!r} differ: {odd}; only models of one "
                 "vocabulary can be merged"
             )
-
-
-def first_difference(expected: Mapping[str, int], tokens: Mapping[str, int]) -> str | None:
-    """Describes the first token that two vocabularies number differently; ``None`` where they are equal.
-
-    Example:
-        >>> first_difference({"a": 0, "b": 1}, {"a": 0, "c": 1})
-        "the token 'b' is 1 in one and missing in the other"
-    """
-    if tokens == expected:
-        return None
-    odd = min(
-        (token for token in {**expected, **tokens} if expected.get(token) != tokens.get(token)),
-        key=lambda token: min(expected.get(token, 1 << 62), tokens.get(token, 1 << 62)),
-    )
-    places = expected.get(odd, "missing"), tokens.get(odd, "missing")
-    return f"the token {odd!r} is {places[0]} in one and {places[1]} in the other"
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

@@ -75,6 +75,23 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def first_difference(expected: Mapping[str, int], tokens: Mapping[str, int]) -> str | None:
+    """Describes the first token that two vocabularies number differently; ``None`` where they are equal.
+
+    Example:
+        >>> first_difference({"a": 0, "b": 1}, {"a": 0, "c": 1})
+        "the token 'b' is 1 in one and missing in the other"
+    """
+    if tokens == expected:
+        return None
+    odd = min(
+        (token for token in {**expected, **tokens} if expected.get(token) != tokens.get(token)),
+        key=lambda token: min(expected.get(token, 1 << 62), tokens.get(token, 1 << 62)),
+    )
+    places = expected.get(odd, "missing"), tokens.get(odd, "missing")
+    return f"the token {odd!r} is {places[0]} in one and {places[1]} in the other"
+
+
 def load_causal_lm(
     model: str | Path,
     *,

@@ -272,20 +272,20 @@ def _check_body(name: str, stage: Stage, outside: Sequence[str]) -> None:
         if isinstance(written, dict) and written.get("kind") == "rounds":
             raise UsageError(f"{where}: its body has rounds of its own, {inner!r}: write them as a stage after it")
     try:
-        body_of(stage, number=1, model=stage.model, seed=0, run_dir="body")
+        body_of(stage, number=1, earlier=[stage.model], seed=0, run_dir="body")
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
 
 
 def body_of(
-    stage: RoundsStage, *, number: int, model: str, seed: int, run_dir: str | Path, step: float = 1.0
+    stage: RoundsStage, *, number: int, earlier: Sequence[str], seed: int, run_dir: str | Path, step: float = 1.0
 ) -> Pipeline:
     """Returns the stages of one round as a pipeline.
 
     Args:
         stage: the rounds.
         number: of the round, from 1: ``${round.number}``.
-        model: that it starts from: ``${round.model}``.
+        earlier: models that were accepted so far: ``${round.earlier}``; the last one is ``${round.model}``.
         seed: of its stages without their own.
         run_dir: its folder.
         step: factor of the learning rates of its fit stages.
@@ -294,7 +294,8 @@ def body_of(
         UsageError: a mistake in the body.
     """
     values = {"stages": stage.body, "run_dir": str(run_dir), "seed": seed}
-    config = OmegaConf.create({**stage.written, **values, "round": {"number": number, "model": model}})
+    now = {"number": number, "model": earlier[-1], "earlier": list(earlier)}
+    config = OmegaConf.create({**stage.written, **values, "round": now})
     assert isinstance(config, DictConfig)
     stages, _ = _stages(config, stage.body)
     if step != 1:

@@ -24,7 +24,7 @@ from .kinds import describe
 from .manifest import Manifest, stage_key
 from .rounds_stage import check_rounds
 from .runner import check_forced, in_stage
-from .stages import FitStage, MergeStage, RefineStage, RoundsStage, SampleStage, Stage
+from .stages import ChallengeStage, FitStage, MergeStage, RefineStage, RoundsStage, SampleStage, SelfPlayStage, Stage
 
 # Rows whose tokens are counted.
 _COUNTED = 32
@@ -202,6 +202,14 @@ def _facts(stage: Stage, config: Mapping[str, Any], record: Mapping[str, Any], s
         if rows is not None:
             yield f"{rows:,} rows"
             estimate = _fit_seconds(config, data, rows, sizes.origin(options.get("model")), sizes)
+    elif isinstance(stage, ChallengeStage):
+        yield f"{stage.number:,} requests, up to {stage.number * stage.num_samples:,} samples"
+    elif isinstance(stage, SelfPlayStage):
+        prompts = _count(stage.prompts)
+        if prompts is not None:
+            trial = min(stage.trial, prompts)
+            players = trial * len(stage.opponents) + 2 * prompts - trial
+            yield f"{prompts:,} prompts, {players * stage.num_samples:,} samples"
     elif isinstance(stage, SampleStage | RefineStage):
         prompts = _count(stage.prompts)
         samples = stage.num_samples if isinstance(stage, SampleStage) else 1

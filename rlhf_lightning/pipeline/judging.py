@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from ..evaluation import Report, Suite, Task, divergence, evaluate, own_samples
 from ..evaluation.answers import read_prompts
 from ..inference import LocalEngine, SamplingParams
 from ..models import load_causal_lm, load_tokenizer
-from ..self_improvement.gate import CapabilityCriteria, Decision, decide
+from ..self_improvement import AdversarialValidator
+from ..self_improvement.gate import CapabilityCriteria, Decision, decide, overruled
 from ..self_improvement.scorers import check_scorer
 from ..utils.files import PARTIAL, discard, hidden_sibling, mark, read_marker, recover, write_atomically
 from ..utils.option_groups import build_group
@@ -53,6 +54,18 @@ def criteria_of(written: Mapping[str, Any]) -> CapabilityCriteria:
         raise ValueError(str(error)) from error
 
 
+def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
+    """Makes the validator of a gate; ``None`` without checks.
+
+    Raises:
+        ValueError: a check that there is not, or naming its option, the value and what is allowed.
+    """
+    try:
+        return AdversarialValidator(written) if written else None
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
 def check_folder(name: str, model: str) -> None:
     """Refuses a model that is not a folder: a rejected candidate is replaced by a copy of the accepted model."""
     if not Path(model).expanduser().is_dir():
@@ -73,6 +86,7 @@ class Judge:
         dtype: of the weights.
         start: the model that the divergence is measured from.
         say: shown one line per result.
+        validator: looks at candidates that the paired test accepts; ``None`` for none.
     """
 
     suite: str | dict[str, Any]
@@ -82,6 +96,7 @@ class Judge:
     dtype: str
     start: str
     say: Say = lambda line: None
+    validator: AdversarialValidator | None = None
 
     def decide(self, accepted: str, candidate: str, num_rejected: int = 0) -> tuple[Decision, Report]:
         """Decides whether a candidate replaces the accepted model; see ``self_improvement.decide``."""
@@ -90,25 +105,33 @@ class Judge:
         before, after = ([found for found in report.results if found.model == name] for name in models)
         drift = None if self.criteria.max_kl is None else self._drift(candidate)
         decision = decide(before, after, self.criteria, kl=drift, num_rejected=num_rejected, seed=self.seed)
+        if decision.verdict == "accept" and self.validator is not None:
+            found = self.validator.validate(self._engine(candidate), seed=self.seed, say=self.say)
+            decision = overruled(decision, found, self.criteria, num_rejected=num_rejected)
         return decision, report
+
+    def _engine(self, place: str) -> LocalEngine:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model: nn.Module = load_causal_lm(place, dtype=getattr(torch, self.dtype), trainable=False)
+        return LocalEngine(model.to(device), load_tokenizer(place))
 
     def _drift(self, candidate: str) -> float:
         """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, self.dtype)
-        models: list[nn.Module] = [
-            load_causal_lm(place, dtype=dtype, trainable=False) for place in (candidate, self.start)
-        ]
-        tokenizer = load_tokenizer(candidate)
-        engine = LocalEngine(models[0].to(device), tokenizer)
+        engine, start = self._engine(candidate), self._engine(self.start)
         rows = []
         for task in Suite.read(self.suite).tasks:
             if not isinstance(task, Task):  # its completions are given
                 continue
-            prompts = read_prompts(task.prompts, tokenizer, limit=min(task.limit or _DRIFT_PROMPTS, _DRIFT_PROMPTS))
+            prompts = read_prompts(
+                task.prompts,
+                engine.tokenizer,
+                limit=min(task.limit or _DRIFT_PROMPTS, _DRIFT_PROMPTS),
+                columns=task.columns or None,
+                chat_template_kwargs=task.chat_template_kwargs or None,
+            )
             sampling = SamplingParams(max_new_tokens=task.params.max_new_tokens, seed=self.seed)
             rows += own_samples(engine, prompts, sampling=sampling)
-        return divergence(models[0], models[1].to(device), rows).forward
+        return divergence(engine, start, rows).forward
 
 
 def run_evaluate(stage: EvaluateStage, folder: Path, seed: int, dtype: str, say: Say) -> dict[str, float]:
@@ -143,7 +166,8 @@ def run_gate(stage: GateStage, folder: Path, seed: int, dtype: str, say: Say) ->
     """
     check_folder("model", stage.model)
     check_folder("accepted", stage.accepted)
-    judge = Judge(stage.suite, criteria_of(stage.criteria), folder / EVALUATION, seed, dtype, stage.accepted, say)
+    criteria, validator = criteria_of(stage.criteria), validator_of(stage.validators)
+    judge = Judge(stage.suite, criteria, folder / EVALUATION, seed, dtype, stage.accepted, say, validator=validator)
     decision, _ = judge.decide(stage.accepted, stage.model)
     accepts = decision.verdict == "accept"
     say(f"{'accepted' if accepts else 'rejected'}: {decision.reason}")

@@ -15,14 +15,17 @@ from ..generation.compress import compress_rows
 from ..labeling.command import label_prompts
 from ..merging.options import expand
 from ..utils.validation import check_choice
+from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
 from .fit_stage import StageCLI, run_fit
-from .judging import check_suite, criteria_of, run_evaluate, run_gate
+from .judging import check_suite, criteria_of, run_evaluate, run_gate, validator_of
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
 from .rounds_stage import RunBody, check_rounds, run_rounds
 from .sample_stage import check_sample, run_sample
+from .self_play_stage import check_self_play, run_self_play
 from .stages import (
+    ChallengeStage,
     CompressStage,
     EvaluateStage,
     ExportStage,
@@ -31,9 +34,11 @@ from .stages import (
     GenerateStage,
     LabelStage,
     MergeStage,
+    PromptStage,
     RefineStage,
     RoundsStage,
     SampleStage,
+    SelfPlayStage,
 )
 
 Say = Callable[[str], None]
@@ -67,14 +72,13 @@ def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
         merge = stage.options(folder, seed)
         merge.check()
         return asdict(merge) | {"models": expand(merge.models)}
-    if isinstance(stage, SampleStage):
-        check_sample(stage)
-    if isinstance(stage, RefineStage):
-        check_refine(stage)
+    if isinstance(stage, PromptStage):
+        _check_prompts(stage)
     if isinstance(stage, EvaluateStage | GateStage):
         suite = check_suite(stage.suite)
         if isinstance(stage, GateStage):
             criteria_of(stage.criteria)
+            validator_of(stage.validators)
         # The models by a name under which their contents are inputs.
         models = [*stage.models.values()] if isinstance(stage, EvaluateStage) else [stage.accepted, stage.model]
         found = {"tasks": [task.as_dict() for task in suite.tasks], "compared": {"models": models}}
@@ -133,10 +137,8 @@ def run_stage(pipeline: Pipeline, name: str, run_body: RunBody, say: Say) -> dic
         return label_prompts(stage.options(folder, seed, pipeline.dtype), say)
     if isinstance(stage, MergeStage):
         return run_merge(stage.options(folder, seed), say).metrics
-    if isinstance(stage, SampleStage):
-        return run_sample(stage, folder, seed, pipeline.dtype, say)
-    if isinstance(stage, RefineStage):
-        return run_refine(stage, folder, seed, pipeline.dtype, say)
+    if isinstance(stage, PromptStage):
+        return _run_prompts(stage, folder, seed, pipeline.dtype, say)
     if isinstance(stage, EvaluateStage):
         return run_evaluate(stage, folder, seed, pipeline.dtype, say)
     if isinstance(stage, GateStage):
@@ -144,6 +146,30 @@ def run_stage(pipeline: Pipeline, name: str, run_body: RunBody, say: Say) -> dic
     if isinstance(stage, ExportStage):
         return _run_export(stage, folder, say)
     return run_rounds(stage, folder, seed, pipeline.dtype, run_body, say)
+
+
+def _check_prompts(stage: PromptStage) -> None:
+    """Checks a stage that samples answers to prompts."""
+    if isinstance(stage, SampleStage):
+        check_sample(stage)
+    elif isinstance(stage, RefineStage):
+        check_refine(stage)
+    elif isinstance(stage, ChallengeStage):
+        check_challenge(stage)
+    elif isinstance(stage, SelfPlayStage):
+        check_self_play(stage)
+
+
+def _run_prompts(stage: PromptStage, folder: Path, seed: int, dtype: str, say: Say) -> dict[str, float]:
+    """Runs a stage that samples answers to prompts."""
+    if isinstance(stage, SampleStage):
+        return run_sample(stage, folder, seed, dtype, say)
+    if isinstance(stage, RefineStage):
+        return run_refine(stage, folder, seed, dtype, say)
+    if isinstance(stage, ChallengeStage):
+        return run_challenge(stage, folder, seed, dtype, say)
+    assert isinstance(stage, SelfPlayStage)
+    return run_self_play(stage, folder, seed, dtype, say)
 
 
 def _run_export(stage: ExportStage, folder: Path, say: Say) -> dict[str, float]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..evaluation.answers import read_prompts
 from ..generation.options import sampling_params
 from ..inference import LocalEngine
 from ..self_improvement.refine import refine
 from ..self_improvement.samples import model_hash
 from ..self_improvement.scorers import check_scorer, load_scorer
 from .row_files import SAMPLED, Journal, write_rows
-from .sample_stage import load_model
+from .sample_stage import load_model, stage_prompts
 from .stages import RefineStage
 
 _PROMPTS_AT_ONCE = 64
@@ -59,7 +58,7 @@ def run_refine(
         load_scorer(stage.verifier),
         sampling_params(stage.sampling),
     )
-    examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
+    examples = stage_prompts(stage, tokenizer)
     journal, name = Journal(folder / SAMPLED), model_hash(stage.model)
     for start in range(len(journal.parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE):
         part = examples[start : start + _PROMPTS_AT_ONCE]

@@ -138,7 +138,7 @@ def _exported_step(manifest: Manifest, name: str) -> float:
 
 def _what(row: dict[str, Any]) -> str:
     metrics = row["metrics"]
-    if row["kind"] in ("sample", "refine"):
+    if row["kind"] in ("sample", "refine", "self-play"):
         made = (
             ", ".join(f"{metrics[name]:.0f} {name}" for name in ROWS if name in metrics and name != "samples") or "rows"
         )
@@ -163,6 +163,11 @@ def _of_labels(metrics: dict[str, float]) -> str:
     return f"{metrics['steps']:.0f} steps of {metrics['solutions']:.0f} solutions labelled"
 
 
+def _of_challenge(metrics: dict[str, float]) -> str:
+    kept = f"{metrics['rows']:.0f} of {metrics['new_prompts']:.0f} new prompts"
+    return f"{kept} are solved sometimes, pass rate {metrics['pass_rate']:.1%}"
+
+
 def _of_accuracies(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name.partition('/')[2]} {value:.1%}" for name, value in metrics.items())
 
@@ -184,6 +189,7 @@ def _of_rounds(metrics: dict[str, float]) -> str:
 
 
 _OTHER: dict[str, Callable[[dict[str, float]], str]] = {
+    "challenge": _of_challenge,
     "label-steps": _of_labels,
     "evaluate": _of_accuracies,
     "gate": _of_gate,

@@ -13,7 +13,7 @@ from ..self_improvement.gate import Decision
 from ..self_improvement.samples import model_hash
 from ..utils.files import json_line, write_atomically
 from .config import Pipeline, body_of
-from .judging import EVALUATION, Judge, check_folder, check_suite, copy_model, criteria_of
+from .judging import EVALUATION, Judge, check_folder, check_suite, copy_model, criteria_of, validator_of
 from .row_files import NoRowsError
 from .stages import FitStage, RoundsStage
 
@@ -30,10 +30,13 @@ def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
         ValueError: naming the option, its value and what is allowed.
     """
     criteria = criteria_of(stage.criteria)
-    body = body_of(stage, number=1, model=stage.model, seed=0, run_dir=folder / ROUNDS / "0")
+    body = body_of(stage, number=1, earlier=[stage.model], seed=0, run_dir=folder / ROUNDS / "0")
+    validator_of(stage.validators)
     if stage.suite is None:
-        if stage.criteria:
-            raise ValueError(f"criteria is {stage.criteria!r}, and without a suite nothing is measured: give suite")
+        for name in ("criteria", "validators"):
+            if getattr(stage, name):
+                given = getattr(stage, name)
+                raise ValueError(f"{name} is {given!r}, and without a suite every round is accepted: give suite")
         return body
     check_suite(stage.suite)
     rates = [_rate(inner) for inner in body.stages.values() if isinstance(inner, FitStage)]
@@ -60,9 +63,14 @@ def result_of(stage: RoundsStage, body: Pipeline) -> Path:
 class _Position:
     """The state of a loop between two rounds."""
 
-    accepted: str
+    models: list[str]  # that were accepted, the start included
     step: float = 1.0
     rejected: int = 0  # in succession
+
+    @property
+    def accepted(self) -> str:
+        """The model that was accepted last."""
+        return self.models[-1]
 
 
 def run_rounds(
@@ -90,13 +98,14 @@ def run_rounds(
     check_folder("model", stage.model)
     judge = None
     if stage.suite is not None:
-        judge = Judge(stage.suite, criteria, folder / EVALUATION, derive_seed(seed, "suite"), dtype, stage.model)
-    at, records = _Position(stage.model), []
+        suite_seed, validator = derive_seed(seed, "suite"), validator_of(stage.validators)
+        judge = Judge(stage.suite, criteria, folder / EVALUATION, suite_seed, dtype, stage.model, validator=validator)
+    at, records = _Position([stage.model]), []
     for number in range(1, stage.rounds + 1):
         body = body_of(
             stage,
             number=number,
-            model=at.accepted,
+            earlier=at.models,
             seed=derive_seed(seed, "round", number) % 2**31,
             run_dir=folder / ROUNDS / str(number),
             step=at.step,
@@ -107,7 +116,8 @@ def run_rounds(
         write_atomically(folder / RECORD, "".join(map(json_line, records)))
         say(f"round {number}: {outcome['verdict']}: {outcome['reason']}")
         if outcome["verdict"] == "accept":
-            at.accepted, at.rejected = str(result_of(stage, body)), 0
+            at.models.append(str(result_of(stage, body)))
+            at.rejected = 0
         else:
             at.rejected += 1
             at.step *= _SMALLER if criteria.on_reject == "smaller_step" else 1.0

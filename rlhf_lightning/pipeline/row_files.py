@@ -1,4 +1,4 @@
-"""Rows of sample and refine stages: what an interrupted stage has so far, and the files that a finished one writes."""
+"""Rows of stages that sample: what an interrupted stage has so far, and the files that a finished one writes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,15 @@ def _read(written: dict[str, Any]) -> ScoredPrompt:
     return ScoredPrompt(**{**written, "samples": samples})
 
 
-def write_rows(options: RowOptions, journal: Journal, folder: Path, seed: int, advice: str) -> dict[str, float]:
+def write_rows(
+    options: RowOptions,
+    journal: Journal,
+    folder: Path,
+    seed: int,
+    advice: str,
+    *,
+    parts: Sequence[Part] | None = None,
+) -> dict[str, float]:
     """Writes a file of each kind of rows, and removes the journal.
 
     Args:
@@ -80,6 +88,7 @@ def write_rows(options: RowOptions, journal: Journal, folder: Path, seed: int, a
         folder: of the stage.
         seed: of the choice of seed rows.
         advice: said where there are no rows of a kind.
+        parts: that rows are made of, instead of those of the journal.
 
     Returns:
         Counts, and the mean reward of the samples.
@@ -91,8 +100,9 @@ def write_rows(options: RowOptions, journal: Journal, folder: Path, seed: int, a
     rewards = [sample.score for sample in samples if sample.score is not None]
     mean = sum(rewards) / len(rewards) if rewards else 0.0
     metrics: dict[str, float] = {"samples": len(samples), "mean_reward": mean}
+    parts = journal.parts if parts is None else parts
     # All rows before the first file: an error leaves none.
-    made = {kind: [row for part in journal.parts for row in options.make(kind, *part)] for kind in options.rows}
+    made = {kind: [row for part in parts for row in options.make(kind, *part)] for kind in options.rows}
     for kind, rows in made.items():
         if not rows:
             raise NoRowsError(f"no prompt gave a row of kind {kind!r} (mean reward {mean:.2f}): {advice}")

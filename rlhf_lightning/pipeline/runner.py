@@ -35,7 +35,7 @@ from .report import write_report
 from .rounds_stage import RECORD
 from .row_files import SAMPLED, NoRowsError
 from .sample_stage import ANSWERS, evaluate
-from .stages import ROWS, WITH_MODEL, CompressStage, FitStage
+from .stages import ROWS, WITH_MODEL, ChallengeStage, CompressStage, FitStage, SelfPlayStage
 
 Say = Callable[[str], None]
 
@@ -52,7 +52,7 @@ _OF_STAGE = (
         "model.gguf",
         "compressed.jsonl",
     ),
-    *(DECISION, RECORD, *ROWS.values()),
+    *(DECISION, RECORD, *ROWS.values(), *ChallengeStage.outputs.values(), SelfPlayStage.league),
 )
 
 

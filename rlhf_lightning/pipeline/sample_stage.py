@@ -26,7 +26,7 @@ from ..utils.progress import progress
 from ..utils.validation import check_count
 from .config import Evaluation
 from .row_files import SAMPLED, Journal, write_rows
-from .stages import SampleStage
+from .stages import PromptStage, SampleStage
 
 ANSWERS = "test_answers.jsonl"
 _PROMPTS_AT_ONCE = 64
@@ -56,7 +56,7 @@ def run_sample(
         NoRowsError: no prompt gave a row.
     """
     engine, tokenizer = _stage_engine(stage, dtype)
-    examples = read_prompts(stage.prompts, tokenizer, chat_template_kwargs=stage.chat_template_kwargs)
+    examples = stage_prompts(stage, tokenizer)
     maker = _Maker(stage, engine, tokenizer, load_scorer(stage.verifier), seed)
     journal, kind = Journal(folder / SAMPLED), stage.rows[0]
     made = sum(len(stage.make(kind, *part)) for part in journal.parts)
@@ -72,6 +72,13 @@ def run_sample(
         made += len(stage.make(kind, *journal.parts[-1]))
         say(f"{start + len(prompts)} of {len(examples)} prompts, {made} {kind}")
     return write_rows(stage, journal, folder, seed, _ADVICE)
+
+
+def stage_prompts(stage: PromptStage, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Reads the prompts of a stage."""
+    return read_prompts(
+        stage.prompts, tokenizer, columns=stage.columns or None, chat_template_kwargs=stage.chat_template_kwargs
+    )
 
 
 class _Maker:

@@ -13,8 +13,10 @@ from ..generation.compress import CompressOptions
 from ..labeling.command import LabelOptions
 from ..merging.methods import METHODS
 from ..merging.options import MergeOptions
+from ..self_improvement.challenger import CHALLENGE
 from ..self_improvement.refine import CRITIQUE, REVISION, Refine
 from ..self_improvement.row_options import KINDS_OF_ROWS, RowOptions
+from ..self_improvement.self_play import Weighting
 
 T = TypeVar("T")
 
@@ -66,7 +68,17 @@ class RowStage(RowOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleStage(RowStage):
+class PromptStage:
+    """Reads prompts, a source of ``PromptDataModule``; ``columns`` has names of its columns: ``{prompt: question}``."""
+
+    prompts: str | list[str]
+    columns: dict[str, str] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleStage(RowStage, PromptStage):
     """Samples and scores completions, and makes rows of them.
 
     A list of models samples as one: ``ensemble`` has options of ``merging.EnsemblePolicy``. With ``server``, options of
@@ -76,7 +88,6 @@ class SampleStage(RowStage):
     """
 
     model: str | list[str]
-    prompts: str | list[str]
     kind: Literal["sample"] = "sample"
     verifier: str | dict[str, Any] = EXACT
     num_samples: int = 4
@@ -84,16 +95,13 @@ class SampleStage(RowStage):
     hint: str | None = None
     ensemble: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefineStage(RowStage):
+class RefineStage(RowStage, PromptStage):
     """Lets a model revise its answers by critiques, and makes rows of the drafts; see ``self_improvement.Refine``."""
 
     model: str
-    prompts: str | list[str]
     kind: Literal["refine"] = "refine"
     verifier: str | dict[str, Any] = EXACT
     critique: str = CRITIQUE
@@ -102,8 +110,6 @@ class RefineStage(RowStage):
     revisions: int = 2
     good_enough: float | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None
 
     @property
     def settings(self) -> Refine:
@@ -115,6 +121,60 @@ class RefineStage(RowStage):
             revisions=self.revisions,
             threshold=self.good_enough,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChallengeStage(PromptStage):
+    """Lets a model write new prompts, and keeps what the solver, by default the same model, solves sometimes.
+
+    ``prompts`` are its examples, ``writing`` samples the new ones, and ``sampling`` their solutions. Without a verifier
+    a solution is right if it answers as most do (``self_improvement.agreement``), and rows have that ``answer``.
+    """
+
+    outputs: ClassVar[Mapping[str, str]] = {"prompts": "prompts.jsonl"}
+
+    model: str
+    kind: Literal["challenge"] = "challenge"
+    number: int = 64
+    num_examples: int = 4
+    template: str = CHALLENGE
+    max_overlap: float = 0.7
+    writing: dict[str, Any] = field(default_factory=dict)
+    solver: str | None = None
+    verifier: str | dict[str, Any] | None = None
+    num_samples: int = 4
+    sampling: dict[str, Any] = field(default_factory=dict)
+    threshold: float = 0.5
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfPlayStage(RowStage, PromptStage):
+    """Lets a model and its opponents answer the same prompts, and makes rows of the answers of both.
+
+    All players answer the first ``trial`` prompts: ``league.json`` gets their Elo ratings, and win rates, from which an
+    opponent is drawn for each further prompt; see ``self_improvement.league_weights``.
+    """
+
+    league: ClassVar[str] = "league.json"
+
+    model: str
+    opponents: list[str]
+    kind: Literal["self-play"] = "self-play"
+    verifier: str | dict[str, Any] = EXACT
+    num_samples: int = 1
+    sampling: dict[str, Any] = field(default_factory=dict)
+    trial: int = 64
+    weighting: Weighting = "hard"
+    power: float = 2.0
+    floor: float = 0.1
+    k: float = 32.0
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Files of the kinds of rows that are written, and the table of the league."""
+        return super().outputs | {"league": self.league}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +285,8 @@ class EvaluateStage:
 class GateStage:
     """Passes on a model if a paired test on a suite accepts it, else the accepted one; ``criteria`` say when.
 
-    Both models are folders, and ``criteria`` options of ``self_improvement.CapabilityCriteria``.
+    Both models are folders, and ``criteria`` options of ``self_improvement.CapabilityCriteria``. ``validators`` are
+    checks of ``self_improvement.AdversarialValidator``, which a model that the test accepts must pass as well.
     """
 
     outputs: ClassVar[Mapping[str, str]] = MODEL | {"decision": "decision.json"}
@@ -235,6 +296,7 @@ class GateStage:
     suite: str | dict[str, Any]
     kind: Literal["gate"] = "gate"
     criteria: dict[str, Any] = field(default_factory=dict)
+    validators: list[Any] = field(default_factory=list)
     seed: int | None = None
     evaluate: bool = True
 
@@ -256,8 +318,9 @@ class ExportStage:
 class RoundsStage:
     """Repeats a body of stages, each round starting from the model that was accepted last.
 
-    In the body, ``${round.model}`` is that model, ``${round.number}`` counts from 1, and ``${outputs.NAME.model}`` is
-    an output of a stage of this round, or of one outside. Each round has its own seed.
+    In the body, ``${round.model}`` is that model, ``${round.earlier}`` lists all that were accepted so far, the first
+    model included, ``${round.number}`` counts from 1, and ``${outputs.NAME.model}`` is an output of a stage of this
+    round, or of one outside. Each round has its own seed.
 
     Args:
         model: the first accepted model: a folder.
@@ -266,6 +329,7 @@ class RoundsStage:
         result: stage of the body whose model is the round's; by default the last one with a model.
         suite: that the round's model and the accepted one answer; without one every round is accepted.
         criteria: options of ``self_improvement.CapabilityCriteria``: when a round is accepted, and what follows if not.
+        validators: as those of a gate.
         written: the pipeline's configuration without its stages, for references in the body.
     """
 
@@ -278,6 +342,7 @@ class RoundsStage:
     result: str | None = None
     suite: str | dict[str, Any] | None = None
     criteria: dict[str, Any] = field(default_factory=dict)
+    validators: list[Any] = field(default_factory=list)
     seed: int | None = None
     evaluate: bool = True
     written: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -287,6 +352,8 @@ Stage = (
     FitStage
     | SampleStage
     | RefineStage
+    | ChallengeStage
+    | SelfPlayStage
     | GenerateStage
     | CompressStage
     | LabelStage
@@ -300,6 +367,8 @@ KINDS: dict[str, type[Any]] = {
     "fit": FitStage,
     "sample": SampleStage,
     "refine": RefineStage,
+    "challenge": ChallengeStage,
+    "self-play": SelfPlayStage,
     "generate": GenerateStage,
     "compress": CompressStage,
     "label-steps": LabelStage,
@@ -318,6 +387,7 @@ def outputs_of(written: Mapping[str, Any]) -> Mapping[str, str]:
     cls = KINDS[written["kind"]]
     if issubclass(cls, RowStage):
         rows = written.get("rows", ["pairs"])
-        return {name: ROWS[name] for name in ([rows] if isinstance(rows, str) else rows or ()) if name in ROWS}
+        files = {name: ROWS[name] for name in ([rows] if isinstance(rows, str) else rows or ()) if name in ROWS}
+        return files | ({"league": cls.league} if issubclass(cls, SelfPlayStage) else {})
     found: Mapping[str, str] = cls.outputs
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .challenger import challenges, frontier, new_prompts
+from .challenger import agreement, challenge_rows, challenges, frontier, new_prompts
 from .corruption import PerturbedPrompt, corrupted_twin
 from .findings import Finding, ModelCheck, Validation
-from .gate import CapabilityCriteria, Decision, decide
+from .gate import CapabilityCriteria, Decision, decide, overruled
 from .mixing import mix_rows
 from .pair_classifier import LabelledPair, PairClassifierOptions, train_pair_classifier
 from .refine import Refine, Refinement, refine
@@ -20,7 +20,7 @@ from .row_makers import (
 )
 from .samples import Sample, ScoredPrompt, model_hash, sample_prompts
 from .scorers import load_scorer
-from .self_play import elo_ratings, expected_score, league_weights
+from .self_play import elo_ratings, expected_score, games_of, league_weights, win_rates
 from .task_checks import Consistency, Robustness, Verdicts
 from .trained_checks import Discriminator, FlawDetector
 from .validators import AdversarialValidator
@@ -44,6 +44,8 @@ __all__ = [
     "ScoredPrompt",
     "Validation",
     "Verdicts",
+    "agreement",
+    "challenge_rows",
     "challenges",
     "corrupted_twin",
     "decide",
@@ -51,12 +53,14 @@ __all__ = [
     "elo_ratings",
     "expected_score",
     "frontier",
+    "games_of",
     "hinted_rows",
     "league_weights",
     "load_scorer",
     "mix_rows",
     "model_hash",
     "new_prompts",
+    "overruled",
     "preference_pairs",
     "refine",
     "sample_prompts",
@@ -64,5 +68,6 @@ __all__ = [
     "spin_pairs",
     "train_pair_classifier",
     "unpaired_rows",
+    "win_rates",
     "without_hints",
 ]

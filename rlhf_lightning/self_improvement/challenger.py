@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
+from ..data.final_answer import answer_key, final_answer
 from ..utils.validation import check_count, check_fraction
+from .row_makers import Row
 from .samples import ScoredPrompt
 from .templates import check_places, fill
 
@@ -125,3 +129,56 @@ def frontier(
         raise ValueError(f"high is {high}; it must be above low={low} and at most 1, which drops what is always solved")
     rates = [(scored, scored.pass_rate(success)) for scored in prompts]
     return [scored for scored, rate in rates if rate is not None and low < rate < high]
+
+
+def agreement(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    """Scores samples by whether they answer as most samples of their prompt do: for prompts without a known answer.
+
+    The label of self-consistency (Wang et al., 2023, arXiv:2203.11171), which R-Zero (Huang et al., 2025,
+    arXiv:2508.05004) trains on. Answers are those after a marker (``final_answer``); of equally frequent ones, the
+    first drawn counts.
+
+    Args:
+        prompts: one for each completion; equal ones are one prompt.
+        completions: samples.
+
+    Returns:
+        1 for the most frequent answer, 0 for another or none.
+
+    Example:
+        >>> agreement(["2+2=?"] * 4, ["#5", "#4", "2+2=4 #4.0", "I do not know"])
+        [0.0, 1.0, 1.0, 0.0]
+    """
+    keys = [answer_key(text) if final_answer(text) is not None else None for text in completions]
+    votes: dict[str, Counter[Any]] = {}
+    for prompt, key in zip(prompts, keys, strict=True):
+        counted = votes.setdefault(repr(prompt), Counter())
+        counted.update([] if key is None else [key])
+    # The most common of a counter is the first of equals.
+    most = {prompt: next(iter(counted.most_common(1)), (None, 0))[0] for prompt, counted in votes.items()}
+    return [float(key is not None and key == most[repr(prompt)]) for prompt, key in zip(prompts, keys, strict=True)]
+
+
+def challenge_rows(prompts: Sequence[ScoredPrompt], *, success: float = 0.5, answered: bool = False) -> list[Row]:
+    """Makes rows of new prompts with their pass rates.
+
+    Args:
+        prompts: with their samples.
+        success: least score of a sample that solves its prompt.
+        answered: adds a column ``answer``: the final answer of the first sample that solves the prompt; for samples
+            that were scored by ``agreement``.
+
+    Example:
+        >>> from rlhf_lightning.self_improvement import Sample
+        >>> drawn = (Sample("#5", 0.0), Sample("2+2=4 #4", 1.0))
+        >>> challenge_rows([ScoredPrompt("2+2=?", drawn, model="ab")], answered=True)[0]["answer"]
+        '4'
+    """
+    rows = []
+    for scored in prompts:
+        row: Row = {"prompt": scored.prompt, "pass_rate": scored.pass_rate(success)}
+        if answered:
+            solved = (s.text for s in scored.samples if s.score is not None and s.score >= success)
+            row["answer"] = next(filter(None, map(final_answer, solved)), None)
+        rows.append(row | {"provenance": scored.origin})
+    return rows

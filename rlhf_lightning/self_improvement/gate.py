@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -12,6 +12,7 @@ from ..evaluation import TaskResult
 from ..metrics.intervals import Comparison, mcnemar, paired_bootstrap
 from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_count, check_not_negative, check_positive
+from .findings import Validation
 
 OnReject = Literal["smaller_step", "new_seed", "stop"]
 Verdict = Literal["accept", "reject", "stop"]
@@ -108,6 +109,7 @@ class Decision:
         high: upper end.
         p_value: one-sided, of a difference at least as large (for ``not_worse``: as small) if both were equally good.
         kl: divergence from the model at the start, where it was measured.
+        validation: findings of an ``AdversarialValidator``, where one was asked.
     """
 
     verdict: Verdict
@@ -117,10 +119,12 @@ class Decision:
     high: float
     p_value: float
     kl: float | None = None
+    validation: Validation | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns plain values."""
-        return asdict(self)
+        """Returns plain values; those of the validation only if there is one."""
+        found = asdict(self) | {"validation": self.validation and self.validation.as_dict()}
+        return {name: value for name, value in found.items() if name != "validation" or value is not None}
 
 
 def decide(
@@ -163,9 +167,37 @@ def decide(
     ok = reason is None
     if reason is None:
         ok, reason = _verdict(compared, p_value, criteria)
-    ends = criteria.on_reject == "stop" or num_rejected + 1 >= criteria.patience
-    verdict: Verdict = "accept" if ok else "stop" if ends else "reject"
+    verdict = "accept" if ok else _refusal(criteria, num_rejected)
     return Decision(verdict, reason, compared.difference, compared.low, compared.high, p_value, kl)
+
+
+def overruled(
+    decision: Decision, validation: Validation, criteria: CapabilityCriteria, *, num_rejected: int = 0
+) -> Decision:
+    """Adds what an adversarial validator has found in a candidate, and rejects one in which a check does not pass.
+
+    Args:
+        decision: of the paired test.
+        validation: of the same candidate.
+        criteria: those of the decision.
+        num_rejected: rejections in succession before this one, at least 0.
+
+    Example:
+        >>> from rlhf_lightning.self_improvement import Finding
+        >>> accepted = Decision("accept", "better than the accepted model", 0.1, 0.05, 0.15, 0.01)
+        >>> flaw = Finding("robustness", 0.3, 0.2, 0.4, 0.1, passed=False, detail="accuracy falls by 30.0% with typos")
+        >>> overruled(accepted, Validation((flaw,)), CapabilityCriteria()).reason
+        'robustness: accuracy falls by 30.0% with typos'
+    """
+    if validation.passed or decision.verdict != "accept":
+        return replace(decision, validation=validation)
+    verdict = _refusal(criteria, num_rejected)
+    return replace(decision, verdict=verdict, reason=validation.reason, validation=validation)
+
+
+def _refusal(criteria: CapabilityCriteria, num_rejected: int) -> Verdict:
+    ends = criteria.on_reject == "stop" or num_rejected + 1 >= criteria.patience
+    return "stop" if ends else "reject"
 
 
 def check_criteria(results: Sequence[TaskResult], criteria: CapabilityCriteria) -> None:

@@ -26,12 +26,14 @@ class Sample:
         score: of a verifier, a reward model or a judge; ``None`` without a verdict.
         seed: that it was drawn with.
         ended: whether it ended before the limit of tokens.
+        model: hash of the model that drew it, where its prompt's samples are of several.
     """
 
     text: str
     score: float | None
     seed: int = 0
     ended: bool = True
+    model: str = ""
 
     @property
     def usable(self) -> bool:
@@ -40,8 +42,8 @@ class Sample:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Its seed and its score, for a row made of it."""
-        return {"seed": self.seed, "score": self.score}
+        """Its seed, its score, and its model if it has one of its own, for a row made of it."""
+        return {"seed": self.seed, "score": self.score} | ({"model": self.model} if self.model else {})
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class ScoredPrompt:
         samples: in the order in which they were drawn.
         columns: the row's other columns, which rows made of it keep.
         row_id: of the prompt's row.
-        model: hash of the model that drew the samples.
+        model: hash of the model that drew the samples, unless they have models of their own.
     """
 
     prompt: Any

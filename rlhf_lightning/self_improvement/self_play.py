@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from itertools import combinations
+from statistics import fmean
+from typing import Literal, get_args
 
 from ..utils.validation import check_choice, check_fraction, check_positive
 
 Game = tuple[str, str, float]
+Weighting = Literal["uniform", "hard", "even"]
 
 
 def expected_score(rating: float, other: float) -> float:
@@ -58,9 +61,46 @@ def elo_ratings(
     return found
 
 
+def games_of(scores: Mapping[str, Sequence[float | None]]) -> list[Game]:
+    """Makes a game of each prompt and pair of players: the better answer wins, equals draw.
+
+    Args:
+        scores: by player, those of its answers to the same prompts; without a score there is no game.
+
+    Returns:
+        Games in the order of the prompts, and of the players.
+
+    Example:
+        >>> games_of({"a": [1.0, 0.5], "b": [0.0, 0.5]})
+        [('a', 'b', 1.0), ('a', 'b', 0.5)]
+    """
+    found = []
+    for answers in zip(*scores.values(), strict=True):
+        for (one, ours), (other, theirs) in combinations(zip(scores, answers, strict=True), 2):
+            if ours is not None and theirs is not None:
+                found.append((one, other, 0.5 if ours == theirs else float(ours > theirs)))
+    return found
+
+
+def win_rates(games: Iterable[Game], player: str) -> dict[str, float]:
+    """Returns a player's mean score against each of its opponents, in the order in which they met.
+
+    Example:
+        >>> win_rates([("a", "b", 1.0), ("c", "a", 1.0), ("a", "b", 0.5)], "a")
+        {'b': 0.75, 'c': 0.0}
+    """
+    found: dict[str, list[float]] = {}
+    for one, other, score in games:
+        if player == one:
+            found.setdefault(other, []).append(score)
+        elif player == other:
+            found.setdefault(one, []).append(1 - score)
+    return {opponent: fmean(scores) for opponent, scores in found.items()}
+
+
 def league_weights(
     win_rates: Sequence[float],
-    kind: Literal["uniform", "hard", "even"] = "hard",
+    kind: Weighting = "hard",
     *,
     power: float = 2.0,
     floor: float = 0.0,
@@ -87,7 +127,7 @@ def league_weights(
         >>> league_weights([0.5, 1.0, 0.0], "hard", power=1.0)
         [0.3333333333333333, 0.0, 0.6666666666666666]
     """
-    check_choice("kind", kind, ("uniform", "hard", "even"))
+    check_choice("kind", kind, get_args(Weighting))
     check_positive("power", power, "2 is usual")
     check_fraction("floor", floor, "0 draws no opponent that has lost every game")
     if not win_rates:

@@ -21,6 +21,7 @@ from .packaged_configs import packaged_config
 # Options whose value may be a folder or a task instead of a hub id. Files are looked for in every option.
 _SOURCES = (
     *("model", "models", "base", "tokenizer", "adapter", "draft", "scorer", "judge", "compressor"),
+    *("solver", "opponents"),
     *("train", "val", "test", "predict", "prompts", "rows", "input"),
 )
 # Options that name outputs.

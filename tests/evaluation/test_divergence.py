@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.nn.functional import kl_div
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.evaluation import divergence, logits, mean_interval, own_samples
 from rlhf_lightning.inference import LocalEngine, SamplingParams
@@ -96,6 +99,21 @@ def test_estimates_on_own_samples_agree_with_the_exact_value() -> None:
     # Standard errors of a mean over 3,600 dependent tokens are below 0.03 of these values.
     assert found.k1 == pytest.approx(found.forward, rel=0.1)
     assert found.k3 == pytest.approx(found.forward, rel=0.1)
+
+
+def test_engines_speak_in_the_same_tokens() -> None:
+    """Of equal size, with two tokens exchanged: the numbers alone would give a divergence."""
+    model, reference = (tiny_model("llama", seed=n) for n in (0, 1))
+    engines = [LocalEngine(part, char_tokenizer()) for part in (model, reference)]
+    assert divergence(*engines, rows()) == divergence(model, reference, rows())
+    backend = json.loads(char_tokenizer().backend_tokenizer.to_str())
+    vocab = backend["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    first = min(vocab["a"], vocab["b"])
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<eos>")
+    assert len(other) == len(char_tokenizer())
+    with pytest.raises(ValueError, match=f"differ: the token '.' is {first} in one and .* in the other; distributions"):
+        divergence(engines[0], LocalEngine(reference, other), rows())
 
 
 def test_bad_input() -> None:

@@ -61,6 +61,12 @@ def test_accuracy_lengths_and_truncation_of_greedy_answers(tmp_path: Path) -> No
     assert "pass@1" not in metrics
 
 
+def test_columns_with_other_names(tmp_path: Path) -> None:
+    rows = [{"question": row["prompt"], "solution": row["answer"]} for row in ROWS]
+    task = Task(name="s", prompts=write_rows(tmp_path, rows), columns={"prompt": "question", "answer": "solution"})
+    assert list(run_task(task, engine(["#1"], ["#2"], ["#7"], ["#4"])).scores.values()) == [1.0, 1.0, 0.0, 1.0]
+
+
 def test_several_samples_have_pass_and_majority_at_k(tmp_path: Path) -> None:
     task = Task(name="sums", prompts=write_rows(tmp_path), num_samples=4)
     found = run_task(task, engine(["#1"], ["#2", "#3", "#3", "#2"], ["#0", "#1", "#2", "#3"], ["#0"]))

@@ -95,8 +95,8 @@ def stage(**changes: Any) -> dict[str, Any]:
         (changed(dtype="int8"), "dtype is 'int8'; it must be float32"),
         (
             changed(stages={"a": {"model": "x"}}),
-            "stage 'a' is of kind None; write kind: fit, sample, refine, generate, compress, label-steps, merge, "
-            "evaluate, gate, export or rounds",
+            "stage 'a' is of kind None; write kind: fit, sample, refine, challenge, self-play, generate, "
+            "compress, label-steps, merge, evaluate, gate, export or rounds",
         ),
         (changed(stages={"a": {"kind": "fitt"}}), "stage 'a' is of kind 'fitt'"),
         (changed(stages={"a/b": {"kind": "fit"}}), "stage 'a/b': a name has letters"),

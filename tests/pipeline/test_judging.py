@@ -11,7 +11,15 @@ import yaml
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.evaluation import Report
-from rlhf_lightning.pipeline.judging import Judge, check_suite, copy_model, criteria_of, run_evaluate, run_gate
+from rlhf_lightning.pipeline.judging import (
+    Judge,
+    check_suite,
+    copy_model,
+    criteria_of,
+    run_evaluate,
+    run_gate,
+    validator_of,
+)
 from rlhf_lightning.pipeline.stages import EvaluateStage, GateStage
 from rlhf_lightning.utils.files import MARKER, content_hash
 
@@ -74,6 +82,50 @@ def test_the_divergence_from_the_start_is_a_criterion(models, suite, tmp_path):
         assert decision.verdict == verdict
         assert decision.kl is not None
         assert (decision.kl < 1e-6) == (verdict == "accept")
+
+
+ALWAYS: dict[str, Any] = {"accept": "not_worse", "threshold": 1.0}
+
+
+def test_a_model_that_the_test_accepts_must_pass_the_validators(models, suite, tmp_path):
+    """Random models have some accuracy: at least 0, never 1."""
+    task = {**suite["tasks"][0], "name": "all even"}
+    strict = {"class_path": "Verdicts", "init_args": {"task": task, "min_accuracy": 1.0}}
+    lenient = {"class_path": "Verdicts", "init_args": {"task": task, "min_accuracy": 0.0}}
+    for number, (checks, passes) in enumerate([([lenient], True), ([lenient, strict], False)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        stage = GateStage(
+            model=models[1], accepted=models[0], suite=suite, validators=checks, criteria=ALWAYS | {"patience": 2}
+        )
+        said: list[str] = []
+        assert run_gate(stage, folder, 0, "float32", said.append)["accepted"] == passes
+        written = json.loads((folder / "decision.json").read_text())
+        assert [finding["passed"] for finding in written["validation"]["findings"]] == [True, False][: len(checks)]
+        assert written["verdict"] == ("accept" if passes else "reject")
+        assert content_hash(folder / "model/model.safetensors") == content_hash(
+            Path(models[passes]) / "model.safetensors"
+        )
+    assert written["reason"].startswith("verdicts of all even: ")
+    assert said[-1] == f"rejected: {written['reason']}"
+    # Patience counts these rejections as well.
+    judge = Judge(
+        suite, criteria_of(ALWAYS | {"patience": 2}), tmp_path / "e", 0, "float32", "", validator=validator_of([strict])
+    )
+    assert judge.decide(models[0], models[1], num_rejected=1)[0].verdict == "stop"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ([{"class_path": "Robustnes"}], "there is no check 'Robustnes'; write one of Verdicts, Robustness"),
+        ([{"class_path": "Verdicts", "init_args": {"taks": {}}}], "check has no option 'taks'; did you mean 'task'?"),
+        ([3], "a check is 3; it must have the method run"),
+    ],
+)
+def test_mistakes_in_validators(written, message):
+    with pytest.raises(ValueError, match=message):
+        validator_of(written)
 
 
 def test_models_are_evaluated_together(models, suite, tmp_path):

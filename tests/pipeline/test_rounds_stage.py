@@ -17,6 +17,7 @@ import yaml
 from rlhf_lightning.cli import main
 from rlhf_lightning.inference import derive_seed
 from rlhf_lightning.pipeline import kinds, load_pipeline, rounds_stage
+from rlhf_lightning.pipeline.config import body_of
 from rlhf_lightning.pipeline.rounds_stage import run_rounds
 from rlhf_lightning.pipeline.row_files import NoRowsError
 from rlhf_lightning.self_improvement.gate import Decision
@@ -62,7 +63,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdicts: list[str
         (body.folder("train") / "model/weights").write_text(str(number))
 
     class Scripted:
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **options):
             pass
 
         def decide(self, accepted, candidate, num_rejected):
@@ -99,6 +100,31 @@ def test_a_round_starts_from_the_model_that_was_accepted_last(tmp_path, monkeypa
     assert [record["model"] for record in found.records] == [content_hash(model) for model in found.models]
     assert found.records[1]["p_value"] == 0.01
     assert found.metrics == {"rounds": 5.0, "accepted": 2.0, "accuracy_before": 0.25, "accuracy": 0.25}
+
+
+def test_a_round_knows_the_models_that_were_accepted_before(tmp_path, monkeypatch):
+    seen, real = [], rounds_stage.body_of
+    monkeypatch.setattr(
+        rounds_stage, "body_of", lambda stage, **now: seen.append([*now["earlier"]]) or real(stage, **now)
+    )
+    found = scripted(tmp_path, monkeypatch, ["accept", "reject", "accept", "reject"])
+    start, first, _, third, _ = map(str, (found.start, *found.models))
+    assert seen == [[start], [start, first], [start, first], [start, first, third]]
+
+
+def test_references_to_a_round(tmp_path):
+    play = {"kind": "self-play", "model": "${round.model}", "opponents": "${round.earlier}", "prompts": "p"}
+    train = TRAIN | {"data": {"init_args": {"train": "${outputs.play.pairs}", "val": "${outputs.play.league}"}}}
+    loop = {"kind": "rounds", "model": "m", "body": {"play": play, "train": train}}
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"run_dir": "runs/x", "stages": {"loop": loop}}))
+    stage = load_pipeline(file).stages["loop"]
+    body = body_of(stage, number=2, earlier=["m", "one"], seed=0, run_dir="runs/x/loop/rounds/2")
+    assert (body.stages["play"].model, body.stages["play"].opponents) == ("one", ["m", "one"])
+    assert body.stages["train"].data["init_args"] == {
+        "train": "runs/x/loop/rounds/2/play/pairs.jsonl",
+        "val": "runs/x/loop/rounds/2/play/league.json",
+    }
 
 
 def test_other_seeds_alone(tmp_path, monkeypatch):
@@ -236,6 +262,23 @@ def test_rounds_from_start_to_report(written, tmp_path, capsys):
     assert (folder / "rounds.jsonl").read_text().splitlines()[:2] == [
         json.dumps(one, ensure_ascii=False) for one in rounds
     ]
+
+
+@pytest.mark.slow
+def test_rounds_of_self_play(written, tmp_path):
+    loop = written["stages"]["loop"]
+    loop["body"]["own"] |= {"kind": "self-play", "opponents": "${round.earlier}", "trial": 4, "num_samples": 4}
+    run(written, tmp_path)
+    folder = tmp_path / "run/loop"
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for number, one in enumerate(rounds, start=1):
+        league = json.loads((folder / f"rounds/{number}/own/league.json").read_text())
+        accepted = sum(before["verdict"] == "accept" for before in rounds[: number - 1])
+        assert len(league["opponents"]) == 1 + accepted
+        assert league["opponents"][0]["model"] == rounds[0]["start"]
+        assert league["model"] == one["start"]
+        assert sum(opponent["prompts"] for opponent in league["opponents"]) == 12 - 4
+    assert not run(written, tmp_path)["ran"]
 
 
 def cut(real: Any, after: bool) -> Any:

@@ -89,6 +89,16 @@ def test_seed_rows_are_mixed_with_the_first_kind(prompts, tmp_path):
     assert (metrics["demonstrations"], metrics["samples"]) == (4, 6)
 
 
+def test_columns_with_other_names(prompts, tmp_path):
+    rows = [{"question": row["prompt"], "solution": row["answer"]} for row in lines(Path(prompts))]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "question", "answer": "solution"}
+    stage = SampleStage(model="m", prompts=str(tmp_path / "other.jsonl"), columns=columns, num_samples=3)
+    run_sample(stage, tmp_path, 0, "float32")
+    (row,) = lines(tmp_path / "pairs.jsonl")
+    assert (row["prompt"], row["chosen"], row["rejected"], row["answer"]) == ("1+1=", "#2", "#3", "2")
+
+
 def test_a_reward_that_takes_other_columns_ranks(prompts, tmp_path):
     """Columns that a reward does not take are not passed to it."""
     verifier = {"class_path": "rlhf_lightning.rewards.LengthReward", "init_args": {"target": 8, "unit": "characters"}}
