@@ -118,6 +118,7 @@ class Judge:
     def _drift(self, candidate: str) -> float:
         """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
         engine, start = self._engine(candidate), self._engine(self.start)
+        assert engine.tokenizer is not None
         rows = []
         for task in Suite.read(self.suite).tasks:
             if not isinstance(task, Task):  # its completions are given
