@@ -166,6 +166,10 @@ class PostTrainingCLI(LightningCLI):
             import_module(f".{name}", __package__)
         # Deprecated jsonargparse calls are in LightningCLI and cannot be fixed here.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+        if run and args and args[0] in _ONE_METHOD:
+            # Every subcommand has a parser with all options: only that of the one that is asked for is made.
+            asked = {args[0]: self.subcommands()[args[0]]}
+            self.subcommands = lambda: asked  # type: ignore[method-assign]
         super().__init__(
             PostTrainingModule,
             lightning.LightningDataModule,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import os
 
+# What imports and collection make is there until the end: looking for garbage among millions of objects takes seconds.
+gc.disable()
 # Before the first import of torch, transformers or wandb: all three read these once. One thread, because products this
 # small are slower on two, and because sums keep one order.
 os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "MPLBACKEND": "agg"})
@@ -18,9 +22,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities import registry
 from transformers import PreTrainedTokenizerFast
 
 from .helpers import char_tokenizer, save_tiny_model
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for again, among what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -38,10 +49,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def levels_of_loggers_are_put_back() -> Iterator[None]:
     """A pipeline that a test runs in its own process makes the libraries quiet for good."""
-    levels = {name: logging.getLogger(name).level for name in ("lightning", "lightning.pytorch", "lightning.fabric")}
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
     yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+        if logger.level != level:  # setting one empties the caches of all loggers
+            logger.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_listed_once() -> Iterator[None]:
+    """Every trainer asks the metadata of all installed packages for callbacks, and none is installed meanwhile."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -105,6 +105,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_wheel_next_to_a_project_with_its_own_callbacks(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     site, project = tmp_path / "site", tmp_path / "project"
     wheel.extractall(site)

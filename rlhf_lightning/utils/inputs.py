@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -128,7 +129,7 @@ def own_sources(dotted: str) -> list[Path]:
         seen.add(root)
         for file in _files_of(root):
             files.add(file)
-            waiting += _imports(file)
+            waiting += _imports(file.read_bytes())
     return sorted(files)
 
 
@@ -152,16 +153,17 @@ def _installed() -> tuple[Path, ...]:
     return (*(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")), _PACKAGE)
 
 
-def _imports(file: Path) -> list[str]:
-    """The top-level names of the modules that a source file imports."""
+@functools.cache
+def _imports(source: bytes) -> tuple[str, ...]:
+    """The top-level names of the modules that a source imports; it is parsed once, and every stage of a run asks."""
     try:
-        tree = ast.parse(file.read_bytes())
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return []
+        return ()
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name.partition(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.append(node.module.partition(".")[0])
-    return names
+    return tuple(dict.fromkeys(names))

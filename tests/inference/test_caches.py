@@ -35,8 +35,15 @@ def same(found: list[list[Completion]], expected: list[list[Completion]]) -> Non
                 np.testing.assert_allclose(one.model_logprobs, other.model_logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("cache", EXACT)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# The fast run has every architecture with one of the caches, in turn.
+IN_TURN = [
+    pytest.param(arch, cache, marks=() if number % len(EXACT) == place else pytest.mark.slow)
+    for number, arch in enumerate(ARCHITECTURES)
+    for place, cache in enumerate(EXACT)
+]
+
+
+@pytest.mark.parametrize(("arch", "cache"), IN_TURN)
 def test_samples_are_those_of_the_dynamic_cache(arch: str, cache: Any) -> None:
     model = tiny_model(arch)
     params = SamplingParams(max_new_tokens=21, temperature=1.4, top_p=0.95, seed=4, stop_token_ids=tuple(range(3, 7)))

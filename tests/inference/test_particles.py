@@ -52,10 +52,10 @@ def p_value(rows, expected):
     ("options", "power"),
     [
         ({}, 1.0),
-        ({"threshold": 1.0}, 1.0),
-        ({"threshold": 0.0}, 1.0),
+        pytest.param({"threshold": 1.0}, 1.0, marks=pytest.mark.slow),
+        pytest.param({"threshold": 0.0}, 1.0, marks=pytest.mark.slow),
         ({"entropic": 0.9, "threshold": 0.95}, 1.0),
-        ({"temperature": 0.5}, 2.0),
+        pytest.param({"temperature": 0.5}, 2.0, marks=pytest.mark.slow),
     ],
 )
 def test_weights_match_the_exact_posterior(options, power):

@@ -86,8 +86,15 @@ def assert_equal(found: list[list[Completion]], expected: list[list[Completion]]
             np.testing.assert_allclose(one.model_logprobs, other.model_logprobs, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("setting", SETTINGS)
+# The fast run has a draft model with every setting, and each of the others with every second one.
+IN_TURN = [
+    pytest.param(setting, kind, marks=() if kind in ("draft", other) else pytest.mark.slow)
+    for setting, other in zip(SETTINGS, 5 * ("early_exit", "ngram"), strict=True)
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("setting", "kind"), IN_TURN)
 def test_samples_and_log_probs_are_those_of_plain_decoding(kind: str, setting: str) -> None:
     model, params = tiny_model("llama", num_hidden_layers=2), SETTINGS[setting]
     seeds = [[100 * row + column for column in range(3)] for row in range(len(PROMPTS))]
@@ -132,8 +139,14 @@ def test_models_without_plain_attention_run_without_speculation(arch: str, rows:
     assert any("without speculation" in str(warning.message) for warning in caught) != rows
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cache", ["dynamic", "paged", "int8"])
+@pytest.mark.parametrize(
+    ("cache", "kind"),
+    [
+        pytest.param(cache, kind, marks=() if cache == "dynamic" or kind == fast else pytest.mark.slow)
+        for cache, fast in (("dynamic", "draft"), ("paged", "draft"), ("int8", "early_exit"))
+        for kind in KINDS
+    ],
+)
 def test_a_row_depends_neither_on_its_neighbours_nor_on_lengths_nor_on_the_cache(kind: str, cache: Any) -> None:
     model = tiny_model("qwen3")
     params = SamplingParams(max_new_tokens=18, temperature=0.5, stop_token_ids=tuple(range(3, 9)))

@@ -110,14 +110,18 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("method", ["GRPOModule", "PPOModule"])
-@pytest.mark.parametrize("name", BAD)
+def with_methods(*names: str) -> list[Any]:
+    """All names with GRPO, and the first with PPO as fast: both have the same set of rewards."""
+    fast = [(name, "GRPOModule") for name in names] + [(names[0], "PPOModule")]
+    return [*fast, *(pytest.param(name, "PPOModule", marks=pytest.mark.slow) for name in names[1:])]
+
+
+@pytest.mark.parametrize(("name", "method"), with_methods(*BAD))
 def test_what_is_no_reward(name: str, method: str, refused: Callable[..., str]) -> None:
     assert BAD[name] in refused(rewards(f"{HERE}.{name}"), method=method)
 
 
-@pytest.mark.parametrize("name", [*BAD, "broken"])
-@pytest.mark.parametrize("method", ["GRPOModule", "PPOModule"])
+@pytest.mark.parametrize(("name", "method"), with_methods("broken", *BAD))
 def test_what_fails_is_counted(
     name: str, method: str, arguments: Callable[..., list[str]], tmp_path: Path, caplog: Any
 ) -> None:

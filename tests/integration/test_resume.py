@@ -231,14 +231,14 @@ def ignore_totals(checkpoint: dict[str, Any]) -> None:
         del checkpoint["callbacks"][key]
 
 
-def assert_resumes(run: Run, model: Path, tmp_path: Path, at: list[int] | None = None) -> dict[str, Any]:
-    """Resumes from several checkpoints; returns the last one of the whole run."""
+def assert_resumes(run: Run, model: Path, tmp_path: Path, at: Callable[[list[int]], list[int]]) -> dict[str, Any]:
+    """Resumes from some of the checkpoints; returns the last one of the whole run."""
     logged = fit(run, model, tmp_path / "whole")
     last, expected = final(tmp_path / "whole")
     steps = sorted(int(path.stem.partition("=")[2]) for path in (tmp_path / "whole").glob("*.ckpt"))
     assert len(steps) >= 4
     ignore_totals(expected)
-    for step in at or [steps[0], steps[len(steps) // 2], steps[-2]]:
+    for step in at(steps):
         folder = tmp_path / f"from {step}"
         again = fit(run, model, folder, resume=tmp_path / "whole" / f"step={step}.ckpt")
         path, found = final(folder)
@@ -251,8 +251,15 @@ def assert_resumes(run: Run, model: Path, tmp_path: Path, at: list[int] | None =
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(name, tiny_model_folder, tmp_path):
-    checkpoint = assert_resumes(RUNS[name], tiny_model_folder(), tmp_path)
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param(lambda steps: [steps[len(steps) // 2]], id="in the middle"),
+        pytest.param(lambda steps: [steps[0], steps[-2]], id="next to the ends", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(name, at, tiny_model_folder, tmp_path):
+    checkpoint = assert_resumes(RUNS[name], tiny_model_folder(), tmp_path, at)
     drawn = checkpoint["post_training"]["random"][0]
     assert set(drawn) == {"torch", "cuda", "numpy", "python"}
 
@@ -276,7 +283,8 @@ def test_early_stopping_counts_on_and_stays_stopped(tiny_model_folder, tmp_path,
         steps=40,
     )
     expected = {1.0: 12, 2: 6}[interval]
-    assert_resumes(run, tiny_model_folder(), tmp_path, at=[2, 3, 4, 5] + [8, 11] * (interval == 1.0))
+    at = [2, 3, 4, 5] + [8, 11] * (interval == 1.0)
+    assert_resumes(run, tiny_model_folder(), tmp_path, lambda steps: at)
     assert set(stopped) == {expected}
     steps = [int(path.stem.partition("=")[2]) for path in (tmp_path / "whole").glob("*.ckpt")]
     assert max(steps) == expected

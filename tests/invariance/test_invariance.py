@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partialmethod
 from typing import Any
 
@@ -20,6 +21,24 @@ from .methods import PACKED
 
 METHODS = LAID_OUT | PACKED
 NUM_ROWS = 7
+# The fast run makes all comparisons of one entry of every module, and every fourth of each other entry, in turn: every
+# comparison is made with some of these. The others are slow; `make invariance` runs both.
+COMPLETE = {"sft", "dpo-coupled", "simpo", "kto", "process", "reward", "grpo-coupled", "grpo-tree", "ppo"}
+COMPLETE |= {"compression"}
+EVERY = 4
+
+
+def compared(methods: Iterable[str], number: int, *values: Any) -> list[Any]:
+    """The parameters of a comparison: what it takes, then the method."""
+    position = {name: n for n, name in enumerate(METHODS)}
+    return [
+        pytest.param(
+            *values,
+            name,
+            marks=() if name in COMPLETE or (position[name] + number) % EVERY == 0 else pytest.mark.slow,
+        )
+        for name in methods
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +75,13 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 
 
 CASES = [
-    (variation, method)
-    for method in METHODS
-    for variation, options in VARIATIONS.items()
-    if method not in PACKED or "layout" not in options
+    case
+    for number, (variation, options) in enumerate(VARIATIONS.items())
+    for case in compared(LAID_OUT if "layout" in options else METHODS, number, variation)
+]
+PADDED = [("left", 0), ("right", 5), ("left", 7)]
+PADDINGS = [
+    case for number, padding in enumerate(PADDED, len(VARIATIONS)) for case in compared(LAID_OUT, number, *padding)
 ]
 
 
@@ -70,8 +92,7 @@ def test_layout_and_budget(method: str, variation: str, folder: str, baseline: O
     assert_same(outcome, baseline, TOLERANCE["64-true"])
 
 
-@pytest.mark.parametrize("method", LAID_OUT)
-@pytest.mark.parametrize(("side", "extra"), [("left", 0), ("right", 5), ("left", 7)])
+@pytest.mark.parametrize(("side", "extra", "method"), PADDINGS)
 def test_padding(
     method: str, side: str, extra: int, folder: str, baseline: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +115,7 @@ def full_logits(
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", compared(METHODS, 12))
 def test_full_logits(method: str, folder: str, baseline: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.models.backbone.fused_logprobs", full_logits)
     outcome = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS))
@@ -110,7 +131,7 @@ def test_chunks_of_a_gpu(method: str, folder: str, baseline: Outcome, monkeypatc
     assert_same(outcome, baseline, TOLERANCE["64-true"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", compared(METHODS, 13))
 def test_order_of_examples(method: str, folder: str, baseline: Outcome) -> None:
     rows = METHODS[method].rows(NUM_ROWS)
     shuffled = [rows[n] for n in torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(3)).tolist()]
@@ -123,7 +144,7 @@ def usual_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", initializer_range=0.05))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", compared(METHODS, 14))
 def test_single_precision(method: str, usual_folder: str) -> None:
     rows = METHODS[method].rows(NUM_ROWS)
     whole = step(METHODS[method], usual_folder, rows, "32-true")
@@ -132,7 +153,7 @@ def test_single_precision(method: str, usual_folder: str) -> None:
     assert_same(split, whole, TOLERANCE["32-true"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", compared(METHODS, 15))
 def test_evaluation_batch_size(method: str, folder: str) -> None:
     rows = METHODS[method].rows(NUM_ROWS)
     whole = validate(METHODS[method], folder, rows, NUM_ROWS)

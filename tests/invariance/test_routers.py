@@ -81,7 +81,9 @@ RANKED = ["sft-experts", "dpo-checkpointed-experts", "dpo-coupled-experts", "kto
 @pytest.fixture(scope="module", params=[("ddp", 7), ("fsdp2", 7), ("fsdp2", 1)], ids=lambda p: f"{p[0]}-{p[1]}")
 def ranked(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Any]:
     strategy, num_rows = request.param
-    return num_rows, on_ranks(folder, tmp_path_factory.mktemp("ranks") / "two.pt", num_rows, strategy, RANKED)
+    runs = {f"{strategy}:{method}": method for method in RANKED}
+    results = on_ranks(folder, tmp_path_factory.mktemp("ranks") / "two.pt", num_rows, [*runs])
+    return num_rows, {runs[run]: found for run, found in results.items()}
 
 
 @pytest.mark.distributed

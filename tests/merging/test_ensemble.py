@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from itertools import product
@@ -31,13 +32,17 @@ def models():
     return [tiny_model("llama"), tiny_model("gemma2", seed=1), tiny_model("gpt2", seed=2)]
 
 
+@functools.cache
+def distribution(model, tokens):
+    """A model's own distribution after some tokens, in fp64; a search asks for the same ones again and again."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    return logits.double().softmax(-1).numpy()
+
+
 def pooled(models, tokens, pool, weights):
     """The combined distribution after some tokens, by its definition, in fp64."""
-    probabilities = []
-    for model in models:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        probabilities.append(logits.double().softmax(-1).numpy())
+    probabilities = [distribution(model, tuple(tokens)) for model in models]
     if pool == "arithmetic":
         return sum(w * p for w, p in zip(weights, probabilities, strict=True))
     if pool == "geometric":
