@@ -8,13 +8,17 @@ import lightning
 
 from ..core import PostTrainingModule
 from ..distributed.collectives import sum_over_ranks
+from ..distributed.unshard import gathered
 from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
 from ..inference import LocalEngine, SamplingParams
+from ..inference.answering import StrategyOption
 from ..sequences import Example
 
 
 class GenerationAccuracy(lightning.Callback):
     """Logs ``val/accuracy``: the mean reward of greedy completions, after every validation and before training.
+
+    With ``strategy``, the rewarded completions are the results of searches with the policy.
 
     Each rank answers its own share of the prompts. The value before the first step is sent to the loggers only: early
     stopping and ``ModelExport`` compare only values measured during training.
@@ -28,6 +32,8 @@ class GenerationAccuracy(lightning.Callback):
         before_training: also measure before the first step.
         chat_template_kwargs: passed to the chat template; the rows' own override them by name; by default those of
             the trainer's datamodule.
+        strategy: as in ``inference.build_strategy``; its ``sampling``, by default at temperature 1, draws samples of
+            at most ``max_new_tokens``. Its scorers are loaded once.
 
     Example::
 
@@ -45,6 +51,7 @@ class GenerationAccuracy(lightning.Callback):
         name: str = "accuracy",
         before_training: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
+        strategy: str | dict[str, Any] | None = None,
     ) -> None:
         self.prompts = prompts
         self.verifier = load_verifier(verifier)
@@ -53,6 +60,7 @@ class GenerationAccuracy(lightning.Callback):
         self.name = f"val/{name}"
         self.before_training = before_training
         self.chat_template_kwargs = chat_template_kwargs
+        self.strategy = StrategyOption(strategy, own_sampling=True)
         self._examples: list[Example] | None = None
         self._measured: tuple[int, int] | None = None  # id of the module, and step
 
@@ -93,9 +101,11 @@ class GenerationAccuracy(lightning.Callback):
 
         # Each rank answers its share. Sums are added, since shares may differ in size.
         own = self._examples[trainer.global_rank :: trainer.world_size]
-        engine = LocalEngine(pl_module.model, pl_module.tokenizer)
-        with trainer.precision_plugin.forward_context():  # in which the model is trained
-            groups = answer_prompts(engine, own, self.verifier, sampling=self.sampling)
+        engine = self.strategy.on(LocalEngine(pl_module.model, pl_module.tokenizer))
+        sampling = self.strategy.sampling(engine, self.sampling)
+        # In the precision of training. Searches take different numbers of rounds on each rank.
+        with trainer.precision_plugin.forward_context(), gathered(pl_module.model):
+            groups = answer_prompts(engine, own, self.verifier, sampling=sampling)
         rewards = [answer.reward for group in groups for answer in group if answer.reward is not None]
         sums = {"reward": float(sum(rewards)), "rows": float(len(rewards))}
         totals = sum_over_ranks(sums)

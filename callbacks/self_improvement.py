@@ -15,8 +15,10 @@ from ..data.loaders import BatchLoader
 from ..datamodules import ExampleDataModule
 from ..datamodules.replacing import replace_train
 from ..distributed.collectives import gather_objects
+from ..distributed.unshard import gathered
 from ..evaluation.answers import read_prompts
-from ..inference import LocalEngine, SamplingParams, derive_seed
+from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
+from ..inference.answering import StrategyOption
 from ..self_improvement.row_options import RowOptions
 from ..self_improvement.samples import ScoredPrompt, sample_prompts
 from ..self_improvement.scorers import load_scorer
@@ -52,6 +54,8 @@ class SelfImprovement(lightning.Callback):
         prompts_per_round: taken in turn, from the first again after the last; by default all in every round.
         num_samples: of each prompt, at least 1.
         sampling: options of ``SamplingParams`` without a seed.
+        strategy: as in ``inference.build_strategy``: each sample is the result of a search with the policy. Its scorers
+            are loaded once.
         threshold: least score of a right sample: of demonstrations (``None`` takes any), and of the labels of KTO.
         keep: of demonstrations, largest number of a prompt; ``None`` for all.
         margin: of pairs, their scores differ by more.
@@ -84,6 +88,7 @@ class SelfImprovement(lightning.Callback):
         prompts_per_round: int | None = None,
         num_samples: int = 4,
         sampling: dict[str, Any] | None = None,
+        strategy: str | dict[str, Any] | None = None,
         threshold: float | None = 0.5,
         keep: int | None = 1,
         margin: float = 0.0,
@@ -116,6 +121,7 @@ class SelfImprovement(lightning.Callback):
         self.sampling = SamplingParams(**(sampling or {}))
         if self.sampling.seed is not None:
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write seed, which is that of all samples")
+        self.strategy = StrategyOption(strategy)
         self.seed, self.chat_template_kwargs = seed, chat_template_kwargs
         self.round = 0
         self.history: list[dict[str, Any]] = []
@@ -212,16 +218,16 @@ class SelfImprovement(lightning.Callback):
     def _sample(
         self, module: PostTrainingModule, examples: Sequence[Example], own: Sequence[int], trainer: lightning.Trainer
     ) -> list[ScoredPrompt]:
-        engine, found = LocalEngine(module.model, module.tokenizer), []
-        # With sharded weights every rank calls the engine equally often.
-        calls = -(-len(examples) // (trainer.world_size * _PROMPTS_AT_ONCE))
-        for call in range(calls):
-            part = own[call * _PROMPTS_AT_ONCE : (call + 1) * _PROMPTS_AT_ONCE]
-            found += self._part(engine, [examples[n] for n in part], part, trainer.global_step)
+        engine, found = self.strategy.on(LocalEngine(module.model, module.tokenizer)), []
+        # Searches take different numbers of rounds on each rank.
+        with gathered(module.model):
+            for start in range(0, len(own), _PROMPTS_AT_ONCE):
+                part = own[start : start + _PROMPTS_AT_ONCE]
+                found += self._part(engine, [examples[n] for n in part], part, trainer.global_step)
         return found
 
     def _part(
-        self, engine: LocalEngine, examples: Sequence[Example], places: Sequence[int], step: int
+        self, engine: Engine, examples: Sequence[Example], places: Sequence[int], step: int
     ) -> list[ScoredPrompt]:
         return sample_prompts(
             engine,

@@ -14,6 +14,7 @@ from ..data.sources import Source
 from ..data.transformed_rows import Transform
 from ..datamodules import PromptDataModule
 from ..inference import Completion, Engine, SamplingParams
+from ..inference.answering import ask_examples
 from ..rewards.exact_answer import check_verdicts
 from ..sequences import Example
 
@@ -104,7 +105,7 @@ def answer_prompts(
     """Samples completions of prompts and verifies them.
 
     Args:
-        engine: samples completions of token ids.
+        engine: samples completions; a strategy's scorer reads the prompts as written, and the rows' other columns.
         examples: prompts, from ``read_prompts``.
         verifier: called as ``fn(prompts, completions, **columns)``, where columns are the rows' other fields.
         num_samples: completions per prompt, at least 1.
@@ -118,8 +119,7 @@ def answer_prompts(
         ValueError: the verifier's rewards are not one finite number or ``None`` each; NaN counts as ``None``.
     """
     sampling = sampling or SamplingParams(temperature=0.0)
-    prompts = [example.root.tokens.tolist() for example in examples]
-    groups = engine.generate(prompts, num_samples, sampling, seeds=seeds)
+    groups = ask_examples(engine, examples, num_samples, sampling, seeds=seeds)
     pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
 
     given = score_texts(verifier, [example for example, _ in pairs], [sample.text for _, sample in pairs])

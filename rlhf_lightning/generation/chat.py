@@ -13,11 +13,12 @@ from typing import Any
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode, prompt_tokens
 from ..inference import LocalEngine, SamplingParams, Strategy, derive_seed
+from ..inference.answering import takes_tokens
 from ..inference.completion import GrowingText, Request
 from ..inference.telemetry import Telemetry
 from ..utils.files import json_line, json_values, write_atomically
 from ..utils.messages import did_you_mean
-from .options import ChatOptions, takes_tokens
+from .options import ChatOptions
 
 PLAIN_FORMAT = "'System: ...', 'User: ...' and 'Assistant: ...', a line each"
 _STOP = "\nUser:"

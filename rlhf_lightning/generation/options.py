@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..inference import LocalEngine, RemoteEngine, SamplingParams, build_strategy
-from ..inference.specs import strategy_spec
+from ..inference import LocalEngine, RemoteEngine, SamplingParams
+from ..inference.answering import StrategyOption
 from ..inference.speculation import parse_speculation
 from ..inference.stores import CACHES, CacheKind
 from ..models import load_tokenizer
@@ -92,15 +92,7 @@ class EngineOptions:
             raise ValueError(
                 f"scorer is {self.scorer!r}, and the strategy has the scorer {own!r}: leave one of them out"
             )
-        try:
-            found = strategy_spec(self.strategy, self.scorer)
-        except TypeError as error:  # an option that there is not
-            raise ValueError(str(error)) from error
-        if "sampling" in found["init_args"]:
-            raise ValueError(
-                "strategy.sampling is not read here: write sampling, which is that of the policy's samples"
-            )
-        return found
+        return StrategyOption(self.strategy, self.scorer).spec
 
     def engine(self) -> Any:
         """Loads the model, or finds its server, and builds the strategy on it.
@@ -108,7 +100,7 @@ class EngineOptions:
         Raises:
             ValueError: something cannot be loaded, or an option does not fit it.
         """
-        spec = self.strategy_spec()
+        self.strategy_spec()
         engine: Any
         if self.server is not None:
             engine = remote_engine(self.server, load_tokenizer(self.model))
@@ -122,7 +114,7 @@ class EngineOptions:
                 max_batch_tokens=self.max_batch_tokens,
                 speculation=self.speculation,  # type: ignore[arg-type]
             )
-        return engine if spec is None else build_strategy(spec, engine)
+        return StrategyOption(self.strategy, self.scorer).on(engine)
 
     def plain(self) -> dict[str, Any]:
         """Returns the options as plain values, the strategy in full."""
@@ -254,9 +246,3 @@ def _own_device() -> str | None:
     """The GPU of this rank, where a launcher has started several."""
     rank = os.environ.get("LOCAL_RANK", "")
     return f"cuda:{rank}" if rank.isdecimal() and torch.cuda.is_available() else None
-
-
-def takes_tokens(engine: Any) -> bool:
-    """Tells whether an engine takes prompts as token ids; a chat server renders messages itself."""
-    inner = getattr(engine, "engine", None)
-    return getattr(engine, "api", "completions") == "completions" if inner is None else takes_tokens(inner)

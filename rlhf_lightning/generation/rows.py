@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from ..inference import Completion, LocalEngine, SearchResult, Strategy, derive_seed
+from ..inference.answering import takes_tokens
+from ..inference.candidates import columns_of
 from ..inference.completion import Request
 from ..inference.telemetry import Telemetry
 from ..sequences import Example
-from .options import GenerateOptions, takes_tokens
+from .options import GenerateOptions
 from .output import Key
 
 Row: TypeAlias = dict[str, Any]
@@ -79,13 +81,11 @@ class RowMaker:
             finish(number, group[0])
 
     def _search(self, strategy: Strategy, keys: Sequence[Key], emit: Emit) -> None:
-        fields = [self.examples[index].fields for index, _ in keys]
-        names = sorted({name for columns in fields for name in columns} - {"prompt"})
         strategy.search(
             [self._prompt(key) for key in keys],
             [self._seed(key) for key in keys],
             sampling=self.options.sampling,
-            columns={name: [columns.get(name) for columns in fields] for name in names},
+            columns=columns_of([self.examples[index].fields for index, _ in keys]),
             encoded=[self._tokens(key) for key in keys] if self._takes_ids else None,
             watch=lambda number, result: emit(self._searched(keys[number], result)),
         )

@@ -48,6 +48,29 @@ class Query:
         return self.prompt if self.thought is None else self.prompt + self.thought.passage + self.thought.lead
 
 
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Lists the values of each column of rows, except the prompt; ``None`` where a row lacks it.
+
+    Example:
+        >>> columns_of([{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+2=", "level": 1}])
+        {'answer': ['4', None], 'level': [None, 1]}
+    """
+    names = sorted({name for row in rows for name in row} - {"prompt"})
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def begun_prompt(prompt: Any, text: str) -> Any:
+    """Returns a prompt after which a text was written already: as its end, or as the words of the assistant.
+
+    Example:
+        >>> begun_prompt("2+2=", "4"), begun_prompt([{"role": "user", "content": "2+2?"}], "4")[-1]
+        ('2+2=4', {'role': 'assistant', 'content': '4'})
+    """
+    if isinstance(prompt, str) or not text:
+        return prompt + text if text else prompt
+    return [*prompt, {"role": "assistant", "content": text}]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A whole or partial solution of a query.

@@ -14,6 +14,7 @@ from ..models.loading import load_causal_lm, load_tokenizer
 from .engine import Engine, LocalEngine
 from .sampling import SamplingParams
 from .specs import build_strategy
+from .strategy import Strategy
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -71,7 +72,12 @@ def generate(
     single = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], Mapping))
     listed: Any = [prompts] if single else list(prompts)
     rendered = [_rendered(engine, prompt, chat_template_kwargs) for prompt in listed]
-    groups = engine.generate(rendered, 1, SamplingParams(**sampling))
+    if isinstance(engine, Strategy):
+        # Scorers read chats as they were written.
+        tokens = [engine.encode(text) if isinstance(text, str) else text for text in rendered]
+        groups = engine.generate(listed, 1, SamplingParams(**sampling), encoded=tokens)
+    else:
+        groups = engine.generate(rendered, 1, SamplingParams(**sampling))
     texts = [group[0].text for group in groups]
     return texts[0] if single else texts
 

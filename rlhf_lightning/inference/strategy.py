@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 
 from ..utils.validation import check_same_length
 from .budget import Account, Budget, SearchCounts
-from .candidates import Candidate, Query, Scorer, Scores
-from .completion import Completion, Thought
+from .candidates import Candidate, Query, Scorer, Scores, begun_prompt, columns_of
+from .completion import Completion, Thought, decode
 from .engine import Engine
 from .sample_numbers import new_token_limits
 from .sampling import SamplingParams, derive_seed
@@ -214,14 +214,8 @@ class Strategy:
         params = sampling or self.sampling
         if seeds is None:
             seeds = [derive_seed(params.seed or 0, number) for number in range(len(prompts))]
-        columns = dict(columns or {})
-        tokens = [self._encoded(prompt) for prompt in prompts] if encoded is None else [tuple(ids) for ids in encoded]
-        check_same_length(prompts=prompts, seeds=seeds, encoded=tokens, **columns)
-        rows = [{name: values[n] for name, values in columns.items()} for n in range(len(prompts))]
-        queries = [
-            Query(prompt, ids, seed, row) for prompt, ids, seed, row in zip(prompts, tokens, seeds, rows, strict=True)
-        ]
-        return self.run(queries, [params] * len(queries), watch)
+        queries = self._queries(prompts, [[seed] for seed in seeds], columns, encoded)
+        return self.run([query for [query] in queries], [params] * len(queries), watch)
 
     def generate(
         self,
@@ -231,29 +225,50 @@ class Strategy:
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        encoded: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Completion]]:
         """Answers like an engine: each completion is the chosen one of a search of its own.
 
         Args:
-            prompts: texts or token ids, as the engine takes them.
+            prompts: texts or token ids, as the engine takes them; with ``encoded`` also chat messages.
             num_samples: searches per prompt.
             sampling: settings instead of the strategy's own.
             seeds: one per prompt and sample.
             limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
+            columns: further columns of the prompts, as in ``search``.
+            encoded: the prompts' tokens, as in ``search``.
         """
         params = sampling or self.sampling
         if seeds is None:
             seed = params.seed or 0
             seeds = [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(len(prompts))]
-        check_same_length(prompts=prompts, seeds=seeds)
-        most = new_token_limits(limits, len(prompts), params)
-        queries, settings = [], []
-        for prompt, row, limit in zip(prompts, seeds, most, strict=True):
-            queries += [Query(prompt, self._encoded(prompt), seed) for seed in row]
+        queries = self._queries(prompts, seeds, columns, encoded)
+        settings = []
+        for row, limit in zip(seeds, new_token_limits(limits, len(prompts), params), strict=True):
             least = min(params.min_new_tokens, limit)
             settings += [replace(params, max_new_tokens=limit, min_new_tokens=least)] * len(row)
-        results = iter(self.run(queries, settings))
+        results = iter(self.run([query for group in queries for query in group], settings))
         return [[next(results).best.completion() for _ in row] for row in seeds]
+
+    def _queries(
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None,
+        encoded: Sequence[Sequence[int]] | None,
+    ) -> list[list[Query]]:
+        """Makes the queries of each prompt, one for each of its seeds."""
+        columns = columns or {}
+        tokens = [self._encoded(prompt) for prompt in prompts] if encoded is None else [tuple(ids) for ids in encoded]
+        # A column may have any name, also one of these.
+        lists = {"prompts": prompts, "seeds": seeds, "encoded": tokens} | dict(columns)
+        check_same_length(**lists | {"prompts": prompts})
+        rows = [{name: values[n] for name, values in columns.items()} for n in range(len(prompts))]
+        return [
+            [Query(prompt, ids, seed, row) for seed in own]
+            for prompt, ids, own, row in zip(prompts, tokens, seeds, rows, strict=True)
+        ]
 
     def _encoded(self, prompt: Any) -> tuple[int, ...]:
         encode = getattr(self.engine, "encode", None)
@@ -318,15 +333,25 @@ class Strategy:
                 groups.setdefault(sample.sampling, []).append((number, place, sample))
         for params, group in groups.items():
             rows = [(sample, seed) for _, _, sample in group for seed in sample.seeds]
-            prompts = [sample.query.continued(sample.token_ids) for sample, _ in rows]
-            limited: dict[str, Any] = {}
+            prompts, further = self._asked([sample for sample, _ in rows])
             if any(sample.limit is not None for sample, _ in rows):
-                limited["limits"] = [sample.limit or params.max_new_tokens for sample, _ in rows]
-            completions = iter(self.engine.generate(prompts, 1, params, seeds=[[seed] for _, seed in rows], **limited))
+                further["limits"] = [sample.limit or params.max_new_tokens for sample, _ in rows]
+            completions = iter(self.engine.generate(prompts, 1, params, seeds=[[seed] for _, seed in rows], **further))
             for number, place, sample in group:
                 answers[number][place] = [next(completions)[0] for _ in sample.seeds]
                 accounts[number].tokens += sum(c.num_sampled for c in answers[number][place])
         return answers
+
+    def _asked(self, samples: Sequence[Sample]) -> tuple[list[Any], dict[str, Any]]:
+        """Returns what the engine continues; of a strategy within, what its scorer reads, and the tokens apart."""
+        states = [sample.query.continued(sample.token_ids) for sample in samples]
+        if not isinstance(self.engine, Strategy):
+            return states, {}
+        columns = columns_of([sample.query.columns for sample in samples])
+        if not all(sample.query.token_ids for sample in samples):
+            return states, {"columns": columns}
+        prompts = [begun_prompt(s.query.prompt, decode(self.tokenizer, s.token_ids)) for s in samples]
+        return prompts, {"columns": columns, "encoded": states}
 
     def _followed(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
         """Computes the log-probabilities of next tokens, in one call."""

@@ -53,7 +53,9 @@ class VerifierScorer:
         """
         if not candidates:
             return Scores([], [])
-        names = sorted({name for candidate in candidates for name in candidate.query.columns})
+        # Rows may have columns of these names, such as solutions of their own; the candidates are scored.
+        given = {name for candidate in candidates for name in candidate.query.columns}
+        names = sorted(given - {"prompts", "completions"})
         if self._columns is not None:
             names = [name for name in names if name in self._columns]
         columns = {name: [candidate.query.columns.get(name) for candidate in candidates] for name in names}

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core.trainer_checks import check_single_process
 from ..evaluation.answers import Verifier, load_verifier, read_prompts
 from ..inference import Engine, LocalEngine, RemoteEngine, SamplingParams
+from ..inference.answering import StrategyOption
 from ..models import load_causal_lm, load_tokenizer
 from ..sequences import Example
 from ..utils.command_line import parse_options
@@ -50,6 +51,8 @@ class LabelOptions:
         labels: soft is the share of completions that are right, hard is 1 if any is.
         step_separator: ends each step; \n means a line's end.
         sampling: settings of solutions and completions, without a seed.
+        strategy: how each of them is found instead of sampled: a class name such as best_of_n, or class_path and
+            init_args, the scorer included. A label is then the share of right searches from a step on.
         success: smallest reward of a right answer.
         skip_after_failure: once no completion of a wrong solution succeeds, label its remaining steps 0.
         max_length: maximum tokens of a prompt, or of a prompt and all steps but the last; at least 1. By default, and
@@ -77,6 +80,7 @@ class LabelOptions:
     labels: Literal["soft", "hard"] = "soft"
     step_separator: str = "\\n"
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    strategy: str | dict[str, Any] | None = None
     success: float = 0.5
     skip_after_failure: bool = False
     max_length: int | None = None
@@ -114,6 +118,7 @@ class LabelOptions:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         if self.sampling.seed is not None:
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write --seed, which is that of all samples")
+        StrategyOption(self.strategy)
         if not self.step_separator:
             raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
 
@@ -159,10 +164,11 @@ def label_prompts(options: LabelOptions, say: Callable[[str], None] = print) -> 
     if isinstance(engine, RemoteEngine):
         origin["served model"] = engine.served_model()
     journal = _Journal(Path(options.output).expanduser(), origin)
+    answering = StrategyOption(options.strategy).on(engine)
 
     # Parts of a few prompts, so that little is lost when the run is interrupted.
     while part := examples[journal.done : journal.done + _PROMPTS_AT_ONCE]:
-        journal.append(len(part), *_labelled(part, options, engine, tokenizer, verify))
+        journal.append(len(part), *_labelled(part, options, answering, tokenizer, verify))
         say(f"{journal.done} of {len(examples)} prompts: {len(journal.rows)} solutions labelled")
     return journal.finish()
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode, prompt_tokens
+from ..inference.answering import ask
+from ..inference.candidates import begun_prompt, columns_of
 from ..inference.completion import readable
 from ..inference.engine import Engine
 from ..inference.sampling import SamplingParams, derive_seed
@@ -74,7 +76,7 @@ def sample_solutions(
 
     Args:
         rows: with ``prompt``, text or chat messages; ``row_id`` if there is one, else the row's number names it.
-        engine: samples the solutions.
+        engine: samples the solutions; a strategy searches for each.
         tokenizer: the engine's.
         num_solutions: per prompt, at least 1.
         step_separator: ends each step; at least one character.
@@ -106,12 +108,14 @@ def sample_solutions(
     encoded = [(row_id, row, list(encode(row))) for row_id, row in named]
     fitting = [(row_id, row, ids) for row_id, row, ids in encoded if limit.allows(row_id, len(ids), "its prompt has")]
     seeds = [[derive_seed(seed, row_id, "solution", n) for n in range(num_solutions)] for row_id, _, _ in fitting]
-    groups = engine.generate([ids for _, _, ids in fitting], num_solutions, params, seeds=seeds)
+    prompts, columns = [row["prompt"] for _, row, _ in fitting], columns_of([_given(row) for _, row, _ in fitting])
+    tokens = [ids for _, _, ids in fitting]
+    groups = ask(engine, prompts, tokens, num_solutions, params, seeds=seeds, columns=columns)
 
     found: list[dict[str, Any]] = []
     cut_off = empty = duplicates = 0
     for (row_id, row, _), group in zip(fitting, groups, strict=True):
-        rest = {name: value for name, value in row.items() if name not in _OF_A_SOLUTION}
+        rest = _given(row)
         seen: set[tuple[str, ...]] = set()
         for number, completion in enumerate(group):
             steps = [step for step in readable(completion.text).split(step_separator) if step]
@@ -124,6 +128,11 @@ def sample_solutions(
                 seen.add(tuple(steps))
                 found.append({**rest, "row_id": f"{row_id}/{number}", "completions": steps})
     return Solutions(found, cut_off, empty, duplicates, len(encoded) - len(fitting))
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the columns of a row that belong to its problem."""
+    return {name: value for name, value in row.items() if name not in _OF_A_SOLUTION}
 
 
 @dataclass
@@ -298,13 +307,15 @@ class _Labeller:
         """Completes prefixes and labels their last steps."""
         if not tasks:
             return
-        prompts = [solution.prefix_ids(count) for solution, count in tasks]
+        tokens = [solution.prefix_ids(count) for solution, count in tasks]
+        prompts = [begun_prompt(solution.row["prompt"], self._text(solution, count)) for solution, count in tasks]
+        columns = columns_of([_given(solution.row) for solution, _ in tasks])
         # Seeds depend on row, step and sample, so that an interrupted run continues with the same samples.
         seeds = [
             [derive_seed(self.seed, solution.row_id, count, sample) for sample in range(self.num_samples)]
             for solution, count in tasks
         ]
-        groups = self.engine.generate(prompts, self.num_samples, self.sampling, seeds=seeds)
+        groups = ask(self.engine, prompts, tokens, self.num_samples, self.sampling, seeds=seeds, columns=columns)
         owners = [solution for solution, _ in tasks for _ in range(self.num_samples)]
         texts = [
             self._text(solution, count) + completion.text

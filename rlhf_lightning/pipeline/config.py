@@ -37,13 +37,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tests every exported model by greedy completions of the test prompts."""
+    """Tests every exported model by greedy completions of the test prompts, or by searches.
+
+    ``strategy`` is as in ``inference.build_strategy``; its ``sampling``, by default at temperature 1, draws samples of
+    at most ``max_new_tokens``.
+    """
 
     prompts: str | list[str]
     verifier: str = EXACT
     max_new_tokens: int = 256
     limit: int | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    strategy: str | dict[str, Any] | None = None
     samples: int = 8  # shown in the report
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..generation.options import sampling_params
 from ..inference import LocalEngine
+from ..inference.answering import StrategyOption
 from ..self_improvement.refine import refine
 from ..self_improvement.samples import model_hash
 from ..self_improvement.scorers import check_scorer, load_scorer
@@ -25,6 +26,7 @@ def check_refine(stage: RefineStage) -> None:
         ValueError: naming the option, its value and what is allowed.
     """
     sampling_params(stage.sampling)
+    StrategyOption(stage.strategy)
     check_scorer(stage.verifier)
     stage.check()
     _ = stage.settings
@@ -54,7 +56,7 @@ def run_refine(
     """
     model, tokenizer = load_model(stage.model, dtype)
     engine, scorer, sampling = (
-        LocalEngine(model, tokenizer),
+        StrategyOption(stage.strategy).on(LocalEngine(model, tokenizer)),
         load_scorer(stage.verifier),
         sampling_params(stage.sampling),
     )

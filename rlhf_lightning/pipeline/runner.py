@@ -13,6 +13,7 @@ import torch
 
 from ..core.checkpoint_io import check_place
 from ..evaluation.answers import load_verifier
+from ..inference.answering import StrategyOption
 from ..utils.files import (
     check_names,
     check_replaceable,
@@ -83,6 +84,7 @@ def run_pipeline(pipeline: Pipeline, say: Say = print, force: Collection[str] = 
     check_stages(pipeline)
     if pipeline.evaluation is not None:
         load_verifier(pipeline.evaluation.verifier)
+        StrategyOption(pipeline.evaluation.strategy, own_sampling=True)
 
     with _locked(pipeline.run_dir):
         pipeline.run_dir.mkdir(parents=True, exist_ok=True)

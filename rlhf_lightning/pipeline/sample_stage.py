@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
 from ..generation.options import remote_engine, sampling_params
 from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
+from ..inference.answering import StrategyOption
 from ..merging import EnsemblePolicy
 from ..models import load_causal_lm, load_tokenizer
 from ..self_improvement.row_makers import hinted_rows, without_hints
@@ -57,7 +58,8 @@ def run_sample(
     """
     engine, tokenizer = _stage_engine(stage, dtype)
     examples = stage_prompts(stage, tokenizer)
-    maker = _Maker(stage, engine, tokenizer, load_scorer(stage.verifier), seed)
+    answering = StrategyOption(stage.strategy).on(engine)
+    maker = _Maker(stage, answering, tokenizer, load_scorer(stage.verifier), seed)
     journal, kind = Journal(folder / SAMPLED), stage.rows[0]
     made = sum(len(stage.make(kind, *part)) for part in journal.parts)
 
@@ -120,15 +122,16 @@ def _success(stage: SampleStage) -> float:
 
 
 def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_file: Path) -> dict[str, float]:
-    """Answers the test prompts greedily, writes the answers, and returns accuracy and number of rows."""
+    """Answers the test prompts, writes the answers, and returns accuracy and number of rows."""
     model, tokenizer = load_model(str(model_folder), dtype)
+    option = StrategyOption(evaluation.strategy, own_sampling=True)
+    engine = option.on(LocalEngine(model, tokenizer))
     examples = read_prompts(
         evaluation.prompts, tokenizer, limit=evaluation.limit, chat_template_kwargs=evaluation.chat_template_kwargs
     )
     greedy = SamplingParams(max_new_tokens=evaluation.max_new_tokens, temperature=0.0)
-    groups = answer_prompts(
-        LocalEngine(model, tokenizer), examples, load_verifier(evaluation.verifier), sampling=greedy
-    )
+    sampling, verifier = option.sampling(engine, greedy), load_verifier(evaluation.verifier)
+    groups = answer_prompts(engine, examples, verifier, sampling=sampling)
     answers = [group[0] for group in groups]
     rewards = [answer.reward for answer in answers if answer.reward is not None]
     if not rewards:
@@ -148,6 +151,7 @@ def check_sample(stage: SampleStage) -> None:
         ValueError: naming the option, its value and what is allowed.
     """
     sampling_params(stage.sampling)
+    StrategyOption(stage.strategy)
     check_scorer(stage.verifier)
     check_count("num_samples", stage.num_samples, "8 is usual")
     stage.check()

@@ -84,7 +84,8 @@ class SampleStage(RowStage, PromptStage):
     A list of models samples as one: ``ensemble`` has options of ``merging.EnsemblePolicy``. With ``server``, options of
     ``inference.RemoteEngine``, completions come from there, and only the tokenizer of ``model`` is read. ``verifier``
     is any reward function: a dotted path, or ``class_path`` and ``init_args``, such as a reward model or a judge. With
-    ``hint``, prompts that no sample solved are sampled once more with a hint, for ``demonstrations`` alone (STaR).
+    ``strategy``, as in ``inference.build_strategy``, each sample is the result of a search of its own. With ``hint``,
+    prompts that no sample solved are sampled once more with a hint, for ``demonstrations`` alone (STaR).
     """
 
     model: str | list[str]
@@ -92,6 +93,7 @@ class SampleStage(RowStage, PromptStage):
     verifier: str | dict[str, Any] = EXACT
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
+    strategy: str | dict[str, Any] | None = None
     hint: str | None = None
     ensemble: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] | None = None
@@ -99,7 +101,10 @@ class SampleStage(RowStage, PromptStage):
 
 @dataclass(frozen=True, kw_only=True)
 class RefineStage(RowStage, PromptStage):
-    """Lets a model revise its answers by critiques, and makes rows of the drafts; see ``self_improvement.Refine``."""
+    """Lets a model revise its answers by critiques, and makes rows of the drafts; see ``self_improvement.Refine``.
+
+    With ``strategy``, as in ``inference.build_strategy``, drafts are the results of searches; critiques are sampled.
+    """
 
     model: str
     kind: Literal["refine"] = "refine"
@@ -110,6 +115,7 @@ class RefineStage(RowStage, PromptStage):
     revisions: int = 2
     good_enough: float | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    strategy: str | dict[str, Any] | None = None
 
     @property
     def settings(self) -> Refine:

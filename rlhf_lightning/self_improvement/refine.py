@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answers import read_prompts
 from ..inference import Engine, SamplingParams, derive_seed
+from ..inference.answering import ask_examples, policy_of
 from ..rewards.exact_answer import check_verdicts
 from ..sequences import Example
 from ..utils.validation import check_count
@@ -120,7 +121,8 @@ def refine(
     ``seed``, the number of the prompt and that of the revision, not of other prompts.
 
     Args:
-        engine: writes drafts, critiques and revisions.
+        engine: writes drafts, critiques and revisions; of a strategy, searches for drafts and revisions, whose
+            scorer reads the rows' other columns, and its policy writes critiques.
         tokenizer: the engine's.
         examples: prompts, as of ``evaluation.answers.read_prompts``.
         scorer: called as ``fn(prompts, completions, **columns)``.
@@ -143,7 +145,9 @@ def refine(
         principle = settings.principle(revision)
         asked = [_values(found[n], principle) for n in open_ones]
         requests = [fill(settings.critique, values) for values in asked]
-        critiques = _ask(engine, tokenizer, [found[n] for n in open_ones], requests, sampling, seeds["critique"])
+        critiques = _ask(
+            policy_of(engine), tokenizer, [found[n] for n in open_ones], requests, sampling, seeds["critique"]
+        )
         requests = [
             fill(settings.revision, values | {"critique": critique.text})
             for values, critique in zip(asked, critiques, strict=True)
@@ -179,21 +183,15 @@ def _ask(
 ) -> list[Sample]:
     """Samples one answer to each request, put like the prompt that it is about."""
     rows = [
-        {"prompt": asked_like(one.drafts.prompt, text), **_template_of(one.drafts)}
+        {**one.drafts.columns, "prompt": asked_like(one.drafts.prompt, text)}
         for one, text in zip(refinements, requests, strict=True)
     ]
     examples = read_prompts(rows, tokenizer)
-    prompts = [example.root.tokens.tolist() for example in examples]
-    groups = engine.generate(prompts, 1, sampling, seeds=[[number] for number in seeds])
+    groups = ask_examples(engine, examples, 1, sampling, seeds=[[number] for number in seeds])
     return [
         Sample(group[0].text, None, number, group[0].finish_reason == "stop")
         for group, number in zip(groups, seeds, strict=True)
     ]
-
-
-def _template_of(drafts: ScoredPrompt) -> dict[str, Any]:
-    """Columns of a chat's row that its rendering reads."""
-    return {name: drafts.columns[name] for name in ("tools", "chat_template_kwargs") if name in drafts.columns}
 
 
 def _scores(scorer: Scorer, prompts: Sequence[ScoredPrompt], texts: Sequence[str]) -> list[float | None]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..evaluation.answers import read_prompts
 from ..inference import Engine, SamplingParams, derive_seed
+from ..inference.answering import ask_examples
 from ..metrics.intervals import wilson_interval
 from ..sequences import Example
 from ..utils.option_groups import OptionGroup
@@ -59,7 +60,7 @@ class _TrainedCheck(OptionGroup):
         settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 256} | dict(self.sampling)
         params = SamplingParams(**settings)
         seeds = [[derive_seed(seed, n, 0)] for n in range(len(examples))]
-        groups = engine.generate([e.root.tokens.tolist() for e in examples], 1, params, seeds=seeds)
+        groups = ask_examples(engine, examples, 1, params, seeds=seeds)
         return [group[0].text for group in groups]
 
 
