@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,8 @@ def first_is_right(prompts: list[str], completions: list[str], **columns: Any) -
     return [float(bool(text) and ord(text[0]) % 2 == 0) for text in completions]
 
 
-@pytest.fixture
-def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
+def content(model: Path, tmp_path: Path) -> dict[str, Any]:
+    """A pipeline of three stages in a folder, and its rows."""
     rows = [{"prompt": f"{n}+{n}=?", "completion": f"#{2 * n}", "answer": str(2 * n)} for n in range(12)]
     for name in ("rows", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -42,7 +47,7 @@ def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
         "stages": {
             "sft": {
                 "kind": "fit",
-                "model": {"class_path": "SFTModule", "init_args": {"model": str(tiny_model_folder())}},
+                "model": {"class_path": "SFTModule", "init_args": {"model": str(model)}},
                 "data": {
                     "class_path": "SFTDataModule",
                     "init_args": {"train": str(tmp_path / "rows.jsonl"), "val": str(tmp_path / "rows.jsonl")},
@@ -72,6 +77,41 @@ def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
+    return content(tiny_model_folder(), tmp_path)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that went from start to report: its folder, what was written, what it recorded and what it said."""
+
+    place: Path
+    written: dict[str, Any]
+    stages: dict[str, Any]
+    said: str
+
+    def copy(self, tmp_path: Path, *stages: str) -> dict[str, Any]:
+        """Copies the run to another folder, of its stages only those that are named; returns its pipeline there."""
+        shutil.copytree(self.place / "run", tmp_path / "run")
+        file = tmp_path / "run/manifest.json"
+        manifest = json.loads(file.read_text())
+        for name in set(self.stages) - set(stages):
+            del manifest["stages"][name]
+            shutil.rmtree(tmp_path / "run" / name)
+        file.write_text(json.dumps(manifest))
+        return copy.deepcopy(self.written) | {"run_dir": str(tmp_path / "run")}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_folder, tmp_path_factory) -> Finished:
+    place = tmp_path_factory.mktemp("finished")
+    written = content(tiny_model_folder(), place)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        stages = run(written, place)
+    return Finished(place, written, stages, said.getvalue())
+
+
 def run(written: dict[str, Any], tmp_path: Path, *overrides: str) -> dict[str, Any]:
     """Runs through the command line; returns which stages ran, and their records."""
     file = tmp_path / "pipeline.yaml"
@@ -85,11 +125,10 @@ def ran(stages: dict[str, Any]) -> list[str]:
     return [name for name, record in stages.items() if record["ran"]]
 
 
-def test_everything_from_start_to_report(written, tmp_path, capsys):
-    stages = run(written, tmp_path)
-    out = capsys.readouterr().out
+def test_everything_from_start_to_report(finished):
+    written, stages, out = finished.written, finished.stages, finished.said
     assert ran(stages) == ["sft", "pairs", "dpo"]
-    folder = tmp_path / "run"
+    folder = finished.place / "run"
 
     # A stage's model is what the next one starts from, and a folder that transformers loads.
     merged = yaml.safe_load((folder / "dpo/config.yaml").read_text())
@@ -120,12 +159,12 @@ def test_everything_from_start_to_report(written, tmp_path, capsys):
     assert page.count("✔") + page.count("✘") == 4  # two samples for each of two models
     assert not list(folder.rglob("*.partial*"))
     start = written["stages"]["sft"]["model"]["init_args"]["model"]
-    assert stages["sft"]["inputs"].keys() == {str(tmp_path / "rows.jsonl"), start}
+    assert stages["sft"]["inputs"].keys() == {str(finished.place / "rows.jsonl"), start}
     assert json.loads((folder / "manifest.json").read_text())["versions"]["rlhf-lightning"]
 
 
-def test_what_is_finished_and_unchanged_is_not_run_again(written, tmp_path):
-    first = run(written, tmp_path)
+def test_what_is_finished_and_unchanged_is_not_run_again(finished, tmp_path):
+    first, written = finished.stages, finished.copy(tmp_path, *finished.stages)
     CALLS.clear()
     second = run(written, tmp_path)
     assert ran(second) == []
@@ -152,8 +191,8 @@ def test_what_is_finished_and_unchanged_is_not_run_again(written, tmp_path):
         pytest.param("evaluation.samples=1", [], marks=pytest.mark.slow),
     ],
 )
-def test_a_change_reruns_what_depends_on_it(written, tmp_path, change, expected):
-    run(written, tmp_path)
+def test_a_change_reruns_what_depends_on_it(finished, tmp_path, change, expected):
+    written = finished.copy(tmp_path, *finished.stages)
     assert ran(run(written, tmp_path, change)) == expected
 
 
@@ -181,7 +220,8 @@ def test_a_new_test_set_is_evaluated_without_training(written, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
-def test_an_interrupted_stage_starts_again_from_its_inputs(written, tmp_path, monkeypatch, capsys, error):
+def test_an_interrupted_stage_starts_again_from_its_inputs(finished, tmp_path, monkeypatch, capsys, error):
+    written = finished.copy(tmp_path, "sft")
     real = kinds.run_sample
 
     def interrupted(stage, folder, seed, dtype, *others):
