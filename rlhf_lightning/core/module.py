@@ -51,6 +51,7 @@ from .router_loss import AUX_LOSS, RouterLoss, router_loss_of
 from .stopping import StopOnSignal
 from .timing import PhaseClock
 from .trainer_checks import (
+    check_compiled,
     check_module,
     check_module_options,
     check_trainer,
@@ -84,6 +85,10 @@ class PostTrainingModule(lightning.LightningModule):
             is off, so that a policy is trained as it is scored and ratios begin at 1; in ``SFTModule`` it keeps the
             config's rates.
         gradient_checkpointing: recompute activations in the backward pass.
+        compile: run the policy's decoder layers, and those of its frozen reference and of a separate critic, through
+            ``torch.compile``; results change by rounding, and with dropout its draws. For GPUs: the first steps take
+            a minute or more longer, and all others fewer launches. In the packed layout, and not with
+            ``quantization``, mixtures of experts or ``fsdp2``.
         router_aux_loss_coef: weight, at least 0, of the load-balancing loss of a mixture of experts, taken over the
             whole global batch (``losses.router``). ``None`` takes the coefficient of the model's config where its
             ``output_router_logits`` is true, and is 0 otherwise. Above 0, a step of several micro-batches or ranks
@@ -123,6 +128,7 @@ class PostTrainingModule(lightning.LightningModule):
         quantization: Literal["nf4", "fp4", "int8"] | None = None,
         dropout: float | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         router_aux_loss_coef: float | None = None,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable | None = None,
@@ -141,6 +147,8 @@ class PostTrainingModule(lightning.LightningModule):
             micro_batch_tokens=micro_batch_tokens,
             attention=attention,
             layout=layout,
+            compiled=compile,
+            quantization=quantization,
             dropout=dropout,
             router_aux_loss_coef=router_aux_loss_coef,
             max_grad_norm=max_grad_norm,
@@ -159,6 +167,7 @@ class PostTrainingModule(lightning.LightningModule):
         self.quantization = quantization
         self.dropout = dropout
         self.gradient_checkpointing = gradient_checkpointing
+        self.compiles_layers = compile
         self.router_aux_loss_coef = router_aux_loss_coef
         self._router_loss: RouterLoss | None = None
         self.max_grad_norm = max_grad_norm
@@ -279,6 +288,7 @@ class PostTrainingModule(lightning.LightningModule):
                 lora=self.lora,
                 dropout=self.dropout,
                 gradient_checkpointing=self.gradient_checkpointing,
+                compile=self.compiles_layers,
                 attn_implementation=register_attention(self.attention),
                 headless=not self.predicts_tokens,
             )
@@ -389,6 +399,8 @@ class PostTrainingModule(lightning.LightningModule):
         """Checks the trainer's flags before Lightning's own checks, and returns the callbacks that every run needs."""
         check_trainer(self.trainer)
         check_module(self)
+        if self.compiles_layers:
+            check_compiled(self.trainer.strategy)
         avoid_cudnn_attention(self.trainer.strategy.root_device)
         without_buckets(self.trainer.strategy)
         set_timeout(getattr(self.trainer.strategy, "_timeout", None))

@@ -28,6 +28,7 @@ from ..distributed.strategy import FSDP2Strategy
 from ..models import base_model
 from ..models.config_losses import OF_BALANCE, logit_losses, router_losses
 from ..sequences import ATTENTION_KERNELS
+from ..utils.compilation import check_compiler
 from ..utils.validation import check_choice, check_fraction, check_not_negative, check_positive
 
 
@@ -37,6 +38,8 @@ def check_module_options(
     micro_batch_tokens: int,
     attention: str,
     layout: str,
+    compiled: bool,
+    quantization: str | None,
     dropout: float | None,
     router_aux_loss_coef: float | None,
     max_grad_norm: float | None,
@@ -45,6 +48,9 @@ def check_module_options(
     check_choice("init", init, ("pretrained", "random"))
     check_choice("attention", attention, ATTENTION_KERNELS)
     check_choice("layout", layout, ("auto", "packed", "padded"))
+    if compiled and (layout == "padded" or quantization is not None):
+        against = "layout: padded" if layout == "padded" else f"quantization: {quantization}"
+        raise ValueError(f"compile is true with {against}, whose layers are not compiled: set compile to false")
     check_positive("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
     if dropout is not None:
         check_fraction("dropout", dropout, "0 switches it off; null is off for all but SFT, which keeps the config's")
@@ -313,6 +319,20 @@ def check_strategy(strategy: Any) -> None:
             "where ranks have different numbers of micro-batches: write strategy: fsdp2, or class_path: "
             "rlhf_lightning.FSDP2Strategy"
         )
+
+
+def check_compiled(strategy: Any) -> None:
+    """Refuses to compile layers under a strategy that shards them, or where torch cannot compile.
+
+    Raises:
+        ValueError: the strategy is ``fsdp2``, or there is no compiler for its device.
+    """
+    if isinstance(strategy, FSDP2Strategy):
+        raise ValueError(
+            "compile is true with strategy 'fsdp2', which gathers each layer's weights around it, and has not been "
+            "tested compiled: set compile to false, or use strategy: ddp"
+        )
+    check_compiler(strategy.root_device)
 
 
 def trainer_dtype(trainer: Any) -> torch.dtype:

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..models.backbone import base_model, decoder_of
+from ..models.backbone import base_model, decoder_blocks, decoder_of
 from ..models.dropout import layerdrop_rate
 from ..models.half_weights import multiplies_alone, widen_without_autocast
 from ..utils.page_cache import drop_file_pages
@@ -275,14 +275,6 @@ def check_one_dtype(unit: nn.Module) -> None:
             f"strategy is 'fsdp2' and weights that are trained in one unit are in {found}: use precision 'bf16-mixed', "
             "strategy 'ddp', or a lora without modules_to_save and without adapters on embeddings"
         )
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a decoder: its ``ModuleList`` with the most parameters."""
-    lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
-    # Decoders may have other lists, such as those of a vision tower.
-    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
 def local_shard(whole: Tensor, like: DTensor) -> Tensor:

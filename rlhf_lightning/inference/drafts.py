@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..distributed.fsdp2 import decoder_blocks
 from ..models import base_model, num_positions
+from ..models.backbone import decoder_blocks
 from .completion import Request
 from .decoder import Decoder
 from .lanes import Lanes, to_device

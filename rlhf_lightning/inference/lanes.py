@@ -25,7 +25,7 @@ def to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     host = torch.from_numpy(values)
     if device.type != "cuda":
         return host.to(device)
-    pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+    pinned = torch.empty(host.shape, dtype=host.dtype, device="cpu", pin_memory=True)  # whatever the default device is
     return pinned.copy_(host).to(device, non_blocking=True)
 
 

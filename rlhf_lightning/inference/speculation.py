@@ -43,8 +43,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distributed.fsdp2 import decoder_blocks
 from ..models import base_model, evaluating, load_causal_lm, load_tokenizer, num_positions
+from ..models.backbone import decoder_blocks
 from ..models.half_weights import rounded
 from ..models.own_attention import is_switchable, using_attention
 from ..sequences import register_attention

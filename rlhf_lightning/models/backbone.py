@@ -82,6 +82,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return found
 
 
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of a decoder: its ``ModuleList`` with the most parameters."""
+    lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
+    # Decoders may have other lists, such as those of a vision tower.
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []
+
+
 def hidden_states(
     model: nn.Module, batch: SequenceBatch, layout: Layout, *, embeds_slots: bool = False
 ) -> HiddenStates:

@@ -257,14 +257,14 @@ class ContextCompressor(nn.Module):
         seen: LayerStates = []
         depth = 0
         for tokens, numbers, hides in self.options.segments(list(context), list(query)):
-            ids, slots = (torch.from_numpy(array).to(self.device) for array in (tokens, numbers))
+            arrays = {"ids": tokens, "slots": numbers, "chosen": np.flatnonzero(numbers >= 0)}
+            ids, slots, chosen = to_device(arrays, self.device).values()
             positions = (depth - 1 + (slots < 0).cumsum(0)).clamp(min=0)
             depth += int((numbers < 0).sum())
             groups = [] if self.options.pooling == "none" else [np.stack(self.options.stands_for(numbers))]
             with self._encoding.reading(Encoded(True, slots, self._groups(groups))):
                 _, new = run_after(self.model, seen, ids, positions)
             # Of the segment, its summaries stay.
-            chosen = (slots >= 0).nonzero().squeeze(1)
             summaries = [(keys[:, chosen], values[:, chosen]) for keys, values in new]
             if seen and self.options.recurrence == "accumulate":
                 kept = seen[0][0].shape[1] - hides

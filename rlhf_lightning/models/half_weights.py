@@ -10,9 +10,9 @@ tied to it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _HALF = (torch.bfloat16, torch.float16)
-_COPY = "_rounded_weight"  # attribute of a layer: returns the copy that its products read
+_COPY = "_rounded_weight"  # attribute of a layer: the copy that its products read, once it is made
+_COPIES = "_rounded_copies"  # attribute of a layer: all copies, by the identity of their weights
+_OWN = (_COPY, _COPIES, "forward")  # attributes of a layer while its copy is read
 _EXACT = "_is_read_exactly"  # attribute of a layer whose weight is also read in fp32
 
 
@@ -131,15 +133,14 @@ def rounded(*models: nn.Module) -> Iterator[None]:
             weight = module._parameters.get("weight")
             if not _is_plain(module) or weight is None or "forward" in module.__dict__:
                 continue
-            copy = partial(_copy_of, weight, copies)
-            module.__dict__[_COPY] = copy
-            module.__dict__["forward"] = partial(_forward, module, copy)
+            # Attributes and a method: a closure would be another function to torch.compile in every step.
+            module.__dict__.update({_COPY: None, _COPIES: copies, "forward": MethodType(_forward, module)})
             changed.append(module)
         yield
     finally:
         for module in changed:
-            module.__dict__.pop("forward", None)
-            module.__dict__.pop(_COPY, None)
+            for name in _OWN:
+                module.__dict__.pop(name, None)
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def unrounded(model: nn.Module, weights: Collection[Tensor]) -> Iterator[None]:
     try:
         for module in model.modules():
             if _COPY in module.__dict__ and id(module._parameters["weight"]) in numbers:
-                kept.append((module, {name: module.__dict__.pop(name) for name in (_COPY, "forward")}))
+                kept.append((module, {name: module.__dict__.pop(name) for name in _OWN}))
         yield
     finally:
         for module, own in kept:
@@ -159,21 +160,32 @@ def unrounded(model: nn.Module, weights: Collection[Tensor]) -> Iterator[None]:
 
 def rounded_copy(layer: nn.Module) -> Tensor | None:
     """Returns the copy of a layer's weight that ``rounded`` lets its products read; ``None`` outside of it."""
-    copy: Callable[[], Tensor] | None = layer.__dict__.get(_COPY)
-    return None if copy is None else copy()
+    return _copy_of(layer) if _COPY in layer.__dict__ else None
 
 
-def _copy_of(weight: Tensor, copies: dict[int, Tensor]) -> Tensor:
+def make_copies(model: nn.Module) -> None:
+    """Makes the copies that ``rounded`` lets layers read, before compiled code reads them."""
+    if _is_autocast(model):
+        for module in model.modules():
+            rounded_copy(module)
+
+
+def _copy_of(layer: Any) -> Tensor:
+    weight, copies = layer.weight, layer.__dict__[_COPIES]
     if id(weight) not in copies:
         # With gradients in any mode, so that passes without and with them read the same copy.
         with torch.enable_grad():
             copies[id(weight)] = weight.to(torch.get_autocast_dtype(weight.device.type))
-    return copies[id(weight)]
+    copy: Tensor = copies[id(weight)]
+    layer.__dict__[_COPY] = copy
+    return copy
 
 
-def _forward(module: Any, copy: Callable[[], Tensor], input: Tensor) -> Tensor:
-    rounds = torch.is_autocast_enabled(input.device.type)
-    return F.linear(input, copy() if rounds else module.weight, module.bias)
+def _forward(module: Any, input: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(input.device.type):
+        return F.linear(input, module.weight, module.bias)
+    copy = module._rounded_weight
+    return F.linear(input, _copy_of(module) if copy is None else copy, module.bias)
 
 
 def _is_plain(module: nn.Module) -> bool:

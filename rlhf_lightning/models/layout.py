@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..sequences import ATTENTION_NAME, ATTENTION_NAMES, Example, Segment, SequenceBatch, pack
 from .backbone import TOLERANCE, Layout, base_model, decoder_of, evaluating, hidden_states
+from .compiled_layers import is_compiled, uncompiled
 from .own_attention import (
     EAGER,
     attention_of,
@@ -61,6 +62,11 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
         if reason is None:
             for other in (model, *others):
                 set_attention(base_model(other), attention or EAGER)
+            if kind == "padded" and is_compiled(model):
+                raise ValueError(
+                    f"compile is true, and {name} runs in the padded layout ({reasons[0] if reasons else 'layout'}), "
+                    "whose layers are not compiled: set compile to false"
+                )
             if kind == "padded" and layout == "auto":
                 log.warning("%s runs in the padded layout: %s", name, reasons[0])
             return kind
@@ -103,7 +109,7 @@ def _why_not(model: nn.Module, layout: Layout, attention: str | None) -> str | N
     # Eager attention computes its softmax, and RMS norms their squares, in fp32 whatever the precision of the weights.
     tolerance = max(TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16]), _SINGLE)
     half = tolerance > TOLERANCE[torch.float32]
-    with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with evaluating(model), uncompiled(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         widened: AbstractContextManager[None] = single_precision(model)
         if half:
             try:

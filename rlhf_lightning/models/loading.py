@@ -26,6 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..sequences import ATTENTION_NAMES, register_attention
 from ..utils.packaged_configs import packaged_config
 from .adapters import LOADING_ERRORS, add_adapter, load_adapter, locate_base, lora_config
+from .compiled_layers import compile_layers
 from .dropout import recompute, set_dropout
 from .meta_init import skeletons_wanted, weights_device
 from .own_attention import EAGER, set_attention
@@ -101,6 +102,7 @@ def load_causal_lm(
     lora: Mapping[str, Any] | None = None,
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
+    compile: bool = False,
     attn_implementation: str | None = None,
     trainable: bool = True,
     headless: bool = False,
@@ -127,6 +129,7 @@ def load_causal_lm(
         dropout: every dropout rate in training, overriding those of the config and of ``lora``; 0 leaves them, since
             the mode switches dropout off (see ``switch_off_dropout``).
         gradient_checkpointing: keep layer inputs only and recompute the rest in the backward pass.
+        compile: run decoder layers compiled, see ``compile_layers``; not with quantised weights.
         attn_implementation: a name that transformers knows; None is the model's default.
         trainable: False freezes everything and leaves the model in evaluation mode, as for a reference.
         headless: allow a missing output projection, as in a sequence classifier; it is then random and must not be
@@ -179,6 +182,8 @@ def load_causal_lm(
         set_dropout(loaded, dropout)
     if gradient_checkpointing:
         _enable_checkpointing(loaded)
+    if compile:
+        compile_layers(loaded)
     return loaded.train() if trainable else loaded.requires_grad_(False).eval()
 
 

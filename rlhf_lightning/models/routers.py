@@ -73,6 +73,11 @@ def find_routers(model: nn.Module) -> Routers | None:
     return routers if agrees else None
 
 
+def has_routers(model: nn.Module) -> bool:
+    """Tells whether a model has routers that transformers records."""
+    return _records_routers(decoder_of(model))
+
+
 def _records_routers(decoder: nn.Module) -> bool:
     """Tells whether a decoder has routers that transformers records; a class may record them but have none."""
     found = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits", [])

@@ -117,6 +117,8 @@ class ContextCompressionModule(PostTrainingModule):
             )
         if kwargs.get("layout", "auto") == "padded":
             raise ValueError("layout is 'padded', and contexts are compressed in packed forests: use 'auto'")
+        if kwargs.get("compile"):
+            raise ValueError("compile is true, and a compressor's encoder changes its layers: set compile to false")
         super().__init__(model, **kwargs)
         self.options = options
         self.train_decoder = train_decoder

@@ -149,6 +149,7 @@ class PPOModule(OnPolicyModule):
                 quantization=self.quantization,
                 dropout=self.dropout,
                 gradient_checkpointing=self.gradient_checkpointing,
+                compile=self.compiles_layers,
                 attention=self.attention,
                 layout=self._requested_layout,
                 longest=longest_sequence(self),

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo.config
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ..utils.compilation import allow_compilations
 from .geometry import TreeGeometry
 
-_COMPILATIONS = 128  # that torch allows in one process, at least
 _BLOCK = 128  # tokens on a side of a block, FlexAttention's default
 
 
@@ -136,7 +135,7 @@ def _kernel(compiled: bool) -> Any:
     """
     if not compiled:
         return flex_attention
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
+    allow_compilations()
     fused = torch.compile(flex_attention, dynamic=True, fullgraph=True)
     return torch._dynamo.config.patch(specialize_float=True)(fused)
 

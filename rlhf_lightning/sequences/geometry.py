@@ -265,15 +265,24 @@ class TreeGeometry:
             window: a query sees keys less than this many positions before it; ``None`` is no limit.
         """
         if window not in self._stretches:
-            calls, _, reach = self.calls(window)
-            tensors = self.tensors(stretch_arrays, window)
-            self._stretches[window] = Stretches(
-                bounds=list(tensors["bounds"].split([len(each) for each in calls])),
-                longest=[int(np.diff(each).max()) for each in calls],
-                key_index=tensors.get("key_index"),
-                window=reach,
-            )
+            self._make_stretches(window)
         return self._stretches[window]
+
+    @property
+    def stretched(self) -> list[int | None]:
+        """Windows whose calls have been made."""
+        return list(self._stretches)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would trace what the host computes
+    def _make_stretches(self, window: int | None) -> None:
+        calls, _, reach = self.calls(window)
+        tensors = self.tensors(stretch_arrays, window)
+        self._stretches[window] = Stretches(
+            bounds=list(tensors["bounds"].split([len(each) for each in calls])),
+            longest=[int(np.diff(each).max()) for each in calls],
+            key_index=tensors.get("key_index"),
+            window=reach,
+        )
 
     def calls(self, window: int | None) -> tuple[list[list[int]], np.ndarray | None, int | None]:
         """Lists bounds of queries and of keys, call after call; gathered keys; and the window that has an effect."""

@@ -116,8 +116,10 @@ def tree_attention(
     if chosen == "cascade":
         return cascade_attention(*cast, tree, sliding_window, scaling), None
     if chosen == "flex":
-        return flex_tree_attention(*cast, tree, sliding_window, scaling, softcap, s_aux), None
-    return _blocks(query, key, value, tree, sliding_window, dropout, scaling, softcap, s_aux), None
+        flex = _flex_outside if torch.compiler.is_compiling() else flex_tree_attention
+        return flex(*cast, tree, sliding_window, scaling, softcap, s_aux), None
+    blocks = _blocks_outside if torch.compiler.is_compiling() else _blocks
+    return blocks(query, key, value, tree, sliding_window, dropout, scaling, softcap, s_aux), None
 
 
 def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,6 +178,9 @@ def _blocks(
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return gather_rows(torch.cat(outputs), tree.slot)[None]
 
+
+# Kept out of compiled code around them: their lists have another length in every batch.
+_blocks_outside, _flex_outside = torch.compiler.disable(_blocks), torch.compiler.disable(flex_tree_attention)
 
 # Keywords that layers pass on and that do not change attention.
 _INERT = frozenset(

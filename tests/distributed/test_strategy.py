@@ -17,9 +17,10 @@ from torch import nn
 from rlhf_lightning import FSDP2Strategy
 from rlhf_lightning.core.gradients import clip_gradients
 from rlhf_lightning.core.trainer_checks import check_strategy
-from rlhf_lightning.distributed.fsdp2 import check_can_shard, decoder_blocks
+from rlhf_lightning.distributed.fsdp2 import check_can_shard
 from rlhf_lightning.distributed.lockstep import _reached, _Zero
 from rlhf_lightning.distributed.strategy import check_can_be_sharded
+from rlhf_lightning.models.backbone import decoder_blocks
 
 from ..helpers import nested, save_tiny_model, tiny_model
 from .sharding_jobs import on_ranks, run_job, written

@@ -27,6 +27,7 @@ from rlhf_lightning.sequences import (
     tree_attention,
 )
 from rlhf_lightning.sequences.example import Example, Segment
+from rlhf_lightning.utils import compilation
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
@@ -108,7 +109,7 @@ def attend(
 def test_a_kind_of_layer_beyond_the_last_compilation_is_an_error_in_one_line(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flex_attention, "_COMPILATIONS", 1)
+    monkeypatch.setattr(compilation, "_COMPILATIONS", 1)
     torch._dynamo.config.recompile_limit = 1
     attend(softcap=None)
     assert compiler.graphs == 1
@@ -125,7 +126,7 @@ def test_a_probe_beyond_the_last_compilation_says_so(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A model that comes after it runs padded, with one line in the log; where packed is asked for, not at all."""
-    monkeypatch.setattr(flex_attention, "_COMPILATIONS", 1)
+    monkeypatch.setattr(compilation, "_COMPILATIONS", 1)
     torch._dynamo.config.recompile_limit = 1
     attend(softcap=1.5)
     name = register_attention("flex")
@@ -254,7 +255,7 @@ def test_a_policy_critic_reward_model_and_judge_compile_a_bounded_number_of_time
     module, sizes = several_models(tmp_path)
     train(module)
     assert trainable == []  # nothing has run unfused
-    assert TORCH_LIMIT < compiler.graphs <= sizes * PER_SIZE < flex_attention._COMPILATIONS
+    assert TORCH_LIMIT < compiler.graphs <= sizes * PER_SIZE < compilation._COMPILATIONS
 
 
 @pytest.mark.slow
@@ -263,7 +264,7 @@ def test_training_beyond_the_last_compilation_is_an_error_in_one_line(
     compiler: Compiler, trainable: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The probe and what samples need compile; the gradient would be compiled next."""
-    monkeypatch.setattr(flex_attention, "_COMPILATIONS", 2)
+    monkeypatch.setattr(compilation, "_COMPILATIONS", 2)
     torch._dynamo.config.recompile_limit = 2
     module = PPOModule(str(save_tiny_model(tmp_path, "gemma2")), rewards=[remainder], max_completion_length=4)
     with pytest.raises(RuntimeError, match="FlexAttention has been compiled 2 times in this process") as caught:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_lightning.distributed.fsdp2 import check_one_dtype, decoder_blocks
+from rlhf_lightning.distributed.fsdp2 import check_one_dtype
 from rlhf_lightning.models import load_causal_lm
+from rlhf_lightning.models.backbone import decoder_blocks
 
 from ..distributed.sharding_jobs import on_ranks, run_job
 from ..helpers import save_tiny_model

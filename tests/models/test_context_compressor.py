@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
@@ -357,6 +358,23 @@ def trained(folder: str, **options: Any) -> ContextCompressor:
 def same(one: ContextCompressor, other: ContextCompressor) -> bool:
     pairs = zip(one.compress([CONTEXT])[0].states, other.compress([CONTEXT])[0].states, strict=True)
     return all(torch.equal(a, b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
+
+
+def test_no_size_is_read_from_the_device(folder: str) -> None:
+    """Which a GPU would have to finish its work for, in every segment."""
+
+    class Operators(TorchDispatchMode):
+        seen: frozenset[Any] = frozenset()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen |= {func.overloadpacket}
+            return func(*args, **(kwargs or {}))
+
+    compressor = trained(folder)
+    with Operators() as operators:
+        compressor.compress([CONTEXT])
+    assert torch.ops.aten.mm in operators.seen or torch.ops.aten.addmm in operators.seen
+    assert torch.ops.aten.nonzero not in operators.seen
 
 
 def test_saved_and_loaded(folder: str, tmp_path: Path) -> None:
