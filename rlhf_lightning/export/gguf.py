@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..utils.files import PARTIAL, flush_to_disk, hidden_sibling
 from ..utils.validation import check_choice
 from .gguf_metadata import ROPE_FACTORS, check_config, context_length, needs_factors, write_config
+from .gguf_mixes import MIXES, quantiser
 from .gguf_proof import check_model, check_tokenizer
 from .gguf_tensors import (
     FILE_TYPES,
@@ -26,7 +27,7 @@ from .gguf_tensors import (
     quantised,
     rope_factors,
     rounded,
-    tensor_type,
+    tensor_types,
 )
 from .gguf_tokenizer import tokenizer_fields, write_tokenizer
 from .proof import continued, encoded_prompts, load_source
@@ -75,8 +76,10 @@ def export_gguf(
         model: folder or hub id of a Llama, Mistral, Qwen2, Qwen3, Gemma 2 or Phi-3, or of a LoRA adapter on one, which
             is merged.
         output: the file; an earlier GGUF file there is replaced.
-        type: of matrices: ``f32``, ``f16``, ``bf16``, ``q8_0`` (8 bits and a scale for every 32) or ``q4_0`` (4 bits).
-            Vectors are stored in f32, and matrices whose rows 32 does not divide in f16 instead of ``q``.
+        type: of matrices: ``f32``, ``f16``, ``bf16``, ``q8_0`` (8 bits and a scale for every 32) or ``q4_0`` (4 bits);
+            or mixes of K-quants (blocks of 256), rounded by llama.cpp's own quantiser, which the extra ``llama-cpp``
+            brings: ``q4_k_s``, ``q4_k_m``, ``q5_k_s``, ``q5_k_m`` or ``q6_k``. Vectors are stored in f32. Rows that 256
+            does not divide have q5_0, q5_1 and q8_0 instead of q4_k, q5_k and q6_k; those that 32 does not divide, f16.
         check_prompts: texts to check with, at least one; take some that the model is for.
         say: called with a line for each part of the work.
 
@@ -84,14 +87,16 @@ def export_gguf(
         The path, and what rounding costs.
 
     Raises:
-        ValueError: the package ``gguf`` is missing, the model or its tokenizer has no place in the format, or the file
-            does not compute what the model computes.
+        ValueError: the package ``gguf`` (or, for K-quants, llama.cpp) is missing, the model or its tokenizer has no
+            place in the format, or the file does not compute what the model computes.
 
     Example:
         >>> export_gguf("runs/dpo/model", "model.gguf", type="q8_0", check_prompts=["2+2="])  # doctest: +SKIP
     """
     check_choice("type", type, TYPES)
     gguf_package()
+    if type in MIXES:
+        quantiser()
     target = Path(output).expanduser().resolve()
     _check_target(target)
     with tempfile.TemporaryDirectory() as scratch:
@@ -157,7 +162,7 @@ def write_file(
         tensors = {place: tensor for place, (_, tensor) in named_tensors(model, architecture).items()}
         if needs_factors(model.config):
             tensors[ROPE_FACTORS] = rope_factors(model)
-        kinds = {place: tensor_type(place, tuple(tensor.shape), type) for place, tensor in tensors.items()}
+        kinds = tensor_types(model, tensors, type)
         for place, tensor in tensors.items():
             shape, dtype = byte_shape(tuple(tensor.shape), kinds[place])
             size = dtype.itemsize
@@ -186,11 +191,11 @@ def _name(architecture: str, tokens: Sequence[str]) -> str:
 @torch.no_grad()
 def _round(model: PreTrainedModel, architecture: str, type: str) -> None:
     """Rounds a model's weights as the file does; the order of rows changes no block."""
-    state = model.state_dict()
-    for place, (name, tensor) in named_tensors(model, architecture).items():
-        kind = tensor_type(place, tuple(tensor.shape), type)
-        if kind != "f32":
-            state[name].copy_(rounded(state[name], kind))
+    state, named = model.state_dict(), named_tensors(model, architecture)
+    kinds = tensor_types(model, {place: tensor for place, (_, tensor) in named.items()}, type)
+    for place, (name, _) in named.items():
+        if kinds[place] != "f32":
+            state[name].copy_(rounded(state[name], kinds[place]))
 
 
 def _cost(model: PreTrainedModel, before: Any) -> tuple[float, float]:

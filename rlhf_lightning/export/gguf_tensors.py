@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Final
 
@@ -10,13 +11,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from .gguf_mixes import BLOCK, MIXES, NARROW, mixed_type, quantise
+
 Array = npt.NDArray[Any]
 
-TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0")
+TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", *MIXES)
 # Rows of this many values are quantised together.
 _BLOCK: Final = 32
 # Numbers of the file types, as loaders show them.
-FILE_TYPES: Final = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
+FILE_TYPES: Final = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q8_0": 7,
+    "bf16": 32,
+    **{"q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18},
+}
 
 
 def gguf_package() -> Any:
@@ -33,13 +43,15 @@ def gguf_package() -> Any:
         ) from error
 
 
-def tensor_type(name: str, shape: tuple[int, ...], type: str) -> str:
+def tensor_type(name: str, shape: tuple[int, ...], type: str, *, layers: int = 1, tied: bool = False) -> str:
     """Returns the type that a tensor is stored in: vectors in f32, and rows that no block divides in f16.
 
     Args:
         name: in the file.
         shape: of the tensor.
         type: of the file.
+        layers: of the model.
+        tied: whether the embedding is the output as well.
 
     Example:
         >>> tensor_type("blk.0.attn_norm.weight", (64,), "q8_0"), tensor_type("blk.0.attn_q.weight", (8, 48), "q8_0")
@@ -47,9 +59,17 @@ def tensor_type(name: str, shape: tuple[int, ...], type: str) -> str:
     """
     if len(shape) < 2:
         return "f32"
-    if type.startswith("q") and shape[-1] % _BLOCK:
-        return "f16"
-    return type
+    kind = mixed_type(name, type, layers=layers, tied=tied) if type in MIXES else type
+    if kind in NARROW and shape[-1] % BLOCK:
+        kind = NARROW[kind]
+    return "f16" if kind.startswith("q") and shape[-1] % _BLOCK else kind
+
+
+def tensor_types(model: nn.Module, tensors: Mapping[str, Tensor], type: str) -> dict[str, str]:
+    """Returns the type of each tensor of a model's file."""
+    config: Any = model.config
+    options = {"layers": int(config.num_hidden_layers), "tied": bool(config.tie_word_embeddings)}
+    return {place: tensor_type(place, tuple(tensor.shape), type, **options) for place, tensor in tensors.items()}
 
 
 def quantised(tensor: Tensor, type: str) -> Array:
@@ -57,6 +77,9 @@ def quantised(tensor: Tensor, type: str) -> Array:
     gguf = gguf_package()
     data = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
     kind = gguf.GGMLQuantizationType[type.upper()]
+    if type in NARROW:
+        rows = quantise(data.reshape(-1, data.shape[-1]), int(kind), int(byte_shape(data.shape, type)[0][-1]))
+        return rows.reshape(byte_shape(data.shape, type)[0])
     found: Array = gguf.quants.quantize(data, kind)
     return found
 

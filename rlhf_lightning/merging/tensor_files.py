@@ -37,7 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-_HASH_PART = 1 << 22
+_HASH_PART = 1 << 20
 # Bytes that are written before they are flushed.
 _FLUSHED_PART = 1 << 26
 
@@ -287,10 +287,10 @@ class HashingWriter:
 
 def file_digest(path: Path) -> str:
     """Computes the sha256 of a file without mapping it."""
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_PART))
     with path.open("rb", buffering=0) as file:
-        while part := file.read(_HASH_PART):
-            digest.update(part)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_lightning.data.tasks import open_task
 from rlhf_lightning.export import export_gguf, gguf_tensors
 from rlhf_lightning.export import gguf as exporting
 from rlhf_lightning.export.gguf_tokenizer import tokenizer_fields
@@ -153,6 +154,36 @@ def test_the_packaged_model(gguf: Any, tmp_path: Path) -> None:
     load_tokenizer("configs/models/nano").save_pretrained(tmp_path / "nano")
     found = export_gguf(tmp_path / "nano", tmp_path / "nano.gguf", check_prompts=["3+14=?\n"])
     assert found.types["q8_0"] == 1 + 7 * 3
+
+
+@pytest.mark.slow
+def test_a_trained_model(gguf: Any, tmp_path: Path) -> None:
+    """The packaged model, trained until its answers depend on the prompt: rounding has margins to change there."""
+    model = load_causal_lm("configs/models/nano", init="random", dtype=torch.float32)
+    tokenizer = load_tokenizer("configs/models/nano")
+    rows = [f"{row['prompt']}\n{row['completion']}" for row in open_task("sums:demonstrations?rows=640&seed=0")]
+    ids = [torch.tensor(tokenizer(row)["input_ids"]) for row in rows]
+    batches = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100).split(16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for batch in batches:
+        loss = model(input_ids=batch.clamp(min=0), attention_mask=(batch >= 0).long(), labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    model.save_pretrained(tmp_path / "nano")
+    tokenizer.save_pretrained(tmp_path / "nano")
+
+    prompts = ["3+18+3+15=?\n", "1+14+11+12=?\n", "20+7=?\n"]
+    found = export_gguf(tmp_path / "nano", tmp_path / "f32.gguf", type="f32", check_prompts=prompts)
+    assert found.logit_error <= 1e-4
+    assert (found.rounding, found.greedy_agreement) == (0.0, 1.0)
+    found = export_gguf(tmp_path / "nano", tmp_path / "q8_0.gguf", type="q8_0", check_prompts=prompts)
+    assert found.logit_error <= 1e-4  # of the model with weights rounded alike, whose greedy tokens are equal
+    assert 1e-4 < found.rounding < 0.1
+    assert found.greedy_agreement > 0.9
 
 
 def test_an_adapter_is_merged(gguf: Any, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -352,7 +383,7 @@ def test_a_wrong_tensor_is_caught(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"type": "q4_k_m"}, "type is 'q4_k_m'; it must be one of f32, f16, bf16, q8_0, q4_0"),
+        ({"type": "q4_1"}, "type is 'q4_1'; it must be one of f32, f16, bf16, q8_0, q4_0, q4_k_s, q4_k_m, q5_k_s"),
         ({"check_prompts": []}, "check_prompts is []; it must be a list of at least one text"),
         ({"check_prompts": "2+2="}, "check_prompts is '2+2='; it must be a list"),
         ({"check_prompts": ["a" * 200]}, "the model has 128 positions: shorten it"),

@@ -59,12 +59,11 @@ class _Bracket(NamedTuple):
 
 
 class _Counts(NamedTuple):
-    """Magnitudes of one block: how many are above a bracket or equal to its ends, and those between."""
+    """Magnitudes of one block: how many are above a bracket, how many within it, and those, unless they are equal."""
 
     above: int
-    at_high: int
-    at_low: int
-    between_N: Array
+    within: int
+    within_N: Array
 
 
 def kth_largest(views: Sequence[TensorView], k: int, num_models: int) -> list[Threshold]:
@@ -118,15 +117,14 @@ def _counted(views: Sequence[TensorView], brackets: Mapping[int, _Bracket]) -> I
 
 
 def _count(magnitudes_N: Array, bracket: _Bracket) -> _Counts:
-    high_N = magnitudes_N >= bracket.high
-    above = int(np.count_nonzero(magnitudes_N > bracket.high))
-    at_high = int(np.count_nonzero(high_N)) - above
+    above_N = magnitudes_N > bracket.high
+    above = int(np.count_nonzero(above_N))
+    within_N = magnitudes_N >= bracket.low
+    within = int(np.count_nonzero(within_N)) - above
     if bracket.low == bracket.high:
-        return _Counts(above, at_high, 0, magnitudes_N[:0])
-    between_N = magnitudes_N > bracket.low
-    at_low = int(np.count_nonzero(magnitudes_N >= bracket.low)) - int(np.count_nonzero(between_N))
-    between_N ^= high_N  # those at the high end are above the low one as well
-    return _Counts(above, at_high, at_low, magnitudes_N[between_N])
+        return _Counts(above, within, magnitudes_N[:0])
+    within_N ^= above_N
+    return _Counts(above, within, magnitudes_N[within_N])
 
 
 class _Search:
@@ -140,7 +138,7 @@ class _Search:
     def __init__(self, bracket: _Bracket, k: int) -> None:
         self.bracket = bracket
         self.k = k
-        self.above = self.at_high = self.at_low = 0
+        self.above = 0
         self.low, self.high = _pattern(bracket.low), _pattern(bracket.high)
         self.shift = max(0, (self.high - self.low).bit_length() - (_BINS - 1).bit_length())
         self.bins = np.zeros(_BINS, dtype=np.int64)
@@ -148,31 +146,26 @@ class _Search:
     def add(self, counts: _Counts) -> None:
         """Adds the counts of one block."""
         self.above += counts.above
-        self.at_high += counts.at_high
-        self.at_low += counts.at_low
-        places_N = (counts.between_N.view(_patterns_of(counts.between_N)) - self.low) >> self.shift
-        np.add.at(self.bins, places_N, 1)
+        if self.low == self.high:
+            self.bins[0] += counts.within
+        else:
+            places_N = (counts.within_N.view(_patterns_of(counts.within_N)) - self.low) >> self.shift
+            np.add.at(self.bins, places_N, 1)
 
     def result(self) -> Threshold | _Bracket:
         """Returns the threshold, or the bracket of the next pass."""
         number, largest = type(self.bracket.low), np.finfo(type(self.bracket.low)).max
         if self.k <= self.above:
             return _Bracket(np.nextafter(self.bracket.high, largest), largest)
-        if self.k <= self.above + self.at_high:
-            return Threshold(float(self.bracket.high), self.above, self.at_high)
-        before = self.above + self.at_high
         descending = np.cumsum(self.bins[::-1])
-        if self.k <= before + descending[-1]:
-            place = int(np.searchsorted(descending, self.k - before))
+        if self.k <= self.above + descending[-1]:
+            place = int(np.searchsorted(descending, self.k - self.above))
             chosen = _BINS - 1 - place
-            above = before + int(descending[place] - self.bins[chosen])
+            above = self.above + int(descending[place] - self.bins[chosen])
             first = self.low + (chosen << self.shift)
             if self.shift == 0:
                 return Threshold(float(_number(first, number)), above, int(self.bins[chosen]))
             return _Bracket(_number(first, number), _number(min(first + (1 << self.shift) - 1, self.high), number))
-        before += int(descending[-1])
-        if self.k <= before + self.at_low:
-            return Threshold(float(self.bracket.low), before, self.at_low)
         return _Bracket(number(0), np.nextafter(self.bracket.low, number(0)))
 
 
