@@ -74,9 +74,10 @@ def load_source(model: str | Path, scratch: Path) -> tuple[PreTrainedModel, PreT
         model: the folder.
         scratch: a folder for the merged model.
     """
-    tokenizer = load_tokenizer(model)
     options: dict[str, Any] = {"dtype": torch.float32, "trainable": False, "attn_implementation": "eager"}
+    # The model first, which a wrong path is a mistake about.
     loaded: Any = load_causal_lm(model, **options)
+    tokenizer = load_tokenizer(model)
     if isinstance(loaded, PeftModel):
         save_pretrained(loaded, tokenizer, scratch / "merged", merge_adapter=True)
         loaded = load_causal_lm(scratch / "merged", **options)

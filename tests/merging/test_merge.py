@@ -136,6 +136,8 @@ def test_the_manifest_names_the_convention_and_verify_what_differs(folders, tmp_
     manifest = json.loads((output / "merge_manifest.json").read_text())
     assert manifest["options"]["preset"] == "paper"
     assert manifest["options"]["trim_scope"] == "model"
+    decided = {"elect_on", "normalize_by", "zero_sign", "trim_scope"}
+    assert manifest["options"].keys() == {"weights", "scale", "preset", "density"} | decided
     assert [entry["role"] for entry in manifest["inputs"]] == ["models[0]", "models[1]", "base"]
     weights = output / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -163,7 +163,7 @@ class Method(OptionGroup):
 
     def conventions(self) -> dict[str, Any]:
         """Returns the options with everything that a preset decides, for the manifest."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "group"}
+        return {option.name: getattr(self, option.name) for option in fields(self)}
 
 
 def block_rows(rows: int, columns: int) -> int:
