@@ -68,8 +68,11 @@ def tensor_type(name: str, shape: tuple[int, ...], type: str, *, layers: int = 1
 def tensor_types(model: nn.Module, tensors: Mapping[str, Tensor], type: str) -> dict[str, str]:
     """Returns the type of each tensor of a model's file."""
     config: Any = model.config
-    options = {"layers": int(config.num_hidden_layers), "tied": bool(config.tie_word_embeddings)}
-    return {place: tensor_type(place, tuple(tensor.shape), type, **options) for place, tensor in tensors.items()}
+    layers, tied = int(config.num_hidden_layers), bool(config.tie_word_embeddings)
+    return {
+        place: tensor_type(place, tuple(tensor.shape), type, layers=layers, tied=tied)
+        for place, tensor in tensors.items()
+    }
 
 
 def quantised(tensor: Tensor, type: str) -> Array:

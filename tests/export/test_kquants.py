@@ -79,7 +79,7 @@ def test_the_library_gives_the_bytes_of_the_package(name: str, quantiser: Any) -
 
 @pytest.mark.parametrize(("kind", "bits"), [("q4_k", 4), ("q5_k", 5), ("q6_k", 6)])
 def test_rounding(kind: str, bits: int, quantiser: Any) -> None:
-    """No value is farther off than three quarters of a step of its block of 256, and the mean error is a part of that."""
+    """No value is farther off than three quarters of a step of its block; the mean error is a part of that."""
     rows = torch.randn(6, 768, generator=torch.Generator().manual_seed(0))
     error = (gguf_tensors.rounded(rows, kind) - rows).abs().reshape(-1, 256)
     blocks = rows.reshape(-1, 256)
