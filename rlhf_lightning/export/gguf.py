@@ -79,7 +79,7 @@ def export_gguf(
         type: of matrices: ``f32``, ``f16``, ``bf16``, ``q8_0`` (8 bits and a scale for every 32) or ``q4_0`` (4 bits);
             or mixes of K-quants (blocks of 256), rounded by llama.cpp's own quantiser, which the extra ``llama-cpp``
             brings: ``q4_k_s``, ``q4_k_m``, ``q5_k_s``, ``q5_k_m`` or ``q6_k``. Vectors are stored in f32. Rows that 256
-            does not divide have q5_0, q5_1 and q8_0 instead of q4_k, q5_k and q6_k; those that 32 does not divide, f16.
+            does not divide have q5_0, q5_1 and q8_0 instead of q4_k, q5_k and q6_k; rows that 32 does not divide, f16.
         check_prompts: texts to check with, at least one; take some that the model is for.
         say: called with a line for each part of the work.
 
