@@ -27,8 +27,6 @@ from .tensor_files import HashingWriter, Shard, StoredTensor, raw_bytes
 JOURNAL = "merge_journal.json"
 # Blocks that are computed before the result of the first is needed.
 _AHEAD = 4
-# Bytes of freed memory that a thread keeps: more than its blocks take.
-_KEPT = 31 << 20
 MethodOf = Callable[[str], Method]
 Surveys = Mapping[Method, Any]
 
@@ -38,9 +36,6 @@ def worker_pool() -> Iterator[ThreadPoolExecutor]:
     """Makes as many threads as torch computes with; while they exist, each of them computes alone."""
     workers = torch.get_num_threads()
     torch.set_num_threads(1)
-    # An allocator that has freed a block of this size keeps smaller ones, instead of returning them to the system and
-    # asking for them again, page by page: this would take as long as all arithmetic.
-    torch.empty(_KEPT, dtype=torch.uint8)
     try:
         with ThreadPoolExecutor(workers) as pool:
             yield pool
