@@ -44,6 +44,47 @@ class TestFormat:
         with pytest.raises(ValueError, match=r"pattern '\(' is not a regular expression"):
             FormatReward("(")
 
+    @pytest.mark.parametrize(
+        ("text", "want"),
+        [
+            ("a\nb\n<answer>3</answer>", 1.0),
+            ("<think>\na\n</think>\nb\n<answer>3</answer>", 1.0),
+            ("a\n<answer>3</answer>", 0.0),
+            ("a\n<think>\n \n</think>\n<answer>3</answer>", 0.0),
+            ("a\nb\nc", 0.0),
+            ("a\nb\n</answer>3<answer>", 0.0),
+            ("a\nb\n<answer>3", 0.0),
+            ("a\n<answer>3</answer>\n<answer>3</answer>", 0.0),
+            ("a\nb\n<answer>3</answer></tool>", 0.0),
+            ("a\nb\n<answer><tool>3</answer>", 0.0),
+            ("a\nb\n<answer>3</answer><tools>", 1.0),
+            ("a < b\nc > d\n<answer>3</answer>", 1.0),
+        ],
+    )
+    def test_tags_and_steps(self, text: str, want: float) -> None:
+        reward = FormatReward(required=["answer"], forbidden=["tool"], min_steps=3)
+        assert reward(["p"], [text]) == [want]
+
+    def test_tags_and_steps_come_on_top_of_a_pattern(self) -> None:
+        reward = FormatReward(r".*#\d+", required=["a"], min_steps=1)
+        assert reward(["p"] * 3, ["<a>1</a>#2", "<a>1</a>", "1#2"]) == [1.0, 0.0, 0.0]
+        assert FormatReward(forbidden=["a"])(["p"] * 3, ["", "x", "</a>"]) == [1.0, 1.0, 0.0]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"required": ["<a>"]}, "required has '<a>': write the name of a tag without brackets"),
+            ({"forbidden": [""]}, "forbidden has '': write the name"),
+            ({"required": "answer"}, r"required is 'answer': write a list of names, such as \['answer'\]"),
+            ({"required": ["a"], "forbidden": ["b", "a"]}, "the tag 'a' is required and forbidden"),
+            ({"min_steps": -1}, "min_steps is -1; it must be a whole number of at least 0"),
+            ({"min_steps": True}, "min_steps is True; it must be"),
+        ],
+    )
+    def test_refuses_other_tags_and_steps(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            FormatReward(**options)
+
 
 class TestSoftOverlong:
     @pytest.mark.parametrize("length", [0, 1, 79, 80, 81, 90, 99, 100, 101, 500])
