@@ -12,14 +12,14 @@ _TAG: Final = re.compile(r"[\w:.-]+")
 
 
 class FormatReward:
-    """Rewards a completion that has a format: an expression, the tags, and the number of steps that are asked for.
+    r"""Rewards a completion that has a format: an expression, the tags, and the number of steps that are asked for.
 
     Args:
         pattern: a regular expression to match from the first to the last character; a dot also matches a line break.
             By default, where no tags and steps are asked for, ``<think>...</think>`` and an answer; else anything.
         matched: reward of a completion that keeps all of it.
         unmatched: reward of one that does not.
-        required: names of tags, such as ``answer``, each of which must be there exactly once, opened and then closed.
+        required: names of tags, such as ``answer``, that must be there exactly once each, opened and then closed.
         forbidden: names of tags that must be there neither opened nor closed.
         min_steps: least number of lines with something other than tags on them, at least 0.
 
@@ -31,7 +31,7 @@ class FormatReward:
         >>> FormatReward()(["p", "p"], ["<think>3+4=7</think>7", "7"])
         [1.0, 0.0]
         >>> reward = FormatReward(required=["answer"], forbidden=["tool"], min_steps=2)
-        >>> reward(["p"] * 2, ["3+4=7\\n<answer>7</answer>", "<answer>7</answer>"])
+        >>> reward(["p"] * 2, ["3+4=7\n<answer>7</answer>", "<answer>7</answer>"])
         [1.0, 0.0]
     """
 
@@ -72,12 +72,10 @@ class FormatReward:
     def _keeps(self, completion: str) -> bool:
         tags = re.findall(r"<(/?[\w:.-]+)>", completion)
         steps = [line for line in completion.splitlines() if re.sub(r"</?[\w:.-]+>", "", line).strip()]
-        return (
-            self._expression.fullmatch(completion) is not None
-            and all([tag for tag in tags if tag.removeprefix("/") == name] == [name, f"/{name}"] for name in self.required)
-            and not any(tag.removeprefix("/") in self.forbidden for tag in tags)
-            and len(steps) >= self.min_steps
-        )
+        # Of a required tag there is one opening and one closing, in this order.
+        once = all([tag for tag in tags if tag in (name, f"/{name}")] == [name, f"/{name}"] for name in self.required)
+        spared = not any(tag.removeprefix("/") in self.forbidden for tag in tags)
+        return self._expression.fullmatch(completion) is not None and once and spared and len(steps) >= self.min_steps
 
 
 def _check_tags(option: str, names: Sequence[str]) -> None:
