@@ -1,8 +1,9 @@
-"""Readers of row files: JSON lines, JSON lists, CSV, Parquet and Arrow, which number each row for error messages."""
+"""Readers of row files: JSON lines, JSON lists, CSV, text, Parquet and Arrow, each row with its number."""
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import json
@@ -20,9 +21,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from .cell_checks import RepeatedKeys, read_object, short
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow")
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-COMPRESSED = tuple(text + packed for text in SUFFIXES[:3] for packed in _OPENERS)
+COMPRESSED = tuple(text + packed for text in SUFFIXES[:4] for packed in _OPENERS)
 _BLOCK, _SAMPLED_BLOCKS = 1 << 20, 256
 ACCEPTED = ", ".join(SUFFIXES) + " (text also with .gz, .bz2 or .xz)"
 
@@ -225,6 +226,24 @@ class CsvTable(RowFile):
         return dict(zip(header, cells, strict=True))
 
 
+class TextLines(RowFile):
+    """One prompt per line, as it stands there without its line end; empty lines are skipped but counted."""
+
+    def _stored(self) -> Iterator[tuple[int, bytes]]:
+        for number, line in enumerate(self._lines(), start=1):
+            # The byte-order mark that editors on Windows write first is not of the text.
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield number, text
+
+    def parse(self, stored: bytes) -> dict[str, Any]:
+        """Makes a row with the column ``prompt`` of one line."""
+        try:
+            return {"prompt": stored.removesuffix(b"\n").removesuffix(b"\r").decode()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 (byte {error.start} of the line), expected one prompt per line") from error
+
+
 class ParquetTable(RowFile):
     """A Parquet file, read a few hundred rows at a time."""
 
@@ -305,10 +324,20 @@ def is_row_file(path: str | Path) -> bool:
     """Tells whether a name has a suffix that :func:`open_file` reads.
 
     Example:
-        >>> is_row_file("pairs.jsonl.gz"), is_row_file("notes.txt")
+        >>> is_row_file("pairs.jsonl.gz"), is_row_file("notes.md")
         (True, False)
     """
     return str(path).lower().endswith(SUFFIXES + COMPRESSED)
+
+
+def is_text_file(path: str | Path) -> bool:
+    """Tells whether a file of rows holds a prompt per line, as its suffix says.
+
+    Example:
+        >>> is_text_file("prompts.TXT.gz"), is_text_file("prompts.txt.csv")
+        (True, False)
+    """
+    return str(path).lower().endswith((".txt", *(f".txt{packed}" for packed in _OPENERS)))
 
 
 def open_file(name: str, path: Path) -> RowSource:
@@ -334,6 +363,7 @@ def open_file(name: str, path: Path) -> RowSource:
     readers: dict[str, type[RowFile]] = {
         ".jsonl": JsonLines,
         ".csv": CsvTable,
+        ".txt": TextLines,
         ".parquet": ParquetTable,
         ".arrow": ArrowTable,
     }

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from .cell_checks import describe_columns, is_missing
-from .files import ACCEPTED, RowSource, is_row_file, open_file
+from .files import ACCEPTED, RowSource, is_row_file, is_text_file, open_file
 from .tasks import is_task, open_task
 
 if TYPE_CHECKING:
@@ -175,9 +175,9 @@ def open_source(
 ) -> RowSource:
     """Opens the rows that a user's description names; reads only what is needed to choose the reader.
 
-    A string is tried as an embedded task (``"sums:preference?rows=100"``), as a file (.jsonl, .json, .csv, .parquet,
-    .arrow), as a folder of such files or of ``datasets.save_to_disk``, and then as an id on the Hugging Face hub; the
-    last two take options, as in ``"org/name?split=test&config=main&revision=v2"``.
+    A string is tried as an embedded task (``"sums:preference?rows=100"``), as a file (.jsonl, .json, .csv, .txt,
+    .parquet, .arrow), as a folder of such files or of ``datasets.save_to_disk``, and then as an id on the
+    Hugging Face hub; the last two take options, as in ``"org/name?split=test&config=main&revision=v2"``.
 
     Args:
         source: the string, a list of such strings, a list of dictionaries, or a ``datasets`` dataset.
@@ -314,6 +314,8 @@ def _open_folder(name: str, path: Path, split: str | None) -> RowSource:
         return MemoryRows(name, loaded, num_rows=len(loaded), fingerprint=loaded._fingerprint)
     # Otherwise all row files below the folder; where their names tell splits, those of the wanted one.
     files = sorted(file for file in path.rglob("*") if file.is_file() and _has_rows(file.relative_to(path)))
+    # Notes and licences are texts too: where there are other rows, texts are not read.
+    files = [file for file in files if not is_text_file(file)] or files
     if not files:
         raise ValueError(f"the folder {name!r} has no file to read: put files of {ACCEPTED} there")
     by_split: dict[str | None, list[Path]] = {}

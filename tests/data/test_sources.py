@@ -24,13 +24,19 @@ def lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def prompts(rows: list[dict[str, Any]]) -> str:
+    return "".join(row["prompt"] + "\n" for row in rows)
+
+
 def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     """Writes rows in the format that the name asks for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name
     if name.endswith(".gz"):
         with gzip.open(path, "wt") as file:
-            file.write(lines(rows))
+            file.write(prompts(rows) if ".txt" in name else lines(rows))
+    elif name.endswith(".txt"):
+        path.write_text(prompts(rows))
     elif name.endswith(".jsonl"):
         path.write_text(lines(rows))
     elif name.endswith(".json"):
@@ -48,7 +54,7 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     return path
 
 
-FILES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "a.stream.arrow", "a.arrow"]
+FILES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "a.stream.arrow", "a.arrow", "a.txt", "a.txt.gz"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -57,7 +63,8 @@ def test_files(tmp_path: Path, name: str) -> None:
     source = open_source(str(path))
     # The numbers are those of an editor: the rows of a CSV file begin on its second line.
     first = 2 if name.endswith(".csv") else 1
-    expected = [(f"{path}:{first}", ROWS[0]), (f"{path}:{first + 1}", ROWS[1])]
+    rows = [{"prompt": row["prompt"]} for row in ROWS] if ".txt" in name else ROWS  # all that a text holds
+    expected = [(f"{path}:{first}", rows[0]), (f"{path}:{first + 1}", rows[1])]
     assert list(source) == expected
     assert list(source) == expected, "again"
     assert source.num_rows == 2
@@ -67,7 +74,7 @@ def test_files(tmp_path: Path, name: str) -> None:
 def test_a_fingerprint_changes_with_the_rows_and_not_with_the_name(tmp_path: Path, name: str) -> None:
     prints = [
         open_source(str(write(tmp_path / folder / name, rows))).fingerprint
-        for folder, rows in (("x", ROWS), ("y", ROWS), ("z", [ROWS[0], {"prompt": "2+2=", "completion": "5"}]))
+        for folder, rows in (("x", ROWS), ("y", ROWS), ("z", [ROWS[0], {"prompt": "2+3=", "completion": "5"}]))
     ]
     if not name.endswith(".gz"):  # gzip writes the time into the file
         assert prints[0] == prints[1]
@@ -85,6 +92,16 @@ def test_empty_lines_are_passed_over_but_counted(tmp_path: Path) -> None:
     path.write_text("\n" + json.dumps(ROWS[0]) + "\n\n  \n" + json.dumps(ROWS[1]))
     assert list(open_source(str(path))) == [(f"{path}:2", ROWS[0]), (f"{path}:5", ROWS[1])]
     assert open_source(str(path)).num_rows == 2
+
+
+def test_a_text_has_a_prompt_on_each_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b'\xef\xbb\xbf 1+1= \r\n\n  \n{"a": "\xc3\xa9"}\x0b\xe2\x80\xa8b\nlast')
+    # Only a line feed ends a line, and nothing else of it is changed.
+    expected = [(1, " 1+1= "), (4, '{"a": "\u00e9"}\x0b\u2028b'), (5, "last")]
+    assert list(open_source(str(path))) == [(f"{path}:{number}", {"prompt": text}) for number, text in expected]
+    assert open_source(str(path)).num_rows == 3
+    assert list(open_source(str(path), columns={"question": "prompt"}))[2][1] == {"question": "last"}
 
 
 def test_cells_of_several_lines_are_named_after_their_first(tmp_path: Path) -> None:
@@ -119,7 +136,10 @@ def test_cells_of_several_lines_are_named_after_their_first(tmp_path: Path) -> N
         ("a.jsonl", "\n\n", "a.jsonl' has no rows: write at least one"),
         ("a.jsonl", "", "a.jsonl' is empty: write at least one row"),
         ("a.csv", "a,b\n", "a.csv' has no rows: write at least one"),
-        ("a.txt", "text", "cannot tell how to read '"),
+        ("a.md", "text", "cannot tell how to read '"),
+        ("a.txt", b"1+1=\n2\xff\n", "a.txt:2: not UTF-8 (byte 1 of the line), expected one prompt per line"),
+        ("a.txt", " \n\n", "a.txt' has no rows: write at least one"),
+        ("a.txt.gz", "text", "a.txt.gz' is not a complete gzip file"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -169,6 +189,14 @@ def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path: Path) -
     assert source.num_rows == 2
 
 
+def test_texts_of_a_folder_are_read_where_nothing_else_is(tmp_path: Path) -> None:
+    write(tmp_path / "b.txt", ROWS[1:])
+    write(tmp_path / "a.txt.gz", ROWS[:1])
+    assert [row["prompt"] for _, row in open_source(str(tmp_path))] == ["1+1=", "2+2="]
+    write(tmp_path / "c.jsonl", ROWS)
+    assert [row for _, row in open_source(str(tmp_path))] == ROWS
+
+
 def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "data" / "train-00000-of-00001.jsonl", ROWS[:1])
     write(tmp_path / "data" / "test-00000-of-00001.jsonl", ROWS[1:])
@@ -199,7 +227,7 @@ def test_what_datasets_saved(tmp_path: Path) -> None:
 
 def test_a_folder_without_rows(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("about")
-    assert "has no file to read: put files of .jsonl, .json, .csv, .parquet, .arrow" in complaint(
+    assert "has no file to read: put files of .jsonl, .json, .csv, .txt, .parquet, .arrow" in complaint(
         open_source, str(tmp_path)
     )
 
@@ -256,7 +284,7 @@ def test_columns_are_renamed() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("rows.jsonl", "no file, folder or dataset 'rows.jsonl': give a file (.jsonl, .json, .csv, .parquet, .arrow"),
+        ("rows.jsonl", "no file, folder or dataset 'rows.jsonl': give a file (.jsonl, .json, .csv, .txt, "),
         ("./rows", "no file, folder or dataset './rows'"),
         ("a/b/c", "no file, folder or dataset 'a/b/c'"),
         ("nobody/nothing", "'nobody/nothing' is not a file or folder here, and the hub has no such dataset ("),

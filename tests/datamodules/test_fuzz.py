@@ -119,7 +119,8 @@ pieces = st.sampled_from(
 
 
 @pytest.mark.parametrize(
-    "name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow", "rows.jsonl.gz", "rows.csv.gz"]
+    "name",
+    ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow", "rows.jsonl.gz", "rows.csv.gz", "rows.txt"],
 )
 @bounded
 @given(content=st.lists(pieces | st.binary(max_size=6), max_size=5), packed=st.booleans(), cut=st.integers(0, 30))

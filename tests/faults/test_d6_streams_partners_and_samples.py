@@ -29,6 +29,7 @@ WRITTEN = {
     ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
     ".json": json.dumps(ROWS),
     ".csv": "prompt,completion\n" + "".join(f"{row['prompt']},x\n" for row in ROWS),
+    ".txt": "".join(f"{row['prompt']}\n" for row in ROWS),
 }
 PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
@@ -41,7 +42,8 @@ def test_suffixes_in_any_case_packed_in_any_way(kind: str, packer: str, change: 
     (tmp_path / name).write_bytes(PACKERS[packer](WRITTEN[kind].encode()))
     for source in (str(tmp_path / name), str(tmp_path)):  # a folder, too
         opened = open_source(source)
-        assert [row for _, row in opened] == ROWS
+        held = [{"prompt": row["prompt"]} for row in ROWS] if kind == ".txt" else ROWS
+        assert [row for _, row in opened] == held
         assert opened.num_rows == 7
 
 
