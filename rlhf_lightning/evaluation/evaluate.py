@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .results import TaskResult
 from .samples import PromptResult, SampleResult
 from .suite import AnyTask, Suite
 from .tasks import Task
+from .wins import all_wins
 
 _PROMPTS_AT_ONCE = 64
 # Finished results of an output folder, which are not computed again.
@@ -65,9 +67,9 @@ def evaluate(
     """Evaluates models on the tasks of a suite, and compares each with the first.
 
     A sample is a function of ``seed``, the number of its prompt and its own number. With ``output``, finished results
-    are kept in the folder and not computed again as long as the contents of model and prompts, the verifier's source,
-    the task, the seed and the type of the weights are the same: an interrupted evaluation continues, and a further
-    model costs its own answers only.
+    (win rates by judges, too) are kept in the folder and not computed again as long as the contents of model and
+    prompts, the verifier's source, the task, the seed and the type of the weights are the same: an interrupted
+    evaluation continues, and a further model costs its own answers only.
 
     Args:
         models: folders or hub ids; or names with a folder, a hub id or an engine with a tokenizer each. The first is
@@ -91,6 +93,7 @@ def evaluate(
     answered = [task for task in suite.tasks if isinstance(task, Task)]
     verifiers = {task.name: build_reward(task.verifier) for task in answered}
     scorers = {task.name: build_reward(task.scorer) for task in answered if task.scorer is not None}
+    judges = {task.name: task.wins.build_judge() for task in answered if task.win_rate is not None}
     for candidate in candidates:
         if isinstance(candidate.place, str | Path):
             load_tokenizer(str(candidate.place))
@@ -103,7 +106,8 @@ def evaluate(
         for task in suite.tasks:
             part = None if folder is None else _part(folder, candidate, task, seed, dtype)
             if part is not None and part.is_file():
-                found = TaskResult.read(json.loads(part.read_text(encoding="utf-8")) | {"model": candidate.name})
+                written = json.loads(part.read_text(encoding="utf-8"))
+                found = TaskResult.read(written | {"model": candidate.name, "task": task.as_dict()})
             else:
                 if task.kind not in loaded:
                     loaded[task.kind] = candidate.load(task, dtype)
@@ -120,7 +124,7 @@ def evaluate(
                     write_atomically(part, json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
             results.append(found)
             say(f"{candidate.name}, {task.name}: {found.accuracy.value:.1%} right, {found.seconds:.1f} s")
-    report = Report(suite.name, tuple(results), seed=seed)
+    report = Report(suite.name, tuple(results), seed=seed, wins=all_wins(results, judges, partial(_kept, folder)))
     if folder is not None:
         report.save(folder)
     return report
@@ -338,11 +342,30 @@ def short_names(places: Sequence[str | Path]) -> list[str]:
     return ["/".join(names) for names in parts]
 
 
+def _kept(folder: Path | None, key: Sequence[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Finds what was computed before for a key, the contents of the files that it names included, or computes it."""
+    if folder is None:
+        return compute()
+    part = _part_of(folder, [*key, input_hashes({"key": key[0]})])
+    if not part.is_file():
+        found = compute()
+        part.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(part, json.dumps(found) + "\n")
+    kept: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
+    return kept
+
+
+def _part_of(folder: Path, key: Any) -> Path:
+    written = json.dumps(key, sort_keys=True, default=str)
+    return folder / PARTS / f"{hashlib.sha256(written.encode()).hexdigest()[:24]}.json"
+
+
 def _part(folder: Path, candidate: _Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
     """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
     if not isinstance(candidate.place, str | Path):
         return None
     # The contents of the model (and of an adapter's base), of the prompts, and of verifiers and scorers of one's own.
-    inputs = input_hashes({"model": str(candidate.place), "task": task.as_dict()})
-    key = json.dumps([str(candidate.place), inputs, task.as_dict(), seed, dtype], sort_keys=True, default=str)
-    return folder / PARTS / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    # How answers are compared with others changes none of them.
+    asked = task.as_dict() | ({"win_rate": None} if isinstance(task, Task) else {})
+    inputs = input_hashes({"model": str(candidate.place), "task": asked})
+    return _part_of(folder, [str(candidate.place), inputs, asked, seed, dtype])

@@ -14,6 +14,7 @@ import jinja2
 from ..utils.files import check_names, listed_names, mark, write_atomically
 from .history import HISTORY, remember
 from .results import PairedResult, TaskResult, compare_all
+from .wins import COLUMNS, Wins
 
 RESULTS, PAGE = "results.json", "report.html"
 _NAMES = (RESULTS, PAGE, HISTORY)
@@ -30,11 +31,13 @@ class Report:
         suite: name of the suite.
         results: of every model and task, the models in their order.
         seed: of samples and resamples.
+        wins: win rates against the first model, of tasks that ask for them.
     """
 
     suite: str
     results: tuple[TaskResult, ...]
     seed: int = 0
+    wins: tuple[Wins, ...] = ()
 
     @cached_property
     def comparisons(self) -> list[PairedResult]:
@@ -68,7 +71,10 @@ class Report:
         return next(fitting, None)
 
     def table(self) -> str:
-        """Formats accuracies, intervals, scores over sections, estimates at k and comparisons as a Markdown table."""
+        """Formats accuracies, intervals, scores over sections, estimates at k and comparisons as a Markdown table.
+
+        Win rates follow in a table of their own.
+        """
         lines = [
             "| task | model | right | 95 % interval | score | pass@k | maj@k | best@k | difference | p |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -76,6 +82,14 @@ class Report:
         for task in self.tasks:
             for found in (result for result in self.results if result.task.name == task):
                 lines.append(f"| {task} | {found.model} | {' | '.join(self._cells(found))} |")
+        if self.wins:
+            lines += [
+                "",
+                f"| task | model | against | {' | '.join(COLUMNS)} |",
+                "|---|---|---|" + "---:|" * len(COLUMNS),
+            ]
+        for wins in self.wins:
+            lines.append(f"| {wins.task} | {wins.model} | {wins.baseline} | {' | '.join(wins.cells())} |")
         return "\n".join(lines)
 
     def _cells(self, found: TaskResult) -> list[str]:
@@ -99,6 +113,7 @@ class Report:
                 model: {r.task.name: r.metrics for r in self.results if r.model == model} for model in self.models
             },
             "comparisons": [asdict(found) for found in self.comparisons],
+            "win_rates": [asdict(found) for found in self.wins],
             "results": [result.as_dict() for result in self.results],
         }
 
@@ -115,7 +130,8 @@ class Report:
                 f"there is no {RESULTS} in {str(folder)!r}: pass the output folder of an evaluation"
             )
         written = json.loads(path.read_text(encoding="utf-8"))
-        return cls(written["suite"], tuple(map(TaskResult.read, written["results"])), written["seed"])
+        wins = tuple(map(Wins.read, written["win_rates"]))
+        return cls(written["suite"], tuple(map(TaskResult.read, written["results"])), written["seed"], wins)
 
     @staticmethod
     def check_output(folder: str | Path) -> None:
@@ -169,6 +185,8 @@ class Report:
             "name": task,
             "options": {name: value for name, value in found[0].task.as_dict().items() if value not in (None, {}, [])},
             "rows": rows,
+            "wins": [wins for wins in self.wins if wins.task == task],
+            "win_columns": COLUMNS,
             "metrics": [(name, [result.metrics.get(name) for result in found]) for name in names],
             "sections": [
                 (name.removeprefix("section/"), [result.metrics.get(name) for result in found])

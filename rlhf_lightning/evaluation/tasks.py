@@ -16,6 +16,7 @@ from ..utils.messages import did_you_mean
 from ..utils.validation import check_count
 from .samples import PromptResult
 from .sections import section_metrics, section_scores
+from .win_rate import WinOptions
 
 _EXACT = "rlhf_lightning.rewards.exact_answer"
 _GREEDY = {"temperature": 0.0, "max_new_tokens": 256}
@@ -42,6 +43,8 @@ class Task:
             among the best of k samples by its scores.
         chat_template_kwargs: passed to the chat template; the rows' own take precedence.
         section: a column of the prompts by whose values the accuracy is also given.
+        win_rate: how answers are compared with the first model's: ``reward``, ``score`` (by the scorer), or the options
+            of ``win_rate.WinOptions``, such as a judge.
 
     Raises:
         ValueError: an option out of its range.
@@ -65,6 +68,7 @@ class Task:
     scorer: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     section: str | None = None
+    win_rate: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip() or "/" in self.name:
@@ -81,6 +85,16 @@ class Task:
                 f"task {self.name!r} draws {self.num_samples} samples at temperature 0, which are all equal: raise "
                 "sampling.temperature, or set num_samples to 1"
             )
+
+        if self.win_rate is not None and self.wins.by == "score" and self.scorer is None:
+            raise ValueError(
+                f"win_rate of task {self.name!r} compares scores: give it a scorer, such as a reward model"
+            )
+
+    @property
+    def wins(self) -> WinOptions:
+        """The options of its win rates."""
+        return WinOptions.read(self.win_rate)
 
     @property
     def params(self) -> SamplingParams:

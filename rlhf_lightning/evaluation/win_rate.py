@@ -9,8 +9,9 @@ from typing import Any
 from ..metrics.intervals import mean_interval
 from ..metrics.preferences import length_controlled_win_rate
 from ..rewards.exact_answer import check_verdicts
-from ..rewards.judges import Judge
-from ..utils.validation import check_fraction, check_not_negative, check_same_length
+from ..rewards.judges import Judge, resolve_judge
+from ..utils.messages import did_you_mean
+from ..utils.validation import check_choice, check_fraction, check_not_negative, check_same_length
 
 QUESTION = """\
 Two answers to the same request are given. Is answer 1 better than answer 2?
@@ -94,17 +95,39 @@ def win_rate(
     check_same_length(prompts=prompts, answers_a=answers_a, answers_b=answers_b, **(columns or {}))
     if (reward is None) == (judge is None):
         raise ValueError("give one of reward and judge: a function that scores answers, or a judge that compares them")
+    margin = _margin(tie_margin, of_judge=judge is not None)
     if judge is None:
         assert reward is not None
-        margin = 0.0 if tie_margin is None else tie_margin
-        check_not_negative("tie_margin", margin, "0 counts only equal rewards as ties")
         differences = _reward_differences(reward, prompts, answers_a, answers_b, columns or {})
-        consistent = None
-    else:
-        margin = 0.05 if tie_margin is None else tie_margin
-        check_fraction("tie_margin", margin, "0.05 is usual")
-        differences, consistent = _judged(judge, question, prompts, answers_a, answers_b)
+        return rate_of(differences, answers_a, answers_b, margin)
+    differences, consistent = _judged(judge, question, prompts, answers_a, answers_b)
+    return rate_of(differences, answers_a, answers_b, margin, consistent)
 
+
+def rate_of(
+    differences: Sequence[float | None],
+    answers_a: Sequence[str],
+    answers_b: Sequence[str],
+    margin: float = 0.0,
+    consistent: float | None = None,
+) -> WinRate:
+    """Computes the win rate of differences that are known.
+
+    Args:
+        differences: of each prompt, the first answer's reward less the second's, or a judge's preference less 1/2;
+            ``None`` without a verdict.
+        answers_a: the first model's answers, whose lengths are controlled for.
+        answers_b: the second's.
+        margin: largest difference that is a tie.
+        consistent: share of prompts on which a judge prefers the same answer in both orders.
+
+    Raises:
+        ValueError: fewer than two decided prompts.
+
+    Example:
+        >>> rate_of([0.5, 0.0, None, -1.0, 2.0], list("abcde"), list("fghij")).value
+        0.625
+    """
     # What is undecided is neither a win nor a loss.
     decided = [n for n, difference in enumerate(differences) if difference is not None]
     if len(decided) < 2:
@@ -123,6 +146,75 @@ def win_rate(
         length_controlled=length_controlled_win_rate(outcomes, lengths),
         consistent=consistent,
     )
+
+
+@dataclass(frozen=True)
+class WinOptions:
+    """Options of a task's win rates against the first model, by the first answer to each prompt.
+
+    Args:
+        by: ``reward``: the verifier's rewards; ``score``: those of the task's scorer, such as a reward model.
+        judge: is asked instead: a model's folder, or ``class_path`` and ``init_args``, such as of
+            ``rlhf_lightning.rewards.EngineJudge``. It sees each pair in both orders.
+        question: what it is asked; see :func:`win_rate`.
+        tie_margin: see :func:`win_rate`.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    Example:
+        >>> WinOptions.read("score").by, WinOptions.read({"judge": "runs/judge/model"}).judge
+        ('score', 'runs/judge/model')
+    """
+
+    by: str = "reward"
+    judge: str | dict[str, Any] | None = None
+    question: str = QUESTION
+    tie_margin: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("win_rate.by", self.by, ("reward", "score"))
+        if self.judge is not None and self.by != "reward":
+            raise ValueError(f"win_rate.by is {self.by!r}, and a judge is given: leave one of them out")
+        _check_question(self.question)
+        _ = self.margin
+
+    @property
+    def margin(self) -> float:
+        """The largest difference that is a tie."""
+        return _margin(self.tie_margin, of_judge=self.judge is not None)
+
+    @classmethod
+    def read(cls, written: Any) -> WinOptions:
+        """Makes the options of a mapping, or of ``reward`` or ``score`` alone."""
+        if isinstance(written, str):
+            return cls(written)
+        if not isinstance(written, Mapping):
+            raise ValueError(f"win_rate is {written!r}: write reward, score, or a mapping with judge")
+        for key in written:
+            if key not in cls.__dataclass_fields__:
+                raise ValueError(f"win_rate has no key {key!r}{did_you_mean(str(key), list(cls.__dataclass_fields__))}")
+        return cls(**written)
+
+    def build_judge(self) -> Judge | None:
+        """Loads the judge, if there is one."""
+        return None if self.judge is None else resolve_judge(self.judge)
+
+
+def _margin(tie_margin: float | None, *, of_judge: bool) -> float:
+    if of_judge:
+        margin = 0.05 if tie_margin is None else tie_margin
+        check_fraction("tie_margin", margin, "0.05 is usual")
+    else:
+        margin = 0.0 if tie_margin is None else tie_margin
+        check_not_negative("tie_margin", margin, "0 counts only equal rewards as ties")
+    return margin
+
+
+def _check_question(question: str) -> None:
+    missing = [place for place in ("{prompt}", "{first}", "{second}") if place not in question]
+    if missing:
+        raise ValueError(f"the question has no {missing[0]}: write where the judge reads it")
 
 
 def _outcome(difference: float, margin: float) -> float:
@@ -147,9 +239,7 @@ def _judged(
     judge: Judge, question: str, prompts: Sequence[Any], answers_a: Sequence[str], answers_b: Sequence[str]
 ) -> tuple[list[float | None], float | None]:
     """Returns preferences less 1/2, and the share of prompts with the same preference in both orders."""
-    missing = [place for place in ("{prompt}", "{first}", "{second}") if place not in question]
-    if missing:
-        raise ValueError(f"the question has no {missing[0]}: write where the judge reads it")
+    _check_question(question)
     asked = [n for n in range(len(prompts)) if answers_a[n] != answers_b[n]]
     texts = [_filled(question, prompts[n], *pair) for n in asked for pair in _orders(answers_a[n], answers_b[n])]
     verdicts = list(judge(texts)) if texts else []

@@ -50,7 +50,8 @@ def generate_rows(options: GenerateOptions, emit: Emit | None = None, *, show_pr
     Returns:
         The summary, which is also written next to the output: ``rows``, ``prompts``, ``cut_off`` (rows that ended at a
         limit), ``tokens``, ``seconds`` and ``telemetry`` (see ``Telemetry``; of calls that ended or were interrupted),
-        ``acceptance_rate``, ``cache_hit_rate``, and with a strategy ``mean_score``.
+        ``acceptance_rate``, ``cache_hit_rate``, ``seconds_p50`` and ``seconds_p95`` (of the rows), and with a strategy
+        ``mean_score``.
 
     Raises:
         ValueError: an option is not allowed, something cannot be read, a prompt is too long, or the output is another
@@ -183,6 +184,16 @@ def _finished(output: Output, telemetry: Telemetry, seconds: float) -> None:
     output.save(_summary(output.join(), Telemetry(**spent["telemetry"]), spent["seconds"]) | {"status": "finished"})
 
 
+def _quantile(values: Sequence[float], percent: int) -> float:
+    """Returns the smallest value that so many percent of the values do not exceed.
+
+    Example:
+        >>> _quantile([0.4, 0.1, 0.3, 0.2], 50), _quantile([0.4, 0.1, 0.3, 0.2], 95)
+        (0.2, 0.4)
+    """
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+
+
 def _added(before: dict[str, Any], telemetry: Telemetry, seconds: float) -> dict[str, Any]:
     """Adds what this call has cost to what earlier ones did."""
     total = telemetry.plus(Telemetry(**before.get("telemetry", {})))
@@ -200,5 +211,6 @@ def _summary(rows: Sequence[Row], telemetry: Telemetry, seconds: float) -> dict[
         "telemetry": asdict(telemetry),
         "acceptance_rate": telemetry.acceptance_rate,
         "cache_hit_rate": telemetry.cache_hit_rate,
+        **{f"seconds_p{percent}": _quantile([row["seconds"] for row in rows], percent) for percent in (50, 95)},
     }
     return found | ({"mean_score": sum(scores) / len(scores)} if scores else {})

@@ -102,10 +102,12 @@ class SearchCounts:
         searches: searches that ended, one per prompt.
         expansions: their nodes expanded, or samples drawn where there is no tree.
         scorer_tokens: tokens read by the scorer.
+        scorer_calls: its calls, one per round of the searches that advance together.
         score_seconds: seconds of scoring.
     """
 
     searches: int = 0
     expansions: int = 0
     scorer_tokens: int = 0
+    scorer_calls: int = 0
     score_seconds: float = 0.0

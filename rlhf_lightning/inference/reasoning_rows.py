@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..data.thoughts import THINK, check_marks
 from ..utils.validation import check_choice, check_same_length
-from .candidates import Candidate
 from .strategy import SearchResult
+
+Reasoning = Literal["kept", "masked", "stripped"]
+REASONING = get_args(Reasoning)
 
 
 def reasoning_rows(
     results: Sequence[SearchResult],
-    reasoning: Literal["kept", "masked", "stripped"] = "kept",
+    reasoning: Reasoning = "kept",
     *,
     prompts: Sequence[Any] | None = None,
     least_score: float | None = None,
@@ -39,14 +41,14 @@ def reasoning_rows(
         ValueError: a result has no thought, or a prompt is neither text nor chat messages.
 
     Example:
-        >>> from rlhf_lightning.inference.candidates import Query
+        >>> from rlhf_lightning.inference.candidates import Candidate, Query
         >>> from rlhf_lightning.inference.completion import Thought
         >>> thought = Thought("1+2=3", "<think>1+2=3</think>\n", closed=True)
         >>> best = Candidate(Query("1+2=?", (), 0), (), "#3", finish_reason="stop", thought=thought)
         >>> reasoning_rows([SearchResult([best], 0)], "masked")
         [{'prompt': '1+2=?<think>1+2=3</think>\n', 'completion': '#3'}]
     """
-    check_choice("reasoning", reasoning, ("kept", "masked", "stripped"))
+    check_choice("reasoning", reasoning, REASONING)
     opening, _ = check_marks(marks)
     given = [result.best.query.prompt for result in results] if prompts is None else list(prompts)
     check_same_length(results=results, prompts=given)
@@ -57,22 +59,38 @@ def reasoning_rows(
             raise ValueError(f"result {number} has no thought: give results of HiddenReasoning")
         scored = least_score is None or (best.score is not None and best.score >= least_score)
         if best.thought.closed and best.finish_reason == "stop" and best.text and scored:
-            rows.append({**best.query.columns, **_row(number, prompt, best, reasoning, opening)})
+            if not _is_readable(prompt):
+                raise ValueError(f"prompt {number} is {prompt!r:.60}: give prompts= of texts or chat messages")
+            row = with_reasoning(prompt, best.thought.passage, best.text, reasoning, opening)
+            rows.append({**best.query.columns, **row})
     return rows
 
 
-def _row(number: int, prompt: Any, best: Candidate, reasoning: str, opening: str) -> dict[str, Any]:
-    assert best.thought is not None
-    passage = best.thought.passage
-    before, after = {"kept": ("", passage + best.text), "masked": (passage, best.text), "stripped": ("", best.text)}[
-        reasoning
-    ]
+def _is_readable(prompt: Any) -> bool:
+    return isinstance(prompt, str) or (bool(prompt) and all(isinstance(message, Mapping) for message in prompt))
+
+
+def with_reasoning(
+    prompt: Any, passage: str, text: str, reasoning: Reasoning, opening: str = THINK[0]
+) -> dict[str, Any]:
+    """Makes the prompt and completion of a demonstration from a thought and an answer.
+
+    Args:
+        prompt: a text or chat messages.
+        passage: the thought with its marks.
+        text: the answer.
+        reasoning: as in ``reasoning_rows``.
+        opening: the mark that opens a thought.
+
+    Example:
+        >>> with_reasoning("2+2=?", "<think>4</think>", "#4", "kept")
+        {'prompt': '2+2=?', 'completion': '<think>4</think>#4'}
+    """
+    before, after = {"kept": ("", passage + text), "masked": (passage, text), "stripped": ("", text)}[reasoning]
     if isinstance(prompt, str):
         if reasoning == "stripped" and prompt.rstrip().endswith(opening):
             prompt = prompt.rstrip().removesuffix(opening)
         return {"prompt": prompt + before, "completion": after}
-    if not prompt or not all(isinstance(message, Mapping) for message in prompt):
-        raise ValueError(f"prompt {number} is {prompt!r:.60}: give prompts= of texts or chat messages")
     # The first words of an answer at the end of a prompt are its context.
     begun = [{"role": "assistant", "content": before}] if before else []
     answer = [{"role": "assistant", "content": after}]

@@ -378,6 +378,7 @@ class Strategy:
         start = time.perf_counter()
         scores = self.scorer.score([candidate for _, candidate in order])
         self._counts.score_seconds += time.perf_counter() - start
+        self._counts.scorer_calls += 1
         self._counts.scorer_tokens += sum(scores.tokens)
         answers: dict[int, list[float]] = {number: [] for number in asks}
         for (number, _), value, tokens in zip(order, scores.values, scores.tokens, strict=True):

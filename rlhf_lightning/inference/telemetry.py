@@ -16,6 +16,7 @@ class Telemetry:
         reused_tokens: those whose keys and values a cache still had.
         new_tokens: tokens of completions, those of searches that were not chosen included.
         scorer_tokens: tokens read by scorers.
+        scorer_calls: calls of scorers.
         expansions: nodes expanded by searches, or samples drawn where there is no tree.
         drafted: tokens guessed by speculation.
         accepted: guesses that were what the model drew.
@@ -33,6 +34,7 @@ class Telemetry:
     reused_tokens: int = 0
     new_tokens: int = 0
     scorer_tokens: int = 0
+    scorer_calls: int = 0
     expansions: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -96,6 +98,7 @@ class Telemetry:
         if self.expansions:
             values["generation/expansions"] = self.expansions / batches
             values["generation/scorer_tokens"] = self.scorer_tokens / batches
+            values["generation/scorer_calls"] = self.scorer_calls / batches
             values["time/score_candidates"] = self.score_seconds / batches
         return values if self.new_tokens else {}
 

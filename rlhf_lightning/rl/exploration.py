@@ -199,6 +199,7 @@ class Explorer:
             "tree/completions": total["completions"] / max(total["prompts"], 1),
             "tree/depth": total["depth"] / max(total["completions"], 1),
             "tree/branching": total["branches"] / max(total["parents"], 1),
+            "tree/visits": total["visits"] / max(total["branches"], 1),
             "tree/shared": 1 - total["unique"] / max(total["flattened"], 1),
             "tree/search_tokens": total["drawn"],
             "tree/scorer_tokens": total["scorer"],
@@ -316,6 +317,7 @@ def tree_sums(groups: Sequence[Sequence[Completion]]) -> dict[str, float]:
         "depth": sum(len(line) for _, line in lines),
         "branches": len(branches),
         "parents": len(parents),
+        "visits": sum(branch.visits for branch in branches),
         "unique": sum(len(branch.token_ids) for branch in branches),
         "flattened": sum(len(branch.token_ids) for _, line in lines for branch in line),
     }

@@ -15,7 +15,7 @@ from ..inference.answering import ask_examples, policy_of
 from ..rewards.exact_answer import check_verdicts
 from ..sequences import Example
 from ..utils.validation import check_count
-from .samples import Sample, ScoredPrompt, Scorer, sample_prompts
+from .samples import Sample, ScoredPrompt, Scorer, passage_of, sample_prompts
 from .templates import asked_like, check_places, fill, last_words
 
 CRITIQUE = """\
@@ -189,7 +189,7 @@ def _ask(
     examples = read_prompts(rows, tokenizer)
     groups = ask_examples(engine, examples, 1, sampling, seeds=[[number] for number in seeds])
     return [
-        Sample(group[0].text, None, number, group[0].finish_reason == "stop")
+        Sample(group[0].text, None, number, group[0].finish_reason == "stop", passage=passage_of(group[0]))
         for group, number in zip(groups, seeds, strict=True)
     ]
 

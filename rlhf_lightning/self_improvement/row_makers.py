@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from ..inference.reasoning_rows import REASONING, Reasoning, with_reasoning
 from ..utils.validation import check_choice, check_count, check_not_negative
 from .samples import Sample, ScoredPrompt
 from .templates import asked_like, fill, last_words
@@ -20,7 +21,11 @@ _OWN = ("prompt", "completion", "completions", "chosen", "rejected", "label", "s
 
 
 def demonstrations(
-    prompts: Sequence[ScoredPrompt], *, threshold: float | None = None, keep: int | None = 1
+    prompts: Sequence[ScoredPrompt],
+    *,
+    threshold: float | None = None,
+    keep: int | None = 1,
+    reasoning: Reasoning = "stripped",
 ) -> list[Row]:
     """Makes rows for SFT of the best samples of each prompt: rejection sampling.
 
@@ -32,6 +37,8 @@ def demonstrations(
         prompts: with their samples.
         threshold: least score of a sample that is kept; by default any.
         keep: largest number of different samples of a prompt, at least 1; ``None`` for all.
+        reasoning: whether the thought before a sample is learned (``kept``), part of the prompt (``masked``) or left
+            out; with the first two, samples whose thought the model has not closed make no row.
 
     Returns:
         Rows with ``prompt``, ``completion``, the prompt's other columns and ``provenance``, in the order of the
@@ -44,12 +51,17 @@ def demonstrations(
     """
     if keep is not None:
         check_count("keep", keep, "1 keeps the best, null all")
+    check_choice("reasoning", reasoning, REASONING)
     rows = []
     for scored in prompts:
         good = [s for s in _distinct(scored) if threshold is None or _score(s) >= threshold]
+        good = [sample for sample in good if sample.passage or reasoning == "stripped"]
         # Sorting is stable: the first of equals stays first.
         for sample in sorted(good, key=_score, reverse=True)[:keep]:
-            rows.append(_row(scored, {"completion": sample.text}, sample.provenance))
+            own = {"completion": sample.text}
+            if sample.passage:
+                own = with_reasoning(scored.prompt, sample.passage, sample.text, reasoning)
+            rows.append(_row(scored, own, sample.provenance))
     return rows
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.sources import open_source
+from ..inference.reasoning_rows import REASONING, Reasoning
 from ..utils.validation import check_choice, check_count, check_fraction, check_not_negative
 from .mixing import mix_rows
 from .row_makers import PAIRINGS, Row, demonstrations, preference_pairs, scored_rows, spin_pairs, unpaired_rows
@@ -26,6 +27,8 @@ class RowOptions:
             ``samples`` (all, with scores).
         threshold: least score of a right sample: of ``demonstrations`` (null takes any) and the labels of ``unpaired``.
         keep: of ``demonstrations``, largest number of a prompt; null for all.
+        reasoning: of ``demonstrations`` of a strategy that thinks: whether the thought is ``kept``, ``masked`` (part of
+            the prompt, and not learned) or ``stripped``; see ``inference.reasoning_rows``.
         margin: of ``pairs``, their scores differ by more.
         pairing: of ``pairs``: ``best_worst`` of each prompt, or ``all``.
         demonstration: of ``spin``, the column with demonstrations.
@@ -37,6 +40,7 @@ class RowOptions:
     rows: list[str] = field(default_factory=lambda: ["pairs"])
     threshold: float | None = 0.5
     keep: int | None = 1
+    reasoning: Reasoning = "stripped"
     margin: float = 0.0
     pairing: Literal["best_worst", "all"] = "best_worst"
     demonstration: str = "completion"
@@ -51,6 +55,15 @@ class RowOptions:
             ValueError: naming the option, its value and what is allowed.
         """
         check_choice("pairing", self.pairing, PAIRINGS)
+        check_choice("reasoning", self.reasoning, REASONING)
+        if self.reasoning != "stripped" and "demonstrations" not in self.rows:
+            raise ValueError(f"reasoning is {self.reasoning!r}, which demonstrations have: add them to rows")
+        # Stages that can search have the option.
+        if self.reasoning != "stripped" and getattr(self, "strategy", None) is None:
+            raise ValueError(
+                f"reasoning is {self.reasoning!r}, and nothing thinks here: a stage of kind sample or refine does with "
+                "strategy: hidden_reasoning"
+            )
         check_not_negative("margin", self.margin, "0 takes every difference")
         check_fraction("seed_ratio", self.seed_ratio, "0.2 is usual")
         for name in ("keep", "max_rows"):
@@ -74,7 +87,9 @@ class RowOptions:
         if kind == "pairs":
             return preference_pairs(prompts, margin=self.margin, pairing=self.pairing)
         if kind == "demonstrations":
-            return demonstrations([*prompts, *hinted], threshold=self.threshold, keep=self.keep)
+            return demonstrations(
+                [*prompts, *hinted], threshold=self.threshold, keep=self.keep, reasoning=self.reasoning
+            )
         if kind == "unpaired":
             assert self.threshold is not None  # checked
             return unpaired_rows(prompts, threshold=self.threshold)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.answers import answer_prompts
-from ..inference import Engine, SamplingParams, derive_seed
+from ..inference import Completion, Engine, SamplingParams, derive_seed
 from ..sequences import Example
 from ..utils.files import content_hash
 from ..utils.validation import check_count
@@ -27,6 +27,7 @@ class Sample:
         seed: that it was drawn with.
         ended: whether it ended before the limit of tokens.
         model: hash of the model that drew it, where its prompt's samples are of several.
+        passage: the thought before it with its marks, if the model closed one itself.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Sample:
     seed: int = 0
     ended: bool = True
     model: str = ""
+    passage: str = ""
 
     @property
     def usable(self) -> bool:
@@ -115,12 +117,24 @@ def sample_prompts(
     found = []
     for group, drawn in zip(groups, seeds, strict=True):
         samples = tuple(
-            Sample(answer.completion.text, answer.reward, number, answer.completion.finish_reason == "stop")
+            Sample(
+                answer.completion.text,
+                answer.reward,
+                number,
+                answer.completion.finish_reason == "stop",
+                passage=passage_of(answer.completion),
+            )
             for answer, number in zip(group, drawn, strict=True)
         )
         fields = dict(group[0].example.fields)
         found.append(ScoredPrompt(fields.pop("prompt"), samples, fields, group[0].example.row_id, model))
     return found
+
+
+def passage_of(completion: Completion) -> str:
+    """Returns the thought before a completion with its marks; empty without one that the model has closed itself."""
+    thought = completion.thought
+    return thought.passage if thought is not None and thought.closed else ""
 
 
 def model_hash(model: str | Path | Sequence[str | Path]) -> str:

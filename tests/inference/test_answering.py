@@ -150,6 +150,57 @@ def test_stage_sample_draws_each_sample_by_a_search(prompts: str, tmp_path: Path
     assert set(engine.drawn.values()) == {4}
 
 
+class Thinking(Counting):
+    """Thinks of the number of its draw, and answers it; the third thought of a prompt has no end."""
+
+    def generate(self, prompts, num_samples=1, sampling=None, *, seeds=None, limits=None):
+        groups = []
+        for prompt in prompts:
+            text, reason = self.tokenizer.decode(prompt), "stop"
+            if text.endswith("<think>"):
+                number = self.drawn[text]
+                self.drawn[text] += 1
+                written, reason = (f"n{number}</think>", "stop") if number < 2 else ("hm", "length")
+            else:
+                thought = text.partition("<think>")[2].partition("<")[0]
+                written = "#2" if thought == "hm" else f"#{thought[1:]}"
+            groups.append([Completion(list(self.encode(written)), written, [0.0] * len(written), reason)])
+        return groups
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "row"),
+    [
+        ("kept", {"prompt": "1+0=?", "completion": "<think>n1</think>#1"}),
+        ("masked", {"prompt": "1+0=?<think>n1</think>", "completion": "#1"}),
+        ("stripped", {"prompt": "1+0=?", "completion": "#1"}),
+    ],
+)
+def test_stage_sample_keeps_masks_and_strips_thoughts(
+    prompts: str, tmp_path: Path, monkeypatch: Any, reasoning: Any, row: dict[str, str]
+) -> None:
+    engine = Thinking()
+    monkeypatch.setattr(sample_stage, "_stage_engine", lambda stage, dtype: (engine, engine.tokenizer))
+    strategy = {"class_path": "HiddenReasoning", "init_args": {"thinking_tokens": 40, "answer_tokens": 8}}
+    options: dict[str, Any] = {"rows": ["demonstrations"], "num_samples": 3, "strategy": strategy}
+    stage = SampleStage(model="m", prompts=prompts, reasoning=reasoning, sampling={"max_new_tokens": 64}, **options)
+    sample_stage.check_sample(stage)
+    sample_stage.run_sample(stage, tmp_path, 0, "float32")
+    rows = [json.loads(line) for line in (tmp_path / "demonstrations.jsonl").read_text().splitlines()]
+    # The thought before #2 was closed by force: its reasoning is not learned.
+    assert [one["answer"] for one in rows] == ["0", "1", "2"][: 3 if reasoning == "stripped" else 2]
+    assert {name: rows[1][name] for name in row} == row
+
+
+def test_reasoning_needs_demonstrations_and_a_strategy() -> None:
+    with pytest.raises(ValueError, match="reasoning is 'kept', which demonstrations have: add them to rows"):
+        SampleStage(model="m", prompts="p", reasoning="kept", strategy="hidden_reasoning").check()
+    with pytest.raises(ValueError, match="reasoning is 'masked', and nothing thinks here"):
+        SampleStage(model="m", prompts="p", rows=["demonstrations"], reasoning="masked").check()
+    with pytest.raises(ValueError, match="reasoning is 'hidden'"):
+        SampleStage(model="m", prompts="p", reasoning="hidden").check()  # type: ignore[arg-type]
+
+
 def test_the_evaluation_of_a_pipeline_searches(prompts: str, tmp_path: Path, monkeypatch: Any) -> None:
     drawn_with = []
 

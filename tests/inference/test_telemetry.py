@@ -121,6 +121,7 @@ def test_searches_are_counted_and_told():
     assert telemetry.new_tokens == sum(result.tokens for result in found)
     assert telemetry.scorer_tokens == sum(result.scorer_tokens for result in found) == 18
     assert telemetry.expansions == 6
+    assert telemetry.scorer_calls == 1  # both prompts together
     assert telemetry.score_seconds > 0
     assert strategy.statistics()["search"]["searches"] == 2
 
@@ -130,6 +131,7 @@ def test_searches_are_counted_and_told():
     both = Telemetry.of(outer).since(telemetry)
     assert both.expansions == 2 + 2 * 3
     assert both.scorer_tokens == 3 * 2 + 3 * 6
+    assert both.scorer_calls == 2
 
 
 def test_tokens_of_a_prompt_may_be_given():

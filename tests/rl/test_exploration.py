@@ -192,6 +192,7 @@ def test_tokens_have_the_log_probs_that_they_were_drawn_with(kind: str, folder: 
     assert pack(trees).num_tokens <= 6 + sum(length for _, length in distinct)
     sums = tree_sums(found.completions)
     assert float(values["tree/completions"]) == sums["completions"] / 2
+    assert float(values["tree/visits"]) == pytest.approx(sums["visits"] / sums["branches"])
     assert float(values["tree/shared"]) == pytest.approx(1 - sums["unique"] / sums["flattened"])
     if kind == "best-of":
         assert float(values["tree/shared"]) == 0
@@ -307,3 +308,8 @@ def test_sums_of_a_tree() -> None:
     # Parents: both prompts, root and deep. Lines of 3, 3, 2 and 1 branches.
     assert (sums["branches"], sums["parents"], sums["depth"]) == (6, 4, 9)
     assert (sums["unique"], sums["flattened"]) == (2 + 1 + 3 + 1 + 1 + 1, 6 + 4 + 3 + 1)
+    often = Branch((2,), (0.0,), visits=5)
+    below = Branch((3,), (0.0,), often, visits=4)
+    # A branch that two completions share counts once.
+    group = [tree_completion(Branch((end,), (0.0,), below, visits=2)) for end in (4, 5)]
+    assert tree_sums([group])["visits"] == 5 + 4 + 2 + 2

@@ -1,0 +1,137 @@
+"""Win rates of every model of a report against the first one, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from ..rewards.judges import Judge
+from .results import TaskResult
+from .samples import PromptResult
+from .tasks import Task
+from .win_rate import WinRate, rate_of, win_rate
+
+
+@dataclass(frozen=True)
+class Wins:
+    """A model's win rate against the first model on a task.
+
+    Attributes:
+        task: name of the task.
+        model: the model.
+        baseline: the one that it is compared with.
+        rate: the win rate of the model's answers.
+    """
+
+    task: str
+    model: str
+    baseline: str
+    rate: WinRate
+
+    @classmethod
+    def read(cls, written: Mapping[str, Any]) -> Wins:
+        """Makes a result of plain values."""
+        return cls(**{**written, "rate": WinRate(**written["rate"])})
+
+    def cells(self) -> list[str]:
+        """Formats the win rate: its value, interval, counts, the rate at equal lengths, and a judge's consistency."""
+        rate = self.rate
+        return [
+            f"{rate.value:.1%}",
+            f"{rate.low:.1%} to {rate.high:.1%}",
+            *(str(count) for count in (rate.wins, rate.ties, rate.losses, rate.undecided)),
+            f"{rate.length_controlled:.1%}",
+            "" if rate.consistent is None else f"{rate.consistent:.1%}",
+        ]
+
+
+# Headings of the cells.
+COLUMNS = (
+    "win rate",
+    "95 % interval",
+    "wins",
+    "ties",
+    "losses",
+    "undecided",
+    "at equal lengths",
+    "same in both orders",
+)
+# Returns what was computed before for a key, or computes it.
+Keep = Callable[[Sequence[Any], Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+def wins_of(result: TaskResult, baseline: TaskResult, judge: Judge | None) -> WinRate:
+    """Compares the first answers of two models to the prompts that they share.
+
+    Args:
+        result: of the model, on a task with ``win_rate``.
+        baseline: of the other, on the same task.
+        judge: compares the answers; without one the rewards or scores of the results do.
+
+    Raises:
+        ValueError: fewer than two prompts were decided.
+    """
+    pairs, options = _pairs(result, baseline), _task(result).wins
+    ours, theirs = [one.samples[0] for one, _ in pairs], [other.samples[0] for _, other in pairs]
+    texts, others = [sample.text for sample in ours], [sample.text for sample in theirs]
+    try:
+        if judge is not None:
+            prompts = [one.prompt for one, _ in pairs]
+            return win_rate(
+                prompts, texts, others, judge=judge, question=options.question, tie_margin=options.tie_margin
+            )
+        values, against = [[getattr(s, options.by) for s in samples] for samples in (ours, theirs)]
+        differences = [None if a is None or b is None else a - b for a, b in zip(values, against, strict=True)]
+        return rate_of(differences, texts, others, options.margin)
+    except ValueError as error:
+        raise ValueError(f"win rate of {result.model!r} on task {result.task.name!r}: {error}") from error
+
+
+def all_wins(
+    results: Sequence[TaskResult],
+    judges: Mapping[str, Judge | None],
+    keep: Keep = lambda key, compute: compute(),
+) -> tuple[Wins, ...]:
+    """Compares every model with the first one on each task that has ``win_rate``.
+
+    Args:
+        results: of every model and task, the models in their order.
+        judges: of tasks by name; ``None`` where rewards or scores decide.
+        keep: finds what was computed before for a key.
+
+    Raises:
+        ValueError: as in :func:`wins_of`.
+    """
+    first: dict[str, TaskResult] = {}
+    found = []
+    for result in results:
+        baseline, name = first.setdefault(result.task.name, result), result.task.name
+        if baseline is result or not isinstance(result.task, Task) or result.task.win_rate is None:
+            continue
+
+        judge = judges[name]
+        if judge is None:
+            rate = wins_of(result, baseline, None)
+        else:
+            # A judge is not asked again about the same answers.
+            texts = [[a.prompt, a.samples[0].text, b.samples[0].text] for a, b in _pairs(result, baseline)]
+            key = [asdict(result.task.wins), texts]
+            rate = WinRate(**keep(key, partial(_plain_wins, result, baseline, judge)))
+        found.append(Wins(name, result.model, baseline.model, rate))
+    return tuple(found)
+
+
+def _plain_wins(result: TaskResult, baseline: TaskResult, judge: Judge) -> dict[str, Any]:
+    return asdict(wins_of(result, baseline, judge))
+
+
+def _pairs(result: TaskResult, baseline: TaskResult) -> list[tuple[PromptResult, PromptResult]]:
+    others = {prompt.row_id: prompt for prompt in baseline.prompts}
+    return [(prompt, others[prompt.row_id]) for prompt in result.prompts if prompt.row_id in others]
+
+
+def _task(result: TaskResult) -> Task:
+    assert isinstance(result.task, Task)
+    return result.task
