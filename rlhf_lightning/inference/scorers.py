@@ -14,23 +14,24 @@ from torch import Tensor
 
 from ..data.lengths import longest
 from ..data.text_tokens import encode
-from ..losses.process_reward import Aggregation
+from ..losses.process_reward import AGGREGATIONS, Aggregation
 from ..models import ProcessRewardModel, RewardModel
 from ..models.loading import locate
 from ..models.scoring import prefix_examples
 from ..sequences import Segment
-from ..utils.validation import check_choice, check_count, check_not_negative
+from ..utils.validation import check_choice, check_not_negative
 from .completion import decode
 from .step_ends import step_ends
 from .strategy import Candidate, Scores
 from .text_scorers import (
-    DTYPES,
     Dtype,
     PackedScorer,
     PaddedScorer,
     check_ensemble,
+    check_unloaded,
     computing_in,
     load_scorer,
+    loading_options,
     move,
     same_tokens,
 )
@@ -47,12 +48,12 @@ class RewardScorer:
     Args:
         model: folder or hub id of an exported reward model or of any sequence classifier; or a ``RewardModel``.
         uncertainty_penalty: at least 0; only for ensembles.
-        label: of several outputs, the one that is the score.
-        micro_batch_tokens: tokens per forward, at least 1; changes no score.
-        dtype: of the weights.
+        label: of several outputs, the one that is the score; only with a folder or hub id, as the next two.
+        micro_batch_tokens: tokens per forward, at least 1, 8192 by default; changes no score.
+        dtype: of the weights, ``float32`` by default.
 
     Raises:
-        ValueError: the folder holds no reward model, or an option is out of range.
+        ValueError: the folder holds no reward model, or an option is out of range, or of no use to a loaded model.
 
     Example::
 
@@ -65,24 +66,22 @@ class RewardScorer:
         *,
         uncertainty_penalty: float = 0.0,
         label: str | None = None,
-        micro_batch_tokens: int = 8192,
-        dtype: Dtype = "float32",
+        micro_batch_tokens: int | None = None,
+        dtype: Dtype | None = None,
     ) -> None:
         check_not_negative("uncertainty_penalty", uncertainty_penalty, "0 is the ensemble's plain mean")
-        check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
-        check_choice("dtype", dtype, DTYPES)
         self.uncertainty_penalty = uncertainty_penalty
         self.scorer: PackedScorer | PaddedScorer
         if isinstance(model, RewardModel):
+            check_unloaded(label=label, micro_batch_tokens=micro_batch_tokens, dtype=dtype)
             self.scorer = PackedScorer(model)
             check_ensemble("the model", self.scorer.num_members, uncertainty_penalty)
         else:
             self.scorer = load_scorer(
                 str(model),
                 label=label,
-                micro_batch_tokens=micro_batch_tokens,
-                dtype=DTYPES[dtype],
                 penalty=uncertainty_penalty,
+                **loading_options(micro_batch_tokens, dtype),
             )
         self._tokenizer: Any = None
 
@@ -130,11 +129,12 @@ class ProcessScorer:
         aggregation: of the steps' probabilities: ``min``, ``product``, ``last``, ``mean``; the model's own by default.
         outcome_weight: share of the outcome head's probability at the last step, in [0, 1]; needs a model with an
             outcome head.
-        micro_batch_tokens: tokens per forward, at least 1; changes no score.
-        dtype: of the weights.
+        micro_batch_tokens: tokens per forward, at least 1, 8192 by default; changes no score. Only with a folder or hub
+            id, as the next one.
+        dtype: of the weights, ``float32`` by default.
 
     Raises:
-        ValueError: the folder holds no such model, or an option is out of range.
+        ValueError: the folder holds no such model, or an option is out of range, or of no use to a loaded model.
 
     Example::
 
@@ -147,20 +147,21 @@ class ProcessScorer:
         *,
         aggregation: Aggregation | None = None,
         outcome_weight: float = 0.0,
-        micro_batch_tokens: int = 8192,
-        dtype: Dtype = "float32",
+        micro_batch_tokens: int | None = None,
+        dtype: Dtype | None = None,
     ) -> None:
-        check_choice("dtype", dtype, DTYPES)
+        if aggregation is not None:
+            check_choice("aggregation", aggregation, AGGREGATIONS)
         if not 0 <= outcome_weight <= 1:
             raise ValueError(f"outcome_weight is {outcome_weight}; it must be in [0, 1] (0 reads the steps alone)")
         if isinstance(model, ProcessRewardModel):
+            check_unloaded(micro_batch_tokens=micro_batch_tokens, dtype=dtype)
             self.model = model
         else:
-            options: dict[str, Any] = {} if aggregation is None else {"aggregation": aggregation}
-            options |= {"dtype": DTYPES[dtype], "micro_batch_tokens": micro_batch_tokens}
+            options = loading_options(micro_batch_tokens, dtype)
             self.model = ProcessRewardModel.from_pretrained(locate(model, what="process reward model"), **options)
-        if aggregation is not None:
-            self.model.options.aggregation = aggregation
+        # Of this scorer alone: others may score by the same model.
+        self.aggregation: Aggregation = aggregation or self.model.options.aggregation
         if outcome_weight and not self.model.options.outcome_head:
             raise ValueError(
                 f"outcome_weight is {outcome_weight}, and the process reward model has no outcome head: use 0, or "
@@ -186,7 +187,7 @@ class ProcessScorer:
         trees = [self._encoded(candidates[number]) for number in places]
         with computing_in(None, self.model.device):
             found = self.model.score_trees(trees)
-        values = self.model.aggregated([value[:, 0].tolist() for value in found])
+        values = self.model.aggregated([value[:, 0].tolist() for value in found], self.aggregation)
         scores, tokens = [1.0] * len(candidates), [0] * len(candidates)
         counts = _prompts_once([candidates[number] for number in places], trees)
         for number, score, value, count in zip(places, values, found, counts, strict=True):

@@ -17,6 +17,7 @@ from ..models.loading import locate
 from ..models.reward_head import read_head_options, read_head_state, with_padding_token
 from ..models.scoring import check_length
 from ..sequences import Segment
+from ..utils.validation import check_choice, check_count
 from .completion import decode
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -202,6 +203,29 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
 
 
 # Folders.
+
+
+def loading_options(micro_batch_tokens: int | None, dtype: Dtype | None) -> dict[str, Any]:
+    """Checks the options that a scoring model is loaded with, and fills in their defaults.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    micro_batch_tokens = 8192 if micro_batch_tokens is None else micro_batch_tokens
+    check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
+    dtype = "float32" if dtype is None else dtype
+    check_choice("dtype", dtype, DTYPES)
+    return {"micro_batch_tokens": micro_batch_tokens, "dtype": DTYPES[dtype]}
+
+
+def check_unloaded(**options: Any) -> None:
+    """Raises if an option of loading is given with a model that is loaded already."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} is {value!r}, and the model is loaded already, with options of its own: give its folder, or "
+                f"leave {name} out"
+            )
 
 
 def load_scorer(

@@ -17,10 +17,10 @@ from ..models.own_attention import attention_of, using_attention
 from ..models.scoring import check_length, grouped
 from ..sequences import Segment, pack, plan_micro_batches, register_attention
 from ..utils.transfer import to_host
-from ..utils.validation import check_choice, check_count
+from ..utils.validation import check_count
 from .scorers import device_of, packed_values
 from .strategy import Candidate, Scores
-from .text_scorers import DTYPES, Dtype, computing_in, move, same_tokens
+from .text_scorers import Dtype, check_unloaded, computing_in, loading_options, move, same_tokens
 from .token_counts import read_once
 
 
@@ -33,23 +33,26 @@ class ValueScorer:
     Args:
         model: folder or hub id of a critic that ``PPOModule.save_critic`` or ``ModelExport(critic_folder=...)`` wrote;
             or a ``ValueModel``.
-        micro_batch_tokens: tokens per forward, at least 1; changes no score.
-        dtype: of the weights.
+        micro_batch_tokens: tokens per forward, at least 1, 8192 by default; changes no score. Only with a folder or hub
+            id, as the next one.
+        dtype: of the weights, ``float32`` by default.
 
     Raises:
-        ValueError: the folder holds no critic, or an option is out of range.
+        ValueError: the folder holds no critic, or an option is out of range, or of no use to a loaded model.
 
     Example::
 
         MCTS(engine, scorer=VerifierScorer(check), value=ValueScorer("runs/ppo/critic"))
     """
 
-    def __init__(self, model: str | ValueModel, *, micro_batch_tokens: int = 8192, dtype: Dtype = "float32") -> None:
-        check_count("micro_batch_tokens", micro_batch_tokens, "8192 is a good start; lower it to save memory")
-        check_choice("dtype", dtype, DTYPES)
-        if not isinstance(model, ValueModel):
-            place = locate(str(model), what="critic")
-            model = ValueModel.from_pretrained(place, dtype=DTYPES[dtype], micro_batch_tokens=micro_batch_tokens)
+    def __init__(
+        self, model: str | ValueModel, *, micro_batch_tokens: int | None = None, dtype: Dtype | None = None
+    ) -> None:
+        if isinstance(model, ValueModel):
+            check_unloaded(micro_batch_tokens=micro_batch_tokens, dtype=dtype)
+        else:
+            options = loading_options(micro_batch_tokens, dtype)
+            model = ValueModel.from_pretrained(locate(str(model), what="critic"), **options)
         self.model = model
         self._ends: frozenset[int] = frozenset()
 

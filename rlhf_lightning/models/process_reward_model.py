@@ -294,18 +294,19 @@ class ProcessRewardModel(HeadedModel):
         """Computes one score per completion by aggregating its steps' probabilities; see ``score_steps``."""
         return self.aggregated(self.score_steps(prompts, completions, chat_template_kwargs))
 
-    def aggregated(self, steps: Sequence[Sequence[float]]) -> list[float]:
+    def aggregated(self, steps: Sequence[Sequence[float]], aggregation: Aggregation | None = None) -> list[float]:
         """Aggregates the probabilities of each solution's steps.
 
         Args:
             steps: one list per solution, of at least one probability.
+            aggregation: instead of the model's own.
         """
         if not steps:
             return []
         index = torch.tensor([number for number, scores in enumerate(steps) for _ in scores], dtype=torch.long)
         values = torch.tensor([score for scores in steps for score in scores], dtype=torch.float64)
-        found = aggregate_step_scores(values, index, num_sequences=len(steps), aggregation=self.options.aggregation)
-        return found.tolist()
+        rule = aggregation or self.options.aggregation
+        return aggregate_step_scores(values, index, num_sequences=len(steps), aggregation=rule).tolist()
 
 
 def _at_ends(values: Tensor, find_ends: bool) -> list[float]:

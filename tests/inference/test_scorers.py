@@ -129,7 +129,15 @@ def test_steps_are_read_as_in_training(folder, engine):
     found = scorer.score(CANDIDATES)
     expected = model.score([c.query.prompt for c in CANDIDATES], [c.text for c in CANDIDATES])
     assert found.values == pytest.approx(expected, abs=1e-6)
-    assert ProcessScorer(model, aggregation="min").model.options.aggregation == "min"
+
+    # Scorers that share a model have rules of their own.
+    lowest, last = ProcessScorer(model, aggregation="min"), ProcessScorer(model, aggregation="last")
+    steps = model.score_steps([c.query.prompt for c in CANDIDATES], [c.text for c in CANDIDATES])
+    assert any(min(values) != values[-1] for values in steps)
+    assert lowest.score(CANDIDATES).values == pytest.approx([min(values) for values in steps], abs=1e-6)
+    assert last.score(CANDIDATES).values == pytest.approx([values[-1] for values in steps], abs=1e-6)
+    assert model.options.aggregation == "product"
+    assert scorer.score(CANDIDATES).values == pytest.approx(expected, abs=1e-6)
 
     # A share of the outcome head, read at the last step.
     blended = ProcessScorer(model, aggregation="product", outcome_weight=0.25)
@@ -299,6 +307,11 @@ def test_sums_of_scorers():
         (lambda f: RewardScorer(made(f, {}), uncertainty_penalty=1.0), "is no ensemble"),
         (lambda f: RewardScorer(made(f, {}), uncertainty_penalty=-1.0), "uncertainty_penalty is -1.0"),
         (lambda f: ProcessScorer(f), "holds no model that ProcessRewardModule exported"),
+        (lambda f: RewardScorer(made(f, {}), label="helpful"), "label is 'helpful', and the model is loaded already"),
+        (lambda f: RewardScorer(made(f, {}), dtype="bfloat16"), "dtype is 'bfloat16', and the model is loaded already"),
+        (lambda f: RewardScorer(f, dtype="int8"), "dtype is 'int8'"),
+        (lambda f: ProcessScorer(f, micro_batch_tokens=0), "micro_batch_tokens is 0"),
+        (lambda f: ProcessScorer(f, aggregation="sum"), "aggregation is 'sum'"),
         (lambda f: ProcessScorer(f, outcome_weight=2.0), r"outcome_weight is 2.0; it must be in \[0, 1\]"),
         (lambda f: TextScorer("format"), "needs a pattern"),
         (lambda f: TextScorer("lenght"), "did you mean 'length'"),
