@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..inference import LocalEngine, SamplingParams, derive_seed
+from ..inference import LocalEngine, SamplingParams
 from ..metrics.functional import token_divergences
 from ..metrics.intervals import Interval, mean_interval
 from ..models import output_head
@@ -132,8 +132,7 @@ def own_samples(
         One example per prompt, with a child per sample.
     """
     params = sampling or SamplingParams(max_new_tokens=256)
-    seeds = [[derive_seed(params.seed or 0, n, s) for s in range(num_samples)] for n in range(len(examples))]
-    groups = engine.generate([row.root.tokens.tolist() for row in examples], num_samples, params, seeds=seeds)
+    groups = engine.generate([row.root.tokens.tolist() for row in examples], num_samples, params)
     found = []
     for example, group in zip(examples, groups, strict=True):
         children = [Segment(sample.token_ids, [1.0] * len(sample.token_ids)) for sample in group if sample.token_ids]

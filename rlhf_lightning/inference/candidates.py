@@ -59,15 +59,24 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def begun_prompt(prompt: Any, text: str) -> Any:
+def begun_prompt(prompt: Any, text: str, token_ids: Sequence[int] = ()) -> Any:
     """Returns a prompt after which a text was written already: as its end, or as the words of the assistant.
+
+    Args:
+        prompt: text, chat messages or token ids.
+        text: what was written.
+        token_ids: its tokens, with which a prompt of token ids is continued.
 
     Example:
         >>> begun_prompt("2+2=", "4"), begun_prompt([{"role": "user", "content": "2+2?"}], "4")[-1]
         ('2+2=4', {'role': 'assistant', 'content': '4'})
     """
-    if isinstance(prompt, str) or not text:
-        return prompt + text if text else prompt
+    if isinstance(prompt, str):
+        return prompt + text
+    if not any(isinstance(turn, Mapping) for turn in prompt):
+        return [*prompt, *token_ids]
+    if not text:
+        return prompt
     return [*prompt, {"role": "assistant", "content": text}]
 
 

@@ -423,8 +423,12 @@ class LocalEngine:
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
         """Number of tokens that a prompt may have so that one more fits; ``None`` without a limit in the config."""
-        positions = num_positions(self.model)
+        positions = self.num_positions()
         return None if positions is None else positions - 1
+
+    def num_positions(self) -> int | None:
+        """Maximum number of tokens of a prompt with its completion; ``None`` without a limit in the config."""
+        return num_positions(self.model)
 
     def token_limit(self, prompt: tuple[int, ...], requested: int) -> int:
         """Returns the maximum number of new tokens: the requested one, or what the model's positions leave.
@@ -432,7 +436,7 @@ class LocalEngine:
         Raises:
             ValueError: they leave none.
         """
-        positions = num_positions(self.model)
+        positions = self.num_positions()
         if positions is None:
             return requested
         if len(prompt) >= positions:

@@ -229,14 +229,14 @@ class HiddenReasoning(Strategy):
         """The tokens of the thought and of the answer of one prompt."""
         marks = self._num_marks
         room = sampling.max_new_tokens - marks
-        longest = self.longest_prompt(sampling) if query.token_ids else None
-        if longest is not None:
-            room = min(room, longest + 1 - len(query.token_ids) - marks)
+        positions = self.num_positions() if query.token_ids else None
+        if positions is not None:
+            room = min(room, positions - len(query.token_ids) - marks)
         if room < 1:
             raise ValueError(
                 f"nothing is left for an answer: the prompt has {len(query.token_ids)} tokens, the marks {marks}, "
                 f"max_new_tokens is {sampling.max_new_tokens}"
-                + ("" if longest is None else f", and the model has {longest + 1} positions")
+                + ("" if positions is None else f", and the model has {positions} positions")
                 + ": raise max_new_tokens, or shorten the prompt"
             )
         return self._shares(room)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import os
 import queue
 import re
 import threading
@@ -313,3 +314,17 @@ def in_parallel(
     finally:
         stopped.set()
     return [results[number] for number in range(len(items))]
+
+
+def read_api_key(variable: str | None) -> str | None:
+    """Reads a key from an environment variable; ``None`` names none.
+
+    Raises:
+        ValueError: the variable is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"api_key_variable={variable!r} is not set: put the key into that environment variable")
+    return key

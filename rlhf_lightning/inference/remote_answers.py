@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..utils.messages import one_line
+from .sampling import SamplingParams
 
 _TOKEN_PREFIX: Final = "token_id:"  # how vLLM writes tokens as numbers
 
@@ -47,6 +48,14 @@ def spoken_tokens(choice: Mapping[str, Any], api: str) -> tuple[list[int], list[
             )
         return named, logprobs
     return given or [], logprobs
+
+
+def before_stop(text: str, params: SamplingParams) -> str:
+    """Returns the text before a stop string, for servers that do not cut it."""
+    if params.min_new_tokens:
+        return text
+    found = [at for string in params.stop if (at := text.find(string)) >= 0]
+    return text[: min(found)] if found else text
 
 
 def _token_id(value: Any) -> int:

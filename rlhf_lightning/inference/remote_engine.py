@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from ..data.chat_template import ChatTemplate
@@ -12,8 +12,8 @@ from ..data.text_tokens import opening_tokens
 from ..utils.messages import did_you_mean, one_line
 from .completion import Completion, FinishReason, readable
 from .engine import Prompts
-from .http_client import Endpoint, ServerError, in_parallel
-from .remote_answers import UnusableError, spoken_tokens
+from .http_client import Endpoint, ServerError, in_parallel, read_api_key
+from .remote_answers import UnusableError, before_stop, spoken_tokens
 from .sample_numbers import new_token_limits, sample_seeds
 from .sampling import SamplingParams
 
@@ -106,7 +106,7 @@ class RemoteEngine:
         if text_prompts and tokenizer is None:
             raise ValueError("text_prompts needs the tokenizer that token ids are turned into text with: give it one")
         # Read from the environment, so that no config or record holds the key.
-        key = _api_key(api_key_variable)
+        key = read_api_key(api_key_variable)
         self.endpoint = Endpoint(url, api_key=key, timeout=timeout, max_retries=max_retries, backoff=backoff)
         self.model = model
         self.tokenizer = tokenizer
@@ -257,11 +257,20 @@ class RemoteEngine:
             body |= {"return_tokens_as_token_ids": True} if self.dialect == "vllm" else {}
         return body
 
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokenizer's end-of-sequence token, and the tokens that end a turn of its chat template."""
+        tokenizer: Any = self.tokenizer
+        if tokenizer is None:
+            return frozenset()
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return frozenset([*own, *ChatTemplate(tokenizer).end_tokens()])
+
     def _template_ends(self) -> list[int]:
         """Tokens that end a turn besides the end-of-sequence token, which the server does not know of."""
         if self.tokenizer is None or self.dialect != "vllm" or self.api == "chat":
             return []
-        return [token for token in ChatTemplate(self.tokenizer).end_tokens() if token != self.tokenizer.eos_token_id]
+        return sorted(self.end_token_ids - {self.tokenizer.eos_token_id})
 
     def _wants_logprobs(self, params: SamplingParams) -> bool:
         return params.model_logprobs or (self.logprobs and not params.greedy)
@@ -271,6 +280,11 @@ class RemoteEngine:
 
         vLLM refuses a request whose new tokens might not fit, however few of them are needed.
         """
+        positions = self.num_positions()
+        return None if positions is None else max(positions - sampling.max_new_tokens, 0)
+
+    def num_positions(self) -> int | None:
+        """Maximum number of tokens of a prompt with its completion; ``None`` if the server does not report it."""
         try:
             listed = self._listed()
         except ServerError as error:
@@ -279,7 +293,7 @@ class RemoteEngine:
             return None
         own = [model for model in listed if self.model in (None, model["id"])]
         length = own[0].get("max_model_len") if len(own) == 1 else None
-        return max(length - sampling.max_new_tokens, 0) if isinstance(length, int) else None
+        return length if isinstance(length, int) else None
 
     def served_model(self) -> dict[str, Any]:
         """Identifies the model on the server: its name, and the path of that name if the server reports it.
@@ -331,7 +345,7 @@ class RemoteEngine:
         finish: FinishReason = "length" if ended == "length" else "stop"
         token_ids, logprobs = spoken
         sampled, of_model = self._logprobs(token_ids, logprobs, params)
-        return Completion(token_ids, _before_stop(readable(str(text or "")), params), sampled, finish, of_model)
+        return Completion(token_ids, before_stop(readable(str(text or "")), params), sampled, finish, of_model)
 
     def _logprobs(
         self, token_ids: list[int], logprobs: list[float] | None, params: SamplingParams
@@ -370,15 +384,6 @@ class RemoteEngine:
         )
 
 
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(f"api_key_variable={variable!r} is not set: put the key into that environment variable")
-    return key
-
-
 def _unmodified(params: SamplingParams) -> bool:
     """Whether the sampling distribution is the model's own."""
     neutral = (1.0, 0, 1.0, 0.0, 1.0, 0)
@@ -390,11 +395,3 @@ def _unmodified(params: SamplingParams) -> bool:
         params.repetition_penalty,
         params.min_new_tokens,
     )
-
-
-def _before_stop(text: str, params: SamplingParams) -> str:
-    """The text before a stop string, for servers that do not cut it."""
-    if params.min_new_tokens:
-        return text
-    found = [at for string in params.stop if (at := text.find(string)) >= 0]
-    return text[: min(found)] if found else text

@@ -60,7 +60,7 @@ class Selection(Strategy):
             query: the query.
             sampling: the settings.
             account: what may be spent.
-            numbers: of the solutions: each has a seed of its own.
+            numbers: of the solutions, from 0 in all rounds: each has a seed of its own.
         """
         drawn: list[Candidate] = []
         while len(drawn) < len(numbers) and account.left("seconds") > 0:
@@ -70,7 +70,8 @@ class Selection(Strategy):
             params = sampling
             if count < 1:
                 rest = account.left("tokens")
-                if drawn or account.left("expansions") < 1 or rest < 1:
+                # Cut off, it has no answer: only a result that would have nothing else needs it.
+                if drawn or numbers[0] > 0 or account.left("expansions") < 1 or rest < 1:
                     break
                 count, least = 1, min(sampling.min_new_tokens, int(rest))
                 params = replace(sampling, max_new_tokens=int(rest), min_new_tokens=least)

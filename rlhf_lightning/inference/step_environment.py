@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..utils.messages import one_line
 from .budget import Account, Limit
 from .completion import Completion, FinishReason, decode, readable
 from .sampling import SamplingParams, derive_seed
@@ -62,8 +63,8 @@ class StepEnvironment:
         self._sampling = sampling
         self._step_sampling = sampling if separator is None else replace(sampling, stop=(*sampling.stop, separator))
         self._ends = search.end_token_ids | set(sampling.stop_token_ids)
-        longest = search.longest_prompt(sampling)
-        room = math.inf if longest is None else longest + 1 - len(query.context_ids)
+        positions = search.num_positions()
+        room = math.inf if positions is None else positions - len(query.context_ids)
         # Without room for one token, the engine refuses the prompt and says why.
         self._longest = int(max(1, min(sampling.max_new_tokens, room)))
         # The tokens and the text from the prompt's end to each node.
@@ -234,19 +235,29 @@ class StepEnvironment:
 
     def _child(self, draw: _Draw, completion: Completion) -> Node:
         """Makes a node that continues that of a draw, without adding it there."""
+        if completion.text and not completion.token_ids:
+            raise ValueError(
+                f"{type(self.search.engine).__name__} returns the text {one_line(completion.text, 40)!r} without its "
+                "tokens, which the next step continues: use a LocalEngine, or a server that returns them, such as vLLM"
+            )
         before, text_before = self._states[draw.node]
         tokens = (*before, *completion.token_ids)
         text = self.query.lead + decode(self.search.tokenizer, tokens)
-        finish_reason = self._finish(tokens, text, completion, draw.limit)
+        finish_reason = self._finish(tokens, text, completion, draw)
         own = tuple(completion.token_ids)
         child = Node(own, text[len(text_before) :], tuple(completion.logprobs), finish_reason, parent=draw.node)
         self._states[child] = tokens, text
         return child
 
-    def _finish(self, tokens: tuple[int, ...], text: str, completion: Completion, limit: int) -> FinishReason | None:
+    def _finish(self, tokens: tuple[int, ...], text: str, completion: Completion, draw: _Draw) -> FinishReason | None:
         """Tells whether a solution has ended, or was cut off for good."""
         stopped = completion.finish_reason == "stop"
         if stopped and tokens and tokens[-1] in self._ends:
+            return "stop"
+        # Servers may leave the end token out, or know of others: what stopped without a separator has ended.
+        separator = self.search.step_separator
+        own = decode(self.search.tokenizer, completion.token_ids)
+        if stopped and (separator is None or separator not in draw.sampling.stop or separator not in own):
             return "stop"
         # A stop string may have begun in an earlier step.
         if any(stop in text for stop in self._sampling.stop):
@@ -255,7 +266,7 @@ class StepEnvironment:
         if pattern is not None and (stopped or self.search.step_separator is None) and pattern.search(text):
             return "stop"
         # Fewer tokens than asked for, without an end: the engine has no room for more.
-        if len(tokens) >= self._longest or (not stopped and len(completion.token_ids) < limit):
+        if len(tokens) >= self._longest or (not stopped and len(completion.token_ids) < draw.limit):
             return "length"
         return None
 

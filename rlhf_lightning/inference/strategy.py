@@ -19,8 +19,8 @@ from .budget import Account, Budget, SearchCounts
 from .candidates import Candidate, Query, Scorer, Scores, begun_prompt, columns_of
 from .completion import Completion, Thought, decode
 from .engine import Engine
-from .sample_numbers import new_token_limits
-from .sampling import SamplingParams, derive_seed
+from .sample_numbers import new_token_limits, sample_seeds
+from .sampling import SamplingParams
 
 __all__ = [
     "Ask",
@@ -183,6 +183,11 @@ class Strategy:
         ask = getattr(self.engine, "longest_prompt", None)
         return None if ask is None else ask(sampling)
 
+    def num_positions(self) -> int | None:
+        """Maximum number of tokens of a prompt with its completion; ``None`` if the engine does not say."""
+        ask = getattr(self.engine, "num_positions", None)
+        return None if ask is None else ask()
+
     def start(self, query: Query, sampling: SamplingParams, account: Account) -> Search:
         """Begins the search for one prompt: a coroutine that keeps to the account's budget."""
         raise TypeError(f"{type(self).__name__} must define start(query, sampling, account)")
@@ -201,7 +206,7 @@ class Strategy:
 
         Args:
             prompts: texts or token ids, as the engine takes them; with ``encoded`` also chat messages.
-            seeds: one per prompt; derived from the sampling settings' seed by default.
+            seeds: one per prompt; by default those of ``generate`` for one sample.
             sampling: settings instead of the strategy's own.
             columns: further columns of the prompts, such as ``answer``, for scorers that read them.
             encoded: the prompts' tokens, instead of the engine's own encoding; scorers still get the prompts.
@@ -213,7 +218,7 @@ class Strategy:
         """
         params = sampling or self.sampling
         if seeds is None:
-            seeds = [derive_seed(params.seed or 0, number) for number in range(len(prompts))]
+            seeds = [seed for [seed] in sample_seeds(None, len(prompts), 1, params)]
         queries = self._queries(prompts, [[seed] for seed in seeds], columns, encoded)
         return self.run([query for [query] in queries], [params] * len(queries), watch)
 
@@ -234,15 +239,13 @@ class Strategy:
             prompts: texts or token ids, as the engine takes them; with ``encoded`` also chat messages.
             num_samples: searches per prompt.
             sampling: settings instead of the strategy's own.
-            seeds: one per prompt and sample.
+            seeds: one per prompt and sample; by default as an engine's, from the settings' seed or a drawn one.
             limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
             columns: further columns of the prompts, as in ``search``.
             encoded: the prompts' tokens, as in ``search``.
         """
         params = sampling or self.sampling
-        if seeds is None:
-            seed = params.seed or 0
-            seeds = [[derive_seed(seed, row, column) for column in range(num_samples)] for row in range(len(prompts))]
+        seeds = sample_seeds(seeds, len(prompts), num_samples, params)
         queries = self._queries(prompts, seeds, columns, encoded)
         settings = []
         for row, limit in zip(seeds, new_token_limits(limits, len(prompts), params), strict=True):
@@ -350,7 +353,7 @@ class Strategy:
         columns = columns_of([sample.query.columns for sample in samples])
         if not all(sample.query.token_ids for sample in samples):
             return states, {"columns": columns}
-        prompts = [begun_prompt(s.query.prompt, decode(self.tokenizer, s.token_ids)) for s in samples]
+        prompts = [begun_prompt(s.query.prompt, decode(self.tokenizer, s.token_ids), s.token_ids) for s in samples]
         return prompts, {"columns": columns, "encoded": states}
 
     def _followed(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:

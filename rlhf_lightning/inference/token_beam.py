@@ -85,8 +85,8 @@ class _Beams:
         # The tokens, the text and the log-probability from the prompt's end to each node.
         self.states: dict[Node, tuple[tuple[int, ...], str, float]] = {self.root: ((), query.lead, 0.0)}
         self._ends = search.end_token_ids | set(sampling.stop_token_ids)
-        longest = search.longest_prompt(sampling)
-        room = sampling.max_new_tokens if longest is None else longest + 1 - len(query.context_ids)
+        positions = search.num_positions()
+        room = sampling.max_new_tokens if positions is None else positions - len(query.context_ids)
         self._longest = max(1, min(sampling.max_new_tokens, room))
 
     def settled(self) -> bool:

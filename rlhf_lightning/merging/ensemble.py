@@ -126,7 +126,12 @@ class EnsemblePolicy:
 
     def longest_prompt(self, sampling: SamplingParams) -> int | None:
         """Returns the number of tokens that a prompt may have so that one more fits; ``None`` without a limit."""
-        limits = [limit for member in self._members if (limit := member.longest_prompt(sampling)) is not None]
+        positions = self.num_positions()
+        return None if positions is None else positions - 1
+
+    def num_positions(self) -> int | None:
+        """Returns the maximum number of tokens of a prompt with its completion; ``None`` without a limit."""
+        limits = [limit for member in self._members if (limit := member.num_positions()) is not None]
         return min(limits, default=None)
 
     def token_limit(self, prompt: tuple[int, ...], requested: int) -> int:

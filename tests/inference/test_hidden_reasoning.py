@@ -68,8 +68,8 @@ class Scripted:
     def text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def longest_prompt(self, sampling: SamplingParams) -> int:
-        return 127
+    def num_positions(self) -> int:
+        return 128
 
     def generate(
         self, prompts: Any, num_samples: int = 1, sampling: Any = None, *, seeds: Any = None, limits: Any = None

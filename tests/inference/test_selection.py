@@ -148,6 +148,20 @@ def test_budgets_stop_exactly():
     assert result.text == "b2"
 
 
+def test_a_truncated_solution_does_not_vote():
+    texts = ["1aaaaaaaa2", "1aaaaaaaa3", "1aaaaaaaa4", "1aaaaaaaa5", "9aaaaaaaa2", "9aaaaaaaa2"]
+    options = {"n": 6, "sampling": SamplingParams(max_new_tokens=10), "budget": Budget(tokens=43)}
+    vote = MajorityVote(Script(p=texts), **options).search(["p"], seeds=[0])[0]
+    rounds = SelfConsistency(Script(p=texts), round_size=2, **options).search(["p"], seeds=[0])[0]
+    for result in (vote, rounds):
+        assert [c.text for c in result.candidates] == texts[:4]
+        assert (result.tokens, result.stopped_by) == (40, None)
+    # Without a whole one, the truncated one is the result.
+    options["budget"] = Budget(tokens=3)
+    alone = SelfConsistency(Script(p=texts), round_size=2, **options).search(["p"], seeds=[0])[0]
+    assert [c.text for c in alone.candidates] == ["1aa"]
+
+
 def test_expected_best_is_the_mean_over_all_subsets():
     scores = [0.3, 0.1, 0.9, 0.3, 0.5]
     right = [1.0, 0.0, 1.0, 0.0, 0.0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
-from rlhf_lightning.inference import Completion, SamplingParams
+from rlhf_lightning.inference import BeamSearch, BestOfN, Completion, SamplingParams
 from rlhf_lightning.inference.budget import Account, Budget
 from rlhf_lightning.inference.strategy import Candidate, Query, Sample, Scores, Search, SearchResult, Strategy
+
+from .toy import PROMPT, Characters, Judge, ToyEngine, random_table
 
 
 class Echo:
@@ -76,6 +79,55 @@ def test_a_strategy_is_an_engine():
     assert [[completion.text for completion in group] for group in groups] == [["5:3", "5:52"], ["6:9", "6:10"]]
     outer = TwoSteps(TwoSteps(Echo(), scorer=Largest()), scorer=Largest())
     assert outer.search([[5]], seeds=[10])[0].text == "5:14"  # the best of seeds 10, 11, 12, each the best of three
+
+
+def test_seeds_are_drawn_where_none_is_set():
+    """As an engine's: the same samples for a seed of the settings or of torch, and others at each call otherwise."""
+    strategy = TwoSteps(Echo(), scorer=Largest())
+    torch.manual_seed(0)
+    first, second = strategy.generate([[5], [6]], 2), strategy.generate([[5], [6]], 2)
+    assert len({completion.text for groups in (first, second) for group in groups for completion in group}) == 8
+    torch.manual_seed(0)
+    assert [[c.text for c in group] for group in strategy.generate([[5], [6]], 2)] == [
+        [c.text for c in group] for group in first
+    ]
+    torch.manual_seed(0)
+    one, two = strategy.search([[5], [6]]), strategy.search([[5], [6]])
+    assert len({result.text for result in (*one, *two)}) == 4
+    torch.manual_seed(0)
+    assert [result.text for result in one] == [group[0].text for group in strategy.generate([[5], [6]])]
+    seeded = SamplingParams(seed=3)
+    texts = [[group[0].text for group in strategy.generate([[5]], 1, seeded)] for _ in range(2)]
+    assert texts[0] == texts[1] == [result.text for result in strategy.search([[5]], sampling=seeded)]
+    with pytest.raises(ValueError, match=r"seeds has 1 rows of lengths \[2\]"):
+        strategy.generate([[5]], 4, seeds=[[1, 2]])
+
+
+def test_prompts_of_token_ids_stay_tokens_for_a_strategy_within():
+    """The scorer within reads what it reads of a text: the prompt, and what was written after it."""
+    table = random_table(3, 3, seed=5)
+
+    class Reader(Judge):
+        def __init__(self):
+            super().__init__(len)
+            self.prompts: list[object] = []
+
+        def score(self, candidates):
+            self.prompts += [candidate.query.prompt for candidate in candidates]
+            return super().score(candidates)
+
+    def searched(prompt):
+        reader = Reader()
+        inner = BestOfN(ToyEngine(table), scorer=reader, n=2)
+        search = BeamSearch(inner, scorer=Judge(len), width=1, expand=1)
+        return search.search([prompt], seeds=[2])[0].token_ids, reader.prompts
+
+    characters = Characters()
+    of_text, texts = searched(PROMPT)
+    of_tokens, prompts = searched(characters.encode(PROMPT))
+    assert of_tokens == of_text
+    assert len(set(texts)) > 1
+    assert prompts == [characters.encode(text) for text in texts]
 
 
 def test_errors_name_the_prompt_and_the_remedy():
