@@ -26,6 +26,7 @@ from ..utils.option_groups import build_group
 from ..utils.validation import check_count
 from .model_export import ModelExport
 from .self_improvement import SelfImprovement
+from .training_checkpoint import TrainingCheckpoint
 
 # Learning rates in an optimizer's groups and in a schedule.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -60,8 +61,8 @@ class CapabilityGate(lightning.Callback):
             :math:`\mathrm{KL}(\text{start} \,\|\, \text{candidate})`, estimated on one sample of each prompt that the
             policy drew before the first step.
         step_factor: factor of the learning rates at each rejection, in (0, 1).
-        keep: number of newest accepted states to keep, at least 1: a run may be resumed from a checkpoint that is older
-            than the newest of them.
+        keep: number of newest accepted states to keep, at least 1; older ones stay while a run that is resumed from
+            a checkpoint of ``TrainingCheckpoint`` needs them.
         seed: of samples and tests.
 
     Raises:
@@ -293,7 +294,8 @@ class CapabilityGate(lightning.Callback):
         self.accepted, self.num_rejected, self._results, self._judged_step = step, 0, results, step
         on_first_rank(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         trainer.save_checkpoint(self.snapshots.checkpoint(step))
-        self.snapshots.add(step, results, self.history)
+        savers = [callback for callback in trainer.callbacks if isinstance(callback, TrainingCheckpoint)]  # type: ignore[attr-defined]
+        self.snapshots.add(step, results, self.history, lambda: [at for saver in savers for at in saver.steps()])
 
     def _try_otherwise(self, trainer: lightning.Trainer, module: PostTrainingModule) -> None:
         """Changes what the criteria say of the restored state, so that the next attempt is another one."""

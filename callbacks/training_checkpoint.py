@@ -182,6 +182,10 @@ class TrainingCheckpoint(ModelCheckpoint):
             )
         return None
 
+    def steps(self) -> list[int]:
+        """Lists the steps of the finished checkpoints in the folder, in order."""
+        return [_step(path) for path in self._by_step()]
+
     def _find_last_checkpoints(self, trainer: lightning.Trainer) -> set[str]:
         """Returns Lightning's candidates for ``ckpt_path="last"``, which it ignores if the list is empty."""
         newest = self.newest()

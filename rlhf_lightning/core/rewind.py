@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.trainer.states import RunningStage
 
 
 class Rewind(Exception):
@@ -86,6 +87,8 @@ def _restore(trainer: Any, path: Path) -> None:
     connector._ckpt_path = resumed
     for timer, state in timers:
         timer.load_state_dict(state)
+        # Set where training had ended: the time that passes from here would not count.
+        timer._end_time[RunningStage.TRAINING] = None
     _begin_loops_anew(trainer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..models import load_causal_lm, load_tokenizer
 from ..self_improvement import AdversarialValidator
 from ..self_improvement.gate import CapabilityCriteria, Decision, decide, overruled
 from ..self_improvement.scorers import check_scorer
-from ..utils.files import PARTIAL, discard, hidden_sibling, mark, read_marker, recover, write_atomically
+from ..utils.files import PARTIAL, discard, hidden_sibling, json_values, mark, read_marker, recover, write_atomically
 from ..utils.option_groups import build_group
 from .stages import EvaluateStage, GateStage
 
@@ -132,7 +133,8 @@ class Judge:
             )
             sampling = SamplingParams(max_new_tokens=task.params.max_new_tokens, seed=self.seed)
             rows += own_samples(engine, prompts, sampling=sampling)
-        return divergence(engine, start, rows).forward
+        # A candidate that says nothing at all is as far away as can be.
+        return divergence(engine, start, rows).forward if rows else math.inf
 
 
 def run_evaluate(stage: EvaluateStage, folder: Path, seed: int, dtype: str, say: Say) -> dict[str, float]:
@@ -173,7 +175,7 @@ def run_gate(stage: GateStage, folder: Path, seed: int, dtype: str, say: Say) ->
     accepts = decision.verdict == "accept"
     say(f"{'accepted' if accepts else 'rejected'}: {decision.reason}")
     copy_model(stage.model if accepts else stage.accepted, folder / "model")
-    write_atomically(folder / DECISION, json.dumps(decision.as_dict(), indent=1) + "\n")
+    write_atomically(folder / DECISION, json.dumps(json_values(decision.as_dict()), indent=1) + "\n")
     numbers = {name: getattr(decision, name) for name in ("difference", "low", "high", "p_value")}
     return {"accepted": float(accepts), **numbers}
 

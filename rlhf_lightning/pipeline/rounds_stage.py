@@ -11,7 +11,7 @@ from typing import Any
 from ..inference import derive_seed
 from ..self_improvement.gate import Decision
 from ..self_improvement.samples import model_hash
-from ..utils.files import json_line, write_atomically
+from ..utils.files import json_line, json_values, write_atomically
 from .config import Pipeline, body_of
 from .judging import EVALUATION, Judge, check_folder, check_suite, copy_model, criteria_of, validator_of
 from .row_files import NoRowsError
@@ -148,7 +148,7 @@ def _round(stage: RoundsStage, body: Pipeline, judge: Judge | None, at: _Positio
 
 
 def _plain(decision: Decision) -> dict[str, Any]:
-    return {name: value for name, value in decision.as_dict().items() if value is not None}
+    return {name: value for name, value in json_values(decision.as_dict()).items() if value is not None}
 
 
 def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -142,6 +142,9 @@ def decide(
     differences on the :math:`n_t` prompts for which both have a verdict. If both models are equally good, the sign of
     each difference is equally likely to be either, which gives the p-value (Fisher, 1935).
 
+    A limited metric that only the accepted model has, such as ``distinct_2`` where answers have become single words,
+    counts as 0; a divergence that is not a number is a rejection.
+
     Args:
         accepted: results of the accepted model, one per task.
         candidate: results of the candidate, on the same tasks and prompts.
@@ -279,8 +282,10 @@ def _exceeded(
 ) -> str | None:
     """Returns the first limit that the candidate violates, in words."""
     if criteria.max_kl is not None:
-        if kl is None or math.isnan(kl):
+        if kl is None:
             raise ValueError(f"criteria.max_kl is {criteria.max_kl}, and no divergence was measured: give kl")
+        if math.isnan(kl):
+            return "its divergence from the start is not a number: its log-probabilities are not finite"
         if kl > criteria.max_kl:
             return f"its divergence from the start is {kl:.4g} nats per token, above max_kl={criteria.max_kl}"
     for (result, _), (before, after) in zip(pairs, scores, strict=True):
@@ -296,7 +301,12 @@ def _exceeded(
     for metric, name, limit, side in limits:
         if limit is None or (side == 1 and limit == 0):
             continue
-        values = [(after.task.name, after.metrics[metric]) for _, after in pairs if metric in after.metrics]
+        # A candidate that has collapsed to empty answers or single words has no bigram, where the accepted model has.
+        values = [
+            (after.task.name, after.metrics.get(metric, 0.0))
+            for before, after in pairs
+            if metric in before.metrics or metric in after.metrics
+        ]
         if not values:
             raise ValueError(
                 f"criteria.{name} is {limit}, and no task measures {metric}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..evaluation import TaskResult
-from ..utils.files import content_hash, on_first_rank, write_atomically
+from ..utils.files import content_hash, json_values, on_first_rank, write_atomically
 
 MANIFEST = "manifest.json"
 
@@ -21,7 +21,7 @@ class Snapshots:
 
     Args:
         folder: the folder; one per run.
-        keep: number of newest states to keep, at least 1.
+        keep: number of newest states to keep, at least 1; older ones stay while a checkpoint needs them.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -51,17 +51,31 @@ class Snapshots:
                 "with ckpt_path='last' (--ckpt_path=last), or choose another folder"
             )
 
-    def add(self, step: int, results: Sequence[TaskResult], decisions: Sequence[Mapping[str, Any]]) -> None:
+    def add(
+        self,
+        step: int,
+        results: Sequence[TaskResult],
+        decisions: Sequence[Mapping[str, Any]],
+        resumable: Callable[[], Iterable[int]] = tuple,
+    ) -> None:
         """Adds a state whose checkpoint is written, and removes the oldest; every rank calls it.
 
         Args:
             step: optimizer steps of the run.
             results: of its model.
             decisions: all of the run, as plain values.
+            resumable: returns the steps of checkpoints from which the run may be resumed, on the first rank: each needs
+                the newest state that had been accepted at that time.
         """
-        on_first_rank(lambda: self._add(step, results, decisions))
+        on_first_rank(lambda: self._add(step, results, decisions, resumable()))
 
-    def _add(self, step: int, results: Sequence[TaskResult], decisions: Sequence[Mapping[str, Any]]) -> None:
+    def _add(
+        self,
+        step: int,
+        results: Sequence[TaskResult],
+        decisions: Sequence[Mapping[str, Any]],
+        resumable: Iterable[int],
+    ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps([result.as_dict() for result in results], ensure_ascii=False)
         write_atomically(self.results(step), text + "\n")
@@ -69,7 +83,9 @@ class Snapshots:
         entry = {"step": step} | {name: {"file": p.name, "sha256": content_hash(p)} for name, p in paths.items()}
         # A state of the same step, or of a later one, is of a way that the run has left.
         before = self._states()
-        kept = [*(other for other in before if other["step"] < step), entry][-self.keep :]
+        states = [*(other for other in before if other["step"] < step), entry]
+        needed = {max((s["step"] for s in states if s["step"] <= at), default=None) for at in resumable}
+        kept = [state for n, state in enumerate(states, self.keep) if n >= len(states) or state["step"] in needed]
         write_atomically(self.folder / MANIFEST, self._text(kept, decisions))
         for old in (other for other in before if other["step"] not in {state["step"] for state in kept}):
             self.checkpoint(old["step"]).unlink(missing_ok=True)
@@ -81,7 +97,7 @@ class Snapshots:
 
     @staticmethod
     def _text(states: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, Any]]) -> str:
-        return json.dumps({"accepted": list(states), "decisions": list(decisions)}, indent=1) + "\n"
+        return json.dumps(json_values({"accepted": states, "decisions": decisions}), indent=1) + "\n"
 
     def _states(self) -> list[dict[str, Any]]:
         path = self.folder / MANIFEST
@@ -106,8 +122,13 @@ class Snapshots:
         on_first_rank(lambda: self._check(step))
 
     def _check(self, step: int) -> None:
-        entry = next((entry for entry in self._states() if entry["step"] == step), None)
-        advice = "restore the folder, or start a new run from an exported model"
+        states = self._states()
+        entry = next((entry for entry in states if entry["step"] == step), None)
+        # Each state is a whole checkpoint, which needs no other.
+        whole = [place for state in states if state is not entry and (place := self.checkpoint(state["step"])).exists()]
+        advice = "restore the folder, or " + (
+            f"resume with ckpt_path={str(whole[-1])!r}" if whole else "start a new run from an exported model"
+        )
         if entry is None:
             raise ValueError(
                 f"{str(self.folder)!r} does not hold the state of step {step}, the last one that was accepted: {advice}"

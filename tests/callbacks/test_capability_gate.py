@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 
 from rlhf_lightning import GRPOModule, RewardModule, SFTModule
 from rlhf_lightning.callbacks import CapabilityGate, ModelExport, SelfImprovement, TrainingCheckpoint, capability_gate
@@ -402,3 +404,44 @@ def test_rows_that_change_cannot_be_taken_back(tiny_model_folder: Any, tmp_path:
     rounds = SelfImprovement(str(tmp_path / "prompts.jsonl"), str(tmp_path / "rounds"))
     with pytest.raises(ValueError, match=r"^CapabilityGate cannot go back to rows that SelfImprovement has replaced"):
         poisoned(tiny_model_folder(), gate, rounds, steps=1)
+
+
+def test_time_passes_after_a_rejection_at_the_end(tiny_model_folder: Any, tmp_path: Path, verdicts: list[Any]) -> None:
+    """Lightning's timer has stopped by then; what it had counted is counted once."""
+    timer, told, begun = Timer(duration={"hours": 1}), [], time.monotonic()
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            told.append((time.monotonic(), timer.time_elapsed()))
+
+    verdicts.extend(["reject", "accept"])
+    gate = CapabilityGate(suite(tmp_path), str(tmp_path / "accepted"), every_n_steps=9)
+    poisoned(tiny_model_folder(), gate, timer, Clock(), steps=2)
+    assert len(told) == 4
+    assert told[3][1] - told[2][1] == pytest.approx(told[3][0] - told[2][0], abs=1e-3)
+    assert told[1][1] <= told[2][1] <= told[2][0] - begun
+
+
+def test_states_that_a_checkpoint_needs_are_kept(tiny_model_folder: Any, tmp_path: Path, verdicts: list[Any]) -> None:
+    """Killed after two more states were accepted, the run continues from its newest checkpoint."""
+    folder = tmp_path / "accepted"
+
+    class Kill(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 5:
+                raise InterruptedError
+
+    def run(*callbacks: lightning.Callback, resume: Any = None) -> CapabilityGate:
+        gate = CapabilityGate(suite(tmp_path), str(folder), every_n_steps=1, keep=1)
+        saver = TrainingCheckpoint(str(tmp_path / "checkpoints"), every_n_steps=3, keep=1)
+        poisoned(tiny_model_folder(), gate, saver, *callbacks, steps=6, resume=resume)
+        return gate
+
+    with pytest.raises(InterruptedError):
+        run(Kill())
+    assert {path.name for path in folder.glob("*.ckpt")} == {"step=3.ckpt", "step=5.ckpt"}
+    assert [entry["step"] for entry in run(resume="last").history] == [1, 2, 3, 4, 5, 6]
+    # Nothing needs the state of step 3 once there is a checkpoint of step 6, which the next accepted state finds.
+    assert {path.name for path in folder.glob("*.ckpt")} == {"step=3.ckpt", "step=6.ckpt"}
+    with pytest.raises(ValueError, match=r"or resume with ckpt_path='.*accepted/step=6\.ckpt'$"):
+        CapabilityGate(suite(tmp_path), str(folder)).snapshots.read(2)

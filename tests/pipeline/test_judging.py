@@ -11,6 +11,7 @@ import yaml
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.evaluation import Report
+from rlhf_lightning.pipeline import judging
 from rlhf_lightning.pipeline.judging import (
     Judge,
     check_suite,
@@ -82,6 +83,16 @@ def test_the_divergence_from_the_start_is_a_criterion(models, suite, tmp_path):
         assert decision.verdict == verdict
         assert decision.kl is not None
         assert (decision.kl < 1e-6) == (verdict == "accept")
+
+
+def test_a_candidate_that_says_nothing_is_infinitely_far_from_the_start(models, suite, tmp_path, monkeypatch):
+    suite["tasks"][0]["limit"] = 2
+    monkeypatch.setattr(judging, "own_samples", lambda *args, **kwargs: [])
+    stage = GateStage(model=models[1], accepted=models[0], suite=suite, criteria=ALWAYS | {"max_kl": 9.0})
+    assert run_gate(stage, tmp_path, 0, "float32", lambda line: None)["accepted"] == 0.0
+    written = json.loads((tmp_path / "decision.json").read_text(), parse_constant=pytest.fail)
+    assert written["kl"] is None
+    assert written["reason"] == "its divergence from the start is inf nats per token, above max_kl=9.0"
 
 
 ALWAYS: dict[str, Any] = {"accept": "not_worse", "threshold": 1.0}

@@ -166,3 +166,31 @@ def test_refusals() -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         build_group(options, CapabilityCriteria)
+
+
+def test_a_candidate_that_has_collapsed_is_rejected() -> None:
+    """Its answers have no bigram; whether all tasks have collapsed or one of two, and whatever it scores."""
+    criteria = CapabilityCriteria(min_distinct=0.05, accept="not_worse")
+    for text in ("", "yes"):
+        good = [single([0.0] * 8, name=name, texts=lambda *_: "some words here") for name in "ab"]
+        flat = [single([1.0] * 8, name=name, texts=lambda *_, text=text: text) for name in "ab"]
+        assert decide(good, good, criteria).verdict == "accept"
+        for candidate, worst in (([good[0], flat[1]], "b"), (flat, "a")):
+            found = decide(good, candidate, criteria)
+            assert (found.verdict, found.reason) == (
+                "reject",
+                f"distinct_2 of task '{worst}' is 0, below min_distinct=0.05",
+            )
+        # A task whose right answers are single words from the start measures nothing, and limits nothing.
+        assert decide([good[0], flat[1]], [good[0], flat[1]], criteria).verdict == "accept"
+        with pytest.raises(ValueError, match=r"no task measures distinct_2: its answers have too few words$"):
+            decide(flat, flat, criteria)
+
+
+def test_a_divergence_that_is_not_a_number_is_a_rejection() -> None:
+    one, criteria = [single([1.0, 0.0, 1.0])], CapabilityCriteria(max_kl=1.0, accept="not_worse")
+    assert decide(one, one, criteria, kl=0.5).verdict == "accept"
+    for kl, reason in ((math.nan, "is not a number"), (math.inf, "is inf nats per token, above max_kl=1.0")):
+        found = decide(one, one, criteria, kl=kl)
+        assert found.verdict == "reject"
+        assert found.reason.startswith(f"its divergence from the start {reason}")
