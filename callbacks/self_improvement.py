@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from ..core import PostTrainingModule
 from ..data.loaders import BatchLoader
 from ..datamodules import ExampleDataModule
-from ..datamodules.replacing import replace_train
+from ..datamodules.replacing import replace_train, restore_train
 from ..distributed.collectives import gather_objects
 from ..distributed.unshard import gathered
 from ..evaluation.answers import read_prompts
@@ -123,11 +123,16 @@ class SelfImprovement(lightning.Callback):
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write seed, which is that of all samples")
         self.strategy = StrategyOption(strategy)
         self.seed, self.chat_template_kwargs = seed, chat_template_kwargs
+        self._module: PostTrainingModule | None = None
+        self._examples: list[Example] | None = None
+        self._read_with: tuple[Any, Any] | None = None  # tokenizer and settings of the prompts
+        self._forget()
+
+    def _forget(self) -> None:
         self.round = 0
         self.history: list[dict[str, Any]] = []
         self._rows_of = 0  # the round whose rows are trained on
         self._is_loaded = False
-        self._examples: list[Example] | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuses a module or datamodule whose rows cannot be replaced, and asks for new rows in every epoch.
@@ -146,6 +151,15 @@ class SelfImprovement(lightning.Callback):
                 f"SelfImprovement replaces the rows of a datamodule of this package without streaming; the trainer has "
                 f"{name}: call trainer.fit(module, datamodule=...) with one"
             )
+        kind = getattr(getattr(pl_module, "reference", None), "kind", None)
+        if kind == "precomputed":
+            raise ValueError(
+                f"SelfImprovement makes rows while {type(pl_module).__name__} trains, and reference is 'precomputed', "
+                "which has log-probs of the first rows alone: use reference='frozen'"
+            )
+        if self._module is not pl_module or trainer.global_step == 0:
+            self._forget()
+        self._module = pl_module
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         ask = type(data).train_dataloader
 
@@ -156,10 +170,16 @@ class SelfImprovement(lightning.Callback):
         vars(data)["train_dataloader"] = rows_first
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Leaves the datamodule to others."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and isinstance(data, ExampleDataModule):
-            vars(data).pop("train_dataloader", None)
+        """Leaves the datamodule to others, with its own rows."""
+        if stage == "fit":
+            _leave(trainer)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves the datamodule to others, with its own rows; what is saved after this has the position in the last."""
+        if trainer.state.fn == "fit":
+            _leave(trainer)
 
     def _before_rows(self, trainer: lightning.Trainer, module: PostTrainingModule, data: ExampleDataModule) -> None:
         """Makes the rows of a round that begins now, or finds those of the round that a run is resumed in."""
@@ -206,10 +226,11 @@ class SelfImprovement(lightning.Callback):
         return self.options.mixed(rows, derive_seed(self.seed, "seed rows", self.round)) if rows else []
 
     def _of_round(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[Example]:
-        if self._examples is None:
-            settings = self.chat_template_kwargs
-            if settings is None:
-                settings = getattr(trainer.datamodule, "chat_template_kwargs", None)  # type: ignore[attr-defined]
+        settings = self.chat_template_kwargs
+        if settings is None:
+            settings = getattr(trainer.datamodule, "chat_template_kwargs", None)  # type: ignore[attr-defined]
+        if self._examples is None or self._read_with != (module.tokenizer, settings):
+            self._read_with = (module.tokenizer, settings)
             self._examples = read_prompts(self.prompts, module.tokenizer, chat_template_kwargs=settings)
         number = self.prompts_per_round or len(self._examples)
         start = (self.round - 1) * number
@@ -260,3 +281,10 @@ class SelfImprovement(lightning.Callback):
                 f"the rows of round {self._rows_of} are not in {str(self._file(self._rows_of))!r}: the run that is "
                 "resumed has written them into its folder: give that folder"
             )
+
+
+def _leave(trainer: Any) -> None:
+    data = trainer.datamodule
+    if isinstance(data, ExampleDataModule):
+        vars(data).pop("train_dataloader", None)
+        restore_train(data)

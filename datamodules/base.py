@@ -148,6 +148,7 @@ class ExampleDataModule(pl.LightningDataModule):
         self._rows: RowTokenizer | None = None
         self._stores: dict[Split, ExampleStore] = {}
         self._coupled: dict[Split, ExampleStore] = {}
+        self._made: dict[Split, RowSource] = {}  # rows that replace those of a source: see `replacing`
         self._train_loader: BatchLoader | None = None
         self._train_loader_of: pl.Trainer | None = None
         self._train_state: dict[str, Any] | None = None
@@ -286,7 +287,7 @@ class ExampleDataModule(pl.LightningDataModule):
     def _reader(self, split: Split) -> RowReader:
         _ = self.rows  # load the tokenizer first: its errors must not be reported as a row's
         reader = RowReader(
-            self._open(split),
+            self._made[split] if split in self._made else self._open(split),
             self.make_examples,
             max_length=self.max_length,
             on_too_long=self.on_too_long,

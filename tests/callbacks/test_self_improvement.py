@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,33 @@ def test_a_module_without_its_rows(folder, prompts, tmp_path):
     fit = trainer("32-true", callbacks=[improvement(prompts, tmp_path)], default_root_dir=str(tmp_path), max_steps=1)
     with pytest.raises(ValueError, match=r"the trainer has NoneType: call trainer\.fit"):
         fit.fit(module, loader)
+
+
+def test_precomputed_rows_cannot_be_replaced(folder, prompts, tmp_path):
+    module = DPOModule(folder, optimizer=ADAM, reference="precomputed")
+    data = PreferenceDataModule(train=PAIRS, global_batch_size=2, tokenizer=folder)
+    rounds = improvement(prompts, tmp_path, rows="pairs")
+    fit = trainer("32-true", callbacks=[rounds], default_root_dir=str(tmp_path), max_epochs=2)
+    with pytest.raises(ValueError, match=r"'precomputed', which has log-probs .*: use reference='frozen'$"):
+        fit.fit(module, datamodule=data)
+
+
+def test_a_run_leaves_its_datamodule_as_it_was_and_another_begins_anew(folder, prompts, tmp_path):
+    rounds, data = improvement(prompts, tmp_path), SFTDataModule(train=ROWS, global_batch_size=2, tokenizer=folder)
+
+    class Kill(lightning.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise InterruptedError
+
+    own = {f"memory:{n}" for n in range(1, 7)}
+    for callbacks in ([], [Kill()], []):
+        seen = Seen()
+        run = trainer("32-true", callbacks=[rounds, seen, *callbacks], default_root_dir=str(tmp_path), max_epochs=2)
+        with pytest.raises(InterruptedError) if callbacks else nullcontext():
+            run.fit(SFTModule(folder, optimizer=ADAM), datamodule=data)
+        assert {row for batch in seen.rows[:3] for row in batch} == own
+        assert {row for batch in seen.rows[3:] for row in batch}.isdisjoint(own)
+        assert [record["round"] for record in rounds.history] == [1]
+        assert "train_dataloader" not in vars(data)
+        assert {example.row_id for example in data._store("train")} == own

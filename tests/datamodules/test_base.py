@@ -22,6 +22,7 @@ from rlhf_lightning.datamodules import (
     StreamLoader,
     UnpairedDataModule,
 )
+from rlhf_lightning.datamodules.replacing import replace_train, restore_train
 from rlhf_lightning.utils.keywords import options_of
 
 from .toys import UNMARKED, chars, complaint, ids
@@ -297,3 +298,32 @@ def test_a_packaged_tokenizer_is_found_from_anywhere(tmp_path: Path, monkeypatch
     assert data.report["train"]["kept"] == 2
     with pytest.raises(ValueError, match="cannot load tokenizer='configs/models/nono'"):
         SFTDataModule(train=ROWS, tokenizer="configs/models/nono").setup("fit")
+
+
+def tokens(loader: Any) -> list[Any]:
+    roots = [example.root for batch in loader for example in batch]
+    return [[root.tokens.tolist(), *(child.tokens.tolist() for child in root.children)] for root in roots]
+
+
+def test_rows_that_replace_those_of_a_source_are_taken_as_they_are() -> None:
+    """``columns``, ``transform`` and ``pair_by`` are of the datamodule's own rows, which come back."""
+    own = [{"question": f"{n}=", "completion": str(n), "right": float(n % 2)} for n in range(4)]
+    drop = {"transform": lambda row: row if row["completion"] != "1" else None}
+    cases: list[tuple[type[ExampleDataModule], dict[str, Any], dict[str, Any], int]] = [
+        (SFTDataModule, drop, {"prompt": "5-4=", "completion": "1"}, 3),
+        (PreferenceDataModule, {"pair_by": {"right": 1.0}}, {"prompt": "1=", "chosen": "1", "rejected": "2"}, 1),
+    ]
+    for cls, options, made, number in cases:
+        rows = own if cls is SFTDataModule else [row | {"question": "odd?"} for row in own[:2]]
+        data = cls(rows, tokenizer=chars(), global_batch_size=1, columns={"prompt": "question"}, **options)
+        before = row_ids(attached(data, trainer()).train_dataloader())
+        assert len(before) == number
+        replace_train(data, [made, made])
+        plain = attached(cls([made, made], tokenizer=chars(), global_batch_size=1), trainer())
+        assert tokens(data.train_dataloader()) == tokens(plain.train_dataloader())
+
+        # The loader of this trainer keeps its rows, so that its position can still be saved.
+        loader = data.train_dataloader()
+        restore_train(data)
+        assert data.train_dataloader() is loader
+        assert row_ids(attached(data, trainer()).train_dataloader()) == before
