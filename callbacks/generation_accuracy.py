@@ -62,6 +62,7 @@ class GenerationAccuracy(lightning.Callback):
         self.chat_template_kwargs = chat_template_kwargs
         self.strategy = StrategyOption(strategy, own_sampling=True)
         self._examples: list[Example] | None = None
+        self._read_with: tuple[Any, Any] | None = None  # tokenizer and settings of the prompts
         self._measured: tuple[int, int] | None = None  # id of the module, and step
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -91,10 +92,11 @@ class GenerationAccuracy(lightning.Callback):
             )
 
         # The prompts are rendered with the settings of training.
-        if self._examples is None:
-            settings = self.chat_template_kwargs
-            if settings is None:
-                settings = getattr(getattr(trainer, "datamodule", None), "chat_template_kwargs", None)
+        settings = self.chat_template_kwargs
+        if settings is None:
+            settings = getattr(getattr(trainer, "datamodule", None), "chat_template_kwargs", None)
+        if self._examples is None or self._read_with != (pl_module.tokenizer, settings):
+            self._read_with = (pl_module.tokenizer, settings)
             self._examples = read_prompts(
                 self.prompts, pl_module.tokenizer, limit=self.limit, chat_template_kwargs=settings
             )

@@ -17,7 +17,7 @@ from ..core.checkpoint_io import check_place
 from ..core.exports import check_merge
 from ..core.position import has_validation
 from ..metrics.direction import direction_of
-from ..utils.files import hold, on_first_rank, recover, release, write_atomically
+from ..utils.files import PARTIAL, REPLACED, hold, on_first_rank, recover, release, write_atomically
 
 _RECORDED = {"step", "monitor", "value"}  # exactly the keys of an export's record
 
@@ -100,7 +100,8 @@ class ModelExport(lightning.Callback):
         check_place(self.folder.parent, "the model")
         # A second run that writes here fails at its start, not at its end.
         hold(self.folder)
-        recover(Path(str(self.folder).replace("{step}", "*")).expanduser().absolute())
+        for place in self._places(rf"\.%s({re.escape(REPLACED)}|{re.escape(PARTIAL)})"):
+            recover(place.expanduser().absolute())
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Refuses, before training, an export over a foreign folder or one that cannot be merged."""
@@ -123,16 +124,20 @@ class ModelExport(lightning.Callback):
         place = self._at(self.critic_folder, step)
         on_first_rank(lambda: check(str(place), merge_adapter=self.merge_adapter))
 
+    def _places(self, form: str, after: int = -1) -> list[Path]:
+        """Lists folders of this export: with ``{step}``, those of later steps that have a file named after them."""
+        start, numbered, end = self.folder.name.partition("{step}")
+        if not numbered:
+            return [self.folder]
+        # Digits alone: another run may export to folders whose names begin alike.
+        pattern = re.compile(form % rf"{re.escape(start)}(\d+){re.escape(end)}")
+        found = [pattern.fullmatch(path.name) for path in self.folder.expanduser().parent.glob("*")]
+        numbers = sorted({int(match[1]) for match in found if match is not None})
+        return [self.folder.with_name(f"{start}{n}{end}") for n in numbers if n > after]
+
     def _check_places(self, module: PostTrainingModule, step: int) -> None:
         # With {step} in the name, later steps of this run would replace these folders.
-        before, numbered, after = self.folder.name.partition("{step}")
-        places = [self.folder]
-        if numbered:
-            pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}(\.json)?")
-            found = [(path, pattern.fullmatch(path.name)) for path in sorted(self.folder.parent.glob("*"))]
-            numbers = {int(match[1]) for _, match in found if match is not None}
-            places = [self.folder.with_name(f"{before}{n}{after}") for n in sorted(numbers) if n > step]
-        for place in places:
+        for place in self._places(r"%s(\.json)?", after=step):
             module.check_export(str(place), merge_adapter=self.merge_adapter)
             record = place.with_name(f"{place.name}.json")
             if record.exists() and not _is_record(record):

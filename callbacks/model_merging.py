@@ -19,6 +19,7 @@ from ..metrics.direction import direction_of
 from ..utils.validation import check_choice, check_count, check_not_negative
 from .snapshot_merges import mean_merge, spherical_merge
 from .trained_weights import copied, placed, put, settled_weights
+from .weight_average import WeightAverage
 
 Weights = dict[str, Tensor]
 
@@ -68,7 +69,8 @@ class ModelMerging(lightning.Callback):
         max_drop: loss of the metric that is accepted, at least 0.
 
     Raises:
-        ValueError: an option out of range; in training, a metric that cannot be measured.
+        ValueError: an option out of range; in training, a metric that cannot be measured, or a ``WeightAverage``, whose
+            average would be exported in place of the merge.
 
     Example::
 
@@ -137,6 +139,10 @@ class ModelMerging(lightning.Callback):
         """Forgets another module's snapshots, and moves to the front: exports and checkpoints are to see merges."""
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(f"ModelMerging needs a PostTrainingModule; it was given a {type(pl_module).__name__}")
+        if any(isinstance(callback, WeightAverage) for callback in trainer.callbacks):
+            raise ValueError(
+                "ModelMerging exports its merge, and WeightAverage its average in place of it: remove one of them"
+            )
         # Another list, as Lightning is going through this one.
         trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
         if self._module is not pl_module:

@@ -27,7 +27,7 @@ Measured = TypeVar("Measured")
 class SuiteMeter:
     """Measures a module on the tasks of a suite; every rank calls it, and has all results.
 
-    Random states are those of before. Prompts are read once.
+    Random states are those of before. Prompts are read once for a tokenizer and settings.
 
     Args:
         suite: the suite.
@@ -48,6 +48,7 @@ class SuiteMeter:
         self.seed = seed
         self.verifiers = {task.name: build_reward(task.verifier) for task in self.tasks}
         self._examples: dict[str, list[Example]] = {}
+        self._read_with: tuple[Any, Any] | None = None  # tokenizer and settings of the prompts
 
     def results(self, module: PostTrainingModule, settings: dict[str, Any] | None) -> list[TaskResult]:
         """Answers and verifies all prompts.
@@ -59,6 +60,8 @@ class SuiteMeter:
         Raises:
             ValueError: a task without prompts or verdicts, or a verifier that raised on any rank.
         """
+        if self._read_with != (module.tokenizer, settings):
+            self._read_with, self._examples = (module.tokenizer, settings), {}
         return _undisturbed(module, lambda: [self._result(module, task, settings) for task in self.tasks])
 
     def _result(self, module: PostTrainingModule, task: Any, settings: dict[str, Any] | None) -> TaskResult:

@@ -237,20 +237,17 @@ def recover(folder: Path) -> None:
     list shows that the package wrote them.
 
     Args:
-        folder: the folder that was being written; ``*`` in its name matches anything.
+        folder: the folder that was being written.
     """
-    pattern = folder.name.replace("[", "[[]").replace("?", "[?]")
     for suffix in (REPLACED, PARTIAL):
-        for left in folder.parent.glob(f".{pattern}{suffix}"):
-            place = left.with_name(left.name[1:].removesuffix(suffix))
-            if read_marker(left) is None:
-                _remove_empty(left)
-                continue
-            # The old folder was moved aside and the new one never arrived.
-            if suffix == REPLACED and not place.exists():
-                left.rename(place)
-            else:
-                discard(left)
+        left = hidden_sibling(folder, suffix)
+        if read_marker(left) is None:
+            _remove_empty(left)
+        # The old folder was moved aside and the new one never arrived.
+        elif suffix == REPLACED and not folder.exists():
+            left.rename(folder)
+        else:
+            discard(left)
 
 
 def _remove_empty(folder: Path) -> None:

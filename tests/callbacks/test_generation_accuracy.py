@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -11,11 +12,13 @@ import torch
 from lightning.pytorch.plugins import Precision
 
 from rlhf_lightning import SFTModule
-from rlhf_lightning.callbacks import GenerationAccuracy, JSONLLogger
+from rlhf_lightning.callbacks import GenerationAccuracy, JSONLLogger, SelfImprovement
 from rlhf_lightning.datamodules import SFTDataModule
+from rlhf_lightning.evaluation import Suite
 from rlhf_lightning.evaluation.answers import answer_prompts, load_verifier, read_prompts
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.loggers import read_history
+from rlhf_lightning.self_improvement.measuring import SuiteMeter
 from tests.helpers import char_tokenizer, tiny_model
 
 ROWS = [{"prompt": f"{n}+{n}=?", "answer": str(2 * n)} for n in range(6)]
@@ -153,3 +156,36 @@ def test_limit_must_be_positive(tokenizer):
 def test_a_foreign_module_is_refused(prompts):
     with pytest.raises(ValueError, match="needs a PostTrainingModule"):
         GenerationAccuracy(prompts).measure(None, lightning.LightningModule())
+
+
+def test_each_tokenizer_reads_the_prompts(tiny_model_folder, prompts, tmp_path):
+    """One callback for modules whose tokenizers give a character different numbers."""
+    other = tmp_path / "other"
+    tiny_model("llama").save_pretrained(other)
+    names = char_tokenizer()
+    file = json.loads(names.backend_tokenizer.to_str())
+    numbers = file["model"]["vocab"]
+    numbers["0"], numbers["+"] = numbers["+"], numbers["0"]
+    names.save_pretrained(other)
+    (other / "tokenizer.json").write_text(json.dumps(file))
+    task = {"name": "long", "prompts": prompts, "verifier": f"{__name__}.is_long", "sampling": {"max_new_tokens": 2}}
+    accuracy = GenerationAccuracy(prompts, verifier=f"{__name__}.is_long", max_new_tokens=2)
+    meter = SuiteMeter(Suite.read({"name": "small", "tasks": [task]}), 0)
+    rounds = SelfImprovement(prompts, str(tmp_path / "rounds"))
+    rounds.round = 1
+    trainer = SimpleNamespace(
+        datamodule=None, precision_plugin=Precision(), global_rank=0, world_size=1, global_step=0, is_global_zero=True
+    )
+    seen = []
+    for folder in (tiny_model_folder(), other):
+        module = SFTModule(str(folder))
+        module.configure_model()
+        module._trainer = trainer
+        accuracy.measure(trainer, module)
+        meter.results(module, None)
+        read = [accuracy._examples, meter._examples["long"], rounds._of_round(trainer, module)]
+        for examples in read:
+            found = [module.tokenizer.decode(example.root.tokens) for example in examples]
+            assert all(row["prompt"] in text for row, text in zip(ROWS, found, strict=True))
+        seen.append(read[0][0].root.tokens.tolist())
+    assert seen[0] != seen[1]

@@ -195,6 +195,19 @@ def test_what_a_killed_export_left_is_cleaned_up(tiny_model_folder, tmp_path):
     assert found == ["at-7", f"at-7/{MARKER}", "at-7/config.json"]
 
 
+def test_what_another_run_is_writing_is_left(tmp_path):
+    """Folders whose names begin alike, of runs side by side."""
+    theirs = [hidden_sibling(tmp_path / name, PARTIAL) for name in ("at-best", "at-large-7")]
+    for left in theirs:
+        left.mkdir()
+        mark(left, "model")
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=lambda found: found))
+    callback = ModelExport(str(tmp_path / "at-{step}"))
+    callback.setup(trainer, None, "fit")
+    callback.teardown(trainer, None, "fit")
+    assert all((left / MARKER).is_file() for left in theirs)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

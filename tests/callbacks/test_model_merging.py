@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule, SFTModule
-from rlhf_lightning.callbacks import ModelExport, ModelMerging, TrainingCheckpoint
+from rlhf_lightning.callbacks import ModelExport, ModelMerging, TrainingCheckpoint, WeightAverage
 from rlhf_lightning.core.measuring import measure_validation
 from rlhf_lightning.datamodules import SFTDataModule
 
@@ -369,3 +369,11 @@ def test_snapshots_of_other_weights_are_refused(folder: str) -> None:
     module.configure_model()
     with pytest.raises(ValueError, match=r"the checkpoint's snapshot is not one of .* or remove ModelMerging"):
         second.on_train_start(run, module)
+
+
+def test_an_average_would_be_exported_in_place_of_the_merge(folder: str) -> None:
+    for callbacks in ([told(snapshot_every_n_steps=1), WeightAverage()], [WeightAverage(), told()]):
+        steps = Starts()
+        with pytest.raises(ValueError, match=r"^ModelMerging exports its merge, and WeightAverage its average"):
+            fit(sft(folder), batches(2), steps, Told(*BETTER), *callbacks)
+        assert steps.weights == []
