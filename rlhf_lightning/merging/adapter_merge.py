@@ -26,7 +26,7 @@ from .adapter_files import PREFIX, WEIGHTS, Adapter, Factors, is_adapter, read_a
 from .manifest import NAME, manifest_text
 from .methods import Cat, Svd
 from .methods.lora import Product, concatenate, truncate
-from .sources import TOKENIZER_FILES, check_headless, check_tokenizers, find_folder
+from .sources import GENERATION, TOKENIZER_FILES, check_headless, check_tokenizers, find_folder
 from .tensor_files import StoredTensor, file_digest, stored_tensors
 
 
@@ -98,7 +98,7 @@ def merge_adapters(
     def write(place: Path) -> None:
         save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(place))
-        for name in (*TOKENIZER_FILES, ROPE_PARAMETERS):
+        for name in (*TOKENIZER_FILES, GENERATION, ROPE_PARAMETERS):
             if (adapters[0].folder / name).is_file():
                 shutil.copyfile(adapters[0].folder / name, place / name)
         outputs = {WEIGHTS: file_digest(place / WEIGHTS)}

@@ -113,12 +113,17 @@ def adapted_tensors(
     Raises:
         ValueError: the adapter does not fit the base.
     """
-    base = {**base, **adapter.own_base}
-    found: dict[str, StoredTensor | Derived] = dict(base)
-    for name, tensor in adapter.trained.items():
-        if name not in base or base[name].shape != tensor.shape:
+    for name, tensor in (*adapter.own_base.items(), *adapter.trained.items()):
+        if name not in base:
             raise ValueError(f"{str(adapter.file)!r} has {name!r}, which its base model does not have")
-        found[name] = tensor
+        if base[name].shape != tensor.shape:
+            raise ValueError(
+                f"{str(adapter.file)!r} has {name!r} of shape {tensor.shape}, and its base model one of shape "
+                f"{base[name].shape}: give as base the model that it was trained on, with the tokens that were added "
+                "to it"
+            )
+    base = {**base, **adapter.own_base}
+    found: dict[str, StoredTensor | Derived] = {**base, **adapter.trained}
     for path, factors in adapter.layers.items():
         found |= _adapted(path, factors, adapter, base, dtype)
     return found

@@ -15,7 +15,7 @@ import torch
 from ..utils.files import atomic_file, write_atomically
 from .methods import Linear
 from .methods.base import TensorView
-from .sources import check_same, open_source
+from .sources import check_same, open_source, with_equal_ties
 from .stream import Merge, is_merged
 
 # Bounds of the warnings. Models that were trained from one base keep weights that point the same way.
@@ -101,9 +101,10 @@ def conflict_report(models: Sequence[str | Path], base: str | Path | None = None
     """
     if len(models) < 2:
         raise ValueError(f"models has {len(models)} entries; give at least two to compare")
-    sources = [open_source(model, base=base) for model in models]
-    root = None if base is None else open_source(base)
-    check_same([*sources, *([] if root is None else [root])])
+    opened = [open_source(model, base=base) for model in models]
+    everything = with_equal_ties(opened if base is None else [*opened, open_source(base)])
+    check_same(everything)
+    sources, root = everything[: len(models)], None if base is None else everything[-1]
     run = Merge(sources, root, lambda name: Linear(), torch.float32, lambda name: torch.float32)
     pairs = list(combinations(range(len(sources)), 2))
     tensors, products_MM = [], torch.zeros(len(sources), len(sources), dtype=torch.float64)

@@ -5,9 +5,11 @@ Legend: L tokens of a row, V vocabulary, I inputs of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from ..data.sources import Source as TableSource
 from ..datamodules import SFTDataModule
 from ..inference.sampling import derive_seed
-from ..models.loading import load_causal_lm, load_tokenizer
+from ..models.loading import load_adapted_lm, load_causal_lm, load_tokenizer
+from ..models.saving import save_pretrained
 from ..utils.validation import check_count
 from .methods import Fisher
 from .methods.base import Activations, Method
@@ -52,25 +55,50 @@ def measure(method: Method, sources: Sequence[Source], rows: str | None, num_row
         ValueError: the source has no rows, or a model does not load.
     """
     check_count("num_rows", num_rows, "256 is usual")
-    sequences = list(islice(row_tokens(load_tokenizer(sources[0].folder), str(rows)), num_rows))
+    tokenizer = load_tokenizer(sources[0].tokenizer_folder)
+    sequences = list(islice(row_tokens(tokenizer, str(rows)), num_rows))
     if not sequences:
         raise ValueError(f"rows {rows!r} has no row to measure the models on")
     fisher, products = [], []
     for source in sources:
-        # Fisher information needs gradients of all weights.
-        model = load_causal_lm(source.folder, dtype=torch.float32, trainable=False)
+        model = _whole_model(source, tokenizer)
+        # A weight that is not found by its name would be merged as if it had not been measured.
         if isinstance(method, Fisher):
             fisher.append(estimate_fisher(model, sequences, seed=seed))
+            merged = [name for name, tensor in source.tensors.items() if tensor.dtype.is_floating_point]
+            _check_names(source, merged, fisher[-1])
         else:
             products.append(estimate_products(model, sequences))
+            _check_names(source, products[-1], source.tensors)
     if fisher:
         return Statistics(fisher=fisher)
-    names = products[0]
+    first, *others = products
+    # A head that is tied in one of the models is measured in none.
+    names = [name for name in first if all(name in other for other in others)]
     return Statistics(
         activations={
-            name: Activations([each[name].products[0] for each in products], names[name].transposed) for name in names
+            name: Activations([each[name].products[0] for each in products], first[name].transposed) for name in names
         }
     )
+
+
+def _whole_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """Loads a model in fp32; an adapter as one model with its base, whose weights have the names of the merge."""
+    if not source.adapter:
+        return load_causal_lm(source.folder, dtype=torch.float32, trainable=False)
+    adapted = load_adapted_lm(source.root, source.folder, dtype=torch.float32)
+    with TemporaryDirectory() as scratch:
+        place = save_pretrained(adapted, tokenizer, Path(scratch) / "whole", merge_adapter=True)
+        return load_causal_lm(place, dtype=torch.float32, trainable=False)
+
+
+def _check_names(source: Source, wanted: Iterable[str], known: Container[str]) -> None:
+    """Refuses models whose weights have other names in memory than in their files."""
+    if odd := [name for name in wanted if name not in known]:
+        raise ValueError(
+            f"{len(odd)} tensors of {str(source.folder)!r} have other names in its files than when it is loaded, such "
+            f"as {odd[0]!r}, so that what is measured has no place: merge it by a method that needs no rows"
+        )
 
 
 def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterator[list[int]]:

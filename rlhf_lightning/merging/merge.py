@@ -33,7 +33,7 @@ from .data import Statistics, measure
 from .manifest import NAME, manifest_text
 from .methods import ADAPTER_METHODS, METHODS, Cat, Svd
 from .methods.base import Method
-from .sources import TOKENIZER_FILES, Source, chat_template_differs, check_same, open_source
+from .sources import Source, chat_template_differs, check_base, check_same, open_source, with_equal_ties
 from .stream import JOURNAL, Journal, Merge, is_merged, worker_pool, write_shards
 from .tensor_files import INDEX, BackgroundDigests, Shard, fingerprint, plan_shards
 
@@ -108,6 +108,8 @@ def merge(
             merge_adapters(chosen, models, target, base=base, dtype=result, record=record, say=say)
         return target
 
+    if not chosen.needs_base:
+        check_base(base, models, method)
     sources, root = _open(models, base, _DTYPES[precision], target, differences=chosen.needs_base)
     if chat_template_differs(sources):
         say(f"the chat templates differ: that of {str(sources[0].folder)!r} is written")
@@ -165,17 +167,23 @@ def _check(
         raise ValueError(f"{method.name} merges differences to a base model: give base=")
     if isinstance(method, Cat | Svd) and variants:
         raise ValueError(f"{method.name} merges every layer in the same way: remove layers")
-    if method.needs_data and rows is None:
-        raise ValueError(f"{method.name} measures the models on rows of data: give rows=")
+    if method.needs_data != (rows is not None):
+        raise ValueError(
+            f"{method.name} measures the models on rows of data: give rows="
+            if method.needs_data
+            else f"rows is {rows!r}, and {method.name} measures nothing: remove rows, or choose fisher or regmean"
+        )
 
 
 def _open(
     models: Sequence[str | Path], base: str | Path | None, dtype: torch.dtype, target: Path, *, differences: bool
 ) -> tuple[list[Source], Source | None]:
     """Opens the models, and the base where differences to it are merged; checks all that headers and configs tell."""
-    sources = [open_source(model, base=base, dtype=dtype) for model in models]
-    root = open_source(base, dtype=dtype) if base is not None and differences else None
-    everything = [*sources, *([] if root is None else [root])]
+    opened = [open_source(model, base=base, dtype=dtype) for model in models]
+    if base is not None and differences:
+        opened.append(open_source(base, dtype=dtype))
+    everything = with_equal_ties(opened)
+    sources, root = everything[: len(models)], everything[len(models)] if len(everything) > len(models) else None
     check_same(everything)
     if target in {source.folder for source in everything}:
         raise ValueError(f"output {str(target)!r} is one of the models: choose another folder")
@@ -334,9 +342,8 @@ def _write_rest(first: Source, fresh: Path, shards: Sequence[Shard], manifest: s
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     write_atomically(fresh / "config.json", json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (first.folder / name).is_file():
-            shutil.copyfile(first.folder / name, fresh / name)
+    for path in first.companions():
+        shutil.copyfile(path, fresh / path.name)
     write_atomically(fresh / NAME, manifest)
 
 

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from ..utils.files import write_atomically
 from ..utils.validation import check_choice
+from .adapter_files import is_adapter
 from .merge import merge
+from .sources import check_base, find_folder
 
 
 def uniform_soup(models: Sequence[str | Path], output: str | Path, **options: Any) -> Path:
@@ -84,7 +86,15 @@ def greedy_soup(
     check_choice("mode", mode, ("max", "min"))
     if len(models) < 2:
         raise ValueError(f"models has {len(models)} entries; a soup needs at least two")
+    check_base(options.get("base"), models, "a soup")
     sign = 1.0 if mode == "max" else -1.0
+
+    def mean(numbers: Sequence[int], place: Path, **more: Any) -> Path:
+        parts = [models[number] for number in numbers]
+        adapted = any(is_adapter(find_folder(part)) for part in parts)
+        # The base is that of adapters, and some parts may have none.
+        given = {name: value for name, value in options.items() if adapted or name != "base"}
+        return merge("linear", models=parts, output=place, **given, **more)
 
     def measured(folder: Path, what: str) -> float:
         value = float(evaluate(folder))
@@ -103,17 +113,14 @@ def greedy_soup(
     trials, tried = Path(mkdtemp(prefix=f".{target.name}.soup.", dir=target.parent)), []
     try:
         for number in order[1:]:
-            trial = merge("linear", models=[models[n] for n in (*chosen, number)], output=trials / "trial", **options)
+            trial = mean([*chosen, number], trials / "trial")
             value = measured(trial, f"with {models[number]}")
             tried.append((str(models[number]), value))
             if sign * value > sign * best:
                 chosen, best = [*chosen, number], value
     finally:
         shutil.rmtree(trials, ignore_errors=True)
-    if len(chosen) > 1:
-        merge("linear", models=[models[n] for n in chosen], output=target, **options)
-    else:
-        merge("linear", models=[models[chosen[0]]], output=target, keep=True, **options)
+    mean(chosen, target, keep=len(chosen) == 1)
     found = GreedySoup(target, [str(models[n]) for n in chosen], best, values, tried)
     record = {"ingredients": found.ingredients, "value": best, "values": values, "tried": tried, "mode": mode}
     write_atomically(target.with_name(f"{target.name}.soup.json"), json.dumps(record, indent=1) + "\n")

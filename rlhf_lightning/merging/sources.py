@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 
-from ..models.loading import first_difference, locate
+from ..models.adapters import locate_base
+from ..models.loading import first_difference, locate, read_config
 from ..models.safetensors_io import first_line, read_json
-from .adapter_files import CONFIG, is_adapter, read_adapter
+from .adapter_files import CONFIG, Adapter, is_adapter, read_adapter
 from .adapter_weights import Derived, adapted_tensors
 from .tensor_files import StoredTensor, stored_tensors, weight_files
 
@@ -22,7 +24,8 @@ Readable = StoredTensor | Derived
 
 # Of a model on the hub: weights, configs and tokenizer.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-# Files of a tokenizer and of generation, copied into the merged folder where they are there.
+GENERATION = "generation_config.json"
+# Files of a tokenizer, copied into the merged folder where they are there.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,7 +35,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "generation_config.json",
 )
 
 
@@ -42,20 +44,37 @@ class Source:
 
     Args:
         folder: as the user named it, resolved.
+        root: of an adapter, the folder of its base; otherwise the same.
         tensors: its tensors, in the order of the file.
         files: all files that they are read from.
         config: of the model.
+        untied: whether an adapter has made weights differ that its base ties.
     """
 
     folder: Path
+    root: Path
     tensors: dict[str, Readable]
     files: list[Path]
     config: dict[str, Any]
+    untied: bool = False
 
     @property
     def adapter(self) -> bool:
         """Whether it is an adapter on a base."""
         return is_adapter(self.folder)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder of its tokenizer: an adapter without one has that of its base."""
+        own = any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+        return self.folder if own else self.root
+
+    def companions(self) -> list[Path]:
+        """Finds the files of its tokenizer and generation config, each of the adapter's own or of its base."""
+        found = [self.tokenizer_folder / name for name in TOKENIZER_FILES]
+        own = (self.folder / GENERATION).is_file()
+        found.append((self.folder if own else self.root) / GENERATION)
+        return [path for path in found if path.is_file()]
 
 
 def open_source(model: str | Path, *, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Source:
@@ -73,15 +92,73 @@ def open_source(model: str | Path, *, base: str | Path | None = None, dtype: tor
     check_headless(folder)
     if not is_adapter(folder):
         _check_plain(folder)
-        return Source(folder, dict(stored_tensors(folder)), weight_files(folder), _config(folder))
+        return Source(folder, folder, dict(stored_tensors(folder)), weight_files(folder), _config(folder))
     named = base or read_json(folder / CONFIG).get("base_model_name_or_path")
     if not named:
         raise ValueError(f"the adapter {str(folder)!r} names no base model: give base=")
-    root = find_folder(named)
+    root = find_folder(base or locate_base(str(named), folder))
     _check_plain(root)
     adapter = read_adapter(folder)
-    tensors = adapted_tensors(adapter, stored_tensors(root), dtype=dtype)
-    return Source(folder, dict(tensors), [*weight_files(root), adapter.file], _config(root))
+    stored, ties = stored_tensors(root), _ties(root)
+    tensors: dict[str, Readable] = dict(adapted_tensors(adapter, _with_copies(stored, ties), dtype=dtype))
+    files = [*weight_files(root), adapter.file]
+    if _differ(adapter, ties):
+        return Source(folder, root, tensors, files, _untied_config(root), untied=True)
+
+    # Still tied: what peft has trained is the embedding, and its copies follow.
+    if adapter.config.get("ensure_weight_tying"):
+        tensors |= {copy: tensors[kept] for copy, kept in ties.items() if kept in tensors}
+    return Source(folder, root, {name: tensors[name] for name in tensors if name in stored}, files, _config(root))
+
+
+# Tied weights.
+
+
+def _ties(folder: Path) -> dict[str, str]:
+    """Returns which weights of a model are others by a second name, such as a head that is the embedding."""
+    config: Any = read_config(str(folder))
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    build: Any = transformers.AutoModelForCausalLM.from_config if named is None else named._from_config
+    with torch.device("meta"):
+        return dict(build(config).all_tied_weights_keys)
+
+
+def _with_copies(stored: Mapping[str, Any], ties: Mapping[str, str]) -> dict[str, Any]:
+    """Adds the names of tied weights that a file lacks: it has one of two."""
+    found = dict(stored)
+    for copy, kept in ties.items():
+        if kept in found:
+            found.setdefault(copy, found[kept])
+        elif copy in found:
+            found[kept] = found[copy]
+    return found
+
+
+def _differ(adapter: Adapter, ties: Mapping[str, str]) -> bool:
+    """Tells whether an adapter has changed one of two tied weights: peft ties them only where it is asked to."""
+    changed = {*adapter.trained, *(f"{path}.weight" for path in adapter.layers)}
+    return not adapter.config.get("ensure_weight_tying") and not changed.isdisjoint({*ties, *ties.values()})
+
+
+def _untied_config(folder: Path) -> dict[str, Any]:
+    config = {**_config(folder), "tie_word_embeddings": False}
+    if isinstance(text := config.get("text_config"), Mapping):
+        config["text_config"] = {**text, "tie_word_embeddings": False}
+    return config
+
+
+def with_equal_ties(sources: Sequence[Source]) -> list[Source]:
+    """Gives every model a head of its own where an adapter has untied that of one: a copy changes no model."""
+    if not any(source.untied for source in sources):
+        return list(sources)
+    found = []
+    for source in sources:
+        ties = {} if source.untied else _ties(source.root)
+        if ties:
+            tensors, config = _with_copies(source.tensors, ties), _untied_config(source.root)
+            source = replace(source, tensors=tensors, config=config, untied=True)
+        found.append(source)
+    return found
 
 
 def find_folder(model: str | Path) -> Path:
@@ -100,6 +177,19 @@ def find_folder(model: str | Path) -> Path:
             f"there is no folder {str(model)!r}, and it could not be loaded from the hub ({first_line(error)}): pass "
             "an existing folder, or a hub id that is cached or can be reached"
         ) from error
+
+
+def check_base(base: str | Path | None, models: Sequence[str | Path], method: str) -> None:
+    """Refuses a base that a method of no differences would never read.
+
+    Raises:
+        ValueError: there is one, and none of the models is an adapter on it.
+    """
+    if base is not None and not any(is_adapter(find_folder(model)) for model in models):
+        raise ValueError(
+            f"base is {str(base)!r}, and {method} merges whole models without one: remove base, or choose a method of "
+            "differences such as task_arithmetic"
+        )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -136,7 +226,7 @@ def check_same(sources: Sequence[Source]) -> None:
     for other in sources[1:]:
         _check_tensors(first, other)
         _check_config(first, other)
-    check_tokenizers([source.folder for source in sources])
+    check_tokenizers([source.tokenizer_folder for source in sources])
 
 
 def _check_tensors(first: Source, other: Source) -> None:
@@ -197,7 +287,7 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
 
 def chat_template_differs(sources: Sequence[Source]) -> bool:
     """Tells whether the models have different chat templates, which a merge cannot combine."""
-    return len({_template_digest(source.folder) for source in sources} - {None}) > 1
+    return len({_template_digest(source.tokenizer_folder) for source in sources} - {None}) > 1
 
 
 def _template_digest(folder: Path) -> str | None:

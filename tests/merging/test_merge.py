@@ -17,16 +17,27 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from rlhf_lightning.merging import merge, tensor_files, verify
-from rlhf_lightning.merging.data import estimate_fisher, estimate_products
+from rlhf_lightning.merging import greedy_soup, merge, tensor_files, verify
+from rlhf_lightning.merging.data import _check_names, estimate_fisher, estimate_products
 from rlhf_lightning.merging.merge import build_method
 from rlhf_lightning.merging.methods import METHODS, merge_tensors
 from rlhf_lightning.merging.methods import base as base_module
 from rlhf_lightning.merging.sources import open_source
 from rlhf_lightning.merging.tensor_files import read_header
+from rlhf_lightning.models import load_tokenizer
 
+from ..helpers import save_tiny_model
+
+TOKENS = torch.arange(9)[None]
 NANO = Path(__file__).parents[2] / "configs" / "models" / "nano"
 
 
@@ -64,7 +75,8 @@ def states(folders, *names):
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"slerp", "fisher", "regmean"}))
 def test_a_merge_on_disk_equals_one_in_memory(name, folders, tmp_path):
-    output = merge(name, base=folders["base"], models=[folders[n] for n in "abc"], output=tmp_path / "out")
+    origin = folders["base"] if METHODS[name].needs_base else None
+    output = merge(name, base=origin, models=[folders[n] for n in "abc"], output=tmp_path / "out")
     start, *models = states(folders, "base", "a", "b", "c")
     expected = merge_tensors(METHODS[name](), models, start)
     found = load_file(output / "model.safetensors")
@@ -230,6 +242,91 @@ def test_an_adapter_bias_without_a_bias_to_add_to_is_refused(folders, tmp_path):
         merge("linear", base=folders["base"], models=[tmp_path / "adapter"], output=tmp_path / "out")
 
 
+TIED = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "modules_to_save": {"modules_to_save": ["embed_tokens"]},
+    "layers": {},
+    "tied embedding": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "tied modules_to_save": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+def tied_llama(path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", TIED)
+def test_an_adapter_unties_only_what_it_changes(name, tmp_path):
+    base = tied_llama(tmp_path / "base")
+    with torch.no_grad():
+        expected = adapted(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter", **TIED[name])(TOKENS).logits
+        output = merge("linear", models=[tmp_path / "adapter"], output=tmp_path / "out", precision="float64", keep=True)
+        found = AutoModelForCausalLM.from_pretrained(output)
+    torch.testing.assert_close(found(TOKENS).logits, expected, rtol=1e-5, atol=1e-6)
+    assert found.config.tie_word_embeddings == (name == "layers" or "tied" in name)
+    stored = load_file(output / "model.safetensors").keys()
+    assert ("lm_head.weight" in stored) != found.config.tie_word_embeddings
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tied_models_are_merged_with_an_untied_adapter(tmp_path):
+    base = tied_llama(tmp_path / "base")
+    other = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.lm_head.weight += 0.1
+    other.save_pretrained(tmp_path / "other")
+    peft = adapted(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter", target_modules=["embed_tokens"])
+    models = [tmp_path / "adapter", tmp_path / "other"]
+    output = merge("task_arithmetic", base=base, models=models, output=tmp_path / "out")
+    found = load_file(output / "model.safetensors")
+    embedding = peft.get_input_embeddings()(torch.arange(40)).detach()
+    torch.testing.assert_close(found["lm_head.weight"], other.lm_head.weight.detach())
+    torch.testing.assert_close(found["model.embed_tokens.weight"], embedding + 0.1)
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_adapter_brings_tokenizer_and_generation_config_of_its_base(tmp_path):
+    base = save_tiny_model(tmp_path / "base", "llama")
+    ends = GenerationConfig.from_pretrained(base)
+    ends.eos_token_id = [1, 2]
+    ends.save_pretrained(base)
+    adapter = tmp_path / "adapter"
+    adapted(AutoModelForCausalLM.from_pretrained(base), adapter)
+    # Found from the adapter's folder, as where a model is loaded.
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
+    output = merge("linear", models=[adapter], output=tmp_path / "out")
+    assert load_tokenizer(output).get_vocab() == load_tokenizer(base).get_vocab()
+    assert (output / "chat_template.jinja").read_text() == (base / "chat_template.jinja").read_text()
+    assert GenerationConfig.from_pretrained(output).eos_token_id == [1, 2]
+    # Its own goes first; the tokenizer remains that of the base.
+    ends.eos_token_id = 7
+    ends.save_pretrained(adapter)
+    again = merge("linear", models=[adapter], output=tmp_path / "again")
+    assert GenerationConfig.from_pretrained(again).eos_token_id == 7
+    assert (again / "tokenizer.json").is_file()
+
+
+def test_another_shape_is_told_with_both(folders, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapted(LlamaForCausalLM.from_pretrained(folders["base"]), adapter, modules_to_save=["embed_tokens"])
+    path = adapter / "adapter_model.safetensors"
+    state = load_file(path)
+    key = next(name for name in state if "embed_tokens" in name)
+    save_file({**state, key: torch.zeros(42, 16)}, path)
+    with pytest.raises(ValueError, match=r"of shape \(42, 16\), and its base model one of shape \(40, 16\): give as"):
+        merge("linear", base=folders["base"], models=[adapter], output=tmp_path / "out")
+    save_file({**state, "base_model.model.model.extra.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"'model\.extra\.weight', which its base model does not have"):
+        merge("linear", base=folders["base"], models=[adapter], output=tmp_path / "out")
+
+
 # Statistics of data.
 
 
@@ -317,6 +414,44 @@ def test_merges_by_data(method, tmp_path):
     assert any("mlp" in name for name in far)
 
 
+@pytest.mark.parametrize(("method", "options"), [("fisher", {}), ("regmean", {"ridge": 1.0})])
+def test_adapters_are_measured_as_their_sums(method, options, tmp_path):
+    """The oracle merges whole models that peft has made of the adapters."""
+    base = save_tiny_model(tmp_path / "base", "llama", num_hidden_layers=1)
+    tokenizer, adapters, wholes = load_tokenizer(base), [], []
+    for number in range(2):
+        adapters.append(tmp_path / f"adapter{number}")
+        torch.manual_seed(number)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["up_proj"]))
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight += torch.randn(weight.shape)
+        model.save_pretrained(adapters[-1])
+        wholes.append(tmp_path / f"whole{number}")
+        model.merge_and_unload().save_pretrained(wholes[-1])
+        tokenizer.save_pretrained(wholes[-1])
+    rows = [{"prompt": "1+2=?", "completion": "3"}, {"prompt": "4+5=?", "completion": "9"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"rows": str(tmp_path / "rows.jsonl"), "precision": "float64", **options}
+    output = merge(method, models=adapters, output=tmp_path / "out", **given)
+    expected = merge(method, models=wholes, output=tmp_path / "expected", **given)
+    plain = merge("linear", models=adapters, output=tmp_path / "plain", precision="float64")
+    found, expected, plain = (load_file(path / "model.safetensors") for path in (output, expected, plain))
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4, msg=name)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert float((found[name] - plain[name]).abs().max()) > 1e-2
+
+
+def test_names_that_are_not_those_of_the_files_are_refused(folders):
+    source = open_source(folders["a"])
+    _check_names(source, ["model.norm.weight"], source.tensors)
+    with pytest.raises(ValueError, match=r"1 tensors of .* such as 'norm\.weight', so that what"):
+        _check_names(source, ["norm.weight", "model.norm.weight"], source.tensors)
+
+
 # Bad input.
 
 
@@ -389,6 +524,12 @@ def test_options_of_other_methods_and_foreign_folders_are_refused(folders, tmp_p
     models = [folders["a"], folders["b"]]
     with pytest.raises(TypeError, match="the method slerp takes no 'density'"):
         merge("slerp", models=models, output=tmp_path / "out", density=0.5)
+    with pytest.raises(ValueError, match=r"rows is 'x\.jsonl', and ties measures nothing: remove rows"):
+        merge("ties", base=folders["base"], models=models, output=tmp_path / "out", rows="x.jsonl")
+    with pytest.raises(ValueError, match="base is 'nowhere', and linear merges whole models without one: remove base"):
+        merge("linear", base="nowhere", models=models, output=tmp_path / "out")
+    with pytest.raises(ValueError, match="base is 'nowhere', and a soup merges whole models without one"):
+        greedy_soup(models, tmp_path / "out", evaluate=lambda folder: 1 / 0, base="nowhere")
     with pytest.raises(ValueError, match="no regular expression"):
         merge("slerp", models=models, output=tmp_path / "out", layers={"(": {"t": 0.5}})
     mine = tmp_path / "mine"
