@@ -73,15 +73,15 @@ class ModelExport(lightning.Callback):
                 f"every_n_steps is {every_n_steps} and monitor is {monitor!r}: remove one of them, or use two "
                 "ModelExport callbacks with a folder each"
             )
-        if critic_folder is not None and Path(critic_folder) == Path(folder):
+        self.folder = Path(folder).expanduser()
+        self.critic_folder = None if critic_folder is None else Path(critic_folder).expanduser()
+        if self.critic_folder == self.folder:
             raise ValueError(f"critic_folder is {critic_folder!r}, and so is folder: give the critic one of its own")
-        self.folder = Path(folder)
         self.monitor = monitor
         self.mode = direction_of(monitor) if mode is None and monitor is not None else mode
         self.merge_adapter = merge_adapter
         self.every_n_steps = every_n_steps
         self.log_artifact = log_artifact
-        self.critic_folder = None if critic_folder is None else Path(critic_folder)
         self.best_value: float | None = None
         self.step: int | None = None
         self._last_step = 0

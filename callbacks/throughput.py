@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from typing import Any
 
@@ -17,8 +18,8 @@ from ..inference.telemetry import Telemetry
 from ..models import base_model
 from ..rl.on_policy_module import OnPolicyModule
 
-# Dense TFLOP/s by the vendors' data sheets: bf16 or fp16, tf32, fp32. The first name that occurs in the driver's name
-# of the device counts.
+# Dense TFLOP/s by the vendors' data sheets: bf16 or fp16, tf32, fp32. The first name that occurs as whole words in the
+# driver's name of the device counts.
 _PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     ("GB200", (2500.0, 1250.0, 80.0)),
     ("B200", (2250.0, 1125.0, 75.0)),
@@ -45,6 +46,8 @@ _PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     ("T4", (65.0, 8.1, 8.1)),
     ("MI300X", (1307.4, 653.7, 163.4)),
 )
+# Words that make another device of a name: less than the whole, or another chip.
+_OTHER = re.compile(r"\b(Ti|D|SUPER|Laptop|Max-Q|MIG)\b")
 _FETCH = "train_dataloader_next"  # Lightning's profiler action while it waits for a batch
 
 
@@ -60,11 +63,13 @@ def peak_flops_of(name: str, precision: str, *, tf32: bool = False) -> float | N
         >>> peak_flops_of("NVIDIA H200", "bf16-mixed")
         989400000000000.0
     """
-    if "64" in precision:
+    if "64" in precision or _OTHER.search(name):
         return None
     # fp32 uses the TF32 units only if the user has allowed it.
     column = 0 if "16" in precision else 1 if tf32 else 2
-    return next((1e12 * peaks[column] for gpu, peaks in _PEAKS if gpu.lower() in name.lower()), None)
+    # As words: an RTX A1000 is no A100.
+    found = (peaks for gpu, peaks in _PEAKS if re.search(rf"(?<![a-z0-9]){gpu}(?![a-z0-9])", name, re.IGNORECASE))
+    return next((1e12 * peaks[column] for peaks in found), None)
 
 
 def flops_per_token(model: nn.Module, length: float) -> float:

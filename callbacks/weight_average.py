@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -28,10 +28,11 @@ class WeightAverage(lightning.Callback):
     ones. With d = 1 the factor is 1 / t: the plain mean.
 
     Training continues with its own weights. Validation (including ``GenerationAccuracy`` and ``SampleLogger``), test
-    and predict of the same trainer, and ``save_pretrained`` (``ModelExport``) use the average. A checkpoint holds both,
-    and a resumed run continues with both. Only trained weights are averaged: with LoRA the adapter, never a reference;
-    every optimizer step counts, also where a batch makes several of them. Where weights are sharded (``fsdp2``), so is
-    their average; checkpoints hold it whole, and move between strategies and numbers of ranks.
+    and predict of the same trainer, and the exports (``save_pretrained``, ``save_critic``, ``ModelExport``) use the
+    average. A checkpoint holds both, and a resumed run continues with both. Only trained weights are averaged: with
+    LoRA the adapter, never a reference; every optimizer step counts, also where a batch makes several of them. Where
+    weights are sharded (``fsdp2``), so is their average; checkpoints hold it whole, and move between strategies and
+    numbers of ranks.
 
     Unlike this callback, Lightning's ``EMAWeightAveraging`` copies the whole module, including frozen weights and
     references, counts batches, shows training weights to hooks at the end of validation, and cannot be sharded.
@@ -74,15 +75,18 @@ class WeightAverage(lightning.Callback):
 
         # On the instance, since exports of other modules must not change.
         attributes = vars(pl_module)
-        attributes.pop("save_pretrained", None)  # of an earlier average
-        export = pl_module.save_pretrained
+        for name in ("save_pretrained", "save_critic"):
+            attributes.pop(name, None)  # of an earlier average
+            if (export := getattr(pl_module, name, None)) is not None:
+                attributes[name] = self._averaged(export)
 
+    def _averaged(self, export: Callable[..., None]) -> Callable[..., None]:
         @wraps(export)
         def averaged(*args: Any, **kwargs: Any) -> None:
             with self.shown():
                 export(*args, **kwargs)
 
-        attributes["save_pretrained"] = averaged
+        return averaged
 
     # Training.
 

@@ -240,6 +240,18 @@ def test_the_critic_is_written_with_the_policy(tiny_model_folder, tmp_path):
     assert torch.equal(found.model.get_input_embeddings().weight, module.model.get_input_embeddings().weight)
 
 
+def test_the_home_folder_is_one_place(tiny_model_folder, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(ValueError, match="give the critic one of its own"):
+        ModelExport("~/x", critic_folder=str(tmp_path / "home/x"))
+    export_run(tiny_model_folder(), [ModelExport("~/model")], steps=1)
+    assert list((tmp_path / "work").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["model", "model.json"]
+
+
 def test_what_has_no_critic_to_write(tiny_model_folder, tmp_path):
     with pytest.raises(ValueError, match="critic_folder is 'x', and so is folder"):
         ModelExport("x", critic_folder="x")

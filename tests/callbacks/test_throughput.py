@@ -211,6 +211,13 @@ def test_flops_of_packed_weights() -> None:
         ("NVIDIA L4", "bf16-mixed", False, 121e12),
         ("NVIDIA H100", "64-true", False, None),
         ("Radeon", "bf16-mixed", False, None),
+        ("Tesla V100-SXM2-16GB", "16-mixed", False, 125e12),
+        ("NVIDIA A100 80GB PCIe", "bf16-mixed", False, 312e12),
+        ("NVIDIA RTX A1000", "bf16-mixed", False, None),
+        ("NVIDIA RTX A4000", "bf16-mixed", False, None),
+        ("NVIDIA T400 4GB", "16-mixed", False, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", False, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16-mixed", False, None),
     ],
 )
 def test_peaks(name: str, precision: str, tf32: bool, expected: float | None) -> None:

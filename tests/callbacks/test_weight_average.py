@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule, PPOModule, SFTModule
 from rlhf_lightning.callbacks import ModelExport, TrainingCheckpoint, WeightAverage
+from rlhf_lightning.models.critic import ValueModel
 from rlhf_lightning.sequences import ExampleBatch
 
 from ..helpers import save_tiny_model
@@ -167,6 +168,18 @@ def test_validation_and_exports_see_it_and_training_does_not(order: int, folder:
     assert_close(trained(module), plain.weights[-1], 0.0)
     module.save_pretrained(str(tmp_path / "by-hand"))
     assert_close(exported("by-hand"), mean(steps.weights))
+
+
+def test_a_critic_is_exported_with_the_average(folder: str, tmp_path: Path) -> None:
+    steps = Steps()
+    export = ModelExport(str(tmp_path / "model"), critic_folder=str(tmp_path / "critic"))
+    module = ppo(folder)
+    fit(module, batches(2, prompts), steps, WeightAverage(DECAY), export, precision="32-true")
+    name = "critic.head.weight"
+    found = ValueModel.from_pretrained(tmp_path / "critic").head.weight
+    torch.testing.assert_close(found, mean(steps.weights)[name].to(found), rtol=0, atol=1e-6)
+    assert not torch.allclose(found, steps.weights[-1][name].to(found), rtol=0, atol=1e-6)
+    assert_close({name: trained(module)[name]}, {name: steps.weights[-1][name]}, 0.0)
 
 
 def test_half_precision_is_averaged_in_single(folder: str) -> None:
