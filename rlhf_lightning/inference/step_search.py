@@ -37,7 +37,7 @@ class StepSearch(Strategy):
     is chosen unless a search says otherwise.
 
     Args:
-        engine: samples from the policy; it must take token ids and know which tokens end an answer.
+        engine: samples from the policy; it must take and return token ids.
         scorer: scores solutions, higher is better.
         value: scores partial solutions, instead of ``scorer``: a critic next to a verifier, for example.
         step_separator: the string after which a step ends; ``None`` for steps of ``max_step_tokens``.
