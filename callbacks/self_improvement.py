@@ -24,6 +24,7 @@ from ..self_improvement.samples import ScoredPrompt, sample_prompts
 from ..self_improvement.scorers import load_scorer
 from ..sequences import Example
 from ..utils.files import json_line, on_first_rank, write_atomically
+from ..utils.messages import one_line
 from ..utils.validation import check_choice, check_count
 
 Kind = Literal["demonstrations", "pairs", "unpaired", "spin"]
@@ -204,9 +205,20 @@ class SelfImprovement(lightning.Callback):
         """Samples and scores the prompts of this round, each rank its share, and makes rows of all."""
         examples = self._of_round(trainer, module)
         own = range(trainer.global_rank, len(examples), trainer.world_size)
-        drawn = {n: scored for n, scored in zip(own, self._sample(module, examples, own, trainer), strict=True)}
+        drawn: dict[int, ScoredPrompt] = {}
+        cause = None
+        # A rank that raised alone would leave the others waiting.
+        try:
+            drawn |= zip(own, self._sample(module, examples, own, trainer), strict=True)
+        except Exception as error:
+            cause = error
+        parts = gather_objects((drawn, None if cause is None else one_line(str(cause), 300)))
+        if cause is not None:
+            raise cause
+        if (said := next((message for _, message in parts if message is not None), None)) is not None:
+            raise ValueError(f"round {self.round} failed on another rank: {said}")
         merged: dict[int, ScoredPrompt] = {}
-        for part in gather_objects(drawn):
+        for part, _ in parts:
             merged |= part
         prompts = [merged[n] for n in range(len(examples))]
         rows = self.options.make(self.rows, prompts)

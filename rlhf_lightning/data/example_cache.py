@@ -27,7 +27,8 @@ from ..sequences import example
 from ..utils.files import atomic_file
 from .example_store import ExampleStore
 from .files import RowFile, RowSource
-from .sources import JoinedRows, MemoryRows, RenamedRows
+from .joined_rows import JoinedRows
+from .sources import MemoryRows, RenamedRows
 from .transformed_rows import PairedRows, TransformedRows
 
 # Below this number, tokenising rows is faster than a look-up.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -16,6 +15,7 @@ import numpy as np
 
 from .cell_checks import describe_columns, is_missing
 from .files import ACCEPTED, RowSource, is_row_file, is_text_file, open_file
+from .joined_rows import JoinedRows, distinct
 from .tasks import is_task, open_task
 
 if TYPE_CHECKING:
@@ -70,47 +70,6 @@ class MemoryRows(RowSource):
 
     def _stored(self) -> Iterator[tuple[int, Any]]:
         return enumerate(self.rows, start=1)
-
-
-class JoinedRows(RowSource):
-    """Concatenates several sources.
-
-    Args:
-        name: their common name.
-        parts: the sources, whose row ids are kept.
-    """
-
-    def __init__(self, name: str, parts: Sequence[RowSource]) -> None:
-        super().__init__(name)
-        self.parts = list(parts)
-
-    def raw(self) -> Iterator[tuple[str, Any]]:
-        """Yields the rows as they are stored, each with the source that can parse it."""
-        for part in self.parts:
-            for row_id, stored in part.raw():
-                yield row_id, (part, stored)
-
-    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
-        """Yields the rows with the parts, and the parts of these, in a random order."""
-        for number in draw.permutation(len(self.parts)).tolist():
-            for row_id, stored in self.parts[number].shuffled(draw):
-                yield row_id, (self.parts[number], stored)
-
-    def parse(self, stored: tuple[RowSource, Any]) -> dict[str, Any]:
-        """Makes a dictionary of a stored row."""
-        part, inner = stored
-        return part.parse(inner)
-
-    @property
-    def num_rows(self) -> int | None:
-        """The sum over the parts; ``None`` if one is unknown."""
-        counts = [part.num_rows for part in self.parts]
-        return None if None in counts else sum(count for count in counts if count is not None)
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the parts' digests."""
-        return blake2b("\n".join(part.fingerprint for part in self.parts).encode(), digest_size=16).hexdigest()
 
 
 class RenamedRows(RowSource):
@@ -239,32 +198,8 @@ def _open_list(source: Sequence[Any], split: str | None, streaming: bool) -> Row
     if not all(isinstance(item, (str, Path)) for item in source):
         kinds = ", ".join(sorted({type(item).__name__ for item in source}))
         raise ValueError(f"cannot read rows from a list of {kinds}: give a list of dictionaries or a list of paths")
-    parts = []
-    seen: Counter[str] = Counter()
-    for item in map(str, source):
-        part = _open_string(item, split, streaming)
-        seen[item] += 1
-        if seen[item] > 1:
-            # A source that is listed twice counts twice; its rows need distinct ids.
-            part = _Again(part, seen[item])
-        parts.append(part)
+    parts = distinct(_open_string(item, split, streaming) for item in map(str, source))
     return parts[0] if len(parts) == 1 else JoinedRows(", ".join(map(str, source)), parts)
-
-
-class _Again(JoinedRows):
-    """Repeats a source that a list names several times, with distinct row ids."""
-
-    def __init__(self, part: RowSource, time: int) -> None:
-        super().__init__(part.name, [part])
-        self.time = time
-
-    def raw(self) -> Iterator[tuple[str, Any]]:
-        for row_id, stored in super().raw():
-            yield f"{row_id}#{self.time}", stored
-
-    def shuffled(self, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
-        for row_id, stored in super().shuffled(draw):
-            yield f"{row_id}#{self.time}", stored
 
 
 def _open_string(source: str, split: str | None, streaming: bool) -> RowSource:

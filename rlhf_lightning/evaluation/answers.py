@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -122,18 +122,18 @@ def answer_prompts(
     groups = ask_examples(engine, examples, num_samples, sampling, seeds=seeds)
     pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
 
-    given = score_texts(verifier, [example for example, _ in pairs], [sample.text for _, sample in pairs])
+    given = score_texts(verifier, [example.fields for example, _ in pairs], [sample.text for _, sample in pairs])
     rewards = check_verdicts(given, len(pairs))
     answers = [Answer(*pair, reward) for pair, reward in zip(pairs, rewards, strict=True)]
     return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
 
 
-def score_texts(verifier: Callable[..., Any], examples: Sequence[Example], texts: Sequence[str]) -> list[Any]:
+def score_texts(verifier: Callable[..., Any], rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
     """Calls a verifier or another reward function with completions and the columns of their rows.
 
     Args:
         verifier: called as ``fn(prompts, completions, **columns)``, with the columns that it takes.
-        examples: the prompt of each completion, with the row's other columns.
+        rows: the row of each completion, with its ``prompt``.
         texts: completions.
 
     Returns:
@@ -141,11 +141,11 @@ def score_texts(verifier: Callable[..., Any], examples: Sequence[Example], texts
     """
     if not texts:
         return []
-    names = sorted({name for example in examples for name in example.fields} - {"prompt"})
+    names = sorted({name for row in rows for name in row} - {"prompt"})
     if (taken := _taken(verifier)) is not None:
         names = [name for name in names if name in taken]
-    columns: dict[str, list[Any]] = {name: [example.fields.get(name) for example in examples] for name in names}
-    return list(verifier([example.fields.get("prompt") for example in examples], list(texts), **columns))
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in names}
+    return list(verifier([row.get("prompt") for row in rows], list(texts), **columns))
 
 
 def _taken(verifier: Callable[..., Any]) -> set[str] | None:

@@ -253,7 +253,7 @@ def _scored(
 ) -> list[PromptResult]:
     """Adds a scorer's scores to the samples; ``None`` where it has none."""
     pairs = [(examples[n], sample) for n, p in zip(numbers, prompts, strict=True) for sample in p.samples]
-    given = score_texts(scorer, [example for example, _ in pairs], [sample.text for _, sample in pairs])
+    given = score_texts(scorer, [example.fields for example, _ in pairs], [sample.text for _, sample in pairs])
     scores = iter(check_verdicts([None if isinstance(value, Exception) else value for value in given], len(pairs)))
     return [
         replace(prompt, samples=tuple(replace(sample, score=next(scores)) for sample in prompt.samples))

@@ -130,7 +130,7 @@ class Report:
                 f"there is no {RESULTS} in {str(folder)!r}: pass the output folder of an evaluation"
             )
         written = json.loads(path.read_text(encoding="utf-8"))
-        wins = tuple(map(Wins.read, written["win_rates"]))
+        wins = tuple(map(Wins.read, written.get("win_rates", ())))
         return cls(written["suite"], tuple(map(TaskResult.read, written["results"])), written["seed"], wins)
 
     @staticmethod

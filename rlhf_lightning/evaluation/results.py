@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,12 +26,23 @@ class TaskResult:
         task: what was asked.
         prompts: results per prompt.
         seconds: of sampling and verifying.
+
+    Raises:
+        ValueError: two prompts have the same row id, so that results of one would count as those of the other.
     """
 
     model: str
     task: AnyTask
     prompts: tuple[PromptResult, ...]
     seconds: float
+
+    def __post_init__(self) -> None:
+        counts = Counter(prompt.row_id for prompt in self.prompts)
+        if repeated := [row_id for row_id, count in counts.items() if count > 1]:
+            raise ValueError(
+                f"{counts[repeated[0]]} rows of task {self.task.name!r} have the id {repeated[0]!r}, and results are "
+                "compared by ids: give every row its own (an old result is computed again in another folder)"
+            )
 
     @cached_property
     def scores(self) -> dict[str, float]:

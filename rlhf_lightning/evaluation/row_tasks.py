@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..data.formats import preference
+from ..data.joined_rows import distinct
 from ..data.messages import Text
 from ..data.sources import Source, open_source
 from ..inference.text_scorers import computing_in
@@ -65,8 +66,10 @@ class RowTask:
             ValueError: a row lacks the column of its section, or a source cannot be read.
         """
         parts = self.rows if isinstance(self.rows, Mapping) else {None: self.rows}
-        for part, source in parts.items():
-            for number, (row_id, row) in enumerate(open_source(source, columns=self.columns or None)):
+        # Sections may be splits of one dataset, or lists: their rows need distinct ids.
+        sources = distinct(open_source(source, columns=self.columns or None) for source in parts.values())
+        for part, source in zip(parts, sources, strict=True):
+            for number, (row_id, row) in enumerate(source):
                 if self.limit is not None and number == self.limit:
                     break
                 if self.section is not None and row.get(self.section) is None:

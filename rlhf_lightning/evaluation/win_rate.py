@@ -28,6 +28,10 @@ Answer 2:
 Reply with yes or no."""
 
 
+class UndecidedError(ValueError):
+    """Too few prompts have a verdict for a win rate."""
+
+
 @dataclass(frozen=True)
 class WinRate:
     """How often the first model's answers win.
@@ -122,7 +126,7 @@ def rate_of(
         consistent: share of prompts on which a judge prefers the same answer in both orders.
 
     Raises:
-        ValueError: fewer than two decided prompts.
+        UndecidedError: fewer than two decided prompts.
 
     Example:
         >>> rate_of([0.5, 0.0, None, -1.0, 2.0], list("abcde"), list("fghij")).value
@@ -131,7 +135,9 @@ def rate_of(
     # What is undecided is neither a win nor a loss.
     decided = [n for n, difference in enumerate(differences) if difference is not None]
     if len(decided) < 2:
-        raise ValueError(f"{len(decided)} of {len(differences)} prompts have a verdict: a win rate needs at least two")
+        raise UndecidedError(
+            f"{len(decided)} of {len(differences)} prompts have a verdict: a win rate needs at least two"
+        )
     outcomes = [_outcome(differences[n] or 0.0, margin) for n in decided]
     lengths = [float(len(answers_a[n]) - len(answers_b[n])) for n in decided]
     interval = mean_interval(outcomes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from ..rewards.judges import Judge
 from .results import TaskResult
 from .samples import PromptResult
 from .tasks import Task
-from .win_rate import WinRate, rate_of, win_rate
+from .win_rate import UndecidedError, WinRate, rate_of, win_rate
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def wins_of(result: TaskResult, baseline: TaskResult, judge: Judge | None) -> Wi
         judge: compares the answers; without one the rewards or scores of the results do.
 
     Raises:
-        ValueError: fewer than two prompts were decided.
+        UndecidedError: fewer than two prompts were decided.
+        ValueError: a judge failed.
     """
     pairs, options = _pairs(result, baseline), _task(result).wins
     ours, theirs = [one.samples[0] for one, _ in pairs], [other.samples[0] for _, other in pairs]
@@ -86,7 +88,8 @@ def wins_of(result: TaskResult, baseline: TaskResult, judge: Judge | None) -> Wi
         differences = [None if a is None or b is None else a - b for a, b in zip(values, against, strict=True)]
         return rate_of(differences, texts, others, options.margin)
     except ValueError as error:
-        raise ValueError(f"win rate of {result.model!r} on task {result.task.name!r}: {error}") from error
+        kind = UndecidedError if isinstance(error, UndecidedError) else ValueError
+        raise kind(f"win rate of {result.model!r} on task {result.task.name!r}: {error}") from error
 
 
 def all_wins(
@@ -96,13 +99,15 @@ def all_wins(
 ) -> tuple[Wins, ...]:
     """Compares every model with the first one on each task that has ``win_rate``.
 
+    Where fewer than two prompts were decided there is no win rate, and a warning says so.
+
     Args:
         results: of every model and task, the models in their order.
         judges: of tasks by name; ``None`` where rewards or scores decide.
         keep: finds what was computed before for a key.
 
     Raises:
-        ValueError: as in :func:`wins_of`.
+        ValueError: a judge failed.
     """
     first: dict[str, TaskResult] = {}
     found = []
@@ -111,16 +116,24 @@ def all_wins(
         if baseline is result or not isinstance(result.task, Task) or result.task.win_rate is None:
             continue
 
-        judge = judges[name]
-        if judge is None:
-            rate = wins_of(result, baseline, None)
-        else:
-            # A judge is not asked again about the same answers.
-            texts = [[a.prompt, a.samples[0].text, b.samples[0].text] for a, b in _pairs(result, baseline)]
-            key = [asdict(result.task.wins), texts]
-            rate = WinRate(**keep(key, partial(_plain_wins, result, baseline, judge)))
+        # The answers of all models are worth more than a rate that two of them lack.
+        try:
+            rate = _rate(result, baseline, judges[name], asdict(result.task.wins), keep)
+        except UndecidedError as error:
+            warnings.warn(f"{error}; it is left out", stacklevel=2)
+            continue
         found.append(Wins(name, result.model, baseline.model, rate))
     return tuple(found)
+
+
+def _rate(
+    result: TaskResult, baseline: TaskResult, judge: Judge | None, options: dict[str, Any], keep: Keep
+) -> WinRate:
+    if judge is None:
+        return wins_of(result, baseline, None)
+    # A judge is not asked again about the same answers.
+    texts = [[a.prompt, a.samples[0].text, b.samples[0].text] for a, b in _pairs(result, baseline)]
+    return WinRate(**keep([options, texts], partial(_plain_wins, result, baseline, judge)))
 
 
 def _plain_wins(result: TaskResult, baseline: TaskResult, judge: Judge) -> dict[str, Any]:

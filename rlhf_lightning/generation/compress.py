@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.sources import open_source
 from ..data.text_tokens import encode, prompt_tokens
-from ..evaluation.answers import load_verifier
+from ..evaluation.answers import load_verifier, score_texts
 from ..inference import LocalEngine, SamplingParams, derive_seed
 from ..inference.specs import build_compressor, compressor_spec
 from ..models import CompressedContext
@@ -184,10 +184,8 @@ def _answered(
     samples = [group[0] for group in engine.generate(prompts, 1, options.sampling, seeds=seeds, contexts=contexts)]
     rewards: list[float | None] = []
     if options.verifier is not None:
-        names = sorted({name for row in part for name in row.columns} - {"prompt"})
-        columns = {name: [row.columns.get(name) for row in part] for name in names}
-        texts = [row.columns["prompt"] for row in part]
-        given = load_verifier(options.verifier)(texts, [sample.text for sample in samples], **columns)
+        texts = [sample.text for sample in samples]
+        given = score_texts(load_verifier(options.verifier), [row.columns for row in part], texts)
         rewards = check_verdicts(given, len(part))
     rows: list[Row] = []
     for n, (row, context, sample) in enumerate(zip(part, contexts, samples, strict=True)):

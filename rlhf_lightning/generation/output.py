@@ -51,6 +51,7 @@ class Output:
             ValueError: it is another run's, or was not written by a run, or is damaged; nothing is changed then.
         """
         hold(self.path)
+        hold(self.summary_path)
         self.summary = self._read_summary()
         kept = [place for place in (self.path, *self._of_ranks()) if place.exists()]
         if self.path.is_dir() or (kept and not self.summary):
@@ -81,6 +82,13 @@ class Output:
             raise ValueError(
                 f"{str(self.summary_path)!r} exists and was not written by generate: write to another file, or move it "
                 "away"
+            )
+        # Outputs that differ in their suffix alone have one summary.
+        rows = self.path.with_name(str(found.get("output", self.path.name)))
+        if rows != self.path and rows.exists():
+            raise ValueError(
+                f"output {str(self.path)!r} has the summary of {str(rows)!r}, {self.summary_path.name!r}: write to a "
+                "file of another name, or move that one away"
             )
         return found
 
@@ -159,11 +167,12 @@ class Output:
 
     def save(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary."""
-        self.summary = {"written_by": _WRITER, **summary, "origin": self.origin}
+        self.summary = {"written_by": _WRITER, **summary, "output": self.path.name, "origin": self.origin}
         write_atomically(self.summary_path, json.dumps(json_values(self.summary), indent=2, ensure_ascii=False) + "\n")
 
     def release(self) -> None:
         """Lets other processes write here."""
+        release(self.summary_path)
         release(self.path)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode, prompt_tokens
+from ..evaluation.answers import score_texts
 from ..inference.answering import ask
 from ..inference.candidates import begun_prompt, columns_of
 from ..inference.completion import readable
@@ -195,8 +196,8 @@ def label_steps(
             hold the verifier's inputs (``answer``).
         engine: completes prefixes.
         tokenizer: the engine's.
-        verify: called as ``verify(prompts, completions, **columns)`` with whole solutions; returns one reward each,
-            ``None`` without a verdict.
+        verify: called as ``verify(prompts, completions, **columns)`` with whole solutions, and the columns that it
+            takes; returns one reward each, ``None`` without a verdict.
         num_samples: N, at least 1.
         labels: ``soft`` or ``hard``.
         step_separator: ends each step; at least one character.
@@ -332,10 +333,9 @@ class _Labeller:
         return "".join(step + self.separator for step in solution.steps[:count])
 
     def _rewards(self, solutions: Sequence[_Solution], texts: Sequence[str]) -> Sequence[float | None]:
-        names = {name for solution in solutions for name in solution.row} - {"prompt", "completions", "completion"}
-        columns = {name: [solution.row.get(name) for solution in solutions] for name in sorted(names)}
-        rewards = self.verify([solution.row["prompt"] for solution in solutions], list(texts), **columns)
-        return check_verdicts(rewards, len(texts))
+        given = ("completions", "completion")
+        rows = [{name: value for name, value in one.row.items() if name not in given} for one in solutions]
+        return check_verdicts(score_texts(self.verify, rows, texts), len(texts))
 
 
 def _given_up(solution: _Solution, count: int) -> bool:

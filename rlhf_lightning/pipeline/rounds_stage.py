@@ -153,12 +153,13 @@ def _plain(decision: Decision) -> dict[str, Any]:
 
 def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     """Summarises a loop: the accuracies are means over tasks."""
-    judged = [record["accuracy"] for record in records if "accuracy" in record]
+    judged = [record for record in records if "accuracy" in record]
     found = {"rounds": float(len(records)), "accepted": float(sum(r["verdict"] == "accept" for r in records))}
     if judged:
-        last = records[-1]
+        # The last rounds may have had no rows, and so no accuracies.
+        first, last = judged[0]["accuracy"], judged[-1]
         ends_with = "candidate" if last["verdict"] == "accept" else "accepted"
-        found |= {"accuracy_before": _mean(judged[0]["accepted"]), "accuracy": _mean(judged[-1][ends_with])}
+        found |= {"accuracy_before": _mean(first["accepted"]), "accuracy": _mean(last["accuracy"][ends_with])}
     return found
 
 

@@ -69,7 +69,7 @@ def run_sample(
         if stage.max_rows is not None and made >= stage.max_rows:
             break
         prompts = examples[start : start + _PROMPTS_AT_ONCE]
-        drawn = maker.sample(prompts, start)
+        drawn = maker.sample(prompts, range(start, start + len(prompts)))
         journal.add(drawn, maker.rationalised(drawn, start))
         made += len(stage.make(kind, *journal.parts[-1]))
         say(f"{start + len(prompts)} of {len(examples)} prompts, {made} {kind}")
@@ -93,7 +93,7 @@ class _Maker:
         self.model = model_hash(stage.model)
         self.sampling = sampling_params(stage.sampling)
 
-    def sample(self, examples: Sequence[Example], first: int, *names: str) -> list[ScoredPrompt]:
+    def sample(self, examples: Sequence[Example], numbers: Sequence[int], *names: str) -> list[ScoredPrompt]:
         return sample_prompts(
             self.engine,
             examples,
@@ -101,7 +101,7 @@ class _Maker:
             num_samples=self.stage.num_samples,
             sampling=self.sampling,
             seed=derive_seed(self.seed, *names) if names else self.seed,
-            first=first,
+            numbers=numbers,
             model=self.model,
         )
 
@@ -113,7 +113,9 @@ class _Maker:
             return []
         kwargs = self.stage.chat_template_kwargs
         examples = read_prompts(rows, self.tokenizer, chat_template_kwargs=kwargs)
-        return without_hints(self.sample(examples, first, "hint"))
+        # By the prompts' own numbers: whether others are solved changes no sample.
+        numbers = [first + example.fields["unhinted"]["place"] for example in examples]
+        return without_hints(self.sample(examples, numbers, "hint"))
 
 
 def _success(stage: SampleStage) -> float:

@@ -186,7 +186,8 @@ def hinted_rows(prompts: Sequence[ScoredPrompt], template: str, *, threshold: fl
         threshold: score of a sample that solves its prompt.
 
     Returns:
-        The prompts' rows with the hint. Their samples become rows of the prompt without it by ``without_hints``.
+        The prompts' rows with the hint, and in ``unhinted`` the prompt as it was with its row id and its place among
+        the given ones. Their samples become rows of the prompt without it by ``without_hints``.
 
     Raises:
         ValueError: a place in the template that is no column.
@@ -198,11 +199,11 @@ def hinted_rows(prompts: Sequence[ScoredPrompt], template: str, *, threshold: fl
     """
     if "{prompt}" not in template:
         raise ValueError(f"the template {template!r} has no {{prompt}}: write where it stands")
-    unsolved = [p for p in prompts if not any(_score(s) >= threshold for s in p.usable)]
-    own = [{"prompt": p.prompt, "row_id": p.row_id} for p in unsolved]
+    unsolved = [(n, p) for n, p in enumerate(prompts) if not any(_score(s) >= threshold for s in p.usable)]
     return [
-        dict(p.columns) | {"prompt": _hinted(p, template), "unhinted": before}
-        for p, before in zip(unsolved, own, strict=True)
+        dict(p.columns)
+        | {"prompt": _hinted(p, template), "unhinted": {"prompt": p.prompt, "row_id": p.row_id, "place": n}}
+        for n, p in unsolved
     ]
 
 

@@ -13,12 +13,16 @@ from ..rewards.specs import build_reward
 from ..utils.imports import load_attribute
 from .samples import Scorer
 
+# Failures in succession after which a reward is broken; one call may have a single sample.
+_MOST_LOST = 8
+
 
 def load_scorer(spec: str | Mapping[str, Any]) -> Scorer:
     """Makes a scorer of a reward's specification.
 
     It is called as ``fn(prompts, completions, **columns)`` and passes on the columns that the reward takes. A sample on
-    which the reward fails has no score; where it fails on all samples of a call, that is an error.
+    which the reward fails has no score. After eight failures without a verdict between them it is broken, which is an
+    error: how many samples share a call decides nothing.
 
     Args:
         spec: dotted path of a function or class, or ``class_path`` and ``init_args``: ``RewardModelReward`` of a reward
@@ -37,12 +41,16 @@ def load_scorer(spec: str | Mapping[str, Any]) -> Scorer:
         [build_reward(spec if isinstance(spec, str) else dict(spec))], timeout=None, sample_timeout=None
     )
 
+    lost = 0
+
     def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
+        nonlocal lost
         found = rewards(list(prompts), list(completions), columns)
         failures = sum(found.failures.values())
-        if completions and failures == len(completions):
+        lost = lost + failures if failures == len(completions) else 0
+        if lost >= _MOST_LOST:
             reason = next(iter(found.errors.values()), "")
-            raise ValueError(f"the verifier {spec!r} failed on all of {failures} samples: {reason}")
+            raise ValueError(f"the verifier {spec!r} failed on all of {lost} samples: {reason}")
         return [None if math.isnan(value) else float(value) for value in found.values[:, 0]]
 
     return score

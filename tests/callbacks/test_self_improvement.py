@@ -6,6 +6,7 @@ import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from rlhf_lightning import DPOModule, SFTModule
-from rlhf_lightning.callbacks import SelfImprovement, TrainingCheckpoint
+from rlhf_lightning.callbacks import SelfImprovement, TrainingCheckpoint, self_improvement
 from rlhf_lightning.datamodules import PreferenceDataModule, SFTDataModule
 from rlhf_lightning.evaluation.answers import read_prompts
 from rlhf_lightning.inference import LocalEngine, SamplingParams, derive_seed
@@ -233,3 +234,22 @@ def test_a_run_leaves_its_datamodule_as_it_was_and_another_begins_anew(folder, p
         assert [record["round"] for record in rounds.history] == [1]
         assert "train_dataloader" not in vars(data)
         assert {example.row_id for example in data._store("train")} == own
+
+
+def test_a_rank_that_fails_raises_after_it_has_told_the_others(prompts, tmp_path, monkeypatch):
+    rounds, told, others = improvement(prompts, tmp_path), [], []
+    monkeypatch.setattr(rounds, "_of_round", lambda *_: ["first", "second"])
+    monkeypatch.setattr(self_improvement, "gather_objects", lambda found: told.append(found) or [found, *others])
+    trainer = SimpleNamespace(global_rank=0, world_size=2)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(rounds, "_sample", fail)
+    with pytest.raises(RuntimeError, match="no connection"):
+        rounds._make(trainer, None)
+    assert told == [({}, "no connection")]
+    others.append(told[0])
+    monkeypatch.setattr(rounds, "_sample", lambda *_: ["scored"])
+    with pytest.raises(ValueError, match="round 0 failed on another rank: no connection"):
+        rounds._make(trainer, None)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_lightning.data import files
+from rlhf_lightning.data.joined_rows import distinct
 from rlhf_lightning.datamodules import open_source
 
 from ..datamodules.toys import complaint
@@ -258,6 +259,22 @@ def test_lists_of_sources(tmp_path: Path) -> None:
     expected = [(f"{one}:1", ROWS[0]), (f"{two}:2", ROWS[1]), (f"{one}:1#2", ROWS[0])]
     assert list(source) == expected, "a source that is listed twice counts twice, under names of its own"
     assert source.num_rows == 3
+
+
+def test_sources_that_share_a_name_have_rows_of_their_own(tmp_path: Path) -> None:
+    both = {"train": datasets.Dataset.from_list(ROWS[:1]), "test": datasets.Dataset.from_list(ROWS[1:])}
+    datasets.DatasetDict(both).save_to_disk(name := f"{tmp_path}/two")
+    found = list(open_source([f"{name}?split=test", f"{name}?split=train"]))
+    assert found == [(f"{name}:1", ROWS[1]), (f"{name}:1#2", ROWS[0])], "ids of the first source are those it has alone"
+
+    # A folder and a file of it; lists that are read together.
+    (tmp_path / "many").mkdir()
+    one, two = (str(write(tmp_path / f"many/{part}.jsonl", ROWS[:1])) for part in "ab")
+    folder = [row_id for row_id, _ in open_source([str(tmp_path / "many"), one])]
+    assert folder == [f"{one}:1", f"{two}:1", f"{one}:1#2"]
+    lists = [[one, one], [one], [one, two, one], [two]]
+    ids = [row_id for source in distinct(map(open_source, lists)) for row_id, _ in source]
+    assert len(set(ids)) == len(ids) == 7
 
 
 def test_columns_are_renamed() -> None:

@@ -81,6 +81,19 @@ def test_sections_weigh_their_subsets() -> None:
     assert metrics["margin_std"] == pytest.approx(float(margins.std(correction=0)))
 
 
+def test_sections_of_the_same_names_of_rows_count_all() -> None:
+    """Ids of rows are numbers of a list, or of a split: those of one section must not replace those of another."""
+    right, wrong = [pair("", "2", "1")] * 3, [pair("", "0", "1")] * 3
+    found = run_task(PreferenceTask(name="pairs", rows={"a": right, "b": wrong}), scores_of)
+    assert list(found.scores.values()) == [1, 1, 1, 0, 0, 0]
+    assert (found.metrics["accuracy"], found.metrics["prompts"], found.metrics["without_verdict"]) == (0.5, 6, 0)
+    steps = FirstErrorTask(name="steps", rows={"a": SOLUTIONS[:1], "b": SOLUTIONS[1:2]})
+    assert [prompt.row_id for prompt in steps.run(Steps())] == ["memory:1", "memory:1#2"]
+
+    with pytest.raises(ValueError, match="2 rows of task 'pairs' have the id 'memory:1', and results are compared"):
+        TaskResult("m", found.task, (*found.prompts, found.prompts[0]), 0.0)
+
+
 def test_reasoning_counts_as_in_the_paper() -> None:
     # 447 mathematical pairs count as 984, which is as many as six times 164 of code.
     rows = [("math-prm", float(n < 400)) for n in range(447)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,8 +105,17 @@ def test_mistakes_in_win_rates(win_rate: Any, message: str) -> None:
         Task(name="sums", prompts="p", win_rate=win_rate)
 
 
-def test_a_win_rate_needs_verdicts(tmp_path: Path) -> None:
+def test_a_win_rate_without_verdicts_leaves_the_report(tmp_path: Path) -> None:
     models = {"first": engine(*RIGHT), "second": engine(*WRONG)}
     suite = Suite(name="s", tasks=(Task(name="sums", prompts=write_rows(tmp_path), limit=1, win_rate="reward"),))
-    with pytest.raises(ValueError, match="win rate of 'second' on task 'sums': 1 of 1 prompts have a verdict"):
-        evaluate(models, suite)
+    with pytest.warns(UserWarning, match="win rate of 'second' on task 'sums': 1 of 1 prompts have a verdict"):
+        report = evaluate(models, suite, output=tmp_path / "out")
+    assert report.wins == ()
+    assert Report.read(tmp_path / "out").result("second", "sums").scores == report.results[1].scores
+
+    # A report of before there were win rates.
+    file = tmp_path / "out/results.json"
+    written = json.loads(file.read_text())
+    del written["win_rates"]
+    file.write_text(json.dumps(written))
+    assert Report.read(tmp_path / "out").wins == ()

@@ -86,6 +86,24 @@ def test_rows_are_printed_without_an_output(model, rows, capsys):
     assert all("reward" not in row for row in printed)
 
 
+def right_if_known(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+    return [float(int(text) + 1) for text in answer]
+
+
+def test_a_verifier_gets_the_columns_that_it_takes(model, rows):
+    found: list[dict[str, Any]] = []
+    options = CompressOptions(
+        model=model,
+        compressor="truncation",
+        input=rows,
+        sampling=GREEDY,
+        verifier=f"{__name__}.right_if_known",
+        limit=2,
+    )
+    assert compress_rows(options, found.append)["accuracy"] == 1.5
+    assert [row["reward"] for row in found] == [1.0, 2.0]
+
+
 def test_a_context_that_is_kept_whole_is_the_plain_prompt(model, rows):
     found: list[dict[str, Any]] = []
     options = CompressOptions(

@@ -73,6 +73,15 @@ def test_rows_are_those_of_the_stepwise_contract() -> None:
     assert second.keys() == {"prompt", "completions", "labels", "answer"}
 
 
+def test_a_verifier_gets_the_columns_that_it_takes() -> None:
+    def right(prompts: Any, completions: list[str], answer: list[str]) -> list[float]:
+        return [float(text.strip().endswith(f"#{n}")) for text, n in zip(completions, answer, strict=True)]
+
+    rows = [{**row, "source": "book"} for row in ROWS]
+    found = label_steps(rows, Scripted(), TOKENIZER, right, num_samples=6)  # type: ignore[arg-type]
+    assert [row["labels"] for row in found] == [row["labels"] for row in labelled()]
+
+
 def test_prefixes_are_prompt_and_steps() -> None:
     engine = Scripted()
     labelled(engine)

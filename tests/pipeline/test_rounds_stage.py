@@ -155,6 +155,11 @@ def test_a_round_without_a_row_is_rejected(tmp_path, monkeypatch):
     assert found.weights == "2"
 
 
+def test_the_accuracy_is_that_of_the_accepted_model_whatever_follows(tmp_path, monkeypatch):
+    found = scripted(tmp_path, monkeypatch, ["empty", "accept", "empty"], criteria={"patience": 2})
+    assert (found.metrics["accuracy_before"], found.metrics["accuracy"]) == (0.25, 0.5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

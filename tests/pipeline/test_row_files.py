@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_lightning.inference import derive_seed
 from rlhf_lightning.pipeline import refine_stage, sample_stage
 from rlhf_lightning.pipeline.row_files import NoRowsError
 from rlhf_lightning.pipeline.sample_stage import check_sample, run_sample
@@ -70,6 +71,22 @@ def test_prompts_that_nothing_solved_are_sampled_with_a_hint(prompts, tmp_path):
     rows = lines(tmp_path / "demonstrations.jsonl")
     assert [(row["prompt"], row["completion"]) for row in rows] == [("1+1=", "#2"), ("2+2=", "#4")]
     assert metrics["samples"] == 6  # hints say nothing about the model
+
+
+def test_samples_with_a_hint_depend_on_their_own_prompt_alone(prompts, tmp_path, monkeypatch):
+    """Whether another prompt was solved changes no sample of this one."""
+    unsolved = {"1+1=": ["#3"], "1+1= is 2": ["#2"]}
+    drawn = []
+    for name, answers in (("solved", ANSWERS), ("unsolved", ANSWERS | unsolved)):
+        engine = ScriptedEngine(answers)
+        monkeypatch.setattr(sample_stage, "LocalEngine", lambda model, tokenizer, engine=engine: engine)
+        stage = SampleStage(
+            model="m", prompts=prompts, num_samples=2, rows=["demonstrations"], hint="{prompt} is {answer}"
+        )
+        (tmp_path / name).mkdir()
+        run_sample(stage, tmp_path / name, 0, "float32")
+        drawn.append([seeds for text, seeds in engine.calls if text == "2+2= is 4"])
+    assert drawn[0] == drawn[1] == [[derive_seed(derive_seed(0, "hint"), 1, s) for s in range(2)]]
 
 
 def test_seed_rows_are_mixed_with_the_first_kind(prompts, tmp_path):
