@@ -22,7 +22,8 @@ class SFTDataModule(ExampleDataModule):
         completion_only_loss: learn completions only; otherwise their prompts too, from the second token.
         assistant_only_loss: learn only the assistant's messages of a conversation, each turn in the context in which
             it is generated; otherwise all but the first token of the rendered conversation.
-        turns: the assistant's turns in a conversation to learn: ``all``, or the ``last``.
+        turns: the assistant's turns to learn, in a conversation or a completion of several messages: ``all``, or the
+            ``last``.
         kwargs: options of ``ExampleDataModule``: sources, batches, lengths, order, streaming.
 
     Raises:
@@ -58,7 +59,10 @@ class SFTDataModule(ExampleDataModule):
         row = demonstration(columns)
         if row.completions:
             root = self.rows.answers(
-                row, assistant_only=self.assistant_only_loss, prompt_loss=not self.completion_only_loss
+                row,
+                assistant_only=self.assistant_only_loss,
+                prompt_loss=not self.completion_only_loss,
+                turns=self.turns,
             )
         else:
             root = self.rows.whole(row, assistant_only=self.assistant_only_loss, turns=self.turns)

@@ -7,25 +7,33 @@ from collections.abc import Hashable
 from fractions import Fraction
 from typing import Final
 
-from .numbers_in_text import plain_text, read_number, take_unit
+from .numbers_in_text import (
+    BOX,
+    plain_signs,
+    plain_text,
+    read_number,
+    take_unit,
+    until_closing_brace,
+)
 
 # `A:` only where a word begins, so that `USA:` does not match; `#` not within `C#` or `&#8722;`.
-_MARKER: Final = re.compile(r"(?<![\w&])#+|(?<!\w)A:\**|\\f?boxed\s*\{")
+_MARKER: Final = re.compile(r"(?<![\w&])#+|(?<!\w)A:\**|" + BOX)
 # A heading, not an answer: begins with a word, perhaps after a section number.
 _HEADING: Final = re.compile(r"[ \t]+(?:[*_`]*\s*)(?:\d+[.):]\s+)?(?:[^\W\d_]{2,})")
 _ANSWER: Final = re.compile(r"\banswer\b", re.IGNORECASE)
 _LABEL: Final = re.compile(r"(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]\s*", re.IGNORECASE)
 _VARIABLE: Final = re.compile(r"[A-Za-z]\s*=\s*(?!=)")
-_LAST_NUMBER: Final = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?")
+# A sign directly after a word or a bracket is an operator or a dash: `10-5`.
+_LAST_NUMBER: Final = re.compile(r"(?:(?<![\w)\]}])[-+](?:\\?[$€£¥₹])?)?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?")
 
 
 def final_answer(text: str) -> str | None:
     r"""Finds the final answer of a solution: the text after its last marker.
 
-    Markers are a run of ``#`` (``#26``, ``#### 26``), ``A:`` and ``\boxed{...}``. The answer reaches to the end of the
-    line, or to the brace that closes ``\boxed{`` (without it the solution was cut off, and has no answer). After
-    another marker, a heading (``### Check``, and ``#### Check`` with text below) does not count as a marker, unless it
-    contains the word answer.
+    Markers are a run of ``#`` (``#26``, ``#### 26``), ``A:`` and ``\boxed{...}`` or ``\fbox{...}``. The answer
+    reaches to the end of the line, or to the brace that closes the box (without it the solution was cut off, and has no
+    answer). After another marker, a heading (``### Check``, and ``#### Check`` with text below) does not count as a
+    marker, unless it contains the word answer.
 
     Args:
         text: a solution.
@@ -43,7 +51,7 @@ def final_answer(text: str) -> str | None:
     if not markers:
         return None
     rest = text[markers[-1].end() :]
-    answer = _until_closing_brace(rest) if markers[-1].group().startswith("\\") else rest.partition("\n")[0]
+    answer = until_closing_brace(rest) if markers[-1].group().startswith("\\") else rest.partition("\n")[0]
     return answer.strip() or None
 
 
@@ -101,19 +109,9 @@ def answer_key(text: str) -> Hashable | None:
     """
     answer = final_answer(text)
     if answer is None:
-        numbers = _LAST_NUMBER.findall(text)
+        numbers = _LAST_NUMBER.findall(plain_signs(text))
         answer = numbers[-1] if numbers else text
     bare = _bare(answer)
     bare = _VARIABLE.sub("", bare, count=1) if _VARIABLE.match(bare) else bare
     number = _number(bare)
     return " ".join(bare.casefold().split()) or None if number is None else number[0]
-
-
-def _until_closing_brace(text: str) -> str:
-    """The text before the brace that closes an already open one; empty if it never closes."""
-    depth = 1
-    for index, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[:index]
-    return ""

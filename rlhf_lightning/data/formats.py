@@ -123,10 +123,10 @@ def preference(columns: Mapping[str, Any]) -> Row:
             input``). Without a prompt it is the common beginning of both: for conversations the messages they share;
             for text the part up to the last ``"\n\nAssistant:"`` that they share, else up to the last whole word that
             they share. ``margin``, or the difference of ``chosen_score`` and ``rejected_score`` (or ``score_chosen``
-            and ``score_rejected``), is stored in the field ``margin`` as a number. With ``messages`` (or a prompt and
-            its ``response``), ``rejected_response`` is the worse alternative to the last answer, which is the better
-            one. Instead of a pair there may be one rated completion: ``prompt, completion`` (or ``response``) and
-            ``ratings``, numbers by attribute. ``system`` and ``history`` come before the prompt.
+            and ``score_rejected``), is stored in the field ``margin`` as a number, and ``tie`` as true or false. With
+            ``messages`` (or a prompt and its ``response``), ``rejected_response`` is the worse alternative to the last
+            answer, which is the better one. Instead of a pair there may be one rated completion: ``prompt, completion``
+            (or ``response``) and ``ratings``, numbers by attribute. ``system`` and ``history`` come before the prompt.
 
     Returns:
         A row with two completions; or with one, and each rating as a separate field (a missing one is nan).
@@ -320,6 +320,8 @@ def _paired(prompt: Text | None, pair: tuple[Text, Text], rest: dict[str, Any], 
         prompt, context = take_prompt(rest)
     prompt, completions = split_prompt(*pair) if prompt is None else joined(prompt, pair, context)
     _take_margin(rest)
+    if not is_missing(tie := rest.pop("tie", None)):
+        rest["tie"] = check_verdict(tie, "tie")
     return _row(prompt, completions, rest, template)
 
 

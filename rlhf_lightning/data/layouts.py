@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, cast
 
-from .cell_checks import clean, describe_columns, is_list, is_missing, read_structure, short, wrong_type
+from .cell_checks import check_verdict, clean, describe_columns, is_list, is_missing, read_structure, short, wrong_type
 from .messages import Messages, Text, check_text, check_tools, first_medium, joined_text
 
 # Columns that add to the prompt: rows that differ in one of them have different prompts.
@@ -229,8 +229,9 @@ def take_template(rest: dict[str, Any]) -> dict[str, Any]:
 
     # Qwen's switch as a column of its own; the mapping takes precedence.
     settings = dict(settings)
-    if isinstance(rest.get("enable_thinking"), bool):
-        settings = {"enable_thinking": rest.pop("enable_thinking"), **settings}
+    if not is_missing(thinking := rest.get("enable_thinking")):
+        settings = {"enable_thinking": check_verdict(thinking, "enable_thinking"), **settings}
+        del rest["enable_thinking"]
 
     # `functions` is OpenAI's older name for tools. A column of that name that is not a list of definitions is data.
     tools = check_tools(rest.pop("tools", None))

@@ -361,6 +361,23 @@ def with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": written}
 
 
+def as_lines(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Writes a conversation as text, one message after the other: its content, and its calls as JSON.
+
+    Example:
+        >>> call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+        >>> print(as_lines([{"role": "user", "content": "2+2=?"}, {"role": "assistant", "tool_calls": [call]}]))
+        user: 2+2=?
+        assistant: {"name": "add", "arguments": {"a": 2}}
+    """
+    lines = []
+    for message in messages:
+        calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+        said = [message.get("content") or ""] if message.get("content") or not calls else []
+        lines.append(f"{message['role']}: {' '.join([*said, *calls])}")
+    return "\n".join(lines)
+
+
 # Texts that a rendering must contain.
 
 

@@ -34,7 +34,10 @@ _PAIRS: Final = (
 _TEXT: Final = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|boldsymbol)\s*\{([^{}]*)\}"
 )
-_BOX: Final = re.compile(r"\\f?boxed\s*\{([^{}]*)\}")
+BOX: Final = r"\\(?:boxed|fbox)\s*\{"
+_WHOLE_BOX: Final = re.compile(BOX + r"([^{}]*)\}")
+# A brace after a backslash is a literal one and closes nothing.
+_BRACE: Final = re.compile(r"\\.|[{}]", re.DOTALL)
 _FRACTION: Final = re.compile(
     r"(?P<whole>(?<![0-9.,])[0-9]+)?\s*\\[dtc]?frac\s*"
     r"(?:\{\s*(?P<top>[-+]?[0-9.,]+)\s*\}|(?P<top_digit>[0-9]))\s*"
@@ -62,7 +65,7 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\^\{([-+]?\w+)\}", r"^\1", text)
     text = _FRACTION.sub(_ratio, text)
     # Commands may be nested.
-    while (bare := _BOX.sub(r"\1", _TEXT.sub(r"\1", text))) != text:
+    while (bare := _WHOLE_BOX.sub(r"\1", _TEXT.sub(r"\1", text))) != text:
         text = bare
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).strip()
     if letter := _LETTER.fullmatch(text):
@@ -77,12 +80,37 @@ def strip_marks(text: str) -> str:
         >>> strip_marks(r"**\(\frac{1}{2}\)**.")
         '\\frac{1}{2}'
     """
-    text = text.translate(_CHARACTERS).strip()
+    text = plain_signs(text).strip()
     before = None
     while text != before:  # each may be within another
         before = text
         text = _without_pair(text.rstrip(" .,;:\u2009").strip())
     return text
+
+
+def plain_signs(text: str) -> str:
+    r"""Writes minus signs, blanks and other signs of numbers as ASCII does, without changing anything else.
+
+    Example:
+        >>> plain_signs("x is \u22125")
+        'x is -5'
+    """
+    return text.translate(_CHARACTERS)
+
+
+def until_closing_brace(text: str, start: int = 0) -> str:
+    r"""Returns the text before the brace that closes an already open one; empty if it never closes.
+
+    Example:
+        >>> until_closing_brace(r"\frac{1}{2}} and"), until_closing_brace(r"\{1, 2} and"), until_closing_brace("{1}")
+        ('\\frac{1}{2}', '\\{1, 2', '')
+    """
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return text[start : brace.start()]
+    return ""
 
 
 def take_unit(text: str) -> tuple[str, str]:

@@ -78,13 +78,16 @@ class RowTokenizer:
         """The tokens that end trained answers: those of the chat template, then the end-of-sequence token."""
         return list(dict.fromkeys([*self.chat.end_tokens(), self.eos]))
 
-    def answers(self, row: Row, *, assistant_only: bool = True, prompt_loss: bool = False) -> Segment:
+    def answers(
+        self, row: Row, *, assistant_only: bool = True, prompt_loss: bool = False, turns: Turns = "all"
+    ) -> Segment:
         """Makes the tree of a prompt with its completions.
 
         Args:
             row: with at least one completion.
             assistant_only: within a completion of several messages, give weight 0 to all but the assistant's.
             prompt_loss: score the prompt too, from its second token.
+            turns: the assistant's turns of a completion to score: ``all``, or the ``last``.
 
         Returns:
             The prompt with one child per completion; or, where the contexts of a completion's turns do not begin with
@@ -100,14 +103,15 @@ class RowTokenizer:
 
         # Chats: the trunk is what the first completion sees before its first scored token.
         history = cast(Messages, row.prompt)
-        sequences = [self._completion(row, cast(Messages, c), assistant_only) for c in row.completions]
+        sequences = [self._completion(row, cast(Messages, c), assistant_only, turns) for c in row.completions]
         trunk = sequences[0][0][0][: _first_scored(sequences[0][0][1])]
         if not history:
             trunk = np.asarray(self.prompt(row))
-        # The first token has no prediction.
+        # The first token has no prediction. Earlier turns of a completion that are not learnt belong to no prompt.
         if prompt_loss:
+            scored = min(len(trunk), len(self.prompt(row)))
             for (_, weights), *_ in sequences:
-                weights[1 : len(trunk)] = 1.0
+                weights[1:scored] = 1.0
         return grow_tree(sequences, trunk)
 
     def whole(self, row: Row, *, assistant_only: bool = True, turns: Turns = "all") -> Segment:
@@ -220,7 +224,7 @@ class RowTokenizer:
         tokens = self._closed(encode(self.tokenizer, completion, continues=continues))
         return Segment(np.asarray(tokens), np.ones(len(tokens), np.float32))
 
-    def _completion(self, row: Row, completion: Messages, assistant_only: bool) -> list[WeightedPath]:
+    def _completion(self, row: Row, completion: Messages, assistant_only: bool, turns: Turns) -> list[WeightedPath]:
         """Makes the paths of a completion: one for each turn of the assistant."""
         history, begun = cast(Messages, row.prompt), None
         if is_begun(history) and is_begun(completion[:1]):
@@ -235,6 +239,7 @@ class RowTokenizer:
             if everything is not None:
                 return [everything]
         spoken = [n for n in range(len(history), len(messages)) if _is_learnt(messages[n])]
+        spoken = spoken[-1:] if turns == "last" else spoken
         paths = self._turns(messages, spoken, row.template, marked=mixed, begun=(len(history), begun))
         paths = [path for path in paths if path[1].any()]
         if not paths:

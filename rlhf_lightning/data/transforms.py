@@ -12,6 +12,7 @@ from typing import Any
 
 from .cell_checks import check_number, describe_columns, wrong_type
 from .messages import Messages
+from .numbers_in_text import BOX, until_closing_brace
 
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
@@ -19,9 +20,7 @@ HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity",
 _HELPSTEER_TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n\s*")
 # Below this score even the better completion of an Orca pair is not good, by the card of the dataset.
 _ORCA_LEAST_SCORE = 8
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# A brace after a backslash is a literal one and closes nothing.
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BOXED = re.compile(BOX)
 
 
 def chat_prompt(columns: dict[str, Any]) -> dict[str, Any]:
@@ -135,13 +134,7 @@ def _last_box(solution: str) -> str:
     boxes = list(_BOXED.finditer(solution))
     if not boxes:
         return ""
-    start, depth = boxes[-1].end(), 1
-    # Formulas nest braces, so the end of the box is found by counting.
-    for brace in _BRACE.finditer(solution, start):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return solution[start : brace.start()].strip()
-    return ""
+    return until_closing_brace(solution, boxes[-1].end()).strip()
 
 
 def _conversation(system: Any, question: str) -> Messages:

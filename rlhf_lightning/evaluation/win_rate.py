@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.messages import as_lines
 from ..metrics.intervals import mean_interval
 from ..metrics.preferences import length_controlled_win_rate
 from ..rewards.exact_answer import check_verdicts
@@ -269,7 +270,7 @@ def _orders(a: str, b: str) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def _filled(question: str, prompt: Any, first: str, second: str) -> str:
     # Not by str.format: answers may hold braces, and so may the rest of the question.
-    text = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    text = prompt if isinstance(prompt, str) else as_lines(prompt)
     parts = {"{prompt}": text, "{first}": first, "{second}": second}
     found, rest = "", question
     while rest:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
+from ..data.messages import as_lines
 from ..utils.imports import load_attribute
 from ..utils.validation import check_choice
 from .strategy import Candidate, Scorer, Scores
@@ -236,7 +237,7 @@ def _written(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     if all(isinstance(item, Mapping) for item in prompt):
-        return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return as_lines(prompt)
     raise ValueError("a judge reads texts, and the prompt was given as token ids: give its text")
 
 

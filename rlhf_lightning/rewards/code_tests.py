@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,17 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Final
 
+from ..data.cell_checks import is_missing
 from ._columns import read_column
 from .sandbox import IsolationChoice, Judge, resolve_isolation, run_script
 from .sandbox.isolation import Limits
 
-_FENCED: Final = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL)
+# The only fence of a line, perhaps after other text: its backticks, the language, and the rest of the line.
+_FENCE: Final = re.compile(r"(?P<before>(?:(?!```).)*)(?P<ticks>`{3,})[ \t]*[{.]*(?P<tag>[\w+#-]*)(?P<rest>[^`]*)")
+# Deeper than this within its block, a fence is content: that of a docstring, for instance (as in CommonMark).
+_MAX_INDENT: Final = 3
+_PYTHON: Final = frozenset({"python", "python3", "py"})
 _SCRIPT_KEYS: Final = frozenset({"input", "output"})
 _CALL_KEYS: Final = frozenset({"call", "args", "kwargs", "output"})
 
 
 def extract_program(completion: str, *, require_fence: bool = False) -> str | None:
     r"""Extracts the last fenced block of Python from a completion, or takes all of it.
+
+    Blocks in other languages do not count, nor untagged ones that are no program (such as its output), unless there is
+    no other.
 
     Args:
         completion: the completion's text.
@@ -33,10 +42,70 @@ def extract_program(completion: str, *, require_fence: bool = False) -> str | No
         >>> extract_program(f"Here:\n{fence}python\nx = 1\n{fence}\nDone.")
         'x = 1\n'
     """
-    blocks = _FENCED.findall(completion)
+    blocks = [(tag, code) for tag, code in _fenced_blocks(completion) if not tag or tag in _PYTHON]
+    for tag, code in reversed(blocks):
+        if tag or _is_program(code):
+            return code
     if blocks:
-        return str(blocks[-1])
+        return blocks[-1][1]
     return None if require_fence else completion
+
+
+def parse_program(program: str) -> ast.Module | None:
+    """Parses a foreign program; ``None`` if it is no Python."""
+    try:
+        # Parsing may also end at a program's depth, or at a null byte.
+        return ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _is_program(code: str) -> bool:
+    """Whether a block does something, unlike a printed value such as ``[1, 2]``."""
+    tree = parse_program(code)
+    if tree is None:
+        return False
+    return any(not isinstance(node, ast.Expr) for node in tree.body) or any(
+        isinstance(node, ast.Call) for node in ast.walk(tree)
+    )
+
+
+def _fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Finds the closed fenced blocks of all languages: each one's tag in lower case, and its content."""
+    blocks: list[tuple[str, str]] = []
+    opened: re.Match[str] | None = None
+    content: list[str] = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        fence = _FENCE.fullmatch(line)
+        alone = fence is not None and not fence["before"].strip()
+        if opened is None:
+            # Text may come before the fence, but none between its language and the end of the line.
+            if fence is not None and (alone or not fence["rest"].strip()):
+                opened, content = fence, []
+            continue
+
+        indent = 0 if opened["before"].strip() else len(opened["before"])
+        if fence is not None:
+            is_deep = alone and len(fence["before"].expandtabs(4)) > indent + _MAX_INDENT
+            if is_deep or len(fence["ticks"]) < len(opened["ticks"]):
+                fence = None
+
+        # A block ends with its last line, perhaps after code; a fence with a language begins another.
+        if fence is not None and not fence["tag"] and not fence["rest"].strip():
+            if not alone:
+                content.append(_unindented(fence["before"], indent))
+            blocks.append((opened["tag"].lower(), "".join(f"{each}\n" for each in content)))
+            opened = None
+        elif fence is not None and alone:
+            opened, content = fence, []
+        else:
+            content.append(_unindented(line, indent))
+    return blocks
+
+
+def _unindented(line: str, indent: int) -> str:
+    """A line without the blanks by which its block is indented."""
+    return line[min(indent, len(line) - len(line.lstrip(" \t"))) :]
 
 
 class CodeTestsReward:
@@ -52,7 +121,8 @@ class CodeTestsReward:
     - ``{"input": text, "output": text}``: the program's output for an input. Blanks at the ends of lines and empty
       lines at the end are not compared; the program must end without an error.
     - ``{"call": name, "args": [...], "kwargs": {...}, "output": value}``: the return value of a function of the
-      program, compared as data, with tuples as lists; ``Class.method`` calls a method of a new object.
+      program, compared as data, with tuples as lists; ``Class.method`` calls a method of a new object. Keyword
+      arguments that are null are left out, since tables give each test those of all others.
     - Python code that raises where the program is wrong (``assert add(1, 2) == 3``). It runs outside, where the
       program's functions and classes can be called by their names with plain values (numbers, text, lists, sets,
       dictionaries, dates, arrays) and functions of the test, and return plain values. Any other object stays in the
@@ -170,7 +240,9 @@ def _tests(value: Any) -> list[str | Mapping[str, Any]]:
     Raises:
         ValueError: for an invalid test.
     """
-    tests = [value] if isinstance(value, str | Mapping) else [] if value is None else list(value)
+    if is_missing(value):
+        return []
+    tests = [value] if isinstance(value, str | Mapping) else list(value)
     return [test if isinstance(test, str) else _mapping(test) for test in tests]
 
 
@@ -178,6 +250,8 @@ def _mapping(test: Any) -> dict[str, Any]:
     """Removes the nulls that tables store for missing keys from a test, and checks it."""
     if isinstance(test, Mapping):
         given = {key: value for key, value in test.items() if value is not None or key == "output"}
+        if isinstance(given.get("kwargs"), Mapping):
+            given["kwargs"] = {name: value for name, value in given["kwargs"].items() if value is not None}
         if given.keys() == _SCRIPT_KEYS or {"call", "output"} <= given.keys() <= _CALL_KEYS:
             return given
     raise ValueError(

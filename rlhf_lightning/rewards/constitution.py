@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.messages import as_lines
 from ..utils.imports import load_attribute
 from .judges import resolve_judge
 
@@ -190,7 +191,7 @@ def checked_question(question: str) -> str:
 def ask(question: str, prompt: Any, completion: str, statement: str) -> str:
     """Fills in the fields of a question; messages are written line by line."""
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        prompt = as_lines(prompt)
     return question.format(prompt=prompt, completion=completion, statement=statement)
 
 

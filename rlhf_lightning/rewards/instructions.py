@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ..data.cell_checks import is_missing
 from ..data.tasks.constraints import kept, read_constraints
 from ..utils.validation import check_choice
 from ._columns import read_column
@@ -49,7 +50,7 @@ class InstructionReward:
         return [self._score(text, given) for text, given in zip(completions, rows, strict=True)]
 
     def _score(self, text: str, given: Any) -> float | None:
-        constraints = [] if given is None else read_constraints(given)
+        constraints = [] if is_missing(given) else read_constraints(given)
         if not constraints:
             return None
         found = kept(text, constraints)

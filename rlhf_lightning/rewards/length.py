@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ..data.cell_checks import check_number, is_missing
 from ._columns import TOKENS_COLUMN, LengthUnit, check_unit, read_column, read_units
 
 
@@ -98,8 +99,8 @@ class LengthReward:
             targets = read_column(columns, self.target_column, self)
         return [self._score(length, target) for length, target in zip(lengths, targets, strict=True)]
 
-    def _score(self, length: int, target: float | None) -> float | None:
-        if target is None:
+    def _score(self, length: int, target: Any) -> float | None:
+        if is_missing(target):
             return None
-        excess = length - target
+        excess = length - check_number(target, self.target_column or "target")
         return -self.coef * (abs(excess) if self.mode == "exact" else max(excess, 0.0))

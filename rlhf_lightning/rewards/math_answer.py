@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from ..data.cell_checks import is_missing
 from ..data.final_answer import final_answer
-from ..data.numbers_in_text import strip_marks
+from ..data.numbers_in_text import read_number, strip_marks, take_unit
 from ._columns import read_column
 from ._line_worker import LineWorker, LineWorkerDiedError
 from ._math_worker import WORD
 from ._time_limit import CallTimeoutError
 
 _MINUS: Final = "\N{MINUS SIGN}"
+_FBOX: Final = re.compile(r"\\fbox(?=\s*\{)")
 _SCRIPT: Final = Path(__file__).with_name("_math_worker.py")
 
 
@@ -76,17 +79,18 @@ class MathAnswerReward:
 
     def _answer(self, completion: str) -> str:
         """The text after the mark, as a formula unless it is in words; all of it without a mark."""
+        completion = _FBOX.sub(r"\\boxed", completion)  # the only box that math-verify knows
         answer = final_answer(completion) if "####" in completion and not self.boxed_only else None
         if answer is None:
             return completion.replace(_MINUS, "-")
-        answer = strip_marks(answer)
+        answer = _without_currency(strip_marks(answer))
         return answer if WORD.search(answer) else f"${answer}$"
 
     def _score(self, completion: str, gold: Any) -> float | None:
-        if gold is None:
+        if is_missing(gold):
             return None
         question = {
-            "gold": str(gold).replace(_MINUS, "-"),
+            "gold": _plain_gold(str(gold)),
             "completion": self._answer(completion),
             "boxed_only": self.boxed_only,
         }
@@ -97,3 +101,14 @@ class MathAnswerReward:
         if verdict is None:
             return None
         return self.correct if verdict else self.wrong
+
+
+def _plain_gold(gold: str) -> str:
+    solution, mark, answer = gold.replace(_MINUS, "-").rpartition("####")
+    return solution + mark + _without_currency(answer.strip())
+
+
+def _without_currency(answer: str) -> str:
+    """The number of an amount of money, which may follow its minus (``-$5``); anything else as it is."""
+    number, sign = take_unit(answer.replace(r"\$", "$"))
+    return number.replace(",", "") if sign not in ("", "%") and read_number(number) is not None else answer

@@ -7,8 +7,9 @@ import builtins
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, get_args
 
+from ..data.cell_checks import is_missing
 from ..utils.messages import did_you_mean
-from .code_tests import extract_program
+from .code_tests import extract_program, parse_program
 
 CodeCheck = Literal["entry_point", "names", "imports", "calls", "handlers", "loops"]
 CODE_CHECKS: Final[tuple[CodeCheck, ...]] = get_args(CodeCheck)
@@ -17,6 +18,12 @@ CODE_CHECKS: Final[tuple[CodeCheck, ...]] = get_args(CodeCheck)
 IMPORTS: Final = ("ctypes", "importlib", "multiprocessing", "os", "shutil", "signal", "socket", "subprocess", "sys")
 CALLS: Final = ("__import__", "compile", "eval", "exec", "exit", "globals", "input", "open", "quit")
 
+# Names within which others are local; names that modules and classes have without binding them; type parameters, by
+# name because they are new in Python 3.12.
+_SCOPES: Final = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
+_GIVEN: Final = ("__annotations__", "__class__", "__file__", "__module__", "__name__", "__qualname__")
+_TYPE_PARAMETERS: Final = ("ParamSpec", "TypeVar", "TypeVarTuple")
+
 
 class StaticCodeChecks:
     """Rewards a program with the share of static checks that it passes; one that is no Python gets 0.
@@ -24,7 +31,7 @@ class StaticCodeChecks:
     The program is parsed and never run, so that the checks are safe and cheap, and say nothing of what it computes:
     use them next to ``CodeTestsReward``.
 
-    - ``entry_point``: the function or class that the row names is defined at the top level; not checked where the row
+    - ``entry_point``: the function or class that the row names is bound at the top level; not checked where the row
       names none.
     - ``names``: every name that is read is bound somewhere in the program, or is a builtin.
     - ``imports``: no module of ``forbidden_imports`` is imported.
@@ -96,11 +103,7 @@ class StaticCodeChecks:
 
     def _parsed(self, completion: str) -> ast.Module | None:
         program = extract_program(completion, require_fence=self.require_fence)
-        try:
-            # Completions are foreign: parsing may also end at their depth, or at a null byte.
-            return None if program is None else ast.parse(program)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
+        return None if program is None else parse_program(program)
 
     def _verdicts(self, tree: ast.Module, entry_point: str | None) -> Iterator[tuple[str, bool]]:
         found: dict[str, Callable[[], bool]] = {
@@ -113,40 +116,55 @@ class StaticCodeChecks:
         for name in self.checks:
             if name != "entry_point":
                 yield name, found[name]()
-            elif entry_point:
+            elif entry_point is not None and not is_missing(entry_point):
                 yield name, entry_point.split(".")[0] in _defined(tree)
 
 
 def _defined(tree: ast.Module) -> set[str]:
-    """Names that the top level binds to functions, classes or values."""
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
-    return defined | {target.id for target in targets if isinstance(target, ast.Name)}
+    """Names that the top level binds to functions, classes or values, also within its ``if``, ``try`` and ``with``."""
+    defined: set[str] = set()
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        # `solve: Callable` alone announces a value and binds none.
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            continue
+        defined.update(_bound_by(node))
+        if not isinstance(node, _SCOPES):
+            nodes += ast.iter_child_nodes(node)
+    return defined
 
 
 def _unbound(tree: ast.Module) -> set[str]:
     """Names that are read and bound nowhere: scopes are not told apart, so that no right program is refused."""
-    bound = {*dir(builtins), "__file__", "__name__"}
+    bound = {*dir(builtins), *_GIVEN}
     read = set()
     for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name, ctx=ast.Load()):
-                read.add(name)
-            case ast.Name(id=name):
-                bound.add(name)
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                bound.add(node.name)
-            case ast.arg(arg=name):
-                bound.add(name)
-            case ast.alias(name="*"):
-                return set()  # anything may be bound
-            case ast.alias(name=name, asname=given):
-                bound.add(given or name.partition(".")[0])
-            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
-                bound.add(name)
-            case ast.MatchMapping(rest=str(name)):
-                bound.add(name)
-    return read - bound
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            read.add(node.id)
+        bound.update(_bound_by(node))
+    # After `from module import *` anything may be bound.
+    return set() if "*" in bound else read - bound
+
+
+def _bound_by(node: ast.AST) -> list[str]:
+    """Names that a node binds, without its children; ``*`` for all those of a module."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
+            return [name]
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return [node.name]
+        case ast.arg(arg=name):
+            return [name]
+        case ast.alias(name=name, asname=given):
+            return [given or name.partition(".")[0]]
+        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            return [name]
+        case ast.MatchMapping(rest=str(name)):
+            return [name]
+        case _ if type(node).__name__ in _TYPE_PARAMETERS:
+            return [str(vars(node)["name"])]
+    return []
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:

@@ -332,3 +332,23 @@ def test_prompts(columns: dict[str, Any], expected: Row) -> None:
 )
 def test_prompts_that_cannot_be_used(columns: dict[str, Any], message: str) -> None:
     assert complaint(prompt_only, columns).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("tie", "fields"),
+    [("false", {"tie": False}), ("0", {"tie": False}), (1.0, {"tie": True}), (math.nan, {}), ("", {}), (None, {})],
+)
+def test_ties_are_verdicts(tie: Any, fields: dict[str, Any]) -> None:
+    assert preference({"prompt": "q", "chosen": "a", "rejected": "b", "tie": tie}).fields == fields
+
+
+def test_a_tie_that_is_no_verdict_is_refused() -> None:
+    columns = {"prompt": "q", "chosen": "a", "rejected": "b", "tie": "perhaps"}
+    assert complaint(preference, columns).startswith("'tie' is 'perhaps', expected true or false")
+
+
+@pytest.mark.parametrize(("cell", "expected"), [("false", False), (0, False), (1.0, True), ("True", True)])
+def test_the_switch_of_thoughts_may_be_text_or_a_number(cell: Any, expected: bool) -> None:
+    row = demonstration({"messages": [Q, A], "enable_thinking": cell})
+    assert row.template == {"enable_thinking": expected}
+    assert row.fields == {}

@@ -313,3 +313,19 @@ def test_a_cut_text_keeps_its_beginning_of_sequence_token_and_its_weights() -> N
     assert fitted.root.tokens.tolist() == ids("^cde")
     assert fitted.root.weights is not None
     assert fitted.root.weights.tolist() == [0, 1, 1, 0]
+
+
+def test_the_last_turn_of_a_completion_may_be_the_only_one_to_learn() -> None:
+    row = Row([user("1+1?")], ([assistant("2"), user("2+2?"), assistant("4")],))
+    rows = RowTokenizer(chars(UNMARKED))
+    first, last = rows.answers(row), rows.answers(row, turns="last")
+
+    def learnt(segment: Segment) -> str:
+        text, weights = spelt(segment)
+        here = "".join(c for c, w in zip(text, weights, strict=False) if w == "1")
+        return here + "".join(learnt(child) for child in segment.children)
+
+    assert (learnt(first), learnt(last)) == ("2~4~", "4~")
+    # With the prompt, the first answer is still not learnt.
+    prompt, _ = spelt(Segment(np.asarray(rows.prompt(row))))
+    assert learnt(rows.answers(row, turns="last", prompt_loss=True)) == prompt[1:] + "4~"

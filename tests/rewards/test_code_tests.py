@@ -320,3 +320,34 @@ def test_an_interpreter_below_the_folder_of_programs_can_be_reached(monkeypatch)
     command = " ".join(map(str, isolations.Plan("bubblewrap", drops_user=False)._bubblewrap(limits)))
     assert "--perms 0755 --dir /tmp/project --ro-bind /tmp/project/.venv /tmp/project/.venv" in command
     assert "--dir /tmp " not in command
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{FENCE}bash\npip install numpy\n{FENCE}\nThen:\n{FENCE}python\n{ADD}{FENCE}",
+        f"{FENCE}python\n{ADD}{FENCE}\nprints\n{FENCE}text\n3\n{FENCE}\nand as JSON\n{FENCE}json\n{{}}\n{FENCE}",
+        f"{FENCE}Python\n{ADD}{FENCE}",
+        f"{FENCE}python\n{ADD}{FENCE}\n".replace("\n", "\r\n"),
+        f'{FENCE}python title="a.py"\n{ADD}{FENCE}',
+        f"{FENCE}python\n{ADD}{FENCE}\nOutput:\n{FENCE}\n3\n{FENCE}",
+        f"{FENCE}\n{ADD}{FENCE}\nOutput:\n{FENCE}\n[1, 2]\n{FENCE}",
+        f"1. so\n   {FENCE}py\n   def add(a, b):\n       return a + b\n   {FENCE}",
+        f"Never closed\n{FENCE}json\n{{\n{FENCE}python\n{ADD}{FENCE}",
+        f"Here: {FENCE}python\n{ADD.rstrip()}{FENCE}",
+        f"{FENCE}`python\n{ADD}{FENCE}`",
+    ],
+)
+def test_blocks_of_other_languages_and_outputs_are_no_programs(text: str) -> None:
+    assert extract_program(text) == ADD
+
+
+def test_a_fence_within_a_docstring_ends_no_block() -> None:
+    program = f'def f():\n    """\n    {FENCE}python\n    f()\n    {FENCE}\n    """\n    return 1\n'
+    assert extract_program(f"{FENCE}python\n{program}{FENCE}\n") == program
+
+
+def test_nulls_of_tables_are_no_keyword_arguments_and_no_tests() -> None:
+    test = {"call": "f", "args": [1], "kwargs": {"a": 1, "b": None}, "output": 2}
+    assert score("def f(x, a=0): return x + a", [test]) == 1.0
+    assert score(ADD, float("nan")) is None

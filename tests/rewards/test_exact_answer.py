@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_lightning.data.final_answer import final_answer
+from rlhf_lightning.data.final_answer import answer_key, final_answer
 from rlhf_lightning.data.tasks import open_task
 from rlhf_lightning.rewards.exact_answer import exact_answer
 
@@ -96,3 +96,31 @@ def test_exact_answer_agrees_with_the_labels_of_the_sums():
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     rewards = exact_answer(columns["prompt"], columns["completion"], answer=columns["answer"], label=columns["label"])
     assert rewards == [float(label) for label in columns["label"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("So x is \N{MINUS SIGN}5.", -5),
+        ("so x = -5", -5),
+        ("the balance is -$5.", -5),
+        ("a ratio of 3-5", 5),
+        ("10\N{EN DASH}5", 5),
+        ("it is 3,000", 3000),
+    ],
+)
+def test_the_last_number_of_a_text_has_its_own_sign(text, expected):
+    assert answer_key(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"The result is \fbox{42}.", "42"),
+        (r"so \boxed{\left\{1,2\right.}", r"\left\{1,2\right."),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a\\}", r"a\\"),
+    ],
+)
+def test_all_boxes_are_read_to_their_own_brace(text, expected):
+    assert final_answer(text) == expected

@@ -105,3 +105,20 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.rewards.math_answer.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs the package math-verify: pip install math-verify"):
         MathAnswerReward()
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion"),
+    [
+        ("-5", "#### -$5"),
+        ("18", "#### \N{EURO SIGN}18"),
+        ("18", "#### $18"),
+        ("-1000", "#### -\N{POUND SIGN}1,000"),
+        ("\N{EURO SIGN}18", "#### 18"),
+        ("so it is\n#### -$5", "#### -5"),
+        ("42", r"so \fbox{42}, and not 41"),
+    ],
+)
+def test_amounts_of_money_and_frames(reward: MathAnswerReward, gold: str, completion: str) -> None:
+    assert reward(["p"], [completion], answer=[gold]) == [1.0]
+    assert reward(["p"], [completion], answer=["77"]) == [0.0]

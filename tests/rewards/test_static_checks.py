@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
 
 from rlhf_lightning.rewards import StaticCodeChecks
-from rlhf_lightning.rewards.static_checks import CODE_CHECKS
+from rlhf_lightning.rewards.static_checks import CODE_CHECKS, _unbound
 
 PAIRS: dict[str, tuple[str, str]] = {
     "entry_point": ("def add(a, b):\n    return a + b", "def plus(a, b):\n    return a + b"),
@@ -77,3 +78,33 @@ def test_fenced_programs_and_rows_without_an_entry_point() -> None:
 def test_mistakes(checks: Any, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         StaticCodeChecks(checks)
+
+
+@pytest.mark.parametrize(
+    ("program", "is_there"),
+    [
+        ("from typing import Callable\nsolve: Callable[[int], int] = lambda n: n", True),
+        ("solve, other = max, min", True),
+        ("if True:\n    def solve(): return 1", True),
+        ("from functools import reduce as solve", True),
+        ("from typing import Callable\nsolve: Callable", False),
+        ("def other():\n    def solve(): return 1", False),
+        ("other = [solve for solve in (1, 2)]", False),
+    ],
+)
+def test_an_entry_point_is_any_name_of_the_top_level(program: str, is_there: bool) -> None:
+    assert StaticCodeChecks(["entry_point"])(["p"], [program], entry_point=["solve"]) == [float(is_there)]
+
+
+def test_a_missing_entry_point_of_a_table_is_not_checked() -> None:
+    assert StaticCodeChecks(["entry_point"])(["p"], ["x = 1"], entry_point=[float("nan")]) == [1.0]
+
+
+def test_names_of_classes_and_type_parameters_are_bound() -> None:
+    program = "class A:\n    name = __qualname__, __module__\n    def f(self) -> T: return __class__"
+    assert _unbound(ast.parse(program)) == {"T"}
+    # Python before 3.12 has no such node.
+    kind = getattr(ast, "TypeVar", None) or type("TypeVar", (ast.AST,), {"_fields": ("name",)})
+    tree = ast.parse(program)
+    tree.body.append(kind(name="T"))
+    assert _unbound(tree) == set()

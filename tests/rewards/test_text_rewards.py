@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
+from rlhf_lightning.evaluation.win_rate import _filled
+from rlhf_lightning.inference import text_terms
 from rlhf_lightning.rewards import (
     ConstitutionReward,
     FormatReward,
+    InstructionReward,
     LengthReward,
     Principle,
     RepetitionReward,
     SoftOverlongReward,
+    exact_text,
 )
+from rlhf_lightning.rewards.constitution import ask
 
 
 class TestFormat:
@@ -219,3 +224,25 @@ class TestConstitution:
             ConstitutionReward([Principle("a", require="x"), Principle("a", require="y")])
         [verdict] = ConstitutionReward([Principle("a", predicate=lambda prompt, completion: 7)])(["p"], ["c"])
         assert str(verdict) == "principle 'a' returned 7: return a number from 0 to 1"
+
+
+def test_cells_of_tables_are_read_as_what_they_say() -> None:
+    nan = float("nan")
+    assert exact_text(["p"] * 4, ["42", "41", "", ""], answer=[42, 42, nan, None]) == [1.0, 0.0, None, None]
+    reward = LengthReward(target_column="budget", coef=1.0, unit="words")
+    assert reward(["p"] * 4, ["one two"] * 4, budget=["3", 1.0, nan, ""]) == [-1.0, -1.0, None, None]
+    assert InstructionReward()(["p"], ["a"], constraints=[nan]) == [None]
+
+
+def test_a_judge_reads_the_calls_of_a_prompt() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    prompt = [
+        {"role": "user", "content": "2+2=?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "assistant", "content": "so", "tool_calls": [call]},
+        {"role": "assistant", "content": ""},
+    ]
+    written = 'user: 2+2=?\nassistant: {"name": "add", "arguments": {"a": 2}}\n'
+    written += 'assistant: so {"name": "add", "arguments": {"a": 2}}\nassistant: '
+    assert ask("{prompt}|{completion}|{statement}", prompt, "4", "s") == f"{written}|4|s"
+    assert text_terms._written(prompt) == _filled("{prompt}", prompt, "", "") == written
