@@ -3,13 +3,20 @@
     python benchmarks/search.py                       # seeds 0, 1, 2; continues where it was stopped
     python benchmarks/search.py --seeds 0 --scale 0.1 --problems 8 --run_dir runs/search-quick   # does it run at all
 
-For each seed a model of 0.6M weights learns sums of three to six numbers from scratch: up to 12, and in every seventh
-row up to 20. The policy continues with solutions that are mostly of a careless author, or have slips. From the same
-model, a process reward model (PRM) and then a reward model (RM) learn from labelled solutions with numbers up to 20;
-PPO's critic learns values of the policy's own solutions while the policy stays as it is. Then test problems of five
-numbers are solved: up to 12, and harder, up to 20. Tokens are those that the policy sampled plus those that a scorer
-read, per problem. The verifier knows the right answer, so it is a bound and no method; it judges whole solutions, and
-the critic those that are not finished.
+For each seed a model of 0.6M weights learns sums of three to nine numbers from scratch. From it come two policies:
+
+* one mostly guesses the answer, and writes steps, with a slip now and then, in a third of its solutions. It solves five
+  numbers up to 12, and up to 20: larger than those that it has learned to guess;
+* one writes steps, of which each is wrong with a probability of a quarter. It has learned that on three to six numbers
+  and solves eight.
+
+and the scorers: a process reward model (PRM), which learns to tell wrong sums from short solutions and then from
+solutions of both policies, whose steps are labelled; a reward model (RM), which starts from the PRM and learns from
+pairs of these solutions; and for each policy PPO's critic, which learns values of the policy's own solutions while the
+policy stays as it is.
+
+Tokens are those that the policy sampled plus those that a scorer read, per problem. The verifier knows the right
+answer, so it is a bound and no method; it judges whole solutions, and the critic those that are not finished.
 
 Majority, best-of-n and weighted best-of-n for all n are estimates from one set of samples of each problem: exact for
 best-of-n, over random subsets for the others. ``table.md`` and ``search.svg`` are written next to the runs.
@@ -18,6 +25,7 @@ best-of-n, over random subsets for the others. ``table.md`` and ``search.svg`` a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import statistics
@@ -28,15 +36,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
 import torch
+from search_models import MOST_TOKENS, Row, train
 
-from rlhf_lightning import PPOModule, ProcessRewardModule, RewardModule, SFTModule
-from rlhf_lightning.callbacks import ModelExport
-from rlhf_lightning.core import WarmupSchedule
 from rlhf_lightning.data.final_answer import answer_key
 from rlhf_lightning.data.tasks import open_task
-from rlhf_lightning.datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule, StepwiseDataModule
 from rlhf_lightning.inference import (
     DVTS,
     MCTS,
@@ -55,15 +59,17 @@ from rlhf_lightning.inference import (
 from rlhf_lightning.metrics.at_k import expected_best
 from rlhf_lightning.rewards import exact_answer
 
-NANO = "configs/models/nano"
-SETTINGS = {"up to 12": "terms=5&high=12", "harder, up to 20": "terms=5&high=20"}
+# The task's difficulty, and the kind of policy that is searched.
+SETTINGS = {
+    "up to 12": ("terms=5&high=12", "guesses"),
+    "larger, up to 20": ("terms=5&high=20", "guesses"),
+    "longer, eight numbers": ("terms=8&high=12", "slips"),
+}
 SCORERS = ("RM", "PRM", "critic", "verifier")
 SEARCHES = ("beam", "DVTS", "MCTS", "A*", "particles")
 SAMPLES = 32
 SHOWN = (4, 16)
 SUBSETS = 100
-MOST_TOKENS = 96
-Row = dict[str, Any]
 
 
 class Point(NamedTuple):
@@ -74,105 +80,6 @@ class Point(NamedTuple):
     tokens: float
 
 
-# Training.
-
-
-def sources(contract: str, rows: int, seed: int, keys: str) -> list[str]:
-    """A task of each length."""
-    return [f"sums:{contract}?rows={max(1, rows // 4)}&terms={n}&seed={seed}{keys}" for n in range(3, 7)]
-
-
-def labelled(rows: int, seed: int) -> list[Row]:
-    """Solutions with labelled steps; every fourth is a guess, whose only step is its answer."""
-    found = [row for source in sources("stepwise", rows * 3 // 4, seed, "&high=20") for row in open_task(source)]
-    for source in sources("demonstrations", rows // 4, seed, "&high=20&careless=1"):
-        for row in open_task(source):
-            right = row["completion"] == f"#{row['answer']}"
-            found.append({"prompt": row["prompt"], "completions": [row["completion"]], "labels": [right]})
-    return found
-
-
-def optimizers(rate: float) -> dict[str, Any]:
-    """AdamW with a short warm-up."""
-    return {
-        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
-        "lr_scheduler": lambda optimizer: WarmupSchedule(optimizer, warmup_steps=0.1),
-    }
-
-
-def fit(folder: Path, make: Callable[[], tuple[Any, Any]], **export: str) -> str:
-    """Trains and exports, unless that was done before."""
-    done = Path(export.get("critic_folder", str(folder)))
-    if not done.is_dir():
-        start = time.process_time()
-        module, data = make()
-        lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[ModelExport(str(folder), **export)],
-        ).fit(module, data)
-        print(f"{done}: {time.process_time() - start:.0f} s", flush=True)
-    return str(done)
-
-
-def train(folder: Path, seed: int, scale: float) -> dict[str, str]:
-    """Trains the policy and the scorers of one seed."""
-    lightning.seed_everything(seed, verbose=False)
-
-    def rows(steps: int, batch: int) -> int:
-        return max(1, round(steps * scale)) * batch
-
-    def base() -> tuple[Any, Any]:
-        train = sources("demonstrations", rows(360, 64), seed, "&high=12&careless=0.1")
-        train += sources("demonstrations", rows(60, 64), seed, "&high=20&careless=0.1")
-        return SFTModule(NANO, init="random", **optimizers(2e-3)), SFTDataModule(train, global_batch_size=64)
-
-    def sft() -> tuple[Any, Any]:
-        train = sources("demonstrations", rows(60, 64), 40 + seed, "&high=12&careless=0.65&slips=0.3")
-        return SFTModule(start, **optimizers(3e-4)), SFTDataModule(train, global_batch_size=64)
-
-    def process() -> tuple[Any, Any]:
-        data = StepwiseDataModule(labelled(rows(220, 32), 10 + seed), global_batch_size=32)
-        return ProcessRewardModule(start, **optimizers(5e-4)), data
-
-    def reward() -> tuple[Any, Any]:
-        # It starts from what the PRM has learned of steps.
-        data = PreferenceDataModule(
-            sources("preference", rows(110, 32), 20 + seed, "&high=20&careless=0.3"), global_batch_size=32
-        )
-        return RewardModule(found["PRM"], pooling="mean", center_rewards_coefficient=0.01, **optimizers(3e-4)), data
-
-    def critic() -> tuple[Any, Any]:
-        # Only the critic's own weights learn while it is warmed up; its values start as the rewards.
-        value = {"model": found["RM"], "warmup_iterations": 10**6, "coef": 1.0, "cliprange": None}
-        module = PPOModule(
-            policy,
-            rewards=[exact_answer],
-            num_generations=4,
-            num_updates=2,
-            max_completion_length=MOST_TOKENS,
-            kl_coef=0.0,
-            value=value,
-            gae={"lam": 1.0, "whiten_advantages": False},
-            seed=seed,
-            **optimizers(3e-4),
-        )
-        train = sources("prompts", rows(20, 32), 30 + seed, "&high=20")
-        return module, PromptDataModule(train, global_batch_size=32)
-
-    start = fit(folder / "base", base)
-    policy = fit(folder / "policy", sft)
-    found = {"policy": policy, "PRM": fit(folder / "PRM", process)}
-    found["RM"] = fit(folder / "RM", reward)
-    found["critic"] = fit(folder / "after", critic, critic_folder=str(folder / "critic"))
-    return found
-
-
 # Measuring.
 
 
@@ -181,22 +88,23 @@ class Bench:
 
     Args:
         folders: what ``train`` returned.
-        setting: the task's difficulty.
+        setting: one of :data:`SETTINGS`.
         problems: their number.
         seed: of the samples.
     """
 
     def __init__(self, folders: dict[str, str], setting: str, problems: int, seed: int) -> None:
-        self.engine = LocalEngine.from_pretrained(folders["policy"])
+        keys, policy = SETTINGS[setting]
+        self.engine = LocalEngine.from_pretrained(folders[policy])
         self.scorers: dict[str, Any] = {
             "RM": RewardScorer(folders["RM"]),
             "PRM": ProcessScorer(folders["PRM"], aggregation="min"),
-            "critic": ValueScorer(folders["critic"]),
+            "critic": ValueScorer(folders[f"critic of {policy}"]),
             "verifier": VerifierScorer(exact_answer),
         }
         for name in ("RM", "PRM", "critic"):
             self.scorers[name].attach(self.engine)
-        rows = open_task(f"sums:prompts?split=test&rows={problems}&seed={seed}&{setting}")
+        rows = open_task(f"sums:prompts?split=test&rows={problems}&seed={seed}&{keys}")
         self.prompts, self.answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
         self.seeds = [1000 * seed + number for number in range(problems)]
         self.sampling = SamplingParams(max_new_tokens=MOST_TOKENS)
@@ -207,7 +115,7 @@ class Bench:
 
     def greedy(self) -> Row:
         """The policy's likeliest tokens."""
-        params = SamplingParams(max_new_tokens=MOST_TOKENS, temperature=0.0)
+        params = dataclasses.replace(self.sampling, temperature=0.0)
         found = [group[0] for group in self.engine.generate(self.prompts, 1, params)]
         tokens = statistics.mean(len(completion.token_ids) for completion in found)
         return {"accuracy": statistics.mean(self.right([c.text for c in found])), "policy": tokens, "scorer": 0.0}
@@ -294,8 +202,8 @@ def votes(
 def measure(args: argparse.Namespace, seed: int, done: list[Row]) -> Iterator[Row]:
     """All rows of a seed that were not measured before."""
     folders = train(args.run_dir / f"seed-{seed}", seed, args.scale)
-    for setting, keys in SETTINGS.items():
-        bench = Bench(folders, keys, args.problems, seed)
+    for setting in SETTINGS:
+        bench = Bench(folders, setting, args.problems, seed)
         common = {"seed": seed, "setting": setting}
 
         def is_new(method: str, name: str = "", n: int = 0, common: Row = common) -> bool:
@@ -355,8 +263,8 @@ def draw(found: dict[tuple[str, str, str, int], Point], path: Path) -> None:
 
     colours = {"": "#444444", "RM": "#1f6f8b", "PRM": "#d1495b", "critic": "#edae49", "verifier": "#66a182"}
     marks = dict(zip(SEARCHES, "os^DP", strict=True))
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, 2, sharey=True), SETTINGS, strict=True):
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(SETTINGS), sharey=True), SETTINGS, strict=True):
         own = {key[1:]: point for key, point in found.items() if key[0] == setting}
         for method, style in (("majority", "-"), ("best-of-n", "-"), ("weighted", ":")):
             for name, colour in colours.items():
@@ -376,7 +284,7 @@ def draw(found: dict[tuple[str, str, str, int], Point], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("accuracy, mean of the seeds", fontsize=9)
-    figure.axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.axes[-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
 
 

@@ -17,6 +17,12 @@ def bench(monkeypatch: pytest.MonkeyPatch):
 
     yield search
     sys.modules.pop("search")
+    sys.modules.pop("search_models")
+
+
+@pytest.fixture
+def models(bench):
+    return sys.modules["search_models"]
 
 
 def test_votes_among_subsets(bench):
@@ -59,14 +65,60 @@ def test_the_table_has_means_over_seeds(bench):
     assert "| greedy | 25 % at 30 |  |  |  |  |" in lines
 
 
-def test_labelled_solutions_include_guesses(bench):
-    rows = bench.labelled(80, seed=1)
-    guesses = [row for row in rows if len(row["completions"]) == 1]
-    assert (len(rows), len(guesses)) == (80, 20)
+def test_each_step_slips_with_a_probability_of_its_own(models):
+    rows = list(models.slipping(models.sources("prompts", 400, 1, "&high=12", [5]), 0.25))
+    slips = 0
     for row in rows:
-        terms = [int(term) for term in row["prompt"].removesuffix("=?").split("+")]
-        assert row["labels"][-1] == (row["completions"][-1] == f"#{sum(terms)}" and all(row["labels"]))
-    assert 0 < sum(row["labels"][0] for row in guesses) < 20
+        total, *terms = [int(term) for term in row["prompt"].removesuffix("=?").split("+")]
+        for term, step, label in zip(terms, row["completions"], row["labels"], strict=False):
+            left, shown = step.split("=")
+            assert left == f"{total}+{term}"
+            assert label == (int(shown) == total + term)
+            slips += not label
+            total = int(shown)
+        assert (row["completions"][-1], row["labels"][-1]) == (f"#{total}", True)
+        assert row["completion"].split("\n") == row["completions"]
+    # Within four standard deviations of a quarter of the 1,600 steps.
+    assert abs(slips - 400) < 4 * (1600 * 0.25 * 0.75) ** 0.5
+    assert all(all(row["labels"]) for row in models.slipping(models.sources("prompts", 40, 1, "&high=12", [3]), 0.0))
+
+
+def test_a_number_that_is_skipped_makes_its_step_wrong(models):
+    rows = list(models.slipping(models.sources("prompts", 200, 2, "&high=12", [4]), 0.0, skips=0.5))
+    for row in rows:
+        numbers = [int(number) for number in row["prompt"].removesuffix("=?").split("+")]
+        # Without skips, there is a step for each addition and one for the answer.
+        assert all(row["labels"]) == (len(row["completions"]) == 4) == (row["completion"].endswith(f"#{sum(numbers)}"))
+    assert 0 < sum(all(row["labels"]) for row in rows) < 200
+
+
+@pytest.mark.parametrize(
+    ("completion", "labels"),
+    [
+        ("3+14=17\n17+9=26\n#26", [True, True, True]),
+        ("3+14=16\n16+9=25\n#25", [False, True, True]),
+        ("3+14=17\n17+9=26\n#27", [True, True, False]),
+        ("3+9=12\n12+9=21\n#21", [False, True, True]),  # another number
+        ("3+14=17\n#17", [True, False]),  # ends too early
+        ("3+14=17\n17+9=26\n26+9=35\n#35", [True, True, False, False]),  # too late
+        ("#26", [True]),
+        ("#25", [False]),
+        ("3+14=x\nx+9=26\n#26", [False, False, True]),
+        ("", [False]),
+    ],
+)
+def test_steps_are_labelled(models, completion, labels):
+    assert models.step_labels("3+14+9=?", completion) == labels
+
+
+def test_pairs_are_a_right_and_a_wrong_solution_of_one_problem(models):
+    drawn = [("3+4=?", ["3+4=7\n#7", "#8", "3+4=6\n#6", "3+4=6\n#7"]), ("1+1=?", ["#3"])]
+    assert models.pairs(drawn) == [
+        {"prompt": "3+4=?", "chosen": "3+4=7\n#7", "rejected": "#8"},
+        {"prompt": "3+4=?", "chosen": "3+4=7\n#7", "rejected": "3+4=6\n#6"},
+    ]
+    rows = models.labelled(drawn)
+    assert [row["labels"] for row in rows] == [[True, True], [False], [False, True], [False, False], [False]]
 
 
 def test_a_figure_is_drawn(bench, tmp_path):
