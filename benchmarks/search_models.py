@@ -93,7 +93,7 @@ def labelled(drawn: Sequence[tuple[str, list[str]]]) -> list[Row]:
         {"prompt": prompt, "completions": text.split("\n"), "labels": step_labels(prompt, text)}
         for prompt, texts in drawn
         for text in texts
-        if text
+        if all(text.split("\n"))
     ]
 
 
