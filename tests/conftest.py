@@ -46,13 +46,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{name}: {', '.join(f'{key} {n}' for key, n in sorted(counts.items()))}")
 
 
-@pytest.fixture(autouse=True)
-def levels_of_loggers_are_put_back() -> Iterator[None]:
-    """A pipeline that a test runs in its own process makes the libraries quiet for good."""
+@pytest.fixture(scope="session")
+def levels_of_loggers() -> dict[logging.Logger, int]:
+    """The levels before any fixture of a module has run a pipeline."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
+    return {logger: logger.level for logger in loggers}
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers_are_put_back(levels_of_loggers: dict[logging.Logger, int]) -> None:
+    """A pipeline that runs in the tests' own process makes the libraries quiet for good."""
+    for logger, level in levels_of_loggers.items():
         if logger.level != level:  # setting one empties the caches of all loggers
             logger.setLevel(level)
 
