@@ -1,7 +1,7 @@
 """Runs three rounds of each loop of self-improvement on the embedded task, and compares the ends with the start.
 
     python benchmarks/self_improvement.py                          # seed 0
-    python benchmarks/self_improvement.py --seeds 0 1 2 --figure docs/self_improvement.svg
+    python benchmarks/self_improvement.py --seeds 0 1 2 --figure benchmarks/self_improvement.svg
 
 All loops start from the same SFT model: RAFT, STaR with rationalisation and iterative DPO by the verifier, SPIN on
 demonstrations, and iterative DPO by a poisoned reward, which pays for short answers, with the gate and without it.
