@@ -62,7 +62,7 @@ def slipping(problems: Sequence[str], slips: float, skips: float = 0.0) -> Itera
 def step_labels(prompt: str, completion: str) -> list[bool]:
     """Tells for each step of a solution whether it adds the next number rightly to the total that was written."""
     written, *numbers = [int(number) for number in prompt.removesuffix("=?").split("+")]
-    total, labels = str(written), []
+    total, answer, labels = str(written), written + sum(numbers), []
     for step in completion.split("\n"):
         if numbers and not step.startswith("#"):
             number = numbers.pop(0)
@@ -70,7 +70,7 @@ def step_labels(prompt: str, completion: str) -> list[bool]:
             total = step.rpartition("=")[2]
         else:
             # The answer: without steps, it is a guess.
-            labels.append(step == f"#{total}" if not numbers else step == f"#{written + sum(numbers)}")
+            labels.append(step == f"#{answer if numbers else total}")
     return labels
 
 

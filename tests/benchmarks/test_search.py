@@ -100,6 +100,7 @@ def test_a_number_that_is_skipped_makes_its_step_wrong(models):
         ("3+14=17\n17+9=26\n#27", [True, True, False]),
         ("3+9=12\n12+9=21\n#21", [False, True, True]),  # another number
         ("3+14=17\n#17", [True, False]),  # ends too early
+        ("3+14=17\n#12", [True, False]),  # nor is it the sum of the others
         ("3+14=17\n17+9=26\n26+9=35\n#35", [True, True, False, False]),  # too late
         ("#26", [True]),
         ("#25", [False]),
