@@ -34,7 +34,6 @@ from rlhf_lightning.datamodules import SFTDataModule
 from rlhf_lightning.evaluation.answers import answer_prompts, load_verifier, read_prompts
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.merging import EnsemblePolicy, greedy_soup, merge, uniform_soup
-from rlhf_lightning.merging.methods import METHODS
 from rlhf_lightning.models import load_causal_lm, load_tokenizer
 
 LEAST_KEPT = 0.90
@@ -155,8 +154,7 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         rows.write_text("".join(json.dumps(row) + "\n" for row in demonstrations([*SKILLS], 256, seed + 100)))
         for label, method, options in MERGES:
             data = {"rows": str(rows)} if method in ("fisher", "regmean") else {}
-            origin = start if METHODS[method].needs_base else None
-            merge(method, base=origin, models=ends, output=place / "merged", **options, **data)
+            merge(method, base=start, models=ends, output=place / "merged", **options, **data)
             table[label] = both(place / "merged", "test", args.rows)
             print(f"  {label:20s} {table[label]}", flush=True)
 

@@ -33,7 +33,7 @@ from .data import Statistics, measure
 from .manifest import NAME, manifest_text
 from .methods import ADAPTER_METHODS, METHODS, Cat, Svd
 from .methods.base import Method
-from .sources import Source, chat_template_differs, check_base, check_same, open_source, with_equal_ties
+from .sources import Source, chat_template_differs, check_same, open_source, with_equal_ties
 from .stream import JOURNAL, Journal, Merge, is_merged, worker_pool, write_shards
 from .tensor_files import INDEX, BackgroundDigests, Shard, fingerprint, plan_shards
 
@@ -72,7 +72,8 @@ def merge(
             or ``cat`` and ``svd``, which merge LoRA adapters into one adapter.
         models: folders of models, or of LoRA adapters, which are added to their base exactly.
         output: the folder to write; an earlier model of this package there is replaced.
-        base: of differences, for the methods that need one; of adapters, instead of the one that they name.
+        base: of differences, for the methods that need one; of adapters, instead of the one that they name. Other
+            methods do not need it; they check that it fits the models.
         dtype: of the result: ``float32``, ``bfloat16``, ``float16`` or ``float64``; the first model's by default.
         precision: to compute in: ``float32`` or ``float64``; ``cat`` and ``svd`` always compute in float64.
         layers: options for some tensors: a mapping of regular expressions, searched in the tensors' names, to options
@@ -108,8 +109,6 @@ def merge(
             merge_adapters(chosen, models, target, base=base, dtype=result, record=record, say=say)
         return target
 
-    if not chosen.needs_base:
-        check_base(base, models, method)
     sources, root = _open(models, base, _DTYPES[precision], target, differences=chosen.needs_base)
     if chat_template_differs(sources):
         say(f"the chat templates differ: that of {str(sources[0].folder)!r} is written")
@@ -180,10 +179,11 @@ def _open(
 ) -> tuple[list[Source], Source | None]:
     """Opens the models, and the base where differences to it are merged; checks all that headers and configs tell."""
     opened = [open_source(model, base=base, dtype=dtype) for model in models]
-    if base is not None and differences:
+    # Methods of no differences need no base of whole models; one that is given has to fit them all the same.
+    if base is not None and (differences or not any(source.adapter for source in opened)):
         opened.append(open_source(base, dtype=dtype))
     everything = with_equal_ties(opened)
-    sources, root = everything[: len(models)], everything[len(models)] if len(everything) > len(models) else None
+    sources, root = everything[: len(models)], everything[len(models)] if differences else None
     check_same(everything)
     if target in {source.folder for source in everything}:
         raise ValueError(f"output {str(target)!r} is one of the models: choose another folder")

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from ..utils.files import write_atomically
 from ..utils.validation import check_choice
-from .adapter_files import is_adapter
 from .merge import merge
-from .sources import check_base, find_folder
+from .sources import find_folder
 
 
 def uniform_soup(models: Sequence[str | Path], output: str | Path, **options: Any) -> Path:
@@ -86,15 +85,12 @@ def greedy_soup(
     check_choice("mode", mode, ("max", "min"))
     if len(models) < 2:
         raise ValueError(f"models has {len(models)} entries; a soup needs at least two")
-    check_base(options.get("base"), models, "a soup")
+    if options.get("base") is not None:
+        find_folder(options["base"])  # before anything is evaluated
     sign = 1.0 if mode == "max" else -1.0
 
     def mean(numbers: Sequence[int], place: Path, **more: Any) -> Path:
-        parts = [models[number] for number in numbers]
-        adapted = any(is_adapter(find_folder(part)) for part in parts)
-        # The base is that of adapters, and some parts may have none.
-        given = {name: value for name, value in options.items() if adapted or name != "base"}
-        return merge("linear", models=parts, output=place, **given, **more)
+        return merge("linear", models=[models[number] for number in numbers], output=place, **options, **more)
 
     def measured(folder: Path, what: str) -> float:
         value = float(evaluate(folder))

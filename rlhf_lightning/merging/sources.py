@@ -179,19 +179,6 @@ def find_folder(model: str | Path) -> Path:
         ) from error
 
 
-def check_base(base: str | Path | None, models: Sequence[str | Path], method: str) -> None:
-    """Refuses a base that a method of no differences would never read.
-
-    Raises:
-        ValueError: there is one, and none of the models is an adapter on it.
-    """
-    if base is not None and not any(is_adapter(find_folder(model)) for model in models):
-        raise ValueError(
-            f"base is {str(base)!r}, and {method} merges whole models without one: remove base, or choose a method of "
-            "differences such as task_arithmetic"
-        )
-
-
 def _config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
