@@ -6,6 +6,7 @@ in a checkpoint is an error instead of random, and quantised layers compute the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -85,9 +86,11 @@ def first_difference(expected: Mapping[str, int], tokens: Mapping[str, int]) -> 
     """
     if tokens == expected:
         return None
+    last = sys.maxsize
     odd = min(
         (token for token in {**expected, **tokens} if expected.get(token) != tokens.get(token)),
-        key=lambda token: min(expected.get(token, 1 << 62), tokens.get(token, 1 << 62)),
+        # Two tokens that are exchanged share their smaller number: the first vocabulary's order decides.
+        key=lambda token: (min(expected.get(token, last), tokens.get(token, last)), expected.get(token, last)),
     )
     places = expected.get(odd, "missing"), tokens.get(odd, "missing")
     return f"the token {odd!r} is {places[0]} in one and {places[1]} in the other"
