@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 # Weight of what was observed before, at each new round.
 _MEMORY = 0.9
@@ -20,6 +21,10 @@ _RARE = 0.05
 _SHARE_FOR_TRIALS = 0.01
 # Rounds after which one plain step is measured again.
 _REMEASURE = 32
+# Rows that can be given several tokens cost up to a tenth more in plain steps, too: drafts are worth it if they gain more.
+_WORTH = 1.1
+# Steps after which that is judged, and calls that are made without drafts where they are not.
+_JUDGED, _CALLS_TO_REST = 32, 16
 
 
 def expected_tokens(rate: float, length: int) -> float:
@@ -110,11 +115,25 @@ class _Costs:
         return max((costs - slope * lengths) / ones + slope * length, 0.1)
 
 
+@dataclass
+class _Trial:
+    """Seconds of steps, and what plain steps would have taken for their tokens."""
+
+    spent: float = 0.0
+    worth: float = 0.0
+    steps: int = 0
+
+    def add(self, spent: float, worth: float) -> None:
+        self.spent += spent
+        self.worth += worth
+        self.steps += 1
+
+
 class Pace:
     """Chooses the draft lengths of every round, from costs and acceptance rates that are measured.
 
     Where no gain is expected, decoding is plain; now and then a round is tried all the same, within one hundredth of
-    the time. Numbers of rows from one power of two to the next are measured together.
+    the time. Where a call gained little, the next ones are made as without speculation, all but one in 17. Numbers of rows from one power of two to the next are measured together.
 
     Args:
         longest: most drafts of a round.
@@ -130,10 +149,25 @@ class Pace:
         self._costs: dict[int, _Costs] = {}
         self._credit = 0.0
         self._preparing: float | None = None  # seconds per token
+        self._trial = _Trial()
+        self._resting: dict[int, int] = {}  # calls to come, by the bucket of their rows
 
     def new_row(self) -> Acceptance:
         """An estimate for one more row, which begins with that of all rows."""
         return Acceptance(min(max(self._overall.rate, 0.01), 0.99), weight=4)
+
+    def rests(self, rows: int) -> bool:
+        """Whether a call that begins with so many rows is made without drafts, as they gained too little; counts it."""
+        left = self._resting.get(rows.bit_length(), 0)
+        self._resting[rows.bit_length()] = max(0, left - 1)
+        return left > 0
+
+    def finish(self, rows: int) -> None:
+        """Ends a call that began with so many rows: after enough steps, judges whether the next ones rest."""
+        if self._trial.steps >= _JUDGED:
+            pays = self._trial.worth > _WORTH * self._trial.spent
+            self._resting[rows.bit_length()] = 0 if pays else _CALLS_TO_REST
+            self._trial = _Trial()
 
     def choose(self, rates: Sequence[float], rooms: Sequence[int], unprepared: int = 0, ahead: int = 1) -> list[int]:
         """Chooses how many tokens each row drafts.
@@ -174,6 +208,7 @@ class Pace:
         """Takes in the seconds of a plain step."""
         costs = self._at(rows)
         costs.observe_plain(seconds)
+        self._trial.add(seconds, seconds)
         # Kept below what a few trials cost, so that they do not come in a burst.
         self._credit = min(self._credit + _SHARE_FOR_TRIALS * seconds, 4 * (costs.plain or seconds))
 
@@ -181,6 +216,7 @@ class Pace:
         """Takes in the seconds that preparing to draft took."""
         if tokens:
             self._preparing = seconds / tokens
+            self._trial.spent += seconds
             self._credit -= max(0.0, min(seconds, self._credit))
 
     def observe_round(
@@ -200,7 +236,9 @@ class Pace:
         tokens = sum(accepted) + len(accepted)
         costs.observe_round(max(lengths), seconds / plain, tokens / len(lengths), expected / len(lengths))
         # A round that lost time is paid for by the share of trials.
-        lost = seconds - plain * tokens / len(lengths)
+        worth = plain * tokens / len(lengths)
+        self._trial.add(seconds, worth)
+        lost = seconds - worth
         self._credit = max(self._credit - max(lost, 0.0), -4 * plain)
         for row, length, count in zip(rows, lengths, accepted, strict=True):
             if length:

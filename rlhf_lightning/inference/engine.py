@@ -325,15 +325,17 @@ class LocalEngine:
         decoder, model = Decoder(self.model, contexts), base_model(self.model)
         avoid_cudnn_attention(decoder.device)
         decoder.check_sampling()
-        if self._cache_kind != "dynamic" or self._speculation is not None or contexts:
+        rests = self._speculation is not None and self._speculation.rests(len(requests))
+        speculation = None if rests else self._speculation
+        if self._cache_kind != "dynamic" or speculation is not None or contexts:
             with using_attention(model, register_attention()):
                 if decoder.agrees_in_rows():
-                    self._run_together(decoder, requests, params, stop_ids, self._cache_kind, self._speculation)
+                    self._run_together(decoder, requests, params, stop_ids, self._cache_kind, speculation)
                     return
             self._warn_once(
                 f"{type(model).__name__} does not compute the same with cache={self._cache_kind!r}: running with "
                 "cache='dynamic'"
-                if self._speculation is None
+                if speculation is None
                 else f"{type(model).__name__} does not compute the same several tokens at a time: running with "
                 "cache='dynamic' and without speculation"
             )

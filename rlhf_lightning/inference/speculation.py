@@ -78,6 +78,7 @@ class SpeculationCounts:
     Attributes:
         rounds: forwards that checked drafts.
         plain_steps: forwards without drafts.
+        plain_calls: calls of the engine that were made as without speculation, since it had gained too little.
         drafted: tokens that were drafted.
         accepted: drafts that were what the model drew.
         tokens: tokens that rounds gave to samples, the model's own one per row and round included.
@@ -85,6 +86,7 @@ class SpeculationCounts:
 
     rounds: int = 0
     plain_steps: int = 0
+    plain_calls: int = 0
     drafted: int = 0
     accepted: int = 0
     tokens: int = 0
@@ -127,6 +129,12 @@ class Speculation:
         rate = self.counts.accepted / self.counts.drafted if self.counts.drafted else 0.0
         return {"kind": self.kind, **counts, "acceptance_rate": rate}
 
+    def rests(self, rows: int) -> bool:
+        """Whether a call for so many samples is made without speculation; counts it."""
+        rests = self.pace.rests(rows)
+        self.counts.plain_calls += rests
+        return rests
+
     @contextmanager
     def begin(
         self,
@@ -168,6 +176,7 @@ class Speculation:
                 columns = max(len(request.prompt) + request.limit for request in requests) + self.longest
                 drafter = ModelDrafter(draft, vocabulary, num_rows, columns, max_batch_tokens)
             yield Speculator(decoder, drafter, self.pace, self.counts, params)
+            self.pace.finish(len(requests))
 
 
 class Speculator:

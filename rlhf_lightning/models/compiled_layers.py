@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..utils.compilation import allow_compilations
-from .backbone import base_model, decoder_blocks
+from .backbone import base_model, decoder_blocks, evaluating
 from .half_weights import make_copies
 from .routers import has_routers
 
@@ -78,15 +78,16 @@ class CompiledForward:
         self._windows: list[int | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the layer; the first time as it is, which shows what of a forest its attention reads."""
+        """Runs the layer; the first time also as it is, which shows what of a forest its attention reads."""
         layer, tree = self.layer, kwargs.get("tree")
         kind: Any = type(layer)
         if tree is None:
             return kind.forward(layer, *args, **kwargs)
         if self._windows is None:
-            output = kind.forward(layer, *args, **kwargs)
+            # Draws nothing and gives nothing: a run that goes on computes what the run that began it would have.
+            with evaluating(layer), torch.no_grad():
+                kind.forward(layer, *args, **kwargs)
             self._windows = tree.stretched
-            return output
 
         # What would be made when it is first read is made before: compiled code reads it.
         for window in self._windows:

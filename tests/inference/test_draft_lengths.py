@@ -98,6 +98,22 @@ def test_trials_find_out_when_drafts_become_good() -> None:
     assert sum(speculated[5000:]) > 900
 
 
+@pytest.mark.parametrize(("seconds", "rests"), [(0.029, 16), (0.025, 0)])
+def test_calls_rest_where_drafts_gain_too_little(seconds: float, rests: int) -> None:
+    """Rounds that give three tokens for 2.9 plain steps, or for 2.5: a tenth is what plain steps lose as well."""
+    pace = Pace(4, 0.1, free_rows=8)
+    for call in range(3):  # 12 steps each: judged when there are 32
+        assert not pace.rests(2)
+        for _ in range(2):
+            pace.observe_plain(2, 0.01)
+        for _ in range(10):
+            pace.observe_round([2, 2], [2, 2], [pace.new_row() for _ in range(2)], seconds)
+        pace.finish(2)
+        assert call == 2 or not pace._resting.get(2, 0)
+    assert not pace.rests(1) and not pace.rests(8)
+    assert [pace.rests(3) for _ in range(rests + 1)] == [True] * rests + [False]
+
+
 def test_preparing_is_done_for_a_gain_that_pays_for_it() -> None:
     pace = measured(Pace(8, 0.1, free_rows=8), rows=1, plain=0.01, first=1.0, each=0.05, rate=0.9)
     pace.observe_preparation(tokens=100, seconds=0.05)

@@ -205,6 +205,22 @@ def test_after_a_rollback_caches_hold_what_computing_the_rows_gives(kind: str, m
     assert sum(rounds) > 3
 
 
+def test_a_call_that_rests_is_one_of_an_engine_without_speculation() -> None:
+    model = tiny_model("llama")
+    engine, plain = LocalEngine(model, None, speculation="ngram"), LocalEngine(model, None)
+    params = SamplingParams(max_new_tokens=6, seed=1)
+    engine._speculation.pace._resting[2] = 1
+    found = []
+    for _ in range(2):
+        found.append([[s.token_ids for s in group] for group in engine.generate([[5, 6], [7, 8, 9]], 1, params)])
+        found.append(engine.statistics()["attention"])
+    expected = [[s.token_ids for s in group] for group in plain.generate([[5, 6], [7, 8, 9]], 1, params)]
+    assert found[0] == found[2] == expected
+    assert found[1] == plain.statistics()["attention"] != found[3]
+    counts = engine.statistics()["speculation"]
+    assert counts["plain_calls"] == 1 and counts["rounds"] + counts["plain_steps"] > 0
+
+
 def test_adapters_take_part_in_the_first_layers() -> None:
     torch.manual_seed(0)
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))

@@ -264,6 +264,14 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(name, at, tiny_model_
     assert set(drawn) == {"torch", "cuda", "numpy", "python"}
 
 
+@pytest.mark.slow
+def test_a_resumed_run_with_compiled_layers(tiny_model_folder, tmp_path):
+    """By torch's own compiler, whose rounding differs from that of plain layers: no pass is plain in one run alone."""
+
+    run = Run(lambda model: SFTModule(model, lora=LORA, compile=True), RUNS["sft"].data, {"val_check_interval": 2}, steps=6)
+    assert_resumes(run, tiny_model_folder(), tmp_path, lambda steps: [steps[0], steps[2]])
+
+
 @pytest.mark.parametrize("interval", [1.0, 2], ids=["at the ends of epochs", "in the middle"])
 def test_early_stopping_counts_on_and_stays_stopped(tiny_model_folder, tmp_path, interval):
     stopped: list[int] = []
