@@ -245,9 +245,9 @@ def main() -> int:
     """Runs all seeds, prints the table, and reports which requirements hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--start_steps", type=int, default=250, help="of the common start")
+    parser.add_argument("--start_steps", type=int, default=560, help="of the common start")
     parser.add_argument("--steps", type=int, default=160, help="of each specialist")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the specialists")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of the specialists")
     parser.add_argument("--rows", type=int, default=300, help="test problems of each skill")
     parser.add_argument("--last", type=int, default=4, help="checkpoints in the mean of the last")
     parser.add_argument("--results", type=Path, help="JSON lines, one per seed: read if there, continued, and written")
