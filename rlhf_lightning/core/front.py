@@ -62,7 +62,7 @@ class Front:
         if options is None:
             raise ValueError(
                 f"compressor is {str(folder)!r}, where no trained compressor is: give the folder that "
-                "ContextCompressionModule has written; those that learn nothing are for engines alone"
+                "ContextCompressionModule has written; others, which learn nothing, are for engines alone"
             )
         self.module = module
         self.folder = folder

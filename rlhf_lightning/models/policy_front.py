@@ -20,7 +20,7 @@ FRONT_FILE = "front.json"
 
 
 def front_note(compressor: ContextCompressor) -> Callable[[Path], object]:
-    """Returns a function that writes into a policy's folder of which model the compressor is that was before it."""
+    """Returns a function that writes into a policy's folder whose summaries it was trained with: the model's before."""
     text = json.dumps({"decoder": compressor.identity}, indent=2) + "\n"
     return lambda place: (place / FRONT_FILE).write_text(text, encoding="utf-8")
 

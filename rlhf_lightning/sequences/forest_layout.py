@@ -135,7 +135,7 @@ _Turn = tuple[np.ndarray, np.ndarray, list[_Node]]  # tokens, weights and nodes 
 
 
 def _nodes(path: Path, above: _Node) -> list[_Node]:
-    """Returns the nodes of a path below a given one, and creates those that are needed."""
+    """Returns the nodes of a path below a given one, and creates them where needed."""
     nodes = [] if path[0].after is None else [above.entries(path[0].after)]
     for segment in path:
         nodes.append((nodes[-1] if nodes else above).child(segment))

@@ -51,7 +51,7 @@ class PriorContext:
 
 
 class PriorStates:
-    """Keys and values of a forest's contexts, which replace those that layers compute at their places.
+    """Keys and values of a forest's contexts, which replace what layers compute at their places.
 
     What a layer computed at these places reaches nothing, and gets no gradient.
 

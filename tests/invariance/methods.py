@@ -307,7 +307,7 @@ def behind(method: type[PostTrainingModule]) -> type[PostTrainingModule]:
             with Path(f"{model}-lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # ranks would write it at once
                 if not place.exists():
-                    made = ContextCompressor.from_pretrained(model, ratio=2, segment_length=6, encoder_rank=0)
+                    made = ContextCompressor.from_pretrained(model, ratio=4, segment_length=8, encoder_rank=0)
                     made.save_pretrained(place)
             super().__init__(model, compressor=str(place), **options)
 
