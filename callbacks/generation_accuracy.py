@@ -94,7 +94,7 @@ class GenerationAccuracy(lightning.Callback):
 
         if pl_module.front is not None:
             raise ValueError(
-                "GenerationAccuracy asks without contexts, and the module has a compressor: leave the callback out; GRPO "
+                "GenerationAccuracy asks without contexts, and the module has a compressor: leave it out; GRPO "
                 "and PPO log the rewards of validation rows"
             )
 

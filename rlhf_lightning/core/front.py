@@ -157,6 +157,10 @@ class Front:
         """Forgets the summaries that are kept, before a run on another device or in another precision."""
         self._held, self._bytes = OrderedDict(), 0
 
+    def contexts(self, examples: Sequence[Example]) -> list[CompressedContext]:
+        """Returns the compressed contexts of rows that follow theirs, for an engine."""
+        return self.compressed([example.root.after for example in examples if example.root.after is not None])
+
     def compressed(self, contexts: Sequence[PriorContext]) -> list[CompressedContext]:
         """Compresses contexts, equal ones once; those of the latest calls are kept, up to 256 MiB."""
         waiting = {context.key: context for context in contexts if context.key not in self._held}

@@ -255,7 +255,7 @@ class OnPolicyModule(PostTrainingModule):
         """
         each = [[derive_seed(seed, sample) for sample in range(self.num_generations)] for seed in seeds]
         tokens = [prompt.root.tokens.tolist() for prompt in prompts]
-        contexts = None if self.front is None else self.front.compressed([p.root.after for p in prompts])
+        contexts = None if self.front is None else self.front.contexts(prompts)
         return self.engine.generate(tokens, self.num_generations, self.sampling, seeds=each or None, contexts=contexts)
 
     @property
