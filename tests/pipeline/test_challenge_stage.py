@@ -135,7 +135,7 @@ def test_agreement_is_per_prompt():
     [
         ({"number": 0}, "number is 0; it must be a whole number of at least 1"),
         ({"num_samples": 2}, "num_samples is 2, and without a verifier the answer of most samples is the right one"),
-        ({"num_samples": 1, "verifier": EXACT}, "num_samples is 1, and of one sample a prompt is solved always or never"),
+        ({"num_samples": 1, "verifier": EXACT}, "num_samples is 1, and of one sample a prompt is solved"),
         ({"sampling": {"temperature": 0.0}}, "num_samples is 4 at sampling.temperature 0, where all are equal"),
         ({"template": "one more:"}, "template has no {examples}: write where it stands"),
         ({"max_overlap": 1.5}, "max_overlap is 1.5; it must be in (0, 1]"),
