@@ -36,8 +36,8 @@ def reasoning_rows(
         marks: texts that open and close a thought; an opening one at a prompt's end is left out with the thought.
 
     Returns:
-        Rows with ``prompt``, ``completion`` and the other columns of the prompts, as ``SFTDataModule`` reads them; those
-        about other answers, such as ``response`` or ``label``, are left out.
+        Rows with ``prompt``, ``completion`` and the other columns of the prompts, as ``SFTDataModule`` reads them;
+        those about other answers, such as ``response`` or ``label``, are left out.
 
     Raises:
         ValueError: a result has no thought, or a prompt is neither text nor chat messages.

@@ -104,8 +104,8 @@ def _check_names(source: Source, wanted: Iterable[str], known: Container[str]) -
 def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterator[list[int]]:
     """Yields the tokens of each row, prompts with their completions as one sequence.
 
-    A conversation whose turns see other contexts than one that extends the last, as where a template drops reasoning, is
-    a sequence for each of its paths.
+    A conversation is a sequence for each of its paths: several where contexts of turns do not extend each other,
+    as under a template that drops reasoning.
 
     Args:
         tokenizer: the model's.

@@ -17,8 +17,8 @@ from .templates import asked_like, fill, last_words
 
 Row = dict[str, Any]
 PAIRINGS = ("best_worst", "all")
-# Columns that rows define themselves, or that would be read as if they were about the samples: a prompt's own columns of
-# these names are left out.
+# Columns that rows define themselves, or that would be read as if they were about the samples: those of a prompt are
+# left out.
 _OWN = ("prompt", *OF_ANSWERS, "score", "ended", "provenance")
 
 
