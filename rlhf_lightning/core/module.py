@@ -41,7 +41,7 @@ from .gradients import check_gradient, clip_gradients, loss_scale, sum_gradients
 from .hooks import check_optimizers, step_schedulers, wrap_hooks
 from .logging import call_hooks, log_settings, log_values
 from .micro_batching import ROW_KEY, MicroBatching, in_canonical_order
-from .optimizers import build_optimizer_and_scheduler
+from .optimizers import build_optimizer_and_scheduler, check_lr_ratios, group_parameters
 from .position import ResumePosition
 from .precision import apply_in_fp32
 from .progress_bar import prepare_screen
@@ -96,6 +96,11 @@ class PostTrainingModule(lightning.LightningModule):
         max_grad_norm: clip the global gradient norm to this, above 0; ``None`` does not clip.
         optimizer: function from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without
             weight decay. Its weight decay is applied to matrices only.
+        lr_ratios: learning rates relative to the optimizer's, above 0, by regular expressions that are searched for in
+            parameters' names (``{"lm_head|embed": 0.1}``); of several that match, the first counts. Every one must
+            match a trained parameter.
+        layer_lr_decay: d in (0, 1]: of L decoder layers, the one with number i from 0 has a learning rate of
+            d^(L - 1 - i) times the optimizer's, and input embeddings d^L; it multiplies ``lr_ratios``. ``None`` is off.
         lr_scheduler: function from an optimizer to a scheduler, stepped once per optimizer step.
         unknown: options that do not exist.
 
@@ -132,6 +137,8 @@ class PostTrainingModule(lightning.LightningModule):
         router_aux_loss_coef: float | None = None,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable | None = None,
+        lr_ratios: dict[str, float] | None = None,
+        layer_lr_decay: float | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         **unknown: Any,
     ) -> None:
@@ -153,6 +160,7 @@ class PostTrainingModule(lightning.LightningModule):
             router_aux_loss_coef=router_aux_loss_coef,
             max_grad_norm=max_grad_norm,
         )
+        check_lr_ratios(lr_ratios, layer_lr_decay)
 
         # The batch, not Lightning, decides when to step: manual optimization.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -171,6 +179,8 @@ class PostTrainingModule(lightning.LightningModule):
         self.router_aux_loss_coef = router_aux_loss_coef
         self._router_loss: RouterLoss | None = None
         self.max_grad_norm = max_grad_norm
+        self.lr_ratios = None if lr_ratios is None else dict(lr_ratios)
+        self.layer_lr_decay = layer_lr_decay
         self._tokenizer_source = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._requested_layout = layout
@@ -438,7 +448,7 @@ class PostTrainingModule(lightning.LightningModule):
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
         """Groups parameters for the optimizer; a group's ``lr_ratio`` multiplies its learning rate."""
-        return list(parameters)
+        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer on the trainable parameters, and its scheduler."""

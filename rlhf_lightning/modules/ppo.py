@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logging import store_options
+from ..core.optimizers import group_parameters
 from ..core.router_loss import RouterLoss
 from ..core.trainer_checks import longest_sequence, trainer_dtype
 from ..distributed.collectives import Metrics, Rows, sum_over_ranks, sum_vector_over_ranks
@@ -159,13 +160,8 @@ class PPOModule(OnPolicyModule):
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
         """Groups the policy's weights, and the critic's own with their relative learning rate."""
         assert self.critic is not None
-        own = {id(parameter) for parameter in self.critic.parameters()}
-        if self.value.lr_ratio == 1:
-            return list(parameters)
-        return [
-            {"params": [p for p in parameters if id(p) not in own]},
-            {"params": [p for p in parameters if id(p) in own], "lr_ratio": self.value.lr_ratio},
-        ]
+        own = {id(parameter): self.value.lr_ratio for parameter in self.critic.parameters()}
+        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay, own)
 
     # From rollouts to training trees.
 
