@@ -30,7 +30,7 @@ from .utils.imports import find_own_modules
 from .utils.log_output import log_output, take_log_options
 from .utils.messages import UsageError, did_you_mean, explain
 from .utils.option_groups import OptionGroup
-from .utils.packaged_configs import packaged_config
+from .utils.packaged_configs import with_packaged_configs
 from .utils.quiet import quiet
 
 # A class can be named without its path once it has been imported.
@@ -184,7 +184,7 @@ class PostTrainingCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults=trainer_defaults,
             parser_class=Parser,
-            args=[*_with_packaged_configs(args)],
+            args=[*with_packaged_configs(args)],
             run=run,
         )
 
@@ -330,20 +330,6 @@ def _dispatch(arguments: list[str]) -> None:
         known = (*_ONE_METHOD, *_COMMANDS)
         near = did_you_mean(arguments[0], known) or f": use one of {', '.join(known)}"
         raise UsageError(f"no subcommand {arguments[0]!r}{near}")
-
-
-def _with_packaged_configs(args: Sequence[str]) -> Iterator[str]:
-    """Points ``--config configs/...`` to the packaged file if no such file exists in the current folder."""
-    previous = ""
-    for argument in args:
-        flag, _, value = argument.partition("=")
-        if flag in ("--config", "-c") and value:
-            yield f"{flag}={packaged_config(value) or value}"
-        elif previous in ("--config", "-c"):
-            yield str(packaged_config(argument) or argument)
-        else:
-            yield argument
-        previous = argument
 
 
 def _known_classes() -> Iterator[type]:
