@@ -21,7 +21,7 @@ from ..evaluation.answers import read_prompts
 from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
 from ..inference.answering import StrategyOption
 from ..self_improvement.row_options import RowOptions
-from ..self_improvement.samples import ScoredPrompt, sample_prompts
+from ..self_improvement.samples import ScoredPrompt, check_samples, sample_prompts
 from ..self_improvement.scorers import load_scorer
 from ..sequences import Example
 from ..utils.files import json_line, on_first_rank, write_atomically
@@ -109,7 +109,6 @@ class SelfImprovement(lightning.Callback):
     ) -> None:
         check_choice("rows", rows, _KINDS)
         check_count("every_n_epochs", every_n_epochs, "1 is usual")
-        check_count("num_samples", num_samples, "4 is usual")
         if prompts_per_round is not None:
             check_count("prompts_per_round", prompts_per_round, "null takes all prompts in every round")
         self.options = RowOptions(
@@ -129,6 +128,7 @@ class SelfImprovement(lightning.Callback):
         self.sampling = SamplingParams(**(sampling or {}))
         if self.sampling.seed is not None:
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write seed, which is that of all samples")
+        check_samples(num_samples, self.sampling, [rows], strategy=strategy)
         self.strategy = StrategyOption(strategy)
         self.seed, self.chat_template_kwargs = seed, chat_template_kwargs
         self._module: PostTrainingModule | None = None

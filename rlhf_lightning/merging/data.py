@@ -104,6 +104,9 @@ def _check_names(source: Source, wanted: Iterable[str], known: Container[str]) -
 def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterator[list[int]]:
     """Yields the tokens of each row, prompts with their completions as one sequence.
 
+    A conversation is a sequence for each of its paths: several where contexts of turns do not extend each other,
+    as under a template that drops reasoning.
+
     Args:
         tokenizer: the model's.
         rows: a source of rows, as ``SFTDataModule`` reads them.
@@ -112,9 +115,8 @@ def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterato
     data.setup("validate")
     for batch in data.val_dataloader():
         for example in batch.examples:
-            root = example.root
-            for child in root.children or [None]:
-                yield [*root.tokens.tolist(), *([] if child is None else child.tokens.tolist())]
+            for path in example.root.paths():
+                yield [token for segment in path for token in segment.tokens.tolist()]
 
 
 def estimate_fisher(model: nn.Module, sequences: Sequence[Sequence[int]], *, seed: int = 0) -> dict[str, Tensor]:

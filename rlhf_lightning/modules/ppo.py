@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logging import store_options
+from ..core.optimizers import group_parameters
 from ..core.router_loss import RouterLoss
 from ..core.trainer_checks import longest_sequence, trainer_dtype
 from ..distributed.collectives import Metrics, Rows, sum_over_ranks, sum_vector_over_ranks
@@ -115,6 +116,16 @@ class PPOModule(OnPolicyModule):
         if missing_eos_penalty is not None:
             check_not_negative("missing_eos_penalty", missing_eos_penalty, "it is subtracted; 1.0 is usual")
 
+        if kwargs.get("compressor") is not None and tree.searches:
+            raise ValueError(
+                "compressor is given with searches in tree.rollouts, which keep prompts without their contexts: leave "
+                "one out"
+            )
+        if value.model is not None and kwargs.get("compressor") is not None:
+            raise ValueError(
+                f"value.model is {value.model!r} with compressor, whose summaries another model cannot read: leave "
+                "value.model out"
+            )
         super().__init__(model, rewards=rewards, num_generations=num_generations, num_updates=num_updates, **kwargs)
         store_options(
             self,
@@ -180,13 +191,8 @@ class PPOModule(OnPolicyModule):
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
         """Groups the policy's weights, and the critic's own with their relative learning rate."""
         assert self.critic is not None
-        own = {id(parameter) for parameter in self.critic.parameters()}
-        if self.value.lr_ratio == 1:
-            return list(parameters)
-        return [
-            {"params": [p for p in parameters if id(p) not in own]},
-            {"params": [p for p in parameters if id(p) in own], "lr_ratio": self.value.lr_ratio},
-        ]
+        own = {id(parameter): self.value.lr_ratio for parameter in self.critic.parameters()}
+        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay, own)
 
     # From rollouts to training trees.
 
@@ -268,6 +274,7 @@ class PPOModule(OnPolicyModule):
         if not self.critic.is_shared:
             stats = self.token_stats(batch, temperature=self.temperature, entropy=entropy)
             return stats, self.critic.own_values(batch)
+        self.place_contexts(batch)
         hidden = hidden_states(self.model, batch, self.layout)
         hidden_ND = hidden.read(batch.source_index, batch.source_path, batch.source_depth)
         stats = fused_logprobs(

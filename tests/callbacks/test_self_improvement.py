@@ -211,6 +211,8 @@ def test_rows_that_a_resumed_run_needs(folder, prompts, tmp_path):
         ({"rows": "pair"}, "rows is 'pair'; it must be one of demonstrations, pairs, unpaired, spin; did you mean"),
         ({"every_n_epochs": 0}, "every_n_epochs is 0"),
         ({"prompts_per_round": 0}, "prompts_per_round is 0"),
+        ({"rows": "pairs", "num_samples": 1}, "num_samples is 1, and a pair is made of two samples"),
+        ({"sampling": {"temperature": 0.0}}, "num_samples is 4 at sampling.temperature 0, where all are equal"),
         ({"seed_ratio": 0.5}, "seed_rows is None and seed_ratio 0.5: give both, or neither"),
         ({"sampling": {"seed": 1}}, "sampling.seed is 1: write seed"),
         ({"verifier": "nowhere.right"}, "verifier 'nowhere.right' cannot be imported"),

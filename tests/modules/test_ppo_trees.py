@@ -200,3 +200,8 @@ def test_a_strategy_of_plain_samples_is_ppo_on_them(folder: str) -> None:
     own = {name: value for name, value in found.metrics.items() if not name.startswith("train/tree/")}
     assert own == expected.metrics
     assert found.metrics["train/tree/shared"] == 0
+
+
+def test_searches_do_not_see_compressed_contexts(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"^compressor is given with searches in tree\.rollouts, which keep prompts"):
+        PPOModule(folder, **options(tree={"rollouts": "mcts"}, compressor="nowhere"))
