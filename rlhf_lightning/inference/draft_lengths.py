@@ -19,11 +19,15 @@ _MEMORY = 0.9
 _RARE = 0.05
 # Share of the time that may be lost on rounds without an expected gain.
 _SHARE_FOR_TRIALS = 0.01
+# Plain steps that a few trials may cost together.
+_TRIALS = 4
 # Rounds after which one plain step is measured again.
 _REMEASURE = 32
 # Rows that can be given several tokens cost up to a tenth more in plain steps, too: drafts are worth it if they gain more.
 _WORTH = 1.1
-# Steps after which that is judged, and calls that are made without drafts where they are not.
+# Weight, in that, of what was spent before, at each new step.
+_RECENT = 0.95
+# Steps after which it is judged, and calls that are made without drafts where they are not.
 _JUDGED, _CALLS_TO_REST = 32, 16
 
 
@@ -117,15 +121,15 @@ class _Costs:
 
 @dataclass
 class _Trial:
-    """Seconds of steps, and what plain steps would have taken for their tokens."""
+    """Seconds of the latest steps, and what plain steps would have taken for their tokens; early ones found costs out."""
 
     spent: float = 0.0
     worth: float = 0.0
     steps: int = 0
 
     def add(self, spent: float, worth: float) -> None:
-        self.spent += spent
-        self.worth += worth
+        self.spent = _RECENT * self.spent + spent
+        self.worth = _RECENT * self.worth + worth
         self.steps += 1
 
 
@@ -207,10 +211,14 @@ class Pace:
     def observe_plain(self, rows: int, seconds: float) -> None:
         """Takes in the seconds of a plain step."""
         costs = self._at(rows)
+        first = costs.plain is None
         costs.observe_plain(seconds)
+        if first and costs.plain is not None:
+            # What drafts cost was a guess: a few trials find out at once.
+            self._credit += _TRIALS * costs.plain
         self._trial.add(seconds, seconds)
         # Kept below what a few trials cost, so that they do not come in a burst.
-        self._credit = min(self._credit + _SHARE_FOR_TRIALS * seconds, 4 * (costs.plain or seconds))
+        self._credit = min(self._credit + _SHARE_FOR_TRIALS * seconds, _TRIALS * (costs.plain or seconds))
 
     def observe_preparation(self, tokens: int, seconds: float) -> None:
         """Takes in the seconds that preparing to draft took."""
@@ -239,7 +247,7 @@ class Pace:
         worth = plain * tokens / len(lengths)
         self._trial.add(seconds, worth)
         lost = seconds - worth
-        self._credit = max(self._credit - max(lost, 0.0), -4 * plain)
+        self._credit = max(self._credit - max(lost, 0.0), -_TRIALS * plain)
         for row, length, count in zip(rows, lengths, accepted, strict=True):
             if length:
                 row.observe(length, count)
