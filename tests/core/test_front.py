@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rlhf_lightning import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule, SimPOModule
 from rlhf_lightning.core import PostTrainingModule
@@ -24,7 +27,7 @@ from rlhf_lightning.sequences import Example, ExampleBatch, Segment, pack
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
-from ..modules.naive import assert_gradient, logits_after, naive_model, step
+from ..modules.naive import assert_gradient, logits_after, model_after, naive_model, step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -83,8 +86,8 @@ def rows(count: int, completions: int = 1) -> list[Example]:
 class Naive:
     """Log-probs by transformers' own forward, one sequence at a time, after a compressor's own summaries."""
 
-    def __init__(self, compressor: str) -> None:
-        self.compressor = ContextCompressor.from_pretrained(compressor, dtype=torch.float64)
+    def __init__(self, compressor: str, dtype: torch.dtype = torch.float64) -> None:
+        self.compressor = ContextCompressor.from_pretrained(compressor, dtype=dtype)
 
     def context(self, row: Example) -> CompressedContext:
         [found] = self.compressor.compress([row.fields["context"]], [row.root.tokens.tolist()])
@@ -232,6 +235,49 @@ def test_rollouts_are_what_is_trained(folder: str, compressor: str, method: Any,
         module.generate([row], [0])[:1] for row in module.validate_batch(ExampleBatch(examples_of(module)[:2]))
     )
     assert first[0].logprobs != second[0].logprobs
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "mistral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["accumulate", "query"])
+def test_windows_count_entries_as_the_engine_does(arch: str, kind: str, tmp_path: Path) -> None:
+    """Soft caps, windows that entries leave, and routers whose load entries are no part of."""
+    folder = make_folder(tmp_path, arch)
+    compressor = make_compressor(tmp_path / "compressor", folder, **KINDS[kind])
+    options: dict[str, Any] = {"router_aux_loss_coef": 0.5} if "moe" in arch else {}
+    module = GRPOModule(folder, compressor=compressor, beta=0.1, **options, **DRAWN)
+    run = trainer("32-true", max_steps=1, num_sanity_val_steps=0)
+    run.fit(module, PromptDataModule(train=PROMPTS, global_batch_size=6))
+    prompts = module.validate_batch(ExampleBatch(examples_of(module)))
+    groups = module.generate(prompts, list(range(6)))
+    scored = [
+        Example(row.row_id, replace(row.root, children=[Segment(s.token_ids, [1.0] * len(s.token_ids))]), row.fields)
+        for row, group in zip(prompts, groups, strict=True)
+        for s in group
+    ]
+    with torch.no_grad():
+        found = module.token_stats(pack(scored, share_prefix=False)).logprobs
+    sampled = torch.tensor([p for group in groups for s in group for p in s.logprobs])
+    assert float((found - sampled).abs().max()) < 1e-4
+
+
+def test_entries_are_no_load_of_routers(tmp_path: Path) -> None:
+    """The load-balancing loss is transformers' own, of the tokens after contexts alone."""
+    folder = make_folder(tmp_path, "qwen3_moe")
+    compressor = make_compressor(tmp_path / "compressor", folder)
+    run, examples = trainer("32-true", max_steps=1, num_sanity_val_steps=0), rows(4)
+    run.fit(SFTModule(folder, compressor=compressor, router_aux_loss_coef=0.5), Batches(ExampleBatch(examples)))
+    # Experts compute in fp32.
+    model, naive = AutoModelForCausalLM.from_pretrained(folder).eval(), Naive(compressor, torch.float32)
+    logits: list[list[Tensor]] = [[], []]
+    for row in examples:
+        tokens, context = [*row.root.tokens.tolist(), *row.root.children[0].tokens.tolist()], naive.context(row)
+        with torch.no_grad():
+            output = model_after(model.model, context, tokens, context.position, output_router_logits=True)
+        for layer, part in zip(logits, output.router_logits, strict=True):
+            layer.append(part.float())
+    gates = tuple(torch.cat(layer) for layer in logits)
+    expected = load_balancing_loss_func(gates, model.config.num_experts, model.config.num_experts_per_tok)
+    assert float(run.callback_metrics["train/aux_loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def examples_of(module: PostTrainingModule) -> list[Example]:
