@@ -84,11 +84,18 @@ class GenerationAccuracy(lightning.Callback):
         """Answers the prompts and returns the mean reward over all ranks.
 
         Raises:
-            ValueError: the module is not a ``PostTrainingModule``, or the verifier rewards no prompt.
+            ValueError: the module is not a ``PostTrainingModule`` or has a compressor, or the verifier rewards no
+                prompt.
         """
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(
                 f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}"
+            )
+
+        if pl_module.front is not None:
+            raise ValueError(
+                "GenerationAccuracy asks without contexts, and the module has a compressor: leave it out; GRPO "
+                "and PPO log the rewards of validation rows"
             )
 
         # The prompts are rendered with the settings of training.

@@ -27,6 +27,7 @@ from .rl import PolicyLoss, PPOLoss
 from .utils import yaml_parser
 from .utils.files import on_first_rank, write_atomically
 from .utils.imports import find_own_modules
+from .utils.log_output import log_output, take_log_options
 from .utils.messages import UsageError, did_you_mean, explain
 from .utils.option_groups import OptionGroup
 from .utils.packaged_configs import with_packaged_configs
@@ -75,6 +76,8 @@ memory                         what a micro-batch of fit takes on a device, and 
 
 --config may be given several times: later files and options win. --print_config shows what they amount to.
 fit --model.help=DPOModule and fit --data.help=PreferenceDataModule list the options of a method and of a data set.
+--log_level=debug|info|warning|error says which messages are shown, --log_file=FILE where they are also written, with
+their times; RLHF_LIGHTNING_LOG_LEVEL and RLHF_LIGHTNING_LOG_FILE do the same.
 --debug (or RLHF_LIGHTNING_TRACEBACK=1) shows where an error was raised; --version shows the version."""
 
 
@@ -286,7 +289,8 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments or os.environ.get("RLHF_LIGHTNING_TRACEBACK", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with quiet():
+        arguments, log_options = take_log_options(arguments)
+        with quiet(), log_output(**log_options):
             _dispatch(arguments)
     except Exception as error:
         if debug:

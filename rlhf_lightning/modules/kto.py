@@ -66,6 +66,7 @@ class KTOModule(PostTrainingModule):
         lightning.Trainer(max_epochs=1).fit(module, UnpairedDataModule(train="rows.jsonl", global_batch_size=16))
     """
 
+    takes_compressor: ClassVar[bool] = False
     default_learning_rate: ClassVar[float] = 1e-6
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "kl", "rewards/margins")
     reference: ReferencePolicy

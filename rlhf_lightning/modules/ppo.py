@@ -97,6 +97,11 @@ class PPOModule(OnPolicyModule):
         if missing_eos_penalty is not None:
             check_not_negative("missing_eos_penalty", missing_eos_penalty, "it is subtracted; 1.0 is usual")
 
+        if value.model is not None and kwargs.get("compressor") is not None:
+            raise ValueError(
+                f"value.model is {value.model!r} with compressor, whose summaries another model cannot read: leave "
+                "value.model out"
+            )
         super().__init__(model, rewards=rewards, num_generations=num_generations, num_updates=num_updates, **kwargs)
         store_options(
             self,
@@ -242,6 +247,7 @@ class PPOModule(OnPolicyModule):
         if not self.critic.is_shared:
             stats = self.token_stats(batch, temperature=self.temperature, entropy=entropy)
             return stats, self.critic.own_values(batch)
+        self.place_contexts(batch)
         hidden = hidden_states(self.model, batch, self.layout)
         hidden_ND = hidden.read(batch.source_index, batch.source_path, batch.source_depth)
         stats = fused_logprobs(

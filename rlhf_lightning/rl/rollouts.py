@@ -135,14 +135,15 @@ def build_trees(rollouts: Rollouts, kept_S: Tensor, *, budget: int, share_prefix
         lines = {place + n: branch_line(c) for n, c in enumerate(completions) if kept[place + n]}
         dropped = len(completions) - len(lines)
         place += len(completions)
-        for number, part in enumerate(_within_budget(len(prompt.root.tokens), lines, budget, share_prefix)):
+        for number, part in enumerate(_within_budget(prompt.root.num_own, lines, budget, share_prefix)):
             children, places = _grow(part)
             fields = {
                 "prompt_id": prompt.row_id,
                 "places": places,
                 "num_completions": len(places) + (dropped if number == 0 else 0),
             }
-            trees.append(Example(f"{prompt.row_id}/{number}", Segment(prompt.root.tokens, children=children), fields))
+            root = Segment(prompt.root.tokens, children=children, after=prompt.root.after)
+            trees.append(Example(f"{prompt.row_id}/{number}", root, fields))
     return trees
 
 

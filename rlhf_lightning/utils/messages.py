@@ -49,6 +49,8 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         >>> explain("Option 'betta' is not accepted", ["beta"])
         "no option 'betta'; did you mean 'beta'?"
     """
+    if "Neither `tensorboard` nor `tensorboardX` is available" in message:
+        return "TensorBoardLogger needs tensorboard: pip install 'rlhf-lightning[tensorboard]'"
     if text := _about_classes(message, classes) or _about_groups(message):
         return text
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules.unpaired import mismatch
+from rlhf_lightning.models import ContextCompressor
 from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
 
@@ -294,6 +297,36 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+
+def behind(method: type[PostTrainingModule]) -> type[PostTrainingModule]:
+    """A method behind a compressor of its model, which is made next to the model's folder."""
+
+    class Behind(method):  # type: ignore[valid-type, misc]
+        def __init__(self, model: str, **options: Any) -> None:
+            place = Path(f"{model}-compressor")
+            with Path(f"{model}-lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # ranks would write it at once
+                if not place.exists():
+                    made = ContextCompressor.from_pretrained(model, ratio=4, segment_length=8, encoder_rank=0)
+                    made.save_pretrained(place)
+            super().__init__(model, compressor=str(place), **options)
+
+    return Behind
+
+
+def after_contexts(make: Callable[[int], list[Example]]) -> Callable[[int], list[Example]]:
+    """Rows that follow contexts of one to four segments, some of them equal."""
+
+    def made(count: int) -> list[Example]:
+        texts = [row.root.tokens.tolist() for row in contexts(count)]
+        return [
+            Example(row.row_id, row.root, {**row.fields, "context": text})
+            for row, text in zip(make(count), texts, strict=True)
+        ]
+
+    return made
+
+
 # Methods that run in the packed layout alone.
 PACKED: dict[str, Method] = {
     "compression": Method(
@@ -313,6 +346,11 @@ PACKED: dict[str, Method] = {
         asked_contexts,
         {"ratio": 2, "segment_length": 4, "condense_every": 2, "reads_query": True, "encoder_rank": 2, "kl_coef": 0.5},
     ),
+}
+
+PACKED |= {
+    f"{name}-behind": Method(behind(METHODS[name].module), after_contexts(METHODS[name].rows), METHODS[name].options)
+    for name in ("sft", "dpo", "simpo", "grpo", "ppo")
 }
 
 # Mixtures of experts with a loss on their routers, which compute in fp32 alone.
