@@ -208,13 +208,16 @@ def _facts(stage: Stage, config: Mapping[str, Any], record: Mapping[str, Any], s
         prompts = _count(stage.prompts)
         if prompts is not None:
             trial = min(stage.trial, prompts)
-            players = trial * len(stage.opponents) + 2 * prompts - trial
+            players = trial * len(set(stage.opponents)) + 2 * prompts - trial
             yield f"{prompts:,} prompts, {players * stage.num_samples:,} samples"
-    elif isinstance(stage, SampleStage | RefineStage):
+    elif isinstance(stage, RefineStage):
         prompts = _count(stage.prompts)
-        samples = stage.num_samples if isinstance(stage, SampleStage) else 1
         if prompts is not None:
-            yield f"{prompts:,} prompts, {prompts * samples:,} samples"
+            yield f"{prompts:,} prompts, up to {prompts * (1 + stage.revisions):,} drafts"
+    elif isinstance(stage, SampleStage):
+        prompts = _count(stage.prompts)
+        if prompts is not None:
+            yield f"{prompts:,} prompts, {prompts * stage.num_samples:,} samples"
     suite = getattr(stage, "suite", None)
     if suite is not None:
         yield f"{len(Suite.read(suite).tasks)} tasks"

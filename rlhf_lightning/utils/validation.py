@@ -79,9 +79,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     if place.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (place.index or 0) >= count:
-            raise ValueError(
-                f"device is {str(device)!r}, and torch finds {count} GPUs: write cpu, or leave it out"
-            )
+            raise ValueError(f"device is {str(device)!r}, and torch finds {count} GPUs: write cpu, or leave it out")
     return place
 
 
