@@ -28,7 +28,7 @@ from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
 
 from ..rl.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
-from ..rl.fixed_trees import FixedReplayGRPO, FixedSearchGRPO, FixedTreeGRPO
+from ..rl.fixed_trees import FixedReplayGRPO, FixedSearchGRPO, FixedSearchPPO, FixedTreeGRPO, FixedTreePPO
 
 VOCAB = 60
 # Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.
@@ -293,6 +293,28 @@ METHODS: dict[str, Method] = {
             process_reward=by_step,
             gae={"whiten_rewards": True},
             optimizer=partial(torch.optim.SGD, lr=3.0),
+        ),
+    ),
+    "ppo-tree": Method(
+        FixedTreePPO,
+        prompts,
+        rollouts(
+            kl_coef=0.2,
+            num_updates=1,
+            process_reward=by_step,
+            gae={"whiten_rewards": True},
+            entropy={"coef": 0.1},
+            optimizer=partial(torch.optim.SGD, lr=3.0),
+        ),
+    ),
+    "ppo-search": Method(
+        FixedSearchPPO,
+        prompts,
+        rollouts(
+            num_updates=1,
+            tree={"rollouts": ["samples", STEPS | {"class_path": "mcts"}, STEPS | {"class_path": "beam"}]},
+            loss={"correction": "token_truncate"},
+            optimizer=LARGE_STEPS,
         ),
     ),
 }
