@@ -169,18 +169,32 @@ def fisher_sums(
     for number, tokens in sequences.items():
         if len(tokens) < 2:
             continue
-        logits_LV = model(input_ids=torch.tensor([list(tokens)], device=device)).logits[0, :-1].float()
-        generator = torch.Generator().manual_seed(derive_seed(seed, number) >> 1)
-        drawn_L1 = torch.multinomial(logits_LV.detach().cpu().softmax(-1), 1, generator=generator).to(device)
-        total = logits_LV.log_softmax(-1).gather(-1, drawn_L1).sum()
+        total = drawn_logprob(model, tokens, seed=seed, number=number, device=device)
         found = torch.autograd.grad(total, list(distinct.values()), allow_unused=True)
         gradients = dict(zip(distinct, found, strict=True))
-        count += len(drawn_L1)
+        count += len(tokens) - 1
         for name, weight in weights.items():
             gradient = gradients[id(weight)]
             if gradient is not None:
                 sums[name] += gradient.to(sums[name].dtype).square()
     return sums, count
+
+
+def drawn_logprob(model: nn.Module, tokens: Sequence[int], *, seed: int, number: int, device: torch.device) -> Tensor:
+    """Computes the sum of the log-probs, with gradient, of tokens that the model draws after each beginning of a row.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: of the row, at least two.
+        seed: of the draws.
+        number: of the row, by which its draws are seeded.
+        device: of the model.
+    """
+    logits_LV = model(input_ids=torch.tensor([list(tokens)], device=device)).logits[0, :-1].float()
+    generator = torch.Generator().manual_seed(derive_seed(seed, number) >> 1)
+    drawn_L1 = torch.multinomial(logits_LV.detach().cpu().softmax(-1), 1, generator=generator).to(device)
+    total: Tensor = logits_LV.log_softmax(-1).gather(-1, drawn_L1).sum()
+    return total
 
 
 def _wide(weight: Tensor) -> torch.dtype:

@@ -214,6 +214,18 @@ def flat_indices(trees: Sequence[Example]) -> tuple[Tensor, Tensor]:
     return torch.tensor(places, dtype=torch.long), sequence_index(trees)[1]
 
 
+def drawn_logprobs(rollouts: Rollouts, places_S: Tensor) -> Tensor:
+    """Returns the log-prob of each token under the distribution that it was drawn from: ``(N,)``.
+
+    Args:
+        rollouts: this rank's rollouts.
+        places_S: numbers of the trained completions, as in ``flat_indices``.
+    """
+    samples = rollouts.samples
+    drawn = [logprob for place in places_S.tolist() for logprob in samples[place].logprobs]
+    return torch.tensor(drawn, dtype=torch.float64)
+
+
 def sequence_index(trees: Sequence[Example]) -> tuple[int, Tensor]:
     """Returns the number of completions of trees, and the completion of each token: ``(N,)``."""
     lengths_S = torch.tensor([n for tree in trees for n in path_lengths(tree)], dtype=torch.long)

@@ -28,7 +28,7 @@ from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
 
 from ..rl.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
-from ..rl.fixed_trees import FixedReplayGRPO, FixedSearchGRPO, FixedTreeGRPO
+from ..rl.fixed_trees import FixedReplayGRPO, FixedSearchGRPO, FixedSearchPPO, FixedTreeGRPO, FixedTreePPO
 
 VOCAB = 60
 # Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.
@@ -100,6 +100,15 @@ def solutions(count: int) -> list[Example]:
         fields = {"labels": rng.random(len(lengths)).round(2).tolist()}
         rows.append(Example(f"rows:{n}", Segment(_tokens(rng, 1, 9), children=(completion,)), fields))
     return rows
+
+
+def step_pairs(count: int) -> list[Example]:
+    """Prompts with two solutions of one to four steps."""
+    first, second = solutions(2 * count)[::2], solutions(2 * count)[1::2]
+    return [
+        Example(a.row_id, Segment(a.root.tokens, children=(*a.root.children, *b.root.children)))
+        for a, b in zip(first, second, strict=True)
+    ]
 
 
 def rated(count: int) -> list[Example]:
@@ -204,6 +213,11 @@ METHODS: dict[str, Method] = {
     "process-tokens": Method(
         ProcessRewardModule, solutions, {"labels": "soft", "head": "tokens", "boundaries": "learned"}
     ),
+    "process-pairs": Method(
+        ProcessRewardModule,
+        step_pairs,
+        {"learn_from": "pairs", "outcome_head": True, "step_weight": 0.5, "aggregation": "product"},
+    ),
     "sft-turns": Method(SFTModule, conversations),
     "dpo-turns": Method(DPOModule, chat_pairs, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
     "simpo-turns": Method(SimPOModule, chat_pairs, {"beta": 10.0}),
@@ -293,6 +307,28 @@ METHODS: dict[str, Method] = {
             process_reward=by_step,
             gae={"whiten_rewards": True},
             optimizer=partial(torch.optim.SGD, lr=3.0),
+        ),
+    ),
+    "ppo-tree": Method(
+        FixedTreePPO,
+        prompts,
+        rollouts(
+            kl_coef=0.2,
+            num_updates=1,
+            process_reward=by_step,
+            gae={"whiten_rewards": True},
+            entropy={"coef": 0.1},
+            optimizer=partial(torch.optim.SGD, lr=3.0),
+        ),
+    ),
+    "ppo-search": Method(
+        FixedSearchPPO,
+        prompts,
+        rollouts(
+            num_updates=1,
+            tree={"rollouts": ["samples", STEPS | {"class_path": "mcts"}, STEPS | {"class_path": "beam"}]},
+            loss={"correction": "token_truncate"},
+            optimizer=LARGE_STEPS,
         ),
     ),
 }
