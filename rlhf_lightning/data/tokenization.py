@@ -208,6 +208,11 @@ class RowTokenizer:
             weights += [0.0] * (len(ids) - 1) + [1.0]
         return Segment(np.asarray(prompt), None, (Segment(np.asarray(tokens), np.asarray(weights, np.float32)),))
 
+    def step_pair(self, chosen: Row, rejected: Row, separator: str) -> Segment:
+        """Makes the tree of a prompt with two solutions in steps, the chosen one first; see :meth:`steps`."""
+        trees = [self.steps(row, separator) for row in (chosen, rejected)]
+        return Segment(trees[0].tokens, None, [child for tree in trees for child in tree.children])
+
     def continued(self, text: str) -> list[int]:
         """Tokenizes a text that continues another one."""
         return encode(self.tokenizer, text, continues=True)

@@ -27,6 +27,7 @@ from ..models import (
 from ..models.own_attention import EAGER, attention_of, avoid_cudnn_attention, is_switchable, using_attention
 from ..models.policy_front import compressor_of
 from ..sequences import register_attention
+from ..utils.validation import check_device
 from .completion import Completion, Request
 from .contexts import Context, ContextPrompts
 from .continuous_batching import ContinuousBatch, Counts
@@ -193,7 +194,7 @@ class LocalEngine:
             >>> engine.generate(["3+4=?"])[0][0].text  # doctest: +SKIP
             '7'
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = check_device(device)
         name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
         if name not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: use auto, {', '.join(_DTYPES)}")

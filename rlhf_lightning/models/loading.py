@@ -62,10 +62,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         base = read_json(adapter).get("base_model_name_or_path") if adapter else None
         if base:
             return load_tokenizer(locate_base(base, place))
-        raise ValueError(
-            f"no tokenizer in {str(source)!r} ({first_line(error)}): "
-            "pass as tokenizer a folder that holds tokenizer.json and tokenizer_config.json, or a hub id"
-        ) from error
+        raise ValueError(f"no tokenizer in {str(source)!r} ({_without_tokenizer(place, first_line(error))}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {str(source)!r} has no end-of-sequence token, without which no completion can end: "
@@ -75,6 +72,19 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _without_tokenizer(place: str, reason: str) -> str:
+    """Says why a place has no tokenizer, and what to pass instead."""
+    folder = Path(place)
+    if not folder.is_dir():
+        where = f"not a folder, {str(folder.absolute())!r}, and not loaded from the hub: {reason}"
+        return f"{where}): pass an existing folder, or a hub id that is cached or can be reached"
+    # The folder of a run instead of its export.
+    export = folder / "model"
+    near = f"; did you mean {str(export)!r}?" if (export / "tokenizer_config.json").is_file() else ""
+    advice = "pass as tokenizer a folder that holds tokenizer.json and tokenizer_config.json, or a hub id"
+    return f"{reason}): {advice}{near}"
 
 
 def first_difference(expected: Mapping[str, int], tokens: Mapping[str, int]) -> str | None:

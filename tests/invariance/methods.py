@@ -102,6 +102,15 @@ def solutions(count: int) -> list[Example]:
     return rows
 
 
+def step_pairs(count: int) -> list[Example]:
+    """Prompts with two solutions of one to four steps."""
+    first, second = solutions(2 * count)[::2], solutions(2 * count)[1::2]
+    return [
+        Example(a.row_id, Segment(a.root.tokens, children=(*a.root.children, *b.root.children)))
+        for a, b in zip(first, second, strict=True)
+    ]
+
+
 def rated(count: int) -> list[Example]:
     """Demonstrations with two ratings, some of them missing."""
     rows = demonstrations(count)
@@ -203,6 +212,11 @@ METHODS: dict[str, Method] = {
     "process": Method(ProcessRewardModule, solutions, {"labels": "soft", "outcome_head": True}),
     "process-tokens": Method(
         ProcessRewardModule, solutions, {"labels": "soft", "head": "tokens", "boundaries": "learned"}
+    ),
+    "process-pairs": Method(
+        ProcessRewardModule,
+        step_pairs,
+        {"learn_from": "pairs", "outcome_head": True, "step_weight": 0.5, "aggregation": "product"},
     ),
     "sft-turns": Method(SFTModule, conversations),
     "dpo-turns": Method(DPOModule, chat_pairs, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
@@ -372,7 +386,7 @@ PACKED: dict[str, Method] = {
 
 PACKED |= {
     f"{name}-behind": Method(behind(METHODS[name].module), after_contexts(METHODS[name].rows), METHODS[name].options)
-    for name in ("sft", "dpo", "simpo", "grpo", "ppo")
+    for name in ("sft", "dpo", "simpo", "kto", "grpo", "ppo")
 }
 
 # Mixtures of experts with a loss on their routers, which compute in fp32 alone.
