@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from rlhf_lightning import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule, SimPOModule
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules import ContextDataModule, PreferenceDataModule, PromptDataModule, SFTDataModule
+from rlhf_lightning.generation.compress import CompressOptions, compress_rows
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.models import CompressedContext, ContextCompressor, hidden_states
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment, pack
@@ -382,6 +384,15 @@ def test_the_export_goes_with_the_compressor(folder: str, compressor: str, lora:
         expected = module.token_stats(batch).logprobs
     found = torch.tensor([p for group in samples for s in group for p in s.logprobs])
     assert float((found - expected).abs().max()) < 1e-5
+
+    # So does the command that compresses.
+    file, written = tmp_path / "rows.jsonl", []
+    file.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    greedy = SamplingParams(max_new_tokens=4, temperature=0.0)
+    options = CompressOptions(model=str(tmp_path / "model"), compressor=compressor, input=str(file), sampling=greedy)
+    compress_rows(options, written.append)
+    answers = engine.generate(["?a"] * 6, 1, greedy, contexts=[row["context"] for row in PROMPTS])
+    assert [row["completion"] for row in written] == [group[0].text for group in answers]
 
     # It can be trained further behind the same compressor, and behind no other model's.
     again = SFTModule(str(tmp_path / "model"), compressor=compressor)
