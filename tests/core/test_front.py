@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rlhf_lightning import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule, SimPOModule
+from rlhf_lightning.callbacks import GenerationAccuracy
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules import ContextDataModule, PreferenceDataModule, PromptDataModule, SFTDataModule
 from rlhf_lightning.generation.compress import CompressOptions, compress_rows
@@ -405,6 +406,30 @@ def test_the_export_goes_with_the_compressor(folder: str, compressor: str, lora:
         LocalEngine.from_pretrained(tmp_path / "model", compressor=other, device="cpu")
     with pytest.raises(ValueError, match=r"the compressor in .* is of another model \(its weights differ\)"):
         LocalEngine.from_pretrained(folder, compressor=other, device="cpu")
+
+
+def differing(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Different characters of each."""
+    return [float(len(set(text))) for text in completions]
+
+
+def test_accuracy_while_training_is_after_contexts(folder: str, compressor: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    verifier = f"{__name__}.differing"
+    accuracy = GenerationAccuracy(str(file), verifier, max_new_tokens=6)
+    module = SFTModule(folder, compressor=compressor, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    run = trainer("32-true", max_steps=2, num_sanity_val_steps=0, callbacks=[accuracy])
+    run.fit(module, Batches(ExampleBatch(rows(4)), ExampleBatch(rows(4))), Batches(ExampleBatch(rows(2))))
+    module.save_pretrained(str(tmp_path / "model"))
+    engine = LocalEngine.from_pretrained(tmp_path / "model", compressor=compressor, device="cpu")
+    greedy = SamplingParams(max_new_tokens=6, temperature=0.0)
+    groups = engine.generate(["?a"] * 6, 1, greedy, contexts=[row["context"] for row in PROMPTS])
+    expected = sum(differing([], [group[0].text for group in groups])) / 6
+    assert float(run.callback_metrics["val/accuracy"]) == pytest.approx(expected)
+    searching = GenerationAccuracy(str(file), verifier, strategy="majority_vote")
+    with pytest.raises(ValueError, match="GenerationAccuracy has a strategy, and the module a compressor, whose"):
+        searching.measure(run, module)
 
 
 @pytest.mark.parametrize(
