@@ -23,8 +23,8 @@ _PARALLEL = 1 - 1e-7
 def decay_weights(count: int, decay: Decay) -> list[float]:
     r"""Returns the weights of snapshots whose mean stands for a decay of the learning rate over their window.
 
-    Paper: WSM (Tian et al., 2025, arXiv:2507.17634). A mean with weights c_j moves from the first snapshot by the sum of
-    w_i times the update from snapshot i to the next, with w_i = sum_{j > i} c_j. Here w_i = f(i / N) for N snapshots
+    Paper: WSM (Tian et al., 2025, arXiv:2507.17634). A mean with weights c_j moves from the first snapshot by sums of
+    w_i times the update from snapshot i to the next, w_i = sum_{j > i} c_j. Here w_i = f(i / N) for N snapshots
     and a decay f from 1 to 0, so c_j = f((j - 1) / N) - f(j / N).
 
     Args:
