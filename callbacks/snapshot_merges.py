@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -38,7 +38,7 @@ def decay_weights(count: int, decay: Decay) -> list[float]:
         >>> [round(weight, 3) for weight in decay_weights(4, "sqrt")]
         [0.5, 0.207, 0.159, 0.134]
     """
-    shapes = {
+    shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda x: 1 - x,
         "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
         "sqrt": lambda x: 1 - math.sqrt(x),
@@ -48,9 +48,7 @@ def decay_weights(count: int, decay: Decay) -> list[float]:
 
 
 @torch.no_grad()
-def mean_merge(
-    snapshots: Sequence[Weights], start: Weights, eta: float, decay: Decay = "linear"
-) -> dict[str, Tensor]:
+def mean_merge(snapshots: Sequence[Weights], start: Weights, eta: float, decay: Decay = "linear") -> dict[str, Tensor]:
     """Averages snapshots.
 
     Args:
