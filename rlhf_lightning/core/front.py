@@ -101,13 +101,18 @@ class Front:
 
     # Rows.
 
-    def follow(self, batch: ExampleBatch) -> ExampleBatch:
+    def follow(self, batch: ExampleBatch, on_consumed: Callable[[], None] | None = None) -> ExampleBatch:
         """Returns the rows of a batch as trees that follow their contexts.
+
+        Args:
+            batch: rows, some of which may follow theirs already.
+            on_consumed: called when the returned batch has been used.
 
         Raises:
             ValueError: a row has no context.
         """
-        return ExampleBatch([self._behind(row, batch.contract) for row in batch.examples], contract=batch.contract)
+        examples = [self._behind(row, batch.contract) for row in batch.examples]
+        return ExampleBatch(examples, on_consumed, batch.contract)
 
     def _behind(self, example: Example, contract: str | None) -> Example:
         if example.root.after is not None:

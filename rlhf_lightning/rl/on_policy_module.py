@@ -223,7 +223,7 @@ class OnPolicyModule(PostTrainingModule):
         if self.clock is not None:
             self.clock.count_generated(branch_lengths(completions))
         if not samples:
-            failures = dict.fromkeys(self.rewards.names, 0)
+            failures = dict.fromkeys(self.rewards.function_names, 0)
             none = torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
             return Rollouts([], [], none, failures)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rlhf_lightning import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule, SimPOModule
 from rlhf_lightning.core import PostTrainingModule
@@ -24,7 +27,7 @@ from rlhf_lightning.sequences import Example, ExampleBatch, Segment, pack
 
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
-from ..modules.naive import assert_gradient, logits_after, naive_model, step
+from ..modules.naive import assert_gradient, logits_after, model_after, naive_model, step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -83,8 +86,8 @@ def rows(count: int, completions: int = 1) -> list[Example]:
 class Naive:
     """Log-probs by transformers' own forward, one sequence at a time, after a compressor's own summaries."""
 
-    def __init__(self, compressor: str) -> None:
-        self.compressor = ContextCompressor.from_pretrained(compressor, dtype=torch.float64)
+    def __init__(self, compressor: str, dtype: torch.dtype = torch.float64) -> None:
+        self.compressor = ContextCompressor.from_pretrained(compressor, dtype=dtype)
 
     def context(self, row: Example) -> CompressedContext:
         [found] = self.compressor.compress([row.fields["context"]], [row.root.tokens.tolist()])
@@ -148,6 +151,50 @@ def test_simpo_is_naive(exact: tuple[str, str]) -> None:
     assert found.metrics["train/loss"] == pytest.approx(float(loss), rel=1e-6)
 
 
+def test_kto_is_naive(exact: tuple[str, str]) -> None:
+    """Partners follow the contexts of their rows."""
+    folder, compressor = exact
+    examples = [Example(e.row_id, e.root, {**e.fields, "label": n % 3 != 0}) for n, e in enumerate(rows(5, 2))]
+    naive, policy, reference = Naive(compressor), naive_model(folder), naive_model(folder)
+    # A policy that likes partners, so that the estimate of the divergence is above 0.
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.02)
+    for _ in range(3):
+        sum(-naive.logps(policy, row, 1).sum() for row in examples).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        known = [[naive.logps(reference, row, n).sum() for n in (0, 1)] for row in examples]
+        moved = [naive.logps(policy, row, 1).sum() - ref[1] for row, ref in zip(examples, known, strict=True)]
+    kl = float(torch.stack(moved).mean())
+    assert kl > 0.1
+    losses = []
+    for row, ref in zip(examples, known, strict=True):
+        reward = 0.2 * (naive.logps(policy, row).sum() - ref[0] - kl)
+        losses.append(1 - torch.sigmoid(reward if row.fields["label"] else -reward))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    found = step(KTOModule(folder, compressor=compressor, beta=0.2, micro_batch_tokens=50), examples, start=policy)
+    assert found.metrics["train/kl"] == pytest.approx(kl, rel=1e-6)
+    assert found.metrics["train/loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert_gradient(found.gradient, policy, tol=1e-10)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto_borrows_partners(folder: str, compressor: str, loss_type: Any) -> None:
+    """Rows of one prompt have no partners: from the second batch on they borrow one."""
+    made = [
+        [Example(f"rows:{n}", Segment([7 + n // 2], children=[Segment([9 + n], [1.0])]), {"context": [5] * (3 + n)})
+         for n in (2 * batch, 2 * batch + 1)] for batch in range(3)
+    ]  # fmt: skip
+    labelled = [[Example(e.row_id, e.root, {**e.fields, "label": n == 0}) for n, e in enumerate(part)] for part in made]
+    module = KTOModule(folder, compressor=compressor, loss_type=loss_type)
+    run = trainer("32-true", max_epochs=1, num_sanity_val_steps=0)
+    run.fit(module, Batches(*map(ExampleBatch, labelled)))
+    assert run.global_step == 3
+    if loss_type == "kto":
+        assert float(run.callback_metrics["train/kl_samples"]) == 2
+
+
 def letters(completions: Sequence[str]) -> list[float]:
     """Different characters of each."""
     return [float(len(set(text))) for text in completions]
@@ -188,6 +235,49 @@ def test_rollouts_are_what_is_trained(folder: str, compressor: str, method: Any,
         module.generate([row], [0])[:1] for row in module.validate_batch(ExampleBatch(examples_of(module)[:2]))
     )
     assert first[0].logprobs != second[0].logprobs
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "mistral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["accumulate", "query"])
+def test_windows_count_entries_as_the_engine_does(arch: str, kind: str, tmp_path: Path) -> None:
+    """Soft caps, windows that entries leave, and routers whose load entries are no part of."""
+    folder = make_folder(tmp_path, arch)
+    compressor = make_compressor(tmp_path / "compressor", folder, **KINDS[kind])
+    options: dict[str, Any] = {"router_aux_loss_coef": 0.5} if "moe" in arch else {}
+    module = GRPOModule(folder, compressor=compressor, beta=0.1, **options, **DRAWN)
+    run = trainer("32-true", max_steps=1, num_sanity_val_steps=0)
+    run.fit(module, PromptDataModule(train=PROMPTS, global_batch_size=6))
+    prompts = module.validate_batch(ExampleBatch(examples_of(module)))
+    groups = module.generate(prompts, list(range(6)))
+    scored = [
+        Example(row.row_id, replace(row.root, children=[Segment(s.token_ids, [1.0] * len(s.token_ids))]), row.fields)
+        for row, group in zip(prompts, groups, strict=True)
+        for s in group
+    ]
+    with torch.no_grad():
+        found = module.token_stats(pack(scored, share_prefix=False)).logprobs
+    sampled = torch.tensor([p for group in groups for s in group for p in s.logprobs])
+    assert float((found - sampled).abs().max()) < 1e-4
+
+
+def test_entries_are_no_load_of_routers(tmp_path: Path) -> None:
+    """The load-balancing loss is transformers' own, of the tokens after contexts alone."""
+    folder = make_folder(tmp_path, "qwen3_moe")
+    compressor = make_compressor(tmp_path / "compressor", folder)
+    run, examples = trainer("32-true", max_steps=1, num_sanity_val_steps=0), rows(4)
+    run.fit(SFTModule(folder, compressor=compressor, router_aux_loss_coef=0.5), Batches(ExampleBatch(examples)))
+    # Experts compute in fp32.
+    model, naive = AutoModelForCausalLM.from_pretrained(folder).eval(), Naive(compressor, torch.float32)
+    logits: list[list[Tensor]] = [[], []]
+    for row in examples:
+        tokens, context = [*row.root.tokens.tolist(), *row.root.children[0].tokens.tolist()], naive.context(row)
+        with torch.no_grad():
+            output = model_after(model.model, context, tokens, context.position, output_router_logits=True)
+        for layer, part in zip(logits, output.router_logits, strict=True):
+            layer.append(part.float())
+    gates = tuple(torch.cat(layer) for layer in logits)
+    expected = load_balancing_loss_func(gates, model.config.num_experts, model.config.num_experts_per_tok)
+    assert float(run.callback_metrics["train/aux_loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def examples_of(module: PostTrainingModule) -> list[Example]:
@@ -323,11 +413,8 @@ def test_bad_options(folder: str, compressor: str, options: dict[str, Any], mess
 def test_other_errors(folder: str, compressor: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="where no trained compressor is: give the folder that Context"):
         SFTModule(folder, compressor=folder)
-    for method in (KTOModule, RewardModule):
-        with pytest.raises(
-            ValueError, match=f"and {method.__name__} does not learn from compressed contexts: leave it"
-        ):
-            method(folder, compressor=compressor)
+    with pytest.raises(ValueError, match="and RewardModule does not learn from compressed contexts: leave it"):
+        RewardModule(folder, compressor=compressor)
     with pytest.raises(ValueError, match="compressor is given with searches in tree"):
         GRPOModule(folder, compressor=compressor, tree={"rollouts": "mcts"}, **DRAWN)
     with pytest.raises(ValueError, match=r"value\.model is .* with compressor, whose summaries another model cannot"):

@@ -386,7 +386,7 @@ PACKED: dict[str, Method] = {
 
 PACKED |= {
     f"{name}-behind": Method(behind(METHODS[name].module), after_contexts(METHODS[name].rows), METHODS[name].options)
-    for name in ("sft", "dpo", "simpo", "grpo", "ppo")
+    for name in ("sft", "dpo", "simpo", "kto", "grpo", "ppo")
 }
 
 # Mixtures of experts with a loss on their routers, which compute in fp32 alone.

@@ -46,8 +46,10 @@ def states(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
     return model.base_model(input_ids=torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
 
 
-def logits_after(model: Any, context: Any, tokens: list[int], position: int, first: Tensor | None = None) -> Tensor:
-    """Log-softmax of all tokens at each place of a sequence after entries of a cache, or after none."""
+def model_after(
+    model: Any, context: Any, tokens: list[int], position: int, first: Tensor | None = None, **asked: Any
+) -> Any:
+    """What a model computes of a sequence after entries of a cache, or after none."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate([] if context is None else context.states):
         cache.update(keys[None], values[None], layer)
@@ -59,10 +61,19 @@ def logits_after(model: Any, context: Any, tokens: list[int], position: int, fir
     mask = mask.masked_fill(~torch.ones_like(mask, dtype=torch.bool).tril(before), -torch.inf)
     start = position - (first is not None)
     positions = torch.arange(start, start + len(embeds))[None]
-    output = model(
-        inputs_embeds=embeds[None], position_ids=positions, attention_mask=mask[None, None], past_key_values=cache
+    return model(
+        inputs_embeds=embeds[None],
+        position_ids=positions,
+        attention_mask=mask[None, None],
+        past_key_values=cache,
+        **asked,
     )
-    return output.logits[0].log_softmax(-1)
+
+
+def logits_after(model: Any, context: Any, tokens: list[int], position: int, first: Tensor | None = None) -> Tensor:
+    """Log-softmax of all tokens at each place of a sequence after entries of a cache, or after none."""
+    logits: Tensor = model_after(model, context, tokens, position, first).logits
+    return logits[0].log_softmax(-1)
 
 
 class Step(NamedTuple):

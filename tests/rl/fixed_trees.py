@@ -100,8 +100,10 @@ class SeededEngine:
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
+        contexts: None = None,
     ) -> list[list[Completion]]:
         assert sampling is not None
+        assert contexts is None
         most = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
         return [[self._one(seed, limit) for seed in row] for row, limit in zip(seeds or [], most, strict=True)]
 
