@@ -5,13 +5,15 @@
 Three tables. Calls that share a long beginning, one after another: seconds of all with each cache, and how many tokens
 of prompts were not computed again. One batch of samples: new tokens per second, and bytes of keys and values. Keys and
 values in 8 bits: the error of the scores of the same tokens, relative to their spread, and the share of greedy tokens
-that stay the same. Medians over rounds, in which the caches take turns.
+that stay the same. Medians over rounds, in which the caches take turns. The exit status says whether the requirements
+hold: ``paged`` is at least 3 times as fast in the first table, and 8 bits take at most 0.35 of the memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 
 import torch
@@ -26,6 +28,8 @@ from rlhf_lightning.inference.stores import CACHES
 from rlhf_lightning.models.own_attention import using_attention
 from rlhf_lightning.sequences import register_attention
 
+LEAST_SPEEDUP, MOST_MEMORY = 3.0, 0.35
+
 
 def tokens(count: int, vocabulary: int, seed: int) -> list[int]:
     """Random tokens of a prompt."""
@@ -33,8 +37,8 @@ def tokens(count: int, vocabulary: int, seed: int) -> list[int]:
     return torch.randint(2, vocabulary, (count,), generator=generator).tolist()
 
 
-def calls_in_turn(model: Qwen3ForCausalLM, length: int, rounds: int) -> None:
-    """Eight calls whose prompts share their first tokens."""
+def calls_in_turn(model: Qwen3ForCausalLM, length: int, rounds: int) -> float:
+    """Eight calls whose prompts share their first tokens; returns how many times as fast they are with pages."""
     vocabulary = int(model.config.vocab_size)
     params = SamplingParams(max_new_tokens=8, min_new_tokens=8, seed=0)
     seconds: dict[str, list[float]] = {cache: [] for cache in CACHES}
@@ -54,6 +58,7 @@ def calls_in_turn(model: Qwen3ForCausalLM, length: int, rounds: int) -> None:
     for cache in CACHES:
         median = statistics.median(seconds[cache])
         print(f"{cache:<46} {median:>7.2f} {plain / median:>14.2f}x {reused[cache]:>20.0f}", flush=True)
+    return plain / statistics.median(seconds["paged"])
 
 
 def one_batch(model: Qwen3ForCausalLM, new: int, rounds: int) -> None:
@@ -76,8 +81,8 @@ def one_batch(model: Qwen3ForCausalLM, new: int, rounds: int) -> None:
         print(f"{cache:<46} {statistics.median(speeds[cache]):>10.0f} {held[cache] / 2**20:>24.1f}", flush=True)
 
 
-def loss_of_eight_bits(model: Qwen3ForCausalLM, length: int) -> None:
-    """Scores of 64 tokens after a prompt, over whole and rounded keys and values."""
+def loss_of_eight_bits(model: Qwen3ForCausalLM, length: int) -> float:
+    """Scores of 64 tokens after a prompt, over whole and rounded keys and values; returns the share of memory."""
     vocabulary = int(model.config.vocab_size)
     with torch.no_grad(), using_attention(model, register_attention()):
         decoder, scores, held = Decoder(model), [], []
@@ -92,10 +97,11 @@ def loss_of_eight_bits(model: Qwen3ForCausalLM, length: int) -> None:
     print(
         f"\n8 bits, 64 tokens after {length}: memory {held[1] / held[0]:.3f}, error {error:.2e}, same greedy {same:.1%}"
     )
+    return held[1] / held[0]
 
 
-def main() -> None:
-    """Prints the three tables."""
+def main() -> int:
+    """Prints the three tables, and checks the requirements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -107,10 +113,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = make_model(args.layers, args.hidden, args.vocabulary)
-    calls_in_turn(model, args.shared, args.rounds)
+    speedup = calls_in_turn(model, args.shared, args.rounds)
     one_batch(model, args.new_tokens, args.rounds)
-    loss_of_eight_bits(model, args.shared)
+    memory = loss_of_eight_bits(model, args.shared)
+    checks = {
+        f"calls with a shared beginning are {speedup:.2f} times as fast with pages, at least {LEAST_SPEEDUP}": (
+            speedup >= LEAST_SPEEDUP
+        ),
+        f"8 bits take {memory:.2f} of the memory, at most {MOST_MEMORY}": memory <= MOST_MEMORY,
+    }
+    for name, holds in checks.items():
+        print(f"{'yes' if holds else 'NO '}  {name}")
+    return 0 if all(checks.values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-_CONTINUING: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]] = WeakKeyDictionary()
+_Known = tuple[int, PreTrainedTokenizerBase | None]  # how many tokens it had, and another one if that is needed
+_CONTINUING: WeakKeyDictionary[PreTrainedTokenizerBase, _Known] = WeakKeyDictionary()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, continues: bool = False) -> list[int]:
@@ -77,10 +78,10 @@ def continuing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     known = _CONTINUING.get(tokenizer)
     if known is None or known[0] != len(tokenizer):  # tokens may have been added since
-        known = len(tokenizer), _without_blank(tokenizer)
-        if known[1] is not tokenizer:
-            _CONTINUING[tokenizer] = known
-    return known[1]
+        other = _without_blank(tokenizer)
+        # One that stays as it is must not be kept alive by its own entry.
+        known = _CONTINUING[tokenizer] = len(tokenizer), None if other is tokenizer else other
+    return tokenizer if known[1] is None else known[1]
 
 
 def shared_prefix(one: str, other: str) -> int:

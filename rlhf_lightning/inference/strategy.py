@@ -301,11 +301,11 @@ class Strategy:
         searches = [self.start(*search) for search in zip(queries, settings, accounts, strict=True)]
         results: dict[int, SearchResult] = {}
         answers: dict[int, Any] = dict.fromkeys(range(len(searches)))
+        waiting: dict[int, Ask] = {}
         while answers:
-            asks: dict[int, Ask] = {}
             for number, answer in answers.items():
                 try:
-                    asks[number] = searches[number].send(answer)
+                    waiting[number] = searches[number].send(answer)
                 except StopIteration as end:
                     results[number] = end.value
                     results[number].seconds = accounts[number].seconds
@@ -313,19 +313,21 @@ class Strategy:
                     self._counts.expansions += results[number].expansions
                     if watch is not None:
                         watch(number, results[number])
-            answers = self._answer(asks, accounts)
+            answers = self._answer(waiting, accounts)
+            waiting = {number: ask for number, ask in waiting.items() if number not in answers}
         return [results[number] for number in range(len(queries))]
 
     def _answer(self, asks: Mapping[int, Ask], accounts: Sequence[Account]) -> dict[int, Any]:
-        """Answers the requests of one round with one call of the engine for each setting, and one of the scorer."""
-        kinds: dict[type, dict[int, list[Any]]] = {Sample: {}, NextTokens: {}, Candidate: {}}
+        """Answers requests for scores, if there are any, and else for samples: a call for each setting.
+
+        Samples take many steps: they wait until no search needs anything else, so that most share them.
+        """
+        kinds: dict[type, dict[int, list[Any]]] = {Candidate: {}, NextTokens: {}, Sample: {}}
         for number, ask in asks.items():
             kinds[type(ask[0]) if ask else Candidate][number] = list(ask)
-        return {
-            **self._sampled(kinds[Sample], accounts),
-            **self._followed(kinds[NextTokens], accounts),
-            **self._scored(kinds[Candidate], accounts),
-        }
+        first = next((kind for kind in kinds if kinds[kind]), Candidate)
+        answer = {Candidate: self._scored, NextTokens: self._followed, Sample: self._sampled}[first]
+        return answer(kinds[first], accounts)
 
     def _sampled(self, asks: Mapping[int, list[Any]], accounts: Sequence[Account]) -> dict[int, Any]:
         """Draws all samples; those of equal settings in one call."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -36,7 +37,7 @@ class OptionGroup:
     group: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in fields(self):
             _check_type(self.full_name(field.name), getattr(self, field.name), hints[field.name])
 
@@ -44,6 +45,12 @@ class OptionGroup:
     def full_name(cls, name: str) -> str:
         """Returns the name of an option with that of its group: ``loss.epsilon``."""
         return f"{cls.group}.{name}" if cls.group else name
+
+
+@cache
+def _hints(cls: type[OptionGroup]) -> dict[str, Any]:
+    """The types of a group's fields; resolving them takes longer than all checks."""
+    return get_type_hints(cls)
 
 
 def build_group(value: Any, cls: type[Group]) -> Group:
