@@ -47,6 +47,10 @@ class CapabilityGate(lightning.Callback):
     After ``criteria.patience`` rejections in succession it ends as well. A run that has ended has the weights of the
     last accepted state, and the final export is made from it.
 
+    With ``SelfImprovement`` the rows of a round are made at the start of its epoch, trained on, and tested at its end.
+    A rejection takes its round, rows and history back as well; the round that follows begins from the accepted policy,
+    and rows that are made again have seeds of their own, whatever ``criteria.on_reject``.
+
     Rejected steps count neither for ``max_steps`` nor for schedules, but for ``max_time``. ``ModelExport`` with
     ``monitor``, or ``every_n_steps``, may export between boundaries, where nothing has been decided yet. With
     ``WeightAverage``, the weights that train are judged, not their average.
@@ -126,15 +130,13 @@ class CapabilityGate(lightning.Callback):
             raise ValueError(
                 f"CapabilityGate needs a module that generates text; it was given a {type(pl_module).__name__}"
             )
-        if self.criteria.on_reject == "new_seed" and not (isinstance(pl_module, OnPolicyModule) or pl_module.drops):
+        # What is tried again differs where a round of other rows begins at every boundary.
+        rounds = self.every_n_steps is None and any(r.every_n_epochs == 1 for r in _rounds(trainer))
+        draws = isinstance(pl_module, OnPolicyModule) or pl_module.drops or rounds
+        if self.criteria.on_reject == "new_seed" and not draws:
             raise ValueError(
                 f"criteria.on_reject is 'new_seed', and {type(pl_module).__name__} draws nothing at random without "
                 "dropout: every attempt would be the same; use smaller_step or stop"
-            )
-        if any(isinstance(callback, SelfImprovement) for callback in trainer.callbacks):
-            raise ValueError(
-                "CapabilityGate cannot go back to rows that SelfImprovement has replaced: use a pipeline, where a "
-                "stage of kind 'rounds' has a gate in its body, or remove one of the two callbacks"
             )
         if self._module is not pl_module or trainer.global_step == 0:
             self._forget()
@@ -292,6 +294,8 @@ class CapabilityGate(lightning.Callback):
         """Saves the state of the run, this decision in it."""
         step = trainer.global_step
         self.accepted, self.num_rejected, self._results, self._judged_step = step, 0, results, step
+        for callback in _rounds(trainer):
+            callback.attempt = 0
         on_first_rank(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         trainer.save_checkpoint(self.snapshots.checkpoint(step))
         savers = [callback for callback in trainer.callbacks if isinstance(callback, TrainingCheckpoint)]  # type: ignore[attr-defined]
@@ -299,6 +303,8 @@ class CapabilityGate(lightning.Callback):
 
     def _try_otherwise(self, trainer: lightning.Trainer, module: PostTrainingModule) -> None:
         """Changes what the criteria say of the restored state, so that the next attempt is another one."""
+        for callback in _rounds(trainer):
+            callback.attempt = self.num_rejected
         if self.criteria.on_reject == "smaller_step":
             scale_learning_rates(trainer, self.step_factor**self.num_rejected)
             return
@@ -352,6 +358,11 @@ def _scale_schedule(schedule: Any, factor: float) -> None:
 
 def _scores(results: Iterable[TaskResult]) -> str:
     return ", ".join(f"{result.task.name} {result.accuracy.value:.4f}" for result in results)
+
+
+def _rounds(trainer: Any) -> list[SelfImprovement]:
+    """Returns the callbacks that make rows."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, SelfImprovement)]
 
 
 def _is_trial(trainer: Any) -> bool:

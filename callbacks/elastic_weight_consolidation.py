@@ -17,9 +17,11 @@ from ..core.gradients import loss_scale
 from ..data.sources import Source
 from ..distributed.collectives import sum_over_ranks, sum_vector_over_ranks
 from ..distributed.fsdp2 import sharded_units
+from ..distributed.lockstep import lockstep
 from ..merging.data import fisher_sums, row_tokens
 from ..models import evaluating
 from ..utils.validation import check_count, check_positive
+from .sharded_fisher import sharded_fisher_sums
 from .trained_weights import exact, placed, settled_weights, trained_weights
 
 Weights = dict[str, Tensor]
@@ -40,8 +42,8 @@ class ElasticWeightConsolidation(lightning.Callback):
 
     The gradient :math:`\lambda \sum_k F_k (\theta - \theta^*_k)` is added after clipping, right before the step: it is
     not part of the logged ``loss`` and ``grad_norm``. Only trained weights have a penalty, with LoRA the adapter's. On
-    several ranks each measures its share of the rows; sharded weights (``fsdp2``) cannot be measured, but consolidated
-    from a checkpoint.
+    several ranks each measures its share of the rows; of sharded weights (``fsdp2``) all measure one row after the
+    other, which takes as long as on one rank.
 
     Args:
         rows: rows of earlier tasks, as ``SFTDataModule`` reads them: a source, or a list with one for each task. They
@@ -52,7 +54,7 @@ class ElasticWeightConsolidation(lightning.Callback):
         seed: of the draws that the information is measured on.
 
     Raises:
-        ValueError: an option out of range; in training, rows that are empty, or weights that are sharded.
+        ValueError: an option out of range; in training, rows that are empty.
 
     Example::
 
@@ -88,12 +90,12 @@ class ElasticWeightConsolidation(lightning.Callback):
         """Adds a task that the module has learned, with its present weights.
 
         Args:
-            module: a module whose model is built and not sharded.
+            module: a module; if its model is sharded, within a run, by all ranks.
             rows: of the task.
             strength: of this task, above 0; that of the callback if omitted.
 
         Raises:
-            ValueError: there are no rows, weights are sharded, or nothing is trained.
+            ValueError: there are no rows, weights are sharded and no run is on, or nothing is trained.
         """
         check_positive("strength", self.strength if strength is None else strength, "1000 is usual")
         factor = float(self.strength if strength is None else strength)
@@ -117,10 +119,11 @@ class ElasticWeightConsolidation(lightning.Callback):
             raise ValueError(
                 f"ElasticWeightConsolidation measures predictions of tokens; {type(module).__name__} makes none"
             )
-        if sharded_units(module):
+        agreement = lockstep() if sharded_units(module) else None
+        if agreement is None and sharded_units(module):
             raise ValueError(
-                "ElasticWeightConsolidation cannot measure sharded weights: measure them on one device or with "
-                "strategy ddp (a run of one step), and resume from its checkpoint with fsdp2"
+                "ElasticWeightConsolidation measures sharded weights while they are trained, and the run has ended: "
+                "name the rows of earlier tasks (rows=...) for the run that follows"
             )
         named = {id(weight): name for name, weight in trained_weights(module).items()}
         inner = {n: w for n, w in module.model.named_parameters() if id(w) in named}
@@ -129,12 +132,19 @@ class ElasticWeightConsolidation(lightning.Callback):
             raise ValueError(f"rows {rows!r:.80} has no row of two tokens to measure information on")
         is_fitting = module._trainer is not None and module._trainer.world_size > 1
         rank, world = (module.global_rank, module.trainer.world_size) if is_fitting else (0, 1)
-        own = {number: tokens for number, tokens in sequences.items() if number % world == rank}
-        with evaluating(module.model), torch.enable_grad():
-            sums, count = fisher_sums(module.model, inner, own, seed=self.seed)
-        if world > 1:
-            sums = {name: sum_vector_over_ranks(total) for name, total in sums.items()}
-            count = int(sum_over_ranks({"count": float(count)})["count"])
+        if agreement is not None:
+            with evaluating(module.model):
+                sums = sharded_fisher_sums(
+                    module.model, inner, sequences, seed=self.seed, rank=rank, agreement=agreement
+                )
+            count = sum(max(0, len(tokens) - 1) for tokens in sequences.values())
+        else:
+            own = {number: tokens for number, tokens in sequences.items() if number % world == rank}
+            with evaluating(module.model), torch.enable_grad():
+                sums, count = fisher_sums(module.model, inner, own, seed=self.seed)
+            if world > 1:
+                sums = {name: sum_vector_over_ranks(total) for name, total in sums.items()}
+                count = int(sum_over_ranks({"count": float(count)})["count"])
         found = {named[id(inner[name])]: total / count for name, total in sums.items()}
         # Weights outside of the model have no part in its predictions.
         others = {n: torch.zeros_like(exact(w)) for n, w in trained_weights(module).items() if n not in found}

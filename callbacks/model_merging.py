@@ -17,7 +17,7 @@ from ..core.position import has_validation
 from ..distributed.fsdp2 import whole_tensor
 from ..metrics.direction import direction_of
 from ..utils.validation import check_choice, check_count, check_not_negative
-from .snapshot_merges import mean_merge, spherical_merge
+from .snapshot_merges import DECAYS, Decay, mean_merge, spherical_merge
 from .trained_weights import copied, placed, put, settled_weights
 from .weight_average import WeightAverage
 
@@ -29,7 +29,8 @@ class ModelMerging(lightning.Callback):
 
     ``method: mean`` is the plain mean of the last ``num_models`` snapshots (Stochastic Weight Averaging, Izmailov et
     al., 2018, arXiv:1803.05407; with a constant learning rate it replaces decay: WSM, Tian et al., 2025,
-    arXiv:2507.17634).
+    arXiv:2507.17634). ``decay`` weighs the snapshots as another decay over their window would: ``cosine``, or ``sqrt``,
+    1 - sqrt(x), which gives the oldest most (:func:`~rlhf_lightning.callbacks.snapshot_merges.decay_weights`).
 
     ``method: warp`` runs rounds like those of WARP (Ramé et al., 2024, arXiv:2406.16768). In each round
     ``num_models`` policies are trained one after the other, from the same start :math:`\theta_0`, with a fresh
@@ -67,6 +68,7 @@ class ModelMerging(lightning.Callback):
         eta: of the pull: 1 takes the merge itself, 0.3 is the paper's choice for the next round's start; in (0, 1]. In
             ``mean``, the start is that of the training.
         max_drop: loss of the metric that is accepted, at least 0.
+        decay: of ``mean``: ``linear``, the plain mean, ``cosine`` or ``sqrt``.
 
     Raises:
         ValueError: an option out of range; in training, a metric that cannot be measured, or a ``WeightAverage``, whose
@@ -89,8 +91,12 @@ class ModelMerging(lightning.Callback):
         merge_every_n_epochs: int | None = None,
         eta: float = 1.0,
         max_drop: float = 0.0,
+        decay: Decay = "linear",
     ) -> None:
         check_choice("method", method, ("mean", "warp"))
+        check_choice("decay", decay, DECAYS)
+        if method == "warp" and decay != "linear":
+            raise ValueError(f"decay is {decay!r} with method 'warp', which merges on the sphere: leave it out")
         check_count("num_models", num_models, "4 is usual")
         if num_models < 2:
             raise ValueError(f"num_models is {num_models}; it must be at least 2: one model alone is no merge")
@@ -113,6 +119,7 @@ class ModelMerging(lightning.Callback):
         self.monitor = monitor
         self.mode = direction_of(monitor) if mode is None else mode
         self.method = method
+        self.decay = decay
         self.num_models = num_models
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self.merge_every_n_epochs = merge_every_n_epochs
@@ -233,8 +240,9 @@ class ModelMerging(lightning.Callback):
         return self._merged(snapshots[-self.num_models :])
 
     def _merged(self, snapshots: Sequence[Weights]) -> Weights:
-        merge = spherical_merge if self.method == "warp" else mean_merge
-        return merge(snapshots, self.start, self.eta)
+        if self.method == "warp":
+            return spherical_merge(snapshots, self.start, self.eta)
+        return mean_merge(snapshots, self.start, self.eta, self.decay)
 
     # Measuring.
 

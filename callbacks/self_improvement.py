@@ -11,16 +11,17 @@ import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from ..core import PostTrainingModule
+from ..core.rewind import forget_loader
 from ..data.loaders import BatchLoader
 from ..datamodules import ExampleDataModule
-from ..datamodules.replacing import replace_train, restore_train
+from ..datamodules.replacing import forget_train, replace_train, restore_train
 from ..distributed.collectives import gather_objects
 from ..distributed.unshard import gathered
 from ..evaluation.answers import read_prompts
 from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
 from ..inference.answering import StrategyOption
 from ..self_improvement.row_options import RowOptions
-from ..self_improvement.samples import ScoredPrompt, sample_prompts
+from ..self_improvement.samples import ScoredPrompt, check_samples, sample_prompts
 from ..self_improvement.scorers import load_scorer
 from ..sequences import Example
 from ..utils.files import json_line, on_first_rank, write_atomically
@@ -46,6 +47,11 @@ class SelfImprovement(lightning.Callback):
     resumed run reads them again: it needs the folder. Rounds have epochs of different lengths: use ``max_steps``, or a
     learning rate without decay.
 
+    With a ``CapabilityGate`` a round is made, trained on and tested, in this order; the next one is made by the policy
+    that was accepted. Where the gate goes back, so do the round, its rows, the place in them and ``history``; rounds
+    that are made again have seeds of their own, and rows in ``folder/round-N-attempt-A.jsonl``, with the number A of
+    rejections in succession before them.
+
     Args:
         prompts: a source of ``PromptDataModule``.
         folder: where the rows go; files there are replaced.
@@ -68,7 +74,8 @@ class SelfImprovement(lightning.Callback):
         chat_template_kwargs: passed to the chat template; by default those of the trainer's datamodule.
 
     Attributes:
-        history: of each round: its number, the step, its samples, rows, and mean score.
+        history: of each round: its number and attempt, the step, its samples, rows, and mean score.
+        attempt: rejections in succession, by which a ``CapabilityGate`` numbers what is tried again.
 
     Raises:
         ValueError: an option out of its range; in training, another module or datamodule.
@@ -102,7 +109,6 @@ class SelfImprovement(lightning.Callback):
     ) -> None:
         check_choice("rows", rows, _KINDS)
         check_count("every_n_epochs", every_n_epochs, "1 is usual")
-        check_count("num_samples", num_samples, "4 is usual")
         if prompts_per_round is not None:
             check_count("prompts_per_round", prompts_per_round, "null takes all prompts in every round")
         self.options = RowOptions(
@@ -122,6 +128,7 @@ class SelfImprovement(lightning.Callback):
         self.sampling = SamplingParams(**(sampling or {}))
         if self.sampling.seed is not None:
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write seed, which is that of all samples")
+        check_samples(num_samples, self.sampling, [rows], strategy=strategy)
         self.strategy = StrategyOption(strategy)
         self.seed, self.chat_template_kwargs = seed, chat_template_kwargs
         self._module: PostTrainingModule | None = None
@@ -132,7 +139,8 @@ class SelfImprovement(lightning.Callback):
     def _forget(self) -> None:
         self.round = 0
         self.history: list[dict[str, Any]] = []
-        self._rows_of = 0  # the round whose rows are trained on
+        self.attempt = 0
+        self._rows_of = (0, 0)  # the round and attempt whose rows are trained on; of round 0 the datamodule's
         self._is_loaded = False
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -186,20 +194,31 @@ class SelfImprovement(lightning.Callback):
         """Makes the rows of a round that begins now, or finds those of the round that a run is resumed in."""
         if self._is_loaded:
             self._is_loaded = False
-            if self._rows_of:
-                replace_train(data, str(self._file(self._rows_of)), continues=True)
+            if self._rows_of[0]:
+                replace_train(data, str(self._file(*self._rows_of)), continues=True)
         due = trainer.current_epoch // self.every_n_epochs
         if due <= self.round:
             return
         self.round = due
         rows = self._make(trainer, module)
         if rows:
-            on_first_rank(lambda: write_atomically(self._file(due), "".join(map(json_line, rows))))
-            self._rows_of = due
-            replace_train(data, str(self._file(due)))
+            self._rows_of = (due, self.attempt)
+            file = self._file(*self._rows_of)
+            on_first_rank(lambda: write_atomically(file, "".join(map(json_line, rows))))
+            replace_train(data, str(file))
 
-    def _file(self, number: int) -> Path:
-        return self.folder / f"round-{number}.jsonl"
+    def _file(self, number: int, attempt: int) -> Path:
+        return self.folder / (f"round-{number}-attempt-{attempt}.jsonl" if attempt else f"round-{number}.jsonl")
+
+    def _seed_of(self, kind: str) -> int:
+        """Returns the seed of this round's samples or seed rows."""
+        again: tuple[int | str, ...] = ("attempt", self.attempt) if self.attempt else ()
+        return derive_seed(self.seed, kind, self.round, *again)
+
+    def before_rewind(self, trainer: lightning.Trainer) -> None:
+        """Forgets the rows, as the run goes back to a time at which it may have had others."""
+        forget_train(trainer.datamodule)  # type: ignore[attr-defined]
+        forget_loader(trainer)
 
     def _make(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[dict[str, Any]]:
         """Samples and scores the prompts of this round, each rank its share, and makes rows of all."""
@@ -225,6 +244,7 @@ class SelfImprovement(lightning.Callback):
         scores = [s.score for scored in prompts for s in scored.samples if s.score is not None]
         record = {
             "round": self.round,
+            "attempt": self.attempt,
             "step": trainer.global_step,
             "samples": sum(len(scored.samples) for scored in prompts),
             "rows": len(rows),
@@ -235,7 +255,7 @@ class SelfImprovement(lightning.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         rank_zero_info(f"round {self.round}: {json.dumps(record)}" + ("" if rows else ": the rows stay as they are"))
-        return self.options.mixed(rows, derive_seed(self.seed, "seed rows", self.round)) if rows else []
+        return self.options.mixed(rows, self._seed_of("seed rows")) if rows else []
 
     def _of_round(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[Example]:
         settings = self.chat_template_kwargs
@@ -268,7 +288,7 @@ class SelfImprovement(lightning.Callback):
             self.scorer,
             num_samples=self.num_samples,
             sampling=self.sampling,
-            seed=derive_seed(self.seed, "round", self.round),
+            seed=self._seed_of("round"),
             numbers=places,
             model=f"step {step}",
         )
@@ -276,8 +296,9 @@ class SelfImprovement(lightning.Callback):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the round, and the one whose rows are trained on."""
-        return {"round": self.round, "rows_of": self._rows_of, "history": [dict(record) for record in self.history]}
+        """Returns the round, its attempt, and the ones whose rows are trained on."""
+        history = [dict(record) for record in self.history]
+        return {"round": self.round, "attempt": self.attempt, "rows_of": list(self._rows_of), "history": history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the round of an earlier run.
@@ -285,12 +306,14 @@ class SelfImprovement(lightning.Callback):
         Raises:
             ValueError: its rows are not there.
         """
-        self.round, self._rows_of = state_dict["round"], state_dict["rows_of"]
+        self.round, self.attempt = state_dict["round"], state_dict["attempt"]
+        number, attempt = state_dict["rows_of"]
+        self._rows_of = (number, attempt)
         self.history = [dict(record) for record in state_dict["history"]]
         self._is_loaded = True
-        if self._rows_of and not self._file(self._rows_of).is_file():
+        if number and not self._file(number, attempt).is_file():
             raise ValueError(
-                f"the rows of round {self._rows_of} are not in {str(self._file(self._rows_of))!r}: the run that is "
+                f"the rows of round {number} are not in {str(self._file(number, attempt))!r}: the run that is "
                 "resumed has written them into its folder: give that folder"
             )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,25 +14,61 @@ from torch.distributed.tensor import DTensor
 from .trained_weights import exact
 
 Weights = Mapping[str, Tensor]
+Decay = Literal["linear", "cosine", "sqrt"]
+DECAYS: tuple[Decay, ...] = get_args(Decay)
 # Directions that are nearer to each other have no angle that could be divided by.
 _PARALLEL = 1 - 1e-7
 
 
+def decay_weights(count: int, decay: Decay) -> list[float]:
+    r"""Returns the weights of snapshots whose mean stands for a decay of the learning rate over their window.
+
+    Paper: WSM (Tian et al., 2025, arXiv:2507.17634). A mean with weights c_j moves from the first snapshot by sums of
+    w_i times the update from snapshot i to the next, w_i = sum_{j > i} c_j. Here w_i = f(i / N) for N snapshots
+    and a decay f from 1 to 0, so c_j = f((j - 1) / N) - f(j / N).
+
+    Args:
+        count: N, at least 1.
+        decay: ``linear``, f(x) = 1 - x, the plain mean; ``cosine``, (1 + cos(pi x)) / 2; ``sqrt``, 1 - sqrt(x).
+
+    Returns:
+        N weights, oldest snapshot first; their sum is 1.
+
+    Example:
+        >>> [round(weight, 3) for weight in decay_weights(4, "sqrt")]
+        [0.5, 0.207, 0.159, 0.134]
+    """
+    shapes: dict[str, Callable[[float], float]] = {
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+        "sqrt": lambda x: 1 - math.sqrt(x),
+    }
+    values = [shapes[decay](number / count) for number in range(count + 1)]
+    return [before - after for before, after in pairwise(values)]
+
+
 @torch.no_grad()
-def mean_merge(snapshots: Sequence[Weights], start: Weights, eta: float) -> dict[str, Tensor]:
+def mean_merge(snapshots: Sequence[Weights], start: Weights, eta: float, decay: Decay = "linear") -> dict[str, Tensor]:
     """Averages snapshots.
 
     Args:
-        snapshots: at least one.
+        snapshots: at least one, oldest first.
         start: weights that the mean is pulled towards; empty for no pull.
         eta: position between the start and the mean.
+        decay: see ``decay_weights``.
     """
     found = {}
+    weights = decay_weights(len(snapshots), decay)
     for name in snapshots[0]:
-        total = exact(snapshots[0][name]).clone()
-        for snapshot in snapshots[1:]:
-            total += exact(snapshot[name])
-        mean = total / len(snapshots)
+        if decay == "linear":
+            total = exact(snapshots[0][name]).clone()
+            for snapshot in snapshots[1:]:
+                total += exact(snapshot[name])
+            mean = total / len(snapshots)
+        else:
+            mean = weights[0] * exact(snapshots[0][name])
+            for weight, snapshot in zip(weights[1:], snapshots[1:], strict=True):
+                mean += weight * exact(snapshot[name])
         found[name] = exact(start[name]) + eta * (mean - exact(start[name])) if start else mean
     return found
 

@@ -8,25 +8,20 @@ from typing import Any, ClassVar, Literal, get_args
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..data.example_cache import LEAST_ROWS, cache_folder, entry_name, read_entry, write_entry
+from ..data.example_cache import LEAST_ROWS, NOT_OF_EXAMPLES, cache_folder, entry_name, read_entry, write_entry
 from ..data.example_store import ExampleStore
 from ..data.files import RowSource
+from ..data.filtered_rows import FilteredRows
+from ..data.filters import RowFilter
 from ..data.loaders import BatchLoader, Couple, ExampleLoader, StreamLoader
 from ..data.row_reader import OnBadRow, RowReader
 from ..data.sources import Source, is_remote, open_source
-from ..data.tokenization import OnTooLong, RowTokenizer, TokenizerSource
+from ..data.tokenization import OnTooLong, RowTokenizer, TokenizerSource, load_tokenizer
 from ..data.transformed_rows import Transform, TransformedRows
 from ..sequences.example import Example, check_contract
 from ..utils.keywords import options_of, refuse_unknown
-from ..utils.packaged_configs import packaged_config
-
-# Options that select the rows, which the source's digest covers, or the order and size of batches.
-_NOT_OF_EXAMPLES = (
-    *("train", "val", "test", "predict", "tokenizer", "columns", "transform", "pair_by", "partners", "seed", "shuffle"),
-    *("global_batch_size", "eval_batch_size", "drop_last", "group_by_prompt", "streaming", "shuffle_buffer"),
-)
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -46,8 +41,8 @@ class ExampleDataModule(pl.LightningDataModule):
     A source is a file (.jsonl, .json, .csv, .parquet, .arrow), a folder of these, a folder that ``datasets`` saved, an
     id on the hub, an embedded task (``"sums:preference?rows=1000"``), a list of such strings, and in Python a list of
     dictionaries or a ``datasets.Dataset``. :attr:`report` counts, per split: ``rows`` read, ``examples`` made of them,
-    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (skipped), ``filtered`` (by the transform), ``tokens`` and
-    ``longest``; with ``streaming``, for the training rows that this rank has processed so far, in all epochs.
+    ``kept``, ``dropped`` (too long), ``truncated``, ``bad`` (skipped), ``filtered`` (in all, and by each filter),
+    ``tokens`` and ``longest``; with ``streaming``, for training rows that this rank has read so far, in all epochs.
 
     Args:
         train: source of the training rows.
@@ -65,6 +60,8 @@ class ExampleDataModule(pl.LightningDataModule):
         columns: new name of a column -> its name in the rows.
         transform: maps a row's columns (already renamed) to new ones, or to ``None`` to drop the row; in YAML the
             function's dotted path. :mod:`~rlhf_lightning.data.transforms` has some.
+        filters: of :mod:`~rlhf_lightning.data.filters`, in order, on *training* rows after ``transform`` and
+            ``pair_by``: ranges of scores, patterns, duplicates, overlap with an evaluation.
         chat_template_kwargs: passed to the tokenizer's chat template (``enable_thinking: false``); a row's own
             ``chat_template_kwargs`` override them by name.
         seed: seed of the order of training rows, together with the epoch; at least 0.
@@ -102,6 +99,7 @@ class ExampleDataModule(pl.LightningDataModule):
         on_bad_row: OnBadRow = "error",
         columns: dict[str, str] | None = None,
         transform: Transform | None = None,
+        filters: list[RowFilter] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
         shuffle: bool = True,
@@ -135,6 +133,7 @@ class ExampleDataModule(pl.LightningDataModule):
         self.on_bad_row = on_bad_row
         self.columns = columns
         self.transform = transform
+        self.filters = filters
         self.chat_template_kwargs = chat_template_kwargs
         self.seed = seed
         self.shuffle = shuffle
@@ -176,13 +175,7 @@ class ExampleDataModule(pl.LightningDataModule):
                 f"tokenizer=None and the module has none: write {type(self).__name__}(tokenizer='folder or hub id')"
             )
         if isinstance(self._tokenizer, str):
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(packaged_config(self._tokenizer) or self._tokenizer)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"cannot load tokenizer={self._tokenizer!r} ({' '.join(str(error).split())[:160]}): "
-                    "give a folder that has tokenizer.json, or a hub id"
-                ) from error
+            self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
     @property
@@ -278,6 +271,12 @@ class ExampleDataModule(pl.LightningDataModule):
         source = open_source(self.sources[split], split=_SPLIT_NAMES[split], streaming=stream, columns=self.columns)
         return source if self.transform is None else TransformedRows(source, self.transform)
 
+    def _source(self, split: Split) -> RowSource:
+        if split in self._made:
+            return self._made[split]
+        source = self._open(split)
+        return FilteredRows(source, self.filters) if self.filters and split == "train" else source
+
     def _placed(self) -> dict[str, int]:
         trainer = self.trainer
         if trainer is None:
@@ -287,7 +286,7 @@ class ExampleDataModule(pl.LightningDataModule):
     def _reader(self, split: Split) -> RowReader:
         _ = self.rows  # load the tokenizer first: its errors must not be reported as a row's
         reader = RowReader(
-            self._made[split] if split in self._made else self._open(split),
+            self._source(split),
             self.make_examples,
             max_length=self.max_length,
             on_too_long=self.on_too_long,
@@ -385,7 +384,7 @@ class ExampleDataModule(pl.LightningDataModule):
         few = cache_folder() is None or (source.num_rows or 0) < LEAST_ROWS
         if few or type(self).__module__.rpartition(".")[0] != __package__:
             return None
-        names = sorted(options_of(type(self)) - set(_NOT_OF_EXAMPLES))
+        names = sorted(options_of(type(self)) - set(NOT_OF_EXAMPLES))
         options = {name: getattr(self, name) for name in names}
         return entry_name(source, self.tokenizer, {"class": type(self).__qualname__, **options})
 

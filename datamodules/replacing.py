@@ -33,6 +33,18 @@ def restore_train(data: ExampleDataModule) -> None:
         _forget(data)
 
 
+def forget_train(data: ExampleDataModule) -> None:
+    """Forgets the rows of the datamodule, its own or others, and the position in them, as in a new process.
+
+    A position that is restored next is one in rows that are still to be named, or in the datamodule's own.
+
+    Args:
+        data: the trainer's datamodule.
+    """
+    _forget(data)
+    data._train_loader = data._train_state = None
+
+
 def _forget(data: ExampleDataModule) -> None:
     data._made.pop("train", None)
     data._stores.pop("train", None)

@@ -27,9 +27,10 @@ from .rl import PolicyLoss, PPOLoss
 from .utils import yaml_parser
 from .utils.files import on_first_rank, write_atomically
 from .utils.imports import find_own_modules
+from .utils.log_output import log_output, take_log_options
 from .utils.messages import UsageError, did_you_mean, explain
 from .utils.option_groups import OptionGroup
-from .utils.packaged_configs import packaged_config
+from .utils.packaged_configs import with_packaged_configs
 from .utils.quiet import quiet
 
 # A class can be named without its path once it has been imported.
@@ -75,6 +76,8 @@ memory                         what a micro-batch of fit takes on a device, and 
 
 --config may be given several times: later files and options win. --print_config shows what they amount to.
 fit --model.help=DPOModule and fit --data.help=PreferenceDataModule list the options of a method and of a data set.
+--log_level=debug|info|warning|error says which messages are shown, --log_file=FILE where they are also written, with
+their times; RLHF_LIGHTNING_LOG_LEVEL and RLHF_LIGHTNING_LOG_FILE do the same.
 --debug (or RLHF_LIGHTNING_TRACEBACK=1) shows where an error was raised; --version shows the version."""
 
 
@@ -181,7 +184,7 @@ class PostTrainingCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults=trainer_defaults,
             parser_class=Parser,
-            args=[*_with_packaged_configs(args)],
+            args=[*with_packaged_configs(args)],
             run=run,
         )
 
@@ -286,7 +289,8 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments or os.environ.get("RLHF_LIGHTNING_TRACEBACK", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with quiet():
+        arguments, log_options = take_log_options(arguments)
+        with quiet(), log_output(**log_options):
             _dispatch(arguments)
     except Exception as error:
         if debug:
@@ -326,20 +330,6 @@ def _dispatch(arguments: list[str]) -> None:
         known = (*_ONE_METHOD, *_COMMANDS)
         near = did_you_mean(arguments[0], known) or f": use one of {', '.join(known)}"
         raise UsageError(f"no subcommand {arguments[0]!r}{near}")
-
-
-def _with_packaged_configs(args: Sequence[str]) -> Iterator[str]:
-    """Points ``--config configs/...`` to the packaged file if no such file exists in the current folder."""
-    previous = ""
-    for argument in args:
-        flag, _, value = argument.partition("=")
-        if flag in ("--config", "-c") and value:
-            yield f"{flag}={packaged_config(value) or value}"
-        elif previous in ("--config", "-c"):
-            yield str(packaged_config(argument) or argument)
-        else:
-            yield argument
-        previous = argument
 
 
 def _known_classes() -> Iterator[type]:

@@ -94,11 +94,12 @@ def test_tiny_trains(method, tmp_path, monkeypatch):
     assert (tmp_path / f"runs/tiny-{method}/model/model.safetensors").is_file()
 
 
-def test_search_trees_train(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_search_trees_train(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     once = ["--trainer.max_steps=1", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
-    main(["fit", "--config", "configs/grpo/tree.yaml", *once])
-    history = [json.loads(line) for line in Path("runs/tree-grpo/history.jsonl").read_text().splitlines()]
+    main(["fit", "--config", f"configs/{method}/tree.yaml", *once])
+    history = [json.loads(line) for line in Path(f"runs/tree-{method}/history.jsonl").read_text().splitlines()]
     logged = {name: value for row in history for name, value in row.items()}
     # Six simulations of three steps each are more than the four samples, and share what they begin with.
     assert logged["train/tree/completions"] > 4 + 3

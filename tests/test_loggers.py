@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import pytest
+import torch
+from lightning.fabric.loggers import tensorboard
+
+from rlhf_lightning import cli
 from rlhf_lightning.callbacks import JSONLLogger
 from rlhf_lightning.loggers import read_history
 
@@ -47,3 +52,16 @@ def test_steps_that_a_resumed_run_made_again_are_there_once(tmp_path):
         second.log_metrics({"second": 1.0}, step=step)
     found = [(row["step"], "first" if "first" in row else "second") for row in read_history(path)]
     assert found == [(0, "first"), (1, "second"), (2, "second"), (3, "second"), (4, "second")]
+
+
+def test_tensorboard_that_is_missing_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(tensorboard, name, False)
+    configs = ("configs/sft/tiny.yaml", "configs/logger/tensorboard.yaml")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["fit", *(f"--config={file}" for file in configs)])
+    assert exit_info.value.code in (1, 2)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "rlhf-lightning: TensorBoardLogger needs tensorboard: pip install 'rlhf-lightning[tensorboard]'"
+    assert not list(Path(tmp_path).iterdir())

@@ -166,6 +166,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("GRPOModule", "PromptDataModule", "prompts", {**GROUP, "tree": {"rollouts": ["samples", BEAM]}}
      | {"off_policy": {"correction": "token_truncate", "replay_capacity": 8}}),
     ("PPOModule", "PromptDataModule", "prompts", GROUP),
+    ("PPOModule", "PromptDataModule", "prompts", {**GROUP, "tree": {"rollouts": ["samples", BEAM]}}
+     | {"loss": {"correction": "token_truncate"}}),
 ]  # fmt: skip
 
 

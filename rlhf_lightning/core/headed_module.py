@@ -21,6 +21,7 @@ class HeadedModule(PostTrainingModule):
         kwargs: options of ``PostTrainingModule``.
     """
 
+    takes_compressor: ClassVar[bool] = False
     model_type: ClassVar[type[HeadedModel]]
     options: Any
     seed: int

@@ -37,11 +37,12 @@ from .batch_checks import check_batch
 from .checkpoint_io import prepare_checkpoints
 from .device_precision import autocast_dtype
 from .exports import trained_end_tokens
+from .front import check_front, front_of, save_front
 from .gradients import check_gradient, clip_gradients, loss_scale, sum_gradients
 from .hooks import check_optimizers, step_schedulers, wrap_hooks
 from .logging import call_hooks, log_settings, log_values
 from .micro_batching import ROW_KEY, MicroBatching, in_canonical_order
-from .optimizers import build_optimizer_and_scheduler
+from .optimizers import build_optimizer_and_scheduler, check_lr_ratios, group_parameters
 from .position import ResumePosition
 from .precision import apply_in_fp32
 from .progress_bar import prepare_screen
@@ -89,6 +90,9 @@ class PostTrainingModule(lightning.LightningModule):
             ``torch.compile``; results change by rounding, and with dropout its draws. For GPUs: the first steps take
             a minute or more longer, and all others fewer launches. In the packed layout, and not with
             ``quantization``, mixtures of experts or ``fsdp2``.
+        compressor: folder or hub id of a ``ContextCompressor`` that was trained for ``model``. It stays as it is, and
+            rows need a column ``context``: policy and reference see its summaries alone, then the prompt. ``model`` may
+            have been trained behind it already. In the packed layout, and not with ``quantization`` or ``compile``.
         router_aux_loss_coef: weight, at least 0, of the load-balancing loss of a mixture of experts, taken over the
             whole global batch (``losses.router``). ``None`` takes the coefficient of the model's config where its
             ``output_router_logits`` is true, and is 0 otherwise. Above 0, a step of several micro-batches or ranks
@@ -96,6 +100,11 @@ class PostTrainingModule(lightning.LightningModule):
         max_grad_norm: clip the global gradient norm to this, above 0; ``None`` does not clip.
         optimizer: function from parameters to an optimizer; by default AdamW at ``default_learning_rate`` without
             weight decay. Its weight decay is applied to matrices only.
+        lr_ratios: learning rates relative to the optimizer's, above 0, by regular expressions that are searched for in
+            parameters' names (``{"lm_head|embed": 0.1}``); of several that match, the first counts. Every one must
+            match a trained parameter.
+        layer_lr_decay: d in (0, 1]: of L decoder layers, the one with number i from 0 has a learning rate of
+            d^(L - 1 - i) times the optimizer's, and input embeddings d^L; it multiplies ``lr_ratios``. ``None`` is off.
         lr_scheduler: function from an optimizer to a scheduler, stepped once per optimizer step.
         unknown: options that do not exist.
 
@@ -107,6 +116,7 @@ class PostTrainingModule(lightning.LightningModule):
     default_learning_rate: ClassVar[float] = 1e-5
     contracts: ClassVar[tuple[str, ...]] = ()  # datamodules whose rows are accepted; () for any
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # metrics in the progress bar
+    takes_compressor: ClassVar[bool] = True  # whether it learns from rows after compressed contexts
     keeps_dropout: ClassVar[bool] = False  # whether dropout=None means the rates of the model's config
     of_validation: ClassVar[tuple[str, ...]] = ("validation_rows",)  # attributes that a validation replaces
 
@@ -129,9 +139,12 @@ class PostTrainingModule(lightning.LightningModule):
         dropout: float | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        compressor: str | None = None,
         router_aux_loss_coef: float | None = None,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable | None = None,
+        lr_ratios: dict[str, float] | None = None,
+        layer_lr_decay: float | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         **unknown: Any,
     ) -> None:
@@ -153,6 +166,7 @@ class PostTrainingModule(lightning.LightningModule):
             router_aux_loss_coef=router_aux_loss_coef,
             max_grad_norm=max_grad_norm,
         )
+        check_lr_ratios(lr_ratios, layer_lr_decay)
 
         # The batch, not Lightning, decides when to step: manual optimization.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -171,6 +185,8 @@ class PostTrainingModule(lightning.LightningModule):
         self.router_aux_loss_coef = router_aux_loss_coef
         self._router_loss: RouterLoss | None = None
         self.max_grad_norm = max_grad_norm
+        self.lr_ratios = None if lr_ratios is None else dict(lr_ratios)
+        self.layer_lr_decay = layer_lr_decay
         self._tokenizer_source = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._requested_layout = layout
@@ -180,6 +196,7 @@ class PostTrainingModule(lightning.LightningModule):
         self._is_configured = False
 
         # The parts.
+        self.front = front_of(self, compressor)
         self.micro_batching = MicroBatching(self)
         self.resume = ResumeState(self)
         self.validation_rows = ValidationRows(self)
@@ -268,6 +285,8 @@ class PostTrainingModule(lightning.LightningModule):
         Raises:
             ValueError: with the row, what is wrong with it, and what to do.
         """
+        if self.front is not None and isinstance(batch, ExampleBatch):
+            batch = self.front.follow(batch)
         return check_batch(self, batch)
 
     # The model.
@@ -297,6 +316,8 @@ class PostTrainingModule(lightning.LightningModule):
         self.resume.remember_base()
         self.train(self.training)
         self._is_configured = True
+        if self.front is not None:
+            self.front.build()
         if self.reference is not None:
             self.reference.build()
 
@@ -353,6 +374,8 @@ class PostTrainingModule(lightning.LightningModule):
 
     def place_on_device(self) -> None:
         """Places state that is not part of the module on its device; called before the first batch of any run."""
+        if self.front is not None:
+            self.front.forget()
         if self.reference is not None:
             self.reference.place_on_device()
 
@@ -434,11 +457,17 @@ class PostTrainingModule(lightning.LightningModule):
 
     def token_stats(self, batch: SequenceBatch, model: nn.Module | None = None, **options: Any) -> TokenStats:
         """Computes log-probs of a batch's scored tokens under the policy, or under another model of the same kind."""
+        self.place_contexts(batch)
         return token_stats(self.model if model is None else model, batch, self.layout, **options)
+
+    def place_contexts(self, batch: SequenceBatch) -> None:
+        """Gives a batch the states of the contexts that its trees follow, before a model runs it."""
+        if self.front is not None:
+            self.front.attach(batch)
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
         """Groups parameters for the optimizer; a group's ``lr_ratio`` multiplies its learning rate."""
-        return list(parameters)
+        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer on the trainable parameters, and its scheduler."""
@@ -608,12 +637,14 @@ class PostTrainingModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the random states and what a reference cannot rebuild; removes the frozen weights under adapters."""
         self.resume.save(checkpoint)
+        save_front(self.front, checkpoint)
         if self.reference is not None:
             self.reference.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint fits this model, and restores the reference."""
         self.resume.load(checkpoint)
+        check_front(self.front, checkpoint)
         if self.reference is not None:
             self.reference.load(checkpoint)
 
@@ -634,8 +665,8 @@ class PostTrainingModule(lightning.LightningModule):
         """
         self.configure_model()
         tokenizer = self._export_tokenizer()
-        ends = trained_end_tokens(self, tokenizer)
-        export_pretrained(self.model, tokenizer, folder, merge_adapter=merge_adapter, end_tokens=ends)
+        ends, note = trained_end_tokens(self, tokenizer), None if self.front is None else self.front.note()
+        export_pretrained(self.model, tokenizer, folder, merge_adapter=merge_adapter, note=note, end_tokens=ends)
 
     def check_export(self, folder: str, *, merge_adapter: bool = False) -> None:
         """Checks before training that ``save_pretrained`` will be allowed to replace a folder.

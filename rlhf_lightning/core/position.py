@@ -110,6 +110,7 @@ class ResumePosition(lightning.Callback):
     def __init__(self) -> None:
         self._before_validation: dict[str, Any] | None = None  # its progress before, while a validation is due or runs
         self._resumed: Position | None = None
+        self._fetcher: Any = None  # that of the epoch in which a run is resumed
 
     # Saving.
 
@@ -158,7 +159,7 @@ class ResumePosition(lightning.Callback):
         """Sets where the loops continue, which Lightning would guess from the counters."""
         loop = trainer.fit_loop.epoch_loop
         set_up_validation(trainer)
-        position = self._resumed
+        position, self._fetcher = self._resumed, trainer.fit_loop._data_fetcher
         if position is None:
             return
         # Due when saved and no longer due, since this run validates at other intervals.
@@ -175,9 +176,12 @@ class ResumePosition(lightning.Callback):
         """Begins the next epoch after a resumed run has only ended the previous one."""
         position, self._resumed = self._resumed, None
         if position is not None and position.all_done and not position.ended:
-            assert trainer.fit_loop._data_fetcher is not None
-            trainer.fit_loop._data_fetcher.fetched -= position.batches  # those of the last epoch
+            # It has counted the last epoch's batches, unless this epoch has other rows and a fetcher of its own.
+            fetcher: Any = trainer.fit_loop._data_fetcher
+            if fetcher is self._fetcher:
+                fetcher.fetched -= position.batches
             self._begin_epoch(trainer)
+        self._fetcher = None
 
     def _begin_epoch(self, trainer: lightning.Trainer) -> None:
         """Makes the next epoch a regular one that keeps the existing iterator, as a stream has already begun."""

@@ -121,6 +121,8 @@ class ResumeState:
         adapted = bool(adapted_models(self.module))
         self._check_kind(state.get("adapter", adapted), adapted)
         self._check_base(state.get("base", {}))
+        if self.module._trainer is not None and self.module._trainer.state.fn == "fit":
+            self._check_groups(checkpoint.get("hyper_parameters", {}))
         if checkpoint.get("state_dict"):
             self._check_weights(checkpoint["state_dict"])
         states = state.get("random")
@@ -177,6 +179,15 @@ class ResumeState:
                 f"the weights in {self.module.model_source} are not the base that the checkpoint's adapter was trained "
                 "on: restore them, or start a new run"
             )
+
+    def _check_groups(self, then: Mapping[str, Any]) -> None:
+        """Refuses other groups of the optimizer: it would find the moments of other parameters, and their rates."""
+        for name in ("lr_ratios", "layer_lr_decay"):
+            if then.get(name) != getattr(self.module, name):
+                raise ValueError(
+                    f"the checkpoint's optimizer was made with {name}={then.get(name)!r}, and this run has {name}="
+                    f"{getattr(self.module, name)!r}: restore the old value, or start a new run from the exported model"
+                )
 
     def _check_weights(self, stored: dict[str, Any]) -> None:
         """Compares names and shapes, to report a mismatch in one line and not as a list of all weights."""

@@ -15,6 +15,9 @@ from lightning.pytorch.trainer.states import RunningStage
 class Rewind(Exception):
     """Leaves Lightning's loops, wherever a hook raises it, to continue from a checkpoint; all ranks raise it together.
 
+    First, ``before_rewind(trainer)`` is called of all callbacks that have it: what a callback has changed outside of
+    itself is as in a new process then. Module, datamodule, callbacks, optimizers and loops are restored after that.
+
     Args:
         path: the checkpoint.
         then: called when everything is restored, before the loops begin again.
@@ -60,6 +63,14 @@ def allow_rewinding(trainer: lightning.Trainer) -> None:
     vars(trainer.fit_loop)["run"] = RewindableRun(trainer)
 
 
+def forget_loader(trainer: lightning.Trainer) -> None:
+    """Lets a run that goes back ask for its rows as a new process does; called from ``before_rewind``.
+
+    What a checkpoint holds of the loader is not restored into the present one then, which may have other rows.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
 def is_rewound(trainer: lightning.Trainer) -> bool:
     """Returns whether this process has taken the run back to a checkpoint before."""
     run = vars(trainer.fit_loop).get("run")
@@ -72,6 +83,11 @@ def _restore(trainer: Any, path: Path) -> None:
     # The time that has passed is not taken back, and neither is the checkpoint that the process was started from.
     timers = [(callback, callback.state_dict()) for callback in trainer.callbacks if isinstance(callback, Timer)]
     resumed = connector._ckpt_path
+
+    for callback in trainer.callbacks:
+        undo = getattr(callback, "before_rewind", None)
+        if callable(undo):
+            undo(trainer)
 
     # What a hook that raises leaves behind.
     module._current_fx_name = None

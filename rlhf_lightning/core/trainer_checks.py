@@ -348,7 +348,8 @@ def trainer_dtype(trainer: Any) -> torch.dtype:
 def longest_sequence(module: Any) -> int | None:
     """Returns the maximum length of a sequence by the datamodule's options; ``None`` if it is unknown."""
     datamodule: Any = getattr(module._trainer, "datamodule", None)
-    if not hasattr(datamodule, "max_length"):
+    # A compressor's model, whose frequencies have to be the same, knows nothing of the rows.
+    if not hasattr(datamodule, "max_length") or module.front is not None:
         return None
     if datamodule.max_length is None:
         return sys.maxsize

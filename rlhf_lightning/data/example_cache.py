@@ -27,12 +27,18 @@ from ..sequences import example
 from ..utils.files import atomic_file
 from .example_store import ExampleStore
 from .files import RowFile, RowSource
+from .filtered_rows import FilteredRows
 from .joined_rows import JoinedRows
 from .sources import MemoryRows, RenamedRows
 from .transformed_rows import PairedRows, TransformedRows
 
 # Below this number, tokenising rows is faster than a look-up.
 LEAST_ROWS = 2000
+# Options of datamodules that select the rows, which the source's digest covers, or the order and size of batches.
+NOT_OF_EXAMPLES = (
+    *("train", "val", "test", "predict", "tokenizer", "columns", "transform", "filters", "pair_by", "partners", "seed"),
+    *("global_batch_size", "eval_batch_size", "drop_last", "group_by_prompt", "shuffle", "streaming", "shuffle_buffer"),
+)
 _MOST_ENTRIES = 16
 _ENTRY = re.compile(r"[0-9a-f]{64}\.npz")
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow", "numpy")
@@ -154,12 +160,18 @@ def _digest_of_rows(source: RowSource) -> Any:
     # Rows that are changed on the way: by the change and by what it changes.
     inner = getattr(source, "inner", None)
     rows = None if inner is None else _digest_of_rows(inner)
-    if rows is None:
-        return None
+    return None if rows is None else _digest_of_change(source, rows)
+
+
+def _digest_of_change(source: RowSource, rows: Any) -> Any:
+    """Digests what a source makes of other rows, given their digest."""
     if isinstance(source, RenamedRows):
         return ["renamed", sorted(source.columns.items()), rows]
     if isinstance(source, PairedRows):
         return ["paired", list(source.weights.items()), rows]
+    if isinstance(source, FilteredRows):
+        own = all(type(each).__module__.startswith(f"{_OWN}.") for each in source.filters)
+        return ["filtered", [each.fingerprint for each in source.filters], rows] if own else None
     if isinstance(source, TransformedRows) and isfunction(source.transform):
         function = source.transform
         # Only transforms of this package, whose code is part of the key; a user's function may read anything.

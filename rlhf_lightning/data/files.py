@@ -29,7 +29,7 @@ ACCEPTED = ", ".join(SUFFIXES) + " (text also with .gz, .bz2 or .xz)"
 
 
 class FilteredRowError(Exception):
-    """Raised for a valid row that a transform drops."""
+    """Raised for a valid row that a transform or a filter drops; its text names which."""
 
 
 class RowSource:
@@ -74,7 +74,7 @@ class RowSource:
         """Makes a dictionary of a stored row.
 
         Raises:
-            FilteredRowError: for a row that a transform drops.
+            FilteredRowError: for a row that a transform or a filter drops.
             ValueError: saying what is wrong with the row, but not where it is.
         """
         if not isinstance(stored, Mapping):

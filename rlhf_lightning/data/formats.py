@@ -44,6 +44,13 @@ from .messages import Messages, Text, check_text
 _CHOSEN = ("chosen", "chosen_response", "chosen_conversations")
 _REJECTED = ("rejected", "rejected_response", "rejected_conversations", "rejected_messages")
 _LABEL = ("label", "kto_tag")
+_SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+# Columns that say what a row's own answers are, or what they are worth: of other answers to its prompt they are wrong.
+OF_ANSWERS = (
+    *("completion", "response", "completions", "labels"),
+    *(*_CHOSEN, *_REJECTED, *_LABEL),
+    *("ratings", "margin", "tie", *_SCORES[0], *_SCORES[1]),
+)
 
 
 @dataclass(frozen=True)
@@ -363,7 +370,7 @@ def _take_margin(rest: dict[str, Any]) -> None:
     if margin is not None and margin != "":
         rest["margin"] = check_number(margin, "margin")
         return
-    for pair in (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")):
+    for pair in _SCORES:
         if not any(rest.get(name) is None or rest[name] == "" for name in pair):
             chosen, rejected = (check_number(rest[name], name) for name in pair)
             rest["margin"] = chosen - rejected

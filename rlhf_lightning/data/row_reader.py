@@ -17,6 +17,7 @@ from .tokenization import OnTooLong, TooLongError, fit, longest
 OnBadRow = Literal["error", "skip"]
 
 _SHOWN_BAD_ROWS = 3
+_FILTERED_BY = "filtered by "
 
 
 class RowReader:
@@ -32,8 +33,8 @@ class RowReader:
 
     Attributes:
         report: ``rows`` read, ``examples`` made of them, ``kept``, ``dropped`` (too long), ``truncated`` (and kept),
-            ``bad`` (rows skipped), ``filtered`` (rows, by the transform), ``tokens`` (shared ones once) and the
-            ``longest`` sequence kept.
+            ``bad`` (rows skipped), ``filtered`` (rows, by the transform or a filter; ``filtered by NAME`` for each),
+            ``tokens`` (shared ones once) and the ``longest`` sequence kept.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class RowReader:
         try:
             examples = self.make(row_id, self.source.parse(stored))
             fitted = [fit(example, self.max_length, self.on_too_long, self.opening) for example in examples]
-        except FilteredRowError:
+        except FilteredRowError as dropped:
+            name = f"{_FILTERED_BY}{dropped}"
             self.report["filtered"] += 1
+            self.report[name] = self.report.get(name, 0) + 1
             return []
         # `on_too_long: error` was asked for, so `on_bad_row: skip` does not apply.
         except TooLongError as error:
@@ -108,7 +111,12 @@ class RowReader:
         if report["bad"]:
             parts.append(f"{report['bad']} bad rows skipped")
         if report["filtered"]:
-            parts.append(f"{report['filtered']} rows filtered out by the transform")
+            by = {name.removeprefix(_FILTERED_BY): n for name, n in report.items() if name.startswith(_FILTERED_BY)}
+            names = [f"{number} by {name}" for name, number in by.items()]
+            parts.append(
+                f"{report['filtered']} rows filtered out "
+                + (f"by {next(iter(by))}" if len(by) == 1 else f"({', '.join(names)})")
+            )
         parts.append(f"{report['tokens']} tokens, longest sequence {report['longest']}")
         return f"{self.source.name}: {', '.join(parts)}"
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..sequences.branching import WeightedPath, Weights, grow_tree
 from ..sequences.example import Segment
+from ..utils.packaged_configs import packaged_config
 from .cell_checks import end_step
 from .chat_template import ChatTemplate, Turn, is_begun, with_turn
 from .formats import Row
@@ -23,9 +24,37 @@ else:
     # Without classes: the command line would parse a file named here as the configuration of such an object.
     TokenizerSource = str
 
-__all__ = ["OnTooLong", "RowTokenizer", "TooLongError", "Turns", "fit", "has_equal_sequences", "longest"]
+__all__ = [
+    "OnTooLong",
+    "RowTokenizer",
+    "TooLongError",
+    "Turns",
+    "fit",
+    "has_equal_sequences",
+    "load_tokenizer",
+    "longest",
+]
 
 Turns = Literal["all", "last"]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Args:
+        name: a folder, a packaged one such as ``configs/models/nano``, or a hub id.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(packaged_config(name) or name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load tokenizer={name!r} ({' '.join(str(error).split())[:160]}): "
+            "give a folder that has tokenizer.json, or a hub id"
+        ) from error
+    return loaded
 
 
 class RowTokenizer:
@@ -178,6 +207,11 @@ class RowTokenizer:
             tokens += ids
             weights += [0.0] * (len(ids) - 1) + [1.0]
         return Segment(np.asarray(prompt), None, (Segment(np.asarray(tokens), np.asarray(weights, np.float32)),))
+
+    def step_pair(self, chosen: Row, rejected: Row, separator: str) -> Segment:
+        """Makes the tree of a prompt with two solutions in steps, the chosen one first; see :meth:`steps`."""
+        trees = [self.steps(row, separator) for row in (chosen, rejected)]
+        return Segment(trees[0].tokens, None, [child for tree in trees for child in tree.children])
 
     def continued(self, text: str) -> list[int]:
         """Tokenizes a text that continues another one."""

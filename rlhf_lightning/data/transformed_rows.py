@@ -50,7 +50,7 @@ class TransformedRows(RowSource):
 
         # The transform chooses to drop the row, which is not an error.
         if changed is None:
-            raise FilteredRowError
+            raise FilteredRowError("the transform")
         if not isinstance(changed, Mapping):
             raise ValueError(
                 f"transform {self._function} returned {type(changed).__name__} ({short(changed)}), expected columns "

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..data.sources import Source, open_source
+from ..data.word_ngrams import Gram, ngrams, row_words
 from ..utils.validation import check_count, check_fraction
-
-_WORD = re.compile(r"\w+")
-Gram = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,9 @@ def contamination(
     places: dict[Gram, list[tuple[int, int]]] = {}
     of_row: dict[str, list[int]] = {}
     for row_id, row in open_source(rows):
-        for words in _texts(row, columns, row_id):
+        for words in _words(row, columns, row_id):
             of_row.setdefault(row_id, []).append(len(texts))
-            for start, gram in _grams(words, n):
+            for start, gram in ngrams(words, n):
                 places.setdefault(gram, []).append((len(texts), start))
             texts.append((row_id, words))
     if not texts:
@@ -103,7 +99,7 @@ def contamination(
     sizes = sorted({len(gram) for gram in places})
     first: dict[Gram, str] = {}
     for row_id, row in open_source(against):
-        for words in _texts(row, None, row_id):
+        for words in row_words(row):
             for size in sizes:
                 for start in range(len(words) - size + 1):
                     gram = tuple(words[start : start + size])
@@ -132,32 +128,11 @@ def _overlaps(
         yield Overlap(row_id, words, share, " ".join(shared), first.get(shared, ""))
 
 
-def _grams(words: Sequence[str], n: int) -> Iterator[tuple[int, Gram]]:
-    """Yields all n-grams with their places; all words of a shorter text."""
-    size = min(n, len(words))
-    for start in range(len(words) - size + 1):
-        yield start, tuple(words[start : start + size])
-
-
-def _texts(row: Mapping[str, Any], columns: Sequence[str] | None, row_id: str) -> Iterator[list[str]]:
-    """Yields the words of each column with text."""
-    missing = [name for name in columns or () if name not in row]
-    if missing:
-        raise ValueError(f"{row_id} has no column {missing[0]!r}: it has {', '.join(map(str, row))}")
-    for name in row if columns is None else columns:
-        if words := _WORD.findall(" ".join(_strings(row[name])).casefold()):
-            yield words
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yields the texts of a cell: a text, a list of texts, or the contents of messages."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _strings(value.get("content", value.get("value")))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
+def _words(row: Mapping[str, object], columns: Sequence[str] | None, row_id: str) -> Iterator[list[str]]:
+    try:
+        yield from row_words(row, columns)
+    except ValueError as error:
+        raise ValueError(f"{row_id} has {error}") from error
 
 
 def _named(source: Source) -> str:

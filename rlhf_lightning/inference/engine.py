@@ -17,7 +17,6 @@ from ..data.text_tokens import prompt_tokens
 from ..models import (
     CompressedContext,
     Compressor,
-    ContextCompressor,
     base_model,
     evaluating,
     load_adapted_lm,
@@ -26,7 +25,9 @@ from ..models import (
     num_positions,
 )
 from ..models.own_attention import EAGER, attention_of, avoid_cudnn_attention, is_switchable, using_attention
+from ..models.policy_front import compressor_of
 from ..sequences import register_attention
+from ..utils.validation import check_device
 from .completion import Completion, Request
 from .contexts import Context, ContextPrompts
 from .continuous_batching import ContinuousBatch, Counts
@@ -182,7 +183,8 @@ class LocalEngine:
             device: where it runs; by default the GPU if there is one.
             max_batch_tokens: as for the class.
             speculation: as for the class.
-            compressor: a folder or hub id of a ``ContextCompressor`` that was trained with the model.
+            compressor: a folder or hub id of a ``ContextCompressor`` that was trained for the model, or that the model
+                was trained behind; then the model before that training is loaded as well, for the summaries.
 
         Raises:
             ValueError: nothing can be loaded, or an option is not allowed.
@@ -192,7 +194,7 @@ class LocalEngine:
             >>> engine.generate(["3+4=?"])[0][0].text  # doctest: +SKIP
             '7'
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = check_device(device)
         name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
         if name not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: use auto, {', '.join(_DTYPES)}")
@@ -203,7 +205,9 @@ class LocalEngine:
             else load_adapted_lm(folder, adapter, **options)
         )
         model = model.to(place)
-        made = None if compressor is None else ContextCompressor.from_pretrained(compressor, model=model)
+        made = None
+        if compressor is not None:
+            made = compressor_of(compressor, model, folder if adapter is None else adapter)
         return cls(
             model,
             load_adapted_tokenizer(folder, adapter),

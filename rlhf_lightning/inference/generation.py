@@ -11,6 +11,7 @@ import torch
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode
 from ..models.loading import load_causal_lm, load_tokenizer
+from ..utils.validation import check_device
 from .engine import Engine, LocalEngine
 from .sampling import SamplingParams
 from .specs import build_strategy
@@ -60,7 +61,7 @@ def generate(
     """
     engine: Engine = model
     if isinstance(model, str | Path):
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = check_device(device)
         loaded: torch.nn.Module = load_causal_lm(model, dtype=dtype, trainable=False)
         engine = LocalEngine(loaded.to(place), load_tokenizer(model))
     elif not callable(getattr(model, "generate", None)) or isinstance(model, torch.nn.Module):

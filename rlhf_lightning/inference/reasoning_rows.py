@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from ..data.formats import OF_ANSWERS
 from ..data.thoughts import THINK, check_marks
 from ..utils.validation import check_choice, check_same_length
 from .strategy import SearchResult
@@ -35,7 +36,8 @@ def reasoning_rows(
         marks: texts that open and close a thought; an opening one at a prompt's end is left out with the thought.
 
     Returns:
-        Rows with ``prompt``, ``completion`` and the other columns of the prompts, as ``SFTDataModule`` reads them.
+        Rows with ``prompt``, ``completion`` and the other columns of the prompts, as ``SFTDataModule`` reads them;
+        those about other answers, such as ``response`` or ``label``, are left out.
 
     Raises:
         ValueError: a result has no thought, or a prompt is neither text nor chat messages.
@@ -62,7 +64,8 @@ def reasoning_rows(
             if not _is_readable(prompt):
                 raise ValueError(f"prompt {number} is {prompt!r:.60}: give prompts= of texts or chat messages")
             row = with_reasoning(prompt, best.thought.passage, best.text, reasoning, opening)
-            rows.append({**best.query.columns, **row})
+            others = {name: value for name, value in best.query.columns.items() if name not in OF_ANSWERS}
+            rows.append({**others, **row})
     return rows
 
 

@@ -49,6 +49,45 @@ def step_bce_loss(logits_M: Tensor, labels_M: Tensor) -> Tensor:
     return -labels_M * F.logsigmoid(logits_M) - (1 - labels_M) * F.logsigmoid(-logits_M)
 
 
+def aggregate_step_logits(
+    logits_M: Tensor, sequence_index_M: Tensor, steps_S: Tensor, *, aggregation: Aggregation
+) -> Tensor:
+    """Aggregates the logits of a completion's steps into one number of any sign, which preferences can compare.
+
+    ``min`` and ``last`` choose a logit, and so the one of the least or last probability; ``mean`` averages logits;
+    ``product`` is the log of the product of probabilities, sum log S(logit).
+
+    Args:
+        logits_M: of steps being right, (M,), sequence after sequence.
+        sequence_index_M: the sequence of each step, (M,), integer, in ascending order.
+        steps_S: the number of steps of each sequence, (S,), at least 1.
+        aggregation: one of ``AGGREGATIONS``.
+
+    Returns:
+        Values (S,). The gradient goes to the given logits; nothing waits for the device.
+
+    Raises:
+        ValueError: shapes that differ, or an unknown aggregation.
+
+    Example:
+        >>> logits, index, steps = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0, 0, 1]), torch.tensor([2, 1])
+        >>> aggregate_step_logits(logits, index, steps, aggregation="min")
+        tensor([-2.,  3.])
+        >>> aggregate_step_logits(logits, index, steps, aggregation="product")
+        tensor([-2.4402, -0.0486])
+    """
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    check_same_shape("M", logits_M=logits_M, sequence_index_M=sequence_index_M)
+    if aggregation == "last":
+        return logits_M[steps_S.cumsum(0) - 1]
+    start_S = logits_M.new_zeros(len(steps_S))
+    if aggregation == "min":
+        return start_S.scatter_reduce(0, sequence_index_M, logits_M, "amin", include_self=False)
+    if aggregation == "product":
+        return start_S.index_add(0, sequence_index_M, F.logsigmoid(logits_M))
+    return start_S.index_add(0, sequence_index_M, logits_M) / steps_S
+
+
 def aggregate_step_scores(
     scores_M: Tensor, sequence_index_M: Tensor, *, num_sequences: int, aggregation: Aggregation = "min"
 ) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..data.sources import Source as TableSource
 from ..datamodules import SFTDataModule
 from ..inference.sampling import derive_seed
+from ..models import num_positions
 from ..models.loading import load_adapted_lm, load_causal_lm, load_tokenizer
 from ..models.saving import save_pretrained
 from ..utils.validation import check_count
@@ -104,6 +105,9 @@ def _check_names(source: Source, wanted: Iterable[str], known: Container[str]) -
 def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterator[list[int]]:
     """Yields the tokens of each row, prompts with their completions as one sequence.
 
+    A conversation is a sequence for each of its paths: several where contexts of turns do not extend each other,
+    as under a template that drops reasoning.
+
     Args:
         tokenizer: the model's.
         rows: a source of rows, as ``SFTDataModule`` reads them.
@@ -112,9 +116,31 @@ def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterato
     data.setup("validate")
     for batch in data.val_dataloader():
         for example in batch.examples:
-            root = example.root
-            for child in root.children or [None]:
-                yield [*root.tokens.tolist(), *([] if child is None else child.tokens.tolist())]
+            for path in example.root.paths():
+                yield [token for segment in path for token in segment.tokens.tolist()]
+
+
+def check_lengths(positions: int | None, sequences: Mapping[int, Sequence[int]]) -> None:
+    """Refuses rows with more tokens than a model has positions.
+
+    Args:
+        positions: of the model; ``None`` for any number.
+        sequences: tokens by number.
+
+    Raises:
+        ValueError: naming the first.
+
+    Example:
+        >>> check_lengths(4, {0: [5, 6], 1: [5, 6, 7, 8, 9]})
+        Traceback (most recent call last):
+        ValueError: sequence 1 of rows has 5 tokens, and the model 4 positions: shorten or remove it
+    """
+    for number, tokens in sequences.items():
+        if positions is not None and len(tokens) > positions:
+            raise ValueError(
+                f"sequence {number} of rows has {len(tokens)} tokens, and the model {positions} positions: shorten or "
+                "remove it"
+            )
 
 
 def estimate_fisher(model: nn.Module, sequences: Sequence[Sequence[int]], *, seed: int = 0) -> dict[str, Tensor]:
@@ -160,25 +186,43 @@ def fisher_sums(
 
     Returns:
         The sums by name, in at least fp32, and the number of contexts.
+
+    Raises:
+        ValueError: a row has more tokens than the model positions.
     """
+    check_lengths(num_positions(model), sequences)
     sums = {name: torch.zeros_like(weight, dtype=_wide(weight)) for name, weight in weights.items()}
     count, distinct = 0, {id(weight): weight for weight in weights.values()}
     device = next(iter(distinct.values())).device if distinct else torch.device("cpu")
     for number, tokens in sequences.items():
         if len(tokens) < 2:
             continue
-        logits_LV = model(input_ids=torch.tensor([list(tokens)], device=device)).logits[0, :-1].float()
-        generator = torch.Generator().manual_seed(derive_seed(seed, number) >> 1)
-        drawn_L1 = torch.multinomial(logits_LV.detach().cpu().softmax(-1), 1, generator=generator).to(device)
-        total = logits_LV.log_softmax(-1).gather(-1, drawn_L1).sum()
+        total = drawn_logprob(model, tokens, seed=seed, number=number, device=device)
         found = torch.autograd.grad(total, list(distinct.values()), allow_unused=True)
         gradients = dict(zip(distinct, found, strict=True))
-        count += len(drawn_L1)
+        count += len(tokens) - 1
         for name, weight in weights.items():
             gradient = gradients[id(weight)]
             if gradient is not None:
                 sums[name] += gradient.to(sums[name].dtype).square()
     return sums, count
+
+
+def drawn_logprob(model: nn.Module, tokens: Sequence[int], *, seed: int, number: int, device: torch.device) -> Tensor:
+    """Computes the sum of the log-probs, with gradient, of tokens that the model draws after each beginning of a row.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: of the row, at least two.
+        seed: of the draws.
+        number: of the row, by which its draws are seeded.
+        device: of the model.
+    """
+    logits_LV = model(input_ids=torch.tensor([list(tokens)], device=device)).logits[0, :-1].float()
+    generator = torch.Generator().manual_seed(derive_seed(seed, number) >> 1)
+    drawn_L1 = torch.multinomial(logits_LV.detach().cpu().softmax(-1), 1, generator=generator).to(device)
+    total: Tensor = logits_LV.log_softmax(-1).gather(-1, drawn_L1).sum()
+    return total
 
 
 def _wide(weight: Tensor) -> torch.dtype:
@@ -195,7 +239,11 @@ def estimate_products(model: nn.Module, sequences: Sequence[Sequence[int]]) -> d
 
     Returns:
         By name of each layer's weight; without layers whose weight is shared with an embedding.
+
+    Raises:
+        ValueError: a row has more tokens than the model positions.
     """
+    check_lengths(num_positions(model), dict(enumerate(sequences)))
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     layers: dict[str, nn.Module] = {
         f"{name}.weight": module

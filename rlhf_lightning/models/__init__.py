@@ -15,7 +15,8 @@ from .context_compressor import ContextCompressor
 from .fused_head import OutputHead, TokenStats, fused_logprobs, output_head
 from .layout import resolve_layout
 from .loading import load_adapted_lm, load_adapted_tokenizer, load_causal_lm, load_tokenizer
-from .process_reward_model import ProcessRewardModel, ProcessRewardModelOptions
+from .process_reward_model import ProcessRewardModel
+from .process_reward_options import ProcessRewardModelOptions
 from .reference import AdapterReference, FrozenReference, Reference, folder_fingerprint
 from .reward_model import RewardModel, RewardModelOptions
 from .saving import save_pretrained

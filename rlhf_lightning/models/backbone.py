@@ -102,10 +102,13 @@ def hidden_states(
         embeds_slots: whether the model embeds the slots of a packed batch, as a ``ContextCompressor`` lets it.
 
     Raises:
-        ValueError: the batch has slots, and the layout is padded or the model does not embed them.
+        ValueError: the batch has slots, and the layout is padded or the model does not embed them; or its trees follow
+            contexts, and the layout is padded or there are no states of these.
     """
     if batch.slots is not None and (layout == "padded" or not embeds_slots):
         raise ValueError("the batch has slots, whose embeddings a ContextCompressor has: run its token_stats, packed")
+    if batch.contexts and (layout == "padded" or batch.geometry.prior is None):
+        raise ValueError("the batch follows compressed contexts: run token_stats of a module with compressor, packed")
     decoder = decoder_of(model)
     recorder = getattr(decoder, ROUTER_RECORDER, None)
     options: dict[str, Any] = {} if recorder is None else {"output_router_logits": True}
@@ -131,6 +134,8 @@ def hidden_states(
     if recorder is not None:
         # A token counts as often as paths run through it, padding not at all.
         paths = count_index(batch.path_index, batch.num_tokens)
+        if batch.geometry.prior is not None:
+            paths = paths.index_fill(0, batch.geometry.prior.index, 0)
         recorder.add(output.router_logits, padded.attention_mask.flatten() if layout == "padded" else paths)
     return hidden
 
@@ -205,14 +210,16 @@ def check_fits(model: nn.Module, examples: Sequence[Example]) -> None:
     embeddings: Any = base_model(model).get_input_embeddings()
     vocab_size = int(embeddings.weight.shape[0])
     for example in examples:
+        before, after = example.root.first_position, example.root.after
         for path in example.root.paths():
-            length = sum(len(segment.tokens) for segment in path)
+            length = sum(len(segment.tokens) for segment in path) + before
             if positions is not None and length > positions:
+                advice = f"set the datamodule's max_length to {positions} or less" if not before else "cut its context"
                 raise ValueError(
-                    f"row {example.row_id} has {length} tokens, the model has {positions} positions: set the "
-                    f"datamodule's max_length to {positions} or less"
+                    f"row {example.row_id} has {length} tokens, the model has {positions} positions: {advice}"
                 )
-            ends = [int(end) for segment in path for end in (segment.tokens.min(), segment.tokens.max())]
+            runs = [segment.tokens for segment in path] + ([] if after is None else [after.tokens])
+            ends = [int(end) for tokens in runs for end in (tokens.min(), tokens.max())]
             if min(ends) < 0 or max(ends) >= vocab_size:
                 wrong = min(ends) if min(ends) < 0 else max(ends)
                 raise ValueError(

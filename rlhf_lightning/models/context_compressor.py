@@ -146,6 +146,11 @@ class ContextCompressor(nn.Module):
         return compressor if device is None else compressor.to(device)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Describes the model that it was made with, see ``decoder_identity``."""
+        return self._identity
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.weights.slots.device

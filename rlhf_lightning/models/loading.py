@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..sequences import ATTENTION_NAMES, register_attention
 from ..utils.packaged_configs import packaged_config
+from ..utils.quiet import without_load_report
 from .adapters import LOADING_ERRORS, add_adapter, load_adapter, locate_base, lora_config
 from .compiled_layers import compile_layers
 from .dropout import recompute, set_dropout
@@ -62,10 +64,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         base = read_json(adapter).get("base_model_name_or_path") if adapter else None
         if base:
             return load_tokenizer(locate_base(base, place))
-        raise ValueError(
-            f"no tokenizer in {str(source)!r} ({first_line(error)}): "
-            "pass as tokenizer a folder that holds tokenizer.json and tokenizer_config.json, or a hub id"
-        ) from error
+        raise ValueError(f"no tokenizer in {str(source)!r} ({_without_tokenizer(place, first_line(error))}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {str(source)!r} has no end-of-sequence token, without which no completion can end: "
@@ -75,6 +74,19 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _without_tokenizer(place: str, reason: str) -> str:
+    """Says why a place has no tokenizer, and what to pass instead."""
+    folder = Path(place)
+    if not folder.is_dir():
+        where = f"not a folder, {str(folder.absolute())!r}, and not loaded from the hub: {reason}"
+        return f"{where}): pass an existing folder, or a hub id that is cached or can be reached"
+    # The folder of a run instead of its export.
+    export = folder / "model"
+    near = f"; did you mean {str(export)!r}?" if (export / "tokenizer_config.json").is_file() else ""
+    advice = "pass as tokenizer a folder that holds tokenizer.json and tokenizer_config.json, or a hub id"
+    return f"{reason}): {advice}{near}"
 
 
 def first_difference(expected: Mapping[str, int], tokens: Mapping[str, int]) -> str | None:
@@ -293,11 +305,14 @@ def _load_base(
     if quantization is not None or stored is not None:
         # On the caller's default device (say, the trainer's), and not on any accelerator there is.
         arguments["device_map"] = {"": torch.get_default_device()}
+    # Of a classifier the heads differ, as they must; what else is missing is an error below.
+    expected = headless and str((config.architectures or ("",))[0]).endswith("ForSequenceClassification")
     try:
-        loaded: Any = _with_attention(
-            partial(AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **arguments),
-            attn_implementation,
-        )
+        with without_load_report() if expected else nullcontext():
+            loaded: Any = _with_attention(
+                partial(AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **arguments),
+                attn_implementation,
+            )
     except LOADING_ERRORS as error:
         reason = damaged_weights(place) or first_line(error)
         raise ValueError(f"cannot load a causal language model from {place!r}: {reason}") from error

@@ -6,8 +6,7 @@ Legend: S sequences, N scored tokens (the ends of steps), M steps, T tokens of c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,77 +14,18 @@ from torch import Tensor, nn
 
 from ..data.formats import Row
 from ..data.messages import Text
-from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_scores
+from ..losses.process_reward import AGGREGATIONS, Aggregation, aggregate_step_logits, aggregate_step_scores
 from ..sequences import Segment, SequenceBatch
 from ..utils.transfer import to_device
-from ..utils.validation import check_choice, check_fraction
+from ..utils.validation import check_choice, check_not_negative, check_same_length
 from .backbone import HiddenStates, Layout, base_model, hidden_states
 from .fused_head import OutputHead, output_head
 from .half_weights import read_exactly
-from .headed_model import HeadedModel, HeadedModelOptions
+from .headed_model import HeadedModel
+from .process_reward_options import ProcessRewardModelOptions
 from .scoring import TemplateSettings, check_texts, template_of
 
-StepHead = Literal["linear", "mlp", "tokens"]
 Solution = str | Sequence[str]  # a text, or a list of steps
-
-
-@dataclass
-class ProcessRewardModelOptions(HeadedModelOptions):
-    """Options of a process reward model.
-
-    Args:
-        head: ``linear``, ``mlp`` or ``tokens``.
-        label_tokens: with ``tokens``, the texts that label right and wrong steps; one token each.
-        step_separator: separator of steps; at least one character.
-        labels: the model was trained on ``hard`` labels (0 or 1), or on ``soft`` ones (probabilities).
-        aggregation: aggregation of step scores to a solution's score: ``min``, ``product``, ``last`` or ``mean``.
-        outcome_head: a further output predicts whether the whole solution is right.
-        boundaries: ``separator``, or ``learned``: a further output predicts at which tokens steps end.
-        threshold: probability below which a step counts as wrong, in [0, 1).
-
-    Raises:
-        ValueError: an option is out of range.
-    """
-
-    head: StepHead = "linear"
-    label_tokens: Sequence[str] = ("+", "-")
-    step_separator: str = "\n"
-    labels: Literal["hard", "soft"] = "hard"
-    aggregation: Aggregation = "min"
-    outcome_head: bool = False
-    boundaries: Literal["separator", "learned"] = "separator"
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_choice("labels", self.labels, ("hard", "soft"))
-        check_choice("head", self.head, ("linear", "mlp", "tokens"))
-        check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        check_choice("boundaries", self.boundaries, ("separator", "learned"))
-        check_fraction("threshold", self.threshold, "0.5 is usual")
-        if not self.step_separator:
-            raise ValueError("step_separator is ''; it must have at least one character, such as a line's end")
-        self.label_tokens = [str(self.label_tokens[0]), str(self.label_tokens[1])]
-
-    @property
-    def predicts_tokens(self) -> bool:
-        """Whether labels are tokens of the language model."""
-        return self.head == "tokens"
-
-    @property
-    def learns_boundaries(self) -> bool:
-        """Whether the model predicts at which tokens steps end."""
-        return self.boundaries == "learned"
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the head's outputs in order; label tokens need no output for steps."""
-        steps = [] if self.predicts_tokens else ["step"]
-        return steps + ["outcome"] * self.outcome_head + ["boundary"] * self.learns_boundaries
-
-    def head_shape(self) -> dict[str, Any]:
-        """Returns a head with one output for each of steps, outcome and boundaries that it predicts."""
-        kind = "mlp" if self.head == "mlp" else "linear"
-        return {"kind": kind, "num_outputs": len(self.outputs)} if self.outputs else {}
 
 
 class BoundaryLogits(NamedTuple):
@@ -205,19 +145,20 @@ class ProcessRewardModel(HeadedModel):
     # Scoring.
 
     def sequence_values(self, batch: SequenceBatch, layout: Layout) -> Sequence[Tensor]:
-        """Reads every scored token of each sequence: ``(n, 3)``.
+        """Reads every scored token of each sequence: ``(n, 5)``.
 
         The columns are the probability that its step is right, the logit of a step ending there (1 where the model
-        does not predict it), and the probability that the whole solution is right (NaN where it does not predict that).
+        does not predict it), the probability that the whole solution is right (NaN where it does not predict that),
+        and the logits of these two probabilities.
         """
         states_ND = self._scored_states(hidden_states(self.model, batch, layout), batch)
-        scores_N = self._step_logits(states_ND).sigmoid()
-        ends_N = self._read(states_ND, "boundary") if self.options.learns_boundaries else torch.ones_like(scores_N)
-        outcome_N = torch.full_like(scores_N, torch.nan)
+        steps_N = self._step_logits(states_ND)
+        ends_N = self._read(states_ND, "boundary") if self.options.learns_boundaries else torch.ones_like(steps_N)
+        outcome_N = torch.full_like(steps_N, torch.nan)
         if self.options.outcome_head:
-            outcome_N = self._read(states_ND, "outcome").sigmoid().to(scores_N)
-        columns_N3 = torch.stack([scores_N, ends_N.to(scores_N), outcome_N], dim=1)
-        return torch.split(columns_N3, batch.host["scored_lengths"].tolist())
+            outcome_N = self._read(states_ND, "outcome").to(steps_N)
+        columns = [steps_N.sigmoid(), ends_N.to(steps_N), outcome_N.sigmoid(), steps_N, outcome_N]
+        return torch.split(torch.stack(columns, dim=1), batch.host["scored_lengths"].tolist())
 
     def encode(self, prompt: Text, completion: Solution, template: Mapping[str, Any] | None = None) -> Segment:
         """Tokenizes a prompt with a solution, weighted at the ends of its steps, or everywhere if these are predicted.
@@ -273,6 +214,12 @@ class ProcessRewardModel(HeadedModel):
         Raises:
             ValueError: lists of different length, or a completion without steps, or one that is too long.
         """
+        return [values[:, 0].tolist() for values in self._step_values(prompts, completions, chat_template_kwargs)]
+
+    def _step_values(
+        self, prompts: Sequence[Text], completions: Sequence[Solution], chat_template_kwargs: TemplateSettings
+    ) -> list[Tensor]:
+        """Reads the end of every step of each completion: ``(steps, 5)``, the columns of ``sequence_values``."""
         check_texts(prompts, completions)
         trees = []
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -294,6 +241,79 @@ class ProcessRewardModel(HeadedModel):
         """Computes one score per completion by aggregating its steps' probabilities; see ``score_steps``."""
         return self.aggregated(self.score_steps(prompts, completions, chat_template_kwargs))
 
+    def combined_scores(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Solution],
+        chat_template_kwargs: TemplateSettings = None,
+        *,
+        aggregation: Aggregation | None = None,
+        step_weight: float | None = None,
+    ) -> list[float]:
+        """Computes a score of any sign per completion, partial ones too: outcome + w * aggregate of its steps.
+
+        The outcome is the logit of the whole solution being right, 0 without an outcome head; of the steps' logits, see
+        ``aggregate_step_logits``. A model that was trained with ``learn_from="pairs"`` has learned their differences.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: see ``score_steps``.
+            chat_template_kwargs: see ``score_steps``.
+            aggregation: instead of the model's own.
+            step_weight: w, instead of the model's own; at least 0.
+
+        Raises:
+            ValueError: as ``score_steps``, or an option out of range.
+        """
+        weight = self.options.step_weight if step_weight is None else step_weight
+        check_not_negative("step_weight", weight, "1 is usual")
+        rule = aggregation or self.options.aggregation
+        check_choice("aggregation", rule, AGGREGATIONS)
+        values = self._step_values(prompts, completions, chat_template_kwargs)
+        if not values:
+            return []
+        counts_S = torch.tensor([len(value) for value in values])
+        index_M = torch.repeat_interleave(torch.arange(len(values)), counts_S)
+        columns_M5 = torch.cat(values).double()
+        scores_S = weight * aggregate_step_logits(columns_M5[:, 3], index_M, counts_S, aggregation=rule)
+        if self.options.outcome_head:
+            scores_S = scores_S + columns_M5[counts_S.cumsum(0) - 1, 4]
+        found: list[float] = scores_S.tolist()
+        return found
+
+    def preferences(
+        self,
+        prompts: Sequence[Text],
+        first: Sequence[Solution],
+        second: Sequence[Solution],
+        chat_template_kwargs: TemplateSettings = None,
+        **options: Any,
+    ) -> list[float]:
+        """Computes the probability, by Bradley and Terry, that the first of two branches of each prompt is preferred.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            first: solutions or parts of them, one per prompt; see ``score_steps``.
+            second: the others.
+            chat_template_kwargs: see ``score_steps``.
+            options: ``aggregation`` and ``step_weight`` of ``combined_scores``.
+
+        Returns:
+            Logistic function of the difference of combined scores, one per prompt.
+
+        Raises:
+            ValueError: as ``combined_scores``, or lists of different length.
+        """
+        check_same_length(prompts=prompts, first=first, second=second)
+        templates = chat_template_kwargs
+        if isinstance(templates, Sequence):
+            templates = [*templates, *templates]
+        # In one batch, where equal prompts are computed once.
+        scores = self.combined_scores([*prompts, *prompts], [*first, *second], templates, **options)
+        of_first, of_second = torch.tensor(scores, dtype=torch.float64).view(2, -1)
+        found: list[float] = (of_first - of_second).sigmoid().tolist()
+        return found
+
     def aggregated(self, steps: Sequence[Sequence[float]], aggregation: Aggregation | None = None) -> list[float]:
         """Aggregates the probabilities of each solution's steps.
 
@@ -309,14 +329,13 @@ class ProcessRewardModel(HeadedModel):
         return aggregate_step_scores(values, index, num_sequences=len(steps), aggregation=rule).tolist()
 
 
-def _at_ends(values: Tensor, find_ends: bool) -> list[float]:
-    """Returns the probabilities at all given ends of steps, or at the predicted ends and the last token."""
-    scores, ends = values[:, 0], values[:, 1]
-    if find_ends:
-        is_end = ends > 0
-        is_end[-1] = True
-        scores = scores[is_end]
-    return [float(score) for score in scores]
+def _at_ends(values: Tensor, find_ends: bool) -> Tensor:
+    """Returns the values at all given ends of steps, or at the predicted ends and the last token."""
+    if not find_ends:
+        return values
+    is_end = values[:, 1] > 0
+    is_end[-1] = True
+    return values[is_end]
 
 
 def _completion_positions(batch: SequenceBatch) -> dict[str, np.ndarray]:

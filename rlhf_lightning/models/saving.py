@@ -51,6 +51,7 @@ def save_pretrained(
     merge_adapter: bool = False,
     convert: Convert | None = None,
     beside: Callable[[Path], object] | None = None,
+    note: Callable[[Path], object] | None = None,
     end_tokens: Sequence[int] | None = None,
 ) -> Path:
     """Writes a model and its tokenizer as a Hugging Face folder: safetensors, config, tokenizer, chat template.
@@ -72,7 +73,8 @@ def save_pretrained(
         merge_adapter: add the adapter to the weights and write the whole model, instead of the adapter alone.
         convert: turns the model and its whole state dict into another model and its state dict, which is then written;
             not for an adapter alone.
-        beside: writes more files into the folder, on the rank that writes.
+        beside: writes files of a head into the folder, on the rank that writes.
+        note: writes more files, which do not make it a folder of another kind.
         end_tokens: tokens that end trained answers; by default the tokenizer's end-of-sequence token. They are written
             into ``generation_config.json``, before those of the model, so that generation ends there.
 
@@ -93,7 +95,8 @@ def save_pretrained(
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
     ends = [tokenizer.eos_token_id] if end_tokens is None else list(end_tokens)
     write = _model_writer(model, convert, ends) if adapted is None else _adapter_writer(adapted, ends)
-    writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained, *([] if beside is None else [beside])]
+    writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained]
+    writers += [more for more in (beside, note) if more is not None]
     with _without_progress_bars():
         on_first_rank(lambda: replace_folder(target, kind, lambda place: [each(place) for each in writers]))
     return target

@@ -76,6 +76,7 @@ class ContextCompressionModule(PostTrainingModule):
         lightning.Trainer(max_epochs=1).fit(module, ContextDataModule(train="rows.jsonl", global_batch_size=16))
     """
 
+    takes_compressor: ClassVar[bool] = False
     default_learning_rate: ClassVar[float] = 1e-4
     progress_metrics: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy")
     contracts: ClassVar[tuple[str, ...]] = ("ContextDataModule",)

@@ -102,6 +102,11 @@ class GRPOModule(OnPolicyModule):
                 "each reward individually: leave one of them at its default"
             )
 
+        if kwargs.get("compressor") is not None and (tree.searches or off_policy.replay_capacity):
+            raise ValueError(
+                "compressor is given with searches in tree.rollouts or with off_policy.replay_capacity, which keep "
+                "prompts without their contexts: leave one out"
+            )
         super().__init__(model, rewards=rewards, num_generations=num_generations, **kwargs)
         store_options(
             self,

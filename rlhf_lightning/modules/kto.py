@@ -6,6 +6,7 @@ Legend: S sequences, E examples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
@@ -216,6 +217,8 @@ class KTOModule(PostTrainingModule):
     def training_step(self, batch: ExampleBatch, batch_idx: int) -> Metrics | None:
         """Makes one step; rows of a batch without partners borrow one."""
         if isinstance(batch, ExampleBatch) and self.uses_batch_statistics:
+            if self.front is not None:  # what is borrowed follows contexts as well
+                batch = self.front.follow(batch, batch.mark_consumed)
             self._own_examples = batch.examples
             batch = self._add_fallback_partner(batch)
         return super().training_step(batch, batch_idx)
@@ -230,7 +233,8 @@ class KTOModule(PostTrainingModule):
         extended = []
         for example in batch.examples:
             tokens, _ = split_answer(example)
-            fits = positions is None or len(tokens) + len(completion) <= positions
+            length = example.root.first_position + len(tokens) + len(completion)
+            fits = positions is None or length <= positions
             if fits and not _has_partner(example) and tokens.tolist() != prompt:
                 partner = Segment(np.asarray(completion), np.ones(len(completion), np.float32))
                 root = with_answer(example.root, tokens, partner)
@@ -312,7 +316,7 @@ def _only(example: Example, number: int) -> Example:
     if not _has_partner(example):
         return example
     root = grow_tree([unfold_tree(example.root)[number]], example.root.tokens)
-    return Example(example.row_id, root, example.fields)
+    return Example(example.row_id, replace(root, after=example.root.after), example.fields)
 
 
 def _as_partner(example: Example) -> tuple[str, list[int], list[int]]:

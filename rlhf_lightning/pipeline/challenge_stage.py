@@ -13,7 +13,7 @@ from ..evaluation.answers import read_prompts
 from ..generation.options import sampling_params
 from ..inference import Engine, LocalEngine, derive_seed
 from ..self_improvement.challenger import agreement, challenge_rows, challenges, frontier, new_prompts
-from ..self_improvement.samples import ScoredPrompt, Scorer, model_hash, sample_prompts
+from ..self_improvement.samples import ScoredPrompt, Scorer, check_samples, model_hash, sample_prompts
 from ..self_improvement.scorers import check_scorer, load_scorer
 from ..self_improvement.templates import asked_like, last_words
 from ..sequences import Example
@@ -32,15 +32,18 @@ def check_challenge(stage: ChallengeStage) -> None:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    for name in ("writing", "sampling"):
-        sampling_params(getattr(stage, name))
+    sampling_params(stage.writing)
     if stage.verifier is not None:
         check_scorer(stage.verifier)
-    check_count("num_samples", stage.num_samples, "4 is usual")
+    check_samples(stage.num_samples, sampling_params(stage.sampling))
     if stage.verifier is None and stage.num_samples < 3:
         raise ValueError(
             f"num_samples is {stage.num_samples}, and without a verifier the answer of most samples is the right one: "
             "draw at least 3, or give verifier"
+        )
+    if stage.num_samples < 2:
+        raise ValueError(
+            f"num_samples is {stage.num_samples}, and of one sample a prompt is solved always or never: draw at least 2"
         )
     # One request, no candidates, no prompts: the functions check their options.
     challenges(["a prompt"], number=1, num_examples=stage.num_examples, template=stage.template)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ..core.trainer_checks import check_single_process
 from ..utils.imports import find_own_modules
+from ..utils.log_output import is_chosen
 from ..utils.messages import UsageError, explain
 from .config import load_pipeline
 from .dry_run import plan_lines
@@ -82,8 +83,8 @@ def run_command(args: Sequence[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leaves the terminal to the stages' own lines; suppresses expected warnings only."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    """Leaves the terminal to the stages' own lines, unless a level is asked for; suppresses expected warnings only."""
+    for name in () if is_chosen() else ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -202,19 +202,7 @@ def _facts(stage: Stage, config: Mapping[str, Any], record: Mapping[str, Any], s
         if rows is not None:
             yield f"{rows:,} rows"
             estimate = _fit_seconds(config, data, rows, sizes.origin(options.get("model")), sizes)
-    elif isinstance(stage, ChallengeStage):
-        yield f"{stage.number:,} requests, up to {stage.number * stage.num_samples:,} samples"
-    elif isinstance(stage, SelfPlayStage):
-        prompts = _count(stage.prompts)
-        if prompts is not None:
-            trial = min(stage.trial, prompts)
-            players = trial * len(stage.opponents) + 2 * prompts - trial
-            yield f"{prompts:,} prompts, {players * stage.num_samples:,} samples"
-    elif isinstance(stage, SampleStage | RefineStage):
-        prompts = _count(stage.prompts)
-        samples = stage.num_samples if isinstance(stage, SampleStage) else 1
-        if prompts is not None:
-            yield f"{prompts:,} prompts, {prompts * samples:,} samples"
+    yield from _sampled(stage)
     suite = getattr(stage, "suite", None)
     if suite is not None:
         yield f"{len(Suite.read(suite).tasks)} tasks"
@@ -224,6 +212,22 @@ def _facts(stage: Stage, config: Mapping[str, Any], record: Mapping[str, Any], s
         yield f"{record['seconds']:.0f} s in an earlier run"
     elif estimate is not None:
         yield f"at least {estimate:.0f} s of arithmetic"
+
+
+def _sampled(stage: Stage) -> Iterator[str]:
+    """Describes what a stage samples, where its prompts are there."""
+    if isinstance(stage, ChallengeStage):
+        yield f"{stage.number:,} requests, up to {stage.number * stage.num_samples:,} samples"
+    if not isinstance(stage, SampleStage | RefineStage | SelfPlayStage) or (prompts := _count(stage.prompts)) is None:
+        return
+    if isinstance(stage, RefineStage):
+        yield f"{prompts:,} prompts, up to {prompts * (1 + stage.revisions):,} drafts"
+        return
+    players = prompts
+    if isinstance(stage, SelfPlayStage):
+        trial = min(stage.trial, prompts)
+        players = trial * len(set(stage.opponents)) + 2 * prompts - trial
+    yield f"{prompts:,} prompts, {players * stage.num_samples:,} samples"
 
 
 def _memory(config: Mapping[str, Any], sizes: _Sizes) -> Iterator[str]:

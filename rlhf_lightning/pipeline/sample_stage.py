@@ -17,14 +17,13 @@ from ..inference.answering import StrategyOption
 from ..merging import EnsemblePolicy
 from ..models import load_causal_lm, load_tokenizer
 from ..self_improvement.row_makers import hinted_rows, without_hints
-from ..self_improvement.samples import ScoredPrompt, Scorer, model_hash, sample_prompts
+from ..self_improvement.samples import ScoredPrompt, Scorer, check_samples, model_hash, sample_prompts
 from ..self_improvement.scorers import check_scorer, load_scorer
 from ..self_improvement.templates import check_places
 from ..sequences import Example
 from ..utils.files import json_line, write_atomically
 from ..utils.messages import did_you_mean
 from ..utils.progress import progress
-from ..utils.validation import check_count
 from .config import Evaluation
 from .row_files import SAMPLED, Journal, write_rows
 from .stages import PromptStage, SampleStage
@@ -152,10 +151,10 @@ def check_sample(stage: SampleStage) -> None:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    sampling_params(stage.sampling)
+    sampling = sampling_params(stage.sampling)
     StrategyOption(stage.strategy)
     check_scorer(stage.verifier)
-    check_count("num_samples", stage.num_samples, "8 is usual")
+    check_samples(stage.num_samples, sampling, stage.rows, strategy=stage.strategy)
     stage.check()
     check_models(stage)
     if stage.server is not None:

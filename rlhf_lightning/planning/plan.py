@@ -98,6 +98,7 @@ def plan(
     parts = [*_trained("", decoder, training, states), *_reference(method, options, decoder, training)]
     parts += _critic(method, options, training, tokens, states, precision)
     parts += _reward_models(options, precision)
+    parts += _compressor(options, decoder, training)
     sampling: tuple[Part, ...] = ()
     if issubclass(method, GRPOModule | PPOModule):
         kept = [part for part in parts if part.what != "gradients"]
@@ -247,6 +248,14 @@ def _reward_models(options: Mapping[str, Any], precision: str) -> Iterator[Part]
             own = auto if size is None else Precision(size, size)
             held = weight_bytes(decoder_of(given["model"]), Training(own), frozen=True)
             yield Part("reward model", held, f"{given['model']}, {own.products} bytes a weight of its matrices")
+
+
+def _compressor(options: Mapping[str, Any], decoder: Decoder, training: Training) -> Iterator[Part]:
+    """The front of a policy, which has a model of its own."""
+    if options.get("compressor") is not None:
+        size = training.precision.weights
+        held = weight_bytes(decoder, Training(Precision(size, size)), frozen=True)
+        yield Part("compressor", held, "the frozen model whose summaries the policy sees")
 
 
 def _caches(options: Mapping[str, Any], decoder: Decoder, training: Training) -> Part:

@@ -1,5 +1,6 @@
 """Reward functions: ``fn(prompts, completions, **columns) -> one number or None per completion``."""
 
+from ._called_reward import PartedScore, RewardFunction, StepReward
 from .answer_only import AnswerOnlyReward
 from .code_tests import CodeTestsReward
 from .constitution import ConstitutionReward, Principle
@@ -13,10 +14,12 @@ from .learned import ProcessModelReward, ProcessModelSteps, RewardModelReward
 from .length import LengthReward, SoftOverlongReward
 from .math_answer import MathAnswerReward
 from .repetition import RepetitionReward
-from .reward_set import RewardFunction, RewardScores, RewardSet, StepReward, resolve_reward
+from .reward_set import RewardScores, RewardSet, resolve_reward
+from .safety import SAFETY_PATTERNS, SafetyReward
 from .static_checks import StaticCodeChecks
 
 __all__ = [
+    "SAFETY_PATTERNS",
     "AnswerOnlyReward",
     "CodeTestsReward",
     "ConstitutionReward",
@@ -27,6 +30,7 @@ __all__ = [
     "LengthReward",
     "MathAnswerReward",
     "ModelJudge",
+    "PartedScore",
     "Principle",
     "ProcessModelReward",
     "ProcessModelSteps",
@@ -35,6 +39,7 @@ __all__ = [
     "RewardModelReward",
     "RewardScores",
     "RewardSet",
+    "SafetyReward",
     "SoftOverlongReward",
     "StaticCodeChecks",
     "StepReward",

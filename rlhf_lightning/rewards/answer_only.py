@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from ..data.thoughts import THINK, check_marks, split_thought
 from ..utils.imports import load_attribute
-from .reward_set import RewardFunction, resolve_reward
+from ._called_reward import RewardFunction
+from .reward_set import resolve_reward
 
 # Tokens of the whole completion, the thought's included.
 _TOKENS: Final = ("prompt_ids", "completion_ids")

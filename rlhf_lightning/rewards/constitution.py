@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..data.messages import as_lines
 from ..utils.imports import load_attribute
+from ..utils.packaged_configs import packaged_config
+from ._called_reward import PartedScore
 from .judges import resolve_judge
 
 Predicate = Callable[[str, str], bool | float | None]
@@ -85,14 +90,19 @@ class ConstitutionReward:
     reproducible; only principles with a statement are put to a model, the judge.
 
     Args:
-        principles: at least one, with different names; a ``Principle``, or a dictionary of its arguments.
+        principles: at least one, with different names; a ``Principle``, or a dictionary of its arguments; or the path
+            of a YAML file with a list of such dictionaries, such as ``configs/constitutions/hhh.yaml`` (helpful, honest
+            and harmless answers, for a judge).
         judge: for principles with a statement: the folder or hub id of a language model, whose verdict is P(yes)
             relative to P(no) (``ModelJudge``); an engine or any object with its method ``generate``, whose answers are
             parsed (``EngineJudge``); an instance of either judge; or ``class_path`` and ``init_args``.
         question: the question to the judge, with the fields ``prompt``, ``completion`` and ``statement``.
 
     Raises:
-        ValueError: for no principles, two of the same name, or a statement without a judge.
+        ValueError: for no principles, two of the same name, a statement without a judge, or a file that is no list.
+
+    Each score carries the verdict on every principle (``score.parts``), which GRPO and PPO log as
+    ``rewards/<name>/<principle>/mean``; :meth:`verdicts` returns these alone.
 
     Example:
         >>> polite = Principle("polite", weight=3.0, require="please")
@@ -102,15 +112,17 @@ class ConstitutionReward:
     """
 
     def __init__(
-        self, principles: Sequence[Principle | Mapping[str, Any]], judge: Any = None, question: str = QUESTION
+        self, principles: str | Sequence[Principle | Mapping[str, Any]], judge: Any = None, question: str = QUESTION
     ) -> None:
         if not principles:
             raise ValueError("principles is empty: give at least one principle")
-        self.principles = [_principle(given) for given in principles]
+        given = _stored(principles) if isinstance(principles, str) else principles
+        self.principles = [_principle(each) for each in given]
         names = [principle.name for principle in self.principles]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             raise ValueError(f"two principles are called {repeated!r}: give each its own name")
+        self.part_names = tuple(names)
         self._checks = [(p, p.check()) for p in self.principles if p.statement is None]
         self._judged = [p for p in self.principles if p.statement is not None]
         if self._judged and judge is None:
@@ -140,12 +152,27 @@ class ConstitutionReward:
         Returns:
             Numbers from 0 to 1, ``None`` where no principle applies, and the exception where a check failed.
         """
+        weights = {principle.name: principle.weight for principle in self.principles}
+        found = self.verdicts(prompts, completions)
+        return [row if isinstance(row, Exception) else _share(row, weights) for row in found]
+
+    def verdicts(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[dict[str, float | None] | Exception]:
+        """Judges each completion by each principle.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: as many.
+
+        Returns:
+            By the principle's name a number from 0 to 1, ``None`` where it does not apply; or the exception where a
+            check failed.
+        """
         samples = list(zip(prompts, completions, strict=True))
-        kept: list[list[tuple[Principle, float]]] = [[] for _ in samples]
+        kept: list[dict[str, float | None]] = [dict.fromkeys(self.part_names) for _ in samples]
         failed: dict[int, Exception] = {}
         for number, (prompt, completion) in enumerate(samples):
             try:
-                kept[number] = self._rule_verdicts(prompt, completion)
+                kept[number] |= self._rule_verdicts(prompt, completion)
             except Exception as error:  # of a user's predicate: only this sample is lost
                 failed[number] = error
 
@@ -157,19 +184,19 @@ class ConstitutionReward:
             if isinstance(verdict, Exception):
                 failed.setdefault(number, ValueError(f"principle {principle.name!r}: {verdict}"))
             else:
-                kept[number].append((principle, verdict))
-        return [failed[number] if number in failed else _share(kept[number]) for number in range(len(samples))]
+                kept[number][principle.name] = verdict
+        return [failed.get(number, row) for number, row in enumerate(kept)]
 
-    def _rule_verdicts(self, prompt: Any, completion: str) -> list[tuple[Principle, float]]:
+    def _rule_verdicts(self, prompt: Any, completion: str) -> dict[str, float | None]:
         """The verdicts of the applicable principles that need no judge."""
-        found = []
+        found: dict[str, float | None] = {}
         for principle, check in self._checks:
             verdict = check(prompt, completion)
             if verdict is None:
                 continue
             if not 0 <= verdict <= 1:
                 raise ValueError(f"principle {principle.name!r} returned {verdict!r}: return a number from 0 to 1")
-            found.append((principle, float(verdict)))
+            found[principle.name] = float(verdict)
         return found
 
 
@@ -204,6 +231,22 @@ def _principle(given: Principle | Mapping[str, Any]) -> Principle:
         raise ValueError(f"a principle is {given!r}: {' '.join(str(error).split())}") from error
 
 
-def _share(kept: Sequence[tuple[Principle, float]]) -> float | None:
-    total = sum(principle.weight for principle, _ in kept)
-    return sum(principle.weight * verdict for principle, verdict in kept) / total if total else None
+def _stored(path: str) -> list[Any]:
+    """Reads a file of principles."""
+    place = packaged_config(path) or Path(path).expanduser()
+    if not place.is_file():
+        raise ValueError(f"there is no file of principles {path!r}: give one, or a list of principles")
+    try:
+        found = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path!r} is not YAML: {' '.join(str(error).split())[:160]}") from error
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path!r} has {type(found).__name__}, expected a list of principles: - {{name: ..., ...}}")
+    return found
+
+
+def _share(verdicts: Mapping[str, float | None], weights: Mapping[str, float]) -> PartedScore | None:
+    applying = {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+    total = sum(weights[name] for name in applying)
+    share = sum(weights[name] * verdict for name, verdict in applying.items())
+    return PartedScore(share / total, verdicts) if applying else None

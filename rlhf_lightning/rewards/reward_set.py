@@ -6,18 +6,15 @@ import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..utils.imports import load_attribute
+from ._called_reward import BadValueError, CalledReward, RewardFunction, StepReward, inner_function, parts_of
 from ._time_limit import CallTimeoutError, call_with_limit
-
-RewardFunction = Callable[..., Sequence[Any]]
 
 _RESERVED: Final = ("prompts", "completions")
 
@@ -29,7 +26,7 @@ class RewardScores(NamedTuple):
 
     Attributes:
         values: (num_samples, num_functions), NaN where a function could not score a sample.
-        names: of the functions, in the order of the columns.
+        names: of the functions and parts, in the order of the columns.
         failures: by function, number of samples on which it raised, timed out or returned an invalid value; ``None`` is
             not a failure.
         errors: by failed function, its first message.
@@ -41,33 +38,6 @@ class RewardScores(NamedTuple):
     failures: dict[str, int]
     errors: dict[str, str]
     steps: dict[str, list[list[float]]]
-
-
-@dataclass(frozen=True)
-class StepReward:
-    """A function that rewards every step of a completion instead of the completion as a whole.
-
-    Args:
-        function: returns, for each completion, a list with one number per step, or ``None``.
-        separator: text between steps; empty steps are dropped.
-
-    Example:
-        >>> def lengths(completions): return [[len(step) for step in text.split(";")] for text in completions]
-        >>> scores = RewardSet([StepReward(lengths, ";")])(["p", "p"], ["a;abc", "ab"])
-        >>> scores.values.tolist(), scores.steps
-        ([[2.0], [2.0]], {'lengths': [[1.0, 3.0], [2.0]]})
-    """
-
-    function: RewardFunction
-    separator: str = "\n"
-
-    def split(self, completion: str) -> list[str]:
-        """The steps of a completion."""
-        return [step for step in completion.split(self.separator) if step]
-
-
-class _BadValueError(ValueError):
-    """A function returned an invalid reward."""
 
 
 def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
@@ -112,96 +82,6 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(result)
 
 
-def _short(value: Any) -> str:
-    """A value and its type on one line."""
-    return f"{' '.join(repr(value).split())[:60]} ({type(value).__name__})"
-
-
-class _Reward:
-    """One function with its name and its parameters."""
-
-    def __init__(self, given: RewardFunction | StepReward, name: str) -> None:
-        self.of_steps = given if isinstance(given, StepReward) else None
-        self.function = function = _inner(given)
-        self.name = name
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except ValueError as error:
-            raise ValueError(f"reward {name!r} does not say what arguments it takes: wrap it in a function") from error
-        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.accepted = {p.name for p in by_name}
-        needed = [p.name for p in by_name if p.default is p.empty and p.name not in _RESERVED]
-        self.required = (*needed, *getattr(function, "required_columns", ()))
-
-    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        missing = [name for name in self.required if name not in columns]
-        if missing:
-            have = ", ".join(sorted(columns)) or "none"
-            raise ValueError(f"reward {self.name!r} needs the column {missing[0]!r}: the rows have {have}")
-
-    def call(self, arguments: Mapping[str, Sequence[Any]], samples: Sequence[int]) -> list[Any]:
-        """Calls the function on some of the samples; returns one value for each."""
-        wanted = {key: values for key, values in arguments.items() if self.takes_all or key in self.accepted}
-        returned = self.function(**{key: [values[n] for n in samples] for key, values in wanted.items()})
-        try:
-            values = list(returned)
-        except TypeError:
-            values = None
-        if values is None or isinstance(returned, str | bytes | Mapping):
-            one = "number" if self.of_steps is None else "list of numbers"
-            raise _BadValueError(
-                f"reward {self.name!r} returned {_short(returned)}: return a list of one {one} or None per completion"
-            )
-        if len(values) != len(samples):
-            raise _BadValueError(
-                f"reward {self.name!r} returned {len(values)} values for {len(samples)} completions: return one each"
-            )
-        return values
-
-    def numbers(self, value: Any, sample: int, completion: str) -> list[float]:
-        """Converts a returned value to one number, or one per step; empty for ``None``.
-
-        Raises:
-            Exception: the value itself if it is an exception: the function has failed on this sample.
-            _BadValueError: the value is not a valid reward.
-        """
-        if value is None:
-            return []
-        if isinstance(value, Exception):
-            raise value
-        if self.of_steps is None:
-            number = _finite(value)
-            if number is None:
-                raise _BadValueError(
-                    f"reward {self.name!r} returned {_short(value)} for sample {sample}: "
-                    "return a finite number, or None if unscorable"
-                )
-            return [number]
-
-        # A tensor, an array or a list of one number per step.
-        parts = value.tolist() if hasattr(value, "tolist") else value
-        found = [_finite(part) for part in parts] if isinstance(parts, list | tuple) else None
-        count = len(self.of_steps.split(completion))
-        if found is None or None in found or len(found) != count:
-            raise _BadValueError(
-                f"reward {self.name!r} returned {_short(value)} for the {count} steps of sample {sample}: "
-                "return a list with one finite number per step, or None if unscorable"
-            )
-        return [number for number in found if number is not None]
-
-
-def _inner(given: RewardFunction | StepReward) -> RewardFunction:
-    return given.function if isinstance(given, StepReward) else given
-
-
-def _finite(value: Any) -> float | None:
-    """Converts a value to a float; ``None`` if it is not a finite number."""
-    # A tensor or array without dimensions.
-    number = value.item() if not isinstance(value, Real) and getattr(value, "ndim", None) == 0 else value
-    return float(number) if isinstance(number, Real) and math.isfinite(number) else None
-
-
 class RewardSet:
     """Calls several weighted reward functions on a batch.
 
@@ -212,7 +92,8 @@ class RewardSet:
     return exceptions as values of the samples on which it failed. One with a true attribute ``bounds_its_time`` has no
     time limit here: it scores late answers itself.
 
-    A ``StepReward`` counts as the mean over the steps of each completion.
+    A ``StepReward`` counts as the mean over the steps of each completion. A function with ``part_names``, such as
+    ``ConstitutionReward``, has further columns ``<name>/<part>`` after its own, of weight 0.
 
     Args:
         rewards: functions, dotted paths of functions or classes, or ``StepReward`` of these.
@@ -257,16 +138,23 @@ class RewardSet:
 
         # Names appear in logs, so that each has to be unique.
         functions = [spec if isinstance(spec, StepReward) else resolve_reward(spec) for spec in rewards]
-        self.names = _unique(_name(_inner(function)) for function in functions) if names is None else tuple(names)
-        if len(set(self.names)) != len(self.names):
-            raise ValueError(f"names={list(self.names)} has one name twice: give each function its own")
-        self.weights = np.ones(len(functions)) if weights is None else np.asarray(weights, dtype=np.float64)
-        if not np.isfinite(self.weights).all():
-            raise ValueError(f"weights={self.weights.tolist()}: all must be finite numbers")
+        own_names = _unique(_name(inner_function(function)) for function in functions)
+        self.function_names = own_names if names is None else tuple(names)
+        if len(set(self.function_names)) != len(self.function_names):
+            raise ValueError(f"names={list(self.function_names)} has one name twice: give each function its own")
+        weights_K = np.ones(len(functions)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if not np.isfinite(weights_K).all():
+            raise ValueError(f"weights={weights_K.tolist()}: all must be finite numbers")
         self.timeout = timeout
         self.sample_timeout = sample_timeout
         self.on_bad_value = on_bad_value
-        self._rewards = [_Reward(function, name) for function, name in zip(functions, self.names, strict=True)]
+        named = zip(functions, self.function_names, strict=True)
+        self._rewards = [CalledReward(function, name) for function, name in named]
+
+        # Parts follow the score that they are parts of, with weight 0.
+        self.names = tuple(n for r in self._rewards for n in (r.name, *(f"{r.name}/{part}" for part in r.part_names)))
+        weighted = zip(self._rewards, weights_K.tolist(), strict=True)
+        self.weights = np.array([w for r, weight in weighted for w in (weight, *(0.0 for _ in r.part_names))])
         self._reported: set[tuple[str, str]] = set()
 
     @property
@@ -309,13 +197,16 @@ class RewardSet:
         for reward in self._rewards:
             reward.check_columns(columns)
 
-        values = np.full((len(completions), len(self._rewards)), np.nan)
+        values = np.full((len(completions), len(self.names)), np.nan)
         failures: dict[str, int] = {}
         errors: dict[str, str] = {}
         steps: dict[str, list[list[float]]] = {}
-        for column, reward in enumerate(self._rewards):
-            found, problems = self._score(reward, arguments, len(completions))
+        for reward in self._rewards:
+            found, parts, problems = self._score(reward, arguments, len(completions))
+            column = self.names.index(reward.name)
             values[:, column] = [sum(numbers) / len(numbers) if numbers else math.nan for numbers in found]
+            for place, part in enumerate(reward.part_names, start=column + 1):
+                values[:, place] = [math.nan if given.get(part) is None else given[part] for given in parts]
             if reward.of_steps is not None:
                 steps[reward.name] = found
             failures[reward.name] = len(problems)
@@ -324,11 +215,11 @@ class RewardSet:
         return RewardScores(values, self.names, failures, errors, steps)
 
     def _score(
-        self, reward: _Reward, arguments: Mapping[str, Sequence[Any]], num_samples: int
-    ) -> tuple[list[list[float]], list[Exception]]:
-        """One list of numbers per sample, and the exceptions."""
+        self, reward: CalledReward, arguments: Mapping[str, Sequence[Any]], num_samples: int
+    ) -> tuple[list[list[float]], list[Mapping[str, Any]], list[Exception]]:
+        """One list of numbers per sample, their parts, and the exceptions."""
         if num_samples == 0:
-            return [], []
+            return [], [], []
         problems: list[Exception] = []
         try:
             raw = self._call(reward, arguments, range(num_samples), self.timeout)
@@ -336,7 +227,7 @@ class RewardSet:
             # Call again sample by sample, so that only the failing samples are lost.
             self._raise_if_bad(error)
             if num_samples == 1 and not isinstance(error, CallTimeoutError):
-                return [[]], [error]
+                return [[]], [{}], [error]
             raw = []
             for sample in range(num_samples):
                 try:
@@ -355,10 +246,14 @@ class RewardSet:
                 self._raise_if_bad(error)
                 problems.append(error)
                 found.append([])
-        return found, problems
+        return found, [parts_of(value) for value in raw], problems
 
     def _call(
-        self, reward: _Reward, arguments: Mapping[str, Sequence[Any]], samples: Sequence[int], seconds: float | None
+        self,
+        reward: CalledReward,
+        arguments: Mapping[str, Sequence[Any]],
+        samples: Sequence[int],
+        seconds: float | None,
     ) -> list[Any]:
         def call() -> list[Any]:
             try:
@@ -372,7 +267,7 @@ class RewardSet:
         return values
 
     def _raise_if_bad(self, error: Exception) -> None:
-        if isinstance(error, _BadValueError) and self.on_bad_value == "error":
+        if isinstance(error, BadValueError) and self.on_bad_value == "error":
             raise error
 
     def _report(self, name: str, problems: Sequence[Exception], num_samples: int) -> str:

@@ -4,9 +4,9 @@ The option groups of ``GRPOModule`` and ``PPOModule`` are published here: ``from
 """
 
 from .advantages import RelativeAdvantage
-from .exploration import TreeRollouts
 from .policy_loss import EntropyBonus, KLPenalty, OffPolicyCorrection, PolicyLoss, TokenEntropy
 from .ppo_loss import GAE, AdaptiveKL, PPOLoss, ValueFunction
+from .rollout_options import SearchRollouts, TreeRollouts
 from .sampling import Sampling
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "PolicyLoss",
     "RelativeAdvantage",
     "Sampling",
+    "SearchRollouts",
     "TokenEntropy",
     "TreeRollouts",
     "ValueFunction",

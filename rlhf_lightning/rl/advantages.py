@@ -329,25 +329,24 @@ def gae(
     return AdvantagesAndReturns(advantages_N, advantages_N + values_N)
 
 
-def moment_sums(values_N: Tensor, *, mask_N: Tensor | None = None) -> Tensor:
+def moment_sums(values_N: Tensor, *, weights_N: Tensor | None = None) -> Tensor:
     """Computes the sums from which ``whiten`` takes mean and variance, after a sum over ranks.
 
     Args:
         values_N: (N,).
-        mask_N: the tokens that count, (N,); ``None`` for all.
+        weights_N: how often each counts, at least 0, (N,); ``None`` for once.
 
     Returns:
         Count, sum and sum of squares, (3,) in fp64.
 
     Example:
-        >>> moment_sums(torch.tensor([1.0, 2.0, 9.0]), mask_N=torch.tensor([True, True, False])).tolist()
-        [2.0, 3.0, 5.0]
+        >>> moment_sums(torch.tensor([1.0, 2.0, 9.0]), weights_N=torch.tensor([1.0, 2.0, 0.0])).tolist()
+        [3.0, 5.0, 9.0]
     """
     values = values_N.detach().double()
-    if mask_N is not None:
-        values = values[mask_N.bool()]
-    count = torch.full((), values.numel(), dtype=torch.float64, device=values.device)
-    return torch.stack([count, values.sum(), values.square().sum()])
+    weights = torch.ones_like(values) if weights_N is None else weights_N.to(values)
+    values = torch.where(weights > 0, values, torch.zeros_like(values))
+    return torch.stack([weights.sum(), (weights * values).sum(), (weights * values.square()).sum()])
 
 
 def whiten(values_N: Tensor, *, sums: Tensor, shift_mean: bool = True) -> Tensor:

@@ -183,6 +183,40 @@ class Branches:
         count_B = self._sum(kept_S.double()[self.pair_S])
         return self.draws_B / count_B.clamp(min=1)
 
+    def path_shares(self, tokens: BranchTokens, index_N: Tensor, places_S: Sequence[int]) -> Tensor:
+        """Computes the part that each copy of a token has in a mean over the completions through it: ``(N,)``.
+
+        It is the probability of the copy's completion on a walk from the token's branch to the end which takes the
+        branches that continue one in proportion to their draws, whatever the number of completions below them. The
+        parts of a token's copies add up to 1.
+
+        Args:
+            tokens: of the trained completions, in ``places_S``' order.
+            index_N: place in ``places_S`` of each token's completion.
+            places_S: numbers of the trained completions.
+
+        Example:
+            >>> step = Branch((5,))
+            >>> ends = [Branch((6,), parent=step), Branch((7,), parent=step, draws=3)]
+            >>> ends = [ends[0], Branch((8,), parent=ends[1]), Branch((9,), parent=ends[1])]
+            >>> branches = Branches([[TreeCompletion([], "", [], "stop", branch=end) for end in ends]])
+            >>> index_N = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+            >>> branches.path_shares(branches.tokens([0, 1, 2]), index_N, [0, 1, 2]).tolist()
+            [0.25, 1.0, 0.375, 0.5, 1.0, 0.375, 0.5, 1.0]
+        """
+        trained_S = torch.zeros(len(self.group_S), dtype=torch.float64)
+        trained_S[list(places_S)] = 1.0
+        draws_B = self.draws_B * (self._sum(trained_S[self.pair_S]) > 0)
+        total = draws_B.new_zeros(len(self) + self.num_groups).index_add(0, self.parent_B, draws_B)
+
+        # Logarithms, as the product over the branches of a long path may be too small for a number.
+        walked_B = (draws_B.double() / total[self.parent_B].clamp(min=1)).log()
+        for depth in range(1, int(self.depth_B.max()) + 1 if len(self) else 0):
+            (at,) = (self.depth_B == depth).nonzero(as_tuple=True)
+            walked_B[at] += walked_B[self.parent_B[at]]
+        ends_S = self._whole([self._lines[place][-1] for place in places_S])
+        return (walked_B[ends_S][index_N] - walked_B[tokens.branch_N]).exp()
+
     def sums_below(self, values_S: Tensor, *, weights_S: Tensor, discount: float = 1.0) -> tuple[Tensor, Tensor]:
         r"""Sums over the completions that pass through each branch.
 
@@ -220,7 +254,7 @@ def shared_mean(values_N: Tensor, *, tokens: BranchTokens, weights_N: Tensor) ->
     Args:
         values_N: one per token of the trained completions.
         tokens: which of them are copies of each other.
-        weights_N: weights of the copies, above 0.
+        weights_N: weights of the copies, at least 0, and above 0 for one copy of each.
 
     Example:
         >>> tokens = BranchTokens(torch.tensor([0, 1, 0]), torch.tensor([0, 1, 0]))

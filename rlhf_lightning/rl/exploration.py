@@ -9,88 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..distributed.collectives import Metrics, sum_over_ranks
 from ..distributed.unshard import gathered
-from ..inference import Candidate, Completion, Node, Scores, SearchResult, SearchTree, build_strategy, derive_seed
+from ..inference import Candidate, Completion, Node, Scores, SearchResult, SearchTree, derive_seed
 from ..inference.candidates import Query
 from ..inference.completion import FinishReason, decode
 from ..inference.sampling import SamplingParams
-from ..inference.specs import strategy_class, takes_scorer
 from ..inference.strategy import Strategy
 from ..sequences import Example
 from .branches import Branch, TreeCompletion, branch_line
-from .tree_advantages import TreeAdvantage
-
-RolloutSpec = str | dict[str, Any]
-
-SAMPLES, MIXED = "samples", "mixed"
-_MIXTURE: tuple[RolloutSpec, ...] = (SAMPLES, "mcts")
-_PLAIN = (str, int, float, bool, type(None))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TreeRollouts(TreeAdvantage):
-    r"""Options of where completions in training come from, and of the advantages of branches that they share.
-
-    A search (``inference``) draws and scores steps; its tree is the training tree, in which each step is computed once.
-    Partial solutions that it leaves are completed by one sample each; budgets limit the search and not these samples.
-    Without a ``scorer`` of its own it asks the module's rewards, also for partial solutions. All tokens are drawn with
-    the module's temperature, filters and maximum length, and with seeds that depend on the row and the iteration.
-    Strategies without trees (``BestOfN``) give all their candidates. Validation samples without a search.
-
-    Args:
-        rollouts: ``samples``: ``num_generations`` completions of each prompt; a strategy as in
-            ``inference.build_strategy``: ``mcts``, ``astar``, ``beam``, a class name, or a mapping with ``class_path``
-            and ``init_args``; ``mixed``: samples and ``mcts``; or a list of these, whose completions are compared as
-            one tree.
-        comparison: see :class:`TreeAdvantage`, as for the other options.
-
-    Raises:
-        ValueError: an option out of range, or a strategy that cannot be trained on.
-
-    Example:
-        >>> TreeRollouts(rollouts=["samples", {"class_path": "MCTS", "init_args": {"simulations": 8}}]).searches
-        True
-    """
-
-    rollouts: str | dict[str, Any] | list[Any] | tuple[Any, ...] = SAMPLES
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.parts:
-            raise ValueError("tree.rollouts is empty; write samples, a strategy such as mcts, or a list of these")
-        for spec in self.parts:
-            _check_plain(spec)
-            if spec == SAMPLES:
-                continue
-            if isinstance(spec, Mapping) and "sampling" in (spec.get("init_args") or {}):
-                raise ValueError(
-                    f"tree.rollouts gives {spec.get('class_path')} a sampling of its own, but all tokens are drawn "
-                    "from the distribution that is trained: use the module's temperature and sampling"
-                )
-            if isinstance(spec, Mapping) and "engine" in (spec.get("init_args") or {}):
-                raise ValueError(
-                    f"tree.rollouts gives {spec.get('class_path')} an engine of its own, but it searches with the "
-                    "policy: leave engine out"
-                )
-            # Built once without a model, so that wrong options are found before one is loaded.
-            _strategy(_without_scorer(spec), None, _Unused())
-
-    @property
-    def parts(self) -> list[RolloutSpec]:
-        """The sources of completions, in order."""
-        given = list(self.rollouts) if isinstance(self.rollouts, list | tuple) else [self.rollouts]
-        return [part for spec in given for part in (_MIXTURE if spec == MIXED else [spec])]
-
-    @property
-    def searches(self) -> bool:
-        """Whether any of them is a search."""
-        return any(spec != SAMPLES for spec in self.parts)
+from .rollout_options import SAMPLES, SearchRollouts, build_rollouts
 
 
 class Explorer:
@@ -101,7 +34,7 @@ class Explorer:
         options: what they come from.
     """
 
-    def __init__(self, module: Any, options: TreeRollouts) -> None:
+    def __init__(self, module: Any, options: SearchRollouts) -> None:
         self.module = module
         self.options = options
         self._strategies: list[Strategy | None] | None = None
@@ -122,7 +55,8 @@ class Explorer:
         if self._strategies is None:
             scorer = OutcomeScorer(self.module)
             self._strategies = [
-                None if spec == SAMPLES else _strategy(spec, self.module.engine, scorer) for spec in self.options.parts
+                None if spec == SAMPLES else build_rollouts(spec, self.module.engine, scorer)
+                for spec in self.options.parts
             ]
         found: list[list[Completion]] = [[] for _ in prompts]
         # Searches take different numbers of rounds on each rank.
@@ -156,7 +90,7 @@ class Explorer:
             if len(completion.logprobs) != len(completion.token_ids) or not completion.token_ids:
                 raise ValueError(
                     f"{type(strategy).__name__} gave a completion of {len(completion.token_ids)} tokens with "
-                    f"{len(completion.logprobs)} log-probabilities: GRPO needs that of each token it was drawn with"
+                    f"{len(completion.logprobs)} log-probabilities: training needs that of each token it was drawn with"
                 )
         return groups
 
@@ -326,43 +260,3 @@ def tree_sums(groups: Sequence[Sequence[Completion]]) -> dict[str, float]:
 
 def _columns(prompt: Example) -> dict[str, Any]:
     return {name: value for name, value in prompt.fields.items() if name != "prompt"}
-
-
-def _strategy(spec: RolloutSpec, engine: Any, scorer: Any) -> Strategy:
-    cls = strategy_class(spec)
-    if not issubclass(cls, Strategy) or not cls.samples:
-        raise ValueError(
-            f"tree.rollouts is {cls.__name__}, whose tokens are not drawn from the policy: use samples, or a "
-            "strategy that samples, such as mcts, astar, beam, DVTS or ParticleFilter"
-        )
-    found: Strategy = build_strategy(spec, engine, scorer=scorer if takes_scorer(spec) else None)
-    return found
-
-
-def _without_scorer(spec: RolloutSpec) -> RolloutSpec:
-    if not isinstance(spec, Mapping):
-        return spec
-    options = {k: v for k, v in (spec.get("init_args") or {}).items() if k not in ("scorer", "value")}
-    return {**spec, "init_args": options}
-
-
-class _Unused:
-    """Stands in for a scorer while options are checked."""
-
-    def score(self, candidates: Sequence[Candidate]) -> Scores:
-        raise AssertionError("nothing is searched")
-
-
-def _check_plain(value: Any) -> None:
-    """Refuses what a checkpoint cannot hold."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            _check_plain(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_plain(item)
-    elif not isinstance(value, _PLAIN) and not (callable(value) and hasattr(value, "__qualname__")):
-        raise ValueError(
-            f"tree.rollouts holds a {type(value).__name__}, which a checkpoint cannot: write class_path and init_args, "
-            "or the folder of a scorer's model"
-        )

@@ -223,7 +223,7 @@ class OnPolicyModule(PostTrainingModule):
         if self.clock is not None:
             self.clock.count_generated(branch_lengths(completions))
         if not samples:
-            failures = dict.fromkeys(self.rewards.names, 0)
+            failures = dict.fromkeys(self.rewards.function_names, 0)
             none = torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
             return Rollouts([], [], none, failures)
 
@@ -253,10 +253,10 @@ class OnPolicyModule(PostTrainingModule):
             prompts: this rank's prompts.
             seeds: one per prompt; the seeds of its samples are hashed from it.
         """
-        count = self.num_generations
-        each = [[derive_seed(seed, sample) for sample in range(count)] for seed in seeds]
+        each = [[derive_seed(seed, sample) for sample in range(self.num_generations)] for seed in seeds]
         tokens = [prompt.root.tokens.tolist() for prompt in prompts]
-        return self.engine.generate(tokens, count, self.sampling, seeds=each or None)
+        contexts = None if self.front is None else self.front.contexts(prompts)
+        return self.engine.generate(tokens, self.num_generations, self.sampling, seeds=each or None, contexts=contexts)
 
     @property
     def engine(self) -> LocalEngine:
@@ -389,11 +389,12 @@ class OnPolicyModule(PostTrainingModule):
                     f"row {example.row_id} already has {len(example.root.children)} completions; "
                     f"{type(self).__name__} writes its own: use PromptDataModule"
                 )
-            length = len(example.root.tokens)
-            if positions is not None and length + self.max_completion_length > positions:
+            first, length = example.root.first_position, len(example.root.tokens)
+            most = None if positions is None else positions - self.max_completion_length - first
+            if most is not None and length > most:
                 raise ValueError(
-                    f"row {example.row_id} has {length} tokens, and with max_completion_length="
+                    f"row {example.row_id} has {first + length} tokens, and with max_completion_length="
                     f"{self.max_completion_length} they exceed the model's {positions} positions: set the datamodule's "
-                    f"max_length to {max(positions - self.max_completion_length, 1)}, or lower max_completion_length"
+                    f"max_length to {max(most, 1)}, or lower max_completion_length"
                 )
         return examples

@@ -31,7 +31,7 @@ from ..losses.policy_gradient import (
 )
 from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_count, check_positive
-from .clipped_loss import ClippedLoss
+from .clipped_loss import ClippedLoss, check_weight_bounds
 
 ReplayPriority = Literal["uniform", "hard_negative", "frontier"]
 
@@ -217,10 +217,7 @@ class OffPolicyCorrection(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= (self.min or 0.0) < (float("inf") if self.max is None else self.max):
-            raise ValueError(
-                f"off_policy.min={self.min} and off_policy.max={self.max} bound no weight: use 0 <= min < max"
-            )
+        check_weight_bounds("off_policy.", self.min, self.max)
         if self.mask_threshold is not None:
             check_positive("off_policy.mask_threshold", self.mask_threshold, "0.5 is usual")
         if self.replay_capacity:

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..distributed.collectives import sum_vector_over_ranks
 from ..losses.kl import kl_per_token
+from ..losses.off_policy import EngineCorrection, engine_correction_weights
 from ..losses.value import value_clipped, value_loss
 from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_not_negative, check_positive
 from .advantages import AdvantagesAndReturns, gae, moment_sums, whiten
-from .clipped_loss import ClippedLoss
+from .clipped_loss import ClippedLoss, check_weight_bounds
 from .reward_shaping import KLController
+from .shared_tokens import SharedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,12 @@ class PPOLoss(ClippedLoss):
         epsilon_high: upper clipping range, above 0; by default ``epsilon``.
         dual_clip: bound of the loss where the advantage is negative (Ye et al., 2020, arXiv:1912.09729), above 1;
             ``None`` for none.
+        correction: bound (``truncate``) or drop (``mask``) the importance weights by which the losses of a token or a
+            sequence are multiplied, those of the policy before its first update over the distribution that samples were
+            drawn from, which filters make another one: ``token_truncate``, ``token_mask``, ``sequence_truncate`` or
+            ``sequence_mask`` (``losses.off_policy``); ``None`` is off.
+        correction_min: lower bound of these weights, at least 0; ``None`` for none.
+        correction_max: upper bound of these weights, above ``correction_min``; ``None`` for none.
 
     Raises:
         ValueError: an option out of range.
@@ -40,6 +48,26 @@ class PPOLoss(ClippedLoss):
         >>> PPOLoss()(0.3 * one, old_logprobs_N=0 * one, advantages_N=one, sequence_index_N=index, num_sequences=1)
         tensor([-1.2000])
     """
+
+    correction: EngineCorrection | None = None
+    correction_min: float | None = None
+    correction_max: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight_bounds("loss.correction_", self.correction_min, self.correction_max)
+
+    def weights(self, old_logprobs_N: Tensor, sampling_logprobs_N: Tensor, **sequences: Any) -> Tensor:
+        """Computes constant weights of the token losses, ``(N,)``; needs a ``correction``."""
+        assert self.correction is not None
+        return engine_correction_weights(
+            old_logprobs_N,
+            engine_logprobs_N=sampling_logprobs_N,
+            mode=self.correction,
+            minimum=self.correction_min,
+            maximum=self.correction_max,
+            **sequences,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +153,38 @@ class GAE(OptionGroup):
             if not 0 <= value <= 1:
                 raise ValueError(f"gae.{name}={value} is outside [0, 1]: {usual} is usual")
 
-    def __call__(self, rewards_N: Tensor, *, values_N: Tensor, **sequences: Any) -> AdvantagesAndReturns:
-        """Computes advantages and returns of this rank's tokens; every rank calls it."""
+    def __call__(
+        self, rewards_N: Tensor, *, values_N: Tensor, shared: SharedTokens | None = None, **sequences: Any
+    ) -> AdvantagesAndReturns:
+        r"""Computes advantages and returns of this rank's tokens; every rank calls it.
+
+        Of a search tree, they are those along each path from the prompt to the end of a completion, averaged over the
+        paths through a token. Where branches c with :math:`n_c` draws continue a branch, its last token has
+
+        .. math:: A_t = \delta_t + \gamma \lambda \, \sum_c n_c A_{t+1}^c \big/ \sum_c n_c
+
+        so that, with as many draws as were decided before they were made, it estimates what the policy would reach
+        from there, however often the search went on below each of them. All statistics count a token once for each
+        draw.
+
+        Args:
+            rewards_N: (N,).
+            values_N: the critic's values of the states before the tokens, (N,).
+            shared: which tokens are shared by several completions; ``None`` for none.
+            sequences: ``sequence_index_N`` and ``num_sequences``.
+        """
+        shares_N = None if shared is None else shared.shares_N
         if self.whiten_rewards:
-            rewards_N = whiten(rewards_N, sums=sum_vector_over_ranks(moment_sums(rewards_N)), shift_mean=False)
+            sums = sum_vector_over_ranks(moment_sums(rewards_N, weights_N=shares_N))
+            rewards_N = whiten(rewards_N, sums=sums, shift_mean=False)
 
         # Returns are the critic's targets, so only advantages are whitened after this.
         found = gae(rewards_N, values_N=values_N, gamma=self.gamma, gae_lambda=self.lam, **sequences)
+        if shared is not None:
+            found = AdvantagesAndReturns(shared.mean(found.advantages_N), shared.mean(found.returns_N))
         if not self.whiten_advantages:
             return found
-        sums = sum_vector_over_ranks(moment_sums(found.advantages_N))
+        sums = sum_vector_over_ranks(moment_sums(found.advantages_N, weights_N=shares_N))
         return AdvantagesAndReturns(whiten(found.advantages_N, sums=sums), found.returns_N)
 
 

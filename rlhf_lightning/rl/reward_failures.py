@@ -45,7 +45,7 @@ class FailureWatch:
             return
         lost_K = rewards_SK.isnan().all(dim=0).tolist()
         for name, lost in zip(names, lost_K, strict=True):
-            failed = lost and failures[name] >= num_samples
+            failed = lost and failures.get(name, 0) >= num_samples  # parts of a score have no failures of their own
             self.consecutive[name] = self.consecutive.get(name, 0) + 1 if failed else 0
         failing = [name for name in names if self.consecutive[name] >= MAX_CONSECUTIVE_FAILURES]
         if not failing:

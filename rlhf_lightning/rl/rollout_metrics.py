@@ -5,7 +5,7 @@ Legend: S completions of all prompts, K reward functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,42 @@ def rollout_metrics(
             }
     values["completions/clipped_ratio"] = 1 - ended_S.mean()
     return {name: value for name, value in values.items() if not value.isnan()}
+
+
+def objective_metrics(sums: Mapping[str, float], *, coef: float) -> dict[str, Tensor]:
+    """Computes what PPO maximises, as means over completions, whose tokens each has for itself.
+
+    Args:
+        sums: over all completions: ``samples``, ``tokens``, ``scores``, ``entropy``, ``num_eos``, and ``kl`` with a
+            reference.
+        coef: weight of the divergence.
+
+    Returns:
+        Nothing where no completion could be scored, so that means are undefined.
+
+    Example:
+        >>> sums = {"samples": 2.0, "tokens": 8.0, "scores": 3.0, "entropy": 4.0, "num_eos": 1.0, "kl": 1.0}
+        >>> float(objective_metrics(sums, coef=0.1)["objective/rlhf_reward"])
+        1.45
+    """
+    if not sums["samples"]:
+        return {}
+    count = sums["samples"]
+    values = {
+        "objective/scores": sums["scores"] / count,
+        "objective/entropy": sums["entropy"] / count,
+        "completions/num_eos": sums["num_eos"],
+    }
+    if "kl" in sums:
+        penalty = -coef * sums["kl"] / count
+        values |= {
+            "kl": sums["kl"] / max(sums["tokens"], 1.0),
+            "objective/kl": sums["kl"] / count,
+            "objective/non_score_reward": penalty,
+            "objective/rlhf_reward": penalty + values["objective/scores"],
+            "kl_coef": coef,
+        }
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def sampling_metrics(difference_N: Tensor, weights_N: Tensor) -> dict[str, Tensor]:

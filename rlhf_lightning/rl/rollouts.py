@@ -135,14 +135,15 @@ def build_trees(rollouts: Rollouts, kept_S: Tensor, *, budget: int, share_prefix
         lines = {place + n: branch_line(c) for n, c in enumerate(completions) if kept[place + n]}
         dropped = len(completions) - len(lines)
         place += len(completions)
-        for number, part in enumerate(_within_budget(len(prompt.root.tokens), lines, budget, share_prefix)):
+        for number, part in enumerate(_within_budget(prompt.root.num_own, lines, budget, share_prefix)):
             children, places = _grow(part)
             fields = {
                 "prompt_id": prompt.row_id,
                 "places": places,
                 "num_completions": len(places) + (dropped if number == 0 else 0),
             }
-            trees.append(Example(f"{prompt.row_id}/{number}", Segment(prompt.root.tokens, children=children), fields))
+            root = Segment(prompt.root.tokens, children=children, after=prompt.root.after)
+            trees.append(Example(f"{prompt.row_id}/{number}", root, fields))
     return trees
 
 
@@ -211,6 +212,18 @@ def flat_indices(trees: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """
     places = [place for tree in trees for place in tree.fields["places"]]
     return torch.tensor(places, dtype=torch.long), sequence_index(trees)[1]
+
+
+def drawn_logprobs(rollouts: Rollouts, places_S: Tensor) -> Tensor:
+    """Returns the log-prob of each token under the distribution that it was drawn from: ``(N,)``.
+
+    Args:
+        rollouts: this rank's rollouts.
+        places_S: numbers of the trained completions, as in ``flat_indices``.
+    """
+    samples = rollouts.samples
+    drawn = [logprob for place in places_S.tolist() for logprob in samples[place].logprobs]
+    return torch.tensor(drawn, dtype=torch.float64)
 
 
 def sequence_index(trees: Sequence[Example]) -> tuple[int, Tensor]:

@@ -23,6 +23,7 @@ from .rollouts import (
     Rollouts,
     attach_token_fields,
     build_trees,
+    drawn_logprobs,
     flat_indices,
     group_index,
     sequence_index,
@@ -104,9 +105,7 @@ class TrainingTrees:
             steps_N = shared_mean(steps_N, tokens=tokens, weights_N=weights_N)
             fixed["advantages"] = fixed["advantages"] + module.rewards.weights[-1] * steps_N
         if module.off_policy.needs_sampling_logprobs:
-            samples = rollouts.samples
-            drawn = [logprob for place in completion_index_S.tolist() for logprob in samples[place].logprobs]
-            fixed["sampling_logprobs"] = torch.tensor(drawn, dtype=torch.float64)
+            fixed["sampling_logprobs"] = drawn_logprobs(rollouts, completion_index_S)
         return fixed
 
     def _policy_fields(self, trees: Sequence[Example]) -> tuple[Rows, Metrics]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from ..data.formats import OF_ANSWERS
 from ..inference.reasoning_rows import REASONING, Reasoning, with_reasoning
 from ..utils.validation import check_choice, check_count, check_not_negative
 from .samples import Sample, ScoredPrompt
@@ -16,8 +17,9 @@ from .templates import asked_like, fill, last_words
 
 Row = dict[str, Any]
 PAIRINGS = ("best_worst", "all")
-# Columns that rows define themselves: a prompt's own columns of these names are left out.
-_OWN = ("prompt", "completion", "completions", "chosen", "rejected", "label", "score", "provenance")
+# Columns that rows define themselves, or that would be read as if they were about the samples: those of a prompt are
+# left out.
+_OWN = ("prompt", *OF_ANSWERS, "score", "ended", "provenance")
 
 
 def demonstrations(

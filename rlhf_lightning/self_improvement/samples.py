@@ -82,6 +82,34 @@ class ScoredPrompt:
         return sum(score >= success for score in scores) / len(scores) if scores else None
 
 
+def check_samples(
+    num_samples: int, sampling: SamplingParams, rows: Sequence[str] = (), *, strategy: Any = None
+) -> None:
+    """Refuses samples that no row could be made of, before anything is sampled.
+
+    Args:
+        num_samples: of each prompt.
+        sampling: the settings.
+        rows: kinds of rows that are made of one model's samples.
+        strategy: that searches for each sample, and may draw in ways of its own; ``None`` for none.
+
+    Raises:
+        ValueError: less than one sample, several at temperature 0, or one for pairs.
+
+    Example:
+        >>> check_samples(4, SamplingParams(temperature=0.0))
+        Traceback (most recent call last):
+        ValueError: num_samples is 4 at sampling.temperature 0, where all are equal: use a temperature above 0
+    """
+    check_count("num_samples", num_samples, "4 is usual")
+    if num_samples > 1 and sampling.greedy and strategy is None:
+        raise ValueError(
+            f"num_samples is {num_samples} at sampling.temperature 0, where all are equal: use a temperature above 0"
+        )
+    if num_samples == 1 and "pairs" in rows:
+        raise ValueError("num_samples is 1, and a pair is made of two samples of a prompt: draw at least 2")
+
+
 def sample_prompts(
     engine: Engine,
     examples: Sequence[Example],

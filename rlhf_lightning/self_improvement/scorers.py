@@ -21,8 +21,8 @@ def load_scorer(spec: str | Mapping[str, Any]) -> Scorer:
     """Makes a scorer of a reward's specification.
 
     It is called as ``fn(prompts, completions, **columns)`` and passes on the columns that the reward takes. A sample on
-    which the reward fails has no score. After eight failures without a verdict between them it is broken, which is an
-    error: how many samples share a call decides nothing.
+    which the reward fails has no score. Calls on all of whose samples it fails are added up: from eight failures in
+    succession on it is broken, which is an error.
 
     Args:
         spec: dotted path of a function or class, or ``class_path`` and ``init_args``: ``RewardModelReward`` of a reward

@@ -6,6 +6,7 @@ from .cached_rows import CachedRows
 from .example import Example, ExampleBatch, Segment, distinct_segments
 from .geometry import TreeGeometry
 from .micro_batch_plan import example_cost, plan_micro_batches
+from .prior_context import PriorContext, PriorStates
 from .summaries import Placement, Recurrence, SummaryLayout
 from .tree_attention import (
     ATTENTION_KERNELS,
@@ -27,6 +28,8 @@ __all__ = [
     "ExampleBatch",
     "PaddedBatch",
     "Placement",
+    "PriorContext",
+    "PriorStates",
     "Recurrence",
     "Segment",
     "SequenceBatch",

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ..utils.transfer import to_device
-from .example import Example, Segment, path_weights
-from .geometry import Part, Shown, TreeGeometry
+from .example import Example
+from .forest_layout import lay_out
+from .geometry import Part, TreeGeometry
+from .prior_context import PriorContext
 
 
 @dataclass
@@ -69,6 +71,8 @@ class SequenceBatch:
             a token's segment shows less than everything.
         distinct: where several sequences score the same token at the same place (rows of one prompt that share a
             completion): the scored tokens to compute, ``(U,)``, and for each scored token its number there, ``(N,)``.
+        contexts: contexts that trees follow, each with the flat position of its first entry. Paths begin with entries,
+            whose tokens are 0; their keys and values come with ``geometry.prior``.
     """
 
     input_ids: Tensor
@@ -94,6 +98,7 @@ class SequenceBatch:
     slots: Tensor | None = None
     encoded: Tensor | None = None
     distinct: tuple[Tensor, Tensor] | None = None
+    contexts: list[tuple[int, PriorContext]] = field(default_factory=list)
     _padded: dict[tuple[str, int, int], PaddedBatch] = field(default_factory=dict)
 
     @property
@@ -141,7 +146,7 @@ class SequenceBatch:
         return self.path_index[first_P[self.source_path] + depth_N], depth_N
 
     def drop_masks(self) -> None:
-        """Frees what of the batch grows with the square of its tokens; it is made again where it is needed."""
+        """Frees masks and the states of contexts; they are made again where they are needed."""
         for batch in (self, *self.also.values()):
             batch.geometry.drop_masks()
 
@@ -175,143 +180,6 @@ class SequenceBatch:
             "position_ids": depth * mask,
             "start": start,
         }
-
-
-class _Node:
-    """A run of tokens that every path through it shares."""
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.start = 0  # in the layout
-        self.children: dict[bytes, _Node] = {}
-
-    def child(self, segment: Segment) -> _Node:
-        """Returns the child that holds a segment's tokens, and creates it if needed."""
-        return self.children.setdefault(segment.content, _Node(segment))
-
-
-class _Layout:
-    """Collects the flat arrays of a forest in which equal prefixes are laid out once."""
-
-    def __init__(self) -> None:
-        # The forest, token by token.
-        self.roots: list[_Node] = []
-        self.tokens: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.slots: list[np.ndarray] = []
-        self.segments: list[tuple[int, int, int]] = []  # (start, length, parent segment or -1)
-        self.shown: dict[int, Shown] = {}  # of segments that do not show everything
-        self.size = 0
-
-        # Scored tokens, one array per path: where they are predicted from, their depth and path, and what they are.
-        self.source: list[np.ndarray] = []
-        self.depth: list[np.ndarray] = []
-        self.path: list[np.ndarray] = []
-        self.target: list[np.ndarray] = []
-        self.weight: list[np.ndarray] = []
-        self.sequence: list[np.ndarray] = []
-
-        # Paths and sequences.
-        self.paths: list[np.ndarray] = []
-        self.path_sequence: list[int] = []
-        self.last_path: list[int] = []  # per sequence
-        self.example: list[int] = []  # per sequence
-
-    def place(self, node: _Node, parent: int = -1, depth: int = 0) -> None:
-        """Lays out a node after its ancestors, then its children."""
-        node.start, length, number = self.size, len(node.segment.tokens), len(self.segments)
-        slots = np.full(length, -1) if node.segment.slots is None else node.segment.slots
-        # A slot has the position of the token before it.
-        positions = depth - 1 + np.cumsum(slots < 0)
-        self.tokens.append(node.segment.tokens)
-        self.slots.append(slots)
-        self.positions.append(np.maximum(positions, 0))
-        self.segments.append((node.start, length, parent))
-        if node.segment.shows != "all":
-            self.shown[number] = Shown(np.flatnonzero(slots >= 0), node.segment.hidden)
-        self.size += length
-        for child in node.children.values():
-            self.place(child, number, int(positions[-1]) + 1)
-
-    def close(self, turns: list[_Turn], example: int) -> None:
-        """Records a sequence: its paths, and the tokens that it scores on them."""
-        number = len(self.example)
-        for tokens, weights, nodes in turns:
-            flat = np.concatenate([np.arange(node.start, node.start + len(node.segment.tokens)) for node in nodes])
-            # A token is predicted from the one before it on its path.
-            scored = np.flatnonzero(weights)
-            if len(scored) and scored[0] == 0:
-                raise ValueError(
-                    "the first token of a tree has weight above 0, but no token before it: give it weight 0"
-                )
-            self.source.append(flat[scored - 1])
-            self.depth.append(scored - 1)
-            self.path.append(np.full(len(scored), len(self.paths)))
-            self.target.append(tokens[scored])
-            self.weight.append(weights[scored])
-            self.sequence.append(np.full(len(scored), number))
-            self.paths.append(flat)
-            self.path_sequence.append(number)
-        self.last_path.append(len(self.paths) - 1)
-        self.example.append(example)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of a ``SequenceBatch``, by name."""
-        sequence, slots = np.concatenate(self.sequence), np.concatenate(self.slots)
-        return {
-            **({"slots": slots, "encoded": self._encoded()} if (slots >= 0).any() else {}),
-            "input_ids": np.concatenate(self.tokens),
-            "position_ids": np.concatenate(self.positions),
-            "source_index": np.concatenate(self.source),
-            "source_depth": np.concatenate(self.depth),
-            "source_path": np.concatenate(self.path),
-            "target_ids": np.concatenate(self.target),
-            "sequence_index": sequence,
-            "weights": np.concatenate(self.weight).astype(np.float32, copy=False),
-            "last_index": np.array([self.paths[number][-1] for number in self.last_path]),
-            "last_path": np.array(self.last_path),
-            "scored_lengths": np.bincount(sequence, minlength=len(self.last_path)),
-            "lengths": np.array([len(path) for path in self.paths]),
-            "path_sequence": np.array(self.path_sequence),
-            "example_index": np.array(self.example),
-            "path_index": np.concatenate(self.paths),
-        }
-
-    def _encoded(self) -> np.ndarray:
-        return np.repeat([n in self.shown for n in range(len(self.segments))], [size for _, size, _ in self.segments])
-
-
-_Turn = tuple[np.ndarray, np.ndarray, list[_Node]]  # tokens, weights and nodes of a path
-
-
-def _lay_out(examples: Sequence[Example], share_prefix: bool) -> _Layout:
-    """Merges equal prefixes of the examples' trees, lays them out, and records every example's sequences."""
-    layout = _Layout()
-    everything = _Node(Segment([0]))  # no segment: its children are the roots
-    found: list[tuple[list[_Turn], int]] = []
-
-    # First pass: merge the trees. Nothing has a position yet: a later example may add to an earlier prefix.
-    for number, example in enumerate(examples):
-        for sequence in example.root.sequences():
-            turns: list[_Turn] = []
-            scored: set[Segment] = set()
-            for path in sequence:
-                tokens = np.concatenate([segment.tokens for segment in path])
-                weights = path_weights(path, scored)
-                nodes = [everything.child(path[0]) if share_prefix else _Node(path[0])]
-                if not share_prefix:
-                    layout.roots.append(nodes[0])
-                for segment in path[1:]:
-                    nodes.append(nodes[-1].child(segment))
-                turns.append((tokens, weights, nodes))
-            found.append((turns, number))
-
-    # Second pass: positions, depth first, and then the sequences that refer to them.
-    for root in (*layout.roots, *everything.children.values()):
-        layout.place(root)
-    for turns, number in found:
-        layout.close(turns, number)
-    return layout
 
 
 def pack(
@@ -373,8 +241,8 @@ class _Draft:
         device: torch.device | None,
         wanted: set[Part] | None,
     ) -> None:
-        layout = _lay_out(examples, share_prefix)
-        self.examples = list(examples)
+        layout = lay_out(examples, share_prefix)
+        self.examples, self.contexts = list(examples), layout.contexts
         self.host = layout.arrays()
         self.geometry = TreeGeometry(layout.segments, device=device, wanted=wanted, shown=layout.shown)
 
@@ -388,7 +256,8 @@ class _Draft:
         own: dict[str, Any] = {name: tensors.pop(name) for name in self.host}
         distinct = (tensors.pop("chosen"), tensors.pop("which")) if "chosen" in tensors else None
         self.geometry.place(tensors)
-        return SequenceBatch(**own, geometry=self.geometry, host=self.host, examples=self.examples, distinct=distinct)
+        own |= {"geometry": self.geometry, "host": self.host, "examples": self.examples}
+        return SequenceBatch(**own, distinct=distinct, contexts=self.contexts)
 
 
 def _distinct(source: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -128,7 +129,7 @@ def with_answer(root: Segment, prompt: Tokens, answer: Segment) -> Segment:
         weights = np.zeros(len(answer.tokens), np.float32) if answer.weights is None else answer.weights
         weights = np.concatenate([np.zeros(len(rest), np.float32), weights])
         answer = Segment(np.concatenate([rest, answer.tokens]), weights)
-    return Segment(root.tokens, root.weights, (*root.children, answer))
+    return replace(root, children=(*root.children, answer))
 
 
 def shared_length(one: Tokens, other: Tokens) -> int:

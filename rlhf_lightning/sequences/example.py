@@ -10,6 +10,8 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from .prior_context import PriorContext
+
 Shows = Literal["all", "slots", "only slots"]
 
 SHOWS: Final[tuple[Shows, ...]] = get_args(Shows)
@@ -35,6 +37,8 @@ class Segment:
             sum it up; or ``"only slots"``: these, and nothing above this segment.
         hides: number of the last tokens that this segment sees above it and the segments below do not see; 0 unless it
             shows ``"slots"``, which then replace them.
+        after: of a root: the context that the tree follows. Its entries have no tokens here, and are laid out before
+            the tree.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -44,6 +48,7 @@ class Segment:
     slots: npt.NDArray[np.int64] | None
     shows: Shows
     hides: int
+    after: PriorContext | None
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class Segment:
         slots: npt.ArrayLike | None = None,
         shows: Shows = "all",
         hides: int = 0,
+        after: PriorContext | None = None,
     ) -> None:
         flat = np.asarray(tokens, dtype=np.int64)
         if flat.ndim != 1 or len(flat) == 0:
@@ -76,6 +82,7 @@ class Segment:
         object.__setattr__(self, "slots", numbers)
         object.__setattr__(self, "shows", shows)
         object.__setattr__(self, "hides", hides)
+        object.__setattr__(self, "after", after)
 
     def paths(self) -> Iterator[tuple[Segment, ...]]:
         """Yields each root-to-leaf path, depth first."""
@@ -103,9 +110,19 @@ class Segment:
             yield tuple(group)
 
     @property
+    def num_own(self) -> int:
+        """Tokens in this segment, and entries of the context that it follows."""
+        return len(self.tokens) + (0 if self.after is None else self.after.size)
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens in this segment and its descendants, each counted once."""
-        return len(self.tokens) + sum(child.num_tokens for child in self.children)
+        """Tokens in this segment and its descendants, each counted once, with the entries of a context before them."""
+        return self.num_own + sum(child.num_tokens for child in self.children)
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first token of a root."""
+        return 0 if self.after is None else self.after.position
 
     @property
     def hidden(self) -> int | None:
@@ -115,10 +132,11 @@ class Segment:
     @property
     def content(self) -> bytes:
         """Digests what a path computes of the segment: segments of equal content and ancestors are laid out once."""
+        before = b"" if self.after is None else self.after.key
         if self.slots is None and self.shows == "all":
-            return self.tokens.tobytes()
+            return before + self.tokens.tobytes()
         slots = b"" if self.slots is None else self.slots.tobytes()
-        return f"{self.shows}:{self.hides}:".encode() + slots + b":" + self.tokens.tobytes()
+        return before + f"{self.shows}:{self.hides}:".encode() + slots + b":" + self.tokens.tobytes()
 
 
 Path = tuple[Segment, ...]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..utils.transfer import to_device
+from .prior_context import PriorStates
 
 # Segments share a padded block while its area is at most this multiple of the area that they need.
 _MAX_PADDING = 1.3
@@ -112,6 +113,7 @@ class TreeGeometry:
         self.segments = segments
         self.device = device
         self.wanted = set() if wanted is None else wanted
+        self.prior: PriorStates | None = None  # of the contexts that trees follow, set before a forward
         self.num_tokens = sum(length for _, length, _ in segments)
         self._tensors: dict[Part, dict[str, Tensor]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
@@ -253,8 +255,8 @@ class TreeGeometry:
         return self._masks[key]
 
     def drop_masks(self) -> None:
-        """Frees masks, which are made again from indices when they are needed."""
-        self._masks, self.flex_masks = {}, {}
+        """Frees masks, which are made again from indices when they are needed, and the states of contexts."""
+        self._masks, self.flex_masks, self.prior = {}, {}, None
 
     # Variable-length calls.
 

@@ -12,7 +12,7 @@ def example_cost(example: Example, *, share_prefix: bool) -> int:
     """Counts the tokens that the backbone computes for an example."""
     if share_prefix:
         return example.root.num_tokens
-    return sum(len(segment.tokens) for path in example.root.paths() for segment in path)
+    return sum(segment.num_own for path in example.root.paths() for segment in path)
 
 
 def plan_micro_batches(examples: Sequence[Example], *, budget: int, share_prefix: bool = True) -> list[list[int]]:
@@ -85,7 +85,7 @@ class _Level(dict[bytes, "_Level"]):
     def add(self, segment: Segment) -> int:
         """Merges a segment and its descendants; returns the number of tokens added."""
         key = segment.content
-        added = 0 if key in self else len(segment.tokens)
+        added = 0 if key in self else segment.num_own
         below = self.setdefault(key, _Level())
         return added + sum(below.add(child) for child in segment.children)
 

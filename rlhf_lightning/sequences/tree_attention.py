@@ -108,6 +108,8 @@ def tree_attention(
         return out.transpose(1, 2).contiguous(), None
 
     _check_mask(attention_mask)
+    if tree.prior is not None:
+        key, value = tree.prior.placed(_layer_of(module), key, value)
     cast = _as_autocast(query, key, value)
     # FlexAttention's mask is that of a forest whose segments show everything.
     if tree.shown and (kernel == "flex" or softcap is not None or s_aux is not None):
@@ -120,6 +122,14 @@ def tree_attention(
         return flex(*cast, tree, sliding_window, scaling, softcap, s_aux), None
     blocks = _blocks_outside if torch.compiler.is_compiling() else _blocks
     return blocks(query, key, value, tree, sliding_window, dropout, scaling, softcap, s_aux), None
+
+
+def _layer_of(module: nn.Module) -> int:
+    """Returns the number of an attention layer, by which caches know it."""
+    number = getattr(module, "layer_idx", None)
+    if number is None:
+        raise NotImplementedError(f"{type(module).__name__} has no number, by which it would find states of contexts")
+    return int(number)
 
 
 def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

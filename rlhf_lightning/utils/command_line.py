@@ -10,6 +10,7 @@ import jsonargparse
 
 from . import yaml_parser
 from .messages import UsageError, explain
+from .packaged_configs import with_packaged_configs
 
 
 class CommandParser(jsonargparse.ArgumentParser):
@@ -56,5 +57,5 @@ def parse_options(command: str, cls: type, args: Sequence[str], description: str
     parser = CommandParser(command=command, description=description)
     parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
     parser.add_class_arguments(cls, as_group=False)
-    given = yaml_parser.plain(parser.instantiate(parser.parse_args([*args])))
+    given = yaml_parser.plain(parser.instantiate(parser.parse_args([*with_packaged_configs(args)])))
     return {option.name: given[option.name] for option in fields(cls)}

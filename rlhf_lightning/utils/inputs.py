@@ -23,7 +23,7 @@ from .packaged_configs import packaged_config
 _SOURCES = (
     *("model", "models", "base", "tokenizer", "adapter", "draft", "scorer", "judge", "compressor"),
     *("solver", "opponents"),
-    *("train", "val", "test", "predict", "prompts", "rows", "input"),
+    *("train", "val", "test", "predict", "prompts", "rows", "input", "evaluation"),
 )
 # Options that name outputs.
 _WRITTEN = ("output", "dirpath", "save_dir", "default_root_dir", "log_dir", "folder", "filename", "root_dir")

@@ -49,6 +49,8 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         >>> explain("Option 'betta' is not accepted", ["beta"])
         "no option 'betta'; did you mean 'beta'?"
     """
+    if "Neither `tensorboard` nor `tensorboardX` is available" in message:
+        return "TensorBoardLogger needs tensorboard: pip install 'rlhf-lightning[tensorboard]'"
     if text := _about_classes(message, classes) or _about_groups(message):
         return text
 
@@ -69,6 +71,8 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
         return f"there is no file {found[1]}{nearest_config(found[1].strip(chr(39)))}"
     if found := re.search(r"Path is not a file: (.*)", message):
         return f"{found[1]} is not a file: give --config with a YAML file"
+    if found := re.search(r"argument (?:-\w/)?(--[\w.+-]+): expected one argument", message):
+        return f"{found[1]} has no value: write {found[1]}=VALUE"
     if found := re.search(r"arguments are required: (.*)", message):
         # An option may be listed with its short form: `-c/--config`.
         missing = [name.split("/")[-1].lstrip("-").split(".")[-1] for name in found[1].split(", ")]

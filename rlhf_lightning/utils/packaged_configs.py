@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -26,6 +27,28 @@ def packaged_config(path: str | Path) -> Path | None:
         return None
     packaged = _PACKAGE / path
     return packaged if packaged.exists() else None
+
+
+def with_packaged_configs(args: Sequence[str]) -> Iterator[str]:
+    """Points ``--config configs/...`` to the packaged file if no such file exists in the current folder.
+
+    Args:
+        args: a command line.
+
+    Example:
+        >>> list(with_packaged_configs(["--config", "mine.yaml", "--config=mine.yaml"]))
+        ['--config', 'mine.yaml', '--config=mine.yaml']
+    """
+    previous = ""
+    for argument in args:
+        flag, _, value = argument.partition("=")
+        if flag in ("--config", "-c") and value:
+            yield f"{flag}={packaged_config(value) or value}"
+        elif previous in ("--config", "-c"):
+            yield str(packaged_config(argument) or argument)
+        else:
+            yield argument
+        previous = argument
 
 
 def nearest_config(path: str | Path) -> str:

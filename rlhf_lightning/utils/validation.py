@@ -59,6 +59,30 @@ def check_count(name: str, value: int, instead: str) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1 ({instead})")
 
 
+def check_device(device: str | torch.device | None) -> torch.device:
+    """Returns the device that is meant, by default the GPU if there is one.
+
+    Args:
+        device: its name, such as ``cpu``, ``cuda`` or ``cuda:1``; ``None`` for the default.
+
+    Raises:
+        ValueError: there is no such device here.
+
+    Example:
+        >>> check_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:  # of a name that torch does not know
+        raise ValueError(f"device is {device!r}; it must be the name of one, such as cpu, cuda or cuda:1") from error
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise ValueError(f"device is {str(device)!r}, and torch finds {count} GPUs: write cpu, or leave it out")
+    return place
+
+
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raises unless the rate of flipped labels is in [0, 0.5): from 0.5 on, labels carry no or inverted information."""
     if not _is_number(label_smoothing) or not 0 <= label_smoothing < 0.5:

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 
 from rlhf_lightning import GRPOModule, RewardModule, SFTModule
-from rlhf_lightning.callbacks import CapabilityGate, ModelExport, SelfImprovement, TrainingCheckpoint, capability_gate
+from rlhf_lightning.callbacks import CapabilityGate, ModelExport, TrainingCheckpoint, capability_gate
 from rlhf_lightning.datamodules import PromptDataModule, SFTDataModule
 from rlhf_lightning.evaluation import TaskResult
 from rlhf_lightning.self_improvement.gate import Decision
@@ -397,13 +397,6 @@ def test_it_needs_a_module_that_generates(tiny_model_folder: Any, tmp_path: Path
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"^CapabilityGate needs a module that generates text; it was given a Rew"):
         trainer.fit(RewardModule(str(tiny_model_folder())), datamodule=RUNS["reward"].data())
-
-
-def test_rows_that_change_cannot_be_taken_back(tiny_model_folder: Any, tmp_path: Path) -> None:
-    gate = CapabilityGate(suite(tmp_path), str(tmp_path / "accepted"))
-    rounds = SelfImprovement(str(tmp_path / "prompts.jsonl"), str(tmp_path / "rounds"))
-    with pytest.raises(ValueError, match=r"^CapabilityGate cannot go back to rows that SelfImprovement has replaced"):
-        poisoned(tiny_model_folder(), gate, rounds, steps=1)
 
 
 def test_time_passes_after_a_rejection_at_the_end(tiny_model_folder: Any, tmp_path: Path, verdicts: list[Any]) -> None:

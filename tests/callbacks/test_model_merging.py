@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import DPOModule, SFTModule
 from rlhf_lightning.callbacks import ModelExport, ModelMerging, TrainingCheckpoint, WeightAverage
+from rlhf_lightning.callbacks.snapshot_merges import decay_weights
 from rlhf_lightning.core.measuring import measure_validation
 from rlhf_lightning.datamodules import SFTDataModule
 
@@ -328,6 +330,29 @@ def test_a_run_that_has_ended_keeps_both(folder: str, tmp_path: Path) -> None:
     assert_close(seen.validated[-1], trained(module), 0.0)
 
 
+DECAYS = {"linear": lambda x: 1 - x, "cosine": lambda x: math.cos(math.pi * x / 2) ** 2, "sqrt": lambda x: 1 - x**0.5}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_weighted_means_stand_for_a_decay_of_the_updates(decay: Any, folder: str) -> None:
+    steps, merging = Steps(), told(num_models=4, snapshot_every_n_steps=1, decay=decay)
+    module = sft(folder)
+    fit(module, batches(5), steps, merging, Told(*BETTER))
+    window, rate = steps.weights[-4:], DECAYS[decay]
+    expected = {name: weight.double() for name, weight in window[0].items()}
+    for number, (before, after) in enumerate(pairwise(window), start=1):
+        for name in expected:
+            expected[name] = expected[name] + rate(number / 4) * (after[name] - before[name])
+    assert_close(trained(module), expected)
+
+
+def test_weights_of_a_window() -> None:
+    assert decay_weights(1, "sqrt") == [1.0]
+    assert decay_weights(5, "linear") == pytest.approx([0.2] * 5)
+    assert decay_weights(4, "cosine") == pytest.approx([0.146447, 0.353553, 0.353553, 0.146447], abs=1e-6)
+    assert decay_weights(4, "sqrt") == pytest.approx([0.5, 0.5**0.5 - 0.5, 0.75**0.5 - 0.5**0.5, 1 - 0.75**0.5])
+
+
 # Mistakes.
 
 
@@ -338,6 +363,8 @@ def test_a_run_that_has_ended_keeps_both(folder: str, tmp_path: Path) -> None:
         ({"num_models": 1}, "num_models is 1; it must be at least 2"),
         ({"snapshot_every_n_steps": 0}, "snapshot_every_n_steps is 0; it must be a whole number of at least 1"),
         ({"merge_every_n_epochs": 1, "method": "warp"}, "merge_every_n_epochs is 1 with method 'warp'"),
+        ({"decay": "sqr"}, "decay is 'sqr'; it must be one of linear, cosine, sqrt; did you mean 'sqrt'?"),
+        ({"decay": "sqrt", "method": "warp"}, "decay is 'sqrt' with method 'warp', which merges on the sphere"),
         ({"eta": 0.0}, "eta is 0.0; it must be in (0, 1]"),
         ({"max_drop": -1.0}, "max_drop is -1.0; it must be at least 0"),
         ({"monitor": "val/thing"}, "set mode to max or min"),

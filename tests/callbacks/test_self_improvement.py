@@ -148,6 +148,29 @@ def test_a_resumed_run_is_the_same_run(kind, every, folder, prompts, tmp_path):
             assert (place / "own" / file.name).read_bytes() == file.read_bytes()
 
 
+class Ends(lightning.Callback):
+    """Notes the steps that end an epoch."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.is_last_batch:
+            self.steps.append(trainer.global_step)
+
+
+def test_a_run_that_is_resumed_between_two_rounds_knows_their_ends(folder, prompts, tmp_path):
+    """Their rows are not as many as those of the epoch that it was stopped in."""
+    settings = {"max_epochs": 3}
+    run(folder, tmp_path, improvement(prompts, tmp_path), ends := Ends(), **settings)
+    assert len(ends.steps) == 3
+    for number, step in enumerate(ends.steps[:2]):
+        checkpoint = str(tmp_path / f"checkpoints/step={step}.ckpt")
+        place = tmp_path / f"again-{number}"
+        run(folder, place, improvement(prompts, tmp_path), again := Ends(), resume=checkpoint, **settings)
+        assert again.steps == ends.steps[number + 1 :]
+
+
 def test_pairs_and_seed_rows(folder, prompts, tmp_path):
     seeds = tmp_path / "seeds.jsonl"
     seeds.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
@@ -188,6 +211,8 @@ def test_rows_that_a_resumed_run_needs(folder, prompts, tmp_path):
         ({"rows": "pair"}, "rows is 'pair'; it must be one of demonstrations, pairs, unpaired, spin; did you mean"),
         ({"every_n_epochs": 0}, "every_n_epochs is 0"),
         ({"prompts_per_round": 0}, "prompts_per_round is 0"),
+        ({"rows": "pairs", "num_samples": 1}, "num_samples is 1, and a pair is made of two samples"),
+        ({"sampling": {"temperature": 0.0}}, "num_samples is 4 at sampling.temperature 0, where all are equal"),
         ({"seed_ratio": 0.5}, "seed_rows is None and seed_ratio 0.5: give both, or neither"),
         ({"sampling": {"seed": 1}}, "sampling.seed is 1: write seed"),
         ({"verifier": "nowhere.right"}, "verifier 'nowhere.right' cannot be imported"),

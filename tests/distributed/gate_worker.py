@@ -1,4 +1,4 @@
-"""A gated run on the ranks that torchrun started, and the same one each of whose candidates is rejected once."""
+"""Gated runs on the ranks that torchrun started, and the same ones each of whose candidates is rejected once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ import lightning
 import torch
 
 from rlhf_lightning import SFTModule
-from rlhf_lightning.callbacks import CapabilityGate, ElasticWeightConsolidation, TrainingCheckpoint, capability_gate
+from rlhf_lightning.callbacks import (
+    CapabilityGate,
+    ElasticWeightConsolidation,
+    SelfImprovement,
+    TrainingCheckpoint,
+    capability_gate,
+)
 from rlhf_lightning.datamodules import SFTDataModule
 from rlhf_lightning.self_improvement.gate import Decision
-from tests.callbacks.test_capability_gate import suite
+from tests.callbacks.test_capability_gate import says_no_z, suite
 from tests.helpers import leave_together
 from tests.integration.test_resume import DEMONSTRATIONS, LORA, Noise
 
@@ -38,8 +44,26 @@ def fit(model: str, folder: Path, strategy: str, *callbacks: lightning.Callback,
     trainer.fit(SFTModule(model, lora=LORA), datamodule=data, **options)
 
 
+class SameSeeds(SelfImprovement):
+    """Rounds that are made again with the seeds that they had."""
+
+    attempt = property(lambda self: 0, lambda self, value: None)  # type: ignore[assignment]
+
+
+def rounds(place: Path) -> SelfImprovement:
+    """Rounds of all samples that have ended."""
+    return SameSeeds(
+        str(place.parent / "prompts.jsonl"),
+        str(place / "own"),
+        f"{says_no_z.__module__}.says_no_z",
+        threshold=None,
+        num_samples=6,
+        sampling={"max_new_tokens": 16},
+    )
+
+
 def main(model: str, folder: str, strategy: str) -> None:
-    """Runs all accepted, and then each rejected once; then, under ddp, one that measures information."""
+    """Runs all accepted, and then each rejected once, without and with rounds; under ddp, one that consolidates."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     script: list[Any] = []
@@ -58,6 +82,11 @@ def main(model: str, folder: str, strategy: str) -> None:
         gate = CapabilityGate(suite(place), str(place / name / "accepted"), every_n_steps=4, criteria={"max_kl": 100.0})
         fit(model, place / name, strategy, gate)
         assert len(gate.history) == 3 + sum(verdict == "reject" for verdict in verdicts)
+    for name, again in (("rounds", False), ("rounds again", True)):
+        script[:] = ["reject", "accept"] * 9 if again else []
+        gate = CapabilityGate(suite(place), str(place / name / "accepted"))
+        fit(model, place / name, strategy, gate, rounds(place / name))
+        assert [entry["verdict"] for entry in gate.history].count("reject") == (len(gate.history) // 2 if again else 0)
     if strategy == "ddp":
         fit(model, place / "ewc", strategy, ElasticWeightConsolidation(str(place / "rows.jsonl")))
     leave_together()

@@ -42,6 +42,17 @@ def test_two_ranks_go_back_together(tiny_model_folder, tmp_path, strategy):
     assert kls[1][:4:2] == kls[1][1:4:2] == kls[0]
     assert len(set(kls[0])) == 2
 
+    plain, again = (
+        torch.load(tmp_path / name / "checkpoints" / "step=9.ckpt", weights_only=True)
+        for name in ("rounds", "rounds again")
+    )
+    for checkpoint in (plain, again):
+        forget_gate(checkpoint)
+        assert len(checkpoint["callbacks"]["SameSeeds"]["history"]) >= 1
+    assert_same(again, plain)
+    for file in (tmp_path / "rounds/own").iterdir():
+        assert (tmp_path / "rounds again/own" / file.name).read_bytes() == file.read_bytes()
+
     if strategy == "ddp":
         checkpoint = torch.load(tmp_path / "ewc" / "checkpoints" / "step=9.ckpt", weights_only=True)
         found = next(v for k, v in checkpoint["callbacks"].items() if k.startswith("ElasticWeightConsolidation"))

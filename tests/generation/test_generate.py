@@ -313,6 +313,7 @@ def test_without_an_output_answers_are_printed(model, prompts, tmp_path, capsys)
         (["--model=m", "--prompts=p", "--speculation=ngrams"], "speculation"),
         (["--model=m", "--prompts=p", "--server={modle: x}"], "server has no key 'modle'; did you mean 'model'?"),
         (["--model=m", "--prompts=p", "--strategy=mcts", "--strategy.simulations"], "has no value"),
+        (["--model=m", "--prompt=p", "--candidates"], "generate: --candidates has no value: write --candidates=VALUE"),
     ],
 )  # fmt: skip
 def test_mistakes(args, message, capsys):

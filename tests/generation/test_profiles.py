@@ -15,6 +15,7 @@ from rlhf_lightning.generation import GenerateOptions
 from rlhf_lightning.generation.command import read_options
 
 FOLDER = Path(__file__).parents[2] / "configs" / "inference"
+PACKAGED = "configs/inference/tiny_cpu.yaml"
 # By profile: whether its strategy chooses by a scorer, which the user gives, and how many samples a prompt may have.
 PROFILES = {
     "tiny_cpu": (False, 1),
@@ -46,6 +47,19 @@ def test_options_are_those_of_the_file(profile: str) -> None:
             assert {key: found["sampling"][key] for key in value} == value
         else:
             assert found[name] == value
+
+
+@pytest.mark.parametrize("spelling", [["--config", PACKAGED], [f"-c={PACKAGED}"]])
+def test_a_profile_is_found_from_any_folder(
+    spelling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*spelling, "--model=m", "--prompt=p"]
+    assert read_options("generate", GenerateOptions, arguments, "").cache == "int8"
+    # A file of that name here is the one that is meant.
+    (tmp_path / "configs" / "inference").mkdir(parents=True)
+    (tmp_path / "configs" / "inference" / "tiny_cpu.yaml").write_text("cache: paged\n")
+    assert read_options("generate", GenerateOptions, arguments, "").cache == "paged"
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -264,6 +264,10 @@ def test_an_engine_is_loaded_from_a_folder(tmp_path: Path) -> None:
     assert found["new_tokens"] == sum(len(s.token_ids) for s in engine.generate(["3+4="], 2, params)[0])
     with pytest.raises(ValueError, match="dtype='int4' is not allowed: use auto, float32"):
         LocalEngine.from_pretrained(folder, dtype="int4", device="cpu")
+    with pytest.raises(ValueError, match="device is 'gpu'; it must be the name of one, such as cpu, cuda or cuda:1"):
+        LocalEngine.from_pretrained(folder, device="gpu")
+    with pytest.raises(ValueError, match=r"device is 'cuda:99', and torch finds \d+ GPUs: write cpu, or leave it out"):
+        LocalEngine.from_pretrained(folder, device="cuda:99")
 
 
 def test_an_unknown_cache_is_refused() -> None:

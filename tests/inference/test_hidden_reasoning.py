@@ -389,6 +389,10 @@ def test_rows_with_the_reasoning_kept_masked_or_stripped() -> None:
     stripped = reasoning_rows(results, "stripped")
     assert [(row["prompt"], row["completion"]) for row in stripped] == [("q", "#4"), ("p", "#4")]
 
+    # A row's own answer and its verdict are not about this one.
+    others = results_of(engine, ["q"], answer=["4"], response=["#5"], label=[False])
+    assert reasoning_rows(others) == kept[:1]
+
     # What is learned: all tokens after the prompt, or those of the answer alone, after the same context.
     rows = RowTokenizer(engine.tokenizer)
     for row, learned, context in (

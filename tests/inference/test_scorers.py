@@ -23,7 +23,7 @@ from rlhf_lightning.inference import (
 )
 from rlhf_lightning.inference.strategy import Candidate, Query, Scores
 from rlhf_lightning.models import ProcessRewardModel, RewardModel, load_causal_lm
-from rlhf_lightning.models.process_reward_model import ProcessRewardModelOptions
+from rlhf_lightning.models.process_reward_options import ProcessRewardModelOptions
 from rlhf_lightning.models.scoring import prefix_examples
 from rlhf_lightning.sequences import Segment
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,12 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules.unpaired import mismatch
+from rlhf_lightning.models import ContextCompressor
 from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
 
 from ..rl.fixed_rollouts import FixedGRPO, FixedPPO, by_step, picky, prompts, remainder
-from ..rl.fixed_trees import FixedReplayGRPO, FixedSearchGRPO, FixedTreeGRPO
+from ..rl.fixed_trees import FixedReplayGRPO, FixedSearchGRPO, FixedSearchPPO, FixedTreeGRPO, FixedTreePPO
 
 VOCAB = 60
 # Updates are seen as differences of weights: where gradients are small, small steps would drown in their rounding.
@@ -97,6 +100,15 @@ def solutions(count: int) -> list[Example]:
         fields = {"labels": rng.random(len(lengths)).round(2).tolist()}
         rows.append(Example(f"rows:{n}", Segment(_tokens(rng, 1, 9), children=(completion,)), fields))
     return rows
+
+
+def step_pairs(count: int) -> list[Example]:
+    """Prompts with two solutions of one to four steps."""
+    first, second = solutions(2 * count)[::2], solutions(2 * count)[1::2]
+    return [
+        Example(a.row_id, Segment(a.root.tokens, children=(*a.root.children, *b.root.children)))
+        for a, b in zip(first, second, strict=True)
+    ]
 
 
 def rated(count: int) -> list[Example]:
@@ -201,6 +213,11 @@ METHODS: dict[str, Method] = {
     "process-tokens": Method(
         ProcessRewardModule, solutions, {"labels": "soft", "head": "tokens", "boundaries": "learned"}
     ),
+    "process-pairs": Method(
+        ProcessRewardModule,
+        step_pairs,
+        {"learn_from": "pairs", "outcome_head": True, "step_weight": 0.5, "aggregation": "product"},
+    ),
     "sft-turns": Method(SFTModule, conversations),
     "dpo-turns": Method(DPOModule, chat_pairs, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
     "simpo-turns": Method(SimPOModule, chat_pairs, {"beta": 10.0}),
@@ -292,7 +309,59 @@ METHODS: dict[str, Method] = {
             optimizer=partial(torch.optim.SGD, lr=3.0),
         ),
     ),
+    "ppo-tree": Method(
+        FixedTreePPO,
+        prompts,
+        rollouts(
+            kl_coef=0.2,
+            num_updates=1,
+            process_reward=by_step,
+            gae={"whiten_rewards": True},
+            entropy={"coef": 0.1},
+            optimizer=partial(torch.optim.SGD, lr=3.0),
+        ),
+    ),
+    "ppo-search": Method(
+        FixedSearchPPO,
+        prompts,
+        rollouts(
+            num_updates=1,
+            tree={"rollouts": ["samples", STEPS | {"class_path": "mcts"}, STEPS | {"class_path": "beam"}]},
+            loss={"correction": "token_truncate"},
+            optimizer=LARGE_STEPS,
+        ),
+    ),
 }
+
+
+def behind(method: type[PostTrainingModule]) -> type[PostTrainingModule]:
+    """A method behind a compressor of its model, which is made next to the model's folder."""
+
+    class Behind(method):  # type: ignore[valid-type, misc]
+        def __init__(self, model: str, **options: Any) -> None:
+            place = Path(f"{model}-compressor")
+            with Path(f"{model}-lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # ranks would write it at once
+                if not place.exists():
+                    made = ContextCompressor.from_pretrained(model, ratio=4, segment_length=8, encoder_rank=0)
+                    made.save_pretrained(place)
+            super().__init__(model, compressor=str(place), **options)
+
+    return Behind
+
+
+def after_contexts(make: Callable[[int], list[Example]]) -> Callable[[int], list[Example]]:
+    """Rows that follow contexts of one to four segments, some of them equal."""
+
+    def made(count: int) -> list[Example]:
+        texts = [row.root.tokens.tolist() for row in contexts(count)]
+        return [
+            Example(row.row_id, row.root, {**row.fields, "context": text})
+            for row, text in zip(make(count), texts, strict=True)
+        ]
+
+    return made
+
 
 # Methods that run in the packed layout alone.
 PACKED: dict[str, Method] = {
@@ -313,6 +382,11 @@ PACKED: dict[str, Method] = {
         asked_contexts,
         {"ratio": 2, "segment_length": 4, "condense_every": 2, "reads_query": True, "encoder_rank": 2, "kl_coef": 0.5},
     ),
+}
+
+PACKED |= {
+    f"{name}-behind": Method(behind(METHODS[name].module), after_contexts(METHODS[name].rows), METHODS[name].options)
+    for name in ("sft", "dpo", "simpo", "kto", "grpo", "ppo")
 }
 
 # Mixtures of experts with a loss on their routers, which compute in fp32 alone.

@@ -10,7 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf_lightning.losses.process_reward import AGGREGATIONS, aggregate_step_scores, step_bce_loss
+from rlhf_lightning.losses.process_reward import (
+    AGGREGATIONS,
+    aggregate_step_logits,
+    aggregate_step_scores,
+    step_bce_loss,
+)
 
 
 @pytest.mark.parametrize("labels", [[1.0, 0.0, 1.0, 0.0], [0.9, 0.25, 0.0, 0.5], [True, False, False, True]])
@@ -102,3 +107,28 @@ def test_aggregation(aggregation: str, oracle: Callable[[list[float]], float]) -
 def test_refusals(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_logits_are_aggregated_as_by_a_loop(aggregation: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    counts = [3, 1, 5]
+    logits = torch.randn(9, generator=generator, dtype=torch.float64, requires_grad=True)
+    index, steps = torch.repeat_interleave(torch.arange(3), torch.tensor(counts)), torch.tensor(counts)
+    rules = {
+        "min": torch.min,
+        "last": lambda z: z[-1],
+        "mean": torch.mean,
+        "product": lambda z: z.sigmoid().prod().log(),
+    }
+    expected = torch.stack([rules[aggregation](part) for part in logits.split(counts)])
+    found = aggregate_step_logits(logits, index, steps, aggregation=aggregation)
+    torch.testing.assert_close(found, expected)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    [one], [two] = (torch.autograd.grad((value * weights).sum(), logits) for value in (found, expected))
+    torch.testing.assert_close(one, two)
+    if aggregation in ("min", "last"):  # the same step decides as with probabilities
+        scores = aggregate_step_scores(logits.sigmoid(), index, num_sequences=3, aggregation=aggregation)
+        torch.testing.assert_close(found.sigmoid(), scores)
+    with pytest.raises(ValueError, match="sequence_index_M"):
+        aggregate_step_logits(logits, index[:-1], steps, aggregation=aggregation)

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lightning.inference import LocalEngine, SamplingParams
-from rlhf_lightning.models import AdapterReference, OutputHead, fused_logprobs, load_causal_lm, output_head
+from rlhf_lightning.models import (
+    AdapterReference,
+    OutputHead,
+    ProcessRewardModel,
+    ProcessRewardModelOptions,
+    fused_logprobs,
+    load_causal_lm,
+    output_head,
+)
 from rlhf_lightning.models.half_weights import HalfLinear, hold_frozen, rounded, rounded_copy, widen_trained
-from rlhf_lightning.models.process_reward_model import ProcessRewardModel, ProcessRewardModelOptions
 from rlhf_lightning.models.saving import save_pretrained
 
 from ..helpers import ARCHITECTURES, char_tokenizer, tiny_model

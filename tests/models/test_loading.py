@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,13 @@ def test_tokenizer_of_an_adapter_is_its_base_models(adapter_folder: Path) -> Non
 
 def test_missing_tokenizer_says_what_to_pass(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^no tokenizer in .*pass as tokenizer a folder.*$"):
+    with pytest.raises(ValueError, match=r"^no tokenizer in .*pass as tokenizer a folder.*, or a hub id$"):
+        load_tokenizer(tmp_path)
+    # The folder of a run instead of the export in it.
+    char_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=rf"^no tokenizer in .*; did you mean '{re.escape(str(tmp_path / 'model'))}'\?$"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -491,7 +498,9 @@ def test_places_that_hold_nothing(tmp_path: Path) -> None:
 def test_hub_id_that_cannot_be_loaded_names_the_folder_that_was_tried() -> None:
     with pytest.raises(ValueError, match=r"^'acme/no-such-model' is not a folder \(looked for '/.*/acme/no-such"):
         load_causal_lm("acme/no-such-model", dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"^no tokenizer in 'acme/no-such-model'"):
+    with pytest.raises(
+        ValueError, match=r"^no tokenizer in 'acme/no-such-model' \(not a folder, '/.*/acme/no-such-model',"
+    ):
         load_tokenizer("acme/no-such-model")
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.sequences import Example, ExampleBatch
@@ -44,6 +44,36 @@ def logps(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
 def states(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
     """Hidden states of a sequence after the final norm, (tokens, hidden size)."""
     return model.base_model(input_ids=torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+
+
+def model_after(
+    model: Any, context: Any, tokens: list[int], position: int, first: Tensor | None = None, **asked: Any
+) -> Any:
+    """What a model computes of a sequence after entries of a cache, or after none."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate([] if context is None else context.states):
+        cache.update(keys[None], values[None], layer)
+    before = 0 if context is None else context.size
+    embeds = model.get_input_embeddings()(torch.tensor(tokens))
+    if first is not None:
+        embeds = torch.cat([first[None], embeds])
+    mask = torch.zeros(len(embeds), before + len(embeds), dtype=embeds.dtype)
+    mask = mask.masked_fill(~torch.ones_like(mask, dtype=torch.bool).tril(before), -torch.inf)
+    start = position - (first is not None)
+    positions = torch.arange(start, start + len(embeds))[None]
+    return model(
+        inputs_embeds=embeds[None],
+        position_ids=positions,
+        attention_mask=mask[None, None],
+        past_key_values=cache,
+        **asked,
+    )
+
+
+def logits_after(model: Any, context: Any, tokens: list[int], position: int, first: Tensor | None = None) -> Tensor:
+    """Log-softmax of all tokens at each place of a sequence after entries of a cache, or after none."""
+    logits: Tensor = model_after(model, context, tokens, position, first).logits
+    return logits[0].log_softmax(-1)
 
 
 class Step(NamedTuple):

@@ -9,8 +9,6 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
 from rlhf_lightning import ContextCompressionModule, SFTModule
 from rlhf_lightning.datamodules import ContextDataModule, SFTDataModule
@@ -21,7 +19,7 @@ from rlhf_lightning.sequences import Example, ExampleBatch, Segment
 from ..helpers import save_tiny_model
 from ..invariance.harness import Batches, trainer
 from ..invariance.methods import contexts
-from .naive import naive_model
+from .naive import logits_after, naive_model
 
 SMALL: dict[str, Any] = {"ratio": 2, "segment_length": 6, "encoder_rank": 2}
 
@@ -29,25 +27,6 @@ SMALL: dict[str, Any] = {"ratio": 2, "segment_length": 6, "encoder_rank": 2}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_model(tmp_path_factory.mktemp("model"), "gpt2", initializer_range=0.1))
-
-
-def logits_after(model: Any, context: Any, tokens: list[int], position: int, first: Tensor | None = None) -> Tensor:
-    """Log-softmax of all tokens at each place of a sequence after entries of a cache, or after none."""
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate([] if context is None else context.states):
-        cache.update(keys[None], values[None], layer)
-    before = 0 if context is None else context.size
-    embeds = model.get_input_embeddings()(torch.tensor(tokens))
-    if first is not None:
-        embeds = torch.cat([first[None], embeds])
-    mask = torch.zeros(len(embeds), before + len(embeds), dtype=embeds.dtype)
-    mask = mask.masked_fill(~torch.ones_like(mask, dtype=torch.bool).tril(before), -torch.inf)
-    start = position - (first is not None)
-    positions = torch.arange(start, start + len(embeds))[None]
-    output = model(
-        inputs_embeds=embeds[None], position_ids=positions, attention_mask=mask[None, None], past_key_values=cache
-    )
-    return output.logits[0].log_softmax(-1)
 
 
 def naive_losses(compressor: ContextCompressor, model: Any, rows: list[Example]) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from rlhf_lightning.inference import derive_seed
 from rlhf_lightning.pipeline import challenge_stage
 from rlhf_lightning.pipeline.challenge_stage import check_challenge, run_challenge
 from rlhf_lightning.pipeline.row_files import NoRowsError
-from rlhf_lightning.pipeline.stages import ChallengeStage
+from rlhf_lightning.pipeline.stages import EXACT, ChallengeStage
 from rlhf_lightning.self_improvement import agreement
 
 from ..evaluation.scripted import ScriptedEngine
@@ -135,6 +135,8 @@ def test_agreement_is_per_prompt():
     [
         ({"number": 0}, "number is 0; it must be a whole number of at least 1"),
         ({"num_samples": 2}, "num_samples is 2, and without a verifier the answer of most samples is the right one"),
+        ({"num_samples": 1, "verifier": EXACT}, "num_samples is 1, and of one sample a prompt is solved"),
+        ({"sampling": {"temperature": 0.0}}, "num_samples is 4 at sampling.temperature 0, where all are equal"),
         ({"template": "one more:"}, "template has no {examples}: write where it stands"),
         ({"max_overlap": 1.5}, "max_overlap is 1.5; it must be in (0, 1]"),
         ({"low": 0.5, "high": 0.4}, "high is 0.4; it must be above low=0.5"),

@@ -53,6 +53,16 @@ def plans(written: dict[str, Any], tmp_path: Path, *overrides: str, force: tuple
     return {found.name: found for found in plan_pipeline(load_pipeline(file, overrides), force)}
 
 
+def test_samples_of_stages_that_draw_several_for_a_prompt(tmp_path):
+    common = {"model": "m", "prompts": "sums:prompts?rows=30"}
+    play = {"kind": "self-play", "opponents": ["a", "b", "a"], "trial": 10, "num_samples": 2, **common}
+    stages = {"drafts": {"kind": "refine", "revisions": 3, **common}, "play": play}
+    found = plans({"run_dir": str(tmp_path / "run"), "stages": stages}, tmp_path)
+    # An answer and three revisions; ten prompts by three players and twenty by two, twice each.
+    assert found["drafts"].facts == ["30 prompts, up to 120 drafts"]
+    assert found["play"].facts == ["30 prompts, 140 samples"]
+
+
 def test_a_run_that_has_not_begun(written, tmp_path, capsys):
     found = plans(written, tmp_path)
     assert [(one.runs, one.why) for one in found.values()] == [

@@ -193,8 +193,15 @@ def test_mistakes_in_rows(options, message):
         ),
         ({"verifier": {"init_args": {}}}, "write a dotted path, or class_path and init_args"),
         ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_samples": 1}, "num_samples is 1, and a pair is made of two samples of a prompt"),
+        ({"sampling": {"temperature": 0}}, "num_samples is 4 at sampling.temperature 0, where all are equal"),
     ],
 )
 def test_mistakes_in_a_sample_stage(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check_sample(SampleStage(model="m", prompts="p", **options))
+
+
+def test_one_sample_and_greedy_searches_may_make_rows():
+    for options in ({"num_samples": 1, "rows": ["spin"]}, {"strategy": "SelfConsistency"}):
+        check_sample(SampleStage(model="m", prompts="p", sampling={"temperature": 0}, **options))

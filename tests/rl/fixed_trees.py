@@ -1,4 +1,4 @@
-"""GRPO on given trees, which are a function of the row alone, on searches of what a seed decides, and on old ones."""
+"""GRPO and PPO on given trees, functions of the row alone, on searches of what a seed decides, and on old ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_lightning import GRPOModule
+from rlhf_lightning import GRPOModule, PPOModule
 from rlhf_lightning.inference import Completion, SamplingParams
 from rlhf_lightning.rl.branches import Branch, TreeCompletion
 from rlhf_lightning.rl.replay_buffer import Record
@@ -17,7 +17,7 @@ from rlhf_lightning.sequences import Example
 
 from ..helpers import EOS_ID
 from ..inference.toy import Characters
-from .fixed_rollouts import VOCAB, FixedGRPO, fixed_completions
+from .fixed_rollouts import VOCAB, FixedGRPO, FixedPPO, fixed_completions
 
 
 def tree_completion(branch: Branch, finish_reason: str = "stop") -> TreeCompletion:
@@ -76,6 +76,13 @@ class FlatTreeGRPO(FixedGRPO):
         ]
 
 
+class FixedTreePPO(FixedPPO):
+    """PPO on the trees of ``fixed_tree``."""
+
+    def explore(self, prompts: Sequence[Example], seeds: Sequence[int]) -> list[list[TreeCompletion]]:
+        return [fixed_tree(prompt.row_id) for prompt in prompts]
+
+
 class SeededEngine:
     """Samples whose tokens and log-probs are a function of their seed alone, as long as the settings allow."""
 
@@ -93,8 +100,10 @@ class SeededEngine:
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
+        contexts: None = None,
     ) -> list[list[Completion]]:
         assert sampling is not None
+        assert contexts is None
         most = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
         return [[self._one(seed, limit) for seed in row] for row, limit in zip(seeds or [], most, strict=True)]
 
@@ -108,6 +117,14 @@ class SeededEngine:
 
 class FixedSearchGRPO(GRPOModule):
     """GRPO that searches with a ``SeededEngine``."""
+
+    @property
+    def engine(self) -> Any:
+        return SeededEngine()
+
+
+class FixedSearchPPO(PPOModule):
+    """PPO that searches with a ``SeededEngine``."""
 
     @property
     def engine(self) -> Any:

@@ -272,7 +272,7 @@ class TestWhitening:
 
     def test_masked_tokens_are_in_no_statistic(self) -> None:
         values, mask = torch.tensor([1.0, 3.0, 1e9, NAN]), torch.tensor([True, True, False, False])
-        got = whiten(values, sums=moment_sums(values, mask_N=mask))
+        got = whiten(values, sums=moment_sums(values, weights_N=mask))
         torch.testing.assert_close(got[:2], torch.tensor([-1.0, 1.0]) / math.sqrt(2))
 
     @pytest.mark.parametrize("values", [[0.3], [0.1, 0.1, 0.1], []])

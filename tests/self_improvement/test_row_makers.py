@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 
+from rlhf_lightning.data.formats import demonstration, preference, unpaired
 from rlhf_lightning.losses.preference import preference_loss
 from rlhf_lightning.self_improvement import (
     Sample,
@@ -212,3 +213,22 @@ def test_seed_rows_of_another_kind_are_refused():
         mix_rows(rows, [{"prompt": "p", "completion": "a"}], ratio=0.5)
     with pytest.raises(ValueError, match=r"ratio is 1.0; it must be in \[0, 1\)"):
         mix_rows(rows, rows, ratio=1.0)
+
+
+def test_what_a_prompts_own_row_says_of_its_answers_is_not_said_of_the_samples():
+    pair = {"chosen_response": "2", "rejected_response": "3", "score_chosen": 1.0, "score_rejected": 9.0, "margin": -8}
+    rated = {"response": "3", "kto_tag": False, "ratings": {"help": 1}, "tie": True, "ended": False, "score": -1.0}
+    drawn = [prompt(("a", 0.0), ("b", 1.0), **pair, **rated)]
+
+    # As the datamodules read them: no margin, no tie, no second answer, no second verdict.
+    (chosen,) = preference_pairs(drawn)
+    read = preference(chosen)
+    assert (read.completions, read.fields) == (("b", "a"), {"answer": "2", "provenance": chosen["provenance"]})
+    (best,) = demonstrations(drawn)
+    assert demonstration(best).completions == ("b",)
+    assert [unpaired(row)[0].fields["label"] for row in unpaired_rows(drawn, threshold=0.5)] == [False, True]
+    assert [(row["score"], row["ended"]) for row in scored_rows(drawn)] == [(0.0, True), (1.0, True)]
+
+    # A demonstration is read where it is, and then stands once.
+    (against, _) = spin_pairs([prompt(("a", None), ("b", None), response="2")], column="response")
+    assert preference(against).completions == ("2", "a")
