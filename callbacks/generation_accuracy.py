@@ -12,13 +12,14 @@ from ..distributed.unshard import gathered
 from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
 from ..inference import LocalEngine, SamplingParams
 from ..inference.answering import StrategyOption
-from ..sequences import Example
+from ..sequences import Example, ExampleBatch
 
 
 class GenerationAccuracy(lightning.Callback):
     """Logs ``val/accuracy``: the mean reward of greedy completions, after every validation and before training.
 
-    With ``strategy``, the rewarded completions are the results of searches with the policy.
+    With ``strategy``, the rewarded completions are the results of searches with the policy. Behind a compressor, rows
+    have a column ``context``, which the policy sees compressed.
 
     Each rank answers its own share of the prompts. The value before the first step is sent to the loggers only: early
     stopping and ``ModelExport`` compare only values measured during training.
@@ -84,18 +85,18 @@ class GenerationAccuracy(lightning.Callback):
         """Answers the prompts and returns the mean reward over all ranks.
 
         Raises:
-            ValueError: the module is not a ``PostTrainingModule`` or has a compressor, or the verifier rewards no
-                prompt.
+            ValueError: the module is not a ``PostTrainingModule``, or has a compressor and the callback a strategy, or
+                the verifier rewards no prompt.
         """
         if not isinstance(pl_module, PostTrainingModule):
             raise ValueError(
                 f"GenerationAccuracy needs a PostTrainingModule; it was given a {type(pl_module).__name__}"
             )
 
-        if pl_module.front is not None:
+        if pl_module.front is not None and self.strategy.spec is not None:
             raise ValueError(
-                "GenerationAccuracy asks without contexts, and the module has a compressor: leave it out; GRPO "
-                "and PPO log the rewards of validation rows"
+                "GenerationAccuracy has a strategy, and the module a compressor, whose contexts searches do not "
+                "follow: leave strategy out"
             )
 
         # The prompts are rendered with the settings of training.
@@ -114,7 +115,11 @@ class GenerationAccuracy(lightning.Callback):
         sampling = self.strategy.sampling(engine, self.sampling)
         # In the precision of training. Searches take different numbers of rounds on each rank.
         with trainer.precision_plugin.forward_context(), gathered(pl_module.model):
-            groups = answer_prompts(engine, own, self.verifier, sampling=sampling)
+            contexts = None
+            if pl_module.front is not None:
+                own = pl_module.front.follow(ExampleBatch(own)).examples
+                contexts = pl_module.front.contexts(own)
+            groups = answer_prompts(engine, own, self.verifier, sampling=sampling, contexts=contexts)
         rewards = [answer.reward for group in groups for answer in group if answer.reward is not None]
         sums = {"reward": float(sum(rewards)), "rows": float(len(rewards))}
         totals = sum_over_ranks(sums)

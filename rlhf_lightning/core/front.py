@@ -105,7 +105,7 @@ class Front:
         """Returns the rows of a batch as trees that follow their contexts.
 
         Args:
-            batch: rows, some of which may follow theirs already.
+            batch: rows; they stay as they are where they follow their contexts already.
             on_consumed: called when the returned batch has been used.
 
         Raises:

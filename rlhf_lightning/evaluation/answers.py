@@ -15,6 +15,7 @@ from ..data.transformed_rows import Transform
 from ..datamodules import PromptDataModule
 from ..inference import Completion, Engine, SamplingParams
 from ..inference.answering import ask_examples
+from ..models import CompressedContext
 from ..rewards.exact_answer import check_verdicts
 from ..sequences import Example
 
@@ -101,6 +102,7 @@ def answer_prompts(
     num_samples: int = 1,
     sampling: SamplingParams | None = None,
     seeds: Sequence[Sequence[int]] | None = None,
+    contexts: Sequence[CompressedContext] | None = None,
 ) -> list[list[Answer]]:
     """Samples completions of prompts and verifies them.
 
@@ -111,6 +113,7 @@ def answer_prompts(
         num_samples: completions per prompt, at least 1.
         sampling: the settings; greedy by default.
         seeds: one per prompt and sample, instead of seeds derived from the sampling's.
+        contexts: compressed ones that prompts follow, one each, for a ``LocalEngine``.
 
     Returns:
         One list per prompt with ``num_samples`` answers.
@@ -119,7 +122,7 @@ def answer_prompts(
         ValueError: the verifier's rewards are not one finite number or ``None`` each; NaN counts as ``None``.
     """
     sampling = sampling or SamplingParams(temperature=0.0)
-    groups = ask_examples(engine, examples, num_samples, sampling, seeds=seeds)
+    groups = ask_examples(engine, examples, num_samples, sampling, seeds=seeds, contexts=contexts)
     pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
 
     given = score_texts(verifier, [example.fields for example, _ in pairs], [sample.text for _, sample in pairs])

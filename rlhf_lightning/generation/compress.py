@@ -126,7 +126,7 @@ def compress_rows(options: CompressOptions, emit: Callable[[Row], object] | None
         options.model, dtype=options.dtype, device=options.device, max_batch_tokens=options.max_batch_tokens
     )
     read = _rows(options, engine.tokenizer)
-    compressor = build_compressor(options.compressor, engine.model, engine.tokenizer)
+    compressor = build_compressor(options.compressor, engine.model, engine.tokenizer, options.model)
     rows: list[Row] = []
     seconds = {"compress_seconds": 0.0, "answer_seconds": 0.0}
     for start in range(0, len(read), options.rows_at_once):

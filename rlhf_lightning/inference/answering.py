@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..models import CompressedContext
 from ..sequences import Example
 from .candidates import columns_of
 from .completion import Completion
@@ -59,9 +60,17 @@ def ask_examples(
     sampling: SamplingParams | None = None,
     *,
     seeds: Sequence[Sequence[int]] | None = None,
+    contexts: Sequence[CompressedContext] | None = None,
 ) -> list[list[Completion]]:
-    """Samples completions of the prompts of examples, as ``ask`` does: their fields are the columns."""
+    """Samples completions of the prompts of examples, as ``ask`` does: their fields are the columns.
+
+    Compressed contexts that they follow are for a ``LocalEngine``.
+    """
     tokens = [example.root.tokens.tolist() for example in examples]
+    if contexts is not None:
+        after: Any = engine
+        found: list[list[Completion]] = after.generate(tokens, num_samples, sampling, seeds=seeds, contexts=contexts)
+        return found
     prompts = [example.fields.get("prompt", ids) for example, ids in zip(examples, tokens, strict=True)]
     columns = columns_of([example.fields for example in examples])
     return ask(engine, prompts, tokens, num_samples, sampling, seeds=seeds, columns=columns)

@@ -207,7 +207,7 @@ class LocalEngine:
         model = model.to(place)
         made = None
         if compressor is not None:
-            made = compressor_of(compressor, model, folder if adapter is None else adapter, options["dtype"])
+            made = compressor_of(compressor, model, folder if adapter is None else adapter)
         return cls(
             model,
             load_adapted_tokenizer(folder, adapter),

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..models import ContextCompressor
 from ..models.loading import locate
+from ..models.policy_front import compressor_of
 from ..models.reward_head import read_head_options
 from ..utils.imports import load_attribute
 from ..utils.keywords import advise
@@ -192,13 +192,14 @@ def compressor_spec(spec: Any, further: Mapping[str, Any] | None = None) -> dict
     return written
 
 
-def build_compressor(spec: Any, model: Any, tokenizer: Any) -> Any:
+def build_compressor(spec: Any, model: Any, tokenizer: Any, source: str | None = None) -> Any:
     """Builds a compressor of contexts for a model.
 
     Args:
         spec: as in ``compressor_spec``.
         model: continues after compressed contexts.
         tokenizer: of the model.
+        source: its folder or hub id, by which a compressor that it was trained behind is known.
 
     Raises:
         ValueError: there is no such compressor, a value is not allowed, or it was trained with another model.
@@ -212,7 +213,7 @@ def build_compressor(spec: Any, model: Any, tokenizer: Any) -> Any:
     written = compressor_spec(spec)
     cls, options = _read(written, "compressor")
     if written["class_path"] == _LEARNED:
-        return ContextCompressor.from_pretrained(options["compressor"], model=model)
+        return compressor_of(options["compressor"], model, source)
     given = (model, tokenizer) if "tokenizer" in inspect.signature(cls).parameters else (model,)
     return cls(*given, **options)
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..data.sources import Source as TableSource
 from ..datamodules import SFTDataModule
 from ..inference.sampling import derive_seed
+from ..models import num_positions
 from ..models.loading import load_adapted_lm, load_causal_lm, load_tokenizer
 from ..models.saving import save_pretrained
 from ..utils.validation import check_count
@@ -119,6 +120,29 @@ def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterato
                 yield [token for segment in path for token in segment.tokens.tolist()]
 
 
+def check_lengths(positions: int | None, sequences: Mapping[int, Sequence[int]]) -> None:
+    """Refuses rows with more tokens than a model has positions.
+
+    Args:
+        positions: of the model; ``None`` for any number.
+        sequences: tokens by number.
+
+    Raises:
+        ValueError: naming the first.
+
+    Example:
+        >>> check_lengths(4, {0: [5, 6], 1: [5, 6, 7, 8, 9]})
+        Traceback (most recent call last):
+        ValueError: sequence 1 of rows has 5 tokens, and the model 4 positions: shorten or remove it
+    """
+    for number, tokens in sequences.items():
+        if positions is not None and len(tokens) > positions:
+            raise ValueError(
+                f"sequence {number} of rows has {len(tokens)} tokens, and the model {positions} positions: shorten or "
+                "remove it"
+            )
+
+
 def estimate_fisher(model: nn.Module, sequences: Sequence[Sequence[int]], *, seed: int = 0) -> dict[str, Tensor]:
     r"""Estimates the diagonal Fisher information of a language model's weights.
 
@@ -162,7 +186,11 @@ def fisher_sums(
 
     Returns:
         The sums by name, in at least fp32, and the number of contexts.
+
+    Raises:
+        ValueError: a row has more tokens than the model positions.
     """
+    check_lengths(num_positions(model), sequences)
     sums = {name: torch.zeros_like(weight, dtype=_wide(weight)) for name, weight in weights.items()}
     count, distinct = 0, {id(weight): weight for weight in weights.values()}
     device = next(iter(distinct.values())).device if distinct else torch.device("cpu")
@@ -211,7 +239,11 @@ def estimate_products(model: nn.Module, sequences: Sequence[Sequence[int]]) -> d
 
     Returns:
         By name of each layer's weight; without layers whose weight is shared with an embedding.
+
+    Raises:
+        ValueError: a row has more tokens than the model positions.
     """
+    check_lengths(num_positions(model), dict(enumerate(sequences)))
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     layers: dict[str, nn.Module] = {
         f"{name}.weight": module

@@ -25,6 +25,7 @@ from ..inference.together import decoding, generate_together
 from ..models import base_model, load_tokenizer
 from ..models.loading import first_difference
 from ..utils.validation import check_choice, check_count
+from .data import check_lengths
 from .pooling import (
     POOLINGS,
     Pooling,
@@ -215,7 +216,8 @@ class EnsemblePolicy:
             One weight per model, with the sum 1.
 
         Raises:
-            ValueError: votes, which give most tokens no likelihood; no tokenizer; or no row that counts.
+            ValueError: votes, which give most tokens no likelihood; no tokenizer; no row that counts; or one that is
+                too long for a model.
         """
         if self.combine == "vote":
             raise ValueError(
@@ -226,6 +228,7 @@ class EnsemblePolicy:
             raise ValueError("rows are texts, and the models came without a tokenizer: give tokenizer=")
         check_count("num_rows", num_rows, "256 is usual")
         sequences = list(islice(_counted_sequences(rows, self.tokenizer), num_rows))
+        check_lengths(self.num_positions(), {n: tokens_L.tolist() for n, (tokens_L, _) in enumerate(sequences)})
         total = sum(float(counts_L.sum()) for _, counts_L in sequences)
         if not total:
             raise ValueError(f"rows {rows!r} has no token of a completion to learn weights from")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..sequences import ATTENTION_NAMES, register_attention
 from ..utils.packaged_configs import packaged_config
+from ..utils.quiet import without_load_report
 from .adapters import LOADING_ERRORS, add_adapter, load_adapter, locate_base, lora_config
 from .compiled_layers import compile_layers
 from .dropout import recompute, set_dropout
@@ -303,11 +305,14 @@ def _load_base(
     if quantization is not None or stored is not None:
         # On the caller's default device (say, the trainer's), and not on any accelerator there is.
         arguments["device_map"] = {"": torch.get_default_device()}
+    # Of a classifier the heads differ, as they must; what else is missing is an error below.
+    expected = headless and str((config.architectures or ("",))[0]).endswith("ForSequenceClassification")
     try:
-        loaded: Any = _with_attention(
-            partial(AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **arguments),
-            attn_implementation,
-        )
+        with without_load_report() if expected else nullcontext():
+            loaded: Any = _with_attention(
+                partial(AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **arguments),
+                attn_implementation,
+            )
     except LOADING_ERRORS as error:
         reason = damaged_weights(place) or first_line(error)
         raise ValueError(f"cannot load a causal language model from {place!r}: {reason}") from error

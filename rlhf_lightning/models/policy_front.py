@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .context_compressor import ContextCompressor
@@ -25,19 +24,19 @@ def front_note(compressor: ContextCompressor) -> Callable[[Path], object]:
     return lambda place: (place / FRONT_FILE).write_text(text, encoding="utf-8")
 
 
-def first_decoder(source: str | Path, model: nn.Module) -> dict[str, Any]:
+def first_decoder(source: str | Path | None, model: nn.Module) -> dict[str, Any]:
     """Returns the identity of the model that a policy was before it was trained behind a compressor.
 
     Args:
-        source: the policy's folder or hub id; without a note, the policy has not been trained so.
+        source: the policy's folder or hub id, if it has one; without a note, the policy has not been trained so.
         model: the policy itself.
     """
-    note = stored_file(locate(source, what="model"), FRONT_FILE)
+    note = None if source is None else stored_file(locate(source, what="model"), FRONT_FILE)
     found: dict[str, Any] = decoder_identity(model) if note is None else read_json(note)["decoder"]
     return found
 
 
-def compressor_of(folder: str | Path, model: nn.Module, source: str | Path, dtype: torch.dtype) -> ContextCompressor:
+def compressor_of(folder: str | Path, model: nn.Module, source: str | Path | None) -> ContextCompressor:
     """Loads the compressor that goes with a model: on the model itself, or on the one that the model once was.
 
     A policy that was trained behind a compressor has other weights since then, and its summaries are still those of the
@@ -46,8 +45,7 @@ def compressor_of(folder: str | Path, model: nn.Module, source: str | Path, dtyp
     Args:
         folder: folder or hub id of the compressor.
         model: the model, on its device.
-        source: its folder or hub id.
-        dtype: of the weights.
+        source: its folder or hub id, if it has one.
 
     Raises:
         ValueError: the compressor is of another model.
@@ -55,7 +53,8 @@ def compressor_of(folder: str | Path, model: nn.Module, source: str | Path, dtyp
     first = first_decoder(source, model)
     if difference(first, decoder_identity(model)) is None:
         return ContextCompressor.from_pretrained(folder, model=model)
-    found = ContextCompressor.from_pretrained(folder, dtype=dtype, device=next(model.parameters()).device)
+    weight = next(model.parameters())
+    found = ContextCompressor.from_pretrained(folder, dtype=weight.dtype, device=weight.device)
     if reason := difference(first, found.identity):
         raise ValueError(
             f"the compressor in {str(folder)!r} is of another model ({reason}) than the one that {str(source)!r} was "

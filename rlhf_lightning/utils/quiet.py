@@ -50,3 +50,22 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         ignore_warnings()
         yield
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hides transformers' table of weights that a model has and a file has not, or the reverse, within the context."""
+    logger, drop = logging.getLogger("transformers.modeling_utils"), _WithoutReport()
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+class _WithoutReport(logging.Filter):
+    """Drops the table."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tells whether to handle a record."""
+        return "LOAD REPORT" not in record.getMessage()

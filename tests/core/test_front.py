@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rlhf_lightning import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule, SimPOModule
+from rlhf_lightning.callbacks import GenerationAccuracy
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules import ContextDataModule, PreferenceDataModule, PromptDataModule, SFTDataModule
+from rlhf_lightning.generation.compress import CompressOptions, compress_rows
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.models import CompressedContext, ContextCompressor, hidden_states
 from rlhf_lightning.sequences import Example, ExampleBatch, Segment, pack
@@ -383,6 +386,15 @@ def test_the_export_goes_with_the_compressor(folder: str, compressor: str, lora:
     found = torch.tensor([p for group in samples for s in group for p in s.logprobs])
     assert float((found - expected).abs().max()) < 1e-5
 
+    # So does the command that compresses.
+    file, written = tmp_path / "rows.jsonl", []
+    file.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    greedy = SamplingParams(max_new_tokens=4, temperature=0.0)
+    options = CompressOptions(model=str(tmp_path / "model"), compressor=compressor, input=str(file), sampling=greedy)
+    compress_rows(options, written.append)
+    answers = engine.generate(["?a"] * 6, 1, greedy, contexts=[row["context"] for row in PROMPTS])
+    assert [row["completion"] for row in written] == [group[0].text for group in answers]
+
     # It can be trained further behind the same compressor, and behind no other model's.
     again = SFTModule(str(tmp_path / "model"), compressor=compressor)
     again.configure_model()
@@ -394,6 +406,30 @@ def test_the_export_goes_with_the_compressor(folder: str, compressor: str, lora:
         LocalEngine.from_pretrained(tmp_path / "model", compressor=other, device="cpu")
     with pytest.raises(ValueError, match=r"the compressor in .* is of another model \(its weights differ\)"):
         LocalEngine.from_pretrained(folder, compressor=other, device="cpu")
+
+
+def differing(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Different characters of each."""
+    return [float(len(set(text))) for text in completions]
+
+
+def test_accuracy_while_training_is_after_contexts(folder: str, compressor: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    verifier = f"{__name__}.differing"
+    accuracy = GenerationAccuracy(str(file), verifier, max_new_tokens=6)
+    module = SFTModule(folder, compressor=compressor, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    run = trainer("32-true", max_steps=2, num_sanity_val_steps=0, callbacks=[accuracy])
+    run.fit(module, Batches(ExampleBatch(rows(4)), ExampleBatch(rows(4))), Batches(ExampleBatch(rows(2))))
+    module.save_pretrained(str(tmp_path / "model"))
+    engine = LocalEngine.from_pretrained(tmp_path / "model", compressor=compressor, device="cpu")
+    greedy = SamplingParams(max_new_tokens=6, temperature=0.0)
+    groups = engine.generate(["?a"] * 6, 1, greedy, contexts=[row["context"] for row in PROMPTS])
+    expected = sum(differing([], [group[0].text for group in groups])) / 6
+    assert float(run.callback_metrics["val/accuracy"]) == pytest.approx(expected)
+    searching = GenerationAccuracy(str(file), verifier, strategy="majority_vote")
+    with pytest.raises(ValueError, match="GenerationAccuracy has a strategy, and the module a compressor, whose"):
+        searching.measure(run, module)
 
 
 @pytest.mark.parametrize(

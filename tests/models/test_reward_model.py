@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,18 @@ def test_chats_are_rendered_by_the_template(folder: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_anyones_classifier_is_a_reward_model(tied: bool, tmp_path: Path) -> None:
+def test_anyones_classifier_is_a_reward_model(
+    tied: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     torch.manual_seed(0)
     config = tiny_config("llama", num_labels=2, tie_word_embeddings=tied)
     classifier = AutoModelForSequenceClassification.from_config(config).eval()
     classifier.save_pretrained(tmp_path)
     char_tokenizer().save_pretrained(tmp_path)
     model = RewardModel.from_pretrained(tmp_path, attributes=["good", "bad"], attribute_weights=[1.0, -1.0])
+    # That it has another head is no news.
+    assert caplog.messages == []
     expected = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         with torch.no_grad():

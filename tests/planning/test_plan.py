@@ -180,6 +180,11 @@ def test_references_are_there_where_they_are_used(folder: str) -> None:
     assert "reference" not in sizes(PPOModule, {"kl_coef": 0.0}, folder)
 
 
+def test_a_compressor_has_a_model_of_its_own(folder: str) -> None:
+    assert sizes(SFTModule, {"compressor": "any"}, folder)["compressor"] == 4 * decoder_of(folder).weights
+    assert "compressor" not in sizes(SFTModule, {}, folder)
+
+
 def test_reward_models_and_caches(folder: str) -> None:
     weights = decoder_of(folder).weights
     reward = {"class_path": "rlhf_lightning.rewards.RewardModelReward", "init_args": {"model": folder}}
