@@ -4,8 +4,8 @@
     python benchmarks/compression_policy.py --models runs/compression     # seeds 0, 1, 2
 
 The decoders of those compressors go on to ask questions after their first answer, so that no completion counts as
-right. A few steps of demonstrations make a policy that stops now and then; GRPO has to teach the rest from the reward alone,
-with the summaries of the contexts in view.
+right. A few steps of demonstrations make a policy that stops now and then; GRPO has to teach the rest from the reward
+alone, with the summaries of the contexts in view.
 """
 
 from __future__ import annotations
