@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from ..utils.files import check_names, listed_names, mark, write_atomically
+from ..utils.files import check_names, listed_names, mark, read_marker, write_atomically
 from .history import HISTORY, remember
 from .results import PairedResult, TaskResult, compare_all
 from .wins import COLUMNS, Wins
@@ -19,6 +19,7 @@ from .wins import COLUMNS, Wins
 RESULTS, PAGE = "results.json", "report.html"
 _NAMES = (RESULTS, PAGE, HISTORY)
 _KIND = "evaluation"
+_OF_MODELS = ("config.json", "adapter_config.json")
 # Prompts that the page shows of each task; those on which models differ come first.
 _SHOWN = 12
 
@@ -135,14 +136,22 @@ class Report:
 
     @staticmethod
     def check_output(folder: str | Path) -> None:
-        """Refuses a folder whose files were not written by an evaluation.
+        """Refuses a folder that is something else: a model or a run, or one with other files of these names.
 
         Raises:
-            ValueError: naming the file.
+            ValueError: naming the folder or the file.
         """
         place = Path(folder).expanduser()
         if place.exists() and not place.is_dir():
             raise ValueError(f"output {str(folder)!r} is a file: pass a folder")
+        # The list of another kind of folder would be lost, and with it the right to replace what is on it.
+        record = read_marker(place)
+        kind = None if record is None else record["kind"]
+        if kind not in (None, _KIND) or any((place / name).is_file() for name in _OF_MODELS):
+            raise ValueError(
+                f"output {str(folder)!r} is the folder of a {kind or 'model'}, and a report would change it: write to "
+                "a folder of its own"
+            )
         check_names(place, _KIND, _NAMES)
 
     def save(self, folder: str | Path) -> Path:

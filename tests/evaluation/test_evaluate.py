@@ -26,6 +26,7 @@ from rlhf_lightning.evaluation import (
 )
 from rlhf_lightning.evaluation.evaluate import short_names
 from rlhf_lightning.evaluation.report import Report
+from rlhf_lightning.utils.files import mark
 from rlhf_lightning.utils.messages import UsageError
 
 from ..helpers import char_tokenizer, save_tiny_model
@@ -280,6 +281,17 @@ def test_a_missing_model_is_found_before_the_others_answer(tmp_path: Path) -> No
         evaluate({"a": first, "b": tmp_path / "missing"}, {"tasks": [task]}, output=tmp_path / "out")
     assert first.calls == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "stage", "downloaded"])
+def test_a_report_is_not_written_into_a_model_or_a_run(kind: str, tmp_path: Path) -> None:
+    prompts, place = write_rows(tmp_path), tmp_path / "place"
+    place.mkdir()
+    (place / "config.json").write_text("{}") if kind == "downloaded" else mark(place, kind, ["model.safetensors"])
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+    with pytest.raises(ValueError, match=r"place' is the folder of a (model|stage), and a report would change it"):
+        evaluate({"a": engine(*RIGHT)}, {"tasks": [{"name": "a", "prompts": prompts}]}, output=place)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
 
 
 def test_an_output_that_was_not_written_by_an_evaluation_stays(tmp_path: Path) -> None:
