@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--shared", type=int, default=1024, help="tokens that the calls share")
+    parser.add_argument("--shared", type=int, default=2048, help="tokens that the calls share")
     parser.add_argument("--new-tokens", type=int, default=48)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

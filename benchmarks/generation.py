@@ -2,11 +2,12 @@
 
     python benchmarks/generation.py --threads 2 --rounds 5
 
-Both sample from the same distribution (temperature 1, nothing filtered). Three workloads: every completion runs to its
-limit; completions end at random, so that a few are much longer than most, as in reinforcement learning; and the same
-with more prompts. In a fourth, both sides choose the best of the samples by the share of even tokens: best-of-n, ours
-with ``BestOfN``; the exit status says whether it is at least twice as fast. transformers gets all prompts in one left-padded batch with ``num_return_sequences``. Rounds
-alternate between the two, and the medians over rounds of new tokens per second and of their ratio are printed.
+Both sample from the same distribution (temperature 1, nothing filtered). Four workloads: every completion runs to its
+limit; completions end at random, so that a few are much longer than most, as in reinforcement learning; the same with
+more prompts; and best-of-n, where both sides choose the sample with most even tokens, ours with ``BestOfN``: the exit
+status says whether it is at least twice as fast. transformers gets all prompts in one left-padded batch with
+``num_return_sequences``. Rounds alternate between the two, and the medians over rounds of new tokens per second and of
+their ratio are printed.
 ``--cpu-time`` counts the process's CPU seconds instead of wall-clock time, for a busy machine.
 """
 
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rlhf_lightning.inference import BestOfN, LocalEngine, SamplingParams, VerifierScorer
+from rlhf_lightning.inference import BestOfN, LocalEngine, SamplingParams
+from rlhf_lightning.inference.candidates import Candidate, Scores
 
 EOS = 1
 LEAST_SPEEDUP = 2.0
@@ -100,12 +102,22 @@ def even(ids: Sequence[int]) -> float:
     return sum(token % 2 == 0 for token in ids) / max(1, len(ids))
 
 
+class EvenTokens:
+    """A scorer by it."""
+
+    def score(self, candidates: Sequence[Candidate]) -> Scores:
+        """Scores whole samples."""
+        return Scores([even(candidate.token_ids) for candidate in candidates], [0] * len(candidates))
+
+
 def with_engine(model: Qwen3ForCausalLM, prompts: list[list[int]], work: Workload, floor: int, seed: int) -> int:
     """Samples with the engine; returns the number of new tokens."""
     params = SamplingParams(max_new_tokens=work.max_new_tokens, min_new_tokens=floor, seed=seed)
     engine = LocalEngine(model, None)
     if work.best:
-        found = BestOfN(engine, scorer=EVEN, n=work.samples).search(prompts, seeds=range(len(prompts)), sampling=params)
+        found = BestOfN(engine, scorer=EvenTokens(), n=work.samples).search(
+            prompts, seeds=range(len(prompts)), sampling=params
+        )
         return sum(result.tokens for result in found)
     groups = engine.generate(prompts, work.samples, params)
     return sum(len(sample.token_ids) for group in groups for sample in group)
