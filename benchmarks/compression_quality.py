@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -258,8 +259,8 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def accuracy(right: Sequence[int]) -> float:
-    """The share of right answers."""
-    return sum(right) / len(right)
+    """The share of right answers; not a number for none."""
+    return sum(right) / len(right) if right else math.nan
 
 
 def by_quarter(result: dict[str, Any], label: str) -> list[float]:
@@ -307,7 +308,8 @@ def positions(results: Sequence[dict[str, Any]]) -> str:
             for of in (partial(crowded, ratio=ratio), lambda r: r["cut"]):
                 pairs = [pair for r in results for pair in zip(of(r), r["right"][label], strict=True)]
                 shares.append(accuracy([right for hard, right in pairs if hard]))
-            lines.append(f"| {label} | {' | '.join(f'{1 - share:.0%}' for share in shares)} |")
+            cells = ["" if math.isnan(share) else f"{1 - share:.0%}" for share in shares]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -33,6 +33,7 @@ from ..utils.files import check_replaceable
 from ..utils.keywords import refuse_unknown
 from ..utils.transfer import to_host
 from .agreement import RankAgreement
+from .attention_report import reported_attention
 from .batch_checks import check_batch
 from .checkpoint_io import prepare_checkpoints
 from .device_precision import autocast_dtype
@@ -194,6 +195,7 @@ class PostTrainingModule(lightning.LightningModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._is_configured = False
+        self.attention_in_use: str | None = None  # known after the first step
 
         # The parts.
         self.front = front_of(self, compressor)
@@ -522,7 +524,7 @@ class PostTrainingModule(lightning.LightningModule):
             raise ValueError(f"attention is 'flex' on {self.device.type}, where it has no backward pass: use 'auto'")
         optimizer = self.optimizers()
         assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
-        with self.micro_batching.summed_gradients(), self.phase("forward_backward"):
+        with self.micro_batching.summed_gradients(), self.phase("forward_backward"), reported_attention(self):
             rows, normalizers = self.backward_examples(examples)
         with self.phase("step"):
             sum_gradients(p for p in self.parameters() if p.requires_grad)

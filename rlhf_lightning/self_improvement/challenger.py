@@ -74,14 +74,29 @@ def new_prompts(candidates: Sequence[str], known: Sequence[str], *, max_overlap:
     """
     if not 0 < max_overlap <= 1:
         raise ValueError(f"max_overlap is {max_overlap}; it must be in (0, 1] (0.7 is usual)")
-    words = [text.split() for text in known]
+    others = [_Words(text) for text in known]
     kept = []
     for candidate in candidates:
-        own = candidate.split()
-        if own and all(rouge_l(own, other) < max_overlap for other in words):
+        own = _Words(candidate)
+        if own.words and not any(own.overlaps(other, max_overlap) for other in others):
             kept.append(candidate.strip())
-            words.append(own)
+            others.append(own)
     return kept
+
+
+class _Words:
+    """The words of a text, in their order and as a set."""
+
+    def __init__(self, text: str) -> None:
+        self.words = text.split()
+        self.known = frozenset(self.words)
+
+    def overlaps(self, other: _Words, max_overlap: float) -> bool:
+        """Tells whether the overlap with another text reaches a limit."""
+        # A common subsequence has no words but those of both: most pairs need no search for the longest.
+        bound = min(sum(word in other.known for word in self.words), len(other.words))
+        total = len(self.words) + len(other.words)
+        return 2 * bound / total >= max_overlap and rouge_l(self.words, other.words) >= max_overlap
 
 
 def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:

@@ -42,6 +42,7 @@ AttentionKernel = Literal["auto", "blocks", "cascade", "flex"]
 
 ATTENTION_KERNELS: Final[tuple[AttentionKernel, ...]] = get_args(AttentionKernel)
 ATTENTION_NAME: Final = "rlhf_tree"
+_watched: set[AttentionKernel] | None = None  # of ``watched_kernels``
 # The name of each kernel with transformers.
 ATTENTION_NAMES: Final[dict[AttentionKernel, str]] = {
     kernel: ATTENTION_NAME if kernel == "auto" else f"{ATTENTION_NAME}_{kernel}" for kernel in ATTENTION_KERNELS
@@ -115,6 +116,8 @@ def tree_attention(
     if tree.shown and (kernel == "flex" or softcap is not None or s_aux is not None):
         kernel = "blocks"
     chosen = _kernel_for(kernel, *cast, dropout, softcap, s_aux)
+    if _watched is not None and not torch.compiler.is_compiling():
+        _watched.add(chosen)
     if chosen == "cascade":
         return cascade_attention(*cast, tree, sliding_window, scaling), None
     if chosen == "flex":
@@ -122,6 +125,17 @@ def tree_attention(
         return flex(*cast, tree, sliding_window, scaling, softcap, s_aux), None
     blocks = _blocks_outside if torch.compiler.is_compiling() else _blocks
     return blocks(query, key, value, tree, sliding_window, dropout, scaling, softcap, s_aux), None
+
+
+@contextmanager
+def watched_kernels() -> Iterator[set[AttentionKernel]]:
+    """Collects the kernels that layers run with on packed forests within the context; not those of compiled layers."""
+    global _watched
+    before, _watched = _watched, set()
+    try:
+        yield _watched
+    finally:
+        _watched = before
 
 
 def _layer_of(module: nn.Module) -> int:

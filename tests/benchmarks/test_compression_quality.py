@@ -62,6 +62,13 @@ def test_accuracy_by_the_place_of_the_fact(bench):
     assert sum(line.startswith("| whole context |") for line in lines) == 1
 
 
+def test_a_place_without_facts_stays_empty(bench):
+    alone = result(bench, 0)
+    alone["offsets"] = [0, 31, 32, 62, 8, 20, 40, 50]
+    alone["cut"] = 8 * [False]
+    assert "| learned, 8x | 0% | 100% | 0% | 0% |  |  |" in bench.positions([alone]).splitlines()
+
+
 def test_two_facts_in_the_tokens_of_one_slot(bench):
     assert bench.FACTS == 4
     offsets = [0, 3, 4, 20, 5, 7, 6, 21]  # of two contexts

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from rlhf_lightning import (
     ContextCompressionModule,
@@ -23,6 +24,7 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.datamodules.unpaired import mismatch
+from rlhf_lightning.distributed.collectives import gather_objects
 from rlhf_lightning.models import ContextCompressor
 from rlhf_lightning.sequences import Example, Segment, grow_tree
 from rlhf_lightning.sequences.branching import WeightedPath
@@ -341,8 +343,9 @@ def behind(method: type[PostTrainingModule]) -> type[PostTrainingModule]:
         def __init__(self, model: str, **options: Any) -> None:
             place = Path(f"{model}-compressor")
             with Path(f"{model}-lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # ranks would write it at once
-                if not place.exists():
+                if not dist.is_initialized():  # ranks that know of each other write together, or not at all
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if not all(gather_objects(place.exists())):
                     made = ContextCompressor.from_pretrained(model, ratio=4, segment_length=8, encoder_rank=0)
                     made.save_pretrained(place)
             super().__init__(model, compressor=str(place), **options)

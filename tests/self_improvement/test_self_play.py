@@ -8,7 +8,15 @@ from random import Random
 
 import pytest
 
-from rlhf_lightning.self_improvement import Sample, ScoredPrompt, challenges, elo_ratings, frontier, new_prompts
+from rlhf_lightning.self_improvement import (
+    Sample,
+    ScoredPrompt,
+    challenger,
+    challenges,
+    elo_ratings,
+    frontier,
+    new_prompts,
+)
 from rlhf_lightning.self_improvement.challenger import rouge_l
 from rlhf_lightning.self_improvement.self_play import league_weights
 
@@ -84,6 +92,31 @@ def test_near_copies_are_dropped():
     assert new_prompts(candidates[:1], known, max_overlap=1.0) == candidates[:1]
     with pytest.raises(ValueError, match=r"max_overlap is 0; it must be in \(0, 1\]"):
         new_prompts([], [], max_overlap=0)
+
+
+def test_near_copies_are_those_of_a_naive_loop():
+    draw = Random(0)
+    texts = [" ".join(draw.choices("abcdef", k=draw.randrange(9))) for _ in range(120)]
+    known, candidates = texts[:20], texts[20:]
+    for max_overlap in (0.3, 0.7, 1.0):
+        kept: list[str] = []
+        for text in candidates:
+            others = [*known, *kept]
+            if text and all(rouge_l(text.split(), other.split()) < max_overlap for other in others):
+                kept.append(text)
+        assert new_prompts(candidates, known, max_overlap=max_overlap) == kept
+
+
+def test_most_texts_are_told_apart_without_a_search(monkeypatch):
+    searched = []
+    monkeypatch.setattr(challenger, "rouge_l", lambda one, other: searched.append((one, other)) or rouge_l(one, other))
+    known = ["add one and two", "name a long river in the south", ""]
+    different = ["add one and three", "draw five blue birds"]
+    assert new_prompts(different, known, max_overlap=0.8) == different
+    assert searched == []
+    # Words in another order: only the search tells.
+    assert new_prompts(["two and one add"], known, max_overlap=0.8) == ["two and one add"]
+    assert len(searched) == 1
 
 
 def test_requests_have_examples():
