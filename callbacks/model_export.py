@@ -17,7 +17,7 @@ from ..core.checkpoint_io import check_place
 from ..core.exports import check_merge
 from ..core.position import has_validation
 from ..metrics.direction import direction_of
-from ..utils.files import PARTIAL, REPLACED, hold, on_first_rank, recover, release, write_atomically
+from ..utils.files import PARTIAL, REPLACED, hold, is_record, on_first_rank, recover, release, write_atomically
 
 _RECORDED = {"step", "monitor", "value"}  # exactly the keys of an export's record
 
@@ -140,7 +140,7 @@ class ModelExport(lightning.Callback):
         for place in self._places(r"%s(\.json)?", after=step):
             module.check_export(str(place), merge_adapter=self.merge_adapter)
             record = place.with_name(f"{place.name}.json")
-            if record.exists() and not _is_record(record):
+            if record.exists() and not is_record(record, _RECORDED):
                 raise ValueError(
                     f"{str(record)!r} already exists and was not written by ModelExport, which would replace it: "
                     "move it away, or choose another folder"
@@ -259,12 +259,3 @@ class ModelExport(lightning.Callback):
 def _is_trial(trainer: Any) -> bool:
     """Tells whether the trainer is in a trial run (``fast_dev_run``), which writes and deletes nothing."""
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _is_record(path: Path) -> bool:
-    """Tells whether a file is the record of an export."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.keys() == _RECORDED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,15 @@ from ..self_improvement.row_options import RowOptions
 from ..self_improvement.samples import ScoredPrompt, check_samples, sample_prompts
 from ..self_improvement.scorers import load_scorer
 from ..sequences import Example
-from ..utils.files import json_line, on_first_rank, write_atomically
+from ..utils.files import check_shared, claim, json_line, on_first_rank, write_atomically
 from ..utils.messages import one_line
 from ..utils.validation import check_choice, check_count
 
 Kind = Literal["demonstrations", "pairs", "unpaired", "spin"]
 _KINDS = ("demonstrations", "pairs", "unpaired", "spin")
 _PROMPTS_AT_ONCE = 64
+_KIND = "folder of rounds"  # of its list
+_NAMES = re.compile(r"round-\d+(-attempt-\d+)?\.jsonl")
 
 
 class SelfImprovement(lightning.Callback):
@@ -54,7 +57,7 @@ class SelfImprovement(lightning.Callback):
 
     Args:
         prompts: a source of ``PromptDataModule``.
-        folder: where the rows go; files there are replaced.
+        folder: where the rows go; those of an earlier run are replaced, other files are not.
         verifier: any reward function, as in ``self_improvement.load_scorer``.
         rows: kind of the rows.
         every_n_epochs: length of a round, at least 1.
@@ -78,7 +81,8 @@ class SelfImprovement(lightning.Callback):
         attempt: rejections in succession, by which a ``CapabilityGate`` numbers what is tried again.
 
     Raises:
-        ValueError: an option out of its range; in training, another module or datamodule.
+        ValueError: an option out of its range; in training, another module or datamodule, or a file in the folder that
+            is named as rows of a round and was not written by this callback.
 
     Example::
 
@@ -166,6 +170,7 @@ class SelfImprovement(lightning.Callback):
                 f"SelfImprovement makes rows while {type(pl_module).__name__} trains, and reference is 'precomputed', "
                 "which has log-probs of the first rows alone: use reference='frozen'"
             )
+        on_first_rank(self._check_folder)
         if self._module is not pl_module or trainer.global_step == 0:
             self._forget()
         self._module = pl_module
@@ -204,8 +209,16 @@ class SelfImprovement(lightning.Callback):
         if rows:
             self._rows_of = (due, self.attempt)
             file = self._file(*self._rows_of)
-            on_first_rank(lambda: write_atomically(file, "".join(map(json_line, rows))))
+            on_first_rank(lambda: self._write(file, rows))
             replace_train(data, str(file))
+
+    def _check_folder(self) -> None:
+        present = self.folder.glob("*") if self.folder.is_dir() else ()
+        check_shared(self.folder, _KIND, [path.name for path in present if _NAMES.fullmatch(path.name)])
+
+    def _write(self, file: Path, rows: list[dict[str, Any]]) -> None:
+        claim(self.folder, _KIND, [file.name])
+        write_atomically(file, "".join(map(json_line, rows)))
 
     def _file(self, number: int, attempt: int) -> Path:
         return self.folder / (f"round-{number}-attempt-{attempt}.jsonl" if attempt else f"round-{number}.jsonl")

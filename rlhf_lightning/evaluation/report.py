@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from ..utils.files import check_names, listed_names, mark, read_marker, write_atomically
+from ..utils.files import check_names, claim, read_marker, write_atomically
 from .history import HISTORY, remember
 from .results import PairedResult, TaskResult, compare_all
 from .wins import COLUMNS, Wins
@@ -168,8 +168,7 @@ class Report:
         """
         place = Path(folder).expanduser()
         self.check_output(place)
-        place.mkdir(parents=True, exist_ok=True)
-        mark(place, _KIND, {*listed_names(place, _KIND), *_NAMES})
+        claim(place, _KIND, _NAMES)
         write_atomically(place / RESULTS, json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n")
         remember(place / HISTORY, self.results, self.suite, self.seed)
         write_atomically(place / PAGE, self.page())

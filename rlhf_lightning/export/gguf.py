@@ -33,6 +33,8 @@ from .gguf_tokenizer import tokenizer_fields, write_tokenizer
 from .proof import continued, encoded_prompts, load_source
 
 _MAGIC = b"GGUF"
+# A key near the beginning of each file, by which it is known as the package's.
+_MARK = "rlhf_lightning.export"
 _PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
 
 
@@ -75,7 +77,7 @@ def export_gguf(
     Args:
         model: folder or hub id of a Llama, Mistral, Qwen2, Qwen3, Gemma 2 or Phi-3, or of a LoRA adapter on one, which
             is merged.
-        output: the file; an earlier GGUF file there is replaced.
+        output: the file; an earlier export there is replaced.
         type: of matrices: ``f32``, ``f16``, ``bf16``, ``q8_0`` (8 bits and a scale for every 32) or ``q4_0`` (4 bits);
             or mixes of K-quants (blocks of 256), rounded by llama.cpp's own quantiser, which the extra ``llama-cpp``
             brings: ``q4_k_s``, ``q4_k_m``, ``q5_k_s``, ``q5_k_m`` or ``q6_k``. Vectors are stored in f32. Rows that 256
@@ -151,6 +153,7 @@ def write_file(
     writer: Any = gguf.GGUFWriter(str(path), architecture)
     try:
         fields = tokenizer_fields(tokenizer, int(model.config.vocab_size))
+        writer.add_bool(_MARK, True)
         writer.add_name(_name(architecture, fields.tokens))
         writer.add_file_type(FILE_TYPES[type])
         if type.startswith("q"):
@@ -213,12 +216,14 @@ def _cost(model: PreTrainedModel, before: Any) -> tuple[float, float]:
 
 
 def _check_target(target: Path) -> None:
-    """Refuses to replace what is no GGUF file."""
+    """Refuses to replace what is no export."""
     if target.is_dir():
         raise ValueError(f"output {str(target)!r} is a folder: name a file, such as model.gguf")
     if target.is_file():
         with target.open("rb") as file:
-            if file.read(4) not in (_MAGIC, b""):
-                raise ValueError(
-                    f"output {str(target)!r} exists and is no GGUF file: move it away, or choose another name"
-                )
+            begins = file.read(1024)
+        if begins and not (begins.startswith(_MAGIC) and _MARK.encode() in begins):
+            raise ValueError(
+                f"output {str(target)!r} exists and was not written by this package: move it away, or choose another "
+                "name"
+            )

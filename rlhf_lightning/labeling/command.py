@@ -282,20 +282,22 @@ class _Journal:
         parts = whole.split(b"\n")[:-1]
         if parts and not parts[-1].strip(b"\0"):
             whole = whole[: -len(parts.pop()) - 1]
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
         lines = [self._parsed(number, part) for number, part in enumerate(parts, start=1)]
-        if not lines:
-            self._write(origin)
-            return
+        if not lines and content and not content.startswith((b"{", b"\0")):
+            raise ValueError(f"{str(self.path)!r} is no journal of label-steps: move it away, or write to another file")
 
         # Rows of different settings must not be mixed in one file.
-        changed = [name for name in {**origin, **lines[0]} if origin.get(name) != lines[0].get(name)]
+        first = lines[0] if lines else origin
+        changed = [name for name in {**origin, **first} if origin.get(name) != first.get(name)]
         if changed:
             raise ValueError(
                 f"output {str(self.target)!r} was started with different {' and '.join(changed)}: resume with the "
                 f"same, write to another file, or remove {self.path}"
             )
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        if not lines:
+            self._write(origin)
         for line in lines[1:]:
             self._count(line)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..utils.files import atomic_file, write_atomically
+from ..utils.files import atomic_file, check_shared, claim, write_atomically
 from .methods import Linear
 from .methods.base import TensorView
 from .sources import check_same, open_source, with_equal_ties
@@ -22,6 +22,9 @@ from .stream import Merge, is_merged
 _LEAST_COSINE_OF_WEIGHTS = 0.9
 _MOST_DRIFT = 0.5
 _LEAST_COSINE_OF_DELTAS = 0.0
+
+# Of the list in the folder of a report.
+_KIND, _NAMES = "report of conflicts", ("conflicts.json", "conflicts.png")
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,23 @@ class ConflictReport:
             lines.append(f"... and {len(ordered) - limit} more")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
+    @staticmethod
+    def check_output(folder: str | Path) -> None:
+        """Refuses a folder with other files of the report's names, or with content of another kind, such as a model.
+
+        Raises:
+            ValueError: naming the folder or the file.
+        """
+        check_shared(Path(folder), _KIND, _NAMES)
+
     def save(self, folder: str | Path) -> None:
-        """Writes ``conflicts.json`` and the heat map ``conflicts.png`` into a folder."""
+        """Writes ``conflicts.json`` and the heat map ``conflicts.png`` into a folder, which may hold other files.
+
+        Raises:
+            ValueError: as ``check_output``.
+        """
         place = Path(folder)
+        claim(place, _KIND, _NAMES)
         write_atomically(place / "conflicts.json", json.dumps(asdict(self), indent=1) + "\n")
         with atomic_file(place / "conflicts.png") as file:
             _heat_map(self).savefig(file, format="png", dpi=120, bbox_inches="tight")

@@ -11,10 +11,12 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from ..utils.files import write_atomically
+from ..utils.files import check_replaceable, is_record, read_marker, write_atomically
 from ..utils.validation import check_choice
 from .merge import merge
 from .sources import find_folder
+
+_RECORDED = ("ingredients", "value", "values", "tried", "mode")  # exactly the keys of a soup's record
 
 
 def uniform_soup(models: Sequence[str | Path], output: str | Path, **options: Any) -> Path:
@@ -69,14 +71,16 @@ def greedy_soup(
 
     Args:
         models: at least two folders.
-        output: the folder to write: the mean, or a copy of the best model where no mean was better.
+        output: the folder to write: the mean, or a copy of the best model where no mean was better. What was tried is
+            next to it, in ``<output>.soup.json``.
         evaluate: returns the metric of a model's folder.
         mode: whether more (``max``) or less of the metric is better.
         say: called with a line for each evaluation.
         options: of ``merge``, such as ``dtype``.
 
     Raises:
-        ValueError: fewer than two models, or a metric that is not a number.
+        ValueError: fewer than two models, a metric that is not a number, or a file ``<output>.soup.json`` that is no
+            record of a soup.
 
     Example:
         >>> greedy_soup(["a", "b", "c"], "soup", evaluate=accuracy).ingredients  # doctest: +SKIP
@@ -87,6 +91,9 @@ def greedy_soup(
         raise ValueError(f"models has {len(models)} entries; a soup needs at least two")
     if options.get("base") is not None:
         find_folder(options["base"])  # before anything is evaluated
+    target = Path(output).expanduser().resolve()
+    written = target.with_name(f"{target.name}.soup.json")
+    _check_places(target, written)
     sign = 1.0 if mode == "max" else -1.0
 
     def mean(numbers: Sequence[int], place: Path, **more: Any) -> Path:
@@ -104,7 +111,6 @@ def greedy_soup(
     chosen, best = [order[0]], values[order[0]]
 
     # Trials are written next to the output, on the same disk, and removed in the end.
-    target = Path(output).expanduser().resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     trials, tried = Path(mkdtemp(prefix=f".{target.name}.soup.", dir=target.parent)), []
     try:
@@ -119,5 +125,16 @@ def greedy_soup(
     mean(chosen, target, keep=len(chosen) == 1)
     found = GreedySoup(target, [str(models[n]) for n in chosen], best, values, tried)
     record = {"ingredients": found.ingredients, "value": best, "values": values, "tried": tried, "mode": mode}
-    write_atomically(target.with_name(f"{target.name}.soup.json"), json.dumps(record, indent=1) + "\n")
+    write_atomically(written, json.dumps(record, indent=1) + "\n")
     return found
+
+
+def _check_places(target: Path, path: Path) -> None:
+    """Refuses, before anything is evaluated, to replace a foreign folder, or what is no record of a soup."""
+    listed = read_marker(target)
+    check_replaceable(target, "model" if listed is None else listed["kind"])
+    if path.exists() and not is_record(path, _RECORDED):
+        raise ValueError(
+            f"{str(path)!r} already exists and was not written by greedy_soup, which would replace it: move it away, "
+            "or choose another output"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import transformers
 
 from ..merging import conflict_report, merge, verify
+from ..merging.conflicts import ConflictReport
 from ..merging.options import MergeOptions
 from ..utils import yaml_parser
 from ..utils.command_line import CommandParser, parse_options
@@ -64,6 +65,8 @@ def _conflicts(args: Sequence[str]) -> None:
     parser.add_argument("--base", type=str | None, default=None, help="the model that they were trained from")
     parser.add_argument("--output", type=str | None, default=None, help="folder of conflicts.json and conflicts.png")
     given = yaml_parser.plain(parser.parse_args([*args]))
+    if given["output"]:
+        ConflictReport.check_output(given["output"])
     report = conflict_report(given["models"], given["base"])
     print(report.table())
     if given["output"]:

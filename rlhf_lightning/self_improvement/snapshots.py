@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..evaluation import TaskResult
 from ..utils.files import content_hash, json_values, on_first_rank, write_atomically
 
 MANIFEST = "manifest.json"
+_OF_STATES = re.compile(r"step=\d+\.(ckpt|json)")
 
 
 class Snapshots:
@@ -40,12 +42,13 @@ class Snapshots:
         """Refuses a folder with states of another run; every rank calls it.
 
         Raises:
-            ValueError: it has a manifest.
+            ValueError: it has a manifest, or a file named as one of a state.
         """
         on_first_rank(self._refuse_others)
 
     def _refuse_others(self) -> None:
-        if (self.folder / MANIFEST).exists():
+        names = [path.name for path in self.folder.glob("*")] if self.folder.is_dir() else []
+        if any(name == MANIFEST or _OF_STATES.fullmatch(name) for name in names):
             raise ValueError(
                 f"{str(self.folder)!r} holds accepted states of another run, which this one would replace: resume it "
                 "with ckpt_path='last' (--ckpt_path=last), or choose another folder"

@@ -213,6 +213,50 @@ def check_names(folder: Path, kind: str, names: Iterable[str]) -> None:
         )
 
 
+def check_shared(folder: Path, kind: str, names: Iterable[str]) -> None:
+    """Refuses to write files of certain names into a folder that may hold other files, but no list of another kind.
+
+    Args:
+        folder: may be missing.
+        kind: kind on the folder's list.
+        names: names that will be written.
+
+    Raises:
+        ValueError: it is a file, holds content of another kind, or one of the names exists and is not listed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file: pass a folder to write to")
+    # The list of another kind would be lost, and with it the right to replace what is on it.
+    record = read_marker(folder)
+    if record is not None and record["kind"] != kind:
+        raise ValueError(
+            f"{str(folder)!r} is the folder of a {record['kind']}, and a {kind} would change it: write to a folder of "
+            "its own"
+        )
+    check_names(folder, kind, names)
+
+
+def claim(folder: Path, kind: str, names: Iterable[str]) -> None:
+    """Makes a folder and puts names on its list, which then may be written; as ``check_shared`` allows.
+
+    Raises:
+        ValueError: as ``check_shared``.
+    """
+    names = list(names)
+    check_shared(folder, kind, names)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, kind, {*listed_names(folder, kind), *names})
+
+
+def is_record(path: Path, keys: Iterable[str]) -> bool:
+    """Tells whether a file is a JSON object with these keys and no others, as a record of the package is."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.keys() == set(keys)
+
+
 def _files(folder: Path) -> set[str]:
     """Lists files below a folder, including links and empty folders, without the list itself."""
     found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir() or not any(p.iterdir()))

@@ -360,11 +360,11 @@ def test_a_wrong_export_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "model.gguf"
-    output.write_bytes(b"GGUF of before")
+    output.write_bytes(before := b"GGUF rlhf_lightning.export of before")
     monkeypatch.setattr(place, name, change(getattr(place, name)))
     with pytest.raises(ValueError, match=f"the export is not the model, and was removed: .*{re.escape(message)}"):
         export_gguf(folders[arch], output, type=type, check_prompts=PROMPTS)
-    assert output.read_bytes() == b"GGUF of before"
+    assert output.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
@@ -414,7 +414,7 @@ def test_models_and_tokenizers_without_a_place_are_refused(gguf: Any, tmp_path: 
     other = tmp_path / "notes.gguf"
     other.write_text("mine")
     save_tiny_model(tmp_path / "llama")
-    with pytest.raises(ValueError, match="exists and is no GGUF file: move it away"):
+    with pytest.raises(ValueError, match="exists and was not written by this package: move it away"):
         export_gguf(tmp_path / "llama", other)
     assert other.read_text() == "mine"
 
