@@ -23,7 +23,7 @@ _SHARE_FOR_TRIALS = 0.01
 _TRIALS = 4
 # Rounds after which one plain step is measured again.
 _REMEASURE = 32
-# Rows that can be given several tokens cost up to a tenth more in plain steps, too: drafts are worth it if they gain more.
+# Rows that can take several tokens cost up to a tenth more in plain steps, too: drafts have to gain more than that.
 _WORTH = 1.1
 # Weight, in that, of what was spent before, at each new step.
 _RECENT = 0.95
@@ -121,7 +121,7 @@ class _Costs:
 
 @dataclass
 class _Trial:
-    """Seconds of the latest steps, and what plain steps would have taken for their tokens; early ones found costs out."""
+    """Seconds of the latest steps, and what plain steps would have taken for their tokens."""
 
     spent: float = 0.0
     worth: float = 0.0
@@ -137,7 +137,8 @@ class Pace:
     """Chooses the draft lengths of every round, from costs and acceptance rates that are measured.
 
     Where no gain is expected, decoding is plain; now and then a round is tried all the same, within one hundredth of
-    the time. Where a call gained little, the next ones are made as without speculation, all but one in 17. Numbers of rows from one power of two to the next are measured together.
+    the time. Where a call gained little, the next ones are made as without speculation, all but one in 17. Numbers of
+    rows from one power of two to the next are measured together.
 
     Args:
         longest: most drafts of a round.

@@ -84,7 +84,7 @@ class CompiledForward:
         if tree is None:
             return kind.forward(layer, *args, **kwargs)
         if self._windows is None:
-            # Draws nothing and gives nothing: a run that goes on computes what the run that began it would have.
+            # Draws nothing and gives nothing: a resumed run computes what the run that was not stopped does.
             with evaluating(layer), torch.no_grad():
                 kind.forward(layer, *args, **kwargs)
             self._windows = tree.stretched

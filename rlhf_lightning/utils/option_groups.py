@@ -37,7 +37,7 @@ class OptionGroup:
     group: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]
         for field in fields(self):
             _check_type(self.full_name(field.name), getattr(self, field.name), hints[field.name])
 
@@ -48,7 +48,7 @@ class OptionGroup:
 
 
 @cache
-def _hints(cls: type[OptionGroup]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """The types of a group's fields; resolving them takes longer than all checks."""
     return get_type_hints(cls)
 

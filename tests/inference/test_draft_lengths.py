@@ -110,7 +110,8 @@ def test_calls_rest_where_drafts_gain_too_little(seconds: float, rests: int) -> 
             pace.observe_round([2, 2], [2, 2], [pace.new_row() for _ in range(2)], seconds)
         pace.finish(2)
         assert call == 2 or not pace._resting.get(2, 0)
-    assert not pace.rests(1) and not pace.rests(8)
+    assert not pace.rests(1)
+    assert not pace.rests(8)
     assert [pace.rests(3) for _ in range(rests + 1)] == [True] * rests + [False]
 
 

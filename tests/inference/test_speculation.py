@@ -218,7 +218,8 @@ def test_a_call_that_rests_is_one_of_an_engine_without_speculation() -> None:
     assert found[0] == found[2] == expected
     assert found[1] == plain.statistics()["attention"] != found[3]
     counts = engine.statistics()["speculation"]
-    assert counts["plain_calls"] == 1 and counts["rounds"] + counts["plain_steps"] > 0
+    assert counts["plain_calls"] == 1
+    assert counts["rounds"] + counts["plain_steps"] > 0
 
 
 def test_adapters_take_part_in_the_first_layers() -> None:

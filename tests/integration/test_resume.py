@@ -268,7 +268,8 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(name, at, tiny_model_
 def test_a_resumed_run_with_compiled_layers(tiny_model_folder, tmp_path):
     """By torch's own compiler, whose rounding differs from that of plain layers: no pass is plain in one run alone."""
 
-    run = Run(lambda model: SFTModule(model, lora=LORA, compile=True), RUNS["sft"].data, {"val_check_interval": 2}, steps=6)
+    interval = {"val_check_interval": 2}
+    run = Run(lambda model: SFTModule(model, lora=LORA, compile=True), RUNS["sft"].data, interval, steps=6)
     assert_resumes(run, tiny_model_folder(), tmp_path, lambda steps: [steps[0], steps[2]])
 
 
