@@ -229,9 +229,10 @@ def check_shared(folder: Path, kind: str, names: Iterable[str]) -> None:
     # The list of another kind would be lost, and with it the right to replace what is on it.
     record = read_marker(folder)
     if record is not None and record["kind"] != kind:
+        article = "an" if record["kind"][0] in "aeiou" else "a"
         raise ValueError(
-            f"{str(folder)!r} is the folder of a {record['kind']}, and a {kind} would change it: write to a folder of "
-            "its own"
+            f"{str(folder)!r} is the folder of {article} {record['kind']}, and a {kind} would change it: write to a "
+            "folder of its own"
         )
     check_names(folder, kind, names)
 

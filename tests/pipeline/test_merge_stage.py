@@ -92,7 +92,8 @@ def test_a_soup_by_a_metric_of_validation(place, tmp_path, capsys):
     record = json.loads((tmp_path / "soup.soup.json").read_text())
     folders = [str(place / f"model-{n}") for n in (8, 9, 10, 11)]
     losses = [naive_loss(Path(folder)) for folder in folders]
-    assert record["values"] == pytest.approx(losses, rel=1e-5)
+    # A log-prob in fp32 is rounded as its logits are, however small it is itself.
+    assert record["values"] == pytest.approx(losses, rel=1e-5, abs=5e-7)
     assert record["mode"] == "min"
 
     # The soup by its definition, on means of the files' tensors.
