@@ -159,19 +159,20 @@ def of_decoding() -> Iterator[Budget]:
     yield Budget("decoding: waits per token", 6, READS_PER_TOKEN, partial(counted, "waits"))
 
 
-def of_caches() -> Iterator[Budget]:
-    """The lines of a decoding step with caches other than the dynamic one, in bf16-true, for rows of two lengths."""
+def of_cache(kind: str) -> Iterator[Budget]:
+    """The lines of a decoding step with a cache other than the dynamic one, in bf16-true, for rows of two lengths."""
 
-    def counted(kind: str, what: str) -> float:
+    def counted(what: str) -> float:
         return measure.decoding_with(kind).token.totals[what]
 
-    for kind, (reads, uploads) in CACHES.items():
-        line = partial(f"{kind} cache: {{}} per token".format)
-        yield Budget(line("copies to the host"), reads, reads, partial(counted, kind, "reads"))
-        yield Budget(line("copies to the device"), uploads, uploads, partial(counted, kind, "uploads"))
-        yield Budget(line("waits"), reads, reads, partial(counted, kind, "waits"))
-    new = lambda: len(measure.decoding_with("static").new_shapes)  # noqa: E731
-    yield Budget("static cache: shapes that later steps do not share", 0, 0, new)
+    reads, uploads = CACHES[kind]
+    line = partial(f"{kind} cache: {{}} per token".format)
+    yield Budget(line("copies to the host"), reads, reads, partial(counted, "reads"))
+    yield Budget(line("copies to the device"), uploads, uploads, partial(counted, "uploads"))
+    yield Budget(line("waits"), reads, reads, partial(counted, "waits"))
+    if kind == "static":
+        new = lambda: len(measure.decoding_with(kind).new_shapes)  # noqa: E731
+        yield Budget("static cache: shapes that later steps do not share", 0, 0, new)
 
 
 GROUPS: dict[str, Callable[[], Iterator[Budget]]] = {
@@ -182,5 +183,5 @@ GROUPS: dict[str, Callable[[], Iterator[Budget]]] = {
     "layers": of_layers,
     "head": of_head,
     "decoding": of_decoding,
-    "caches": of_caches,
+    **{f"{kind} cache": partial(of_cache, kind) for kind in CACHES},
 }

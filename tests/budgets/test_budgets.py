@@ -13,7 +13,7 @@ from .measure import costs, decoding_with
 from .table import GROUPS
 from .trace import Trace, traced_cuda
 
-SLOW_GROUPS = ("caches",)
+SLOW_GROUPS = ("paged cache", "int8 cache")
 
 
 @pytest.mark.parametrize(

@@ -163,17 +163,6 @@ def every_run() -> Iterator[Run]:
                 yield Run(method, precision, subcommand, (number + of_precision + of_subcommand) % len(OPTIONS))
 
 
-# Runs that take little, which meet every precision, subcommand and set of options.
-FEW: tuple[Run, ...] = (
-    Run("process", "32-true", "fit", 2),
-    Run("dpo", "bf16-mixed", "fit", 0),
-    Run("process", "bf16-true", "fit", 0),
-    Run("reward", "16-mixed", "fit", 0),
-    Run("dpo", "bf16-mixed", "validate", 1),
-    Run("simpo", "bf16-mixed", "predict", 3),
-)
-
-
 class Folders(NamedTuple):
     """Models that runs load."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .matrix import FEW, OPTIONS, PRECISIONS, SUBCOMMANDS, Folders, Run, every_run, finite, start
+from .matrix import OPTIONS, PRECISIONS, SUBCOMMANDS, Folders, Run, every_run, finite, start
 from .steps import EIGHT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `.*_dataloader`")
@@ -34,14 +34,8 @@ def check(run: Run, folders: Folders, place: Path) -> None:
         assert list((place / "kept").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("run", FEW, ids=name)
-def test_few_runs(run: Run, folders: Folders, tmp_path: Path) -> None:
-    check(run, folders, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", [run for run in every_run() if run not in FEW], ids=name)
-def test_all_other_runs(run: Run, folders: Folders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", every_run(), ids=name)
+def test_every_run(run: Run, folders: Folders, tmp_path: Path) -> None:
     check(run, folders, tmp_path)
 
 
@@ -55,10 +49,3 @@ def test_every_pair_is_in_the_matrix() -> None:
     sets = range(len(OPTIONS))
     for kind, values in (("precision", PRECISIONS), ("subcommand", SUBCOMMANDS), ("method", EIGHT)):
         assert {(getattr(run, kind), run.options) for run in runs} == set(product(values, sets))
-
-
-def test_the_few_runs_meet_every_precision_subcommand_and_option() -> None:
-    assert set(FEW) < set(every_run())
-    assert {run.precision for run in FEW if run.subcommand == "fit"} == set(PRECISIONS)
-    assert {run.subcommand for run in FEW} == set(SUBCOMMANDS)
-    assert {run.options for run in FEW} == set(range(len(OPTIONS)))
