@@ -379,11 +379,11 @@ def test_print_config_opens_no_rows(
 
 
 def test_no_option_reads_a_file_as_its_value() -> None:
-    """But a class's, which may be a file with its class_path and init_args: optimizer, schedule, loss."""
+    """But a class's, which may be a file with its class_path and init_args: optimizer, schedule, loss, filters."""
     for package in (modules, datamodules, callbacks):
         for cls in (getattr(package, name) for name in package.__all__):
             if inspect.isclass(cls) and issubclass(cls, LightningModule | LightningDataModule | Callback):
                 parser = Parser()
                 parser.add_class_arguments(cls, "it", sub_configs=True, fail_untyped=False)
                 reading = {action.dest for action in parser._actions if getattr(action, "_enable_path", False)}
-                assert reading <= {"it.optimizer", "it.lr_scheduler", "it.loss"}, cls
+                assert reading <= {"it.optimizer", "it.lr_scheduler", "it.loss", "it.filters"}, cls

@@ -49,7 +49,7 @@ OPTIONS = {
     "--data.max_seq_length=3": "no option 'max_seq_length'; use the datamodule's max_length",
     "--trainer.callbacks+=nowhere.Mine": "cannot import 'nowhere.Mine': No module named 'nowhere'",
     "--ckpt_path=nowhere.ckpt": "nowhere.ckpt",
-    "--trainer.logger=TensorBoardLogger --trainer.logger.save_dir=x": "cannot import 'lightning.pytorch.loggers.Tensor",
+    "--trainer.logger=TensorBoardLogger --trainer.logger.save_dir=x": "TensorBoardLogger needs tensorboard: pip",
     "--trainer.callbacks+=TrainingCheckpoint --trainer.callbacks.folder=x --trainer.callbacks.keep=0": "keep is 0; it",
     "--trainer.accelerator=gpuu": "accelerator='gpuu'",
 }
@@ -127,7 +127,10 @@ def test_a_damaged_manifest_is_named(content: bytes, tmp_path: Path) -> None:
     [
         (OSError(28, "No space left on device", "x"), "[Errno 28] No space left on device: 'x'"),
         (PermissionError(13, "Permission denied", "x"), "[Errno 13] Permission denied: 'x'"),
-        (ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available"), "Neither `tensorboard` nor"),
+        (
+            ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available"),
+            "needs tensorboard: pip install",
+        ),
         (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
         (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory: lower the module's micro_batch_tokens"),
         (RuntimeError("one\ntwo"), "RuntimeError: one two (--debug shows where)"),
