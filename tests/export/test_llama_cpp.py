@@ -15,7 +15,6 @@ from ..helpers import tiny_model
 from .test_gguf import EXTRA, FAMILIES, PROMPTS, SIZES, byte_tokenizer
 
 llama_cpp = pytest.importorskip("xllamacpp", reason="the extra llama-cpp is not installed")
-pytestmark = pytest.mark.slow
 ANSWER = 12
 TEXTS = [*PROMPTS, "hello is 2", "ell 1 + 1"]
 
