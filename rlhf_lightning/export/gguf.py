@@ -78,7 +78,8 @@ def export_gguf(
         model: folder or hub id of a Llama, Mistral, Qwen2, Qwen3, Gemma 2 or Phi-3, or of a LoRA adapter on one, which
             is merged.
         output: the file; an earlier export there is replaced.
-        type: of matrices: ``f32``, ``f16``, ``bf16``, ``q8_0`` (8 bits and a scale for every 32) or ``q4_0`` (4 bits);
+        type: of matrices: ``f32``, ``f16``, ``bf16``; ``q8_0``, ``q5_0`` or ``q4_0`` (so many bits, and a scale for
+            every 32), ``q5_1`` or ``q4_1`` (an offset as well);
             or mixes of K-quants (blocks of 256), rounded by llama.cpp's own quantiser, which the extra ``llama-cpp``
             brings: ``q4_k_s``, ``q4_k_m``, ``q5_k_s``, ``q5_k_m`` or ``q6_k``. Vectors are stored in f32. Rows that 256
             does not divide have q5_0, q5_1 and q8_0 instead of q4_k, q5_k and q6_k; rows that 32 does not divide, f16.

@@ -15,7 +15,7 @@ from .gguf_mixes import BLOCK, MIXES, NARROW, mixed_type, quantise
 
 Array = npt.NDArray[Any]
 
-TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", *MIXES)
+TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", *MIXES)
 # Rows of this many values are quantised together.
 _BLOCK: Final = 32
 # Numbers of the file types, as loaders show them.
@@ -23,7 +23,10 @@ FILE_TYPES: Final = {
     "f32": 0,
     "f16": 1,
     "q4_0": 2,
+    "q4_1": 3,
     "q8_0": 7,
+    "q5_0": 8,
+    "q5_1": 9,
     "bf16": 32,
     **{"q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18},
 }

@@ -117,7 +117,16 @@ def test_rows_of_queries_and_keys_are_interleaved(gguf: Any, folders: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("type", "bound"), [("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 0.57 / 127), ("q4_0", 1.01 / 8)]
+    ("type", "bound"),
+    [
+        ("f16", 2**-11),
+        ("bf16", 2**-8),
+        ("q8_0", 0.57 / 127),
+        ("q5_1", 1.05 / 31),
+        ("q5_0", 1.02 / 16),
+        ("q4_1", 1.03 / 15),
+        ("q4_0", 1.01 / 8),
+    ],
 )
 def test_types_round_within_their_bounds(
     type: str, bound: float, gguf: Any, folders: dict[str, Path], tmp_path: Path
@@ -383,7 +392,10 @@ def test_a_wrong_tensor_is_caught(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"type": "q4_1"}, "type is 'q4_1'; it must be one of f32, f16, bf16, q8_0, q4_0, q4_k_s, q4_k_m, q5_k_s"),
+        (
+            {"type": "q3_k"},
+            "type is 'q3_k'; it must be one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1",
+        ),
         ({"check_prompts": []}, "check_prompts is []; it must be a list of at least one text"),
         ({"check_prompts": "2+2="}, "check_prompts is '2+2='; it must be a list"),
         ({"check_prompts": ["a" * 200]}, "the model has 128 positions: shorten it"),
