@@ -20,6 +20,7 @@ from rlhf_lightning.pipeline import kinds, load_pipeline, rounds_stage
 from rlhf_lightning.pipeline.config import body_of
 from rlhf_lightning.pipeline.rounds_stage import run_rounds
 from rlhf_lightning.pipeline.row_files import NoRowsError
+from rlhf_lightning.rewards import ConstitutionReward
 from rlhf_lightning.self_improvement.gate import Decision
 from rlhf_lightning.utils.files import content_hash
 from rlhf_lightning.utils.messages import UsageError
@@ -284,6 +285,36 @@ def test_rounds_of_self_play(written, tmp_path):
         assert league["model"] == one["start"]
         assert sum(opponent["prompts"] for opponent in league["opponents"]) == 12 - 4
     assert not run(written, tmp_path)["ran"]
+
+
+@pytest.mark.slow
+def test_rounds_that_the_model_judges_itself(written, tmp_path):
+    """Self-rewarding: scores of a round are the verdicts of the model that drew its samples."""
+    loop = written["stages"]["loop"]
+    statement = {"name": "short", "statement": "It is short."}
+    judge = {"principles": [statement], "judge": "${round.model}", "question": "{prompt}{completion} {statement}"}
+    verifier = {"class_path": "rlhf_lightning.rewards.ConstitutionReward", "init_args": judge}
+    loop["body"]["own"] |= {"verifier": verifier, "rows": ["samples", "pairs"]}
+    del loop["body"]["own"]["seed_rows"], loop["body"]["own"]["seed_ratio"]
+    loop["body"]["train"]["model"]["class_path"] = "DPOModule"
+    loop["body"]["train"]["data"] = {
+        "class_path": "PreferenceDataModule",
+        "init_args": {"train": "${outputs.own.pairs}"},
+    }
+    run(written, tmp_path)
+    folder = tmp_path / "run/loop"
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert len({one["start"] for one in rounds} | {one["model"] for one in rounds}) > 1
+    for number, one in enumerate(rounds, start=1):
+        before = folder / f"rounds/{number - 1}/train/model"
+        accepted = number > 1 and rounds[number - 2]["verdict"] == "accept"
+        model = str(before) if accepted else loop["model"]
+        assert content_hash(Path(model)) == one["start"]
+        reward = ConstitutionReward([statement], judge=model, question=judge["question"])
+        rows = [json.loads(x) for x in (folder / f"rounds/{number}/own/samples.jsonl").read_text().splitlines()]
+        expected = reward([row["prompt"] for row in rows], [row["completion"] for row in rows])
+        assert [row["provenance"]["score"] for row in rows] == pytest.approx(expected, abs=1e-5)
+        assert len({round(score, 6) for score in expected}) > 1
 
 
 def cut(real: Any, after: bool) -> Any:
