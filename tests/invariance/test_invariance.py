@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning.models import OutputHead, TokenStats
 from rlhf_lightning.models.logprob_chunks import ChunkedLogProbs
-from rlhf_lightning.sequences import SequenceBatch
+from rlhf_lightning.sequences import Example, Segment, SequenceBatch
 
 from ..helpers import save_tiny_model
 from .harness import TOLERANCE, Outcome, assert_same, assert_same_metrics, step, validate
@@ -79,6 +80,63 @@ CASES = [
     for number, (variation, options) in enumerate(VARIATIONS.items())
     for case in compared(LAID_OUT if "layout" in options else METHODS, number, variation)
 ]
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with LayerNorm whose layers see four tokens back."""
+    place = save_tiny_model(tmp_path_factory.mktemp("model"), "mistral")
+    sizes = AutoConfig.from_pretrained(place).to_dict()
+    kept = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "bos_token_id",
+    )
+    kept += ("num_key_value_heads", "max_position_embeddings", "sliding_window", "eos_token_id", "pad_token_id")
+    config = AutoConfig.for_model(
+        "starcoder2",
+        **{name: sizes[name] for name in kept},
+        initializer_range=0.3,
+        residual_dropout=0.0,
+        embedding_dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in ("sft", "dpo", "grpo-tree") else pytest.param(m, marks=pytest.mark.slow) for m in LAID_OUT]
+)
+@pytest.mark.filterwarnings("ignore:.*above micro_batch_tokens")
+def test_the_cascade_with_windows(method: str, windowed: str) -> None:
+    rows = METHODS[method].rows(NUM_ROWS)
+    padded = step(METHODS[method], windowed, rows, layout="padded", share_prefix=False)
+    for budget in (8192, 60):
+        outcome = step(METHODS[method], windowed, rows, attention="cascade", micro_batch_tokens=budget)
+        assert_same(outcome, padded, TOLERANCE["64-true"])
+
+
+def chain(depth: int, number: int) -> Segment:
+    """A tree of so many levels, whose segments have siblings and count on every second level."""
+    tokens = [3 + (number + depth + n) % 50 for n in range(2 + (number + depth) % 3)]
+    below = (Segment([5, 6 + depth, 7], [1.0, 1.0, 0.0]), chain(depth - 1, number)) if depth > 1 else ()
+    return Segment(tokens, [float(depth % 2 and n > 0) for n in range(len(tokens))], children=below)
+
+
+@pytest.mark.parametrize("of", ["folder", "windowed"])
+def test_the_cascade_five_levels_deep(of: str, request: pytest.FixtureRequest) -> None:
+    model, rows = request.getfixturevalue(of), [Example(f"rows:{n}", chain(5, n)) for n in range(4)]
+    alone = step(METHODS["sft"], model, rows, layout="padded", share_prefix=False)
+    for options in ({}, {"micro_batch_tokens": 41}):
+        outcome = step(METHODS["sft"], model, rows, attention="cascade", **options)
+        assert_same(outcome, alone, TOLERANCE["64-true"])
+
+
 PADDED = [("left", 0), ("right", 5), ("left", 7)]
 PADDINGS = [
     case for number, padding in enumerate(PADDED, len(VARIATIONS)) for case in compared(LAID_OUT, number, *padding)
