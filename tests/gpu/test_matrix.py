@@ -34,7 +34,7 @@ def check(run: Run, folders: Folders, place: Path) -> None:
         assert list((place / "kept").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("run", every_run(), ids=name)
+@pytest.mark.parametrize("run", list(every_run()), ids=name)
 def test_every_run(run: Run, folders: Folders, tmp_path: Path) -> None:
     check(run, folders, tmp_path)
 
