@@ -120,7 +120,7 @@ def share_interval(count: int, total: float, squares: float, level: float = 0.95
     That of Wilson for :math:`n_{\text{eff}} = n\, p (1 - p) / s^2` trials, with the mean p and
     :math:`s^2 = (\sum_i (x_i - p)^2 + 2 p (1 - p)) / (n + 2)`: the spread of the shares, as if two more had been spread
     as widely as shares can be. Where every share is 0 or 1, it is Wilson's of n trials. Few shares that are alike say
-    little about those that were not drawn: Student's interval, without the two, has no width where all are equal, and
+    little about the others: Student's interval, without the two, has no width where all are equal, and
     covers far less than it says near 0 and 1. The whole range for a single share in between.
 
     Args:
