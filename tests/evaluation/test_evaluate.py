@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +62,34 @@ def test_accuracy_lengths_and_truncation_of_greedy_answers(tmp_path: Path) -> No
     assert (metrics["truncated"], metrics["prompts"], metrics["without_verdict"]) == (0.25, 4, 0)
     assert (metrics["length/mean"], metrics["length/max"]) == (fmean([2, 2, 2, 5]), 5)
     assert "pass@1" not in metrics
+
+
+def test_the_time_of_a_token_is_the_median_of_batches_without_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches by a clock of ours: of 64, 64 and 2 prompts."""
+    now, seconds = [0.0], iter([9.0, 1.0, 2.0])
+    module = import_module("rlhf_lightning.evaluation.evaluate")
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(ScriptedEngine):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            now[0] += next(seconds)
+            return super().generate(*args, **kwargs)
+
+    def verifier(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        now[0] += 100.0
+        return [1.0] * len(completions)
+
+    rows = [{"prompt": f"{n}+{n}=", "answer": "2"} for n in range(130)]
+    task = Task(name="s", prompts=write_rows(tmp_path, rows))
+    answers = {row["prompt"]: ["#22..." if n < 64 else "#2"] for n, row in enumerate(rows)}
+    found = run_task(task, Slow(answers), verifier=verifier)
+    # 64 answers of three tokens, 64 of two, and two of two.
+    assert found.token_seconds == median([9 / 192, 1 / 128, 2 / 4]) == 9 / 192
+    assert found.seconds == 312.0
+    assert TaskResult.read(json.loads(json.dumps(found.as_dict()))) == found
+    assert "token_seconds" not in found.metrics
 
 
 def test_columns_with_other_names(tmp_path: Path) -> None:
