@@ -123,9 +123,9 @@ def write_rows(
     return metrics | {"cut_off": sum(not sample.ended for sample in samples)}
 
 
-def first_lines(path: Path, limit: int) -> list[dict[str, Any]]:
-    """Reads the first rows of a file; none if it does not exist."""
-    if not path.is_file() or not limit:
+def first_lines(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Reads the first rows of a file, by default all; none if it does not exist."""
+    if not path.is_file() or limit == 0:
         return []
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in islice(file, limit)]

@@ -224,8 +224,8 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
     record = manifest.stages[name]
     config = asdict(pipeline.evaluation)
     shown = config.pop("samples")  # number in the report, no input of the result
-    # Evaluated again if the model, the prompts or the settings have changed.
-    key = stage_key([config, pipeline.dtype], input_hashes(config) | record["outputs"], pipeline.run_dir)
+    # Evaluated again if the model, the prompts or the settings have changed, or answers have no rows to pair them by.
+    key = stage_key([config, pipeline.dtype, "by row"], input_hashes(config) | record["outputs"], pipeline.run_dir)
     answers_file = pipeline.folder(name) / ANSWERS
     if record.get("evaluation", {}).get("key") != key or not answers_file.is_file():
         started = time.time()
