@@ -20,7 +20,8 @@ from ..models import load_causal_lm, load_tokenizer
 from ..self_improvement import AdversarialValidator
 from ..self_improvement.gate import CapabilityCriteria, Decision, decide, overruled
 from ..self_improvement.scorers import check_scorer
-from ..utils.files import PARTIAL, discard, hidden_sibling, json_values, mark, read_marker, recover, write_atomically
+from ..utils.files import json_values, read_marker, write_atomically
+from ..utils.folders import replace_folder
 from ..utils.option_groups import build_group
 from .stages import EvaluateStage, GateStage
 
@@ -195,15 +196,7 @@ def copy_model(source: str | Path, target: Path) -> None:
         source: the folder.
         target: a folder that a stage owns; an earlier copy there is replaced.
     """
-    recover(target)
-    partial = hidden_sibling(target, PARTIAL)
     source = Path(source).expanduser()
     record = read_marker(source)
-    partial.mkdir(parents=True)
-    mark(partial, "model" if record is None else record["kind"], [])
-    shutil.copytree(source, partial, dirs_exist_ok=True)
-    if record is None:
-        mark(partial, "model")
-    if target.exists():
-        discard(target)
-    partial.rename(target)
+    kind = "model" if record is None else record["kind"]
+    replace_folder(target, kind, lambda place: shutil.copytree(source, place, dirs_exist_ok=True))
