@@ -46,6 +46,7 @@ class Chat:
 
     Attributes:
         messages: the turns so far, without the system message.
+        answers: number of answers, those that were stopped included; a turn without one, such as a failed one, is none.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Chat:
         self.system = options.system
         self.messages: list[dict[str, Any]] = []
         self.answers = 0
+        # Of the user, those without an answer included: a turn that is tried again draws anew.
+        self._turns = 0
         self.tokenizer = engine.tokenizer
         self.has_template = self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
@@ -98,8 +101,9 @@ class Chat:
             self.show("\n")
         if said:
             self.say(said)
-        self.answers += 1
+        self._turns += 1
         if answer:
+            self.answers += 1
             self.messages.append({"role": "assistant", "content": answer})
         else:
             self.messages.pop()
@@ -135,7 +139,7 @@ class Chat:
     def _write(self, show: Callable[[str], object]) -> str:
         """Shows an answer; returns what there is to say of it."""
         prompt, params = self.prompt(), self.sampling()
-        seed = derive_seed(self.options.seed, self.answers)
+        seed = derive_seed(self.options.seed, self._turns)
         if isinstance(self.engine, Strategy):
             with _ctrl_c(at_once=True):
                 encoded = [prompt] if takes_tokens(self.engine) else None

@@ -197,7 +197,7 @@ class ChatOptions(EngineOptions):
             class_path and init_args; its options follow as --scorer.aggregation=min.
         sampling: settings of every sample, without a seed.
         chat_template_kwargs: passed to the chat template.
-        seed: every answer is a function of this, its number and the conversation before it.
+        seed: every answer is a function of this, the number of its turn and the conversation before it.
         cache: of keys and values: dynamic, static, paged or int8; paged finds the conversation again in each turn.
         speculation: ngram, or a mapping with draft (a folder) or early_exit (a number of layers).
         max_batch_tokens: tokens of cache held at once, at least 1; affects memory, not results.
