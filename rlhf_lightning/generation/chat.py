@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode, prompt_tokens
-from ..inference import LocalEngine, SamplingParams, Strategy, derive_seed
+from ..inference import EnsemblePolicy, LocalEngine, SamplingParams, Strategy, derive_seed
 from ..inference.answering import takes_tokens
 from ..inference.completion import GrowingText, Request
 from ..inference.telemetry import Telemetry
@@ -46,7 +46,7 @@ class Chat:
 
     Attributes:
         messages: the turns so far, without the system message.
-        answers: number of answers, those that were stopped included; a turn without one, such as a failed one, is none.
+        answers: number of answers, stopped ones included; a turn that has none, such as a failed one, does not count.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Chat:
                 found = self.engine.search([self.context()], [seed], sampling=params, encoded=encoded)[0]
             show(found.text)
             return f"{'' if found.score is None else f'score {found.score:.3g}, '}{found.tokens} tokens"
-        if not isinstance(self.engine, LocalEngine):
+        if not isinstance(self.engine, LocalEngine | EnsemblePolicy):
             with _ctrl_c(at_once=True):
                 given = prompt if takes_tokens(self.engine) else self.context()
                 completion = self.engine.generate([given], 1, params, seeds=[[seed]])[0][0]
