@@ -63,7 +63,7 @@ class CapabilityGate(lightning.Callback):
         every_n_steps: optimizer steps between two boundaries, at least 1; if omitted, every epoch ends at one.
         criteria: when a candidate is accepted: a ``CapabilityCriteria`` or a mapping of its options. ``max_kl`` limits
             :math:`\mathrm{KL}(\text{start} \,\|\, \text{candidate})`, estimated on one sample of each prompt that the
-            policy drew before the first step.
+            policy drew before the first step. Limits of size and speed are for stages: training changes neither.
         step_factor: factor of the learning rates at each rejection, in (0, 1).
         keep: number of newest accepted states to keep, at least 1; older ones stay while a run that is resumed from
             a checkpoint of ``TrainingCheckpoint`` needs them.
@@ -99,6 +99,12 @@ class CapabilityGate(lightning.Callback):
         self.folder = Path(folder).expanduser()
         self.every_n_steps = every_n_steps
         self.criteria = build_group({} if criteria is None else criteria, CapabilityCriteria)
+        for limit in ("max_memory_gb", "max_token_ms"):
+            if getattr(self.criteria, limit) is not None:
+                raise ValueError(
+                    f"criteria.{limit} is {getattr(self.criteria, limit)!r}, and training changes neither size nor "
+                    "speed of a model: leave it out, or write it in a pipeline's stage of kind gate or rounds"
+                )
         self.step_factor = step_factor
         self.seed = seed
         self.snapshots = Snapshots(self.folder, keep)

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..data.transformed_rows import Transform
 from ..inference import Engine, build_strategy, derive_seed
+from ..inference.answering import ask_examples
 from ..inference.policies import PolicySpec, build_policy, check_single, policy_spec, policy_tokenizer
 from ..rewards.exact_answer import check_verdicts
 from ..rewards.specs import build_reward
@@ -21,7 +23,7 @@ from ..sequences import Example
 from ..utils.files import write_atomically
 from ..utils.inputs import input_hashes
 from ..utils.progress import progress
-from .answers import Answer, answer_prompts, read_prompts, score_texts
+from .answers import Answer, read_prompts, score_texts, verified
 from .report import Report
 from .results import TaskResult
 from .samples import PromptResult, SampleResult
@@ -163,11 +165,13 @@ def run_task(
         examples = task_prompts(task, tokenizer, verify, transform=transform)
         start = time.perf_counter()
         every = range(len(examples))
-        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer)
+        clock: list[float] = []
+        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer, clock=clock)
     else:
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), []
         prompts = task.run(engine, model)
-    found = TaskResult(model, task, tuple(prompts), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    found = TaskResult(model, task, tuple(prompts), seconds, median(clock) if clock else None)
     check_scores(found)
     return found
 
@@ -219,6 +223,7 @@ def answer_task(
     model: str = "model",
     seed: int = 0,
     scorer: Callable[..., Any] | None = None,
+    clock: list[float] | None = None,
 ) -> list[PromptResult]:
     """Answers and verifies some of the prompts of a task.
 
@@ -231,6 +236,7 @@ def answer_task(
         model: name of the model, for the progress bar.
         seed: a sample is a function of this, the number of its prompt and its own number.
         scorer: instead of the task's own.
+        clock: gets the seconds of sampling per sampled token of each batch of prompts that are answered together.
 
     Returns:
         One result per number, in their order.
@@ -241,9 +247,12 @@ def answer_task(
         chunk = numbers[first : first + _PROMPTS_AT_ONCE]
         rows = [examples[number] for number in chunk]
         seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
-        groups = answer_prompts(
-            answering, rows, verifier, num_samples=task.num_samples, sampling=task.params, seeds=seeds
-        )
+        start = time.perf_counter()
+        drawn = ask_examples(answering, rows, task.num_samples, task.params, seeds=seeds)
+        seconds, tokens = time.perf_counter() - start, sum(sample.num_sampled for group in drawn for sample in group)
+        if clock is not None and tokens:
+            clock.append(seconds / tokens)
+        groups = verified(rows, drawn, verifier)
         prompts += [_prompt_result(task, example, group) for example, group in zip(rows, groups, strict=True)]
     return prompts if task.scorer is None else _scored(prompts, examples, numbers, scorer or build_reward(task.scorer))
 

@@ -121,11 +121,19 @@ class Judge:
         report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
         before, after = ([found for found in report.results if found.model == name] for name in models)
         drift = None if self.criteria.max_kl is None else self._drift(candidate)
-        decision = decide(before, after, self.criteria, kl=drift, num_rejected=num_rejected, seed=self.seed)
+        size = None if self.criteria.max_memory_gb is None else self._size(candidate)
+        decision = decide(
+            before, after, self.criteria, kl=drift, memory_gb=size, num_rejected=num_rejected, seed=self.seed
+        )
         if decision.verdict == "accept" and self.validator is not None:
             found = self.validator.validate(self._engine(candidate), seed=self.seed, say=self.say)
             decision = overruled(decision, found, self.criteria, num_rejected=num_rejected)
         return decision, report
+
+    def _size(self, place: str) -> float:
+        """Counts the bytes of a model's parameters and buffers, in units of 10^9."""
+        model: nn.Module = load_causal_lm(place, dtype=getattr(torch, self.dtype), trainable=False)
+        return sum(held.nbytes for held in (*model.parameters(), *model.buffers())) / 1e9
 
     def _engine(self, place: str) -> LocalEngine:
         return LocalEngine.from_pretrained(place, dtype=self.dtype)

@@ -132,8 +132,8 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     if not rewards:
         raise ValueError(f"no reward for any of the prompts {evaluation.prompts!r}: they lack what the verifier reads")
     lines = [
-        json_line({"prompt": a.example.fields["prompt"], "completion": a.completion.text, "reward": a.reward})
-        for a in answers
+        json_line({"row": row.row_id, "prompt": row.fields["prompt"], "completion": said.text, "reward": reward})
+        for row, said, reward in ((answer.example, answer.completion, answer.reward) for answer in answers)
     ]
     write_atomically(answers_file, "".join(lines))
     return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}

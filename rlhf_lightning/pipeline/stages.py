@@ -22,8 +22,9 @@ from ..self_improvement.self_play import Weighting
 T = TypeVar("T")
 
 EXACT = "rlhf_lightning.rewards.exact_answer"
-# Kinds of rows that sample and refine stages write, with their files.
+# Kinds of rows that stages write, with their files; and rows that are kept for the same stage of the next round.
 ROWS = {kind: f"{kind}.jsonl" for kind in KINDS_OF_ROWS}
+REPLAY = {"replay": "replay.jsonl"}
 MODEL = {"model": "model"}
 
 
@@ -64,8 +65,8 @@ class RowStage(RowOptions):
 
     @property
     def outputs(self) -> dict[str, str]:
-        """Files of the kinds of rows that are written."""
-        return {name: ROWS[name] for name in self.rows}
+        """Files of the kinds of rows that are written, and of rows for the next round."""
+        return {name: ROWS[name] for name in self.rows} | ({} if self.replay is None else REPLAY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,10 +208,7 @@ class GenerateStage(GenerateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressStage(CompressOptions):
-    """Compresses contexts and answers prompts as ``rlhf-lightning compress`` does, with the same options.
-
-    ``dtype: auto`` is the pipeline's.
-    """
+    """Compresses contexts as ``rlhf-lightning compress`` does, with its options; ``dtype: auto`` is the pipeline's."""
 
     outputs: ClassVar[Mapping[str, str]] = {"rows": "compressed.jsonl"}
 
@@ -395,6 +393,7 @@ def outputs_of(written: Mapping[str, Any]) -> Mapping[str, str]:
     if issubclass(cls, RowStage):
         rows = written.get("rows", ["pairs"])
         files = {name: ROWS[name] for name in ([rows] if isinstance(rows, str) else rows or ()) if name in ROWS}
+        files |= REPLAY if written.get("replay") is not None else {}
         return files | ({"league": cls.league} if issubclass(cls, SelfPlayStage) else {})
     found: Mapping[str, str] = cls.outputs
     return found
