@@ -132,7 +132,7 @@ class Judge:
 
     def _size(self, place: str) -> float:
         """Counts the bytes of a model's parameters and buffers, in units of 10^9."""
-        model: nn.Module = load_causal_lm(place, dtype=getattr(torch, self.dtype), trainable=False)
+        model = self._engine(place).model
         return sum(held.nbytes for held in (*model.parameters(), *model.buffers())) / 1e9
 
     def _engine(self, place: str) -> LocalEngine:
