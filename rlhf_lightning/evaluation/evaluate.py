@@ -13,13 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..data.transformed_rows import Transform
-from ..inference import Engine, LocalEngine, build_strategy, derive_seed
+from ..inference import Engine, build_strategy, derive_seed
 from ..inference.answering import ask_examples
-from ..models import load_causal_lm, load_tokenizer
+from ..inference.policies import PolicySpec, build_policy, check_single, policy_spec, policy_tokenizer
 from ..rewards.exact_answer import check_verdicts
 from ..rewards.specs import build_reward
 from ..sequences import Example
@@ -46,19 +43,21 @@ class _Candidate:
     name: str
     place: Any
 
+    @property
+    def spec(self) -> Any:
+        """Names the model, as in ``policy_spec``; ``None`` for an engine."""
+        given = isinstance(self.place, str | Path | list | tuple | Mapping)
+        return policy_spec(self.place, f"model {self.name!r}") if given else None
+
     def load(self, task: AnyTask, dtype: str) -> Any:
         """Loads what a task is run with: an engine, or a model that scores rows."""
-        if not isinstance(self.place, str | Path):
+        if self.spec is None:
             return self.place
-        if not isinstance(task, Task):
-            return task.load(str(self.place), dtype)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: nn.Module = load_causal_lm(str(self.place), dtype=getattr(torch, dtype), trainable=False)
-        return LocalEngine(model.to(device), load_tokenizer(str(self.place)))
+        return build_policy(self.spec, dtype=dtype) if isinstance(task, Task) else task.load(self.spec, dtype)
 
 
 def evaluate(
-    models: Sequence[str | Path] | Mapping[str, str | Path | Engine],
+    models: Sequence[str | Path] | Mapping[str, Path | PolicySpec | Engine],
     suite: Suite | Mapping[str, Any] | str | Path,
     *,
     output: str | Path | None = None,
@@ -74,8 +73,8 @@ def evaluate(
     evaluation continues, and a further model costs its own answers only.
 
     Args:
-        models: folders or hub ids; or names with a folder, a hub id or an engine with a tokenizer each. The first is
-            what the others are compared with.
+        models: folders or hub ids; or names with a folder, a hub id, several as one (as in ``policy_spec``) or an
+            engine with a tokenizer each. The first is what the others are compared with.
         suite: a suite, a mapping, or a YAML file; see ``Suite.read``.
         output: folder of ``results.json``, ``report.html`` and ``history.jsonl``; nothing is written by default.
         seed: of samples and resamples.
@@ -90,15 +89,16 @@ def evaluate(
         report = evaluate({"sft": "runs/sft/model", "dpo": "runs/dpo/model"}, "configs/suites/arithmetic.yaml")
         print(report.table())
     """
-    suite, candidates = Suite.read(suite), _candidates(models)
+    suite = Suite.read(suite)
+    candidates = check_models(models, suite)
     # Verifiers are built and models looked for before anything is sampled: a typo costs nothing.
     answered = [task for task in suite.tasks if isinstance(task, Task)]
     verifiers = {task.name: build_reward(task.verifier) for task in answered}
     scorers = {task.name: build_reward(task.scorer) for task in answered if task.scorer is not None}
     judges = {task.name: task.wins.build_judge() for task in answered if task.win_rate is not None}
     for candidate in candidates:
-        if isinstance(candidate.place, str | Path):
-            load_tokenizer(str(candidate.place))
+        if candidate.spec is not None:
+            policy_tokenizer(candidate.spec)
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
         Report.check_output(folder)
@@ -320,11 +320,32 @@ def _prompt_result(task: Task, example: Example, group: Sequence[Answer]) -> Pro
     )
 
 
+def check_models(models: Sequence[str | Path] | Mapping[str, Any], suite: Suite) -> list[_Candidate]:
+    """Reads the models to evaluate, without loading them.
+
+    Args:
+        models: as those of ``evaluate``.
+        suite: the tasks.
+
+    Raises:
+        ValueError: there are none, one is not written as a model, or an ensemble is to score given rows.
+    """
+    candidates = _candidates(models)
+    scored = [task.name for task in suite.tasks if not isinstance(task, Task)]
+    for candidate in candidates:
+        if isinstance(candidate.spec, dict) and scored:
+            why = f"and task {scored[0]!r} has rows that one reward model scores: leave out the one or the other"
+            check_single(candidate.spec, f"model {candidate.name!r}", why)
+    return candidates
+
+
 def _candidates(models: Sequence[str | Path] | Mapping[str, Any]) -> list[_Candidate]:
     if not models or isinstance(models, str):
         raise ValueError(f"models is {models!r}; give a list of folders, or a mapping of names to folders or engines")
     if isinstance(models, Mapping):
         return [_Candidate(str(name), place) for name, place in models.items()]
+    if unnamed := [place for place in models if not isinstance(place, str | Path)]:
+        raise ValueError(f"models has {unnamed[0]!r} without a name: write a mapping, such as {{both: [A, B]}}")
     return [_Candidate(name, place) for name, place in zip(short_names(models), models, strict=True)]
 
 
@@ -371,10 +392,10 @@ def _part_of(folder: Path, key: Any) -> Path:
 
 def _part(folder: Path, candidate: _Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
     """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
-    if not isinstance(candidate.place, str | Path):
+    if candidate.spec is None:
         return None
     # The contents of the model (and of an adapter's base), of the prompts, and of verifiers and scorers of one's own.
     # How answers are compared with others changes none of them.
     asked = task.as_dict() | ({"win_rate": None} if isinstance(task, Task) else {})
-    inputs = input_hashes({"model": str(candidate.place), "task": asked})
-    return _part_of(folder, [str(candidate.place), inputs, asked, seed, dtype])
+    inputs = input_hashes({"model": candidate.spec, "task": asked})
+    return _part_of(folder, [candidate.spec, inputs, asked, seed, dtype])

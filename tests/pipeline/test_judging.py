@@ -111,7 +111,7 @@ def test_a_model_that_is_too_large_or_too_slow_does_not_pass(models, suite, tmp_
         assert run_gate(stage, folder, 0, "float32", lambda line: None)["accepted"] == passes
         written = json.loads((folder / "decision.json").read_text())
         assert written["memory_gb"] == pytest.approx(bytes_of / 1e9, rel=1e-12)
-    assert written["reason"].startswith("its weights take 0.000")
+    assert written["reason"].startswith("its weights take 7.85e-05 GB, above max_memory_gb=")
     half = Judge(suite, criteria_of(criteria), tmp_path / "e", 0, "bfloat16", models[0])
     assert half.decide(models[0], models[1])[0].verdict == "accept"
 
