@@ -7,7 +7,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from typing import Any
 from ..data.transformed_rows import Transform
 from ..inference import Engine, build_strategy, derive_seed
 from ..inference.answering import ask_examples
-from ..inference.policies import PolicySpec, build_policy, check_single, policy_spec, policy_tokenizer
+from ..inference.policies import PolicySpec, policy_tokenizer
 from ..rewards.exact_answer import check_verdicts
 from ..rewards.specs import build_reward
 from ..sequences import Example
@@ -24,6 +24,7 @@ from ..utils.files import write_atomically
 from ..utils.inputs import input_hashes
 from ..utils.progress import progress
 from .answers import Answer, read_prompts, score_texts, verified
+from .candidates import Candidate, check_models
 from .report import Report
 from .results import TaskResult
 from .samples import PromptResult, SampleResult
@@ -34,26 +35,6 @@ from .wins import all_wins
 _PROMPTS_AT_ONCE = 64
 # Finished results of an output folder, which are not computed again.
 PARTS = "parts"
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A model to evaluate: loaded when the first task needs it."""
-
-    name: str
-    place: Any
-
-    @property
-    def spec(self) -> Any:
-        """Names the model, as in ``policy_spec``; ``None`` for an engine."""
-        given = isinstance(self.place, str | Path | list | tuple | Mapping)
-        return policy_spec(self.place, f"model {self.name!r}") if given else None
-
-    def load(self, task: AnyTask, dtype: str) -> Any:
-        """Loads what a task is run with: an engine, or a model that scores rows."""
-        if self.spec is None:
-            return self.place
-        return build_policy(self.spec, dtype=dtype) if isinstance(task, Task) else task.load(self.spec, dtype)
 
 
 def evaluate(
@@ -320,58 +301,6 @@ def _prompt_result(task: Task, example: Example, group: Sequence[Answer]) -> Pro
     )
 
 
-def check_models(models: Sequence[str | Path] | Mapping[str, Any], suite: Suite) -> list[_Candidate]:
-    """Reads the models to evaluate, without loading them.
-
-    Args:
-        models: as those of ``evaluate``.
-        suite: the tasks.
-
-    Raises:
-        ValueError: there are none, one is not written as a model, or an ensemble is to score given rows.
-    """
-    candidates = _candidates(models)
-    scored = [task.name for task in suite.tasks if not isinstance(task, Task)]
-    for candidate in candidates:
-        if isinstance(candidate.spec, dict) and scored:
-            why = f"and task {scored[0]!r} has rows that one reward model scores: leave out the one or the other"
-            check_single(candidate.spec, f"model {candidate.name!r}", why)
-    return candidates
-
-
-def _candidates(models: Sequence[str | Path] | Mapping[str, Any]) -> list[_Candidate]:
-    if not models or isinstance(models, str):
-        raise ValueError(f"models is {models!r}; give a list of folders, or a mapping of names to folders or engines")
-    if isinstance(models, Mapping):
-        return [_Candidate(str(name), place) for name, place in models.items()]
-    if unnamed := [place for place in models if not isinstance(place, str | Path)]:
-        raise ValueError(f"models has {unnamed[0]!r} without a name: write a mapping, such as {{both: [A, B]}}")
-    return [_Candidate(name, place) for name, place in zip(short_names(models), models, strict=True)]
-
-
-def short_names(places: Sequence[str | Path]) -> list[str]:
-    """Names folders by the fewest of their parts that tell them apart, without the parts that all share.
-
-    Raises:
-        ValueError: a folder occurs twice.
-
-    Example:
-        >>> short_names(["runs/sft/model", "runs/dpo/model"]), short_names(["runs/sft/model"])
-        (['sft', 'dpo'], ['model'])
-    """
-    parts = [[part for part in str(place).split("/") if part] or [str(place)] for place in places]
-    written = ["/".join(names) for names in parts]
-    if twice := [name for name in written if written.count(name) > 1]:
-        raise ValueError(f"model {twice[0]!r} is given twice: give each model once")
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    while all(len(names) > 1 for names in parts) and len({names[0] for names in parts}) == 1:
-        parts = [names[1:] for names in parts]
-    while all(len(names) > 1 for names in parts) and len({names[-1] for names in parts}) == 1:
-        parts = [names[:-1] for names in parts]
-    return ["/".join(names) for names in parts]
-
-
 def _kept(folder: Path | None, key: Sequence[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Finds what was computed before for a key, the contents of the files that it names included, or computes it."""
     if folder is None:
@@ -390,7 +319,7 @@ def _part_of(folder: Path, key: Any) -> Path:
     return folder / PARTS / f"{hashlib.sha256(written.encode()).hexdigest()[:24]}.json"
 
 
-def _part(folder: Path, candidate: _Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
+def _part(folder: Path, candidate: Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
     """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
     if candidate.spec is None:
         return None

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import check_models
+from ..evaluation.candidates import check_models
 from ..export import export_gguf
 from ..export.gguf_tensors import TYPES
 from ..generation import generate_rows
