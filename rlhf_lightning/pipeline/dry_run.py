@@ -13,6 +13,7 @@ import torch
 from ..core.device_precision import default_precision
 from ..data.sources import open_source
 from ..evaluation import Suite
+from ..inference.policies import policy_name
 from ..models import load_tokenizer
 from ..planning import plan
 from ..planning.plan import decoder_of
@@ -226,7 +227,7 @@ def _sampled(stage: Stage) -> Iterator[str]:
     players = prompts
     if isinstance(stage, SelfPlayStage):
         trial = min(stage.trial, prompts)
-        players = trial * len(set(stage.opponents)) + 2 * prompts - trial
+        players = trial * len(set(map(policy_name, stage.opponents))) + 2 * prompts - trial
     yield f"{prompts:,} prompts, {players * stage.num_samples:,} samples"
 
 

@@ -110,6 +110,7 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
         "what": _what(row),
         "validation": _measured(row["metrics"], "val"),
         "tested": _tested(row),
+        "tested_briefly": _right(row) if "test_interval" in row else _tested(row),
         "figure": stage_figure(history, _exported_step(manifest, name)) if history else None,
         "answers": first_lines(folder / ANSWERS, shown),
         "pairs": first_lines(folder / ROWS["pairs"], _NUM_PAIRS),
@@ -222,11 +223,14 @@ def _page(record: dict[str, Any], name: str) -> str | None:
 
 def _tested(row: dict[str, Any]) -> str:
     """Describes the test results: exact answers of greedy completions, else loss and preferences."""
-    if row["test_accuracy"] is not None:
-        low, high = row.get("test_interval", [None, None])
-        interval = "" if low is None else f" ({low:.1%} to {high:.1%})"
-        return f"{row['test_accuracy']:.1%} of {row['test_rows']} right{interval}"
+    if "test_interval" in row:
+        low, high = row["test_interval"]
+        return f"{_right(row)} ({low:.1%} to {high:.1%})"
     return _measured(row["metrics"], "test")
+
+
+def _right(row: dict[str, Any]) -> str:
+    return f"{row['test_accuracy']:.1%} of {row['test_rows']} right"
 
 
 def _measured(metrics: dict[str, float], prefix: str) -> str:
