@@ -13,7 +13,16 @@ from ..self_improvement.gate import Decision
 from ..self_improvement.samples import model_hash
 from ..utils.files import json_line, json_values, write_atomically
 from .config import Before, Pipeline, body_of
-from .judging import EVALUATION, Judge, check_folder, check_suite, copy_model, criteria_of, validator_of
+from .judging import (
+    EVALUATION,
+    Judge,
+    check_folder,
+    check_passed_on,
+    check_suite,
+    copy_model,
+    criteria_of,
+    validator_of,
+)
 from .row_files import NoRowsError
 from .stages import FitStage, RoundsStage
 
@@ -29,6 +38,7 @@ def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    check_passed_on("model", stage.model)
     criteria = criteria_of(stage.criteria)
     body = body_of(stage, number=1, earlier=[stage.model], seed=0, run_dir=folder / ROUNDS / "0")
     validator_of(stage.validators)

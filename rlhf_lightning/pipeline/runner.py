@@ -18,13 +18,13 @@ from ..utils.files import (
     check_names,
     check_replaceable,
     content_hash,
-    discard,
     hold,
     listed_names,
     mark,
     read_marker,
     release,
 )
+from ..utils.folders import discard
 from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError, did_you_mean
 from .config import Pipeline

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from ..generation import GenerateOptions
 from ..generation.compress import CompressOptions
+from ..inference.policies import PolicySpec
 from ..labeling.command import LabelOptions
 from ..merging.methods import METHODS
 from ..merging.options import MergeOptions
@@ -82,21 +83,21 @@ class PromptStage:
 class SampleStage(RowStage, PromptStage):
     """Samples and scores completions, and makes rows of them.
 
-    A list of models samples as one: ``ensemble`` has options of ``merging.EnsemblePolicy``. With ``server``, options of
-    ``inference.RemoteEngine``, completions come from there, and only the tokenizer of ``model`` is read. ``verifier``
-    is any reward function: a dotted path, or ``class_path`` and ``init_args``, such as a reward model or a judge. With
-    ``strategy``, as in ``inference.build_strategy``, each sample is the result of a search of its own. With ``hint``,
-    prompts that no sample solved are sampled once more with a hint, for ``demonstrations`` alone (STaR).
+    ``model`` may be several that sample as one, as in ``inference.policies.policy_spec``, in every stage that samples.
+    With ``server``, options of ``inference.RemoteEngine``, completions come from there, and only the tokenizer of
+    ``model`` is read. ``verifier`` is any reward function: a dotted path, or ``class_path`` and ``init_args``, such as
+    a reward model or a judge. With ``strategy``, as in ``inference.build_strategy``, each sample is the result of a
+    search of its own. With ``hint``, prompts that no sample solved are sampled once more with a hint, for
+    ``demonstrations`` alone (STaR).
     """
 
-    model: str | list[str]
+    model: PolicySpec
     kind: Literal["sample"] = "sample"
     verifier: str | dict[str, Any] = EXACT
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
     strategy: str | dict[str, Any] | None = None
     hint: str | None = None
-    ensemble: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] | None = None
 
 
@@ -107,7 +108,7 @@ class RefineStage(RowStage, PromptStage):
     With ``strategy``, as in ``inference.build_strategy``, drafts are the results of searches; critiques are sampled.
     """
 
-    model: str
+    model: PolicySpec
     kind: Literal["refine"] = "refine"
     verifier: str | dict[str, Any] = EXACT
     critique: str = CRITIQUE
@@ -140,14 +141,14 @@ class ChallengeStage(PromptStage):
 
     outputs: ClassVar[Mapping[str, str]] = {"prompts": "prompts.jsonl"}
 
-    model: str
+    model: PolicySpec
     kind: Literal["challenge"] = "challenge"
     number: int = 64
     num_examples: int = 4
     template: str = CHALLENGE
     max_overlap: float = 0.7
     writing: dict[str, Any] = field(default_factory=dict)
-    solver: str | None = None
+    solver: PolicySpec | None = None
     verifier: str | dict[str, Any] | None = None
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -166,8 +167,8 @@ class SelfPlayStage(RowStage, PromptStage):
 
     league: ClassVar[str] = "league.json"
 
-    model: str
-    opponents: list[str]
+    model: PolicySpec
+    opponents: list[Any]
     kind: Literal["self-play"] = "self-play"
     verifier: str | dict[str, Any] = EXACT
     num_samples: int = 1
@@ -279,7 +280,7 @@ class EvaluateStage:
 
     outputs: ClassVar[Mapping[str, str]] = {"results": "evaluation/results.json", "page": "evaluation/report.html"}
 
-    models: dict[str, str]
+    models: dict[str, Any]
     suite: str | dict[str, Any]
     kind: Literal["evaluate"] = "evaluate"
     seed: int | None = None

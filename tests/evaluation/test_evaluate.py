@@ -25,7 +25,7 @@ from rlhf_lightning.evaluation import (
     run_task,
     wilson_interval,
 )
-from rlhf_lightning.evaluation.evaluate import short_names
+from rlhf_lightning.evaluation.candidates import short_names
 from rlhf_lightning.evaluation.report import Report
 from rlhf_lightning.metrics.intervals import share_interval
 from rlhf_lightning.utils.files import mark

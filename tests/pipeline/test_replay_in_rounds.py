@@ -48,8 +48,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     engine = Drawing({})
-    monkeypatch.setattr(sample_stage, "load_model", lambda folder, dtype: (None, engine.tokenizer))
-    monkeypatch.setattr(sample_stage, "LocalEngine", lambda model, tokenizer: engine)
+    monkeypatch.setattr(sample_stage, "stage_policy", lambda model, dtype: (engine, engine.tokenizer))
     rows = [{"prompt": f"{n}.\u2028", "answer": str(2 + n % 3)} for n in range(PROMPTS)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seeds = [{"prompt": f"seed {n}", "completion": "#0", "answer": "0"} for n in range(100)]
