@@ -18,6 +18,7 @@ from .judging import (
     Judge,
     check_criteria,
     check_folder,
+    check_passed_on,
     check_suite,
     copy_model,
     criteria_of,
