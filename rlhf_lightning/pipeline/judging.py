@@ -64,7 +64,7 @@ def check_criteria(written: Mapping[str, Any], suite: Suite) -> CapabilityCriter
     criteria = criteria_of(written)
     if criteria.max_token_ms is not None and not any(isinstance(task, Task) for task in suite.tasks):
         raise ValueError(
-            f"criteria.max_token_ms is {criteria.max_token_ms}, and no task of the suite {suite.name!r} samples tokens: "
+            f"criteria.max_token_ms is {criteria.max_token_ms}, and no task of the suite {suite.name!r} samples: "
             "add one of prompts that a model answers, or leave it out"
         )
     return criteria
