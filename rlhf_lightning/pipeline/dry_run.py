@@ -25,7 +25,17 @@ from .kinds import describe
 from .manifest import Manifest, stage_key
 from .rounds_stage import check_rounds
 from .runner import check_forced, in_stage
-from .stages import ChallengeStage, FitStage, MergeStage, RefineStage, RoundsStage, SampleStage, SelfPlayStage, Stage
+from .stages import (
+    ChallengeStage,
+    FitStage,
+    MergeStage,
+    RefineStage,
+    RoundsStage,
+    RowStage,
+    SampleStage,
+    SelfPlayStage,
+    Stage,
+)
 
 # Rows whose tokens are counted.
 _COUNTED = 32
@@ -204,6 +214,8 @@ def _facts(stage: Stage, config: Mapping[str, Any], record: Mapping[str, Any], s
             yield f"{rows:,} rows"
             estimate = _fit_seconds(config, data, rows, sizes.origin(options.get("model")), sizes)
     yield from _sampled(stage)
+    if isinstance(stage, RowStage) and (replay := stage.replay_options) is not None:
+        yield f"up to {replay.share:g} rows of earlier rounds for each new one, from {replay.capacity:,} that are kept"
     suite = getattr(stage, "suite", None)
     if suite is not None:
         yield f"{len(Suite.read(suite).tasks)} tasks"

@@ -106,7 +106,8 @@ def write_rows(
     made = {kind: [row for part in parts for row in options.make(kind, *part)] for kind in options.rows}
     for kind, rows in made.items():
         if not rows:
-            raise NoRowsError(f"no prompt gave a row of kind {kind!r} (mean reward {mean:.2f}): {advice}")
+            found = f"mean reward {mean:.2f}" if rewards else f"none of {len(samples)} samples has a score"
+            raise NoRowsError(f"no prompt gave a row of kind {kind!r} ({found}): {advice}")
     first, files = options.rows[0], {}
     own = made[first][: options.max_rows]
     if options.replay is not None:
