@@ -58,7 +58,6 @@ def rounds(place: Path) -> SelfImprovement:
         f"{says_no_z.__module__}.says_no_z",
         threshold=None,
         num_samples=6,
-        replay={"share": 1.0},
         sampling={"max_new_tokens": 16},
     )
 
