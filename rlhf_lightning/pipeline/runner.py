@@ -54,6 +54,7 @@ _OF_STAGE = (
         "compressed.jsonl",
     ),
     *(DECISION, RECORD, *ROWS.values(), *ChallengeStage.outputs.values(), SelfPlayStage.league),
+    "accepted",  # the folder of a CapabilityGate, which refuses the states of another run
 )
 
 
