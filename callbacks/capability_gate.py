@@ -53,7 +53,7 @@ class CapabilityGate(lightning.Callback):
 
     Rejected steps count neither for ``max_steps`` nor for schedules, but for ``max_time``. ``ModelExport`` with
     ``monitor``, or ``every_n_steps``, may export between boundaries, where nothing has been decided yet. With
-    ``WeightAverage``, the weights that train are judged, not their average.
+    ``WeightAverage``, the weights that train are judged, not their average. A run has one gate.
 
     Args:
         suite: a suite, its options as a mapping, or a YAML file such as ``configs/suites/arithmetic.yaml``; see
@@ -63,7 +63,7 @@ class CapabilityGate(lightning.Callback):
         every_n_steps: optimizer steps between two boundaries, at least 1; if omitted, every epoch ends at one.
         criteria: when a candidate is accepted: a ``CapabilityCriteria`` or a mapping of its options. ``max_kl`` limits
             :math:`\mathrm{KL}(\text{start} \,\|\, \text{candidate})`, estimated on one sample of each prompt that the
-            policy drew before the first step.
+            policy drew before the first step. Limits of size and speed are for stages: training changes neither.
         step_factor: factor of the learning rates at each rejection, in (0, 1).
         keep: number of newest accepted states to keep, at least 1; older ones stay while a run that is resumed from
             a checkpoint of ``TrainingCheckpoint`` needs them.
@@ -99,6 +99,12 @@ class CapabilityGate(lightning.Callback):
         self.folder = Path(folder).expanduser()
         self.every_n_steps = every_n_steps
         self.criteria = build_group({} if criteria is None else criteria, CapabilityCriteria)
+        for limit in ("max_memory_gb", "max_token_ms"):
+            if getattr(self.criteria, limit) is not None:
+                raise ValueError(
+                    f"criteria.{limit} is {getattr(self.criteria, limit)!r}, and training changes neither size nor "
+                    "speed of a model: leave it out, or write it in a pipeline's stage of kind gate or rounds"
+                )
         self.step_factor = step_factor
         self.seed = seed
         self.snapshots = Snapshots(self.folder, keep)
@@ -119,7 +125,7 @@ class CapabilityGate(lightning.Callback):
 
     @property
     def state_key(self) -> str:
-        """Distinguishes the state of several of these callbacks."""
+        """Tells two in one trainer apart, so that ``setup`` can say why there must be one."""
         return self._generate_state_key(folder=self.folder.name)
 
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -129,6 +135,11 @@ class CapabilityGate(lightning.Callback):
         if not isinstance(pl_module, PostTrainingModule) or not pl_module.predicts_tokens:
             raise ValueError(
                 f"CapabilityGate needs a module that generates text; it was given a {type(pl_module).__name__}"
+            )
+        if (count := sum(isinstance(callback, CapabilityGate) for callback in trainer.callbacks)) > 1:
+            raise ValueError(
+                f"there are {count} CapabilityGates, and one would take back what another has accepted: give one of "
+                "them a suite with the tasks of all"
             )
         # What is tried again differs where a round of other rows begins at every boundary.
         rounds = self.every_n_steps is None and any(r.every_n_epochs == 1 for r in _rounds(trainer))

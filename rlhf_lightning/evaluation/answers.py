@@ -123,12 +123,27 @@ def answer_prompts(
     """
     sampling = sampling or SamplingParams(temperature=0.0)
     groups = ask_examples(engine, examples, num_samples, sampling, seeds=seeds, contexts=contexts)
-    pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
+    return verified(examples, groups, verifier)
 
+
+def verified(
+    examples: Sequence[Example], groups: Sequence[Sequence[Completion]], verifier: Verifier
+) -> list[list[Answer]]:
+    """Verifies completions of prompts.
+
+    Args:
+        examples: prompts.
+        groups: the completions of each, equally many.
+        verifier: called as in :func:`answer_prompts`.
+
+    Raises:
+        ValueError: the verifier's rewards are not one finite number or ``None`` each; NaN counts as ``None``.
+    """
+    pairs = [(example, sample) for example, group in zip(examples, groups, strict=True) for sample in group]
     given = score_texts(verifier, [example.fields for example, _ in pairs], [sample.text for _, sample in pairs])
-    rewards = check_verdicts(given, len(pairs))
-    answers = [Answer(*pair, reward) for pair, reward in zip(pairs, rewards, strict=True)]
-    return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+    rewards = iter(check_verdicts(given, len(pairs)))
+    answers = (Answer(*pair, reward) for pair, reward in zip(pairs, rewards, strict=True))
+    return [[next(answers) for _ in group] for group in groups]
 
 
 def score_texts(verifier: Callable[..., Any], rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:

@@ -7,24 +7,24 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..data.transformed_rows import Transform
-from ..inference import Engine, LocalEngine, build_strategy, derive_seed
-from ..models import load_causal_lm, load_tokenizer
+from ..inference import Engine, build_strategy, derive_seed
+from ..inference.answering import ask_examples
+from ..inference.policies import PolicySpec, policy_tokenizer
 from ..rewards.exact_answer import check_verdicts
 from ..rewards.specs import build_reward
 from ..sequences import Example
 from ..utils.files import write_atomically
 from ..utils.inputs import input_hashes
 from ..utils.progress import progress
-from .answers import Answer, answer_prompts, read_prompts, score_texts
+from .answers import Answer, read_prompts, score_texts, verified
+from .candidates import Candidate, check_models
 from .report import Report
 from .results import TaskResult
 from .samples import PromptResult, SampleResult
@@ -37,26 +37,8 @@ _PROMPTS_AT_ONCE = 64
 PARTS = "parts"
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A model to evaluate: loaded when the first task needs it."""
-
-    name: str
-    place: Any
-
-    def load(self, task: AnyTask, dtype: str) -> Any:
-        """Loads what a task is run with: an engine, or a model that scores rows."""
-        if not isinstance(self.place, str | Path):
-            return self.place
-        if not isinstance(task, Task):
-            return task.load(str(self.place), dtype)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: nn.Module = load_causal_lm(str(self.place), dtype=getattr(torch, dtype), trainable=False)
-        return LocalEngine(model.to(device), load_tokenizer(str(self.place)))
-
-
 def evaluate(
-    models: Sequence[str | Path] | Mapping[str, str | Path | Engine],
+    models: Sequence[str | Path] | Mapping[str, Path | PolicySpec | Engine],
     suite: Suite | Mapping[str, Any] | str | Path,
     *,
     output: str | Path | None = None,
@@ -72,8 +54,8 @@ def evaluate(
     evaluation continues, and a further model costs its own answers only.
 
     Args:
-        models: folders or hub ids; or names with a folder, a hub id or an engine with a tokenizer each. The first is
-            what the others are compared with.
+        models: folders or hub ids; or names with a folder, a hub id, several as one (as in ``policy_spec``) or an
+            engine with a tokenizer each. The first is what the others are compared with.
         suite: a suite, a mapping, or a YAML file; see ``Suite.read``.
         output: folder of ``results.json``, ``report.html`` and ``history.jsonl``; nothing is written by default.
         seed: of samples and resamples.
@@ -88,15 +70,16 @@ def evaluate(
         report = evaluate({"sft": "runs/sft/model", "dpo": "runs/dpo/model"}, "configs/suites/arithmetic.yaml")
         print(report.table())
     """
-    suite, candidates = Suite.read(suite), _candidates(models)
+    suite = Suite.read(suite)
+    candidates = check_models(models, suite)
     # Verifiers are built and models looked for before anything is sampled: a typo costs nothing.
     answered = [task for task in suite.tasks if isinstance(task, Task)]
     verifiers = {task.name: build_reward(task.verifier) for task in answered}
     scorers = {task.name: build_reward(task.scorer) for task in answered if task.scorer is not None}
     judges = {task.name: task.wins.build_judge() for task in answered if task.win_rate is not None}
     for candidate in candidates:
-        if isinstance(candidate.place, str | Path):
-            load_tokenizer(str(candidate.place))
+        if candidate.spec is not None:
+            policy_tokenizer(candidate.spec)
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
         Report.check_output(folder)
@@ -163,11 +146,13 @@ def run_task(
         examples = task_prompts(task, tokenizer, verify, transform=transform)
         start = time.perf_counter()
         every = range(len(examples))
-        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer)
+        clock: list[float] = []
+        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer, clock=clock)
     else:
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), []
         prompts = task.run(engine, model)
-    found = TaskResult(model, task, tuple(prompts), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    found = TaskResult(model, task, tuple(prompts), seconds, median(clock) if clock else None)
     check_scores(found)
     return found
 
@@ -219,6 +204,7 @@ def answer_task(
     model: str = "model",
     seed: int = 0,
     scorer: Callable[..., Any] | None = None,
+    clock: list[float] | None = None,
 ) -> list[PromptResult]:
     """Answers and verifies some of the prompts of a task.
 
@@ -231,6 +217,7 @@ def answer_task(
         model: name of the model, for the progress bar.
         seed: a sample is a function of this, the number of its prompt and its own number.
         scorer: instead of the task's own.
+        clock: gets the seconds of sampling per sampled token of each batch of prompts that are answered together.
 
     Returns:
         One result per number, in their order.
@@ -241,9 +228,12 @@ def answer_task(
         chunk = numbers[first : first + _PROMPTS_AT_ONCE]
         rows = [examples[number] for number in chunk]
         seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
-        groups = answer_prompts(
-            answering, rows, verifier, num_samples=task.num_samples, sampling=task.params, seeds=seeds
-        )
+        start = time.perf_counter()
+        drawn = ask_examples(answering, rows, task.num_samples, task.params, seeds=seeds)
+        seconds, tokens = time.perf_counter() - start, sum(sample.num_sampled for group in drawn for sample in group)
+        if clock is not None and tokens:
+            clock.append(seconds / tokens)
+        groups = verified(rows, drawn, verifier)
         prompts += [_prompt_result(task, example, group) for example, group in zip(rows, groups, strict=True)]
     return prompts if task.scorer is None else _scored(prompts, examples, numbers, scorer or build_reward(task.scorer))
 
@@ -311,37 +301,6 @@ def _prompt_result(task: Task, example: Example, group: Sequence[Answer]) -> Pro
     )
 
 
-def _candidates(models: Sequence[str | Path] | Mapping[str, Any]) -> list[_Candidate]:
-    if not models or isinstance(models, str):
-        raise ValueError(f"models is {models!r}; give a list of folders, or a mapping of names to folders or engines")
-    if isinstance(models, Mapping):
-        return [_Candidate(str(name), place) for name, place in models.items()]
-    return [_Candidate(name, place) for name, place in zip(short_names(models), models, strict=True)]
-
-
-def short_names(places: Sequence[str | Path]) -> list[str]:
-    """Names folders by the fewest of their parts that tell them apart, without the parts that all share.
-
-    Raises:
-        ValueError: a folder occurs twice.
-
-    Example:
-        >>> short_names(["runs/sft/model", "runs/dpo/model"]), short_names(["runs/sft/model"])
-        (['sft', 'dpo'], ['model'])
-    """
-    parts = [[part for part in str(place).split("/") if part] or [str(place)] for place in places]
-    written = ["/".join(names) for names in parts]
-    if twice := [name for name in written if written.count(name) > 1]:
-        raise ValueError(f"model {twice[0]!r} is given twice: give each model once")
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    while all(len(names) > 1 for names in parts) and len({names[0] for names in parts}) == 1:
-        parts = [names[1:] for names in parts]
-    while all(len(names) > 1 for names in parts) and len({names[-1] for names in parts}) == 1:
-        parts = [names[:-1] for names in parts]
-    return ["/".join(names) for names in parts]
-
-
 def _kept(folder: Path | None, key: Sequence[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Finds what was computed before for a key, the contents of the files that it names included, or computes it."""
     if folder is None:
@@ -360,12 +319,12 @@ def _part_of(folder: Path, key: Any) -> Path:
     return folder / PARTS / f"{hashlib.sha256(written.encode()).hexdigest()[:24]}.json"
 
 
-def _part(folder: Path, candidate: _Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
+def _part(folder: Path, candidate: Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
     """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
-    if not isinstance(candidate.place, str | Path):
+    if candidate.spec is None:
         return None
     # The contents of the model (and of an adapter's base), of the prompts, and of verifiers and scorers of one's own.
     # How answers are compared with others changes none of them.
     asked = task.as_dict() | ({"win_rate": None} if isinstance(task, Task) else {})
-    inputs = input_hashes({"model": str(candidate.place), "task": asked})
-    return _part_of(folder, [str(candidate.place), inputs, asked, seed, dtype])
+    inputs = input_hashes({"model": candidate.spec, "task": asked})
+    return _part_of(folder, [candidate.spec, inputs, asked, seed, dtype])

@@ -21,7 +21,7 @@ class HistoryEntry:
     """One result of the past.
 
     Attributes:
-        id: of all that the result holds but the seconds that it took.
+        id: of all that the result holds but the times that it took.
         time: when it was written, in UTC.
         suite: name of the suite.
         task: name of the task.
@@ -43,7 +43,7 @@ class HistoryEntry:
     @classmethod
     def of(cls, result: TaskResult, suite: str, seed: int) -> HistoryEntry:
         """Makes the entry of a result, with the time of now."""
-        written = {name: value for name, value in result.as_dict().items() if name != "seconds"}
+        written = {name: value for name, value in result.as_dict().items() if not name.endswith("seconds")}
         name = hashlib.sha256(json.dumps(written, sort_keys=True, default=str).encode()).hexdigest()[:16]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(name, now, suite, result.task.name, result.model, seed, result.metrics, result.scores)

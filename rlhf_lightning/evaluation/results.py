@@ -26,6 +26,9 @@ class TaskResult:
         task: what was asked.
         prompts: results per prompt.
         seconds: of sampling and verifying.
+        token_seconds: of sampling, for each sampled token: the median over the batches of prompts that were answered
+            together. A measurement, unlike all else: it depends on the machine. ``None`` where nothing was sampled, or
+            by several processes.
 
     Raises:
         ValueError: two prompts have the same row id, so that results of one would count as those of the other.
@@ -35,6 +38,7 @@ class TaskResult:
     task: AnyTask
     prompts: tuple[PromptResult, ...]
     seconds: float
+    token_seconds: float | None = None
 
     def __post_init__(self) -> None:
         counts = Counter(prompt.row_id for prompt in self.prompts)
@@ -52,7 +56,7 @@ class TaskResult:
 
     @property
     def accuracy(self) -> Interval:
-        """The mean score with its 95 % interval: Wilson's where every prompt is right or wrong, else Student's."""
+        """The mean score with its 95 % interval: Wilson's where every prompt is right or wrong."""
         return _interval(self.scores.values())
 
     @cached_property
@@ -72,13 +76,15 @@ class TaskResult:
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values, which :meth:`read` takes."""
         prompts = [asdict(prompt) for prompt in self.prompts]
-        return {"model": self.model, "task": self.task.as_dict(), "seconds": self.seconds, "prompts": prompts}
+        times = {"seconds": self.seconds, "token_seconds": self.token_seconds}
+        return {"model": self.model, "task": self.task.as_dict(), **times, "prompts": prompts}
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> TaskResult:
         """Makes a result of plain values."""
         prompts = tuple(map(PromptResult.read, written["prompts"]))
-        return cls(written["model"], task_of(written["task"]), prompts, written["seconds"])
+        times = written["seconds"], written.get("token_seconds")
+        return cls(written["model"], task_of(written["task"]), prompts, *times)
 
 
 def _interval(shares: Collection[float]) -> Interval:

@@ -13,6 +13,7 @@ import torch
 from ..core.device_precision import default_precision
 from ..data.sources import open_source
 from ..evaluation import Suite
+from ..inference.policies import policy_name
 from ..models import load_tokenizer
 from ..planning import plan
 from ..planning.plan import decoder_of
@@ -24,7 +25,17 @@ from .kinds import describe
 from .manifest import Manifest, stage_key
 from .rounds_stage import check_rounds
 from .runner import check_forced, in_stage
-from .stages import ChallengeStage, FitStage, MergeStage, RefineStage, RoundsStage, SampleStage, SelfPlayStage, Stage
+from .stages import (
+    ChallengeStage,
+    FitStage,
+    MergeStage,
+    RefineStage,
+    RoundsStage,
+    RowStage,
+    SampleStage,
+    SelfPlayStage,
+    Stage,
+)
 
 # Rows whose tokens are counted.
 _COUNTED = 32
@@ -203,6 +214,8 @@ def _facts(stage: Stage, config: Mapping[str, Any], record: Mapping[str, Any], s
             yield f"{rows:,} rows"
             estimate = _fit_seconds(config, data, rows, sizes.origin(options.get("model")), sizes)
     yield from _sampled(stage)
+    if isinstance(stage, RowStage) and (replay := stage.replay_options) is not None:
+        yield f"up to {replay.share:g} rows of earlier rounds for each new one, from {replay.capacity:,} that are kept"
     suite = getattr(stage, "suite", None)
     if suite is not None:
         yield f"{len(Suite.read(suite).tasks)} tasks"
@@ -226,7 +239,7 @@ def _sampled(stage: Stage) -> Iterator[str]:
     players = prompts
     if isinstance(stage, SelfPlayStage):
         trial = min(stage.trial, prompts)
-        players = trial * len(set(stage.opponents)) + 2 * prompts - trial
+        players = trial * len(set(map(policy_name, stage.opponents))) + 2 * prompts - trial
     yield f"{prompts:,} prompts, {players * stage.num_samples:,} samples"
 
 

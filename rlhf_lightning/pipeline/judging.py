@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..evaluation import Report, Suite, Task, divergence, evaluate, own_samples
 from ..evaluation.answers import read_prompts
+from ..evaluation.divergence import check_tokens
 from ..inference import LocalEngine, SamplingParams
-from ..models import load_causal_lm, load_tokenizer
+from ..inference.policies import check_single
+from ..models import load_tokenizer
 from ..self_improvement import AdversarialValidator
 from ..self_improvement.gate import CapabilityCriteria, Decision, decide, overruled
 from ..self_improvement.scorers import check_scorer
-from ..utils.files import PARTIAL, discard, hidden_sibling, json_values, mark, read_marker, recover, write_atomically
+from ..utils.files import json_values, read_marker, write_atomically
+from ..utils.folders import replace_folder
 from ..utils.option_groups import build_group
 from .stages import EvaluateStage, GateStage
 
@@ -67,6 +67,16 @@ def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
         raise ValueError(str(error)) from error
 
 
+def check_passed_on(name: str, model: Any) -> None:
+    """Refuses an ensemble where the accepted model is passed on as a folder.
+
+    Raises:
+        ValueError: it is one.
+    """
+    why = "and what is accepted is passed on as one folder: merge its models first, or compare it by an evaluate stage"
+    check_single(model, name, why)
+
+
 def check_folder(name: str, model: str) -> None:
     """Refuses a model that is not a folder: a rejected candidate is replaced by a copy of the accepted model."""
     if not Path(model).expanduser().is_dir():
@@ -100,21 +110,34 @@ class Judge:
     validator: AdversarialValidator | None = None
 
     def decide(self, accepted: str, candidate: str, num_rejected: int = 0) -> tuple[Decision, Report]:
-        """Decides whether a candidate replaces the accepted model; see ``self_improvement.decide``."""
+        """Decides whether a candidate replaces the accepted model; see ``self_improvement.decide``.
+
+        Raises:
+            ValueError: a limit on the divergence from a model with other tokens; nothing has been sampled yet.
+        """
+        if self.criteria.max_kl is not None:
+            advice = f"criteria.max_kl is {self.criteria.max_kl} and needs one tokenizer, so leave it out"
+            check_tokens(load_tokenizer(candidate), load_tokenizer(self.start), advice)
         models = {"accepted": accepted, "candidate": candidate}
         report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
         before, after = ([found for found in report.results if found.model == name] for name in models)
         drift = None if self.criteria.max_kl is None else self._drift(candidate)
-        decision = decide(before, after, self.criteria, kl=drift, num_rejected=num_rejected, seed=self.seed)
+        size = None if self.criteria.max_memory_gb is None else self._size(candidate)
+        decision = decide(
+            before, after, self.criteria, kl=drift, memory_gb=size, num_rejected=num_rejected, seed=self.seed
+        )
         if decision.verdict == "accept" and self.validator is not None:
             found = self.validator.validate(self._engine(candidate), seed=self.seed, say=self.say)
             decision = overruled(decision, found, self.criteria, num_rejected=num_rejected)
         return decision, report
 
+    def _size(self, place: str) -> float:
+        """Counts the bytes of a model's parameters and buffers, in units of 10^9."""
+        model = self._engine(place).model
+        return sum(held.nbytes for held in (*model.parameters(), *model.buffers())) / 1e9
+
     def _engine(self, place: str) -> LocalEngine:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: nn.Module = load_causal_lm(place, dtype=getattr(torch, self.dtype), trainable=False)
-        return LocalEngine(model.to(device), load_tokenizer(place))
+        return LocalEngine.from_pretrained(place, dtype=self.dtype)
 
     def _drift(self, candidate: str) -> float:
         """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
@@ -187,15 +210,7 @@ def copy_model(source: str | Path, target: Path) -> None:
         source: the folder.
         target: a folder that a stage owns; an earlier copy there is replaced.
     """
-    recover(target)
-    partial = hidden_sibling(target, PARTIAL)
     source = Path(source).expanduser()
     record = read_marker(source)
-    partial.mkdir(parents=True)
-    mark(partial, "model" if record is None else record["kind"], [])
-    shutil.copytree(source, partial, dirs_exist_ok=True)
-    if record is None:
-        mark(partial, "model")
-    if target.exists():
-        discard(target)
-    partial.rename(target)
+    kind = "model" if record is None else record["kind"]
+    replace_folder(target, kind, lambda place: shutil.copytree(source, place, dirs_exist_ok=True))

@@ -8,17 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.candidates import check_models
 from ..export import export_gguf
 from ..export.gguf_tensors import TYPES
 from ..generation import generate_rows
 from ..generation.compress import compress_rows
+from ..inference.policies import check_single
 from ..labeling.command import label_prompts
 from ..merging.options import expand
 from ..utils.validation import check_choice
 from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
 from .fit_stage import StageCLI, run_fit
-from .judging import check_suite, criteria_of, run_evaluate, run_gate, validator_of
+from .judging import check_passed_on, check_suite, criteria_of, run_evaluate, run_gate, validator_of
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
 from .rounds_stage import RunBody, check_rounds, run_rounds
@@ -77,14 +79,19 @@ def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
     if isinstance(stage, EvaluateStage | GateStage):
         suite = check_suite(stage.suite)
         if isinstance(stage, GateStage):
+            check_passed_on("model", stage.model)
+            check_passed_on("accepted", stage.accepted)
             criteria_of(stage.criteria)
             validator_of(stage.validators)
         # The models by a name under which their contents are inputs.
+        if isinstance(stage, EvaluateStage):
+            check_models(stage.models, suite)
         models = [*stage.models.values()] if isinstance(stage, EvaluateStage) else [stage.accepted, stage.model]
         found = {"tasks": [task.as_dict() for task in suite.tasks], "compared": {"models": models}}
         return asdict(stage) | found | {"seed": seed, "dtype": pipeline.dtype}
     if isinstance(stage, ExportStage):
         check_choice("type", stage.type, TYPES)
+        check_single(stage.model, "model", "and a GGUF file holds one: merge its models first")
     if isinstance(stage, RoundsStage):
         return _describe_rounds(stage, folder) | {"seed": seed, "dtype": pipeline.dtype}
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}

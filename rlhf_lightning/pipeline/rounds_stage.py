@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,17 @@ from ..inference import derive_seed
 from ..self_improvement.gate import Decision
 from ..self_improvement.samples import model_hash
 from ..utils.files import json_line, json_values, write_atomically
-from .config import Pipeline, body_of
-from .judging import EVALUATION, Judge, check_folder, check_suite, copy_model, criteria_of, validator_of
+from .config import Before, Pipeline, body_of
+from .judging import (
+    EVALUATION,
+    Judge,
+    check_folder,
+    check_passed_on,
+    check_suite,
+    copy_model,
+    criteria_of,
+    validator_of,
+)
 from .row_files import NoRowsError
 from .stages import FitStage, RoundsStage
 
@@ -29,6 +38,7 @@ def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    check_passed_on("model", stage.model)
     criteria = criteria_of(stage.criteria)
     body = body_of(stage, number=1, earlier=[stage.model], seed=0, run_dir=folder / ROUNDS / "0")
     validator_of(stage.validators)
@@ -66,6 +76,7 @@ class _Position:
     models: list[str]  # that were accepted, the start included
     step: float = 1.0
     rejected: int = 0  # in succession
+    before: Before = field(default_factory=Before)
 
     @property
     def accepted(self) -> str:
@@ -109,13 +120,17 @@ def run_rounds(
             seed=derive_seed(seed, "round", number) % 2**31,
             run_dir=folder / ROUNDS / str(number),
             step=at.step,
+            before=at.before,
         )
         record = {"round": number, "start": model_hash(at.accepted), "seed": body.seed, "step": at.step}
         outcome = _round(stage, body, judge, at, run_body)
         records.append(record | outcome)
         write_atomically(folder / RECORD, "".join(map(json_line, records)))
         say(f"round {number}: {outcome['verdict']}: {outcome['reason']}")
+        if "model" in outcome:
+            at.before = at.before._replace(finished=body.run_dir)
         if outcome["verdict"] == "accept":
+            at.before = at.before._replace(accepted=body.run_dir)
             at.models.append(str(result_of(stage, body)))
             at.rejected = 0
         else:

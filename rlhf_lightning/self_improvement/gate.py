@@ -34,6 +34,13 @@ class CapabilityCriteria(OptionGroup):
             to this are accepted even where they are certain.
         level: of the test, in (0, 0.5).
         max_task_drop: largest fall of the mean score of any single task, at least 0; unlimited if omitted.
+        min_accuracy: least accuracy of each task, in [0, 1]; 0 is off. What is below is rejected, however much better
+            than the accepted model.
+        max_memory_gb: largest size of the weights in memory, above 0, in units of 10^9 bytes: of all parameters and
+            buffers in the type that they are loaded in, tied ones once. Unlimited if omitted.
+        max_token_ms: largest number of milliseconds per sampled token, above 0, for each task: the median over batches
+            of up to 64 of its prompts, answered together, verification left out. It is measured, and another machine,
+            or the same one under load, may decide otherwise; unlimited if omitted.
         max_kl: largest divergence from the model at the start, above 0, in nats per token; not measured if omitted.
         min_distinct: least ``distinct_2`` of each task, in [0, 1]; 0 is off.
         min_unique_answers: least share of unique answers to a prompt of each task with several samples, in [0, 1].
@@ -58,6 +65,9 @@ class CapabilityCriteria(OptionGroup):
     threshold: float = 0.0
     level: float = 0.05
     max_task_drop: float | None = None
+    min_accuracy: float = 0.0
+    max_memory_gb: float | None = None
+    max_token_ms: float | None = None
     max_kl: float | None = None
     min_distinct: float = 0.0
     min_unique_answers: float = 0.0
@@ -71,22 +81,21 @@ class CapabilityCriteria(OptionGroup):
         name = self.full_name
         if not 0 < self.level < 0.5:
             raise ValueError(f"{name('level')} is {self.level!r}; it must be in (0, 0.5) (0.05 is usual)")
-        for key in ("min_distinct", "min_unique_answers"):
+        for key in ("min_accuracy", "min_distinct", "min_unique_answers"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{name(key)} is {getattr(self, key)!r}; it must be in [0, 1] (0 is off)")
         check_not_negative(name("threshold"), self.threshold, "0 accepts any difference that is significant")
         check_not_negative(name("min_length"), self.min_length, "0 is off")
         if self.max_task_drop is not None:
             check_not_negative(name("max_task_drop"), self.max_task_drop, "null is off")
-        if self.max_kl is not None:
-            check_positive(name("max_kl"), self.max_kl, "null is off")
-        if self.max_length is not None:
-            check_positive(name("max_length"), self.max_length, "null is off")
-            if self.max_length < self.min_length:
-                raise ValueError(
-                    f"{name('max_length')} is {self.max_length!r}, below min_length={self.min_length!r}: no answer "
-                    "would be accepted; raise it"
-                )
+        for key in ("max_memory_gb", "max_token_ms", "max_kl", "max_length"):
+            if getattr(self, key) is not None:
+                check_positive(name(key), getattr(self, key), "null is off")
+        if self.max_length is not None and self.max_length < self.min_length:
+            raise ValueError(
+                f"{name('max_length')} is {self.max_length!r}, below min_length={self.min_length!r}: no answer would "
+                "be accepted; raise it"
+            )
         check_count(name("patience"), self.patience, "3 is usual")
 
 
@@ -109,6 +118,8 @@ class Decision:
         high: upper end.
         p_value: one-sided, of a difference at least as large (for ``not_worse``: as small) if both were equally good.
         kl: divergence from the model at the start, where it was measured.
+        memory_gb: size of the candidate's weights in units of 10^9 bytes, where it is limited.
+        token_ms: milliseconds per sampled token of the task that takes most, where they are limited.
         validation: findings of an ``AdversarialValidator``, where one was asked.
     """
 
@@ -119,12 +130,15 @@ class Decision:
     high: float
     p_value: float
     kl: float | None = None
+    memory_gb: float | None = None
+    token_ms: float | None = None
     validation: Validation | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns plain values; those of the validation only if there is one."""
+        """Returns plain values; those of size, speed and validation only if there are some."""
         found = asdict(self) | {"validation": self.validation and self.validation.as_dict()}
-        return {name: value for name, value in found.items() if name != "validation" or value is not None}
+        rare = ("memory_gb", "token_ms", "validation")
+        return {name: value for name, value in found.items() if name not in rare or value is not None}
 
 
 def decide(
@@ -133,6 +147,7 @@ def decide(
     criteria: CapabilityCriteria | None = None,
     *,
     kl: float | None = None,
+    memory_gb: float | None = None,
     num_rejected: int = 0,
     seed: int = 0,
 ) -> Decision:
@@ -150,6 +165,7 @@ def decide(
         candidate: results of the candidate, on the same tasks and prompts.
         criteria: by default those of ``CapabilityCriteria()``.
         kl: divergence of the candidate from the model at the start; needed with ``max_kl``.
+        memory_gb: size of the candidate's weights in units of 10^9 bytes; needed with ``max_memory_gb``.
         num_rejected: rejections in succession before this one, at least 0.
         seed: of the resamples.
 
@@ -166,12 +182,14 @@ def decide(
     pairs = _paired_tasks(accepted, candidate)
     scores = [_paired_scores(*pair) for pair in pairs]
     compared, p_value = _test(scores, criteria, seed)
-    reason = _exceeded(pairs, scores, criteria, kl)
+    token_ms = None if criteria.max_token_ms is None else _token_ms([after for _, after in pairs])
+    reason = _too_large_or_slow(criteria, memory_gb, token_ms) or _exceeded(pairs, scores, criteria, kl)
     ok = reason is None
     if reason is None:
         ok, reason = _verdict(compared, p_value, criteria)
     verdict = "accept" if ok else _refusal(criteria, num_rejected)
-    return Decision(verdict, reason, compared.difference, compared.low, compared.high, p_value, kl)
+    found = compared.difference, compared.low, compared.high, p_value, kl
+    return Decision(verdict, reason, *found, memory_gb=memory_gb, token_ms=None if token_ms is None else token_ms[0])
 
 
 def overruled(
@@ -209,7 +227,7 @@ def check_criteria(results: Sequence[TaskResult], criteria: CapabilityCriteria) 
     Raises:
         ValueError: as ``decide`` does.
     """
-    decide(results, results, criteria, kl=0.0)
+    decide(results, results, criteria, kl=0.0, memory_gb=0.0)
 
 
 def _paired_tasks(
@@ -246,9 +264,14 @@ def _test(
     # Weights that make the mean over all prompts that over tasks.
     count = sum(len(before) for before, _ in scores)
     weights = [count / (len(scores) * len(before)) for before, _ in scores for _ in before]
+    # At most 1, so that scores stay shares, whose interval suits few prompts as well.
+    largest = max(weights)
+    weights = [weight / largest for weight in weights]
     ours = [w * score for w, score in zip(weights, (s for _, after in scores for s in after), strict=True)]
     theirs = [w * score for w, score in zip(weights, (s for before, _ in scores for s in before), strict=True)]
-    compared = paired_bootstrap(ours, theirs, level=1 - 2 * criteria.level, seed=seed)
+    found = paired_bootstrap(ours, theirs, level=1 - 2 * criteria.level, seed=seed)
+    low, high = max(-1.0, largest * found.low), min(1.0, largest * found.high)
+    compared = Comparison(largest * found.difference, low, high, found.p_value)
 
     # The exact test, where it applies.
     flat = [score for pair in scores for side in pair for score in side]
@@ -274,6 +297,31 @@ def _verdict(compared: Comparison, p_value: float, criteria: CapabilityCriteria)
     return False, f"not shown to be better than the accepted model: {found}"
 
 
+def _token_ms(results: Sequence[TaskResult]) -> tuple[float, str]:
+    """Returns the most milliseconds per sampled token of any task that samples, and its name."""
+    found = [(1e3 * r.token_seconds, r.task.name) for r in results if r.token_seconds is not None]
+    if not found:
+        raise ValueError(
+            "criteria.max_token_ms is given, and no result tells how long its tokens took: give a task of prompts that "
+            "a model answers, or leave it out"
+        )
+    return max(found)
+
+
+def _too_large_or_slow(
+    criteria: CapabilityCriteria, memory_gb: float | None, token_ms: tuple[float, str] | None
+) -> str | None:
+    gigabytes, milliseconds = criteria.max_memory_gb, criteria.max_token_ms
+    if gigabytes is not None:
+        if memory_gb is None:
+            raise ValueError(f"criteria.max_memory_gb is {gigabytes}, and no size is known: give memory_gb")
+        if memory_gb > gigabytes:
+            return f"its weights take {memory_gb:.4g} GB, above max_memory_gb={gigabytes}"
+    if milliseconds is not None and token_ms is not None and token_ms[0] > milliseconds:
+        return f"a token of task {token_ms[1]!r} takes {token_ms[0]:.4g} ms, above max_token_ms={milliseconds}"
+    return None
+
+
 def _exceeded(
     pairs: Sequence[tuple[TaskResult, TaskResult]],
     scores: Sequence[tuple[list[float], list[float]]],
@@ -293,6 +341,7 @@ def _exceeded(
         if criteria.max_task_drop is not None and drop > criteria.max_task_drop + 1e-12:
             return f"task {result.task.name!r} falls by {drop:.4g}, more than max_task_drop={criteria.max_task_drop}"
     limits = (
+        ("accuracy", "min_accuracy", criteria.min_accuracy, 1),
         ("distinct_2", "min_distinct", criteria.min_distinct, 1),
         ("unique_answers", "min_unique_answers", criteria.min_unique_answers, 1),
         ("length/mean", "min_length", criteria.min_length, 1),

@@ -349,6 +349,8 @@ def test_divergence_from_the_start_is_limited(tiny_model_folder: Any, tmp_path: 
         ({"step_factor": 1.0}, r"step_factor is 1.0; it must be in \(0, 1\)"),
         ({"keep": 0}, r"keep is 0; it must be a whole number of at least 1"),
         ({"criteria": {"level": 0.7}}, r"criteria.level is 0.7; it must be in \(0, 0.5\)"),
+        ({"criteria": {"max_token_ms": 9}}, r"^criteria.max_token_ms is 9, and training changes neither size nor"),
+        ({"criteria": {"max_memory_gb": 2}}, r"^criteria.max_memory_gb is 2, and training changes neither size nor"),
         ({"suite": {"name": "none", "tasks": []}}, r"suite 'none' has no tasks: give at least one"),
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +21,13 @@ from rlhf_lightning.evaluation import (
     TaskResult,
     compare,
     evaluate,
-    mean_interval,
     read_history,
     run_task,
     wilson_interval,
 )
-from rlhf_lightning.evaluation.evaluate import short_names
+from rlhf_lightning.evaluation.candidates import short_names
 from rlhf_lightning.evaluation.report import Report
+from rlhf_lightning.metrics.intervals import share_interval
 from rlhf_lightning.utils.files import mark
 from rlhf_lightning.utils.messages import UsageError
 
@@ -60,6 +62,34 @@ def test_accuracy_lengths_and_truncation_of_greedy_answers(tmp_path: Path) -> No
     assert (metrics["truncated"], metrics["prompts"], metrics["without_verdict"]) == (0.25, 4, 0)
     assert (metrics["length/mean"], metrics["length/max"]) == (fmean([2, 2, 2, 5]), 5)
     assert "pass@1" not in metrics
+
+
+def test_the_time_of_a_token_is_the_median_of_batches_without_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches by a clock of ours: of 64, 64 and 2 prompts."""
+    now, seconds = [0.0], iter([9.0, 1.0, 2.0])
+    module = import_module("rlhf_lightning.evaluation.evaluate")
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(ScriptedEngine):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            now[0] += next(seconds)
+            return super().generate(*args, **kwargs)
+
+    def verifier(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        now[0] += 100.0
+        return [1.0] * len(completions)
+
+    rows = [{"prompt": f"{n}+{n}=", "answer": "2"} for n in range(130)]
+    task = Task(name="s", prompts=write_rows(tmp_path, rows))
+    answers = {row["prompt"]: ["#22..." if n < 64 else "#2"] for n, row in enumerate(rows)}
+    found = run_task(task, Slow(answers), verifier=verifier)
+    # 64 answers of three tokens, 64 of two, and two of two.
+    assert found.token_seconds == median([9 / 192, 1 / 128, 2 / 4]) == 9 / 192
+    assert found.seconds == 312.0
+    assert TaskResult.read(json.loads(json.dumps(found.as_dict()))) == found
+    assert "token_seconds" not in found.metrics
 
 
 def test_columns_with_other_names(tmp_path: Path) -> None:
@@ -100,9 +130,11 @@ def test_the_interval_of_a_share_stays_within_its_range(tmp_path: Path) -> None:
     task = Task(name="sums", prompts=write_rows(tmp_path), num_samples=2)
     low = run_task(task, engine(["#1", "#9"], *WRONG[1:])).accuracy
     high = run_task(task, engine(["#1", "#9"], *RIGHT[1:])).accuracy
-    assert (low.value, low.low, high.high) == (0.125, 0.0, 1.0)
-    assert low.high == pytest.approx(mean_interval([0.5, 0, 0, 0]).high)
-    assert high.low == pytest.approx(mean_interval([0.5, 1, 1, 1]).low)
+    assert (low.value, high.value) == (0.125, 0.875)
+    assert low == share_interval(4, 0.5, 0.25)
+    assert high == share_interval(4, 3.5, 3.25)
+    assert 0 < low.low < low.high < high.high < 1
+    assert (high.low, high.high) == pytest.approx((1 - low.high, 1 - low.low))
 
 
 def test_rows_without_a_verdict_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def test_a_run_that_has_not_begun(written, tmp_path, capsys):
     assert "40 rows" in found["sft"].facts
     assert any("s of arithmetic" in fact for fact in found["sft"].facts)
     assert found["pairs"].facts == ["30 prompts, 90 samples"]
+    again = plans(written, tmp_path, "stages.pairs.replay.share=0.5")["pairs"].facts[1:]
+    assert again == ["up to 0.5 rows of earlier rounds for each new one, from 1,000 that are kept"]
     (dpo,) = found["loop"].body
     assert weights in dpo.facts  # of a model that there is not yet
     assert "8 rows" in dpo.facts

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.evaluation import Report
@@ -23,8 +24,9 @@ from rlhf_lightning.pipeline.judging import (
 )
 from rlhf_lightning.pipeline.stages import EvaluateStage, GateStage
 from rlhf_lightning.utils.files import MARKER, content_hash
+from rlhf_lightning.utils.folders import recover
 
-from ..helpers import save_tiny_model
+from ..helpers import Killed, killed_after, save_tiny_model
 
 EVEN = f"{__name__}.first_is_even"
 
@@ -93,6 +95,32 @@ def test_a_candidate_that_says_nothing_is_infinitely_far_from_the_start(models, 
     written = json.loads((tmp_path / "decision.json").read_text(), parse_constant=pytest.fail)
     assert written["kl"] is None
     assert written["reason"] == "its divergence from the start is inf nats per token, above max_kl=9.0"
+
+
+def test_a_model_that_is_too_large_or_too_slow_does_not_pass(models, suite, tmp_path):
+    """The bytes are those of the file's tensors in the type of the weights, and of the rotary frequencies."""
+    stored = load_file(Path(models[1]) / "model.safetensors")
+    config = json.loads((Path(models[1]) / "config.json").read_text())
+    frequencies = 2 * 4 * (config["head_dim"] // 2)  # two buffers in float32
+    bytes_of = sum(4 * tensor.numel() for tensor in stored.values()) + frequencies
+    for limit, passes in ((bytes_of, 1.0), (bytes_of - 1, 0.0)):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        criteria = ALWAYS | {"max_memory_gb": limit / 1e9}
+        stage = GateStage(model=models[1], accepted=models[0], suite=suite, criteria=criteria)
+        assert run_gate(stage, folder, 0, "float32", lambda line: None)["accepted"] == passes
+        written = json.loads((folder / "decision.json").read_text())
+        assert written["memory_gb"] == pytest.approx(bytes_of / 1e9, rel=1e-12)
+    assert written["reason"].startswith("its weights take 7.85e-05 GB, above max_memory_gb=")
+    half = Judge(suite, criteria_of(criteria), tmp_path / "e", 0, "bfloat16", models[0])
+    assert half.decide(models[0], models[1])[0].verdict == "accept"
+
+    # The time is that of the answers that the evaluation keeps, and not measured again.
+    taken = Report.read(folder / "evaluation").result("candidate", "even").token_seconds
+    for limit, verdict in ((1e9, "accept"), (1e-9, "reject")):
+        criteria = criteria_of(ALWAYS | {"max_token_ms": limit})
+        decision, _ = Judge(suite, criteria, folder / "evaluation", 0, "float32", models[0]).decide(*models)
+        assert (decision.verdict, decision.token_ms) == (verdict, 1e3 * taken)
 
 
 ALWAYS: dict[str, Any] = {"accept": "not_worse", "threshold": 1.0}
@@ -183,6 +211,27 @@ def test_a_copy_is_whole_and_is_the_package_s(models, tmp_path):
     copy_model(models[0], target)
     assert content_hash(target) == again
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_a_copy_that_is_killed_leaves_the_model_that_it_replaces(models, tmp_path):
+    for moment in range(100):
+        target = tmp_path / str(moment) / "model"
+        copy_model(models[0], target)
+        old = content_hash(target / "model.safetensors")
+        try:
+            with killed_after(moment):
+                copy_model(models[1], target)
+            killed = False
+        except Killed:
+            killed = True
+        recover(target)
+        new = content_hash(Path(models[1]) / "model.safetensors")
+        assert content_hash(target / "model.safetensors") in (old, new)
+        assert {path.name for path in target.iterdir()} == {path.name for path in Path(models[0]).iterdir()} | {MARKER}
+        if not killed:
+            break
+    assert not killed
+    assert moment > 5
 
 
 @pytest.mark.slow
