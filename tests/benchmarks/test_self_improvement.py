@@ -33,9 +33,10 @@ def test_all_loops_start_from_the_same_models(bench, tmp_path):
     pipeline = load_pipeline(tmp_path / "loops.yaml")
     assert [*pipeline.stages] == [*(n for name, loop in bench.LOOPS.items() for n in (*loop.before, name)), "ends"]
     starts = {"start": str(tmp_path / "sft/model"), "taught": str(tmp_path / "taught/model")}
+    taught = bench.PANELS["from a start that judges, revises and asks"]
     for name, loop in bench.LOOPS.items():
         stage = pipeline.stages[name]
-        assert loop.start == ("taught" if name in bench.PANELS["from a start that judges, revises and asks"] else "start")
+        assert loop.start == ("taught" if name in taught else "start")
         if name == "within":
             assert stage.model["init_args"]["model"] == starts["start"]
             continue
@@ -79,15 +80,18 @@ def test_the_taught_start_learns_what_is_right(few):
         prompt, *steps = critique["prompt"].removesuffix("\nWrong:").split("\n")
         fault, careful = critique["completion"], revision["completion"]
         assert revision["prompt"] == critique["prompt"] + f" {fault}\nBetter:"
-        assert careful.endswith(f"#{total(prompt)}") and careful.count("\n") == 3
+        assert careful.endswith(f"#{total(prompt)}")
+        assert careful.count("\n") == 3
         wrong = [right for step, right in zip(steps, careful.split("\n"), strict=False) if step != right]
         assert fault == ("no steps" if len(steps) == 1 else wrong[0] if wrong else "nothing")
         faults.add(fault if " " in fault or fault == "nothing" else "a slip")
     assert faults == {"no steps", "nothing", "a slip"}
 
     for row in few.new_problems():
-        assert row["prompt"].endswith("\n\nTask:") and row["prompt"].count("Task: ") == 2
-        assert total(row["completion"]) > 0 and row["completion"] not in row["prompt"]
+        assert row["prompt"].endswith("\n\nTask:")
+        assert row["prompt"].count("Task: ") == 2
+        assert total(row["completion"]) > 0
+        assert row["completion"] not in row["prompt"]
 
 
 def test_the_decisions_within_one_fit_are_records_of_a_loop(bench, tmp_path):
@@ -99,7 +103,8 @@ def test_the_decisions_within_one_fit_are_records_of_a_loop(bench, tmp_path):
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps({"accepted": [], "decisions": found}))
     values, rejected = bench.curve(bench.read_rounds(tmp_path, "within"))
-    assert values == pytest.approx([0.4, 0.7, 0.7, 0.7]) and rejected == [(2, 0.6)]
+    assert values == pytest.approx([0.4, 0.7, 0.7, 0.7])
+    assert rejected == [(2, 0.6)]
 
 
 def record(verdict: str, before: float, after: float) -> dict[str, Any]:
