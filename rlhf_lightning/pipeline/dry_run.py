@@ -21,10 +21,11 @@ from ..utils.files import content_hash
 from ..utils.imports import load_attribute
 from ..utils.inputs import input_hashes
 from .config import Pipeline
+from .errors import in_stage
 from .kinds import describe
 from .manifest import Manifest, stage_key
 from .rounds_stage import check_rounds
-from .runner import check_forced, in_stage
+from .runner import check_forced
 from .stages import (
     ChallengeStage,
     FitStage,

@@ -19,8 +19,9 @@ from ..merging.options import expand
 from ..utils.validation import check_choice
 from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
+from .errors import in_stage
 from .fit_stage import StageCLI, run_fit
-from .judging import check_passed_on, check_suite, criteria_of, run_evaluate, run_gate, validator_of
+from .judging import check_criteria, check_passed_on, check_suite, run_evaluate, run_gate, validator_of
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
 from .rounds_stage import RunBody, check_rounds, run_rounds
@@ -81,7 +82,7 @@ def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
         if isinstance(stage, GateStage):
             check_passed_on("model", stage.model)
             check_passed_on("accepted", stage.accepted)
-            criteria_of(stage.criteria)
+            check_criteria(stage.criteria, suite)
             validator_of(stage.validators)
         # The models by a name under which their contents are inputs.
         if isinstance(stage, EvaluateStage):
@@ -112,7 +113,11 @@ def _describe_rounds(stage: RoundsStage, folder: Path) -> dict[str, Any]:
     suite = None if stage.suite is None else [task.as_dict() for task in check_suite(stage.suite).tasks]
     # As it is written, too: later rounds differ in what refers to them.
     own = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.name != "written"}
-    return own | {"first": {name: describe(body, name) for name in body.stages}, "tasks": suite}
+    first = {}
+    for name in body.stages:
+        with in_stage(name):
+            first[name] = describe(body, name)
+    return own | {"first": first, "tasks": suite}
 
 
 def run_stage(pipeline: Pipeline, name: str, run_body: RunBody, say: Say) -> dict[str, float]:

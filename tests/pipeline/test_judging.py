@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
+from markupsafe import escape
 from safetensors.torch import load_file
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.evaluation import Report
+from rlhf_lightning.evaluation import Report, Suite
 from rlhf_lightning.pipeline import judging
 from rlhf_lightning.pipeline.judging import (
     Judge,
+    check_criteria,
     check_suite,
     copy_model,
     criteria_of,
@@ -190,6 +192,14 @@ def test_mistakes_in_criteria(written, message):
         criteria_of(written)
 
 
+def test_a_limit_of_time_needs_tokens(suite):
+    pairs = {"kind": "preferences", "name": "pairs", "rows": "pairs.jsonl"}
+    read = Suite.read({"name": "both", "tasks": [pairs, *suite["tasks"]]})
+    assert check_criteria({"max_token_ms": 5}, read).max_token_ms == 5
+    with pytest.raises(ValueError, match=r"^criteria.max_token_ms is 5, and no task of the suite 'pairs' samples"):
+        check_criteria({"max_token_ms": 5}, Suite.read({"name": "pairs", "tasks": [pairs]}))
+
+
 def test_mistakes_in_a_suite(suite, models, tmp_path):
     with pytest.raises(ValueError, match="has no tasks"):
         check_suite({"name": "empty", "tasks": []})
@@ -265,6 +275,8 @@ def test_stages_that_label_evaluate_and_export(models, suite, tmp_path):
     page = (tmp_path / "run/report.html").read_text()
     assert 'href="both/evaluation/report.html"' in page
     assert "of greedy tokens as before" in page
+    reason = json.loads((tmp_path / "run/choice/decision.json").read_text())["reason"]
+    assert f"<p>Reason: {escape(reason)}.</p>" in page
     main(["pipeline", "--config", str(file)])
     again = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
     assert not any(record["ran"] for record in again.values())
