@@ -195,8 +195,8 @@ class PPOModule(OnPolicyModule):
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
         """Groups the policy's weights, and the critic's own with their relative learning rate."""
         assert self.critic is not None
-        own = {id(parameter): self.value.lr_ratio for parameter in self.critic.parameters()}
-        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay, own)
+        lr_ratios_by_id = {id(parameter): self.value.lr_ratio for parameter in self.critic.parameters()}
+        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay, lr_ratios_by_id)
 
     # From rollouts to training trees.
 
@@ -255,7 +255,7 @@ class PPOModule(OnPolicyModule):
 
     def _objective(self, scores_S: Tensor, ended_S: Tensor, logprobs_N: Tensor, kl_N: Tensor | None) -> Metrics:
         """Computes mean scores, entropy and KL penalty per completion, and adapts the weight of the divergence."""
-        own = {
+        local_sums = {
             "samples": float(len(scores_S)),
             "tokens": float(len(logprobs_N)),
             "scores": float(scores_S.sum()),
@@ -263,8 +263,8 @@ class PPOModule(OnPolicyModule):
             "num_eos": float(ended_S.sum()),
         }
         if kl_N is not None:
-            own["kl"] = float(kl_N.sum())
-        sums = sum_over_ranks(own)
+            local_sums["kl"] = float(kl_N.sum())
+        sums = sum_over_ranks(local_sums)
         values = objective_metrics(sums, coef=self.controller.coef)
         if "objective/kl" in values:
             self.controller.update(float(values["objective/kl"]), num_samples=int(sums["samples"]))
@@ -348,7 +348,7 @@ class PPOModule(OnPolicyModule):
             "loss/value_avg": means["value"],
             "entropy": means["entropy"],
             "policy/approxkl_avg": means["approxkl"],
-            "policy/clipfrac_avg": low + high,
+            "policy/clip_frac": low + high,
             "clip_ratio/low_mean": low,
             "clip_ratio/high_mean": high,
             "value/clip_frac": means["value_clipped"],
