@@ -258,7 +258,8 @@ def loss_spec(loss_type: str | Callable[..., Any]) -> PreferenceLossSpec:
     if isinstance(loss_type, str):
         check_choice("loss_type", loss_type, LOSSES)
         return LOSSES[loss_type]
-    couples, divided_by = getattr(loss_type, "couples_pairs", False), getattr(loss_type, "divided_by", "pairs")
+    couples: Any = getattr(loss_type, "couples_pairs", False)
+    divided_by: Any = getattr(loss_type, "divided_by", "pairs")
     if not isinstance(couples, bool):
         raise ValueError(f"{dotted_path(loss_type)}.couples_pairs is {couples!r}; it must be True or False")
     check_choice(f"{dotted_path(loss_type)}.divided_by", divided_by, ("pairs", "chosen_tokens"))
