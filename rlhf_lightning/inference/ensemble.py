@@ -161,16 +161,7 @@ class EnsemblePolicy:
     ) -> list[list[Completion]]:
         """Samples completions of prompts from the combined distribution.
 
-        Args:
-            prompts: strings, or token ids.
-            num_samples: samples per prompt, at least 1.
-            sampling: the settings; by default ``SamplingParams()``. ``model_logprobs`` are those of the combination.
-            seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
-            limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
-            watch: called with a sample whenever it has another token; see ``LocalEngine.generate``.
-
-        Returns:
-            One list per prompt, in order, with ``num_samples`` completions.
+        ``LocalEngine.generate`` documents the arguments; ``model_logprobs`` are those of the combination.
 
         Raises:
             ValueError: as ``LocalEngine.generate``; also for ``min_new_tokens`` with votes.
