@@ -53,8 +53,8 @@ def run_self_play(
 ) -> dict[str, float]:
     """Lets all players answer the first prompts, the model and a drawn opponent the others, and writes rows of both.
 
-    Samples are kept in ``sampled.jsonl``, part by part; an interrupted stage continues after the last part. If the first
-    prompts give ``max_rows`` rows, no others are answered.
+    Samples are kept in ``sampled.jsonl``, part by part; an interrupted stage continues after the last part.
+    If the first prompts give ``max_rows`` rows, no others are answered.
 
     Args:
         stage: the stage.
