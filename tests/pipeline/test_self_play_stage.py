@@ -144,8 +144,7 @@ def test_a_trial_with_enough_rows_is_all_that_is_played(engines, options, tmp_pa
         run_self_play(stage, tmp_path / str(n), 0, "float32")
     # Two prompts by three players are six samples.
     drawn = [
-        [one["prompts"] for one in json.loads((tmp_path / f"{n}/league.json").read_text())["opponents"]]
-        for n in stages
+        [one["prompts"] for one in json.loads((tmp_path / f"{n}/league.json").read_text())["opponents"]] for n in stages
     ]
     assert drawn[0] == [0, 0]
     assert sum(drawn[1]) == COUNT - 2
