@@ -117,6 +117,28 @@ class StageCLI(PostTrainingCLI):
         return merged
 
 
+class PlannedStageCLI(StageCLI):
+    """Builds a fit stage to plan it, on a machine that may lack its device.
+
+    Attributes:
+        elsewhere: why it cannot run here; empty if it can.
+    """
+
+    elsewhere = ""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Makes a trainer for a CPU where there is no such device."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError) as error:
+            if self.config_init["trainer"].get("accelerator") in (None, "auto", "cpu"):
+                raise
+            self.elsewhere = first_line(error)
+        return super().instantiate_trainer(
+            **kwargs, accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true"
+        )
+
+
 def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, float]:
     """Trains, exports and evaluates: validation before and after, and the test set if there is one.
 
