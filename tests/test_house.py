@@ -33,6 +33,14 @@ def test_imports_go_down_only():
     assert house.upward(graph) == []
 
 
+def test_methods_load_neither_compressors_nor_reward_models_that_they_do_not_need():
+    loaded = house.imports(house.sources(), deferred=False)
+    for method in ("sft", "dpo", "simpo", "kto"):
+        reached = house.closure(loaded, f"rlhf_lightning.modules.{method}")
+        assert not [name for name in reached if re.search("compress|summaries|reward_(model|head|ensemble)", name)]
+    assert "rlhf_lightning.models.context_compressor" not in house.closure(loaded, "rlhf_lightning.modules.grpo")
+
+
 def test_an_import_from_above_would_be_found():
     assert house.upward(
         {"rlhf_lightning.utils.files": {"rlhf_lightning.data.files"}, "rlhf_lightning.data.files": set()}

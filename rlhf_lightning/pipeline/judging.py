@@ -55,6 +55,21 @@ def criteria_of(written: Mapping[str, Any]) -> CapabilityCriteria:
         raise ValueError(str(error)) from error
 
 
+def check_criteria(written: Mapping[str, Any], suite: Suite) -> CapabilityCriteria:
+    """Makes the criteria of a gate, and checks that a suite measures the time of tokens where that is limited.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    criteria = criteria_of(written)
+    if criteria.max_token_ms is not None and not any(isinstance(task, Task) for task in suite.tasks):
+        raise ValueError(
+            f"criteria.max_token_ms is {criteria.max_token_ms}, and no task of the suite {suite.name!r} samples: "
+            "add one of prompts that a model answers, or leave it out"
+        )
+    return criteria
+
+
 def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
     """Makes the validator of a gate; ``None`` without checks.
 

@@ -20,7 +20,7 @@ from ..utils.validation import check_choice
 from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
 from .fit_stage import StageCLI, run_fit
-from .judging import check_passed_on, check_suite, criteria_of, run_evaluate, run_gate, validator_of
+from .judging import check_criteria, check_passed_on, check_suite, run_evaluate, run_gate, validator_of
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
 from .rounds_stage import RunBody, check_rounds, run_rounds
@@ -81,7 +81,7 @@ def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
         if isinstance(stage, GateStage):
             check_passed_on("model", stage.model)
             check_passed_on("accepted", stage.accepted)
-            criteria_of(stage.criteria)
+            check_criteria(stage.criteria, suite)
             validator_of(stage.validators)
         # The models by a name under which their contents are inputs.
         if isinstance(stage, EvaluateStage):

@@ -16,6 +16,7 @@ from .config import Before, Pipeline, body_of
 from .judging import (
     EVALUATION,
     Judge,
+    check_criteria,
     check_folder,
     check_passed_on,
     check_suite,
@@ -48,7 +49,7 @@ def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
                 given = getattr(stage, name)
                 raise ValueError(f"{name} is {given!r}, and without a suite every round is accepted: give suite")
         return body
-    check_suite(stage.suite)
+    check_criteria(stage.criteria, check_suite(stage.suite))
     rates = [_rate(inner) for inner in body.stages.values() if isinstance(inner, FitStage)]
     if criteria.on_reject == "smaller_step" and rates and not any(rates):
         raise ValueError(

@@ -11,10 +11,11 @@ import yaml
 from safetensors.torch import load_file
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.evaluation import Report
+from rlhf_lightning.evaluation import Report, Suite
 from rlhf_lightning.pipeline import judging
 from rlhf_lightning.pipeline.judging import (
     Judge,
+    check_criteria,
     check_suite,
     copy_model,
     criteria_of,
@@ -188,6 +189,14 @@ def test_models_are_evaluated_together(models, suite, tmp_path):
 def test_mistakes_in_criteria(written, message):
     with pytest.raises(ValueError, match=message):
         criteria_of(written)
+
+
+def test_a_limit_of_time_needs_tokens(suite):
+    pairs = {"kind": "preferences", "name": "pairs", "rows": "pairs.jsonl"}
+    read = Suite.read({"name": "both", "tasks": [pairs, *suite["tasks"]]})
+    assert check_criteria({"max_token_ms": 5}, read).max_token_ms == 5
+    with pytest.raises(ValueError, match=r"^criteria.max_token_ms is 5, and no task of the suite 'pairs' samples"):
+        check_criteria({"max_token_ms": 5}, Suite.read({"name": "pairs", "tasks": [pairs]}))
 
 
 def test_mistakes_in_a_suite(suite, models, tmp_path):
