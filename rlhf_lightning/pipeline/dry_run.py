@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.device_precision import default_precision
-from ..data.sources import open_source
 from ..evaluation import Suite
 from ..merging.options import expand
 from ..models import load_tokenizer
@@ -21,10 +21,12 @@ from ..planning.plan import decoder_of
 from ..utils.files import content_hash
 from ..utils.imports import load_attribute
 from ..utils.inputs import input_hashes
+from ..utils.messages import UsageError
 from .config import Pipeline
 from .kinds import describe
 from .manifest import Manifest, stage_key
 from .rounds_stage import check_rounds
+from .rows_ahead import Sources, rows_ahead
 from .runner import check_forced, in_stage
 from .stages import (
     ChallengeStage,
@@ -33,12 +35,11 @@ from .stages import (
     MergeStage,
     RoundsStage,
     RowStage,
+    SelfPlayStage,
     Stage,
 )
-from .workload import Load, Samples, count_rows, load_of, samples_of
+from .workload import Load, Samples, load_of, samples_of
 
-# Rows whose tokens are counted.
-_COUNTED = 32
 _GIB = float(1 << 30)
 
 
@@ -129,6 +130,7 @@ class _Sizes:
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
+        self.sources = Sources()
         self.origins: dict[str, str] = {}
         self._rate: float | None = None
 
@@ -137,8 +139,8 @@ class _Sizes:
         if not model:
             return None
         found = str(model[0] if isinstance(model, list) else model)
-        while found in self.origins:
-            found = self.origins[found]
+        while (known := next((place for place in self.origins if fnmatch(place, found)), None)) is not None:
+            found = self.origins[known]
         return found
 
     def seconds(self, operations: float) -> float:
@@ -160,9 +162,10 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: _Sizes, awaited: S
     for name, stage in pipeline.stages.items():
         waits = [one.name for one in found if one.runs]
         later = [*awaited, *(f"{pipeline.folder(before)}/" for before in waits)]
+        notes: list[str] = []
         with in_stage(name):
             try:
-                config = describe(pipeline, name)
+                config = describe(pipeline, name, notes.append)
             except (ValueError, FileNotFoundError) as error:
                 # A model that an earlier stage will write.
                 if not any(place in str(error) for place in later):
@@ -170,13 +173,13 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: _Sizes, awaited: S
                 config = {"stage": str(stage)}
         runs, why = _reason(pipeline, manifest, name, config, waits, name in force)
         sizes.origins |= _origins(pipeline, name, stage)
-        one = StagePlan(name, stage.kind, runs, why)
+        one = StagePlan(name, stage.kind, runs, why, notes)
         if isinstance(stage, RoundsStage) and runs:
             one.body = _plans(check_rounds(stage, pipeline.folder(name)), (), sizes, later)
             for inner in one.body:
                 inner.why = "in every round"
         if runs:
-            _describe_size(one, stage, config, manifest.stages.get(name, {}), sizes)
+            _describe_size(one, stage, config, manifest.stages.get(name, {}), sizes, pipeline.folder(name))
         found.append(one)
     return found
 
@@ -233,7 +236,12 @@ def _origins(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, str]:
 
 
 def _describe_size(
-    one: StagePlan, stage: Stage, config: Mapping[str, Any], record: Mapping[str, Any], sizes: _Sizes
+    one: StagePlan,
+    stage: Stage,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    sizes: _Sizes,
+    folder: Path,
 ) -> None:
     """Fills in the size of a stage, as far as it is known before it runs."""
     if isinstance(stage, FitStage) and "model" in config:
@@ -241,7 +249,7 @@ def _describe_size(
     elif isinstance(stage, MergeStage | ExportStage):
         _describe_weights(one, stage, sizes)
     else:
-        _describe_samples(one, stage, sizes)
+        _describe_samples(one, stage, sizes, folder)
     if isinstance(stage, RowStage) and (replay := stage.replay_options) is not None:
         rows = f"{replay.share:g} rows of earlier rounds for each new one"
         one.facts.append(f"up to {rows}, from {replay.capacity:,} that are kept")
@@ -264,33 +272,38 @@ def _describe_training(one: StagePlan, config: Mapping[str, Any], sizes: _Sizes)
     options = config["model"].get("init_args") or {}
     one.facts += _memory(one, config, sizes)
     data = config["data"].get("init_args") or {}
-    rows = count_rows(data.get("train"))
-    if rows is not None:
-        one.facts.append(f"{rows:,} rows")
+    rows, ahead = sizes.sources.count(data.get("train")), sizes.sources.find(data.get("train"))
+    if rows is None:
+        one.facts.append("rows not known")
+    else:
+        one.facts.append(f"{'up to ' if ahead else ''}{rows:,} rows")
         one.seconds = _fit_seconds(config, data, rows, sizes.origin(options.get("model")), sizes)
 
 
 def _describe_weights(one: StagePlan, stage: MergeStage | ExportStage, sizes: _Sizes) -> None:
     """Tells the size of weights that are read."""
-    places = expand(stage.models) if isinstance(stage, MergeStage) else [stage.model]
+    try:
+        places = expand(stage.models) if isinstance(stage, MergeStage) else [stage.model]
+    except (UsageError, ValueError, OSError):
+        return  # a pattern of folders that an earlier stage will write
     try:
         origin = sizes.origin(places[0] if places else None)
-        count = f"{len(places)} models, " if isinstance(stage, MergeStage) else ""
-        one.facts += [] if origin is None else [f"{count}{decoder_of(origin).weights:,} parameters each"]
+        weights = "" if origin is None else f"{decoder_of(origin).weights:,} parameters"
+        one.facts += [f"{len(places)} models, {weights} each" if isinstance(stage, MergeStage) else weights]
     except (ValueError, OSError) as error:
         one.facts.append(f"size not known ({error})")
 
 
-def _describe_samples(one: StagePlan, stage: Stage, sizes: _Sizes) -> None:
+def _describe_samples(one: StagePlan, stage: Stage, sizes: _Sizes, folder: Path) -> None:
     """Tells what a stage samples, and the memory of the policy that takes most."""
-    parts = samples_of(stage)
+    parts = samples_of(stage, sizes.sources)
     suite = getattr(stage, "suite", None)
-    one.facts += [] if suite is None else [f"{len(Suite.read(suite).tasks)} tasks"]
+    one.facts += [] if suite is None else [_numbered(len(Suite.read(suite).tasks), "task")]
     if not parts:
         return
     one.facts += _counts(stage, parts)
     try:
-        loads = [load_of(part, sizes.origin, sizes.dtype) for part in parts]
+        loads = [load_of(part, sizes.sources, sizes.origin, sizes.dtype) for part in parts]
     except (ValueError, OSError) as error:
         one.facts.append(f"size not known ({error})")
         return
@@ -298,10 +311,17 @@ def _describe_samples(one: StagePlan, stage: Stage, sizes: _Sizes) -> None:
     if largest.parameters:
         one.memory = largest.memory
         one.facts.append(f"{largest.parameters:,} parameters")
-        one.facts.append(f"{largest.memory / _GIB:.2f} GiB, of which caches {largest.caches / _GIB:.2f}")
+        one.facts.append(f"{largest.memory / _GIB:.2f} GiB, caches {largest.caches / _GIB:.2f}")
     one.facts += _tokens(parts, loads)
     operations = [load.operations for load in loads if load.operations is not None]
     one.seconds = sizes.seconds(math.fsum(operations)) if len(operations) == len(loads) else None
+
+    # Later stages read its rows.
+    if parts[0].prompts is not None and loads[0].prompt is not None:
+        outputs = {name: str(folder / file) for name, file in stage.outputs.items()}
+        players = len(parts) if isinstance(stage, SelfPlayStage) else 1
+        each = parts[0].each * players
+        sizes.sources.ahead |= rows_ahead(stage, outputs, parts[0].prompts, each, parts[0].tokens, loads[0].prompt)
 
 
 def _counts(stage: Stage, parts: Sequence[Samples]) -> list[str]:
@@ -317,6 +337,10 @@ def _counts(stage: Stage, parts: Sequence[Samples]) -> list[str]:
     elif parts[0].prompts is not None and getattr(stage, "suite", None) is None:
         words.insert(0, f"{parts[0].prompts:,} prompts")
     return [", ".join(words)] if words else []
+
+
+def _numbered(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _tokens(parts: Sequence[Samples], loads: Sequence[Load]) -> list[str]:
@@ -354,9 +378,14 @@ def _fit_seconds(
         tokenizer, weights = load_tokenizer(origin), decoder_of(origin).weights
     except (ValueError, OSError):
         return None
-    first = [row for _, row in islice(open_source(data["train"]), _COUNTED)]
+    ahead = sizes.sources.find(data["train"])
+    first = sizes.sources.first(data["train"])
     texts = [[value for value in row.values() if isinstance(value, str)] for row in first]
     tokens = sum(len(tokenizer(text)["input_ids"]) for row in texts for text in row) / max(1, len(first))
+    if ahead:
+        tokens = sum(one.rows * (one.prompt + one.completions) for one in ahead) / max(
+            1, sum(one.rows for one in ahead)
+        )
 
     # Steps by their number, or by epochs.
     trainer, batch = config["trainer"], int(data.get("global_batch_size") or 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from peft import PeftModel, set_peft_model_state_dict
 
@@ -22,6 +23,7 @@ from ..models.headed_model import HeadedModel
 from ..models.safetensors_io import read_weights
 from ..utils import yaml_parser
 from ..utils.files import write_atomically
+from ..utils.messages import one_line
 from .figures import TRAIN_SECONDS
 from .stages import FitStage
 
@@ -128,15 +130,14 @@ class PlannedStageCLI(StageCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Makes a trainer for a CPU where there is no such device."""
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError) as error:
-            if self.config_init["trainer"].get("accelerator") in (None, "auto", "cpu"):
-                raise
-            self.elsewhere = first_line(error)
-        return super().instantiate_trainer(
-            **kwargs, accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true"
-        )
+        accelerator = self.config_init["trainer"].get("accelerator")
+        if accelerator not in (None, "auto", "cpu"):
+            try:
+                lightning.Trainer(accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False)
+            except (MisconfigurationException, ImportError, RuntimeError) as error:
+                self.elsewhere = f"accelerator {accelerator!r} is not here ({one_line(error)})"
+                kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
+        return super().instantiate_trainer(**kwargs)
 
 
 def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, float]:

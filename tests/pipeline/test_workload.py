@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rlhf_lightning.inference import LocalEngine, SamplingParams, cpu_linear
 from rlhf_lightning.pipeline import load_pipeline
 from rlhf_lightning.pipeline.dry_run import StagePlan, plan_lines, plan_pipeline
+from rlhf_lightning.pipeline.rows_ahead import RowsAhead, Sources, rows_ahead
+from rlhf_lightning.pipeline.stages import SampleStage
 from rlhf_lightning.pipeline.workload import load_of, samples_of
 
 NANO = "configs/models/nano"
@@ -50,7 +52,9 @@ def planned(tmp_path: Path, stages: dict[str, Any], dtype: str = "float32") -> d
 
 def pipeline_of(tmp_path: Path, stages: dict[str, Any], dtype: str = "float32") -> Any:
     file = tmp_path / "pipeline.yaml"
-    file.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "dtype": dtype, "stages": stages}))
+    file.write_text(
+        yaml.safe_dump({"run_dir": str(tmp_path / "run"), "dtype": dtype, "stages": stages}, sort_keys=False)
+    )
     return load_pipeline(file, ())
 
 
@@ -120,7 +124,7 @@ def test_suites_and_rounds(tmp_path, model, prompts):
         "loop": loop,
     }
     found = planned(tmp_path, stages)
-    assert found["test"].facts[:2] == ["1 tasks", "12 samples"]
+    assert found["test"].facts[:2] == ["1 task", "12 samples"]
     assert found["gate"].seconds == found["test"].seconds > 0
     # A start and two candidates are tested; two rounds.
     one_model = found["test"].seconds / 2
@@ -146,7 +150,7 @@ def test_other_kinds(tmp_path, model, prompts):
     assert found["new"].facts[0] == "10 requests, up to 30 samples"
     assert "up to 190 tokens" in found["new"].facts
     assert found["soup"].facts == [f"2 models, {weights:,} parameters each"]
-    assert found["file"].facts == [f"{weights:,} parameters each"]
+    assert found["file"].facts == [f"{weights:,} parameters"]
 
 
 def test_the_last_line_sums_up_what_runs(tmp_path, model, prompts, monkeypatch):
@@ -161,10 +165,70 @@ def test_the_last_line_sums_up_what_runs(tmp_path, model, prompts, monkeypatch):
 
 def test_caches_are_as_large_as_measured(tmp_path, model, prompts):
     stage = {"kind": "sample", "model": model, "prompts": prompts, "num_samples": 8}
-    (samples,) = samples_of(pipeline_of(tmp_path, {"own": stage | {"sampling": {"max_new_tokens": 32}}}).stages["own"])
-    expected = load_of(samples, str, "float32").caches
+    own = pipeline_of(tmp_path, {"own": stage | {"sampling": {"max_new_tokens": 32}}}).stages["own"]
+    (samples,) = samples_of(own, Sources())
+    expected = load_of(samples, Sources(), str, "float32").caches
     engine = LocalEngine.from_pretrained(model, dtype="float32")
     # No sample ends early.
     params = SamplingParams(max_new_tokens=32, min_new_tokens=32, seed=0)
     engine.generate(PROMPTS, num_samples=8, sampling=params)
     assert engine.statistics()["cache_bytes"] == pytest.approx(expected, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("options", "file", "rows", "completions"),
+    [
+        ({"rows": ["pairs"]}, "pairs", 10, 2),
+        ({"rows": ["pairs"], "pairing": "all"}, "pairs", 60, 2),  # six pairs of four samples
+        ({"rows": ["demonstrations"]}, "demonstrations", 10, 1),
+        ({"rows": ["demonstrations"], "keep": 3}, "demonstrations", 30, 1),
+        ({"rows": ["demonstrations"], "keep": None}, "demonstrations", 40, 1),
+        ({"rows": ["unpaired"], "max_rows": 7}, "unpaired", 7, 1),
+        ({"rows": ["pairs", "samples"], "seed_rows": "s.jsonl", "seed_ratio": 0.5}, "pairs", 20, 2),
+        ({"rows": ["pairs", "samples"], "seed_rows": "s.jsonl", "seed_ratio": 0.5}, "samples", 40, 1),
+        ({"rows": ["pairs"], "replay": {"share": 0.5}}, "pairs", 15, 2),
+    ],
+)
+def test_rows_that_a_stage_will_write(options, file, rows, completions):
+    stage = SampleStage(model="m", prompts="p.jsonl", **options)
+    outputs = {name: f"here/{place}" for name, place in stage.outputs.items()}
+    found = rows_ahead(stage, outputs, prompts=10, each=4, tokens=5, mean=2.5)
+    assert found[f"here/{file}.jsonl"] == RowsAhead(rows, 2.5, 5.0 * completions)
+
+
+def test_a_fit_on_rows_of_an_earlier_stage(tmp_path, model, prompts):
+    own = {"kind": "sample", "model": model, "prompts": prompts, "num_samples": 3, "sampling": {"max_new_tokens": 5}}
+    dpo = {
+        "kind": "fit",
+        "config": ["configs/dpo/default.yaml", "configs/trainer/cpu.yaml"],
+        "model": {"init_args": {"model": model}},
+        "data": {"init_args": {"train": "${outputs.own.pairs}", "global_batch_size": 2}},
+        "trainer": {"max_epochs": 3, "logger": False, "callbacks": []},
+    }
+    found = planned(tmp_path, {"own": own, "dpo": dpo})["dpo"]
+    weights, _ = sizes()
+    lengths = [len(AutoTokenizer.from_pretrained(NANO)(text)["input_ids"]) for text in PROMPTS]
+    assert "up to 4 rows" in found.facts
+    # Three epochs of four pairs: a prompt and two completions each.
+    assert found.seconds == pytest.approx(6 * weights * 3 * (sum(lengths) + 4 * 2 * 5))
+
+
+def test_models_of_a_pattern_have_the_size_of_one_of_them(tmp_path, model, prompts):
+    body = {"dpo": {"kind": "merge", "method": "linear", "models": ["${round.model}"]}}
+    run = tmp_path / "run"
+    stages = {
+        "loop": {"kind": "rounds", "model": model, "rounds": 2, "body": body},
+        "file": {"kind": "export", "model": f"{run}/loop/rounds/*/dpo/model"},
+    }
+    assert planned(tmp_path, stages)["file"].facts == [f"{sizes()[0]:,} parameters"]
+
+
+def test_the_pipeline_of_a_night(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    lines = plan_lines(load_pipeline("configs/pipelines/overnight.yaml", [f"run_dir={tmp_path}/run"]))
+    names = [line.split(" ")[0] for line in lines if line[0] != " "]
+    assert names == ["sft", "reward", "steps", "process", "rounds", "merged", "searches", "gguf", "in"]
+    # Three rounds of 512 pairs, by a model whose size is known before it is trained.
+    assert any("up to 512 rows" in line and "603,712 parameters" in line for line in lines)
+    assert all("not known (" not in line for line in lines)
+    assert not (tmp_path / "run").exists()
