@@ -23,7 +23,7 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "datamodules/base.py::__init__": "one line for each option",
     "rlhf_lightning/core/module.py::__init__": "one line for each option, and the parts",
-    "rlhf_lightning/models/logprob_tiles.py::forward": "one pass over the tiles, and what its backward needs",
+    "rlhf_lightning/models/cpu_logprob_tiles.py::forward": "one pass over the tiles, and what its backward needs",
 }
 
 

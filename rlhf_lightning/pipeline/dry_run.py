@@ -23,11 +23,16 @@ from ..utils.imports import load_attribute
 from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError
 from .config import Pipeline
+from .errors import in_stage
 from .kinds import describe
 from .manifest import Manifest, stage_key
 from .rounds_stage import check_rounds
+<<<<<<< HEAD
 from .rows_ahead import Sources, rows_ahead
 from .runner import check_forced, in_stage
+=======
+from .runner import check_forced
+>>>>>>> main
 from .stages import (
     ChallengeStage,
     ExportStage,

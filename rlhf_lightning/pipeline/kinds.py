@@ -19,6 +19,7 @@ from ..merging.options import expand
 from ..utils.validation import check_choice
 from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
+from .errors import in_stage
 from .fit_stage import PlannedStageCLI, StageCLI, run_fit
 from .judging import check_criteria, check_passed_on, check_suite, run_evaluate, run_gate, validator_of
 from .merge_stage import run_merge
@@ -118,7 +119,11 @@ def _describe_rounds(stage: RoundsStage, folder: Path, note: Say | None) -> dict
     suite = None if stage.suite is None else [task.as_dict() for task in check_suite(stage.suite).tasks]
     # As it is written, too: later rounds differ in what refers to them.
     own = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.name != "written"}
-    return own | {"first": {name: describe(body, name, note) for name in body.stages}, "tasks": suite}
+    first = {}
+    for name in body.stages:
+        with in_stage(name):
+            first[name] = describe(body, name, note)
+    return own | {"first": first, "tasks": suite}
 
 
 def run_stage(pipeline: Pipeline, name: str, run_body: RunBody, say: Say) -> dict[str, float]:

@@ -28,13 +28,14 @@ from ..utils.folders import discard
 from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError, did_you_mean
 from .config import Pipeline
+from .errors import in_stage
 from .fit_stage import HISTORY
 from .judging import DECISION
 from .kinds import describe, run_stage
 from .manifest import Manifest, stage_key, versions
 from .report import write_report
 from .rounds_stage import RECORD
-from .row_files import SAMPLED, NoRowsError
+from .row_files import SAMPLED
 from .sample_stage import ANSWERS, evaluate
 from .stages import REPLAY, ROWS, WITH_MODEL, ChallengeStage, CompressStage, FitStage, SelfPlayStage
 
@@ -246,17 +247,6 @@ def _summary(metrics: dict[str, float]) -> str:
         if name in metrics
     ]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
-
-
-@contextmanager
-def in_stage(name: str) -> Iterator[None]:
-    """Adds the stage's name to errors."""
-    try:
-        yield
-    except (UsageError, NoRowsError) as error:
-        raise type(error)(f"stage {name!r}: {error}") from error
-    except (ValueError, OSError) as error:
-        raise ValueError(f"stage {name!r}: {error}") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markupsafe import escape
 from safetensors.torch import load_file
 
 from rlhf_lightning.cli import main
@@ -274,6 +275,8 @@ def test_stages_that_label_evaluate_and_export(models, suite, tmp_path):
     page = (tmp_path / "run/report.html").read_text()
     assert 'href="both/evaluation/report.html"' in page
     assert "of greedy tokens as before" in page
+    reason = json.loads((tmp_path / "run/choice/decision.json").read_text())["reason"]
+    assert f"<p>Reason: {escape(reason)}.</p>" in page
     main(["pipeline", "--config", str(file)])
     again = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
     assert not any(record["ran"] for record in again.values())

@@ -1,0 +1,20 @@
+"""Names the stage of an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..utils.messages import UsageError
+from .row_files import NoRowsError
+
+
+@contextmanager
+def in_stage(name: str) -> Iterator[None]:
+    """Adds the stage's name to errors."""
+    try:
+        yield
+    except (UsageError, NoRowsError) as error:
+        raise type(error)(f"stage {name!r}: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"stage {name!r}: {error}") from error
