@@ -27,12 +27,8 @@ from .errors import in_stage
 from .kinds import describe
 from .manifest import Manifest, stage_key
 from .rounds_stage import check_rounds
-<<<<<<< HEAD
 from .rows_ahead import Sources, rows_ahead
-from .runner import check_forced, in_stage
-=======
 from .runner import check_forced
->>>>>>> main
 from .stages import (
     ChallengeStage,
     ExportStage,
