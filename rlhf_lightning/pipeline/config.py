@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..generation.options import sampling_params
 from ..utils import yaml_parser
 from ..utils.messages import UsageError, did_you_mean, one_line
 from ..utils.packaged_configs import nearest_config, packaged_config
+from .references import check_order
 from .stages import (
     EXACT,
     KINDS,
@@ -208,7 +208,7 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
 
 def _stages(config: DictConfig, written: Mapping[str, Any]) -> tuple[dict[str, Stage], dict[str, Any]]:
     """Resolves the references of a configuration; returns its stages, and all of it as plain values."""
-    _check_order(written)
+    check_order(written)
     # References such as ${outputs.sft.model} are resolved against the stages' places.
     places = {name: _outputs(config.run_dir, name, stage) for name, stage in written.items()}
     config.outputs = OmegaConf.merge(config.get("outputs") or {}, places)
@@ -228,17 +228,6 @@ def _stages(config: DictConfig, written: Mapping[str, Any]) -> tuple[dict[str, S
         if name in bodies:
             _check_body(name, found[name], [*written])
     return found, resolved
-
-
-def _check_order(written: Mapping[str, Any]) -> None:
-    """Refuses a stage that reads what a later one, or it itself, will write."""
-    for name, stage in written.items():
-        body = stage.get("body") if isinstance(stage, dict) else None
-        if isinstance(body, dict):
-            _check_order(body)
-        for read in re.findall(r"\$\{outputs\.([\w-]+)", str(stage)):
-            if read in written and [*written].index(read) >= [*written].index(name):
-                raise UsageError(f"stage {name!r} reads an output of {read!r}, which is not before it: write it above")
 
 
 def _outputs(run_dir: str, name: str, written: Any) -> dict[str, str]:
