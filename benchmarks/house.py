@@ -45,7 +45,6 @@ FLOORS = (
     "planning",
     "pipeline",
 )
-METHODS = ("sft", "reward", "process_reward", "dpo", "simpo", "kto", "grpo", "ppo", "context_compression")
 Graph = dict[str, set[str]]
 
 
@@ -60,6 +59,13 @@ def sources() -> dict[str, Path]:
                 continue  # reached through a symbolic link
             found[".".join(parts).removesuffix(".__init__")] = path
     return found
+
+
+def methods() -> dict[str, str]:
+    """The files of the methods by the names of their classes, as ``modules/__init__.py`` exports them."""
+    tree = ast.parse((ROOT / PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8"))
+    taken = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return {alias.name: str(node.module) for node in taken for alias in node.names}
 
 
 def imports(files: dict[str, Path], *, deferred: bool = True) -> Graph:
@@ -269,7 +275,9 @@ def picture() -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--picture"]:
         print(picture())
+    elif sys.argv[1:] == ["--twice"]:
+        print("\n".join(f"{place:55s} {other}" for place, other in duplicated(sources())))
     elif sys.argv[1:]:
-        raise SystemExit(f"unknown argument {sys.argv[1]!r}: allowed is --picture")
+        raise SystemExit(f"unknown argument {sys.argv[1]!r}: allowed are --picture and --twice")
     else:
         print("\n".join(f"{name:40s} {value}" for name, value in numbers().items()))

@@ -55,6 +55,7 @@ _OF_STAGE = (
         "compressed.jsonl",
     ),
     *(DECISION, RECORD, *ROWS.values(), *REPLAY.values(), *ChallengeStage.outputs.values(), SelfPlayStage.league),
+    "accepted",  # the folder of a CapabilityGate, which refuses the states of another run
 )
 
 
