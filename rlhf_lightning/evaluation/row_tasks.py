@@ -134,7 +134,7 @@ class PreferenceTask(RowTask):
             chunk = rows[first : first + _ROWS_AT_ONCE]
             pairs = [(prompt, text) for _, _, prompt, texts in chunk for text in texts]
             given = list(scorer([prompt for prompt, _ in pairs], [text for _, text in pairs]))
-            # What is too long for a model has no reward.
+            # Completions too long for a model have no reward.
             given = [None if isinstance(value, Exception) else value for value in given]
             rewards = iter(check_verdicts(given, len(pairs)))
             for row_id, section, prompt, texts in chunk:
