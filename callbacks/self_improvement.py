@@ -314,7 +314,7 @@ class SelfImprovement(lightning.Callback):
         self, module: PostTrainingModule, examples: Sequence[Example], local: Sequence[int], trainer: lightning.Trainer
     ) -> list[ScoredPrompt]:
         engine, found = self.strategy.on(LocalEngine(module.model, module.tokenizer)), []
-        # Searches take different local of rounds on each rank.
+        # Searches take different numbers of rounds on each rank.
         with gathered(module.model):
             for start in range(0, len(local), _PROMPTS_AT_ONCE):
                 part = local[start : start + _PROMPTS_AT_ONCE]

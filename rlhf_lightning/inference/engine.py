@@ -66,7 +66,7 @@ class Engine(Protocol):
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Samples completions: one list per prompt, in order, with ``num_samples`` each."""
+        """Samples completions: one list per prompt, in order; see ``LocalEngine.generate``."""
         ...
 
 

@@ -114,6 +114,11 @@ def test_a_model_that_is_too_large_or_too_slow_does_not_pass(models, suite, tmp_
         written = json.loads((folder / "decision.json").read_text())
         assert written["memory_gb"] == pytest.approx(bytes_of / 1e9, rel=1e-12)
     assert written["reason"].startswith("its weights take 7.85e-05 GB, above max_memory_gb=")
+    # Keys and values of all key-value heads, in every layer.
+    of_token = 4 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    for limit, verdict in ((bytes_of + 100 * of_token, "accept"), (bytes_of + 100 * of_token - 1, "reject")):
+        with_cache = criteria_of(ALWAYS | {"max_memory_gb": limit / 1e9, "cache_tokens": 100})
+        assert Judge(suite, with_cache, tmp_path / "c", 0, "float32", models[0]).decide(*models)[0].verdict == verdict
     half = Judge(suite, criteria_of(criteria), tmp_path / "e", 0, "bfloat16", models[0])
     assert half.decide(models[0], models[1])[0].verdict == "accept"
 
