@@ -45,7 +45,7 @@ class Words:
     [
         (["a", "b", "\n", "c", "\n", "d", ""], [2, 4, 6]),
         (["ab\nc", "\n", "d"], [0, 1, 2]),  # the separator ends within a token
-        (["a", "\n\n", "b\n", "c\n", ""], [1, 2, 4]),  # an empty step does not count; the last one ends with the completion
+        (["a", "\n\n", "b\n", "c\n", ""], [1, 2, 4]),  # empty steps do not count; the last ends with the completion
         (["a\nb\n", "c"], [0, 0, 1]),  # two steps in one token
         (["one"], [0]),
     ],
