@@ -353,7 +353,7 @@ class CapabilityGate(lightning.Callback):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the step of the accepted state, all decisions, and the weights that the divergence is measured from."""
+        """Returns the step of the accepted state, all decisions, and the weights that drift is measured from."""
         return {
             "accepted": self.accepted,
             "history": [dict(entry) for entry in self.history],

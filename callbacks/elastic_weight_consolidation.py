@@ -41,8 +41,8 @@ class ElasticWeightConsolidation(lightning.Callback):
     of tasks takes two tensors per trained weight, in at least fp32.
 
     The gradient :math:`\lambda \sum_k F_k (\theta - \theta^*_k)` is added after clipping, right before the step: it is
-    not part of the logged ``loss`` and ``grad_norm``. Only trained weights have a penalty, with LoRA the adapter's: in a
-    new adapter B is 0, so A alone changes no prediction, its information is 0, and only B has a penalty. On
+    not part of the logged ``loss`` and ``grad_norm``. Only trained weights have a penalty, with LoRA the adapter's: in
+    a new one B is 0, so that A alone changes no prediction: its information is 0, and only B has a penalty. On
     several ranks each measures its share of the rows; of sharded weights (``fsdp2``) all measure one row after the
     other, which takes as long as on one rank.
 

@@ -189,9 +189,8 @@ def test_a_model_that_the_test_accepts_must_pass_the_validators(models, suite, t
     assert written["reason"].startswith("verdicts of all even: ")
     assert said[-1] == f"rejected: {written['reason']}"
     # Patience counts these rejections as well.
-    judge = Judge(
-        suite, criteria_of(ALWAYS | {"patience": 2}), tmp_path / "e", 0, "float32", models[0], validator=validator_of([strict])
-    )
+    patient, strictly = criteria_of(ALWAYS | {"patience": 2}), validator_of([strict])
+    judge = Judge(suite, patient, tmp_path / "e", 0, "float32", models[0], validator=strictly)
     assert judge.decide(models[0], models[1], num_rejected=1)[0].verdict == "stop"
 
 
