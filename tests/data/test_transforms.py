@@ -1,4 +1,4 @@
-"""The transforms for published datasets, on columns like theirs; the datasets themselves are in test_recommended_stack."""
+"""Transforms for published datasets, on such columns; the datasets themselves are in test_recommended_stack."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A pretended CUDA device: tensors that say ``cuda:0`` and compute on the CPU.
 
-It refuses the operands that CUDA refuses for every kernel: a generator of another device, and operands of mixed devices.
+It refuses operands that CUDA refuses for every kernel: a generator of another device, and operands of mixed devices.
 It does not model kernels, memory, streams or speed. Everything it changes in torch is put back.
 """
 
