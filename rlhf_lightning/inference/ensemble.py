@@ -47,10 +47,11 @@ if TYPE_CHECKING:
 class EnsemblePolicy:
     r"""Samples from several models as from one: their distributions of the next token are combined at every step.
 
-    An engine: strategies, sampling stages and ``generate`` take it. Models may differ in everything but the vocabulary.
-    Rows are batched as in ``LocalEngine``, each model with a cache of its own; a sample is a function of the models,
-    its prompt, the settings and its seed, up to rounding in the models' own products. Temperature, filters and
-    penalties apply to the combined distribution, and the samples' log-probs are those under it.
+    An engine: strategies take it, and every command and stage that samples (see ``policies.policy_spec``). Models may
+    differ in everything but the vocabulary. Rows are batched as in ``LocalEngine``, each model with a cache of its own;
+    a sample is a function of the models, its prompt, the settings and its seed, up to rounding in the models' own
+    products. Temperature, filters and penalties apply to the combined distribution, and the samples' log-probs are
+    those under it.
 
     With weights :math:`w_m` that sum to 1, ``combine`` is one of
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..evaluation import Report, Suite, Task, divergence, evaluate, own_samples
 from ..evaluation.answers import read_prompts
 from ..evaluation.divergence import check_tokens
@@ -56,18 +58,25 @@ def criteria_of(written: Mapping[str, Any]) -> CapabilityCriteria:
 
 
 def check_criteria(written: Mapping[str, Any], suite: Suite) -> CapabilityCriteria:
-    """Makes the criteria of a gate, and checks that a suite measures the time of tokens where that is limited.
+    """Makes the criteria of a gate, and checks that a suite samples where time of tokens or drift is limited.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
     criteria = criteria_of(written)
-    if criteria.max_token_ms is not None and not any(isinstance(task, Task) for task in suite.tasks):
-        raise ValueError(
-            f"criteria.max_token_ms is {criteria.max_token_ms}, and no task of the suite {suite.name!r} samples: "
-            "add one of prompts that a model answers, or leave it out"
-        )
+    _check_samples(criteria, suite)
     return criteria
+
+
+def _check_samples(criteria: CapabilityCriteria, suite: Suite) -> None:
+    if any(isinstance(task, Task) for task in suite.tasks):
+        return
+    for name in ("max_token_ms", "max_kl"):
+        if (limit := getattr(criteria, name)) is not None:
+            raise ValueError(
+                f"criteria.{name} is {limit}, and no task of the suite {suite.name!r} samples: "
+                "add one of prompts that a model answers, or leave it out"
+            )
 
 
 def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
@@ -130,16 +139,27 @@ class Judge:
         Raises:
             ValueError: a limit on the divergence from a model with other tokens; nothing has been sampled yet.
         """
+        _check_samples(self.criteria, Suite.read(self.suite))
         if self.criteria.max_kl is not None:
             advice = f"criteria.max_kl is {self.criteria.max_kl} and needs one tokenizer, so leave it out"
             check_tokens(load_tokenizer(candidate), load_tokenizer(self.start), advice)
         models = {"accepted": accepted, "candidate": candidate}
+        if self.criteria.accept == "not_worse" and self.start != accepted:
+            models["start"] = self.start
         report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
-        before, after = ([found for found in report.results if found.model == name] for name in models)
+        found_of = {name: [found for found in report.results if found.model == name] for name in models}
+        before, after, start = found_of["accepted"], found_of["candidate"], found_of.get("start")
         drift = None if self.criteria.max_kl is None else self._drift(candidate)
         size = None if self.criteria.max_memory_gb is None else self._size(candidate)
         decision = decide(
-            before, after, self.criteria, kl=drift, memory_gb=size, num_rejected=num_rejected, seed=self.seed
+            before,
+            after,
+            self.criteria,
+            start=start,
+            kl=drift,
+            memory_gb=size,
+            num_rejected=num_rejected,
+            seed=self.seed,
         )
         if decision.verdict == "accept" and self.validator is not None:
             found = self.validator.validate(self._engine(candidate), seed=self.seed, say=self.say)
@@ -147,15 +167,17 @@ class Judge:
         return decision, report
 
     def _size(self, place: str) -> float:
-        """Counts the bytes of a model's parameters and buffers, in units of 10^9."""
+        """Counts the bytes of a model's weights and of the keys and values that its criteria name, in units of 10^9."""
         model = self._engine(place).model
-        return sum(held.nbytes for held in (*model.parameters(), *model.buffers())) / 1e9
+        weights = sum(held.nbytes for held in (*model.parameters(), *model.buffers()))
+        tokens = self.criteria.cache_tokens
+        return (weights + (0 if tokens is None else tokens * _bytes_of_token(model))) / 1e9
 
     def _engine(self, place: str) -> LocalEngine:
         return LocalEngine.from_pretrained(place, dtype=self.dtype)
 
     def _drift(self, candidate: str) -> float:
-        """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
+        """Computes KL(candidate || start) per token, on the candidate's own samples for the suite's prompts."""
         engine, start = self._engine(candidate), self._engine(self.start)
         assert engine.tokenizer is not None
         rows = []
@@ -173,6 +195,15 @@ class Judge:
             rows += own_samples(engine, prompts, sampling=sampling)
         # A candidate that says nothing at all is as far away as can be.
         return divergence(engine, start, rows).forward if rows else math.inf
+
+
+@torch.no_grad()
+def _bytes_of_token(model: Any) -> int:
+    """Counts the bytes of the keys and values that a model keeps for a token, in all layers that have some."""
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers = model(input_ids=tokens, use_cache=True).past_key_values.layers
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(part.nbytes for part in held if part is not None)
 
 
 def run_evaluate(stage: EvaluateStage, folder: Path, seed: int, dtype: str, say: Say) -> dict[str, float]:

@@ -20,7 +20,7 @@ from ..utils.validation import check_choice
 from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
 from .errors import in_stage
-from .fit_stage import StageCLI, run_fit
+from .fit_stage import PlannedStageCLI, StageCLI, run_fit
 from .judging import check_criteria, check_passed_on, check_suite, run_evaluate, run_gate, validator_of
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
@@ -49,19 +49,20 @@ Say = Callable[[str], None]
 _OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
 
 
-def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
+def describe(pipeline: Pipeline, name: str, note: Say | None = None) -> dict[str, Any]:
     """Returns a stage's full configuration, and checks everything that can be checked without running it.
 
     Args:
         pipeline: the pipeline.
         name: of the stage.
+        note: for plans: a fit stage whose device is not here counts as right, and this is told why it cannot run.
 
     Raises:
         ValueError: a mistake in the stage.
     """
     stage, folder, seed = pipeline.stages[name], pipeline.folder(name), pipeline.stage_seed(name)
     if isinstance(stage, FitStage):
-        return _describe_fit(stage, folder, seed)
+        return _describe_fit(stage, folder, seed, note)
     if isinstance(stage, GenerateStage | CompressStage):
         options = stage.options(folder, seed, pipeline.dtype)
         options.check()
@@ -94,20 +95,25 @@ def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
         check_choice("type", stage.type, TYPES)
         check_single(stage.model, "model", "and a GGUF file holds one: merge its models first")
     if isinstance(stage, RoundsStage):
-        return _describe_rounds(stage, folder) | {"seed": seed, "dtype": pipeline.dtype}
+        return _describe_rounds(stage, folder, note) | {"seed": seed, "dtype": pipeline.dtype}
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
 
 
-def _describe_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, Any]:
+def _describe_fit(stage: FitStage, folder: Path, seed: int, note: Say | None) -> dict[str, Any]:
     if stage.trainer.get("fast_dev_run"):
         raise ValueError(
             f"trainer.fast_dev_run is {stage.trainer['fast_dev_run']!r}, which writes nothing, and later stages "
             "start from what it writes: set max_steps: 1 for a quick look, or try the stage by `rlhf-lightning fit`"
         )
-    return StageCLI(stage, folder, seed).merged | {"export": vars(stage.export)}
+    if note is None:
+        return StageCLI(stage, folder, seed).merged | {"export": vars(stage.export)}
+    planned = PlannedStageCLI(stage, folder, seed)
+    if planned.elsewhere:
+        note(planned.elsewhere)
+    return planned.merged | {"export": vars(stage.export)}
 
 
-def _describe_rounds(stage: RoundsStage, folder: Path) -> dict[str, Any]:
+def _describe_rounds(stage: RoundsStage, folder: Path, note: Say | None) -> dict[str, Any]:
     """Describes the first round, and the options of the loop."""
     body = check_rounds(stage, folder)
     suite = None if stage.suite is None else [task.as_dict() for task in check_suite(stage.suite).tasks]
@@ -116,7 +122,7 @@ def _describe_rounds(stage: RoundsStage, folder: Path) -> dict[str, Any]:
     first = {}
     for name in body.stages:
         with in_stage(name):
-            first[name] = describe(body, name)
+            first[name] = describe(body, name, note)
     return own | {"first": first, "tasks": suite}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -46,6 +47,24 @@ def test_a_better_candidate_is_accepted_with_the_exact_p_value() -> None:
     back = decide([single(after)], [single(before)])
     assert (back.verdict, back.difference) == ("reject", -found.difference)
     assert back.p_value == pytest.approx(1 - 10 / 512)
+
+
+def test_small_falls_do_not_add_up_unseen() -> None:
+    """Each fall loses 3 prompts, p = 1/8; both together 6 of 6, p = 1/64. With ``better`` the start changes nothing."""
+    rounds = [[single([0.0] * lost + [1.0] * (20 - lost))] for lost in (0, 3, 6)]
+    criteria = CapabilityCriteria(accept="not_worse")
+    assert decide(rounds[0], rounds[1], criteria, start=rounds[0]).verdict == "accept"
+    assert decide(rounds[1], rounds[2], criteria).verdict == "accept"
+    found = decide(rounds[1], rounds[2], criteria, start=rounds[0])
+    assert found.verdict == "reject"
+    assert re.fullmatch(r"worse than the model at the start: -0.3000 \[.*\], p=0.01562", found.reason)
+    # The numbers are those of the accepted model.
+    assert (found.difference, found.p_value) == (pytest.approx(-0.15), pytest.approx(1 / 8))
+    wide = CapabilityCriteria(accept="not_worse", threshold=0.3)
+    assert decide(rounds[1], rounds[2], wide, start=rounds[0]).verdict == "accept"
+    assert decide(rounds[2], rounds[1], CapabilityCriteria(level=0.2), start=rounds[0]).verdict == "accept"
+    with pytest.raises(ValueError, match="results of task 'other': evaluate both on the same suite"):
+        decide(rounds[1], rounds[2], criteria, start=[single([1.0] * 20, name="other")])
 
 
 def test_what_is_not_certain_is_rejected_or_accepted_by_the_side_that_must_be_shown() -> None:
@@ -161,6 +180,10 @@ def test_each_limit_rejects_a_candidate_that_is_better(limits: dict[str, Any], k
     [
         ({"min_accuracy": 0.76}, "accuracy of task 'b' is 0.75, below min_accuracy=0.76"),
         ({"max_memory_gb": 0.0021}, "its weights take 0.0022 GB, above max_memory_gb=0.0021"),
+        (
+            {"max_memory_gb": 0.0021, "cache_tokens": 8},
+            "its weights and 8 tokens in its cache take 0.0022 GB, above max_memory_gb=0.0021",
+        ),
         ({"max_token_ms": 11.9}, "a token of task 'b' takes 12 ms, above max_token_ms=11.9"),
     ],
 )
@@ -215,6 +238,8 @@ def test_refusals() -> None:
         ({"patience": 0}, r"criteria.patience is 0; it must be a whole number of at least 1"),
         ({"max_kl": 0.0}, r"criteria.max_kl is 0.0; it must be above 0"),
         ({"min_accuracy": 50}, r"criteria.min_accuracy is 50; it must be in \[0, 1\]"),
+        ({"cache_tokens": 0, "max_memory_gb": 1}, r"criteria.cache_tokens is 0; it must be a whole number of at least"),
+        ({"cache_tokens": 9}, r"criteria.cache_tokens is 9, and nothing limits memory: give max_memory_gb, too"),
         ({"max_memory_gb": 0}, r"criteria.max_memory_gb is 0; it must be above 0"),
         ({"max_token_ms": -1.0}, r"criteria.max_token_ms is -1.0; it must be above 0"),
         ({"min_distinct": 1.5}, r"criteria.min_distinct is 1.5; it must be in \[0, 1\]"),
