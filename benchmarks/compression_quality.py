@@ -7,7 +7,7 @@
 A small decoder learns the task from scratch with the whole context in view: first many facts in little noise, then the
 task that is measured. One that has not learned it is trained again from other weights. Then a compressor is trained for
 each ratio, together with a copy of the decoder. No context is seen twice. All compressors are asked for every fact of
-the same contexts of the test split; compressors that learn nothing keep a part of the context for the decoder as it is. One
+the same contexts of the test split; unlearned ones keep a part of the context for the decoder as it is. One
 of them reads the question before it chooses, and has to choose again for the next. The exit status says whether the
 requirements hold with every seed.
 """

@@ -141,7 +141,7 @@ class CompressorFront:
         context = example.fields.get("context")
         if context is None or not len(context):
             raise ValueError(
-                f"row {example.row_id} has no context, and the policy reads compressed contexts: give it a column context"
+                f"row {example.row_id} has no context, and the policy reads compressed ones: give it a column context"
             )
         return np.asarray(prompt_tokens(self.module.tokenizer, context) if isinstance(context, str) else context)
 

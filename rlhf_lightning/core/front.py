@@ -52,6 +52,5 @@ def check_front(front: CompressorFront | None, checkpoint: dict[str, Any]) -> No
             f"the checkpoint is of a policy without compressor: leave {str(front.folder)!r} out, or start a new run"
         )
     raise ValueError(
-        f"the compressor in {str(front.folder)!r} is not the one of the checkpoint: restore it, or "
-        "start a new run"
+        f"the compressor in {str(front.folder)!r} is not the one of the checkpoint: restore it, or start a new run"
     )

@@ -23,7 +23,7 @@ from .backbone import evaluating
 from .half_weights import hold_frozen, unrounded
 
 ADAPTER_COPY = "ref"  # the adapter that keeps the weights from which a loaded adapter started
-# Prefix, in checkpoints, of the names of kept weights that belong to no adapter; earlier checkpoints have it, so it stays.
+# Prefix, in checkpoints, of the names of kept weights that belong to no adapter; older checkpoints have it.
 _KEPT = "beside:"
 
 

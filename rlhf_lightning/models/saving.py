@@ -62,7 +62,7 @@ def save_pretrained(
         merge_adapter: add the adapter to the weights and write the whole model, instead of the adapter alone.
         convert: turns the model and its whole state dict into another model and its state dict, which is then written;
             not for an adapter alone.
-        extra_files: writes the files of a head into the folder, on the rank that writes; the folder is then of another kind.
+        extra_files: writes the files of a head into the folder, on the rank that writes; it is then of another kind.
         note: writes more files, which do not make it a folder of another kind.
         end_tokens: tokens that end trained answers; by default the tokenizer's end-of-sequence token. They are written
             into ``generation_config.json``, before those of the model, so that generation ends there.

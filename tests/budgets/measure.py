@@ -1,4 +1,4 @@
-"""Counts the cost of a step of each method, a layer, a chunk of the head and a decoding step on a pretended CUDA device."""
+"""Costs of a step of each method, a layer, a chunk of the head and a decoding step on a pretended CUDA device."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def decoding_layer(precision: str = "bf16-true") -> Trace:
 
 
 class Decoding(NamedTuple):
-    """Counts the cost of a token of four rows of two lengths with a cache, and the shapes that later steps do not share."""
+    """Counts the cost of a token of four rows of two lengths with a cache, and shapes that later steps do not share."""
 
     token: Trace
     new_shapes: set[str]

@@ -357,9 +357,7 @@ def test_a_resumed_run_is_the_same(folder: str, compressor: str, method: Any, tm
     with pytest.raises(ValueError, match="is not the one of the checkpoint: restore it, or start"):
         run(ckpt=checkpoint, compressor=other)
     if method is SFTModule:
-        with pytest.raises(
-            ValueError, match="the checkpoint is of a policy with a compressor: set compressor to its"
-        ):
+        with pytest.raises(ValueError, match="the checkpoint is of a policy with a compressor: set compressor to its"):
             run(ckpt=checkpoint, compressor=None)
 
 
@@ -464,7 +462,7 @@ def test_other_errors(folder: str, compressor: str, tmp_path: Path) -> None:
     module = SFTModule(folder, compressor=compressor)
     module.configure_model()
     plain = Example("rows:3", Segment([5, 6], children=(Segment([7], [1]),)))
-    with pytest.raises(ValueError, match="row rows:3 has no context, and the policy reads compressed contexts: give"):
+    with pytest.raises(ValueError, match="row rows:3 has no context, and the policy reads compressed ones: give it a"):
         module.validate_batch(ExampleBatch([plain]))
     long = Example("rows:4", plain.root, {"context": [5] * 126})
     with pytest.raises(ValueError, match="row rows:4 has 129 tokens, the model has 128 positions: cut its context"):
