@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
+from ..evaluation.checks import check_scorer
 from ..generation.options import remote_engine, sampling_params
 from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
 from ..inference.answering import StrategyOption
@@ -18,7 +19,7 @@ from ..merging import EnsemblePolicy
 from ..models import load_causal_lm, load_tokenizer
 from ..self_improvement.row_makers import hinted_rows, without_hints
 from ..self_improvement.samples import ScoredPrompt, Scorer, check_samples, model_hash, sample_prompts
-from ..self_improvement.scorers import check_scorer, load_scorer
+from ..self_improvement.scorers import load_scorer
 from ..self_improvement.templates import check_places
 from ..sequences import Example
 from ..utils.files import json_line, write_atomically

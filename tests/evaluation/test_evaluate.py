@@ -69,7 +69,7 @@ def test_the_time_of_a_token_is_the_median_of_batches_without_verification(
 ) -> None:
     """Three batches by a clock of ours: of 64, 64 and 2 prompts."""
     now, seconds = [0.0], iter([9.0, 1.0, 2.0])
-    module = import_module("rlhf_lightning.evaluation.evaluate")
+    module = import_module("rlhf_lightning.evaluation.running")
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Slow(ScriptedEngine):
