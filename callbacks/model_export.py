@@ -17,7 +17,8 @@ from ..core.checkpoint_io import check_place
 from ..core.exports import check_merge
 from ..core.position import has_validation
 from ..metrics.direction import direction_of
-from ..utils.files import PARTIAL, REPLACED, hold, is_record, on_first_rank, recover, release, write_atomically
+from ..utils.files import PARTIAL, REPLACED, hold, is_record, on_first_rank, release, write_atomically
+from ..utils.folders import recover
 
 _RECORDED = {"step", "monitor", "value"}  # exactly the keys of an export's record
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from ..distributed.unshard import gathered
 from ..evaluation.answers import read_prompts
 from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
 from ..inference.answering import StrategyOption
+from ..self_improvement.replay import kept_lines
+from ..self_improvement.row_makers import Row
 from ..self_improvement.row_options import RowOptions
 from ..self_improvement.samples import ScoredPrompt, check_samples, sample_prompts
 from ..self_improvement.scorers import load_scorer
@@ -33,7 +36,8 @@ Kind = Literal["demonstrations", "pairs", "unpaired", "spin"]
 _KINDS = ("demonstrations", "pairs", "unpaired", "spin")
 _PROMPTS_AT_ONCE = 64
 _KIND = "folder of rounds"  # of its list
-_NAMES = re.compile(r"round-\d+(-attempt-\d+)?\.jsonl")
+_KEPT = ".replay"  # rows that are kept for the next round
+_NAMES = re.compile(r"round-\d+(-attempt-\d+)?(\.replay)?\.jsonl")
 
 
 class SelfImprovement(lightning.Callback):
@@ -73,7 +77,9 @@ class SelfImprovement(lightning.Callback):
         demonstration: of ``spin``, the prompts' column with demonstrations.
         seed_rows: source of rows that are mixed in.
         seed_ratio: their share, in [0, 1).
-        seed: of samples and seed rows.
+        replay: options of ``self_improvement.RowReplay``: rows of earlier rounds come back, except those of rounds
+            that a gate has taken back.
+        seed: of samples, replayed rows and seed rows.
         chat_template_kwargs: passed to the chat template; by default those of the trainer's datamodule.
 
     Attributes:
@@ -108,6 +114,7 @@ class SelfImprovement(lightning.Callback):
         demonstration: str = "completion",
         seed_rows: str | list[str] | None = None,
         seed_ratio: float = 0.0,
+        replay: dict[str, Any] | None = None,
         seed: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -124,8 +131,10 @@ class SelfImprovement(lightning.Callback):
             demonstration=demonstration,
             seed_rows=seed_rows,
             seed_ratio=seed_ratio,
+            replay=replay,
         )
         self.options.check()
+        _check_replay(replay)
         self.prompts, self.folder, self.rows = prompts, Path(folder).expanduser(), rows
         self.scorer = load_scorer(verifier)
         self.every_n_epochs, self.prompts_per_round, self.num_samples = every_n_epochs, prompts_per_round, num_samples
@@ -205,23 +214,23 @@ class SelfImprovement(lightning.Callback):
         if due <= self.round:
             return
         self.round = due
-        rows = self._make(trainer, module)
-        if rows:
+        files = self._make(trainer, module)
+        if files:
             self._rows_of = (due, self.attempt)
-            file = self._file(*self._rows_of)
-            on_first_rank(lambda: self._write(file, rows))
-            replace_train(data, str(file))
+            on_first_rank(lambda: self._write(files))
+            replace_train(data, str(self._file(*self._rows_of)))
 
     def _check_folder(self) -> None:
         present = self.folder.glob("*") if self.folder.is_dir() else ()
         check_shared(self.folder, _KIND, [path.name for path in present if _NAMES.fullmatch(path.name)])
 
-    def _write(self, file: Path, rows: list[dict[str, Any]]) -> None:
-        claim(self.folder, _KIND, [file.name])
-        write_atomically(file, "".join(map(json_line, rows)))
+    def _write(self, files: Mapping[Path, str]) -> None:
+        claim(self.folder, _KIND, [file.name for file in files])
+        for file, text in files.items():
+            write_atomically(file, text)
 
-    def _file(self, number: int, attempt: int) -> Path:
-        return self.folder / (f"round-{number}-attempt-{attempt}.jsonl" if attempt else f"round-{number}.jsonl")
+    def _file(self, number: int, attempt: int, kind: str = "") -> Path:
+        return self.folder / (f"round-{number}" + (f"-attempt-{attempt}" if attempt else "") + f"{kind}.jsonl")
 
     def _seed_of(self, kind: str) -> int:
         """Returns the seed of this round's samples or seed rows."""
@@ -233,8 +242,12 @@ class SelfImprovement(lightning.Callback):
         forget_train(trainer.datamodule)  # type: ignore[attr-defined]
         forget_loader(trainer)
 
-    def _make(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[dict[str, Any]]:
-        """Samples and scores the prompts of this round, each rank its share, and makes rows of all."""
+    def _make(self, trainer: lightning.Trainer, module: PostTrainingModule) -> dict[Path, str]:
+        """Samples and scores the prompts of this round, each rank its share, and makes rows of all.
+
+        Returns:
+            The files of the round, with their contents, on every rank; none without a row.
+        """
         examples = self._of_round(trainer, module)
         own = range(trainer.global_rank, len(examples), trainer.world_size)
         drawn: dict[int, ScoredPrompt] = {}
@@ -254,6 +267,7 @@ class SelfImprovement(lightning.Callback):
             merged |= part
         prompts = [merged[n] for n in range(len(examples))]
         rows = self.options.make(self.rows, prompts)
+        files, replayed = self._files(rows, prompts) if rows else ({}, 0)
         scores = [s.score for scored in prompts for s in scored.samples if s.score is not None]
         record = {
             "round": self.round,
@@ -263,12 +277,27 @@ class SelfImprovement(lightning.Callback):
             "rows": len(rows),
             "mean_score": sum(scores) / len(scores) if scores else None,
         }
+        if self.options.replay is not None:
+            record["replayed"] = replayed
         self.history.append(record)
         logged = {f"round/{name}": float(value) for name, value in record.items() if value is not None}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         rank_zero_info(f"round {self.round}: {json.dumps(record)}" + ("" if rows else ": the rows stay as they are"))
-        return self.options.mixed(rows, self._seed_of("seed rows")) if rows else []
+        return files
+
+    def _files(self, rows: list[Row], prompts: Sequence[ScoredPrompt]) -> tuple[dict[Path, str], int]:
+        """Returns the files of this round with their contents, and how many rows have come back."""
+        replayed: list[Row] = []
+        files = {}
+        if self.options.replay is not None:
+            before = str(self._file(*self._rows_of, _KEPT)) if self._rows_of[0] else None
+            options = replace(self.options, replay=self.options.replay | {"round": self.round, "rows": before})
+            replayed, kept = options.replayed(rows, options.priorities(prompts), self._seed_of("replay"))
+            files[self._file(self.round, self.attempt, _KEPT)] = kept_lines(kept)
+        mixed = self.options.mixed([*rows, *replayed], self._seed_of("seed rows"))
+        files[self._file(self.round, self.attempt)] = "".join(map(json_line, mixed))
+        return files, len(replayed)
 
     def _of_round(self, trainer: lightning.Trainer, module: PostTrainingModule) -> list[Example]:
         settings = self.chat_template_kwargs
@@ -324,11 +353,19 @@ class SelfImprovement(lightning.Callback):
         self._rows_of = (number, attempt)
         self.history = [dict(record) for record in state_dict["history"]]
         self._is_loaded = True
-        if number and not self._file(number, attempt).is_file():
-            raise ValueError(
-                f"the rows of round {number} are not in {str(self._file(number, attempt))!r}: the run that is "
-                "resumed has written them into its folder: give that folder"
-            )
+        for kind in ("",) if self.options.replay is None else ("", _KEPT):
+            if number and not self._file(number, attempt, kind).is_file():
+                raise ValueError(
+                    f"the rows of round {number} are not in {str(self._file(number, attempt, kind))!r}: the run that "
+                    "is resumed has written them into its folder: give that folder"
+                )
+
+
+def _check_replay(replay: dict[str, Any] | None) -> None:
+    for key in ("rejected", "round", "rows"):
+        if key in (replay or {}):
+            why = "a gate takes rejected rounds back" if key == "rejected" else "the callback gives it"
+            raise ValueError(f"replay.{key} is {(replay or {})[key]!r}, and {why}: leave it out")
 
 
 def _leave(trainer: Any) -> None:

@@ -5,8 +5,12 @@ Nothing here touches the network, and everything is a function of its arguments 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders
@@ -14,6 +18,7 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lightning.sequences.tree_attention import TreeGeometry
+from rlhf_lightning.utils.files import LOCK
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyz+-*/=#?.,:;!()[]<>|_'\"&"
@@ -135,3 +140,35 @@ def nested(options: dict[str, Any]) -> dict[str, Any]:
         group, _, option = name.rpartition(".")
         (found.setdefault(group, {}) if group else found)[option] = value
     return found
+
+
+class Killed(BaseException):
+    """Ends a test's process, so to speak: no ordinary handler catches it."""
+
+
+@contextmanager
+def killed_after(moment: int, begin: str | None = None) -> Iterator[None]:
+    """Simulates a kill: after so many changes of the file system, the next one and all later ones raise ``Killed``.
+
+    Args:
+        moment: number of folders made, and of files and folders renamed or deleted, before the kill.
+        begin: count from the first change of a file of this name on.
+    """
+    left, counts = moment, begin is None
+
+    def mortal(change: Any) -> Any:
+        def changed(path: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal left, counts
+            if str(path).endswith(LOCK):  # a lock ends with its process
+                return change(path, *args, **kwargs)
+            counts = counts or Path(path).name == begin
+            left -= counts
+            if left < 0:
+                raise Killed
+            return change(path, *args, **kwargs)
+
+        return changed
+
+    changes = {name: mortal(getattr(os, name)) for name in ("mkdir", "rename", "replace", "rmdir", "unlink")}
+    with mock.patch.multiple(os, **changes):
+        yield

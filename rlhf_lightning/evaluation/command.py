@@ -10,6 +10,7 @@ from typing import Literal
 
 import transformers
 
+from ..inference.policies import PolicySpec
 from ..utils.command_line import parse_options
 from ..utils.imports import find_own_modules
 from .evaluate import evaluate
@@ -22,20 +23,20 @@ class EvaluateOptions:
 
     Args:
         models: folders or hub ids, a,b,c or a list; the others are compared with the first; or a mapping of
-            names to them.
+            names to them, or to several that sample as one, such as '{sft: A, both: [A, B]}'.
         suite: a YAML file with a suite, such as configs/suites/arithmetic.yaml.
         output: the folder of results.json, report.html and history.jsonl; results there are not computed again.
         seed: of samples and resamples.
         dtype: type of the models' weights.
     """
 
-    models: list[str] | dict[str, str] | str
+    models: list[str] | dict[str, PolicySpec] | str
     suite: str
     output: str
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
-    def named(self) -> list[str] | dict[str, str]:
+    def named(self) -> list[str] | dict[str, PolicySpec]:
         """Returns the models, those of ``a,b,c`` as a list."""
         if isinstance(self.models, str):
             return [name.strip() for name in self.models.split(",") if name.strip()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,9 @@ def divergence(
         print(divergence(model, reference, rows).forward)
     """
     check_count("micro_batch_tokens", micro_batch_tokens, "8192 is usual")
-    _check_tokens(model, reference)
+    tokenizers = [part.tokenizer for part in (model, reference) if isinstance(part, LocalEngine) and part.tokenizer]
+    if len(tokenizers) == 2:
+        check_tokens(tokenizers[0], tokenizers[1])
     model, reference = (part.model if isinstance(part, LocalEngine) else part for part in (model, reference))
     heads = [output_head(part) for part in (model, reference)]
     sizes = [head.weight.shape[0] for head in heads]
@@ -107,13 +110,21 @@ def divergence(
     return Divergence(forward, reverse, k1, k3, per_sequence, math.exp(-own), math.exp(-other), tokens, len(totals))
 
 
-def _check_tokens(model: nn.Module | LocalEngine, reference: nn.Module | LocalEngine) -> None:
-    """Refuses engines whose tokenizers give a number to different tokens."""
-    found = [part.tokenizer for part in (model, reference) if isinstance(part, LocalEngine) and part.tokenizer]
-    if len(found) == 2 and (odd := first_difference(*(tokenizer.get_vocab() for tokenizer in found))) is not None:
+def check_tokens(tokenizer: Any, reference: Any, advice: str = "give a reference with the model's tokenizer") -> None:
+    """Refuses tokenizers that give a number to different tokens.
+
+    Args:
+        tokenizer: of the model.
+        reference: that of the reference.
+        advice: ends the message.
+
+    Raises:
+        ValueError: naming the first such token.
+    """
+    if (odd := first_difference(tokenizer.get_vocab(), reference.get_vocab())) is not None:
         raise ValueError(
             f"the tokenizers of the model and the reference differ: {odd}; distributions over different tokens cannot "
-            "be compared: give a reference with the model's tokenizer"
+            f"be compared: {advice}"
         )
 
 

@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from ..inference import Engine, LocalEngine
-from ..models import load_causal_lm, load_tokenizer
-from ..models.backbone import positions_of
-from ..models.loading import locate, read_config
+from ..inference import Engine
+from ..inference.policies import PolicySpec, policy_tokenizer
 from ..rewards.specs import build_reward
 from ..sequences import Example
 from ..utils.inputs import input_hashes
-from .answers import check_fit, longest_prompt
+from .candidates import Candidate, check_models
 from .checks import check_suite
 from .kept import kept, part_of, read_result, write_part
 from .report import Report
 from .results import TaskResult
-from .running import given_tokenizer, run_task, task_prompts
+from .running import run_task
 from .suite import AnyTask, Suite
 from .tasks import Task
 from .wins import all_wins
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A model to evaluate: loaded when the first task needs it."""
-
-    name: str
-    place: Any
-
-    def load(self, task: AnyTask, dtype: str) -> Any:
-        """Loads what a task is run with: an engine, or a model that scores rows."""
-        if not isinstance(self.place, str | Path):
-            return self.place
-        if not isinstance(task, Task):
-            return task.load(str(self.place), dtype)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: nn.Module = load_causal_lm(str(self.place), dtype=getattr(torch, dtype), trainable=False)
-        return LocalEngine(model.to(device), load_tokenizer(str(self.place)))
-
-    def prompts(self, task: Task, verifier: Callable[..., Any]) -> list[Example]:
-        """Reads the prompts of a task before the model is loaded; at least one must leave room for an answer."""
-        longest, tokenizer = longest_prompt(self.place, task.params), getattr(self.place, "tokenizer", None)
-        if isinstance(self.place, str | Path):
-            tokenizer, longest = load_tokenizer(str(self.place)), _room(str(self.place))
-        examples = task_prompts(task, given_tokenizer(tokenizer, self.name), verifier)
-        check_fit(task.name, self.name, examples, longest)
-        return examples
-
-
 def evaluate(
-    models: Sequence[str | Path] | Mapping[str, str | Path | Engine],
+    models: Sequence[str | Path] | Mapping[str, Path | PolicySpec | Engine],
     suite: Suite | Mapping[str, Any] | str | Path,
     *,
     output: str | Path | None = None,
@@ -73,8 +40,8 @@ def evaluate(
     evaluation continues, and a further model costs its own answers only.
 
     Args:
-        models: folders or hub ids; or names with a folder, a hub id or an engine with a tokenizer each. The first is
-            what the others are compared with.
+        models: folders or hub ids; or names with a folder, a hub id, several as one (as in ``policy_spec``) or an
+            engine with a tokenizer each. The first is what the others are compared with.
         suite: a suite, a mapping, or a YAML file; see ``Suite.read``.
         output: folder of ``results.json``, ``report.html`` and ``history.jsonl``; nothing is written by default.
         seed: of samples and resamples.
@@ -89,15 +56,16 @@ def evaluate(
         report = evaluate({"sft": "runs/sft/model", "dpo": "runs/dpo/model"}, "configs/suites/arithmetic.yaml")
         print(report.table())
     """
-    suite, candidates = check_suite(suite), _candidates(models)
+    suite = check_suite(suite)
+    candidates = check_models(models, suite)
     # Verifiers are built, models looked for and prompts read before anything is sampled: a mistake costs nothing.
     answered = [task for task in suite.tasks if isinstance(task, Task)]
     verifiers = {task.name: build_reward(task.verifier) for task in answered}
     scorers = {task.name: build_reward(task.scorer) for task in answered if task.scorer is not None}
     judges = {task.name: task.wins.build_judge() for task in answered if task.win_rate is not None}
     for candidate in candidates:
-        if isinstance(candidate.place, str | Path):
-            load_tokenizer(str(candidate.place))
+        if candidate.spec is not None:
+            policy_tokenizer(candidate.spec)
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
         Report.check_output(folder)
@@ -135,7 +103,7 @@ _Key = tuple[str, str]
 
 
 def _before_sampling(
-    candidates: Sequence[_Candidate],
+    candidates: Sequence[Candidate],
     suite: Suite,
     verifiers: Mapping[str, Callable[..., Any]],
     folder: Path | None,
@@ -157,52 +125,12 @@ def _before_sampling(
     return parts, done, prompts
 
 
-def _room(place: str) -> int | None:
-    """Returns the most tokens of a prompt that the config of a model leaves room after; ``None`` if it is not known."""
-    try:
-        positions = positions_of(read_config(locate(place, what="model")))
-    except ValueError:  # an adapter
-        return None
-    return None if positions is None else positions - 1
-
-
-def _candidates(models: Sequence[str | Path] | Mapping[str, Any]) -> list[_Candidate]:
-    if not models or isinstance(models, str):
-        raise ValueError(f"models is {models!r}; give a list of folders, or a mapping of names to folders or engines")
-    if isinstance(models, Mapping):
-        return [_Candidate(str(name), place) for name, place in models.items()]
-    return [_Candidate(name, place) for name, place in zip(short_names(models), models, strict=True)]
-
-
-def short_names(places: Sequence[str | Path]) -> list[str]:
-    """Names folders by the fewest of their parts that tell them apart, without the parts that all share.
-
-    Raises:
-        ValueError: a folder occurs twice.
-
-    Example:
-        >>> short_names(["runs/sft/model", "runs/dpo/model"]), short_names(["runs/sft/model"])
-        (['sft', 'dpo'], ['model'])
-    """
-    parts = [[part for part in str(place).split("/") if part] or [str(place)] for place in places]
-    written = ["/".join(names) for names in parts]
-    if twice := [name for name in written if written.count(name) > 1]:
-        raise ValueError(f"model {twice[0]!r} is given twice: give each model once")
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    while all(len(names) > 1 for names in parts) and len({names[0] for names in parts}) == 1:
-        parts = [names[1:] for names in parts]
-    while all(len(names) > 1 for names in parts) and len({names[-1] for names in parts}) == 1:
-        parts = [names[:-1] for names in parts]
-    return ["/".join(names) for names in parts]
-
-
-def _part(folder: Path, candidate: _Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
+def _part(folder: Path, candidate: Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
     """Returns where a result is kept: named after all that it depends on; ``None`` for an engine."""
-    if not isinstance(candidate.place, str | Path):
+    if candidate.spec is None:
         return None
     # The contents of the model (and of an adapter's base), of the prompts, and of verifiers and scorers of one's own.
     # How answers are compared with others changes none of them.
     asked = task.as_dict() | ({"win_rate": None} if isinstance(task, Task) else {})
-    inputs = input_hashes({"model": str(candidate.place), "task": asked})
-    return part_of(folder, [str(candidate.place), inputs, asked, seed, dtype])
+    inputs = input_hashes({"model": candidate.spec, "task": asked})
+    return part_of(folder, [candidate.spec, inputs, asked, seed, dtype])

@@ -56,7 +56,7 @@ class TaskResult:
 
     @property
     def accuracy(self) -> Interval:
-        """The mean score with its 95 % interval: Wilson's where every prompt is right or wrong, else Student's."""
+        """The mean score with its 95 % interval: Wilson's where every prompt is right or wrong."""
         return _interval(self.scores.values())
 
     @cached_property

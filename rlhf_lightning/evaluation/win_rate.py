@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.messages import as_lines
-from ..metrics.intervals import mean_interval
+from ..metrics.intervals import share_interval
 from ..metrics.preferences import length_controlled_win_rate
 from ..rewards.exact_answer import check_verdicts
 from ..rewards.judges import Judge, resolve_judge
@@ -141,11 +141,11 @@ def rate_of(
         )
     outcomes = [_outcome(differences[n] or 0.0, margin) for n in decided]
     lengths = [float(len(answers_a[n]) - len(answers_b[n])) for n in decided]
-    interval = mean_interval(outcomes)
+    interval = share_interval(len(outcomes), sum(outcomes), sum(outcome * outcome for outcome in outcomes))
     return WinRate(
         interval.value,
-        max(0.0, interval.low),
-        min(1.0, interval.high),
+        interval.low,
+        interval.high,
         wins=outcomes.count(1.0),
         ties=outcomes.count(0.5),
         losses=outcomes.count(0.0),

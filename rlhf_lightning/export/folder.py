@@ -20,8 +20,8 @@ from ..merging.tensor_files import stored_tensors
 from ..models import load_causal_lm, load_tokenizer
 from ..models.adapters import ROPE_PARAMETERS
 from ..models.safetensors_io import first_line
-from ..models.saving import replace_folder
 from ..utils.files import check_replaceable, hold, release
+from ..utils.folders import replace_folder
 from ..utils.validation import check_choice
 from .model_card import HUB_ID, ModelCard
 from .proof import Expected, compare_models, compare_tokenizers, continued, encoded_prompts, load_source

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode, prompt_tokens
-from ..inference import LocalEngine, SamplingParams, Strategy, derive_seed
+from ..inference import EnsemblePolicy, LocalEngine, SamplingParams, Strategy, derive_seed
 from ..inference.answering import takes_tokens
 from ..inference.completion import GrowingText, Request
 from ..inference.telemetry import Telemetry
@@ -46,6 +46,7 @@ class Chat:
 
     Attributes:
         messages: the turns so far, without the system message.
+        answers: number of answers, stopped ones included; a turn that has none, such as a failed one, does not count.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Chat:
         self.system = options.system
         self.messages: list[dict[str, Any]] = []
         self.answers = 0
+        # Of the user, those without an answer included: a turn that is tried again draws anew.
+        self._turns = 0
         self.tokenizer = engine.tokenizer
         self.has_template = self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
@@ -98,8 +101,9 @@ class Chat:
             self.show("\n")
         if said:
             self.say(said)
-        self.answers += 1
+        self._turns += 1
         if answer:
+            self.answers += 1
             self.messages.append({"role": "assistant", "content": answer})
         else:
             self.messages.pop()
@@ -135,14 +139,14 @@ class Chat:
     def _write(self, show: Callable[[str], object]) -> str:
         """Shows an answer; returns what there is to say of it."""
         prompt, params = self.prompt(), self.sampling()
-        seed = derive_seed(self.options.seed, self.answers)
+        seed = derive_seed(self.options.seed, self._turns)
         if isinstance(self.engine, Strategy):
             with _ctrl_c(at_once=True):
                 encoded = [prompt] if takes_tokens(self.engine) else None
                 found = self.engine.search([self.context()], [seed], sampling=params, encoded=encoded)[0]
             show(found.text)
             return f"{'' if found.score is None else f'score {found.score:.3g}, '}{found.tokens} tokens"
-        if not isinstance(self.engine, LocalEngine):
+        if not isinstance(self.engine, LocalEngine | EnsemblePolicy):
             with _ctrl_c(at_once=True):
                 given = prompt if takes_tokens(self.engine) else self.context()
                 completion = self.engine.generate([given], 1, params, seeds=[[seed]])[0][0]

@@ -12,6 +12,7 @@ from ..data.sources import open_source
 from ..data.text_tokens import encode, prompt_tokens
 from ..evaluation.answers import load_verifier, score_texts
 from ..inference import LocalEngine, SamplingParams, derive_seed
+from ..inference.policies import check_single
 from ..inference.specs import build_compressor, compressor_spec
 from ..models import CompressedContext
 from ..rewards.exact_answer import check_verdicts
@@ -64,6 +65,7 @@ class CompressOptions:
         Raises:
             ValueError: naming the option, its value and what is allowed.
         """
+        check_single(self.model, "model", "and a compressor is of one: name the one that it was made for")
         if self.sampling.seed is not None:
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write seed, which is that of all answers")
         check_count("rows_at_once", self.rows_at_once, "64 is usual")

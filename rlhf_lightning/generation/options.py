@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from ..inference import LocalEngine, RemoteEngine, SamplingParams
+from ..inference import RemoteEngine, SamplingParams
 from ..inference.answering import StrategyOption
+from ..inference.policies import PolicySpec, build_policy, check_single, policy_spec, policy_tokenizer
 from ..inference.speculation import parse_speculation
 from ..inference.stores import CACHES, CacheKind
-from ..models import load_tokenizer
 from ..utils.messages import did_you_mean
 from ..utils.validation import check_choice, check_count
 
@@ -26,7 +26,8 @@ class EngineOptions:
     """A model that samples, in this process or on a server, and a strategy that searches with it.
 
     Args:
-        model: folder or hub id of a model or an adapter; with server, of its tokenizer.
+        model: folder or hub id of a model or an adapter; with server, of its tokenizer. Several sample as one: a list,
+            or class_path EnsemblePolicy with init_args models, combine and weights.
         adapter: folder or hub id of an adapter to put on the model.
         strategy: how an answer is chosen: a class name such as mcts or best_of_n, or class_path and init_args; its
             options follow as --strategy.simulations=32 or --strategy.budget.tokens=4096.
@@ -43,7 +44,7 @@ class EngineOptions:
         server: options of RemoteEngine, such as url, for a server in place of a model in this process.
     """
 
-    model: str
+    model: PolicySpec
     adapter: str | None = None
     strategy: str | dict[str, Any] | None = None
     scorer: str | dict[str, Any] | None = None
@@ -66,6 +67,7 @@ class EngineOptions:
         if self.sampling.seed is not None:
             raise ValueError(f"sampling.seed is {self.sampling.seed}: write seed, which is that of all samples")
         check_choice("cache", self.cache, CACHES)
+        self._check_model()
         check_count("max_batch_tokens", self.max_batch_tokens, "65536 is a good start; lower it to save memory")
         if self.speculation is not None:
             parse_speculation(self.speculation)
@@ -74,6 +76,20 @@ class EngineOptions:
             if self.adapter is not None:
                 raise ValueError(f"adapter is {self.adapter!r}, which a server does not read: leave it out")
         self.strategy_spec()
+
+    def _check_model(self) -> None:
+        """Refuses options of one model where several sample as one."""
+        if isinstance(policy_spec(self.model), str):
+            return
+        if self.server is not None:
+            check_single(self.model, "model", "and a server samples from one: name one, whose tokenizer is read")
+        if self.adapter is not None:
+            raise ValueError(f"adapter is {self.adapter!r}, and model is an ensemble: list the adapter's folder in it")
+        if self.speculation is not None:
+            raise ValueError(f"speculation is {self.speculation!r}, and an ensemble draws token by token: leave it out")
+        usual = type(self).cache
+        if self.cache != usual:
+            raise ValueError(f"cache is {self.cache!r}, and each model of an ensemble has a dynamic one: leave it out")
 
     def strategy_spec(self) -> dict[str, Any] | None:
         """Returns the strategy in full, its scorer included; ``None`` without one.
@@ -103,16 +119,15 @@ class EngineOptions:
         self.strategy_spec()
         engine: Any
         if self.server is not None:
-            engine = remote_engine(self.server, load_tokenizer(self.model))
+            engine = remote_engine(self.server, policy_tokenizer(self.model))
         else:
-            engine = LocalEngine.from_pretrained(
+            single = {"adapter": self.adapter, "cache": self.cache, "speculation": self.speculation}
+            engine = build_policy(
                 self.model,
-                adapter=self.adapter,
-                cache=self.cache,
                 dtype=self.dtype,
                 device=self.device or _own_device(),
                 max_batch_tokens=self.max_batch_tokens,
-                speculation=self.speculation,  # type: ignore[arg-type]
+                **(single if isinstance(self.model, str) else {}),
             )
         return StrategyOption(self.strategy, self.scorer).on(engine)
 
@@ -120,7 +135,8 @@ class EngineOptions:
         """Returns the options as plain values, the strategy in full."""
         found: dict[str, Any] = {option.name: getattr(self, option.name) for option in fields(self)}
         sampling = {option.name: getattr(self.sampling, option.name) for option in fields(self.sampling)}
-        return found | {"sampling": sampling, "strategy": self.strategy_spec(), "scorer": None}
+        written = {"model": policy_spec(self.model), "strategy": self.strategy_spec(), "scorer": None}
+        return found | written | {"sampling": sampling}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +144,8 @@ class GenerateOptions(EngineOptions):
     """Options of ``generate``.
 
     Args:
-        model: folder or hub id of a model or an adapter; with server, of its tokenizer.
+        model: folder or hub id of a model or an adapter; with server, of its tokenizer. Several sample as one: a list,
+            or class_path EnsemblePolicy with init_args models, combine and weights.
         prompts: a source of PromptDataModule: a file, folder, hub id or task such as sums:prompts?rows=100.
         prompt: one prompt as text, instead.
         output: a JSON Lines file, which the same command continues; without it rows are printed.
@@ -188,7 +205,8 @@ class ChatOptions(EngineOptions):
     """Options of ``chat``.
 
     Args:
-        model: folder or hub id of a model or an adapter; with server, of its tokenizer.
+        model: folder or hub id of a model or an adapter; with server, of its tokenizer. Several sample as one: a list,
+            or class_path EnsemblePolicy with init_args models, combine and weights.
         system: the system message.
         adapter: folder or hub id of an adapter to put on the model.
         strategy: how an answer is chosen: a class name such as mcts or best_of_n, or class_path and init_args; its
@@ -197,7 +215,7 @@ class ChatOptions(EngineOptions):
             class_path and init_args; its options follow as --scorer.aggregation=min.
         sampling: settings of every sample, without a seed.
         chat_template_kwargs: passed to the chat template.
-        seed: every answer is a function of this, its number and the conversation before it.
+        seed: every answer is a function of this, the number of its turn and the conversation before it.
         cache: of keys and values: dynamic, static, paged or int8; paged finds the conversation again in each turn.
         speculation: ngram, or a mapping with draft (a folder) or early_exit (a number of layers).
         max_batch_tokens: tokens of cache held at once, at least 1; affects memory, not results.

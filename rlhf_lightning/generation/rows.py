@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from ..inference import Completion, LocalEngine, SearchResult, Strategy, derive_seed
+from ..inference import Completion, EnsemblePolicy, LocalEngine, SearchResult, Strategy, derive_seed
 from ..inference.answering import takes_tokens
 from ..inference.candidates import columns_of
 from ..inference.completion import Request
@@ -73,7 +73,7 @@ class RowMaker:
                 finish(request.position[0], request.completion())
 
         # A server's answers come all at once.
-        watched: dict[str, Any] = {"watch": watch} if isinstance(self.engine, LocalEngine) else {}
+        watched: dict[str, Any] = {"watch": watch} if isinstance(self.engine, LocalEngine | EnsemblePolicy) else {}
         prompts = [self._tokens(key) if self._takes_ids else self._prompt(key) for key in keys]
         seeds = [[self._seed(key)] for key in keys]
         groups = self.engine.generate(prompts, 1, self.options.sampling, seeds=seeds, **watched)

@@ -12,8 +12,8 @@ import torch
 
 from ..distributed.collectives import gather_objects
 from ..evaluation.answers import read_prompts
+from ..inference.policies import policy_tokenizer
 from ..inference.telemetry import Telemetry
-from ..models import load_adapted_tokenizer
 from ..sequences import Example
 from ..utils.files import on_first_rank
 from ..utils.inputs import input_hashes
@@ -66,7 +66,7 @@ def generate_rows(options: GenerateOptions, emit: Emit | None = None, *, show_pr
     if (options.output is None) == (emit is None):
         raise ValueError("rows go to one place: give either output or emit")
     with joined_ranks("generate") as (rank, world_size):
-        tokenizer = load_adapted_tokenizer(options.model, options.adapter)
+        tokenizer = policy_tokenizer(options.model, options.adapter)
         examples = _read(options, tokenizer)
         keys = [(index, sample) for index in range(len(examples)) for sample in range(options.num_samples)]
         if emit is not None:

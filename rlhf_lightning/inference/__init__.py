@@ -8,6 +8,7 @@ from .budget import Budget
 from .completion import Completion, Thought
 from .dvts import DVTS
 from .engine import Engine, LocalEngine
+from .ensemble import EnsemblePolicy
 from .generation import generate
 from .hidden_reasoning import HiddenReasoning
 from .kept_contexts import AttentionEviction, SinkWindow, TextSummary, Truncation
@@ -37,6 +38,7 @@ __all__ = [
     "Candidate",
     "Completion",
     "Engine",
+    "EnsemblePolicy",
     "HiddenReasoning",
     "JudgeScorer",
     "LikelihoodScorer",

@@ -10,9 +10,8 @@ import torch
 
 from ..data.chat_template import ChatTemplate
 from ..data.text_tokens import encode
-from ..models.loading import load_causal_lm, load_tokenizer
-from ..utils.validation import check_device
-from .engine import Engine, LocalEngine
+from .engine import Engine
+from .policies import build_policy
 from .sampling import SamplingParams
 from .specs import build_strategy
 from .strategy import Strategy
@@ -38,8 +37,8 @@ def generate(
     """Generates one answer to each prompt.
 
     Args:
-        model: folder or hub id of a model or adapter; or an engine or strategy. To call this often, make the engine
-            once.
+        model: folder or hub id of a model or adapter, or several as one, as in ``policy_spec``; or an engine or
+            strategy. To call this often, make the engine once.
         prompts: a text or a list of chat messages; or a list of these.
         strategy: how to choose an answer: a strategy's class name, or ``class_path`` and ``init_args``; see
             ``build_strategy``.
@@ -60,10 +59,8 @@ def generate(
         '4'
     """
     engine: Engine = model
-    if isinstance(model, str | Path):
-        place = check_device(device)
-        loaded: torch.nn.Module = load_causal_lm(model, dtype=dtype, trainable=False)
-        engine = LocalEngine(loaded.to(place), load_tokenizer(model))
+    if isinstance(model, str | Path | list | Mapping):
+        engine = build_policy(model, dtype=str(dtype).removeprefix("torch."), device=device)
     elif not callable(getattr(model, "generate", None)) or isinstance(model, torch.nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give a folder, a hub id, or an engine")
     if strategy is not None:

@@ -122,6 +122,7 @@ def generate_together(
     params: SamplingParams,
     stop_ids: Sequence[int],
     max_batch_tokens: int,
+    counts: Counts,
 ) -> None:
     """Generates all samples; the results are in the requests.
 
@@ -132,7 +133,8 @@ def generate_together(
         params: the sampling settings.
         stop_ids: tokens that end a sample.
         max_batch_tokens: tokens of each model's cache; one row always fits.
+        counts: what was done is added to these.
     """
     members = [(decoder, make_store("dynamic", requests, max_batch_tokens)) for decoder in decoders]
     store = CombinedStore(members, combine)
-    ContinuousBatch(decoders[0], requests, params, stop_ids, store, max_batch_tokens, Counts()).run()
+    ContinuousBatch(decoders[0], requests, params, stop_ids, store, max_batch_tokens, counts).run()

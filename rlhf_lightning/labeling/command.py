@@ -12,16 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..core.trainer_checks import check_single_process
 from ..evaluation.answers import Verifier, load_verifier, read_prompts
-from ..inference import Engine, LocalEngine, RemoteEngine, SamplingParams
+from ..inference import Engine, RemoteEngine, SamplingParams
 from ..inference.answering import StrategyOption
-from ..models import load_causal_lm, load_tokenizer
+from ..inference.policies import PolicySpec, build_policy, check_single, policy_spec, policy_tokenizer
 from ..sequences import Example
 from ..utils.command_line import parse_options
 from ..utils.files import json_line, write_atomically
@@ -42,7 +40,8 @@ class LabelOptions:
     Args:
         prompts: a source of ``PromptDataModule``: a file, folder, hub id or task such as sums:prompts?rows=100.
         output: a JSON Lines file that does not exist yet.
-        model: a folder or hub id; with --url its name on the server, or nothing for the only one there.
+        model: a folder or hub id, or several that sample as one: a list, or class_path EnsemblePolicy with init_args;
+            with --url its name on the server, or nothing for the only one there.
         url: a server of the OpenAI protocol, such as http://localhost:8000, instead of a model in this process.
         tokenizer: folder or hub id, by default the model's; needed with --url unless --model is one.
         verifier: dotted path of the reward function that checks whole solutions against the rows' columns.
@@ -71,7 +70,7 @@ class LabelOptions:
 
     prompts: str | list[str]
     output: str
-    model: str | None = None
+    model: PolicySpec | None = None
     url: str | None = None
     tokenizer: str | None = None
     verifier: str = "rlhf_lightning.rewards.exact_answer"
@@ -110,6 +109,10 @@ class LabelOptions:
             raise ValueError(f"output {self.output!r} already exists: remove it, or write to another file")
         if self.model is None and self.url is None:
             raise ValueError("no model for the solutions is given: pass --model with a folder, or --url of a server")
+        if self.model is not None and not isinstance(policy_spec(self.model), str) and self.tokenizer is not None:
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, and an ensemble has that of its models: leave it out")
+        if self.url is not None and self.model is not None:
+            check_single(self.model, "model", "and --url is of a server, which has one by that name: give its name")
         if self.url is not None and self.tokenizer is None and self.model is None:
             raise ValueError("--url alone gives no tokenizer: pass --tokenizer, the model's")
         for name, least in (("num_solutions", 0), ("num_completions", 1), ("max_length", 1)):
@@ -229,7 +232,7 @@ def _labelled(
 
 def _tokenizer(options: LabelOptions) -> PreTrainedTokenizerBase:
     try:
-        return load_tokenizer(str(options.tokenizer or options.model))
+        return policy_tokenizer(options.tokenizer or options.model)  # type: ignore[no-any-return]
     except ValueError as error:
         if options.tokenizer or options.url is None:
             raise
@@ -242,7 +245,7 @@ def _engine(options: LabelOptions, tokenizer: PreTrainedTokenizerBase) -> Engine
     if options.url is not None:
         return RemoteEngine(
             options.url,
-            options.model,
+            None if options.model is None else str(options.model),
             tokenizer=tokenizer,
             dialect=options.dialect,
             text_prompts=options.text_prompts,
@@ -250,9 +253,9 @@ def _engine(options: LabelOptions, tokenizer: PreTrainedTokenizerBase) -> Engine
             max_concurrency=options.max_concurrency,
             timeout=options.timeout,
         )
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: nn.Module = load_causal_lm(str(options.model), dtype=getattr(torch, options.dtype), trainable=False)
-    return LocalEngine(model.to(place), tokenizer)
+    policy = build_policy(options.model, dtype=options.dtype)
+    policy.tokenizer = tokenizer  # the one that is given, or its own
+    return policy
 
 
 class _Journal:

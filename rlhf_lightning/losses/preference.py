@@ -108,12 +108,12 @@ class PreferencePairs:
     @property
     def chosen_rewards(self) -> Tensor:
         """Implicit rewards of the chosen completions, beta times the log-ratios, whatever the f-divergence, (P,)."""
-        return self.beta * (self.chosen_logps - self.ref_chosen_logps)
+        return self.beta * self.chosen_logratios
 
     @property
     def rejected_rewards(self) -> Tensor:
         """Implicit rewards of the rejected completions, likewise, (P,)."""
-        return self.beta * (self.rejected_logps - self.ref_rejected_logps)
+        return self.beta * self.rejected_logratios
 
     @property
     def margin(self) -> Tensor:
@@ -167,8 +167,7 @@ def _bco_pair(pairs: PreferencePairs) -> Tensor:
 
 def _sppo_hard(pairs: PreferencePairs) -> Tensor:
     target = 0.5 / pairs.beta
-    chosen = pairs.chosen_logps - pairs.ref_chosen_logps - target
-    return chosen.square() + (pairs.rejected_logps - pairs.ref_rejected_logps + target).square()
+    return (pairs.chosen_logratios - target).square() + (pairs.rejected_logratios + target).square()
 
 
 def _match_by_rank(values: Tensor, others: Tensor) -> Tensor:

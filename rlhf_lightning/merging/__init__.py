@@ -1,9 +1,9 @@
-"""Merges models: methods by their conventions, streamed from disk to disk, with a manifest; ensembles of models."""
+"""Merges models: methods by their conventions, streamed from disk to disk, with a manifest."""
 
 from __future__ import annotations
 
+from ..inference import EnsemblePolicy
 from .conflicts import conflict_report
-from .ensemble import EnsemblePolicy
 from .manifest import verify
 from .merge import merge
 from .soups import greedy_soup, uniform_soup

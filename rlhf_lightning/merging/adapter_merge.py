@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..models.adapters import ROPE_PARAMETERS
 from ..models.safetensors_io import read_json
-from ..models.saving import replace_folder
 from ..utils.files import write_atomically
+from ..utils.folders import replace_folder
 from .adapter_files import PREFIX, WEIGHTS, Adapter, Factors, is_adapter, read_adapter
 from .manifest import NAME, manifest_text
 from .methods import Cat, Svd

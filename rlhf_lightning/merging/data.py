@@ -21,6 +21,7 @@ from ..data.sources import Source as TableSource
 from ..datamodules import SFTDataModule
 from ..inference.sampling import derive_seed
 from ..models import num_positions
+from ..models.backbone import check_lengths
 from ..models.loading import load_adapted_lm, load_causal_lm, load_tokenizer
 from ..models.saving import save_pretrained
 from ..utils.validation import check_count
@@ -118,29 +119,6 @@ def row_tokens(tokenizer: PreTrainedTokenizerBase, rows: TableSource) -> Iterato
         for example in batch.examples:
             for path in example.root.paths():
                 yield [token for segment in path for token in segment.tokens.tolist()]
-
-
-def check_lengths(positions: int | None, sequences: Mapping[int, Sequence[int]]) -> None:
-    """Refuses rows with more tokens than a model has positions.
-
-    Args:
-        positions: of the model; ``None`` for any number.
-        sequences: tokens by number.
-
-    Raises:
-        ValueError: naming the first.
-
-    Example:
-        >>> check_lengths(4, {0: [5, 6], 1: [5, 6, 7, 8, 9]})
-        Traceback (most recent call last):
-        ValueError: sequence 1 of rows has 5 tokens, and the model 4 positions: shorten or remove it
-    """
-    for number, tokens in sequences.items():
-        if positions is not None and len(tokens) > positions:
-            raise ValueError(
-                f"sequence {number} of rows has {len(tokens)} tokens, and the model {positions} positions: shorten or "
-                "remove it"
-            )
 
 
 def estimate_fisher(model: nn.Module, sequences: Sequence[Sequence[int]], *, seed: int = 0) -> dict[str, Tensor]:

@@ -6,26 +6,15 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..utils.files import (
-    PARTIAL,
-    REPLACED,
-    check_replaceable,
-    discard,
-    flush_to_disk,
-    hidden_sibling,
-    hold,
-    mark,
-    read_marker,
-    release,
-    write_atomically,
-)
+from ..utils.files import MARKER, check_replaceable, hold, release, write_atomically
+from ..utils.folders import replace_folder
 from ..utils.keywords import advise
 from ..utils.validation import check_choice
 from .adapter_merge import merge_adapters
@@ -34,7 +23,7 @@ from .manifest import NAME, manifest_text
 from .methods import ADAPTER_METHODS, METHODS, Cat, Svd
 from .methods.base import Method
 from .sources import Source, chat_template_differs, check_same, open_source, with_equal_ties
-from .stream import JOURNAL, Journal, Merge, is_merged, worker_pool, write_shards
+from .stream import Journal, Merge, is_merged, worker_pool, write_shards
 from .tensor_files import INDEX, BackgroundDigests, Shard, fingerprint, plan_shards
 
 Precision = Literal["float32", "float64"]
@@ -283,38 +272,39 @@ def _write(
     files = [file for source in run.inputs for file in source.files]
     plan = {**record, "inputs": fingerprint(files), "shards": [[s.file, list(s.tensors)] for s in shards]}
 
-    fresh = _begin(target)
-    journal = Journal(fresh, plan)
-    if journal.resume():
-        say(f"resumed after {len(journal.shards)} of {len(shards)} files")
-    else:
-        _clear(fresh)
-        journal.save()
-    digests = BackgroundDigests(files)
-    try:
-        with worker_pool() as run.pool:
-            outputs = write_shards(run, shards, fresh, journal, run.surveys(), say)
-        _check_changed(run)
-        if fingerprint(files) != plan["inputs"]:
-            raise ValueError("a model was changed while it was merged: merge again")
-        found = digests.result()
-        inputs = [
-            {
-                "role": "base" if source is run.base else f"models[{number}]",
-                "folder": str(source.folder),
-                "files": {str(file): found[file] for file in source.files},
-            }
-            for number, source in enumerate(run.inputs)
-        ]
-        text = manifest_text(**record, inputs=inputs, outputs=outputs)
-        _write_rest(first, fresh, shards, text, record["dtype"])
-    except ValueError:
-        # Bad input stays bad: nothing is left to resume from.
-        _discard(fresh)
-        raise
-    finally:
-        digests.stop()
-    _finish(fresh, target)
+    def write(fresh: Path) -> None:
+        journal = Journal(fresh, plan)
+        if journal.resume():
+            say(f"resumed after {len(journal.shards)} of {len(shards)} files")
+        else:
+            _clear(fresh)
+            journal.save()
+        digests = BackgroundDigests(files)
+        try:
+            with worker_pool() as run.pool:
+                outputs = write_shards(run, shards, fresh, journal, run.surveys(), say)
+            _check_changed(run)
+            if fingerprint(files) != plan["inputs"]:
+                raise ValueError("a model was changed while it was merged: merge again")
+            text = manifest_text(**record, inputs=_inputs(run, digests.result()), outputs=outputs)
+            _write_rest(first, fresh, shards, text, record["dtype"])
+        finally:
+            digests.stop()
+        journal.path.unlink()
+
+    replace_folder(target, "model", write, resumes=True)
+
+
+def _inputs(run: Merge, digests: Mapping[Path, str]) -> list[dict[str, Any]]:
+    """Describes the models for the manifest: roles, folders, and the sha256 of their files."""
+    return [
+        {
+            "role": "base" if source is run.base else f"models[{number}]",
+            "folder": str(source.folder),
+            "files": {str(file): digests[file] for file in source.files},
+        }
+        for number, source in enumerate(run.inputs)
+    ]
 
 
 def _check_changed(run: Merge) -> None:
@@ -347,46 +337,8 @@ def _write_rest(first: Source, fresh: Path, shards: Sequence[Shard], manifest: s
     write_atomically(fresh / NAME, manifest)
 
 
-def _begin(target: Path) -> Path:
-    """Makes the hidden folder, or finds that of a killed merge; restores a folder that was being replaced."""
-    fresh, old = hidden_sibling(target, PARTIAL), hidden_sibling(target, REPLACED)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists() and read_marker(old) is not None:
-        if target.exists():
-            _discard(old)
-        else:
-            old.rename(target)
-    if not fresh.exists():
-        fresh.mkdir()
-    elif read_marker(fresh) is None and any(fresh.iterdir()):
-        raise ValueError(f"{str(fresh)!r} was not written by this package: move it away")
-    mark(fresh, "model", [path.name for path in fresh.iterdir()])
-    return fresh
-
-
 def _clear(fresh: Path) -> None:
     """Removes what another merge, or a killed export, has left in the hidden folder."""
-    marker = read_marker(fresh)
     for path in fresh.iterdir():
-        if marker is not None and path.name != ".rlhf_lightning":
+        if path.name != MARKER:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _discard(folder: Path) -> None:
-    with suppress(OSError):
-        discard(folder)
-
-
-def _finish(fresh: Path, target: Path) -> None:
-    """Renames the complete folder to its place; an earlier one stays until then."""
-    old = hidden_sibling(target, REPLACED)
-    (fresh / JOURNAL).unlink()
-    mark(fresh, "model")
-    for path in (*fresh.rglob("*"), fresh):
-        flush_to_disk(path)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    flush_to_disk(target.parent)
-    if old.exists():
-        _discard(old)

@@ -22,7 +22,7 @@ Rows = Sequence[Sequence[float]] | Tensor
 
 
 class AnswerAccuracy(RankMetric):
-    """Computes the share of right answers with its confidence interval: Wilson's or Student's (``share_interval``).
+    """Computes the share of right answers with its confidence interval (``share_interval``).
 
     ``compute`` returns ``accuracy``, ``accuracy_low`` and ``accuracy_high``; nan without prompts.
 

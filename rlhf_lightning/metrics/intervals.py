@@ -21,6 +21,9 @@ Values = Sequence[float] | npt.NDArray[np.floating]
 # Resamples that are drawn at a time: memory is this many times the number of prompts.
 _BLOCK = 1024
 _MANY_DEGREES = 10_000
+# Shares that are added with the largest spread: n equal ones then leave a doubt of 2.8 / n, and what happens that
+# seldom is missed with a probability of 6 %.
+_MORE = 2
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,17 @@ def wilson_interval(num_successes: int, num_trials: int, level: float = 0.95) ->
     check_count("num_trials", num_trials, "an interval needs at least one trial")
     if not 0 <= num_successes <= num_trials:
         raise ValueError(f"num_successes is {num_successes!r}; it must be from 0 to num_trials={num_trials}")
+    return _wilson(num_successes / num_trials, num_trials, level)
+
+
+def _wilson(share: float, num_trials: float, level: float) -> Interval:
     z = NormalDist().inv_cdf(0.5 + _checked_level(level) / 2)
-    share, spread = num_successes / num_trials, z * z / num_trials
+    spread = z * z / num_trials
     middle = share + spread / 2
     half = math.sqrt(spread * share * (1 - share) + spread * spread / 4)
     low, high = ((middle + side * half) / (1 + spread) for side in (-1, 1))
     # At 0 and 1 the ends are exact, which rounding hides.
-    return Interval(share, 0.0 if num_successes == 0 else low, 1.0 if num_successes == num_trials else high)
+    return Interval(share, 0.0 if share == 0 else low, 1.0 if share == 1 else high)
 
 
 def mean_interval(values: Values, level: float = 0.95) -> Interval:
@@ -108,10 +115,13 @@ def mean_interval(values: Values, level: float = 0.95) -> Interval:
 
 
 def share_interval(count: int, total: float, squares: float, level: float = 0.95) -> Interval:
-    """Computes the interval of a mean of shares, from their number, their sum and the sum of their squares.
+    r"""Computes the interval of a mean of shares, from their number, their sum and the sum of their squares.
 
-    Wilson's where every share is 0 or 1 (only then both sums are equal); otherwise Student's, cut off at 0 and 1; the
-    whole range for a single share in between.
+    That of Wilson for :math:`n_{\text{eff}} = n\, p (1 - p) / s^2` trials, with the mean p and
+    :math:`s^2 = (\sum_i (x_i - p)^2 + 2 p (1 - p)) / (n + 2)`: the spread of the shares, as if two more had been spread
+    as widely as shares can be. Where every share is 0 or 1, it is Wilson's of n trials. Few shares that are alike say
+    little about the others: Student's interval, without the two, has no width where all are equal, and
+    covers far less than it says near 0 and 1. The whole range for a single share in between.
 
     Args:
         count: number of shares, at least 1.
@@ -132,9 +142,9 @@ def share_interval(count: int, total: float, squares: float, level: float = 0.95
     mean = total / count
     if count == 1:
         return Interval(mean, 0.0, 1.0)
-    error = math.sqrt(max(0.0, squares - total * mean) / (count - 1) / count)
-    half = student_quantile(0.5 + _checked_level(level) / 2, count - 1) * error
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+    widest = mean * (1 - mean)
+    spread = (max(0.0, squares - total * mean) + _MORE * widest) / (count + _MORE)
+    return _wilson(mean, count * widest / spread, level)
 
 
 def student_quantile(probability: float, degrees: int) -> float:
@@ -185,9 +195,11 @@ def paired_bootstrap(
 
     The interval is the bootstrap's: quantiles of the mean difference over prompts that are drawn again with
     replacement, widened for small numbers of prompts (the expanded percentile interval of Hesterberg, 2015,
-    arXiv:1411.5279: quantiles at the normal tail of sqrt(n / (n - 1)) · t). The p-value is that of the paired
-    permutation test: the share of random signs of the differences, the given ones among them, whose mean is at least
-    as far from 0. That test holds its level for any distribution.
+    arXiv:1411.5279: quantiles at the normal tail of sqrt(n / (n - 1)) · t). Of scores in [0, 1] it is that of
+    ``share_interval`` for (1 + difference) / 2: resamples of few prompts that differ vary too little, and not at all
+    where all differ alike. The p-value is that of the paired permutation test: the share of random signs of the
+    differences, the given ones among them, whose mean is at least as far from 0. That test holds its level for any
+    distribution.
 
     Args:
         scores_a: the first model's score of each prompt.
@@ -205,22 +217,30 @@ def paired_bootstrap(
         (0.625, True, True)
     """
     check_same_length(scores_a=scores_a, scores_b=scores_b)
-    differences = _checked("scores_a", scores_a) - _checked("scores_b", scores_b)
+    ours, theirs = _checked("scores_a", scores_a), _checked("scores_b", scores_b)
+    differences = ours - theirs
     if num_resamples < 100:
         raise ValueError(f"num_resamples is {num_resamples}; it must be at least 100 (10000 is usual)")
     count, observed = len(differences), float(differences.mean())
     generator, means, extreme = np.random.default_rng(seed), [], 0
     # A sum in another order may differ in its last bits: such means are equal.
     least = abs(observed) - 1e-12 * float(np.abs(differences).mean())
+    are_shares = bool((np.minimum(ours, theirs) >= 0).all() and (np.maximum(ours, theirs) <= 1).all())
     for start in range(0, num_resamples, _BLOCK):
         size = min(_BLOCK, num_resamples - start), count
-        means.append(differences[generator.integers(0, count, size)].mean(axis=1))
+        if not are_shares:
+            means.append(differences[generator.integers(0, count, size)].mean(axis=1))
         signs = generator.integers(0, 2, size, dtype=np.int8) * 2 - 1
         extreme += int((np.abs((signs * differences).mean(axis=1)) >= least).sum())
+    p_value = (extreme + 1) / (num_resamples + 1)
+    if are_shares:
+        shares = (1 + differences) / 2
+        found = share_interval(count, float(shares.sum()), float((shares * shares).sum()), level)
+        return Comparison(observed, 2 * found.low - 1, 2 * found.high - 1, p_value)
     reach = math.sqrt(count / (count - 1)) * student_quantile(0.5 + _checked_level(level) / 2, count - 1)
     tail = NormalDist().cdf(-reach)
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Comparison(observed, float(low), float(high), (extreme + 1) / (num_resamples + 1))
+    return Comparison(observed, float(low), float(high), p_value)
 
 
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:

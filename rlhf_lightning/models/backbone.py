@@ -8,7 +8,7 @@ Legend: T tokens in the forest, S sequences, L padded length, R positions read, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, NamedTuple
 
@@ -202,6 +202,29 @@ def positions_of(config: Any) -> int | None:
         return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None else int(positions)
+
+
+def check_lengths(positions: int | None, sequences: Mapping[int, Sequence[int]]) -> None:
+    """Refuses rows with more tokens than a model has positions.
+
+    Args:
+        positions: of the model; ``None`` for any number.
+        sequences: tokens by number.
+
+    Raises:
+        ValueError: naming the first.
+
+    Example:
+        >>> check_lengths(4, {0: [5, 6], 1: [5, 6, 7, 8, 9]})
+        Traceback (most recent call last):
+        ValueError: sequence 1 of rows has 5 tokens, and the model 4 positions: shorten or remove it
+    """
+    for number, tokens in sequences.items():
+        if positions is not None and len(tokens) > positions:
+            raise ValueError(
+                f"sequence {number} of rows has {len(tokens)} tokens, and the model {positions} positions: shorten or "
+                "remove it"
+            )
 
 
 def check_fits(model: nn.Module, examples: Sequence[Example]) -> None:

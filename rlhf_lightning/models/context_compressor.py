@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..sequences import ATTENTION_NAMES, AttentionKernel, SequenceBatch, register_attention
 from ..utils.files import check_replaceable, first_rank_says, on_first_rank
+from ..utils.folders import replace_folder
 from ..utils.keywords import refuse_unknown
 from ..utils.transfer import to_device
 from .adapters import locate_base
@@ -34,7 +35,7 @@ from .loading import load_causal_lm, load_tokenizer, locate
 from .own_attention import attention_of, using_attention
 from .reward_head import stored_file, whole
 from .safetensors_io import read_json, read_weights
-from .saving import replace_folder, save_pretrained
+from .saving import save_pretrained
 
 OPTIONS_FILE, WEIGHTS_FILE = "compressor.json", "compressor.safetensors"
 

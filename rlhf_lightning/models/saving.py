@@ -6,14 +6,13 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -21,18 +20,8 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..utils.files import (
-    PARTIAL,
-    REPLACED,
-    check_replaceable,
-    discard,
-    flush_to_disk,
-    hidden_sibling,
-    mark,
-    on_first_rank,
-    recover,
-    write_atomically,
-)
+from ..utils.files import check_replaceable, on_first_rank, write_atomically
+from ..utils.folders import replace_folder
 from .adapters import ROPE_PARAMETERS, tied_state
 from .half_weights import HalfLinear
 from .merged_weights import merged_state, trained_adapter
@@ -205,57 +194,10 @@ def _settle_ties(shell: PreTrainedModel, state: dict[str, Tensor]) -> None:
     shell.all_tied_weights_keys = {}
 
 
-# Place of the folder.
-
-
 def export_kind(model: nn.Module, *, merge_adapter: bool = False, with_head: bool = False) -> str:
     """Names the kind of folder that ``save_pretrained`` writes for a model; one kind never replaces another."""
     kind = "adapter" if isinstance(model, PeftModel) and not merge_adapter else "model"
     return f"{kind} with a head" if with_head else kind
-
-
-def replace_folder(target: Path, kind: str, write: Callable[[Path], object]) -> None:
-    """Writes a folder under a hidden name and renames it to its place.
-
-    Args:
-        target: the place; an earlier folder, which the caller has checked to be replaceable, stays until then.
-        kind: of its content (see ``export_kind``).
-        write: writes the files into the folder that it is given.
-
-    Raises:
-        ValueError: the disk is full or cannot be written.
-    """
-    fresh, old = hidden_sibling(target, PARTIAL), hidden_sibling(target, REPLACED)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover(target)
-    fresh.mkdir()
-    try:
-        mark(fresh, kind, ())  # so that remains of a killed process are recognised as ours
-        write(fresh)
-        mark(fresh, kind)
-        for path in (*fresh.rglob("*"), fresh):
-            flush_to_disk(path)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    except BaseException as error:
-        if old.exists():
-            old.rename(target)
-        with suppress(OSError):
-            discard(fresh)
-        if isinstance(error, OSError | SafetensorError):
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"cannot write the model to {str(target)!r} ({reason}): free disk space or choose another folder; an "
-                "export that was there is untouched"
-            ) from error
-        raise
-    flush_to_disk(target.parent)
-    if old.exists():
-        # Renamed as incomplete first: a partly deleted folder must never be restored.
-        with suppress(OSError):
-            old.rename(fresh)
-            discard(fresh)
 
 
 def _whole(tensor: Tensor) -> Tensor:

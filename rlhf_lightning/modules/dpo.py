@@ -25,6 +25,7 @@ from ..losses.preference import (
     validate_preference_loss,
     wpo_weights,
 )
+from ..metrics.rewards import pair_metrics
 from ..sequences import Example, SequenceBatch
 from ..utils.imports import dotted_path
 
@@ -183,13 +184,8 @@ class DPOModule(PostTrainingModule):
         """Computes implicit rewards beta * log(policy / reference), their margin and accuracy, and log-probs."""
         chosen = self.beta * (rows["chosen_logps"] - rows["ref_chosen_logps"])
         rejected = self.beta * (rows["rejected_logps"] - rows["ref_rejected_logps"])
-        values = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": rows["chosen_logps"],
-            "logps/rejected": rows["rejected_logps"],
+        return pair_metrics(chosen, rejected) | {
+            "logps/chosen": rows["chosen_logps"].mean(),
+            "logps/rejected": rows["rejected_logps"].mean(),
+            "mean_token_accuracy": rows["correct"].sum() / normalizers["chosen_tokens"],
         }
-        means = {name: value.mean() for name, value in values.items()}
-        return means | {"mean_token_accuracy": rows["correct"].sum() / normalizers["chosen_tokens"]}

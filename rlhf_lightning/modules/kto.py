@@ -19,6 +19,7 @@ from ..core.reference_policy import ReferencePolicy
 from ..core.sequence_rows import num_scored
 from ..distributed.collectives import Metrics, Rows, gather_objects, sum_over_ranks
 from ..losses.kto import COUPLED, KTOLossType, kto_kl, kto_loss, validate_kto_loss
+from ..metrics.rewards import reward_metrics
 from ..models import evaluating, num_positions
 from ..sequences import (
     Example,
@@ -203,11 +204,10 @@ class KTOModule(PostTrainingModule):
         label, rewards = rows["label"], self.beta * (rows["logps"] - rows["ref_logps"])
         right = (rewards > self.beta * normalizers.get("kl", 0.0)) == label
         values = {"rewards/accuracies": right.double().mean(), "desirable": label.double().mean()}
+        values |= reward_metrics(rewards[label], rewards[~label])
         for name, mask in (("chosen", label), ("rejected", ~label)):
             if mask.any():
-                values |= {f"rewards/{name}": rewards[mask].mean(), f"logps/{name}": rows["logps"][mask].mean()}
-        if label.any() and not label.all():
-            values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+                values[f"logps/{name}"] = rows["logps"][mask].mean()
         if "kl" in normalizers:
             values |= {name: torch.tensor(normalizers[name], dtype=torch.float64) for name in ("kl", "kl_samples")}
         return values

@@ -19,7 +19,7 @@ from ..distributed.collectives import Metrics, Rows
 from ..losses.process_reward import Aggregation, aggregate_step_logits, step_bce_loss
 from ..losses.reward import bradley_terry_loss
 from ..metrics.functional import first_error_f1, first_errors
-from ..metrics.reward_model import pair_metrics, spread
+from ..metrics.rewards import pair_metrics, spread
 from ..models import ProcessRewardModel
 from ..models.headed_model import HeadedModel
 from ..models.process_reward_model import BoundaryLogits, Solution, StepLogits
@@ -212,7 +212,7 @@ class ProcessRewardModule(HeadedModule):
     def _pair_metrics(self, rows: Rows) -> Metrics:
         scores_E2 = torch.stack([rows["chosen_scores"], rows["rejected_scores"]], dim=1)
         tie_E = torch.zeros(len(scores_E2), dtype=torch.bool, device=scores_E2.device)
-        return spread(scores_E2) | pair_metrics(scores_E2, tie_E, calibration=not self.training)
+        return spread(scores_E2) | pair_metrics(*scores_E2.unbind(dim=1), tie_P=tie_E, calibration=not self.training)
 
     def _label_metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         found = first_error_f1(rows["predicted_first_error"], rows["first_error"])

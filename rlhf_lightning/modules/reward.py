@@ -22,7 +22,7 @@ from ..core.sequence_rows import check_pairs, num_scored
 from ..data.messages import Text
 from ..distributed.collectives import Metrics, Rows
 from ..losses.reward_options import RewardLoss, RewardLossType
-from ..metrics.reward_model import pair_metrics, rating_metrics, spread
+from ..metrics.rewards import pair_metrics, rating_metrics, spread
 from ..models import RewardModel
 from ..models.headed_model import HeadedModel
 from ..models.reward_ensemble import using_member
@@ -227,7 +227,7 @@ class RewardModule(HeadedModule):
         if self.options.num_models > 1:
             values["rewards/disagreement"] = combined.std(dim=-1, correction=0).mean()
         if self.criterion.compares_pairs:
-            return values | pair_metrics(rewards, rows["tie"], calibration=not self.training)
+            return values | pair_metrics(*rewards.unbind(dim=1), tie_P=rows["tie"], calibration=not self.training)
         return values | rating_metrics(rows["rewards"].squeeze(1).mean(dim=1), rows["ratings"], self.options.names)
 
     # Members that take turns.

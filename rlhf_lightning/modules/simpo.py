@@ -11,6 +11,7 @@ from ..core.module import PostTrainingModule
 from ..core.sequence_rows import check_pairs, num_scored, pair_rows
 from ..distributed.collectives import Metrics, Rows
 from ..losses.simpo import NLL_WEIGHTS, SimPOLossType, alphapo_reward, simpo_loss, validate_simpo_loss
+from ..metrics.rewards import pair_metrics
 from ..sequences import Example, ExampleBatch, SequenceBatch
 
 
@@ -104,18 +105,14 @@ class SimPOModule(PostTrainingModule):
     def metrics(self, rows: Rows, normalizers: dict[str, float]) -> Metrics:
         """Computes implicit rewards (beta times the values that the loss compares), margin, accuracy and log-probs."""
         chosen, rejected = (self._rewards(rows, name) for name in ("chosen", "rejected"))
-        values = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": rows["chosen_logps"],
-            "logps/rejected": rows["rejected_logps"],
+        values = pair_metrics(chosen, rejected) | {
+            "logps/chosen": rows["chosen_logps"].mean(),
+            "logps/rejected": rows["rejected_logps"].mean(),
+            "mean_token_accuracy": rows["correct"].sum() / normalizers["chosen_tokens"],
         }
-        means = {name: value.mean() for name, value in values.items()}
         if self.nll_weight:
-            means["nll"] = -rows["chosen_logps"].sum() / normalizers["chosen_tokens"]
-        return means | {"mean_token_accuracy": rows["correct"].sum() / normalizers["chosen_tokens"]}
+            values["nll"] = -rows["chosen_logps"].sum() / normalizers["chosen_tokens"]
+        return values
 
     def _rewards(self, rows: Rows, name: str) -> Tensor:
         logps = rows[f"{name}_logps"]

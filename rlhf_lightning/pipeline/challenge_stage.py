@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation.answers import read_prompts
 from ..evaluation.checks import check_scorer
 from ..generation.options import sampling_params
-from ..inference import Engine, LocalEngine, derive_seed
+from ..inference import Engine, derive_seed
+from ..inference.policies import policy_spec
 from ..self_improvement.challenger import agreement, challenge_rows, challenges, frontier, new_prompts
 from ..self_improvement.samples import ScoredPrompt, Scorer, check_samples, model_hash, sample_prompts
 from ..self_improvement.scorers import load_scorer
@@ -21,7 +22,7 @@ from ..sequences import Example
 from ..utils.files import json_line, write_atomically
 from ..utils.validation import check_count
 from .row_files import SAMPLED, Journal, NoRowsError
-from .sample_stage import load_model, stage_prompts
+from .sample_stage import stage_policy, stage_prompts
 from .stages import ChallengeStage
 
 _REQUESTS_AT_ONCE = 64
@@ -33,6 +34,9 @@ def check_challenge(stage: ChallengeStage) -> None:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    policy_spec(stage.model)
+    if stage.solver is not None:
+        policy_spec(stage.solver, "solver")
     sampling_params(stage.writing)
     if stage.verifier is not None:
         check_scorer(stage.verifier)
@@ -102,10 +106,11 @@ class _Maker:
 
     def __init__(self, stage: ChallengeStage, seed: int, dtype: str) -> None:
         self.stage, self.seed, self.model = stage, seed, model_hash(stage.solver or stage.model)
-        self.writer, self.tokenizer = _engine(stage.model, dtype)
+        self.writer: Engine
+        self.writer, self.tokenizer = stage_policy(stage.model, dtype)
         self.solver, self.solver_tokenizer = self.writer, self.tokenizer
         if stage.solver is not None:
-            self.solver, self.solver_tokenizer = _engine(stage.solver, dtype)
+            self.solver, self.solver_tokenizer = stage_policy(stage.solver, dtype)
         self.scorer: Scorer = agreement if stage.verifier is None else load_scorer(stage.verifier)
         examples = stage_prompts(stage, self.tokenizer)
         # New prompts have the form of the first known one: a text, or messages.
@@ -146,8 +151,3 @@ class _Maker:
     def _examples(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         rows: list[dict[str, Any]] = [{"prompt": asked_like(self.form, text)} for text in texts]
         return read_prompts(rows, tokenizer, chat_template_kwargs=self.stage.chat_template_kwargs)
-
-
-def _engine(folder: str, dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
-    model, tokenizer = load_model(folder, dtype)
-    return LocalEngine(model, tokenizer), tokenizer

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,7 @@ from ..utils.packaged_configs import nearest_config, packaged_config
 from .stages import (
     EXACT,
     KINDS,
+    REPLAY,
     ROWS,
     CompressStage,
     Export,
@@ -70,6 +71,13 @@ class Comparison:
     over: Literal["steps", "seconds"] = "steps"
     title: str = ""
     text: str = ""
+
+
+class Before(NamedTuple):
+    """Folders of earlier rounds: of the last that was accepted, and of the last that had a model; ``None`` for none."""
+
+    accepted: Path | None = None
+    finished: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -283,7 +291,14 @@ def _check_body(name: str, stage: Stage, outside: Sequence[str]) -> None:
 
 
 def body_of(
-    stage: RoundsStage, *, number: int, earlier: Sequence[str], seed: int, run_dir: str | Path, step: float = 1.0
+    stage: RoundsStage,
+    *,
+    number: int,
+    earlier: Sequence[str],
+    seed: int,
+    run_dir: str | Path,
+    step: float = 1.0,
+    before: Before | None = None,
 ) -> Pipeline:
     """Returns the stages of one round as a pipeline.
 
@@ -294,6 +309,7 @@ def body_of(
         seed: of its stages without their own.
         run_dir: its folder.
         step: factor of the learning rates of its fit stages.
+        before: the rounds whose rows come back in stages with replay; by default none.
 
     Raises:
         UsageError: a mistake in the body.
@@ -307,6 +323,7 @@ def body_of(
         stages = {
             name: _smaller(inner, step) if isinstance(inner, FitStage) else inner for name, inner in stages.items()
         }
+    stages = {name: _with_replay(name, inner, number, before or Before()) for name, inner in stages.items()}
     with_model = [name for name, inner in stages.items() if "model" in inner.outputs]
     if stage.result not in (None, *with_model):
         raise UsageError(f"result is {stage.result!r}; it must be a stage of the body with a model: {with_model}")
@@ -324,6 +341,18 @@ def body_of(
         compare=[],
         source=written,
     )
+
+
+def _with_replay(name: str, stage: Stage, number: int, before: Before) -> Stage:
+    """Gives a stage with replay the number of its round, and the buffer of the one before."""
+    if not isinstance(stage, RowStage) or not isinstance(stage.replay, dict):
+        return stage
+    for key in ("round", "rows"):
+        if key in stage.replay:
+            raise UsageError(f"stage {name!r}: replay.{key} is {stage.replay[key]!r}, and rounds give it: leave it out")
+    folder = before.finished if stage.replay.get("rejected") else before.accepted
+    rows = None if folder is None else str(folder / name / REPLAY["replay"])
+    return dataclasses.replace(stage, replay=stage.replay | {"round": number, "rows": rows})
 
 
 def _smaller(stage: FitStage, step: float) -> FitStage:

@@ -13,6 +13,7 @@ import torch
 from ..core.device_precision import default_precision
 from ..data.sources import open_source
 from ..evaluation import Suite
+from ..inference.policies import policy_name
 from ..models import load_tokenizer
 from ..planning import plan
 from ..planning.plan import decoder_of
@@ -121,7 +122,7 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: _Sizes, awaited: S
         later = [*awaited, *(f"{pipeline.folder(before)}/" for before in waits)]
         with in_stage(name):
             try:
-                config = describe(pipeline, name)
+                config = describe(pipeline, name, later)
             except (ValueError, FileNotFoundError) as error:
                 # A model that an earlier stage will write.
                 if not any(place in str(error) for place in later):
@@ -133,7 +134,7 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: _Sizes, awaited: S
         if runs:
             one.facts = list(_facts(stage, config, manifest.stages.get(name, {}), sizes))
         if isinstance(stage, RoundsStage) and runs:
-            one.body = _plans(check_rounds(stage, pipeline.folder(name)), (), sizes, later)
+            one.body = _plans(check_rounds(stage, pipeline.folder(name), later), (), sizes, later)
             for inner in one.body:
                 inner.why = "in every round"
         found.append(one)
@@ -226,7 +227,7 @@ def _sampled(stage: Stage) -> Iterator[str]:
     players = prompts
     if isinstance(stage, SelfPlayStage):
         trial = min(stage.trial, prompts)
-        players = trial * len(set(stage.opponents)) + 2 * prompts - trial
+        players = trial * len(set(map(policy_name, stage.opponents))) + 2 * prompts - trial
     yield f"{prompts:,} prompts, {players * stage.num_samples:,} samples"
 
 

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..data.sources import open_source
 from ..evaluation import Report, Suite, Task, divergence, evaluate, own_samples
 from ..evaluation.answers import longest_prompt, read_prompts
 from ..evaluation.checks import check_suite
+from ..evaluation.divergence import check_tokens
 from ..inference import LocalEngine, SamplingParams
-from ..models import load_causal_lm, load_tokenizer
+from ..inference.policies import check_single
+from ..models import load_tokenizer
 from ..self_improvement import AdversarialValidator
 from ..self_improvement.gate import CapabilityCriteria, Decision, check_criteria, decide, overruled
-from ..utils.files import PARTIAL, discard, hidden_sibling, json_values, mark, read_marker, recover, write_atomically
+from ..utils.files import json_values, read_marker, write_atomically
+from ..utils.folders import replace_folder
 from ..utils.option_groups import build_group
 from .stages import EvaluateStage, GateStage
 
@@ -104,6 +104,16 @@ def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
         raise ValueError(str(error)) from error
 
 
+def check_passed_on(name: str, model: Any) -> None:
+    """Refuses an ensemble where the accepted model is passed on as a folder.
+
+    Raises:
+        ValueError: it is one.
+    """
+    why = "and what is accepted is passed on as one folder: merge its models first, or compare it by an evaluate stage"
+    check_single(model, name, why)
+
+
 def check_folder(name: str, model: str) -> None:
     """Refuses a model that is not a folder: a rejected candidate is replaced by a copy of the accepted model."""
     if not Path(model).expanduser().is_dir():
@@ -136,6 +146,16 @@ class Judge:
     say: Say = lambda line: None
     validator: AdversarialValidator | None = None
 
+    def check_tokens(self, candidate: str) -> None:
+        """Refuses a candidate with other tokens than the start where the divergence between them is limited.
+
+        Raises:
+            ValueError: naming a token.
+        """
+        if self.criteria.max_kl is not None:
+            advice = f"criteria.max_kl is {self.criteria.max_kl} and needs one tokenizer, so leave it out"
+            check_tokens(load_tokenizer(candidate), load_tokenizer(self.start), advice)
+
     def begin(self, accepted: str, name: str = "accepted") -> None:
         """Evaluates the accepted model, before a candidate is made; its results are kept.
 
@@ -159,7 +179,11 @@ class Judge:
             candidate: the candidate.
             num_rejected: rejections in succession before this one.
             names: of both in results and in the history.
+
+        Raises:
+            ValueError: a limit on the divergence from a model with other tokens; nothing has been sampled yet.
         """
+        self.check_tokens(candidate)
         models = dict(zip(names, (accepted, candidate), strict=True))
         report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
         before, after = ([found for found in report.results if found.model == name] for name in models)
@@ -175,13 +199,11 @@ class Judge:
 
     def _size(self, place: str) -> float:
         """Counts the bytes of a model's parameters and buffers, in units of 10^9."""
-        model: nn.Module = load_causal_lm(place, dtype=getattr(torch, self.dtype), trainable=False)
+        model = self._engine(place).model
         return sum(held.nbytes for held in (*model.parameters(), *model.buffers())) / 1e9
 
     def _engine(self, place: str) -> LocalEngine:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: nn.Module = load_causal_lm(place, dtype=getattr(torch, self.dtype), trainable=False)
-        return LocalEngine(model.to(device), load_tokenizer(place))
+        return LocalEngine.from_pretrained(place, dtype=self.dtype)
 
     def _drift(self, candidate: str) -> float:
         """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
@@ -241,6 +263,7 @@ def run_gate(stage: GateStage, folder: Path, seed: int, dtype: str, say: Say) ->
     check_folder("accepted", stage.accepted)
     criteria, validator = criteria_of(stage.criteria), validator_of(stage.validators)
     judge = Judge(stage.suite, criteria, folder / EVALUATION, seed, dtype, stage.accepted, say, validator=validator)
+    judge.check_tokens(stage.model)
     judge.begin(stage.accepted)
     decision, _ = judge.decide(stage.accepted, stage.model)
     accepts = decision.verdict == "accept"
@@ -258,15 +281,7 @@ def copy_model(source: str | Path, target: Path) -> None:
         source: the folder.
         target: a folder that a stage owns; an earlier copy there is replaced.
     """
-    recover(target)
-    partial = hidden_sibling(target, PARTIAL)
     source = Path(source).expanduser()
     record = read_marker(source)
-    partial.mkdir(parents=True)
-    mark(partial, "model" if record is None else record["kind"], [])
-    shutil.copytree(source, partial, dirs_exist_ok=True)
-    if record is None:
-        mark(partial, "model")
-    if target.exists():
-        discard(target)
-    partial.rename(target)
+    kind = "model" if record is None else record["kind"]
+    replace_folder(target, kind, lambda place: shutil.copytree(source, place, dirs_exist_ok=True))

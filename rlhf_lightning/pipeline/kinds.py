@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import Suite
+from ..evaluation.candidates import check_models
+from ..evaluation.checks import check_suite
 from ..export import export_gguf
 from ..export.gguf_tensors import TYPES
 from ..generation import generate_rows
 from ..generation.compress import compress_rows
+from ..inference.policies import check_single
 from ..labeling.command import label_prompts
 from ..merging.options import expand
 from ..utils.validation import check_choice
 from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
 from .fit_stage import StageCLI, run_fit
-from .judging import check_suite, criteria_of, run_evaluate, run_gate, validator_of
+from .judging import check_judging, check_passed_on, run_evaluate, run_gate
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
 from .rounds_stage import RunBody, check_rounds, run_rounds
@@ -46,12 +50,13 @@ Say = Callable[[str], None]
 _OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
 
 
-def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
+def describe(pipeline: Pipeline, name: str, awaited: Sequence[str] = ()) -> dict[str, Any]:
     """Returns a stage's full configuration, and checks everything that can be checked without running it.
 
     Args:
         pipeline: the pipeline.
         name: of the stage.
+        awaited: folders that other stages will write: what a suite reads from there is not checked.
 
     Raises:
         ValueError: a mistake in the stage.
@@ -75,18 +80,23 @@ def describe(pipeline: Pipeline, name: str) -> dict[str, Any]:
     if isinstance(stage, PromptStage):
         _check_prompts(stage)
     if isinstance(stage, EvaluateStage | GateStage):
-        suite = check_suite(stage.suite)
         if isinstance(stage, GateStage):
-            criteria_of(stage.criteria)
-            validator_of(stage.validators)
+            check_passed_on("model", stage.model)
+            check_passed_on("accepted", stage.accepted)
+            suite = check_judging(stage.suite, stage.criteria, stage.validators, awaited)
+        else:
+            suite = check_suite(stage.suite, awaited)
         # The models by a name under which their contents are inputs.
+        if isinstance(stage, EvaluateStage):
+            check_models(stage.models, suite)
         models = [*stage.models.values()] if isinstance(stage, EvaluateStage) else [stage.accepted, stage.model]
         found = {"tasks": [task.as_dict() for task in suite.tasks], "compared": {"models": models}}
         return asdict(stage) | found | {"seed": seed, "dtype": pipeline.dtype}
     if isinstance(stage, ExportStage):
         check_choice("type", stage.type, TYPES)
+        check_single(stage.model, "model", "and a GGUF file holds one: merge its models first")
     if isinstance(stage, RoundsStage):
-        return _describe_rounds(stage, folder) | {"seed": seed, "dtype": pipeline.dtype}
+        return _describe_rounds(stage, folder, awaited) | {"seed": seed, "dtype": pipeline.dtype}
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
 
 
@@ -99,13 +109,14 @@ def _describe_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, Any]:
     return StageCLI(stage, folder, seed).merged | {"export": vars(stage.export)}
 
 
-def _describe_rounds(stage: RoundsStage, folder: Path) -> dict[str, Any]:
+def _describe_rounds(stage: RoundsStage, folder: Path, awaited: Sequence[str]) -> dict[str, Any]:
     """Describes the first round, and the options of the loop."""
-    body = check_rounds(stage, folder)
-    suite = None if stage.suite is None else [task.as_dict() for task in check_suite(stage.suite).tasks]
+    body = check_rounds(stage, folder, awaited)
+    suite = None if stage.suite is None else [task.as_dict() for task in Suite.read(stage.suite).tasks]
+    awaited = [*awaited, *(f"{body.folder(inner)}/" for inner in body.stages)]
     # As it is written, too: later rounds differ in what refers to them.
     own = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.name != "written"}
-    return own | {"first": {name: describe(body, name) for name in body.stages}, "tasks": suite}
+    return own | {"first": {name: describe(body, name, awaited) for name in body.stages}, "tasks": suite}
 
 
 def run_stage(pipeline: Pipeline, name: str, run_body: RunBody, say: Say) -> dict[str, float]:

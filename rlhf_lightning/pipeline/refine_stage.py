@@ -7,13 +7,13 @@ from pathlib import Path
 
 from ..evaluation.checks import check_scorer
 from ..generation.options import sampling_params
-from ..inference import LocalEngine
 from ..inference.answering import StrategyOption
+from ..inference.policies import policy_spec
 from ..self_improvement.refine import refine
 from ..self_improvement.samples import model_hash
 from ..self_improvement.scorers import load_scorer
 from .row_files import SAMPLED, Journal, write_rows
-from .sample_stage import load_model, stage_prompts
+from .sample_stage import stage_policy, stage_prompts
 from .stages import RefineStage
 
 _PROMPTS_AT_ONCE = 64
@@ -26,6 +26,7 @@ def check_refine(stage: RefineStage) -> None:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    policy_spec(stage.model)
     sampling_params(stage.sampling)
     StrategyOption(stage.strategy)
     check_scorer(stage.verifier)
@@ -55,9 +56,9 @@ def run_refine(
     Raises:
         NoRowsError: no prompt gave a row.
     """
-    model, tokenizer = load_model(stage.model, dtype)
+    policy, tokenizer = stage_policy(stage.model, dtype)
     engine, scorer, sampling = (
-        StrategyOption(stage.strategy).on(LocalEngine(model, tokenizer)),
+        StrategyOption(stage.strategy).on(policy),
         load_scorer(stage.verifier),
         sampling_params(stage.sampling),
     )

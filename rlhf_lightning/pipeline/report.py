@@ -23,6 +23,7 @@ from .rounds_stage import RECORD, ROUNDS
 from .row_files import first_lines
 from .sample_stage import ANSWERS
 from .stages import ROWS, FitStage
+from .tested import compare_tests
 
 _NUM_PAIRS, _MOST_ROUNDS = 3, 100
 
@@ -30,6 +31,7 @@ _NUM_PAIRS, _MOST_ROUNDS = 3, 100
 def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
     """Collects the results as plain values, stage by stage."""
     stages = []
+    tested = compare_tests(pipeline, [name for name in pipeline.stages if "evaluation" in manifest.stages[name]])
     for name in pipeline.stages:
         record = manifest.stages[name]
         evaluation = record.get("evaluation", {})
@@ -42,6 +44,7 @@ def summarize(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
                 "seconds": record["seconds"] + evaluation.get("seconds", 0.0),
                 "test_accuracy": evaluation.get("accuracy"),
                 "test_rows": evaluation.get("rows"),
+                **(tested[name].as_dict() if name in tested else {}),
                 "metrics": record["metrics"],
                 "outputs": {place: str(pipeline.folder(name) / place) for place in record["outputs"]},
             }
@@ -89,6 +92,7 @@ def write_report(pipeline: Pipeline, manifest: Manifest) -> Path:
         title=pipeline.title,
         summary=summary,
         stages=stages,
+        tests=[row for row in summary["stages"] if "test_interval" in row],
         comparisons=comparisons,
         config=yaml_parser.dump(pipeline.source),
     )
@@ -106,6 +110,7 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
         "what": _what(row),
         "validation": _measured(row["metrics"], "val"),
         "tested": _tested(row),
+        "tested_briefly": _right(row) if "test_interval" in row else _tested(row),
         "figure": stage_figure(history, _exported_step(manifest, name)) if history else None,
         "answers": first_lines(folder / ANSWERS, shown),
         "pairs": first_lines(folder / ROWS["pairs"], _NUM_PAIRS),
@@ -218,9 +223,14 @@ def _page(record: dict[str, Any], name: str) -> str | None:
 
 def _tested(row: dict[str, Any]) -> str:
     """Describes the test results: exact answers of greedy completions, else loss and preferences."""
-    if row["test_accuracy"] is not None:
-        return f"{row['test_accuracy']:.1%} of {row['test_rows']} right"
+    if "test_interval" in row:
+        low, high = row["test_interval"]
+        return f"{_right(row)} ({low:.1%} to {high:.1%})"
     return _measured(row["metrics"], "test")
+
+
+def _right(row: dict[str, Any]) -> str:
+    return f"{row['test_accuracy']:.1%} of {row['test_rows']} right"
 
 
 def _measured(metrics: dict[str, float], prefix: str) -> str:

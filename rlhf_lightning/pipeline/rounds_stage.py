@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,17 @@ from ..inference import derive_seed
 from ..self_improvement.gate import Decision
 from ..self_improvement.samples import model_hash
 from ..utils.files import json_line, json_values, write_atomically
-from .config import Pipeline, body_of
-from .judging import EVALUATION, Judge, check_folder, check_suite, copy_model, criteria_of, validator_of
+from .config import Before, Pipeline, body_of
+from .judging import (
+    EVALUATION,
+    Judge,
+    check_folder,
+    check_judging,
+    check_passed_on,
+    copy_model,
+    criteria_of,
+    validator_of,
+)
 from .row_files import NoRowsError
 from .stages import FitStage, RoundsStage
 
@@ -23,28 +32,33 @@ _SMALLER = 0.5
 RunBody = Callable[[Pipeline], object]
 
 
-def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
+def check_rounds(stage: RoundsStage, folder: Path, awaited: Sequence[str] = ()) -> Pipeline:
     """Checks the options of a stage; returns its first round, in a folder that never exists.
+
+    Args:
+        stage: the stage.
+        folder: of the stage.
+        awaited: folders that other stages will write: what the suite reads from there is not checked.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    check_passed_on("model", stage.model)
     criteria = criteria_of(stage.criteria)
     body = body_of(stage, number=1, earlier=[stage.model], seed=0, run_dir=folder / ROUNDS / "0")
-    validator_of(stage.validators)
     if stage.suite is None:
         for name in ("criteria", "validators"):
             if getattr(stage, name):
                 given = getattr(stage, name)
                 raise ValueError(f"{name} is {given!r}, and without a suite every round is accepted: give suite")
         return body
-    check_suite(stage.suite)
-    rates = [_rate(inner) for inner in body.stages.values() if isinstance(inner, FitStage)]
-    if criteria.on_reject == "smaller_step" and rates and not any(rates):
-        raise ValueError(
-            "criteria.on_reject is 'smaller_step', and no fit stage of the body has "
-            "model.init_args.optimizer.init_args.lr, which it halves: write it there, or on_reject: new_seed"
-        )
+    check_judging(stage.suite, stage.criteria, stage.validators, awaited)
+    for name, inner in body.stages.items():
+        if criteria.on_reject == "smaller_step" and isinstance(inner, FitStage) and not _rate(inner):
+            raise ValueError(
+                f"criteria.on_reject is 'smaller_step', and the fit stage {name!r} of the body has no "
+                "model.init_args.optimizer.init_args.lr, which it halves: write it there, or on_reject: new_seed"
+            )
     return body
 
 
@@ -66,6 +80,7 @@ class _Position:
     models: list[str]  # that were accepted, the start included
     step: float = 1.0
     rejected: int = 0  # in succession
+    before: Before = field(default_factory=Before)
 
     @property
     def accepted(self) -> str:
@@ -109,13 +124,17 @@ def run_rounds(
             seed=derive_seed(seed, "round", number) % 2**31,
             run_dir=folder / ROUNDS / str(number),
             step=at.step,
+            before=at.before,
         )
         record = {"round": number, "start": model_hash(at.accepted), "seed": body.seed, "step": at.step}
         outcome = _round(stage, body, judge, at, run_body)
         records.append(record | outcome)
         write_atomically(folder / RECORD, "".join(map(json_line, records)))
         say(f"round {number}: {outcome['verdict']}: {outcome['reason']}")
+        if "model" in outcome:
+            at.before = at.before._replace(finished=body.run_dir)
         if outcome["verdict"] == "accept":
+            at.before = at.before._replace(accepted=body.run_dir)
             at.models.append(str(result_of(stage, body)))
             at.rejected = 0
         else:

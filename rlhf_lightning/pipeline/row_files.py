@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..self_improvement.replay import kept_lines
 from ..self_improvement.row_options import RowOptions
 from ..self_improvement.samples import Sample, ScoredPrompt
 from ..utils.files import json_line, write_atomically
-from .stages import ROWS
+from .stages import REPLAY, ROWS
 
 SAMPLED = "sampled.jsonl"
 
@@ -86,7 +87,7 @@ def write_rows(
         options: kinds of rows, and how they are made.
         journal: all that was sampled.
         folder: of the stage.
-        seed: of the choice of seed rows.
+        seed: of the choice of replayed and of seed rows.
         advice: said where there are no rows of a kind.
         parts: that rows are made of, instead of those of the journal.
 
@@ -106,18 +107,25 @@ def write_rows(
     for kind, rows in made.items():
         if not rows:
             raise NoRowsError(f"no prompt gave a row of kind {kind!r} (mean reward {mean:.2f}): {advice}")
-        if kind == options.rows[0]:
-            made[kind] = options.mixed(rows[: options.max_rows], seed)
-        metrics[kind] = len(made[kind])
-    for kind, rows in made.items():
-        write_atomically(folder / ROWS[kind], "".join(map(json_line, rows)))
+    first, files = options.rows[0], {}
+    own = made[first][: options.max_rows]
+    if options.replay is not None:
+        priorities = [priority for part in parts for priority in options.priorities(*part)]
+        replayed, kept = options.replayed(own, priorities[: len(own)], seed)
+        own, metrics["replayed"] = [*own, *replayed], len(replayed)
+        files[REPLAY["replay"]] = kept_lines(kept)
+    made[first] = options.mixed(own, seed)
+    metrics |= {kind: len(rows) for kind, rows in made.items()}
+    files |= {ROWS[kind]: "".join(map(json_line, rows)) for kind, rows in made.items()}
+    for name, text in files.items():
+        write_atomically(folder / name, text)
     journal.file.unlink(missing_ok=True)
     return metrics | {"cut_off": sum(not sample.ended for sample in samples)}
 
 
-def first_lines(path: Path, limit: int) -> list[dict[str, Any]]:
-    """Reads the first rows of a file; none if it does not exist."""
-    if not path.is_file() or not limit:
+def first_lines(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Reads the first rows of a file, by default all; none if it does not exist."""
+    if not path.is_file() or limit == 0:
         return []
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in islice(file, limit)]

@@ -18,13 +18,13 @@ from ..utils.files import (
     check_names,
     check_replaceable,
     content_hash,
-    discard,
     hold,
     listed_names,
     mark,
     read_marker,
     release,
 )
+from ..utils.folders import discard
 from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError, did_you_mean
 from .config import Pipeline
@@ -36,7 +36,7 @@ from .report import write_report
 from .rounds_stage import RECORD
 from .row_files import SAMPLED, NoRowsError
 from .sample_stage import ANSWERS, evaluate
-from .stages import ROWS, WITH_MODEL, ChallengeStage, CompressStage, FitStage, SelfPlayStage
+from .stages import REPLAY, ROWS, WITH_MODEL, ChallengeStage, CompressStage, FitStage, SelfPlayStage
 
 Say = Callable[[str], None]
 
@@ -53,7 +53,7 @@ _OF_STAGE = (
         "model.gguf",
         "compressed.jsonl",
     ),
-    *(DECISION, RECORD, *ROWS.values(), *ChallengeStage.outputs.values(), SelfPlayStage.league),
+    *(DECISION, RECORD, *ROWS.values(), *REPLAY.values(), *ChallengeStage.outputs.values(), SelfPlayStage.league),
 )
 
 
@@ -166,7 +166,7 @@ def check_stages(pipeline: Pipeline) -> None:
     for name, stage in pipeline.stages.items():
         with in_stage(name):
             try:
-                describe(pipeline, name)
+                describe(pipeline, name, awaited)
             except (ValueError, FileNotFoundError) as error:
                 # Some classes read a model when they are built: such a stage is checked once its model exists.
                 if not any(place in str(error) for place in awaited):
@@ -224,8 +224,8 @@ def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say)
     record = manifest.stages[name]
     config = asdict(pipeline.evaluation)
     shown = config.pop("samples")  # number in the report, no input of the result
-    # Evaluated again if the model, the prompts or the settings have changed.
-    key = stage_key([config, pipeline.dtype], input_hashes(config) | record["outputs"], pipeline.run_dir)
+    # Evaluated again if the model, the prompts or the settings have changed, or answers have no rows to pair them by.
+    key = stage_key([config, pipeline.dtype, "by row"], input_hashes(config) | record["outputs"], pipeline.run_dir)
     answers_file = pipeline.folder(name) / ANSWERS
     if record.get("evaluation", {}).get("key") != key or not answers_file.is_file():
         started = time.time()
@@ -240,7 +240,7 @@ def _summary(metrics: dict[str, float]) -> str:
     shown = [
         name
         for name in (
-            *("val/accuracy", "val/loss", *ROWS, "mean_reward", "rows", "mean_score", "steps"),
+            *("val/accuracy", "val/loss", *ROWS, "replayed", "mean_reward", "rows", "mean_score", "steps"),
             *("models", "ingredients", "soup", "rounds", "accepted", "accuracy_before", "accuracy", "tensors", "ratio"),
         )
         if name in metrics

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from pathlib import Path
 
-import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
 from ..evaluation.checks import check_scorer
 from ..generation.options import remote_engine, sampling_params
-from ..inference import Engine, LocalEngine, SamplingParams, derive_seed
+from ..inference import Engine, SamplingParams, derive_seed
 from ..inference.answering import StrategyOption
-from ..merging import EnsemblePolicy
-from ..models import load_causal_lm, load_tokenizer
+from ..inference.policies import PolicySpec, build_policy, check_single, policy_spec
+from ..models import load_tokenizer
 from ..self_improvement.row_makers import hinted_rows, without_hints
 from ..self_improvement.samples import ScoredPrompt, Scorer, check_samples, model_hash, sample_prompts
 from ..self_improvement.scorers import load_scorer
 from ..self_improvement.templates import check_places
 from ..sequences import Example
 from ..utils.files import json_line, write_atomically
-from ..utils.messages import did_you_mean
 from ..utils.progress import progress
 from .config import Evaluation
 from .row_files import SAMPLED, Journal, write_rows
@@ -31,8 +27,6 @@ from .stages import PromptStage, SampleStage
 
 ANSWERS = "test_answers.jsonl"
 _PROMPTS_AT_ONCE = 64
-# Arguments of an ensemble that are not options of a stage.
-_NOT_OF_ENSEMBLE = ("models", "tokenizer", "dtype", "device")
 _ADVICE = "raise num_samples or sampling.temperature, change what is kept, or sample from another model"
 
 
@@ -125,9 +119,9 @@ def _success(stage: SampleStage) -> float:
 
 def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_file: Path) -> dict[str, float]:
     """Answers the test prompts, writes the answers, and returns accuracy and number of rows."""
-    model, tokenizer = load_model(str(model_folder), dtype)
+    policy, tokenizer = stage_policy(str(model_folder), dtype)
     option = StrategyOption(evaluation.strategy, own_sampling=True)
-    engine = option.on(LocalEngine(model, tokenizer))
+    engine = option.on(policy)
     examples = read_prompts(
         evaluation.prompts, tokenizer, limit=evaluation.limit, chat_template_kwargs=evaluation.chat_template_kwargs
     )
@@ -139,8 +133,8 @@ def evaluate(evaluation: Evaluation, model_folder: Path, dtype: str, answers_fil
     if not rewards:
         raise ValueError(f"no reward for any of the prompts {evaluation.prompts!r}: they lack what the verifier reads")
     lines = [
-        json_line({"prompt": a.example.fields["prompt"], "completion": a.completion.text, "reward": a.reward})
-        for a in answers
+        json_line({"row": row.row_id, "prompt": row.fields["prompt"], "completion": said.text, "reward": reward})
+        for row, said, reward in ((answer.example, answer.completion, answer.reward) for answer in answers)
     ]
     write_atomically(answers_file, "".join(lines))
     return {"accuracy": sum(rewards) / len(rewards), "rows": len(rewards)}
@@ -157,8 +151,9 @@ def check_sample(stage: SampleStage) -> None:
     check_scorer(stage.verifier)
     check_samples(stage.num_samples, sampling, stage.rows, strategy=stage.strategy)
     stage.check()
-    check_models(stage)
+    policy_spec(stage.model)
     if stage.server is not None:
+        check_single(stage.model, "model", "and a server samples from one: name one, whose tokenizer is read")
         remote_engine(stage.server | {"text_prompts": False}, None)  # the tokenizer comes later
     if stage.hint is not None:
         if "demonstrations" not in stage.rows or stage.threshold is None:
@@ -167,38 +162,16 @@ def check_sample(stage: SampleStage) -> None:
             check_places("hint", stage.hint, ("prompt",))
 
 
-def check_models(stage: SampleStage) -> None:
-    """Checks that the options of a stage fit the number of its models.
-
-    Raises:
-        ValueError: they do not.
-    """
-    several = isinstance(stage.model, list)
-    if several and stage.server is not None:
-        raise ValueError(f"model is {stage.model!r}, and a server samples from one: name one, whose tokenizer is read")
-    if stage.ensemble and not several:
-        raise ValueError(f"ensemble combines models, and model is {stage.model!r}: write model: [A, B]")
-    allowed = [name for name in signature(EnsemblePolicy).parameters if name not in _NOT_OF_ENSEMBLE]
-    for key in stage.ensemble:
-        if key not in allowed:
-            raise ValueError(f"ensemble has no key {key!r}{did_you_mean(str(key), allowed)}")
-
-
 def _stage_engine(stage: SampleStage, dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
     """Makes the engine of a stage: a model, several as one, or a server."""
-    if isinstance(stage.model, list):
-        policy = EnsemblePolicy(stage.model, dtype=dtype, **stage.ensemble)
-        assert policy.tokenizer is not None  # all models are folders
-        return policy, policy.tokenizer
-    if stage.server is not None:
-        tokenizer = load_tokenizer(stage.model)
-        return remote_engine(stage.server, tokenizer), tokenizer
-    model, tokenizer = load_model(stage.model, dtype)
-    return LocalEngine(model, tokenizer), tokenizer
+    if stage.server is None:
+        return stage_policy(stage.model, dtype)
+    tokenizer = load_tokenizer(str(stage.model))
+    return remote_engine(stage.server, tokenizer), tokenizer
 
 
-def load_model(folder: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Loads a model that samples, and its tokenizer."""
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: nn.Module = load_causal_lm(folder, dtype=getattr(torch, dtype), trainable=False)
-    return model.to(place), load_tokenizer(folder)
+def stage_policy(model: PolicySpec, dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """Loads a model that samples, or several as one, and the tokenizer."""
+    policy = build_policy(model, dtype=dtype)
+    assert policy.tokenizer is not None  # all models are folders or hub ids
+    return policy, policy.tokenizer

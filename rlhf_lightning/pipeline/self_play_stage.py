@@ -12,19 +12,20 @@ from typing import Any
 
 from ..evaluation.checks import check_scorer
 from ..generation.options import sampling_params
-from ..inference import LocalEngine, derive_seed
+from ..inference import Engine, derive_seed
+from ..inference.policies import policy_name, policy_spec
 from ..self_improvement.samples import ScoredPrompt, model_hash, sample_prompts
 from ..self_improvement.scorers import load_scorer
 from ..self_improvement.self_play import elo_ratings, games_of, league_weights, win_rates
 from ..utils.files import write_atomically
 from ..utils.validation import check_count
 from .row_files import SAMPLED, Journal, Part, write_rows
-from .sample_stage import load_model, stage_prompts
+from .sample_stage import stage_policy, stage_prompts
 from .stages import SelfPlayStage
 
 _PROMPTS_AT_ONCE = 64
 _ADVICE = "raise num_samples or sampling.temperature, or play against other opponents"
-# The model among the players; opponents have the names of their folders.
+# The model among the players; opponents have the names of their folders, those of several joined.
 _SELF = ""
 
 
@@ -34,6 +35,7 @@ def check_self_play(stage: SelfPlayStage) -> None:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    policy_spec(stage.model)
     sampling_params(stage.sampling)
     check_scorer(stage.verifier)
     check_count("num_samples", stage.num_samples, "of each player")
@@ -42,6 +44,8 @@ def check_self_play(stage: SelfPlayStage) -> None:
     if not isinstance(stage.opponents, list) or not stage.opponents:
         advice = "list at least one folder of a model, or write opponents: ${round.earlier} in the body of rounds"
         raise ValueError(f"opponents is {stage.opponents!r}: {advice}")
+    for opponent in stage.opponents:
+        policy_spec(opponent, "an opponent")
     league_weights([0.5], stage.weighting, power=stage.power, floor=stage.floor)
     elo_ratings([], k=stage.k)
 
@@ -93,8 +97,9 @@ class _Match:
 
     def __init__(self, stage: SelfPlayStage, seed: int, dtype: str) -> None:
         self.stage, self.seed, self.dtype = stage, seed, dtype
-        self.opponents = list(dict.fromkeys(stage.opponents))
-        self.places = {_SELF: stage.model} | {place: place for place in self.opponents}
+        opponents = {policy_name(opponent): opponent for opponent in stage.opponents}
+        self.opponents = list(opponents)
+        self.places = {_SELF: stage.model} | opponents
         self.hashes = {player: model_hash(place) for player, place in self.places.items()}
         self.scorer, self.sampling = load_scorer(stage.verifier), sampling_params(stage.sampling)
         self._loaded: tuple[str, Any] | None = None
@@ -169,13 +174,13 @@ class _Match:
             found[scored.row_id] = replace(before, samples=(*before.samples, *scored.samples))
         return list(found.values())
 
-    def _load(self, player: str) -> tuple[LocalEngine, Any]:
+    def _load(self, player: str) -> tuple[Engine, Any]:
         """Loads a player and the prompts as its tokenizer reads them, in place of the one before it."""
         if self._loaded is None or self._loaded[0] != player:
             self._loaded = None
-            model, tokenizer = load_model(self.places[player], self.dtype)
-            self._loaded = (player, (LocalEngine(model, tokenizer), stage_prompts(self.stage, tokenizer)))
-        found: tuple[LocalEngine, Any] = self._loaded[1]
+            engine, tokenizer = stage_policy(self.places[player], self.dtype)
+            self._loaded = (player, (engine, stage_prompts(self.stage, tokenizer)))
+        found: tuple[Engine, Any] = self._loaded[1]
         return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from ..generation import GenerateOptions
 from ..generation.compress import CompressOptions
+from ..inference.policies import PolicySpec
 from ..labeling.command import LabelOptions
 from ..merging.methods import METHODS
 from ..merging.options import MergeOptions
@@ -21,8 +22,9 @@ from ..self_improvement.self_play import Weighting
 T = TypeVar("T")
 
 EXACT = "rlhf_lightning.rewards.exact_answer"
-# Kinds of rows that sample and refine stages write, with their files.
+# Kinds of rows that stages write, with their files; and rows that are kept for the same stage of the next round.
 ROWS = {kind: f"{kind}.jsonl" for kind in KINDS_OF_ROWS}
+REPLAY = {"replay": "replay.jsonl"}
 MODEL = {"model": "model"}
 
 
@@ -63,8 +65,8 @@ class RowStage(RowOptions):
 
     @property
     def outputs(self) -> dict[str, str]:
-        """Files of the kinds of rows that are written."""
-        return {name: ROWS[name] for name in self.rows}
+        """Files of the kinds of rows that are written, and of rows for the next round."""
+        return {name: ROWS[name] for name in self.rows} | ({} if self.replay is None else REPLAY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +83,21 @@ class PromptStage:
 class SampleStage(RowStage, PromptStage):
     """Samples and scores completions, and makes rows of them.
 
-    A list of models samples as one: ``ensemble`` has options of ``merging.EnsemblePolicy``. With ``server``, options of
-    ``inference.RemoteEngine``, completions come from there, and only the tokenizer of ``model`` is read. ``verifier``
-    is any reward function: a dotted path, or ``class_path`` and ``init_args``, such as a reward model or a judge. With
-    ``strategy``, as in ``inference.build_strategy``, each sample is the result of a search of its own. With ``hint``,
-    prompts that no sample solved are sampled once more with a hint, for ``demonstrations`` alone (STaR).
+    ``model`` may be several that sample as one, as in ``inference.policies.policy_spec``, in every stage that samples.
+    With ``server``, options of ``inference.RemoteEngine``, completions come from there, and only the tokenizer of
+    ``model`` is read. ``verifier`` is any reward function: a dotted path, or ``class_path`` and ``init_args``, such as
+    a reward model or a judge. With ``strategy``, as in ``inference.build_strategy``, each sample is the result of a
+    search of its own. With ``hint``, prompts that no sample solved are sampled once more with a hint, for
+    ``demonstrations`` alone (STaR).
     """
 
-    model: str | list[str]
+    model: PolicySpec
     kind: Literal["sample"] = "sample"
     verifier: str | dict[str, Any] = EXACT
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
     strategy: str | dict[str, Any] | None = None
     hint: str | None = None
-    ensemble: dict[str, Any] = field(default_factory=dict)
     server: dict[str, Any] | None = None
 
 
@@ -106,7 +108,7 @@ class RefineStage(RowStage, PromptStage):
     With ``strategy``, as in ``inference.build_strategy``, drafts are the results of searches; critiques are sampled.
     """
 
-    model: str
+    model: PolicySpec
     kind: Literal["refine"] = "refine"
     verifier: str | dict[str, Any] = EXACT
     critique: str = CRITIQUE
@@ -139,14 +141,14 @@ class ChallengeStage(PromptStage):
 
     outputs: ClassVar[Mapping[str, str]] = {"prompts": "prompts.jsonl"}
 
-    model: str
+    model: PolicySpec
     kind: Literal["challenge"] = "challenge"
     number: int = 64
     num_examples: int = 4
     template: str = CHALLENGE
     max_overlap: float = 0.7
     writing: dict[str, Any] = field(default_factory=dict)
-    solver: str | None = None
+    solver: PolicySpec | None = None
     verifier: str | dict[str, Any] | None = None
     num_samples: int = 4
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -165,8 +167,8 @@ class SelfPlayStage(RowStage, PromptStage):
 
     league: ClassVar[str] = "league.json"
 
-    model: str
-    opponents: list[str]
+    model: PolicySpec
+    opponents: list[Any]
     kind: Literal["self-play"] = "self-play"
     verifier: str | dict[str, Any] = EXACT
     num_samples: int = 1
@@ -206,10 +208,7 @@ class GenerateStage(GenerateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressStage(CompressOptions):
-    """Compresses contexts and answers prompts as ``rlhf-lightning compress`` does, with the same options.
-
-    ``dtype: auto`` is the pipeline's.
-    """
+    """Compresses contexts as ``rlhf-lightning compress`` does, with its options; ``dtype: auto`` is the pipeline's."""
 
     outputs: ClassVar[Mapping[str, str]] = {"rows": "compressed.jsonl"}
 
@@ -281,7 +280,7 @@ class EvaluateStage:
 
     outputs: ClassVar[Mapping[str, str]] = {"results": "evaluation/results.json", "page": "evaluation/report.html"}
 
-    models: dict[str, str]
+    models: dict[str, Any]
     suite: str | dict[str, Any]
     kind: Literal["evaluate"] = "evaluate"
     seed: int | None = None
@@ -394,6 +393,7 @@ def outputs_of(written: Mapping[str, Any]) -> Mapping[str, str]:
     if issubclass(cls, RowStage):
         rows = written.get("rows", ["pairs"])
         files = {name: ROWS[name] for name in ([rows] if isinstance(rows, str) else rows or ()) if name in ROWS}
+        files |= REPLAY if written.get("replay") is not None else {}
         return files | ({"league": cls.league} if issubclass(cls, SelfPlayStage) else {})
     found: Mapping[str, str] = cls.outputs
     return found

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import Metrics, gather_objects, world_size
-from ..inference import derive_seed
 from ..sequences import Example, Segment
 from .policy_loss import OffPolicyCorrection, ReplayPriority
+from .priority_buffer import PriorityBuffer
 from .rollouts import path_lengths
 
 # What a record holds of each token; the same fields that its tree has.
@@ -84,11 +84,8 @@ def replay_priority(
     return max(0.0, -float(advantages_n.mean())) * float(np.exp(sampling_logprobs_n.mean()))
 
 
-class ReplayBuffer:
-    """Keeps completions, and gives some of them back.
-
-    Of more than ``replay_capacity``, those with the lowest priority leave, of equals the oldest. Completions whose
-    tokens have no advantage, or without priority, are not kept.
+class ReplayBuffer(PriorityBuffer[Record]):
+    """Keeps completions, and gives some of them back; those whose tokens have no advantage, or without priority, not.
 
     Args:
         options: capacity, share, priority and maximum age.
@@ -99,9 +96,8 @@ class ReplayBuffer:
     """
 
     def __init__(self, options: OffPolicyCorrection, seed: int) -> None:
+        super().__init__(options.replay_capacity, seed, max_age=options.replay_max_age)
         self.options = options
-        self.seed = seed
-        self.records: list[Record] = []
 
     def exchange(self, trees: Sequence[Example], spread_S: Tensor, iteration: int) -> tuple[list[Example], Metrics]:
         """Gives back completions of earlier iterations, and then keeps those of this one; every rank calls it.
@@ -158,28 +154,6 @@ class ReplayBuffer:
                 row_id = tree.fields["prompt_id"]
                 found.append(Record(row_id, iteration, priority, prompt, tokens.astype(np.int64), **own))
         return found
-
-    def draw(self, count: int, iteration: int) -> list[Record]:
-        """Draws different records, in proportion to their priority; those above the maximum age leave first.
-
-        One after the other without replacement, by exponential keys (Efraimidis and Spirakis, 2006).
-
-        Args:
-            count: at most this many.
-            iteration: number of this one, which the draw depends on.
-        """
-        if self.options.replay_max_age is not None:
-            oldest = iteration - self.options.replay_max_age
-            self.records = [record for record in self.records if record.iteration >= oldest]
-        rng = np.random.default_rng(derive_seed(self.seed, iteration, "replay"))
-        keys = rng.exponential(size=len(self.records)) / np.array([record.priority for record in self.records])
-        return [self.records[place] for place in sorted(np.argsort(keys, kind="stable")[:count].tolist())]
-
-    def add(self, records: Sequence[Record]) -> None:
-        """Keeps records, as many as there is room for."""
-        self.records += records
-        order = sorted(range(len(self.records)), key=lambda n: (-self.records[n].priority, -n))
-        self.records = [self.records[n] for n in sorted(order[: self.options.replay_capacity])]
 
     # Checkpoints.
 

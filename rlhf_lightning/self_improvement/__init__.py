@@ -9,6 +9,7 @@ from .gate import CapabilityCriteria, Decision, decide, overruled
 from .mixing import mix_rows
 from .pair_classifier import LabelledPair, PairClassifierOptions, train_pair_classifier
 from .refine import Refine, Refinement, refine
+from .replay import RowReplay
 from .row_makers import (
     demonstrations,
     hinted_rows,
@@ -40,6 +41,7 @@ __all__ = [
     "Refine",
     "Refinement",
     "Robustness",
+    "RowReplay",
     "Sample",
     "ScoredPrompt",
     "Validation",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from math import fsum
 from typing import Any, Protocol
 
 from ..inference import Engine
-from ..metrics.intervals import Interval, mean_interval
+from ..metrics.intervals import Interval, share_interval
 
 _SHOWN = 3
 
@@ -88,11 +88,8 @@ def check_share(name: str, value: float, least: float = 0.0) -> None:
 
 
 def bounded_mean(values: Sequence[float]) -> Interval:
-    """Returns the mean of shares with its 95 % interval, cut to [0, 1]."""
-    if len(values) < 2:
-        return Interval(fmean(values), 0.0, 1.0)
-    found = mean_interval(values)
-    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+    """Returns the mean of shares with its 95 % interval."""
+    return share_interval(len(values), fsum(values), fsum(value * value for value in values))
 
 
 def at_least(name: str, found: Interval, limit: float, detail: str, samples: Sequence[str]) -> Finding:

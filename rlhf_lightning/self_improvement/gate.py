@@ -264,9 +264,14 @@ def _test(
     # Weights that make the mean over all prompts that over tasks.
     count = sum(len(before) for before, _ in scores)
     weights = [count / (len(scores) * len(before)) for before, _ in scores for _ in before]
+    # At most 1, so that scores stay shares, whose interval suits few prompts as well.
+    largest = max(weights)
+    weights = [weight / largest for weight in weights]
     ours = [w * score for w, score in zip(weights, (s for _, after in scores for s in after), strict=True)]
     theirs = [w * score for w, score in zip(weights, (s for before, _ in scores for s in before), strict=True)]
-    compared = paired_bootstrap(ours, theirs, level=1 - 2 * criteria.level, seed=seed)
+    found = paired_bootstrap(ours, theirs, level=1 - 2 * criteria.level, seed=seed)
+    low, high = max(-1.0, largest * found.low), min(1.0, largest * found.high)
+    compared = Comparison(largest * found.difference, low, high, found.p_value)
 
     # The exact test, where it applies.
     flat = [score for pair in scores for side in pair for score in side]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..data.sources import open_source
 from ..inference.reasoning_rows import REASONING, Reasoning
 from ..utils.validation import check_choice, check_count, check_fraction, check_not_negative
 from .mixing import mix_rows
+from .replay import KeptRow, RowReplay, exchange, priority_of, read_kept, read_replay
 from .row_makers import PAIRINGS, Row, demonstrations, preference_pairs, scored_rows, spin_pairs, unpaired_rows
 from .samples import ScoredPrompt
 
@@ -34,7 +35,8 @@ class RowOptions:
         demonstration: of ``spin``, the column with demonstrations.
         seed_rows: a source of rows that are mixed with those of the first kind.
         seed_ratio: their share, in [0, 1).
-        max_rows: largest number of rows of the first kind; no prompt is sampled once there are so many.
+        replay: options of ``self_improvement.RowReplay``: rows of the first kind come back in later rounds.
+        max_rows: largest number of new rows of the first kind; no prompt is sampled once there are so many.
     """
 
     rows: list[str] = field(default_factory=lambda: ["pairs"])
@@ -46,6 +48,7 @@ class RowOptions:
     demonstration: str = "completion"
     seed_rows: str | list[str] | None = None
     seed_ratio: float = 0.0
+    replay: dict[str, Any] | None = None
     max_rows: int | None = None
 
     def check(self) -> None:
@@ -75,6 +78,12 @@ class RowOptions:
             raise ValueError("threshold is null, and the labels of unpaired rows need one: 0.5 for scores of 0 and 1")
         if (self.seed_rows is None) != (self.seed_ratio == 0):
             raise ValueError(f"seed_rows is {self.seed_rows!r} and seed_ratio {self.seed_ratio}: give both, or neither")
+        _ = self.replay_options
+
+    @property
+    def replay_options(self) -> RowReplay | None:
+        """The options of replay, checked; ``None`` without it."""
+        return None if self.replay is None else read_replay(self.replay)
 
     def make(self, kind: str, prompts: Sequence[ScoredPrompt], hinted: Sequence[ScoredPrompt] = ()) -> list[Row]:
         """Makes the rows of one kind; those of each prompt do not depend on the others.
@@ -94,6 +103,23 @@ class RowOptions:
             assert self.threshold is not None  # checked
             return unpaired_rows(prompts, threshold=self.threshold)
         return spin_pairs(prompts, column=self.demonstration) if kind == "spin" else scored_rows(prompts)
+
+    def priorities(self, prompts: Sequence[ScoredPrompt], hinted: Sequence[ScoredPrompt] = ()) -> list[float]:
+        """Returns the priority in replay of each row of the first kind that ``make`` makes of the same."""
+        replay, kind = self.replay_options, self.rows[0]
+        assert replay is not None
+        return [
+            priority_of(scored, replay.priority)
+            for scored, part in [*((p, ([p], [])) for p in prompts), *((p, ([], [p])) for p in hinted)]
+            for _ in self.make(kind, *part)
+        ]
+
+    def replayed(self, rows: Sequence[Row], priorities: Sequence[float], seed: int) -> tuple[list[Row], list[KeptRow]]:
+        """Draws rows of earlier rounds, and keeps those of this one; ``self_improvement.replay.exchange`` tells how."""
+        replay = self.replay_options
+        assert replay is not None
+        before = [] if replay.rows is None else read_kept(replay.rows)
+        return exchange(list(zip(rows, priorities, strict=True)), before, replay, seed=seed)
 
     def mixed(self, rows: Sequence[Row], seed: int) -> list[Row]:
         """Adds the seed rows, chosen by a seed."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..evaluation.answers import answer_prompts
 from ..inference import Completion, Engine, SamplingParams, derive_seed
+from ..inference.policies import PolicySpec, combination, policy_models
 from ..sequences import Example
 from ..utils.files import content_hash
 from ..utils.validation import check_count
@@ -165,13 +166,13 @@ def passage_of(completion: Completion) -> str:
     return thought.passage if thought is not None and thought.closed else ""
 
 
-def model_hash(model: str | Path | Sequence[str | Path]) -> str:
-    """Returns the content hash of a model's folder, or the name of a model that is not one.
+def model_hash(model: Path | PolicySpec) -> str:
+    """Returns the content hash of a model's folder, or the name of one that is no folder; of an ensemble all of these.
 
     Example:
         >>> model_hash("no-such/model")
         'no-such/model'
     """
     if not isinstance(model, str | Path):
-        return " + ".join(map(model_hash, model))
+        return ", ".join([" + ".join(map(model_hash, policy_models(model))), *combination(model)])
     return content_hash(Path(model).expanduser()) or str(model)

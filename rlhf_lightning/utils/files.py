@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,45 +261,6 @@ def _files(folder: Path) -> set[str]:
     """Lists files below a folder, including links and empty folders, without the list itself."""
     found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir() or not any(p.iterdir()))
     return {path.relative_to(folder).as_posix() for path in found} - {MARKER}
-
-
-def discard(folder: Path) -> None:
-    """Deletes a folder that the package wrote, its list last, so that a killed process leaves a recognised folder."""
-    # The list goes last: without it, the rest would look like a user's files.
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARKER:
-            path.unlink()
-    shutil.rmtree(folder)
-
-
-def recover(folder: Path) -> None:
-    """Cleans up after a process that was killed while it replaced a folder.
-
-    Restores the old folder if the new one did not reach its place, and deletes incomplete ones; both only where their
-    list shows that the package wrote them.
-
-    Args:
-        folder: the folder that was being written.
-    """
-    for suffix in (REPLACED, PARTIAL):
-        left = hidden_sibling(folder, suffix)
-        if read_marker(left) is None:
-            _remove_empty(left)
-        # The old folder was moved aside and the new one never arrived.
-        elif suffix == REPLACED and not folder.exists():
-            left.rename(folder)
-        else:
-            discard(left)
-
-
-def _remove_empty(folder: Path) -> None:
-    """Removes a folder that was just made or is nearly deleted: it holds at most the beginning of its list."""
-    begun = hidden_sibling(folder / MARKER, PARTIAL)
-    if folder.is_dir() and not folder.is_symlink() and all(path == begun for path in folder.iterdir()):
-        begun.unlink(missing_ok=True)
-        folder.rmdir()
 
 
 # Locks: one run in one place.

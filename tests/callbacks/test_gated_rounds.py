@@ -14,11 +14,13 @@ import torch
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import CapabilityGate, SelfImprovement, TrainingCheckpoint, capability_gate
 from rlhf_lightning.datamodules import SFTDataModule
+from rlhf_lightning.inference import derive_seed
 from rlhf_lightning.self_improvement.gate import Decision
 
 from ..helpers import save_tiny_model
 from ..integration.test_resume import assert_same, final, ignore_totals
 from ..invariance.harness import trainer
+from ..self_improvement.naive_replay import naive_replay
 from .test_weight_average import trained
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")]
@@ -198,7 +200,7 @@ def test_an_interrupted_run_is_the_same_run(
 ) -> None:
     """Interrupted in any attempt of a round, and resumed from the newest checkpoint."""
     plan = [0, 2, 1]
-    gate = {"gate": {"every_n_steps": every}}
+    gate = {"gate": {"every_n_steps": every}, "rounds": {"replay": {"share": 0.5}}}
     rejections += plan
     whole = Run(folder, prompts, suite, tmp_path / "whole", **gate).fit()
     assert whole.verdicts[:6] == ["accept", "reject", "reject", "accept", "reject", "accept"]
@@ -222,6 +224,34 @@ def test_an_interrupted_run_is_the_same_run(
         assert_same(found["optimizer_states"], expected["optimizer_states"])
         for file in (tmp_path / "whole/own").iterdir():
             assert (place / "own" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_rows_of_earlier_rounds_come_back_but_not_those_of_rejected_ones(
+    folder: str, prompts: str, suite: dict[str, Any], tmp_path: Path, rejections: list[int]
+) -> None:
+    rejections += [0, 1, 1, 0]
+    Run(folder, prompts, suite, tmp_path, rounds={"replay": {"share": 1.0, "capacity": 9}, "keep": 3}).fit()
+    earlier: dict[int, Any] = {}
+    back = 0
+    for number in (1, 2, 3):
+        # The last attempt is the one that was accepted.
+        for attempt in (0,) if number == 3 else (0, 1):
+            again = ("attempt", attempt) if attempt else ()
+            name = f"round-{number}" + (f"-attempt-{attempt}" if attempt else "")
+            with (tmp_path / f"own/{name}.jsonl").open() as file:
+                rows = [json.loads(line) for line in file]
+            own = [row for row in rows if "round" not in row["provenance"]]
+            seed = derive_seed(3, "replay", number, *again)
+            drawn = naive_replay(earlier, own, number=number, seed=seed, capacity=9, share=1.0)
+            assert rows == [*own, *drawn]
+            back += len(drawn)
+        earlier[number] = [(row, 1.0) for row in own]
+    assert back > 3
+    assert {file.name for file in (tmp_path / "own").glob("*.jsonl")} == {
+        f"round-{name}{kind}.jsonl"
+        for name in ("1", "1-attempt-1", "2", "2-attempt-1", "3")
+        for kind in ("", ".replay")
+    }
 
 
 def test_other_seeds_are_another_attempt_where_a_round_begins_at_each_boundary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,6 +183,30 @@ def test_pairs_and_seed_rows(folder, prompts, tmp_path):
     assert len(rows) - len(own) == min(6, len(own))
 
 
+def test_rows_of_earlier_rounds_come_back(folder, prompts, tmp_path):
+    rounds = improvement(prompts, tmp_path, replay={"share": 1.0, "priority": "frontier", "max_age": 1})
+    run(folder, tmp_path, rounds, max_epochs=4)
+    files = [lines(tmp_path / f"own/round-{n}.jsonl") for n in (1, 2, 3)]
+    again = [[row["provenance"]["round"] for row in rows if "round" in row["provenance"]] for rows in files]
+    assert not again[0]
+    assert {*again[1]} == {1}
+    assert {*again[2]} == {2}
+    assert [record["replayed"] for record in rounds.history] == [len(places) for places in again]
+    for earlier, rows in pairwise(files):
+        # As they were, of the policy that drew them.
+        before = [row for row in earlier if "round" not in row["provenance"]]
+        for row in rows:
+            if row["provenance"].pop("round", None):
+                assert row in before
+
+
+def test_a_resumed_run_needs_the_rows_that_were_kept(folder, prompts, tmp_path):
+    run(folder, tmp_path, improvement(prompts, tmp_path), max_steps=4, max_epochs=-1)
+    again, resume = improvement(prompts, tmp_path, replay={}), str(tmp_path / "checkpoints/step=4.ckpt")
+    with pytest.raises(ValueError, match=r"the rows of round 1 are not in .*round-1\.replay\.jsonl'"):
+        run(folder, tmp_path, again, resume=resume, max_steps=6, max_epochs=-1)
+
+
 def test_a_round_without_a_row_keeps_those_before(folder, prompts, tmp_path):
     seen, rounds = Seen(), improvement(prompts, tmp_path, verifier=NEVER)
     run(folder, tmp_path, rounds, seen, max_epochs=2)
@@ -214,6 +239,12 @@ def test_rows_that_a_resumed_run_needs(folder, prompts, tmp_path):
         ({"rows": "pairs", "num_samples": 1}, "num_samples is 1, and a pair is made of two samples"),
         ({"sampling": {"temperature": 0.0}}, "num_samples is 4 at sampling.temperature 0, where all are equal"),
         ({"seed_ratio": 0.5}, "seed_rows is None and seed_ratio 0.5: give both, or neither"),
+        ({"replay": {"capacity": 0}}, "replay.capacity is 0; it must be a whole number of at least 1"),
+        (
+            {"replay": {"rejected": True}},
+            "replay.rejected is True, and a gate takes rejected rounds back",
+        ),
+        ({"replay": {"rows": "x"}}, "replay.rows is 'x', and the callback gives it: leave it out"),
         ({"sampling": {"seed": 1}}, "sampling.seed is 1: write seed"),
         ({"verifier": "nowhere.right"}, "verifier 'nowhere.right' cannot be imported"),
     ],

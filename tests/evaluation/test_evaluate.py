@@ -21,13 +21,13 @@ from rlhf_lightning.evaluation import (
     TaskResult,
     compare,
     evaluate,
-    mean_interval,
     read_history,
     run_task,
     wilson_interval,
 )
-from rlhf_lightning.evaluation.evaluate import short_names
+from rlhf_lightning.evaluation.candidates import short_names
 from rlhf_lightning.evaluation.report import Report
+from rlhf_lightning.metrics.intervals import share_interval
 from rlhf_lightning.utils.files import mark
 from rlhf_lightning.utils.messages import UsageError
 
@@ -130,9 +130,11 @@ def test_the_interval_of_a_share_stays_within_its_range(tmp_path: Path) -> None:
     task = Task(name="sums", prompts=write_rows(tmp_path), num_samples=2)
     low = run_task(task, engine(["#1", "#9"], *WRONG[1:])).accuracy
     high = run_task(task, engine(["#1", "#9"], *RIGHT[1:])).accuracy
-    assert (low.value, low.low, high.high) == (0.125, 0.0, 1.0)
-    assert low.high == pytest.approx(mean_interval([0.5, 0, 0, 0]).high)
-    assert high.low == pytest.approx(mean_interval([0.5, 1, 1, 1]).low)
+    assert (low.value, high.value) == (0.125, 0.875)
+    assert low == share_interval(4, 0.5, 0.25)
+    assert high == share_interval(4, 3.5, 3.25)
+    assert 0 < low.low < low.high < high.high < 1
+    assert (high.low, high.high) == pytest.approx((1 - low.high, 1 - low.low))
 
 
 def test_rows_without_a_verdict_are_counted_and_left_out(tmp_path: Path) -> None:

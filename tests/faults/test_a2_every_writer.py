@@ -85,6 +85,7 @@ WRITERS = (
     Writer("fit: checkpoints", "saved/step=1.ckpt", lambda m, at: fit(m, [TrainingCheckpoint(str(at / "saved"))])),
     Writer("fit: history", "log.jsonl", lambda m, at: fit(m, [], logger=JSONLLogger(str(at / "log.jsonl")))),
     Writer("rounds", "round-1.jsonl", lambda m, at: started(SelfImprovement("p", str(at)), "fit")),
+    Writer("kept rows", "round-1.replay.jsonl", lambda m, at: started(SelfImprovement("p", str(at)), "fit")),
     Writer("rounds again", "round-2-attempt-1.jsonl", lambda m, at: started(SelfImprovement("p", str(at)), "fit")),
     Writer("gate: manifest", "manifest.json", lambda m, at: Snapshots(at, 1).refuse_others()),
     Writer("gate: results", "step=3.json", lambda m, at: Snapshots(at, 1).refuse_others()),
@@ -151,7 +152,8 @@ def test_what_they_wrote_themselves_is_replaced(tiny_model_folder: Callable[[str
     for _ in range(2):
         conflicts().save(tmp_path)
         greedy_soup([model, tmp_path / "moved"], tmp_path / "soup", evaluate=lambda folder: 1.0)
-        SelfImprovement("p", str(tmp_path / "rounds"))._write(tmp_path / "rounds/round-1.jsonl", ROWS)
+        own = {tmp_path / f"rounds/round-1{kind}.jsonl": "{}\n" for kind in ("", ".replay")}
+        SelfImprovement("p", str(tmp_path / "rounds"))._write(own)
         started(SelfImprovement("p", str(tmp_path / "rounds")), "fit")
     assert other.read_text() == "mine"
     with pytest.raises(ValueError, match=r"is the folder of a model, and a report of conflicts would change it"):

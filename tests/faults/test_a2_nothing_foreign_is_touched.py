@@ -20,7 +20,6 @@ from rlhf_lightning.callbacks import JSONLLogger, ModelExport, TrainingCheckpoin
 from rlhf_lightning.cli import main
 from rlhf_lightning.datamodules import SFTDataModule
 from rlhf_lightning.loggers import read_history
-from rlhf_lightning.models.saving import replace_folder
 from rlhf_lightning.pipeline import load_pipeline, run_pipeline
 from rlhf_lightning.pipeline.runner import _clear
 from rlhf_lightning.utils.files import (
@@ -33,9 +32,9 @@ from rlhf_lightning.utils.files import (
     hidden_sibling,
     hold,
     mark,
-    recover,
     release,
 )
+from rlhf_lightning.utils.folders import recover, replace_folder
 
 ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(4)]
 Folder = Callable[[str], Path]

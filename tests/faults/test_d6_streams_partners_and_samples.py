@@ -180,8 +180,7 @@ def test_partners_of_a_whole_split_take_no_quadratic_time(fits: bool) -> None:
 
 def test_an_interrupted_sample_stage_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_stage, "_PROMPTS_AT_ONCE", 8)
-    monkeypatch.setattr(sample_stage, "load_model", lambda folder, dtype: (None, tokenizer))
-    monkeypatch.setattr(sample_stage, "LocalEngine", lambda model, tokenizer: None)
+    monkeypatch.setattr(sample_stage, "stage_policy", lambda model, dtype: (None, tokenizer))
     from .. import helpers
 
     tokenizer = helpers.char_tokenizer()

@@ -117,6 +117,19 @@ def test_a_conversation_that_no_longer_fits(engine):
     assert [message["content"] for message in chat.messages][::2] == ["1+1", "2+2"]
 
 
+def test_only_answers_are_counted(engine):
+    # One that fails before a token is none; its turn has a number, by which the next one is drawn.
+    chat, _ = talk(engine, "1+1", "1" * 120, "2+2")
+    assert chat.answers == 2
+    first = chat.messages[1]["content"]
+    assert chat.messages[3]["content"] == alone(f"<user>1+1\n<assistant>{first}<eos><user>2+2\n<assistant>", 2)
+    # Nor is an end alone, or a turn that is stopped before its first token.
+    silent = Scripted(char_tokenizer(), "", "2")
+    assert talk(silent, "1+1", "1+1")[0].answers == 1
+    chat, screen = talk(Stopped(char_tokenizer()), "1+1")
+    assert (chat.answers, chat.messages, screen.lines) == (0, [], ["stopped"])
+
+
 class Scripted:
     """Writes an answer with one token per character."""
 
@@ -128,6 +141,13 @@ class Scripted:
         from rlhf_lightning.inference import Completion
 
         return [[Completion([5], self.answers.pop(0), [0.0], "stop")]]
+
+
+class Stopped(Scripted):
+    """Is interrupted before it has an answer."""
+
+    def generate(self, prompts: Sequence[Any], num_samples: int, sampling: SamplingParams, *, seeds: Any) -> Any:
+        raise KeyboardInterrupt
 
 
 def test_a_model_without_a_template():
@@ -180,6 +200,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(engine):
     whole = alone("<user>1+1\n<assistant>", 0)
     assert chat.messages[-1] == {"role": "assistant", "content": whole[:2]}
     assert screen.lines == ["stopped"]
+    assert chat.answers == 1
     assert signal.getsignal(signal.SIGINT) is before
     chat.run(["2+2"])
     assert chat.messages[-1]["content"] == alone(f"<user>1+1\n<assistant>{whole[:2]}<eos><user>2+2\n<assistant>", 1)
@@ -252,4 +273,7 @@ def test_ctrl_c_in_a_process(tiny_model_folder: Callable[[str], Path]):
     # Of the first answer not all tokens, and all of the second.
     new = int(re.search(r"2 answers: .*, new (\d+) tokens", said.decode())[1])
     assert 100 <= new < 200
-    assert len(begun + out) > 100
+    engine = LocalEngine.from_pretrained(tiny_model_folder("llama"))
+    params = SamplingParams(max_new_tokens=100, min_new_tokens=100, top_k=20)
+    expected = engine.generate(["<user>2+2\n<assistant>"], 1, params, seeds=[[derive_seed(0, 1)]])[0][0].text
+    assert (begun + out).decode().endswith(f"\n{expected}\n")

@@ -209,8 +209,7 @@ def test_the_evaluation_of_a_pipeline_searches(prompts: str, tmp_path: Path, mon
             drawn_with.append(sampling)
             return super().generate(prompts, num_samples, sampling, **options)
 
-    monkeypatch.setattr(sample_stage, "load_model", lambda folder, dtype: (None, char_tokenizer()))
-    monkeypatch.setattr(sample_stage, "LocalEngine", Noting)
+    monkeypatch.setattr(sample_stage, "stage_policy", lambda model, dtype: (Noting(), char_tokenizer()))
     file = tmp_path / "answers.jsonl"
     plain = sample_stage.evaluate(Evaluation(prompts, max_new_tokens=7), tmp_path, "float32", file)
     assert (plain["accuracy"], drawn_with[-1].temperature) == (0.25, 0.0)

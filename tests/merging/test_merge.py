@@ -32,10 +32,12 @@ from rlhf_lightning.merging.merge import build_method
 from rlhf_lightning.merging.methods import METHODS, merge_tensors
 from rlhf_lightning.merging.methods import base as base_module
 from rlhf_lightning.merging.sources import open_source
+from rlhf_lightning.merging.stream import JOURNAL
 from rlhf_lightning.merging.tensor_files import read_header
 from rlhf_lightning.models import load_tokenizer
+from rlhf_lightning.utils.files import REPLACED
 
-from ..helpers import save_tiny_model
+from ..helpers import Killed, killed_after, save_tiny_model
 
 TOKENS = torch.arange(9)[None]
 NANO = Path(__file__).parents[2] / "configs" / "models" / "nano"
@@ -645,3 +647,32 @@ def test_a_killed_merge_resumes_to_the_same_bytes(folders, tmp_path):
         found = {path.name: path.read_bytes() for path in output.iterdir() if path.suffix == ".safetensors"}
         assert found == expected
         assert verify(output) == []
+
+
+def test_a_merge_that_is_killed_while_it_replaces_another_loses_neither(folders, tmp_path):
+    """Nor is half of the replaced model put back, where the new one is deleted afterwards."""
+    halves = {"base": folders["base"], "models": [folders["a"], folders["b"]]}
+    for moment in range(100):
+        output = tmp_path / str(moment)
+        merge("task_arithmetic", **halves, output=output, scale=0.5)
+        names = {path.name for path in output.iterdir()}
+        try:
+            with killed_after(moment, JOURNAL):
+                merge("task_arithmetic", **halves, output=output)
+            killed = False
+        except Killed:
+            killed = True
+        places = [output, output.with_name(f".{output.name}{REPLACED}")]
+        assert any(place.exists() for place in places)
+        shutil.rmtree(output, ignore_errors=True)
+
+        # The next merge cleans up, and fails.
+        with pytest.raises(ValueError, match="the merged model equals the base"):
+            merge("task_arithmetic", **halves, output=output, scale=0.0)
+        if output.exists():
+            assert verify(output) == []
+            assert {path.name for path in output.iterdir()} == names
+        if not killed:
+            break
+    assert not killed
+    assert moment > 5

@@ -18,6 +18,7 @@ from rlhf_lightning.metrics.intervals import (
 )
 
 stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: no oracle")
+optimize = pytest.importorskip("scipy.optimize")
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 5), (1, 5), (3, 7), (50, 100), (100, 100)])
@@ -87,15 +88,20 @@ def test_the_same_seed_gives_the_same_result_and_swapped_models_the_opposite() -
 
 def test_equal_models_differ_by_nothing() -> None:
     found = paired_bootstrap([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
-    assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.difference, found.p_value) == (0.0, 1.0)
+    # Three prompts of one kind leave a doubt: of 7.5 trials, which have the variance of three ties, a win and a loss.
+    end = 1.959964 / np.sqrt(7.5 + 1.959964**2)
+    assert (found.low, found.high) == pytest.approx((-end, end), abs=1e-6)
+    scale = paired_bootstrap([3.0, 2.0, 9.0], [3.0, 2.0, 9.0])  # no shares: there is no largest spread
+    assert (scale.low, scale.high) == (0.0, 0.0)
 
 
 def test_means_and_shares_of_samples_cover_as_often_as_they_say() -> None:
     draw = np.random.default_rng(6)
     means, shares = 0, 0
     for _ in range(2000):
-        found = mean_interval(draw.normal(2.0, 3.0, 12))
-        means += found.low <= 2.0 <= found.high
+        interval = mean_interval(draw.normal(2.0, 3.0, 12))
+        means += interval.low <= 2.0 <= interval.high
         # Eight samples of 60 prompts that are more or less difficult: samples of one prompt are not independent.
         right = draw.binomial(8, draw.beta(0.8, 1.2, 60)) / 8
         found = share_interval(60, right.sum(), (right * right).sum())
@@ -104,10 +110,23 @@ def test_means_and_shares_of_samples_cover_as_often_as_they_say() -> None:
     assert 0.93 <= shares / 2000 <= 0.97
 
 
-def test_the_interval_of_shares_is_that_of_their_values() -> None:
-    values = np.array([0.25, 0.5, 1.0, 0.0, 0.75])
-    found, expected = share_interval(5, values.sum(), (values * values).sum()), mean_interval(values)
-    assert (found.low, found.high) == pytest.approx((max(0, expected.low), min(1, expected.high)))
+@pytest.mark.parametrize("values", [[0.25, 0.5, 1.0, 0.0, 0.75], [0.5, 0.5, 0.5], [1.0] * 20 + [0.875]])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_the_interval_of_shares_is_where_the_score_test_accepts(values: list[float], level: float) -> None:
+    """Its ends are the means for which the observed one is z deviations away, if trials had the variance of shares."""
+    shares = np.array(values)
+    found = share_interval(len(shares), shares.sum(), (shares * shares).sum(), level)
+    # The variance of the shares and of two that are added with the largest one, per that of a trial.
+    mean, count = shares.mean(), len(shares)
+    spread = ((shares - mean) ** 2).sum() + 2 * mean * (1 - mean)
+    ratio = spread / (count + 2) / (mean * (1 - mean))
+    z = stats.norm.ppf(0.5 + level / 2)
+    away = lambda p: abs(mean - p) / np.sqrt(ratio * p * (1 - p) / count) - z  # noqa: E731
+    assert found.low == pytest.approx(optimize.brentq(away, 1e-12, mean))
+    assert found.high == pytest.approx(optimize.brentq(away, mean, 1 - 1e-12))
+
+
+def test_the_interval_of_single_verdicts_is_wilsons() -> None:
     assert share_interval(7, 3.0, 3.0) == wilson_interval(3, 7)
     with pytest.raises(ValueError, match="count is 0"):
         share_interval(0, 0.0, 0.0)

@@ -50,8 +50,12 @@ def best(prompt: int, chosen: tuple[int, ...]) -> float:
 
 
 def accuracy() -> dict[str, float]:
-    interval = stats.ttest_1samp(SHARES, 0).confidence_interval(0.95)
-    return {"accuracy": SHARES.mean(), "accuracy_low": interval.low, "accuracy_high": interval.high}
+    # Wilson's of as many trials as have the variance of the mean, of these shares and of two with the largest spread.
+    mean, count = SHARES.mean(), len(SHARES)
+    widest, z = mean * (1 - mean), stats.norm.ppf(0.975)
+    trials = count * widest / ((SHARES.var() * count + 2 * widest) / (count + 2))
+    ends = np.roots([trials + z * z, -(2 * trials * mean + z * z), trials * mean * mean])
+    return {"accuracy": mean, "accuracy_low": min(ends), "accuracy_high": max(ends)}
 
 
 def divergences() -> dict[str, float]:

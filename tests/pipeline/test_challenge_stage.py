@@ -49,8 +49,7 @@ class Writer(ScriptedEngine):
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Writer:
     engine = Writer(SOLVED)
-    monkeypatch.setattr(challenge_stage, "load_model", lambda folder, dtype: (None, engine.tokenizer))
-    monkeypatch.setattr(challenge_stage, "LocalEngine", lambda model, tokenizer: engine)
+    monkeypatch.setattr(challenge_stage, "stage_policy", lambda model, dtype: (engine, engine.tokenizer))
     return engine
 
 

@@ -24,8 +24,9 @@ from rlhf_lightning.pipeline.judging import (
 )
 from rlhf_lightning.pipeline.stages import EvaluateStage, GateStage
 from rlhf_lightning.utils.files import MARKER, content_hash
+from rlhf_lightning.utils.folders import recover
 
-from ..helpers import save_tiny_model
+from ..helpers import Killed, killed_after, save_tiny_model
 
 EVEN = f"{__name__}.first_is_even"
 
@@ -110,7 +111,7 @@ def test_a_model_that_is_too_large_or_too_slow_does_not_pass(models, suite, tmp_
         assert run_gate(stage, folder, 0, "float32", lambda line: None)["accepted"] == passes
         written = json.loads((folder / "decision.json").read_text())
         assert written["memory_gb"] == pytest.approx(bytes_of / 1e9, rel=1e-12)
-    assert written["reason"].startswith("its weights take 0.000")
+    assert written["reason"].startswith("its weights take 7.85e-05 GB, above max_memory_gb=")
     half = Judge(suite, criteria_of(criteria), tmp_path / "e", 0, "bfloat16", models[0])
     assert half.decide(models[0], models[1])[0].verdict == "accept"
 
@@ -210,6 +211,27 @@ def test_a_copy_is_whole_and_is_the_package_s(models, tmp_path):
     copy_model(models[0], target)
     assert content_hash(target) == again
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_a_copy_that_is_killed_leaves_the_model_that_it_replaces(models, tmp_path):
+    for moment in range(100):
+        target = tmp_path / str(moment) / "model"
+        copy_model(models[0], target)
+        old = content_hash(target / "model.safetensors")
+        try:
+            with killed_after(moment):
+                copy_model(models[1], target)
+            killed = False
+        except Killed:
+            killed = True
+        recover(target)
+        new = content_hash(Path(models[1]) / "model.safetensors")
+        assert content_hash(target / "model.safetensors") in (old, new)
+        assert {path.name for path in target.iterdir()} == {path.name for path in Path(models[0]).iterdir()} | {MARKER}
+        if not killed:
+            break
+    assert not killed
+    assert moment > 5
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import shutil
@@ -16,6 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.metrics.intervals import mcnemar, paired_bootstrap, wilson_interval
 from rlhf_lightning.pipeline import kinds, load_pipeline, run_pipeline
 
 CALLS: list[str] = []
@@ -152,6 +154,7 @@ def test_everything_from_start_to_report(finished):
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["stage"] for row in summary["stages"]] == ["sft", "pairs", "dpo"]
     assert summary["stages"][2]["test_accuracy"] == stages["dpo"]["evaluation"]["accuracy"]
+    assert_tested(folder, summary)
     assert stages["dpo"]["metrics"]["val_before/loss"] == pytest.approx(0.693147, abs=1e-5)
     assert f"test accuracy {stages['dpo']['evaluation']['accuracy']:.1%} of 12 problems" in out
     page = (folder / "report.html").read_text()
@@ -163,12 +166,35 @@ def test_everything_from_start_to_report(finished):
     assert json.loads((folder / "manifest.json").read_text())["versions"]["rlhf-lightning"]
 
 
+def assert_tested(folder, summary):
+    """Intervals and paired tests are those of the stored rewards, in the summary and on the page."""
+    sft, dpo = (
+        [json.loads(line)["reward"] for line in (folder / name / "test_answers.jsonl").read_text().splitlines()]
+        for name in ("sft", "dpo")
+    )
+    by_stage = {row["stage"]: row for row in summary["stages"]}
+    expected, interval = paired_bootstrap(dpo, sft, seed=3), wilson_interval(int(sum(dpo)), 12)
+    assert by_stage["dpo"]["test_interval"] == [interval.low, interval.high]
+    assert by_stage["dpo"]["test_comparison"] == {
+        "against": "sft",
+        "prompts": 12,
+        **dataclasses.asdict(expected),
+        "mcnemar": mcnemar([reward == 1 for reward in dpo], [reward == 1 for reward in sft]),
+    }
+    assert "test_comparison" not in by_stage["sft"]
+    assert "test_interval" not in by_stage["pairs"]
+    page = (folder / "report.html").read_text()
+    assert f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %" in page
+    assert f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f} %" in page
+
+
 def test_what_is_finished_and_unchanged_is_not_run_again(finished, tmp_path):
     first, written = finished.stages, finished.copy(tmp_path, *finished.stages)
     CALLS.clear()
     second = run(written, tmp_path)
     assert ran(second) == []
     assert CALLS == []  # the test set is not read again either
+    assert_tested(tmp_path / "run", json.loads((tmp_path / "run/summary.json").read_text()))
     for name in first:
         assert second[name]["key"] == first[name]["key"]
         assert second[name]["metrics"] == first[name]["metrics"]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import random
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +21,7 @@ from rlhf_lightning.self_improvement.gate import Decision
 from rlhf_lightning.utils.files import content_hash
 from rlhf_lightning.utils.messages import UsageError
 
-from . import rounds_worker
-
-VERIFIER = f"{__name__}.first_is_even"
-KILLS = int(os.environ.get("RLHF_LIGHTNING_KILLS", "3"))
-
-
-def first_is_even(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    return [float(bool(text) and ord(text[0]) % 2 == 0) for text in completions]
-
+from .rounds_files import contents, write_rounds
 
 TRAIN: dict[str, Any] = {
     "kind": "fit",
@@ -185,41 +173,7 @@ def test_mistakes_are_found_when_the_file_is_read(tmp_path, change, message):
 
 @pytest.fixture
 def written(tiny_model_folder, tmp_path) -> dict[str, Any]:
-    prompts = [{"prompt": f"{n}+{n}=?", "answer": str(2 * n)} for n in range(12)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    seeds = [{"prompt": f"{n}-{n}=?", "completion": "#0"} for n in range(12)]
-    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seeds))
-    sample = {
-        "kind": "sample",
-        "model": "${round.model}",
-        "prompts": str(tmp_path / "prompts.jsonl"),
-        "verifier": VERIFIER,
-        "rows": ["demonstrations", "samples"],
-        "sampling": {"max_new_tokens": 24},
-        "num_samples": 8,
-        "seed_rows": str(tmp_path / "seeds.jsonl"),
-        "seed_ratio": 0.25,
-    }
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
-    train = {
-        "kind": "fit",
-        "model": {
-            "class_path": "SFTModule",
-            "init_args": {"model": "${round.model}", "optimizer": optimizer},
-        },
-        "data": {"class_path": "SFTDataModule", "init_args": {"train": "${outputs.own.demonstrations}"}},
-        "trainer": {"accelerator": "cpu", "max_steps": 1, "logger": False},
-    }
-    task = {"name": "even", "prompts": str(tmp_path / "prompts.jsonl"), "verifier": VERIFIER}
-    loop = {
-        "kind": "rounds",
-        "model": str(tiny_model_folder()),
-        "rounds": 2,
-        "suite": {"name": "small", "tasks": [task | {"sampling": {"max_new_tokens": 4}}]},
-        "criteria": {"accept": "not_worse", "on_reject": "new_seed"},
-        "body": {"own": sample, "train": train},
-    }
-    return {"run_dir": str(tmp_path / "run"), "seed": 3, "stages": {"loop": loop}}
+    return write_rounds(str(tiny_model_folder()), tmp_path)
 
 
 def run(written: dict[str, Any], tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -228,12 +182,6 @@ def run(written: dict[str, Any], tmp_path: Path, *arguments: str) -> dict[str, A
     main(["pipeline", "--config", str(file), *arguments])
     found: dict[str, Any] = json.loads((Path(written["run_dir"]) / "manifest.json").read_text())["stages"]["loop"]
     return found
-
-
-def contents(folder: Path) -> dict[str, str | None]:
-    places = ["model", "rounds.jsonl"]
-    places += [f"rounds/{n}/{name}" for n in (1, 2) for name in ("own/demonstrations.jsonl", "own/samples.jsonl")]
-    return {place: content_hash(folder / place) for place in [*places, "rounds/1/train/model", "rounds/2/train/model"]}
 
 
 @pytest.mark.slow
@@ -344,41 +292,6 @@ def test_a_loop_that_is_cut_off_ends_with_the_same_bytes(written, tmp_path, monk
     assert len(records) == 1  # it was cut off in the second round
     run(written, tmp_path)
     assert contents(tmp_path / "cut/loop") == whole
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(120 + 30 * KILLS)
-def test_a_loop_that_is_killed_ends_with_the_same_bytes(written, tmp_path):
-    """At random moments, also while a file is written; ``RLHF_LIGHTNING_KILLS=10`` kills it so many times."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([rounds_worker.__name__])
-    chance = random.Random(KILLS)
-
-    def start(name: str) -> Any:
-        written["run_dir"] = str(tmp_path / name)
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(written, sort_keys=False))
-        process = context.Process(target=rounds_worker.run, args=(str(file), str(tmp_path / f"{name}.log")))
-        process.start()
-        return process
-
-    start("warm").join()  # the first process also waits for what all of them import
-    began = time.monotonic()
-    process = start("whole")
-    process.join()
-    seconds = time.monotonic() - began
-    assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
-    for _ in range(KILLS):
-        process = start("killed")
-        process.join(chance.uniform(0.05, 0.7) * seconds)
-        process.kill()
-        process.join()
-    process = start("killed")
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "killed.log").read_text()
-    whole = contents(tmp_path / "whole/loop")
-    assert all(whole.values())
-    assert contents(tmp_path / "killed/loop") == whole
 
 
 @pytest.mark.slow

@@ -23,10 +23,8 @@ ANSWERS = {"1+1=": ["#2", "#3", "1+1=2 #2"], "2+2=": ["#5", "#6", "#7..."], "2+2
 @pytest.fixture
 def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     engine = ScriptedEngine(ANSWERS)
-    monkeypatch.setattr(sample_stage, "load_model", lambda folder, dtype: (None, engine.tokenizer))
     for stage in (sample_stage, refine_stage):
-        monkeypatch.setattr(stage, "LocalEngine", lambda model, tokenizer: engine)
-    monkeypatch.setattr(refine_stage, "load_model", lambda folder, dtype: (None, engine.tokenizer))
+        monkeypatch.setattr(stage, "stage_policy", lambda model, dtype: (engine, engine.tokenizer))
     rows = [{"prompt": f"{n}+{n}=", "answer": str(2 * n), "completion": f"#{2 * n}"} for n in (1, 2)]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,7 +77,8 @@ def test_samples_with_a_hint_depend_on_their_own_prompt_alone(prompts, tmp_path,
     drawn = []
     for name, answers in (("solved", ANSWERS), ("unsolved", ANSWERS | unsolved)):
         engine = ScriptedEngine(answers)
-        monkeypatch.setattr(sample_stage, "LocalEngine", lambda model, tokenizer, engine=engine: engine)
+        policy = (engine, engine.tokenizer)
+        monkeypatch.setattr(sample_stage, "stage_policy", lambda model, dtype, policy=policy: policy)
         stage = SampleStage(
             model="m", prompts=prompts, num_samples=2, rows=["demonstrations"], hint="{prompt} is {answer}"
         )
@@ -149,7 +148,7 @@ def test_refined_drafts_become_rows(prompts, tmp_path):
         "1+1=|#3|too high!": ["#2"],
         "2+2=": ["#4"],
     }
-    engine = refine_stage.LocalEngine(None, None)
+    engine, _ = refine_stage.stage_policy("m", "float32")
     engine.answers = drafts
     stage = RefineStage(
         model="m",

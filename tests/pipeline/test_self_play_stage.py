@@ -40,8 +40,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ScriptedEngine]]
         loaded.append((folder, ScriptedEngine(PLAYERS[folder])))
         return loaded[-1][1], loaded[-1][1].tokenizer
 
-    monkeypatch.setattr(self_play_stage, "load_model", load)
-    monkeypatch.setattr(self_play_stage, "LocalEngine", lambda model, tokenizer: model)
+    monkeypatch.setattr(self_play_stage, "stage_policy", load)
     return loaded
 
 

@@ -90,11 +90,39 @@ def test_false_accepts_of_equal_models_are_within_the_level(samples: int) -> Non
     assert accepted / draws >= 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("accept", ["better", "not_worse"])
+@pytest.mark.parametrize(
+    ("sizes", "samples", "difficulty"),
+    [((12,), 1, (20.0, 1.0)), ((12,), 4, (20.0, 1.0)), ((8, 30), 1, (0.5, 0.5)), ((8, 30), 4, (1.0, 12.0))],
+)
+def test_errors_are_within_the_level_for_few_prompts_rates_near_the_ends_and_uneven_tasks(
+    accept: Any, sizes: tuple[int, ...], samples: int, difficulty: tuple[float, float]
+) -> None:
+    """Of equally good models: that are accepted as better, or rejected as worse."""
+    generator, draws, wrong = np.random.default_rng(samples), 2000, 0
+    criteria, error = CapabilityCriteria(accept=accept), "accept" if accept == "better" else "reject"
+    for _ in range(draws):
+        sides: tuple[list[TaskResult], list[TaskResult]] = ([], [])
+        for number, size in enumerate(sizes):
+            chance = generator.beta(*difficulty, size=size)
+            for side in sides:
+                right = (generator.random((size, samples)) < chance[:, None]).astype(float).tolist()
+                side.append(result(right, name=f"task {number}"))
+        wrong += decide(*sides, criteria).verdict == error
+    assert wrong / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
+
+
 def test_tasks_count_equally_whatever_their_number_of_prompts() -> None:
     before = [single([0.0] * 4, name="a"), single([1.0] * 12, name="b")]
     after = [single([1.0] * 4, name="a"), single([1.0] * 9 + [0.0] * 3, name="b")]
     found = decide(before, after)
     assert found.difference == pytest.approx((1.0 - 0.25) / 2)
+    assert -1 < found.low < found.difference < found.high < 1
+    # Equal models leave a doubt where there are few prompts, also in tasks of different sizes.
+    same = decide(before, before)
+    assert (same.difference, same.low) == (0.0, pytest.approx(-same.high))
+    assert 0.1 < same.high < 0.5
     # Tasks are paired by name, prompts by row.
     assert decide(before, after[::-1]).difference == pytest.approx(found.difference)
     drop = CapabilityCriteria(max_task_drop=0.2, level=0.4)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_lightning.inference import Completion, SamplingParams
+from rlhf_lightning.metrics.intervals import wilson_interval
 from rlhf_lightning.self_improvement import (
     AdversarialValidator,
     Consistency,
@@ -214,10 +215,13 @@ def test_the_split_is_by_prompt_and_the_result_reproducible(folder: str) -> None
 
 
 def test_discriminator(folder: str) -> None:
-    check = Discriminator(model=folder, references=SUMS, max_accuracy=0.8, classifier=QUICK)
+    check = Discriminator(model=folder, references=SUMS, max_accuracy=0.6, classifier=QUICK)
     found = check.run(Answering(lambda prompt: "I will not say."), 0)
     assert not found.passed
     assert found.value > 0.9
+    # Eight pairs of which all are told apart do not show that more than 80 % are.
+    assert (found.low, found.high) == (wilson_interval(8, 8).low, 1.0)
+    assert 0.6 < found.low < 0.8
     assert found.samples[0] == "I will not say."
     same = check.run(Answering(lambda prompt: prompt.replace("?", "") + solve(prompt)[1:]), 0)
     assert same.passed

@@ -1,6 +1,6 @@
-"""Logged metrics of a reward model, from the rows of a whole batch.
+"""Logged metrics of rewards, explicit or implied by a policy, from the rows of a whole batch.
 
-Legend: E examples, K attributes.
+Legend: E examples, P pairs, K attributes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,40 @@ def spread(rewards: Tensor) -> Metrics:
     return values | ({"rewards/std": rewards.std(correction=0)} if rewards.numel() > 1 else {})
 
 
-def pair_metrics(rewards_E2: Tensor, tie_E: Tensor, *, calibration: bool) -> Metrics:
-    """Computes means of chosen and rejected rewards and of their margin, and accuracy over pairs that are not ties.
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
+    """Computes the mean rewards of chosen and of rejected completions, and their difference, the margin.
+
+    For pairs this is the mean of the pairs' margins.
 
     Args:
-        rewards_E2: chosen and rejected.
-        tie_E: bool.
+        chosen: any number of rewards, of at most one dimension; without any, there is neither a mean nor a margin.
+        rejected: likewise; the numbers may differ.
+
+    Example:
+        >>> reward_metrics(torch.tensor([1.0, 3.0]), torch.tensor([0.5]))["rewards/margins"]
+        tensor(1.5000)
+    """
+    means = {"chosen": chosen, "rejected": rejected}
+    values = {f"rewards/{name}": rewards.mean() for name, rewards in means.items() if len(rewards)}
+    if len(values) == 2:
+        values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+    return values
+
+
+def pair_metrics(
+    chosen_P: Tensor, rejected_P: Tensor, *, tie_P: Tensor | None = None, calibration: bool = False
+) -> Metrics:
+    """Computes the mean rewards and margin of pairs, and accuracy: the share where the chosen one's is larger.
+
+    Args:
+        chosen_P: rewards of the chosen completions.
+        rejected_P: of the rejected ones.
+        tie_P: bool, pairs that accuracy and calibration leave out.
         calibration: also compute the expected calibration error.
     """
-    chosen, rejected = rewards_E2.unbind(dim=1)
-    values = {
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "rewards/margins": (chosen - rejected).mean(),
-    }
-    decided = (chosen - rejected)[~tie_E]
+    values = reward_metrics(chosen_P, rejected_P)
+    margins = chosen_P - rejected_P
+    decided = margins if tie_P is None else margins[~tie_P]
     if len(decided):
         values["rewards/accuracies"] = (decided > 0).double().mean()
         if calibration:

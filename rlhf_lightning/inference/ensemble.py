@@ -6,7 +6,7 @@ Legend: M models, N rows, P prompts, L tokens of a row, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..datamodules import SFTDataModule
-from ..inference.completion import Completion
-from ..inference.decoder import Decoder
-from ..inference.engine import LocalEngine, Prompts
-from ..inference.requests import completions_by_prompt, make_requests
-from ..inference.sampling import SamplingParams
-from ..inference.together import decoding, generate_together
+from ..data.formats import demonstration
+from ..data.row_reader import RowReader
+from ..data.sources import open_source
+from ..data.tokenization import RowTokenizer
 from ..models import base_model, load_tokenizer
+from ..models.backbone import check_lengths
 from ..models.loading import first_difference
+from ..sequences import Example
 from ..utils.validation import check_choice, check_count
-from .data import check_lengths
+from .completion import Completion, Request
+from .continuous_batching import Counts
+from .decoder import Decoder
+from .engine import LocalEngine, Prompts
 from .pooling import (
     POOLINGS,
     Pooling,
@@ -34,6 +36,9 @@ from .pooling import (
     maximize_on_simplex,
     pooled_scores,
 )
+from .requests import completions_by_prompt, make_requests
+from .sampling import SamplingParams
+from .together import decoding, generate_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,12 +95,12 @@ class EnsemblePolicy:
     ) -> None:
         if isinstance(models, str | Path | nn.Module) or not len(models):
             raise ValueError(f"models is {models!r}; it must be a list of at least one folder or model")
-        check_choice("combine", combine, POOLINGS)
         self.combine = combine
-        self.weights = _normalised(weights, len(models))
+        self.weights = check_combination(len(models), combine, weights)
         self.max_batch_tokens = max_batch_tokens
+        self._counts = Counts()
         self.names = [str(m) if isinstance(m, str | Path) else f"models[{n}]" for n, m in enumerate(models)]
-        self.tokenizer = _shared_tokenizer(models, tokenizer)
+        self.tokenizer = shared_tokenizer(models, tokenizer)
         # Engines of the members encode prompts and know what ends a completion.
         self._members = [
             LocalEngine(model, self.tokenizer, max_batch_tokens=max_batch_tokens)
@@ -120,6 +125,10 @@ class EnsemblePolicy:
     def end_token_ids(self) -> frozenset[int]:
         """The tokens that end a completion of any of the models."""
         return frozenset().union(*(member.end_token_ids for member in self._members))
+
+    def statistics(self) -> dict[str, Any]:
+        """Tells what was done since the engine was made: the fields of ``Counts``, a token of all models being one."""
+        return self._counts.as_dict()
 
     def encode(self, prompt: str | Sequence[int], number: int = 0) -> tuple[int, ...]:
         """Encodes a prompt as ``generate`` does: see ``LocalEngine.encode``."""
@@ -147,6 +156,7 @@ class EnsemblePolicy:
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
+        watch: Callable[[Request], object] | None = None,
     ) -> list[list[Completion]]:
         """Samples completions of prompts from the combined distribution.
 
@@ -156,6 +166,7 @@ class EnsemblePolicy:
             sampling: the settings; by default ``SamplingParams()``. ``model_logprobs`` are those of the combination.
             seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
             limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
+            watch: called with a sample whenever it has another token; see ``LocalEngine.generate``.
 
         Returns:
             One list per prompt, in order, with ``num_samples`` completions.
@@ -169,12 +180,12 @@ class EnsemblePolicy:
                 f"min_new_tokens={params.min_new_tokens} is not allowed with combine='vote': where every vote is for "
                 "an end token, no other token has a share; use combine='arithmetic'"
             )
-        requests, stop_ids = make_requests(self, prompts, num_samples, params, seeds, limits)
+        requests, stop_ids = make_requests(self, prompts, num_samples, params, seeds, limits, watch)
         if requests:
             models, weights_M = self._running()
             pool = partial(pooled_scores, weights_M=weights_M, pooling=self.combine, greedy=params.greedy)
             with decoding(models) as decoders:
-                generate_together(decoders, pool, requests, params, stop_ids, self.max_batch_tokens)
+                generate_together(decoders, pool, requests, params, stop_ids, self.max_batch_tokens, self._counts)
         return completions_by_prompt(requests, num_samples, params)
 
     def next_token_logprobs(self, prompts: Prompts) -> Tensor:
@@ -263,29 +274,44 @@ def _after_each(decoders: Sequence[Decoder], tokens_L: Tensor, counts_L: Tensor)
 
 def _counted_sequences(rows: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the tokens of each path of the rows, and what each counts, those of earlier paths nothing."""
-    data = SFTDataModule(val=rows, tokenizer=tokenizer, eval_batch_size=1)
-    data.setup("validate")
-    for batch in data.val_dataloader():
-        for example in batch.examples:
-            seen: set[int] = set()
-            for path in example.root.paths():
-                tokens = [torch.from_numpy(segment.tokens) for segment in path]
-                counts = [
-                    torch.zeros(len(segment.tokens), dtype=torch.float64)
-                    if segment.weights is None or id(segment) in seen
-                    else torch.from_numpy(segment.weights).double()
-                    for segment in path
-                ]
-                seen |= {id(segment) for segment in path}
-                counts_L = torch.cat(counts)
-                if bool(counts_L.any()):
-                    yield torch.cat(tokens), counts_L
+    tokens_of = RowTokenizer(tokenizer)
+
+    def make(row_id: str, columns: dict[str, Any]) -> list[Example]:
+        row = demonstration(columns)
+        root = tokens_of.answers(row) if row.completions else tokens_of.whole(row)
+        return [Example(row_id, root, row.fields)]
+
+    for example in RowReader(open_source(rows, split="validation"), make).read_all():
+        seen: set[int] = set()
+        for path in example.root.paths():
+            tokens = [torch.from_numpy(segment.tokens) for segment in path]
+            counts = [
+                torch.zeros(len(segment.tokens), dtype=torch.float64)
+                if segment.weights is None or id(segment) in seen
+                else torch.from_numpy(segment.weights).double()
+                for segment in path
+            ]
+            seen |= {id(segment) for segment in path}
+            counts_L = torch.cat(counts)
+            if bool(counts_L.any()):
+                yield torch.cat(tokens), counts_L
 
 
-def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Returns weights with the sum 1."""
+def check_combination(count: int, combine: str, weights: Sequence[float] | None) -> list[float]:
+    """Checks how a number of models are combined; returns their weights with the sum 1.
+
+    Raises:
+        ValueError: there is no such combination, or the weights are not one finite number of at least 0 each.
+
+    Example:
+        >>> check_combination(2, "geometric", [1, 3])
+        [0.25, 0.75]
+    """
+    check_choice("combine", combine, POOLINGS)
     if weights is None:
         return [1 / count] * count
+    if isinstance(weights, str) or not all(isinstance(weight, int | float) for weight in weights):
+        raise ValueError(f"weights is {weights!r}; it must be a list of numbers, one for each model")
     if len(weights) != count:
         raise ValueError(f"weights has {len(weights)} numbers for {count} models: give one for each")
     total = math.fsum(weights)
@@ -294,7 +320,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _shared_tokenizer(
+def shared_tokenizer(
     models: Sequence[str | Path | nn.Module], tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
     """Returns the tokenizer of all models.

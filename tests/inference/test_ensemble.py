@@ -12,15 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_lightning.inference import LocalEngine, MajorityVote, SamplingParams, generate
+from rlhf_lightning.inference import EnsemblePolicy, LocalEngine, MajorityVote, SamplingParams, generate
+from rlhf_lightning.inference.pooling import arithmetic_likelihood, maximize_on_simplex, pooled_scores
 from rlhf_lightning.inference.sampling import uniforms
-from rlhf_lightning.merging import EnsemblePolicy
-from rlhf_lightning.merging.pooling import arithmetic_likelihood, maximize_on_simplex, pooled_scores
 from rlhf_lightning.pipeline import load_pipeline
 from rlhf_lightning.pipeline.runner import run_pipeline
 
 from ..helpers import EOS_ID, VOCAB_SIZE, char_tokenizer, save_tiny_model, tiny_model
-from ..inference.test_engine import flat, random_prompts
+from .test_engine import flat, random_prompts
 
 WEIGHTS = (0.2, 0.5, 0.3)
 POOLS = ("arithmetic", "geometric", "vote")
@@ -248,21 +247,15 @@ run_dir: {tmp_path / "run"}
 stages:
   pairs:
     kind: sample
-    model: [{", ".join(folders)}]
-    ensemble: {{combine: arithmetic, weights: [1, 3]}}
+    model: {{class_path: EnsemblePolicy, init_args: {{models: [{", ".join(folders)}], weights: [1, 3]}}}}
     prompts: sums:prompts?split=train&rows=8
-    verifier: tests.merging.test_ensemble.length
+    verifier: tests.inference.test_ensemble.length
     sampling: {{max_new_tokens: 6, stop_token_ids: {list(range(3, 20))}}}
 """
     )
     manifest = run_pipeline(load_pipeline(file), say=lambda line: None)
     assert manifest.stages["pairs"]["metrics"]["samples"] == 32
     assert set(folders) <= set(manifest.stages["pairs"]["inputs"])
-    for given, message in (("[a]", "ensemble has no key 'combin'"), ("a", "ensemble combines models")):
-        file.write_text(file.read_text().replace(f"[{', '.join(folders)}]", given).replace("combine:", "combin:"))
-        with pytest.raises(ValueError, match=re.escape(message)):
-            run_pipeline(load_pipeline(file), say=lambda line: None)
-        file.write_text(file.read_text().replace("model: [a]", f"model: [{', '.join(folders)}]"))
 
 
 def length(prompts, completions, **_):
@@ -276,6 +269,7 @@ def length(prompts, completions, **_):
     ("options", "message"),
     [
         ({"combine": "arithmetik"}, "did you mean 'arithmetic'"),
+        ({"weights": ["1", "2", "3"]}, "it must be a list of numbers, one for each model"),
         ({"weights": [1.0]}, "weights has 1 numbers for 3 models: give one for each"),
         ({"weights": [1.0, -0.5, 1.0]}, "all must be finite, at least 0, and some above 0"),
         ({"weights": [0.0, 0.0, 0.0]}, "some above 0"),
