@@ -11,6 +11,7 @@ from ..inference.policies import build_policy, check_single, policy_spec, policy
 from ..models.backbone import positions_of
 from ..models.loading import locate, read_config
 from ..sequences import Example
+from ..utils.files import content_hash
 from .answers import check_fit, longest_prompt
 from .running import given_tokenizer, task_prompts
 from .suite import AnyTask, Suite
@@ -35,6 +36,10 @@ class Candidate:
         if self.spec is None:
             return self.place
         return build_policy(self.spec, dtype=dtype) if isinstance(task, Task) else task.load(self.spec, dtype)
+
+    def content(self) -> str | None:
+        """Hashes the model's folder; ``None`` for anything else."""
+        return content_hash(Path(self.spec).expanduser()) if isinstance(self.spec, str) else None
 
     def prompts(self, task: Task, verifier: Callable[..., Any]) -> list[Example]:
         """Reads the prompts of a task before the model is loaded; at least one must leave room for an answer.

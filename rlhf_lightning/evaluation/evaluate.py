@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,12 @@ def evaluate(
                     write_part(part, done[key].as_dict())
             found = done[key]
             say(f"{candidate.name}, {task.name}: {found.accuracy.value:.1%} right, {found.seconds:.1f} s")
-    results = [done[candidate.name, task.name] for candidate in candidates for task in suite.tasks]
+    hashes = {} if folder is None else {candidate.name: candidate.content() for candidate in candidates}
+    results = [
+        replace(done[candidate.name, task.name], model_hash=hashes.get(candidate.name))
+        for candidate in candidates
+        for task in suite.tasks
+    ]
     report = Report(suite.name, tuple(results), seed=seed, wins=all_wins(results, judges, partial(kept, folder)))
     if folder is not None:
         report.save(folder)

@@ -68,6 +68,9 @@ def plan_pipeline(pipeline: Pipeline, force: Collection[str] = ()) -> list[Stage
         ValueError: a mistake in a stage; the message begins with its name.
     """
     check_forced(pipeline, force)
+    manifest = Manifest(pipeline.run_dir / "manifest.json")
+    if (since := manifest.forced_since(force)) is not None:  # the run would continue
+        force = [name for name in force if not manifest.is_started(name, since)]
     return _plans(pipeline, force, _Sizes(), [])
 
 
