@@ -57,8 +57,9 @@ def evaluate(
         report = evaluate({"sft": "runs/sft/model", "dpo": "runs/dpo/model"}, "configs/suites/arithmetic.yaml")
         print(report.table())
     """
-    suite = check_suite(suite)
+    suite = Suite.read(suite)
     candidates = check_models(models, suite)
+    check_suite(suite)
     # Verifiers are built, models looked for and prompts read before anything is sampled: a mistake costs nothing.
     answered = [task for task in suite.tasks if isinstance(task, Task)]
     verifiers = {task.name: build_reward(task.verifier) for task in answered}

@@ -90,7 +90,7 @@ class Guarded:
             raise self._broken(self.failed)
         if self.failed:
             warnings.warn(
-                f"{self.what} failed on {self.failed} of {self.asked} answers of {self.model!r}, which have no "
-                f"verdict: {self.reason}",
+                f"{self.what} failed on {self.failed} of {self.asked} answers of {self.model!r}, which have none: "
+                f"{self.reason}",
                 stacklevel=2,
             )

@@ -7,7 +7,8 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..utils.files import MARKER, discard, listed_names, write_atomically
+from ..utils.files import MARKER, listed_names, write_atomically
+from ..utils.folders import discard
 from .config import Pipeline
 from .manifest import Manifest
 

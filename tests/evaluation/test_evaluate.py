@@ -287,7 +287,9 @@ def test_a_verifier_that_raises_or_is_misspelt(tmp_path: Path) -> None:
     task = {"name": "a", "prompts": rows, "verifier": "rlhf_lightning.rewards.exact_anwser"}
     with pytest.raises(ValueError, match="exact_anwser"):
         evaluate({"a": engine(*RIGHT)}, {"tasks": [task]})
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(
+        ValueError, match="verifier of task 'a' failed on all of 4 answers of 'model': RuntimeError: broken"
+    ):
         run_task(Task(name="a", prompts=rows), engine(*RIGHT), verifier=broken)
 
 
