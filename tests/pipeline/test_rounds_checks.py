@@ -21,6 +21,7 @@ from rlhf_lightning.utils.files import content_hash, mark
 from ..helpers import save_tiny_model
 
 EVEN = f"{__name__}.first_is_even"
+STAGES = ["run/before", "1/own", "1/train", "2/own", "2/train"]
 
 
 def first_is_even(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -218,19 +219,21 @@ def test_lists_of_models_that_cannot_be_read(text: str | None, message: str, tmp
         expand([str(tmp_path / "list.json")])
 
 
-def test_a_forced_run_that_is_cut_off_continues(written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("places", [["2/own"], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["one", "every"])
+def test_a_forced_run_that_is_cut_off_continues(
+    places: list[str], written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each stage of each round runs once, whichever it is cut off in; forced anew, all run again."""
     ran = quick(monkeypatch)
     first = written["stages"]["loop"]["body"]["own"] | {"model": written["stages"]["loop"]["model"]}
     written["stages"] = {"before": first, **written["stages"]}
     pipeline = load(written, tmp_path)
     run_pipeline(pipeline, print)
-    every = ["run/before", "1/own", "1/train", "2/own", "2/train"]
-    assert ran == every
+    assert ran == STAGES
     ran.clear()
 
     # Cut off at the start of each stage in turn.
-    for place in every:
+    for place in places:
         with monkeypatch.context() as patched:
             for name in ("run_sample", "run_fit"):
                 real = getattr(kinds, name)
@@ -246,11 +249,11 @@ def test_a_forced_run_that_is_cut_off_continues(written: Any, tmp_path: Path, mo
     plan = plan_lines(pipeline, ["before", "loop"])
     assert plan[0] == "before (sample): stays, finished before and unchanged"
     run_pipeline(pipeline, print, ["before", "loop"])
-    assert ran == every
+    assert ran == STAGES
     run_pipeline(pipeline, print, ["before", "loop"])
-    assert ran == 2 * every
+    assert ran == 2 * STAGES
     run_pipeline(pipeline, print)
-    assert ran == 2 * every
+    assert ran == 2 * STAGES
 
 
 def test_the_history_of_rounds_tells_them_apart(written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
