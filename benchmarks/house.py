@@ -45,7 +45,6 @@ FLOORS = (
     "planning",
     "pipeline",
 )
-METHODS = ("sft", "reward", "process_reward", "dpo", "simpo", "kto", "grpo", "ppo", "context_compression")
 Graph = dict[str, set[str]]
 
 
@@ -62,13 +61,23 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def imports(files: dict[str, Path]) -> Graph:
-    """The modules of the package that each module imports, also inside of functions.
+def methods() -> dict[str, str]:
+    """The files of the methods by the names of their classes, as ``modules/__init__.py`` exports them."""
+    tree = ast.parse((ROOT / PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8"))
+    taken = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return {alias.name: str(node.module) for node in taken for alias in node.names}
+
+
+def imports(files: dict[str, Path], *, deferred: bool = True) -> Graph:
+    """The modules of the package that each module imports.
+
+    With ``deferred`` also inside of functions and for type checkers; otherwise only those that it cannot be loaded
+    without.
 
     What a package offers is looked up in its ``__init__``: ``from ..inference import Budget`` imports
     ``inference.budget``.
     """
-    named = {name: list(_named_imports(name, path)) for name, path in files.items()}
+    named = {name: list(_named_imports(name, path, deferred)) for name, path in files.items()}
     faces = {name: dict(named[name]) for name, path in files.items() if path.name == "__init__.py"}
 
     def resolved(full: str, seen: frozenset[str] = frozenset()) -> str | None:
@@ -82,10 +91,20 @@ def imports(files: dict[str, Path]) -> Graph:
     return {name: {other for _, full in pairs if (other := resolved(full))} for name, pairs in named.items()}
 
 
-def _named_imports(name: str, path: Path) -> Iterator[tuple[str, str]]:
+def _statements_run(node: ast.AST, deferred: bool) -> Iterator[ast.AST]:
+    """All nodes of a tree, or those that run when the module is loaded: not in functions, nor for type checkers."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        for_types = isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"
+        if deferred or not (is_function or for_types):
+            yield from _statements_run(child, deferred)
+
+
+def _named_imports(name: str, path: Path, deferred: bool) -> Iterator[tuple[str, str]]:
     """Each name that a module imports from the package, and the dotted place that it is imported from."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _statements_run(ast.parse(path.read_text(encoding="utf-8")), deferred):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
@@ -230,8 +249,9 @@ def numbers() -> dict[str, str]:
         "docstrings, and how many begin with "
         "'What'": f"{len(texts)}, {sum(text.startswith('What ') for text in texts)}",
     }
+    loaded = imports(files, deferred=False)
     for method in ("sft", "dpo", "grpo"):
-        reached = closure(graph, f"{PACKAGE}.modules.{method}") - {PACKAGE}
+        reached = closure(loaded, f"{PACKAGE}.modules.{method}") - {PACKAGE}
         found[f"import closure of {method}"] = f"{len(reached)} files, {lines(files[m] for m in reached)} lines"
     return found
 
@@ -255,7 +275,9 @@ def picture() -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--picture"]:
         print(picture())
+    elif sys.argv[1:] == ["--twice"]:
+        print("\n".join(f"{place:55s} {other}" for place, other in duplicated(sources())))
     elif sys.argv[1:]:
-        raise SystemExit(f"unknown argument {sys.argv[1]!r}: allowed is --picture")
+        raise SystemExit(f"unknown argument {sys.argv[1]!r}: allowed are --picture and --twice")
     else:
         print("\n".join(f"{name:40s} {value}" for name, value in numbers().items()))

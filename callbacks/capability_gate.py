@@ -54,7 +54,7 @@ class CapabilityGate(lightning.Callback):
 
     Rejected steps count neither for ``max_steps`` nor for schedules, but for ``max_time``. ``ModelExport`` with
     ``monitor``, or ``every_n_steps``, may export between boundaries, where nothing has been decided yet. With
-    ``WeightAverage``, the weights that train are judged, not their average.
+    ``WeightAverage``, the weights that train are judged, not their average. A run has one gate.
 
     Args:
         suite: a suite, its options as a mapping, or a YAML file such as ``configs/suites/arithmetic.yaml``; see
@@ -126,7 +126,7 @@ class CapabilityGate(lightning.Callback):
 
     @property
     def state_key(self) -> str:
-        """Distinguishes the state of several of these callbacks."""
+        """Tells two in one trainer apart, so that ``setup`` can say why there must be one."""
         return self._generate_state_key(folder=self.folder.name)
 
     def setup(self, trainer: Any, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -136,6 +136,11 @@ class CapabilityGate(lightning.Callback):
         if not isinstance(pl_module, PostTrainingModule) or not pl_module.predicts_tokens:
             raise ValueError(
                 f"CapabilityGate needs a module that generates text; it was given a {type(pl_module).__name__}"
+            )
+        if (count := sum(isinstance(callback, CapabilityGate) for callback in trainer.callbacks)) > 1:
+            raise ValueError(
+                f"there are {count} CapabilityGates, and one would take back what another has accepted: give one of "
+                "them a suite with the tasks of all"
             )
         check_suite(self.suite)
         # What is tried again differs where a round of other rows begins at every boundary.

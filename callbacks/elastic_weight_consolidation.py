@@ -139,9 +139,9 @@ class ElasticWeightConsolidation(lightning.Callback):
                 )
             count = sum(max(0, len(tokens) - 1) for tokens in sequences.values())
         else:
-            own = {number: tokens for number, tokens in sequences.items() if number % world == rank}
+            local_sequences = {number: tokens for number, tokens in sequences.items() if number % world == rank}
             with evaluating(module.model), torch.enable_grad():
-                sums, count = fisher_sums(module.model, inner, own, seed=self.seed)
+                sums, count = fisher_sums(module.model, inner, local_sequences, seed=self.seed)
             if world > 1:
                 sums = {name: sum_vector_over_ranks(total) for name, total in sums.items()}
                 count = int(sum_over_ranks({"count": float(count)})["count"])

@@ -110,16 +110,16 @@ class GenerationAccuracy(lightning.Callback):
             )
 
         # Each rank answers its share. Sums are added, since shares may differ in size.
-        own = self._examples[trainer.global_rank :: trainer.world_size]
+        local_examples = self._examples[trainer.global_rank :: trainer.world_size]
         engine = self.strategy.on(LocalEngine(pl_module.model, pl_module.tokenizer))
         sampling = self.strategy.sampling(engine, self.sampling)
         # In the precision of training. Searches take different numbers of rounds on each rank.
         with trainer.precision_plugin.forward_context(), gathered(pl_module.model):
             contexts = None
             if pl_module.front is not None:
-                own = pl_module.front.follow(ExampleBatch(own)).examples
-                contexts = pl_module.front.contexts(own)
-            groups = answer_prompts(engine, own, self.verifier, sampling=sampling, contexts=contexts)
+                local_examples = pl_module.front.follow(ExampleBatch(local_examples)).examples
+                contexts = pl_module.front.contexts(local_examples)
+            groups = answer_prompts(engine, local_examples, self.verifier, sampling=sampling, contexts=contexts)
         rewards = [answer.reward for group in groups for answer in group if answer.reward is not None]
         sums = {"reward": float(sum(rewards)), "rows": float(len(rewards))}
         totals = sum_over_ranks(sums)

@@ -249,12 +249,12 @@ class SelfImprovement(lightning.Callback):
             The files of the round, with their contents, on every rank; none without a row.
         """
         examples = self._of_round(trainer, module)
-        own = range(trainer.global_rank, len(examples), trainer.world_size)
+        local_numbers = range(trainer.global_rank, len(examples), trainer.world_size)
         drawn: dict[int, ScoredPrompt] = {}
         cause = None
         # A rank that raised alone would leave the others waiting.
         try:
-            drawn |= zip(own, self._sample(module, examples, own, trainer), strict=True)
+            drawn |= zip(local_numbers, self._sample(module, examples, local_numbers, trainer), strict=True)
         except Exception as error:
             cause = error
         parts = gather_objects((drawn, None if cause is None else one_line(str(cause), 300)))
@@ -311,13 +311,13 @@ class SelfImprovement(lightning.Callback):
         return [self._examples[n % len(self._examples)] for n in range(start, start + number)]
 
     def _sample(
-        self, module: PostTrainingModule, examples: Sequence[Example], own: Sequence[int], trainer: lightning.Trainer
+        self, module: PostTrainingModule, examples: Sequence[Example], local: Sequence[int], trainer: lightning.Trainer
     ) -> list[ScoredPrompt]:
         engine, found = self.strategy.on(LocalEngine(module.model, module.tokenizer)), []
         # Searches take different numbers of rounds on each rank.
         with gathered(module.model):
-            for start in range(0, len(own), _PROMPTS_AT_ONCE):
-                part = own[start : start + _PROMPTS_AT_ONCE]
+            for start in range(0, len(local), _PROMPTS_AT_ONCE):
+                part = local[start : start + _PROMPTS_AT_ONCE]
                 found += self._part(engine, [examples[n] for n in part], part, trainer.global_step)
         return found
 

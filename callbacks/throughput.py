@@ -218,11 +218,11 @@ class Throughput(lightning.Callback):
         for name in ("start", "stop"):
             vars(_profiler(trainer)).pop(name, None)
 
-    def _measure(self, trainer: lightning.Trainer, module: PostTrainingModule, own: Work) -> dict[str, float]:
-        ranks: list[tuple[Work, float]] = gather_objects((own, _peak_memory(module.device)))
+    def _measure(self, trainer: lightning.Trainer, module: PostTrainingModule, local_work: Work) -> dict[str, float]:
+        ranks: list[tuple[Work, float]] = gather_objects((local_work, _peak_memory(module.device)))
         works = [work for work, _ in ranks]
         # The slowest rank decides how long a phase takes.
-        seconds = {name: max(work.seconds[name] for work in works) for name in own.seconds}
+        seconds = {name: max(work.seconds[name] for work in works) for name in local_work.seconds}
         total = max(sum(work.seconds.values()) for work in works)
 
         def added(name: str) -> int:
@@ -236,9 +236,9 @@ class Throughput(lightning.Callback):
             "throughput/tokens_per_second": tokens / total,
             "throughput/examples_per_second": added("examples") / total,
             "memory/peak_gib": max(memory for _, memory in ranks) / 2**30,
-            "time/batch": total / own.batches,
+            "time/batch": total / local_work.batches,
         }
-        values |= {f"time/{name}": value / own.batches for name, value in seconds.items()}
+        values |= {f"time/{name}": value / local_work.batches for name, value in seconds.items()}
 
         # Without any token there is nothing to compare.
         if repeated:
@@ -248,7 +248,7 @@ class Throughput(lightning.Callback):
             values["throughput/generated_tokens_per_second"] = generated / seconds["generate"]
         if isinstance(module, OnPolicyModule):
             sampled: list[Telemetry] = gather_objects(self._sampled)
-            values |= Telemetry.over_ranks(sampled).metrics(own.batches)
+            values |= Telemetry.over_ranks(sampled).metrics(local_work.batches)
             self._sampled = Telemetry()
         peak = self._peak(trainer, module.device)
         if peak is not None and repeated:

@@ -80,7 +80,7 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
         [[[10], [20]], [[20], [10]]]
     """
     order = sorted(range(len(examples)), key=lambda index: _draw(seed, examples[index].row_id))
-    coupled = list(examples)
+    partnered = list(examples)
 
     # Equal prompts get equal numbers: a completion of the same prompt would not be unrelated.
     answers = [split_answer(example) for example in examples]
@@ -94,8 +94,8 @@ def mismatch(examples: list[Example], *, seed: int = 0, max_length: int | None =
         if found is not None:
             other = order[found]
             fields = {**example.fields, "partner": examples[other].row_id}
-            coupled[index] = Example(example.row_id, with_answer(example.root, prompt, answers[other][1]), fields)
-    return coupled
+            partnered[index] = Example(example.row_id, with_answer(example.root, prompt, answers[other][1]), fields)
+    return partnered
 
 
 class NextPartner:

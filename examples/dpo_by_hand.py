@@ -19,7 +19,7 @@ reference: it reaches the same difference of rewards with a smaller change of pr
     tokenize                      data/tokenization.py: RowTokenizer.answers, both completions in one tree
     completion_logp               modules/dpo.py: grad_rows, by token_stats and sum_per_sequence
     the same of the reference     modules/dpo.py: reference_rows; the model is that of core/reference_policy.py
-    rewards and their difference  losses/preference.py: PreferencePairs.margin
+    rewards and their difference  losses/preference_losses.py: PreferencePairs.margin
     -logsigmoid                   losses/preference.py: preference_loss, with loss_type sigmoid
     the mean over rows            modules/dpo.py: loss, a sum divided by the pairs of normalizers
     train                         core/module.py: optimize

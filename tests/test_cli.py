@@ -81,14 +81,13 @@ def test_version_and_usage(capsys):
     assert "rlhf-lightning chat" in usage
 
 
-METHODS = ("SFT", "Reward", "ProcessReward", "DPO", "SimPO", "KTO", "GRPO", "PPO", "ContextCompression")
-CONTRACTS = ("SFT", "Context", "Preference", "Unpaired", "Stepwise", "Prompt")
+DATA = [name for name in datamodules.__all__ if name.endswith("DataModule") and name != "ExampleDataModule"]
 
 
 @pytest.mark.parametrize(
     ("group", "cls"),
-    [("model", getattr(modules, f"{name}Module")) for name in METHODS]
-    + [("data", getattr(datamodules, f"{name}DataModule")) for name in CONTRACTS],
+    [("model", getattr(modules, name)) for name in modules.__all__]
+    + [("data", getattr(datamodules, name)) for name in DATA],
 )
 def test_help_says_something_of_every_option(capsys, group, cls):
     with pytest.raises(SystemExit) as exit_info:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import rlhf_lightning
+from rlhf_lightning import modules
+
+from .invariance.methods import METHODS, PACKED
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("house", ROOT / "benchmarks" / "house.py")
@@ -23,7 +31,7 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "datamodules/base.py::__init__": "one line for each option",
     "rlhf_lightning/core/module.py::__init__": "one line for each option, and the parts",
-    "rlhf_lightning/models/logprob_tiles.py::forward": "one pass over the tiles, and what its backward needs",
+    "rlhf_lightning/models/cpu_logprob_tiles.py::forward": "one pass over the tiles, and what its backward needs",
 }
 
 
@@ -31,6 +39,14 @@ def test_imports_go_down_only():
     graph = house.imports(house.sources())
     assert {house.room(name) for name in graph} - {"", "__main__"} == set(house.FLOORS)
     assert house.upward(graph) == []
+
+
+def test_methods_load_neither_compressors_nor_reward_models_that_they_do_not_need():
+    loaded = house.imports(house.sources(), deferred=False)
+    for method in ("sft", "dpo", "simpo", "kto"):
+        reached = house.closure(loaded, f"rlhf_lightning.modules.{method}")
+        assert not [name for name in reached if re.search("compress|summaries|reward_(model|head|ensemble)", name)]
+    assert "rlhf_lightning.models.context_compressor" not in house.closure(loaded, "rlhf_lightning.modules.grpo")
 
 
 def test_an_import_from_above_would_be_found():
@@ -41,7 +57,38 @@ def test_an_import_from_above_would_be_found():
 
 def test_modules_are_the_methods():
     files = {path.stem for path in (ROOT / "rlhf_lightning" / "modules").glob("*.py")}
-    assert files == {"__init__", *house.METHODS}
+    assert files == {"__init__", *house.methods().values()}
+    assert sorted(house.methods()) == sorted(modules.__all__)
+    assert set(modules.__all__) < set(rlhf_lightning.__all__)
+
+
+@pytest.mark.parametrize("name", modules.__all__)
+def test_every_method_has_configs_and_is_in_the_matrix(name):
+    folder = ROOT / "configs" / house.methods()[name]
+    assert {"default.yaml", "tiny.yaml"} <= {path.name for path in folder.iterdir()}
+    method = getattr(modules, name)
+    assert any(issubclass(entry.module, method) for entry in (METHODS | PACKED).values())
+
+
+def test_every_line_of_the_usage_runs(capsys):
+    usage = re.findall(r"^    (python benchmarks/house\.py.*?)  +#", house.__doc__, flags=re.MULTILINE)
+    assert len(usage) == 3
+    said = []
+    for line in usage:
+        runs = subprocess.run([sys.executable, *line.split()[1:]], capture_output=True, text=True, cwd=ROOT, check=True)
+        said.append(runs.stdout)
+    assert said[0].splitlines()[0].split() == ["files", "of", "modules/", str(len(modules.__all__))]
+    assert said[1].strip() == house.picture()
+    assert [tuple(line.split()) for line in said[2].splitlines()] == house.duplicated(house.sources())
+
+
+def test_code_that_occurs_twice_is_found(tmp_path, monkeypatch):
+    """Seven equal lines are one pair, at their first line; the same lines in another order are none."""
+    lines = [f"x{n} = {n}" for n in range(7)]
+    for name, written in {"a": ["a = 1", *lines], "b": [*lines, "b = 1"], "c": lines[::-1]}.items():
+        (tmp_path / f"{name}.py").write_text("\n".join(written) + "\n")
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    assert house.duplicated({name: tmp_path / f"{name}.py" for name in "abc"}) == [("b.py:1", "a.py:2")]
 
 
 def test_files_are_short():

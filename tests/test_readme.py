@@ -167,7 +167,7 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
      | {"off_policy": {"correction": "token_truncate", "replay_capacity": 8}}),
     ("PPOModule", "PromptDataModule", "prompts", GROUP),
     ("PPOModule", "PromptDataModule", "prompts", {**GROUP, "tree": {"rollouts": ["samples", BEAM]}}
-     | {"loss": {"correction": "token_truncate"}}),
+     | {"off_policy": {"correction": "token_truncate"}}),
 ]  # fmt: skip
 
 

@@ -106,7 +106,22 @@ class ScoreRange(RowFilter):
 
 
 @dataclass(frozen=True)
-class StripText(RowFilter):
+class _TextFilter(RowFilter):
+    """Searches the texts of some columns for regular expressions."""
+
+    patterns: list[str]
+    columns: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        _ = self._compiled
+
+    @cached_property
+    def _compiled(self) -> list[re.Pattern[str]]:
+        return _compile(self.patterns)
+
+
+@dataclass(frozen=True)
+class StripText(_TextFilter):
     r"""Removes from texts what regular expressions match.
 
     Args:
@@ -122,20 +137,10 @@ class StripText(RowFilter):
         {'completion': '4', 'answer': 4}
     """
 
-    patterns: list[str]
-    columns: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        _ = self._compiled
-
     def __call__(self, row: Row) -> Row | None:
         """Returns the row with what the patterns match removed."""
         _check_columns(row, self.columns)
         return {name: with_texts(value, self._strip) if self._reads(name) else value for name, value in row.items()}
-
-    @cached_property
-    def _compiled(self) -> list[re.Pattern[str]]:
-        return _compile(self.patterns)
 
     def _reads(self, name: str) -> bool:
         return self.columns is None or name in self.columns
@@ -147,7 +152,7 @@ class StripText(RowFilter):
 
 
 @dataclass(frozen=True)
-class DropText(RowFilter):
+class DropText(_TextFilter):
     """Drops rows in whose texts a regular expression is found.
 
     Args:
@@ -163,21 +168,11 @@ class DropText(RowFilter):
         (True, {'completion': '4'})
     """
 
-    patterns: list[str]
-    columns: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        _ = self._compiled
-
     def __call__(self, row: Row) -> Row | None:
         """Returns the row, or ``None`` if a pattern is found."""
         _check_columns(row, self.columns)
         texts = [text for name in self.columns or row for text in cell_texts(row[name])]
         return None if any(pattern.search(text) for pattern in self._compiled for text in texts) else row
-
-    @cached_property
-    def _compiled(self) -> list[re.Pattern[str]]:
-        return _compile(self.patterns)
 
 
 @dataclass(frozen=True)

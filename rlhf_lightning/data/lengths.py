@@ -17,7 +17,7 @@ class TooLongError(ValueError):
     """Raised for a sequence with more than ``max_length`` tokens, with ``on_too_long="error"``."""
 
 
-def fit(
+def fit_to_length(
     example: Example, max_length: int | None, on_too_long: OnTooLong, opening: Sequence[int] = ()
 ) -> tuple[Example | None, bool]:
     """Brings an example within a maximum length.
@@ -44,7 +44,7 @@ def fit(
 
     Example:
         >>> pair = Segment([1, 2, 3], children=(Segment([4, 5], [1, 1]), Segment([6], [1])))
-        >>> shorter, cut = fit(Example("rows:1", pair), 4, "truncate_start")
+        >>> shorter, cut = fit_to_length(Example("rows:1", pair), 4, "truncate_start")
         >>> shorter.root.tokens.tolist(), cut
         ([2, 3], True)
     """

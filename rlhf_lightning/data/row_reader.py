@@ -12,7 +12,7 @@ from ..utils.progress import progress
 from .cell_checks import one_line
 from .example_store import ExampleStore
 from .files import FilteredRowError, RowSource
-from .tokenization import OnTooLong, TooLongError, fit, longest
+from .tokenization import OnTooLong, TooLongError, fit_to_length, longest
 
 OnBadRow = Literal["error", "skip"]
 
@@ -65,7 +65,7 @@ class RowReader:
         self.report["rows"] += 1
         try:
             examples = self.make(row_id, self.source.parse(stored))
-            fitted = [fit(example, self.max_length, self.on_too_long, self.opening) for example in examples]
+            fitted = [fit_to_length(example, self.max_length, self.on_too_long, self.opening) for example in examples]
         except FilteredRowError as dropped:
             name = f"{_FILTERED_BY}{dropped}"
             self.report["filtered"] += 1

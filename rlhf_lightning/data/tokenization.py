@@ -14,7 +14,7 @@ from ..utils.packaged_configs import packaged_config
 from .cell_checks import end_step
 from .chat_template import ChatTemplate, Turn, is_begun, with_turn
 from .formats import Row
-from .lengths import OnTooLong, TooLongError, fit, has_equal_sequences, longest
+from .lengths import OnTooLong, TooLongError, fit_to_length, has_equal_sequences, longest
 from .messages import Messages, check_no_tools, check_rendered
 from .text_tokens import encode, opening_tokens, prompt_tokens
 
@@ -29,7 +29,7 @@ __all__ = [
     "RowTokenizer",
     "TooLongError",
     "Turns",
-    "fit",
+    "fit_to_length",
     "has_equal_sequences",
     "load_tokenizer",
     "longest",

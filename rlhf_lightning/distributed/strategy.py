@@ -362,17 +362,17 @@ def _models_of(module: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
 @contextmanager
 def _heard_by_all() -> Iterator[None]:
     """Raises an exception of one rank on every rank, so that none waits for it forever."""
-    mine: Exception | None = None
+    local_error: Exception | None = None
     try:
         yield
     except Exception as error:
-        mine = error
+        local_error = error
 
     # Every rank gets here, whether or not it failed, so that the collective is complete.
     said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if mine is None else str(mine))
-    if mine is not None:
-        raise mine
+    dist.all_gather_object(said, None if local_error is None else str(local_error))
+    if local_error is not None:
+        raise local_error
     for rank, message in enumerate(said):
         if message is not None:
             raise ValueError(f"rank {rank}: {message}")

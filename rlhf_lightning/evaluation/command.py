@@ -37,8 +37,14 @@ class EvaluateOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def named(self) -> list[str] | dict[str, PolicySpec]:
-        """Returns the models, those of ``a,b,c`` as a list."""
+        """Returns the models, those of ``a,b,c`` as a list.
+
+        Raises:
+            ValueError: a list holds an ensemble, which has no name there.
+        """
         if isinstance(self.models, str):
+            if self.models.lstrip().startswith("["):
+                raise ValueError(f"models is {self.models}: give an ensemble a name, as in '{{sft: A, both: [A, B]}}'")
             return [name.strip() for name in self.models.split(",") if name.strip()]
         return self.models
 

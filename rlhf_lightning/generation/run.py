@@ -146,14 +146,14 @@ def _written(
     missing = [key for key in output.keys if key not in done]
     # Every rank takes its share of the prompts. Nothing is written before all of them can begin.
     share = set(sorted({index for index, _ in missing})[rank::world_size])
-    own, start = [key for key in missing if key[0] in share], time.perf_counter()
-    maker = RowMaker(options, examples) if own else None
+    local_keys, start = [key for key in missing if key[0] in share], time.perf_counter()
+    maker = RowMaker(options, examples) if local_keys else None
     if missing:
         on_first_rank(lambda: output.save({**output.summary, "status": "unfinished"}))
     try:
         if maker is not None:
             output.begin(rank)
-            total, before = (len(output.keys), len(done)) if world_size == 1 else (len(own), 0)
+            total, before = (len(output.keys), len(done)) if world_size == 1 else (len(local_keys), 0)
             with counting("answering", total, before) if show_progress else nullcontext() as advance:
 
                 def finish(row: Row) -> None:
@@ -161,7 +161,7 @@ def _written(
                     if advance is not None:
                         advance()
 
-                maker.make(own, finish)
+                maker.make(local_keys, finish)
     except KeyboardInterrupt:
         if rank == 0:
             spent = Telemetry() if maker is None else maker.telemetry()

@@ -8,7 +8,7 @@ at 86 / 170. Column-major weights (other strides, same values) gave 58 / 126 and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 # Smaller weights fit into the nearest cache, so packing gains nothing.
 _SMALLEST = 1 << 17
+# Packing the weights takes as long as a few steps with them.
+PACKING_STEPS = 8
 
 
 @contextmanager
@@ -42,6 +44,23 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
+def packed_bytes(shapes: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype) -> float:
+    """Bytes of the copies of a model's linear layers while it generates on CPU.
+
+    Args:
+        shapes: inputs and outputs of the layers.
+        steps: tokens of the longest completion.
+        dtype: of the weights.
+    """
+    if steps < PACKING_STEPS or not _available() or not _packs(dtype):
+        return 0.0
+    return float(dtype.itemsize * sum(rows * columns for rows, columns in shapes if rows * columns >= _SMALLEST))
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def _available() -> bool:
     return (
         torch.backends.mkldnn.is_available()
@@ -60,9 +79,7 @@ def _suits(module: nn.Linear) -> bool:
     # Subclasses of Parameter are sharded or quantised weights.
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.numel() < _SMALLEST:
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return _packs(weight.dtype)
 
 
 def _packed_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

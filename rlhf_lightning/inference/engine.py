@@ -31,7 +31,7 @@ from ..utils.validation import check_device
 from .completion import Completion, Request
 from .contexts import Context, ContextPrompts
 from .continuous_batching import ContinuousBatch, Counts
-from .cpu_linear import packed_linears
+from .cpu_linear import PACKING_STEPS, packed_linears
 from .decoder import Decoder
 from .hf_generate import generate_plain, loops_exactly
 from .next_tokens import next_token_logprobs
@@ -47,8 +47,6 @@ from .weight_version import weight_version
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Packing the weights takes as long as a few steps with them.
-_PACKING_STEPS = 8
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
@@ -66,7 +64,7 @@ class Engine(Protocol):
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Samples completions: one list per prompt, in order, with ``num_samples`` each."""
+        """Samples completions: one list per prompt, in order; see ``LocalEngine.generate``."""
         ...
 
 
@@ -385,7 +383,7 @@ class LocalEngine:
         spare = speculation.longest if speculation else 0
         store = make_store(cache, requests, tokens, pool, spare=spare, own_lengths=bool(decoder.contexts))
         begun = speculation.begin(decoder, requests, params, store.num_rows, tokens) if speculation else nullcontext()
-        worth_it = max(request.limit for request in requests) >= _PACKING_STEPS
+        worth_it = max(request.limit for request in requests) >= PACKING_STEPS
         with packed_linears(self.model) if worth_it else nullcontext(), begun as speculator:
             batch = ContinuousBatch(decoder, requests, params, stop_ids, store, tokens, self._counts, speculator)
             try:

@@ -47,10 +47,11 @@ if TYPE_CHECKING:
 class EnsemblePolicy:
     r"""Samples from several models as from one: their distributions of the next token are combined at every step.
 
-    An engine: strategies, sampling stages and ``generate`` take it. Models may differ in everything but the vocabulary.
-    Rows are batched as in ``LocalEngine``, each model with a cache of its own; a sample is a function of the models,
-    its prompt, the settings and its seed, up to rounding in the models' own products. Temperature, filters and
-    penalties apply to the combined distribution, and the samples' log-probs are those under it.
+    An engine: strategies take it, and every command and stage that samples (see ``policies.policy_spec``). Models may
+    differ in everything but the vocabulary. Rows are batched as in ``LocalEngine``, each model with a cache of its own;
+    a sample is a function of the models, its prompt, the settings and its seed, up to rounding in the models' own
+    products. Temperature, filters and penalties apply to the combined distribution, and the samples' log-probs are
+    those under it.
 
     With weights :math:`w_m` that sum to 1, ``combine`` is one of
 
@@ -160,16 +161,7 @@ class EnsemblePolicy:
     ) -> list[list[Completion]]:
         """Samples completions of prompts from the combined distribution.
 
-        Args:
-            prompts: strings, or token ids.
-            num_samples: samples per prompt, at least 1.
-            sampling: the settings; by default ``SamplingParams()``. ``model_logprobs`` are those of the combination.
-            seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
-            limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
-            watch: called with a sample whenever it has another token; see ``LocalEngine.generate``.
-
-        Returns:
-            One list per prompt, in order, with ``num_samples`` completions.
+        ``LocalEngine.generate`` documents the arguments; ``model_logprobs`` are those of the combination.
 
         Raises:
             ValueError: as ``LocalEngine.generate``; also for ``min_new_tokens`` with votes.

@@ -9,6 +9,7 @@ D head size.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -40,7 +41,30 @@ def num_kept(num_tokens: int, ratio: int) -> int:
     return math.ceil(num_tokens / ratio)
 
 
-class Truncation:
+class _KeptContexts(ABC):
+    """Compresses contexts one by one, to one entry for every ``ratio`` tokens."""
+
+    def __init__(self, model: nn.Module, ratio: int = 4) -> None:
+        check_count("ratio", ratio, "4 keeps a quarter; 1 keeps all")
+        check_entries(model)
+        self.model, self.ratio = model, ratio
+
+    def compress(
+        self, contexts: Sequence[Sequence[int]], queries: Sequence[Sequence[int]] | None = None
+    ) -> list[CompressedContext]:
+        """Compresses contexts; ``queries`` are not read.
+
+        Raises:
+            ValueError: a context has no tokens.
+        """
+        return [self._kept(list(context)) for context in contexts]
+
+    @abstractmethod
+    def _kept(self, context: list[int]) -> CompressedContext:
+        """Compresses one context."""
+
+
+class Truncation(_KeptContexts):
     """Keeps the last tokens of a context, as if there had been no others.
 
     Args:
@@ -59,27 +83,12 @@ class Truncation:
         (3, 3, 12)
     """
 
-    def __init__(self, model: nn.Module, ratio: int = 4) -> None:
-        check_count("ratio", ratio, "4 keeps a quarter; 1 keeps all")
-        check_entries(model)
-        self.model, self.ratio = model, ratio
-
-    def compress(
-        self, contexts: Sequence[Sequence[int]], queries: Sequence[Sequence[int]] | None = None
-    ) -> list[CompressedContext]:
-        """Compresses contexts; ``queries`` are not read.
-
-        Raises:
-            ValueError: a context has no tokens.
-        """
-        return [self._last(list(context)) for context in contexts]
-
-    def _last(self, context: list[int]) -> CompressedContext:
+    def _kept(self, context: list[int]) -> CompressedContext:
         kept = context_states(self.model, context[-num_kept(len(context), self.ratio) :])
         return replace(kept, num_tokens=len(context))
 
 
-class SinkWindow:
+class SinkWindow(_KeptContexts):
     """Keeps the first and the last entries of a context's cache.
 
     Paper: StreamingLLM (Xiao et al., 2023, arXiv:2309.17453): the first tokens are sinks of attention, which a window
@@ -104,29 +113,18 @@ class SinkWindow:
     """
 
     def __init__(self, model: nn.Module, ratio: int = 4, sinks: int = 4) -> None:
-        check_count("ratio", ratio, "4 keeps a quarter; 1 keeps all")
+        super().__init__(model, ratio)
         _check_number("sinks", sinks, "4 is usual")
-        check_entries(model)
-        self.model, self.ratio, self.sinks = model, ratio, sinks
+        self.sinks = sinks
 
-    def compress(
-        self, contexts: Sequence[Sequence[int]], queries: Sequence[Sequence[int]] | None = None
-    ) -> list[CompressedContext]:
-        """Compresses contexts; ``queries`` are not read.
-
-        Raises:
-            ValueError: a context has no tokens.
-        """
-        return [self._ends(list(context)) for context in contexts]
-
-    def _ends(self, context: list[int]) -> CompressedContext:
+    def _kept(self, context: list[int]) -> CompressedContext:
         count = num_kept(len(context), self.ratio)
         first = min(self.sinks, count)
         kept = [*range(first), *range(len(context) - (count - first), len(context))]
         return context_states(self.model, context).select(kept)
 
 
-class AttentionEviction:
+class AttentionEviction(_KeptContexts):
     """Keeps the entries of a context's cache that later tokens attend to most.
 
     Papers: H2O (Zhang et al., 2023, arXiv:2306.14048) with ``observed="context"``: the score of an entry is the sum of
@@ -163,7 +161,7 @@ class AttentionEviction:
         observed: Literal["context", "query"] = "context",
         window: int | None = None,
     ) -> None:
-        check_count("ratio", ratio, "4 keeps a quarter; 1 keeps all")
+        super().__init__(model, ratio)
         _check_number("recent", recent, "0 keeps the best alone")
         check_choice("observed", observed, ("context", "query"))
         if window is not None:
@@ -172,9 +170,7 @@ class AttentionEviction:
                 raise ValueError(
                     f"window is {window!r}, and observed='query' observes the query's tokens: leave out one of them"
                 )
-        check_entries(model)
-        self.model, self.ratio, self.recent = model, ratio, recent
-        self.observed, self.window = observed, window
+        self.recent, self.observed, self.window = recent, observed, window
         self.reads_query = observed == "query"
 
     @torch.no_grad()
@@ -191,17 +187,17 @@ class AttentionEviction:
             ValueError: a context has no tokens, or queries are missing.
         """
         if self.observed == "context":
-            return [self._best(list(context), []) for context in contexts]
+            return super().compress(contexts)
         if queries is None or not all(map(len, queries)):
             raise ValueError("observed='query' needs the tokens that follow each context: give queries, none empty")
-        return [self._best(list(context), list(query)) for context, query in zip(contexts, queries, strict=True)]
+        return [self._kept(list(context), list(query)) for context, query in zip(contexts, queries, strict=True)]
 
-    def _best(self, context: list[int], query: list[int]) -> CompressedContext:
+    def _kept(self, context: list[int], query: Sequence[int] = ()) -> CompressedContext:
         length = len(context)
         if not length:
             raise ValueError("a context has no tokens: leave it out, or give it one")
         first = length if query else 0 if self.window is None else max(0, length - self.window)
-        states, scores = observed_attention(self.model, context + query, length, first)
+        states, scores = observed_attention(self.model, [*context, *query], length, first)
         count = num_kept(length, self.ratio)
         recent = min(self.recent, count)
         chosen_by_layer = [_chosen(scores_KT, count, recent) for scores_KT in scores]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .completion import Request
-from .sampling import FACTORS, GOLDEN, MASK64, SamplingParams, check_finite, draw, mix
+from .sampling import FACTORS, GOLDEN, MASK64, SamplingParams, check_finite, mix, sample_tokens
 
 
 def to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
@@ -89,7 +89,7 @@ class Lanes:
         barred = None
         if self._stops is not None and int(self._counts.min()) < self._params.min_new_tokens:
             barred = self._steps_N < self._params.min_new_tokens, self._stops
-        drawn = draw(logits_NV, uniforms_N, self._params, seen_NV=self._seen_NV, barred=barred)
+        drawn = sample_tokens(logits_NV, uniforms_N, self._params, seen_NV=self._seen_NV, barred=barred)
 
         self._counts += 1
         if self.alive_N is None:

@@ -127,17 +127,9 @@ class RemoteEngine:
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Samples completions of prompts.
+        """Samples completions of prompts; ``LocalEngine.generate`` documents the arguments.
 
-        Args:
-            prompts: strings; token ids (``api="completions"``); or lists of messages (``api="chat"``).
-            num_samples: samples per prompt, at least 1.
-            sampling: the settings; by default ``SamplingParams()``.
-            seeds: one per prompt and sample, instead of seeds derived from (seed, prompt number, sample number).
-            limits: maximum number of new tokens of each prompt, where it is below ``sampling.max_new_tokens``.
-
-        Returns:
-            One list per prompt, in order, with ``num_samples`` completions.
+        Prompts are strings; token ids (``api="completions"``); or lists of messages (``api="chat"``).
 
         Raises:
             ServerError: the server is unreachable, refuses, fails, or omits a needed field; a ``ValueError``.

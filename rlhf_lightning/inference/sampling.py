@@ -109,8 +109,8 @@ class SamplingParams(SamplingFilters):
         return self.temperature == 0
 
 
-class Draw(NamedTuple):
-    """One drawn token per row.
+class SampledTokens(NamedTuple):
+    """One sampled token per row.
 
     Attributes:
         tokens_N: token ids.
@@ -171,50 +171,17 @@ def _uniforms64(seeds: npt.NDArray[np.uint64], steps: npt.NDArray[np.uint64]) ->
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def sample(
-    logits_NV: Tensor,
-    uniforms_N: Tensor | None,
-    params: SamplingParams,
-    *,
-    seen_NV: Tensor | None = None,
-    banned: tuple[Tensor, Tensor] | None = None,
-) -> Draw:
-    """Draws one token per row by inverting the cumulative distribution at one uniform per row.
-
-    Args:
-        logits_NV: the model's scores; left as they are.
-        uniforms_N: numbers in (0, 1) in double precision; not read when greedy.
-        params: temperature, filters and penalty.
-        seen_NV: true where a token is in the row's prompt or completion; needed with a repetition penalty.
-        banned: rows, and tokens that must not be drawn in them yet.
-
-    Raises:
-        ValueError: a row has no finite score to draw from.
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
-        >>> sample(logits, None, SamplingParams(temperature=0)).tokens_N.tolist()
-        [2]
-    """
-    barred = None
-    if banned is not None:
-        rows_N = torch.zeros(len(logits_NV), dtype=torch.bool, device=logits_NV.device)
-        rows_N[banned[0]] = True
-        barred = rows_N, banned[1]
-    drawn = draw(logits_NV, uniforms_N, params, seen_NV=seen_NV, barred=barred)
-    check_finite(bool(drawn.finite_N.all()))
-    return drawn
-
-
-def draw(
+def sample_tokens(
     logits_NV: Tensor,
     uniforms_N: Tensor | None,
     params: SamplingParams,
     *,
     seen_NV: Tensor | None = None,
     barred: tuple[Tensor, Tensor] | None = None,
-) -> Draw:
-    """Draws as ``sample`` does, without reading anything back from the device.
+) -> SampledTokens:
+    """Samples one token per row by inverting the cumulative distribution at one uniform per row.
+
+    Nothing is read back from the device.
 
     Args:
         logits_NV: the model's scores; left as they are.
@@ -224,7 +191,12 @@ def draw(
         barred: true for rows in which some tokens must not be drawn yet, and these tokens.
 
     Returns:
-        The draw; ``check_finite`` must be called on its ``finite_N`` before it is used.
+        The tokens; ``check_finite`` must be called on their ``finite_N`` before they are used.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> sample_tokens(logits, None, SamplingParams(temperature=0)).tokens_N.tolist()
+        [2]
     """
     raw_NV = logits_NV.float()
     scores_NV = raw_NV
@@ -247,13 +219,13 @@ def draw(
     else:
         if uniforms_N is None:
             raise ValueError(f"temperature={params.temperature} samples, and sampling needs one uniform per row")
-        tokens_N, logprobs_N, finite_N = _draw(scores_NV, uniforms_N, params)
+        tokens_N, logprobs_N, finite_N = _sample_filtered(scores_NV, uniforms_N, params)
 
     # Under the model itself: temperature 1, without filters and penalties.
     model_logprobs_N = None
     if params.model_logprobs:
         model_logprobs_N = raw_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - raw_NV.logsumexp(-1)
-    return Draw(tokens_N, logprobs_N, model_logprobs_N, finite_N)
+    return SampledTokens(tokens_N, logprobs_N, model_logprobs_N, finite_N)
 
 
 def check_finite(finite: bool) -> None:
@@ -264,7 +236,7 @@ def check_finite(finite: bool) -> None:
         )
 
 
-def _draw(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_filtered(scores_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """Applies temperature and filters, and draws; the largest score becomes 0, so that no exponential overflows.
 
     Returns:

@@ -325,8 +325,8 @@ class _Labeller:
         ]
         rewards = self._rewards(owners, texts)
         for n, (solution, count) in enumerate(tasks):
-            mine = rewards[n * self.num_samples : (n + 1) * self.num_samples]
-            right = sum(reward is not None and reward >= self.success for reward in mine)
+            sample_rewards = rewards[n * self.num_samples : (n + 1) * self.num_samples]
+            right = sum(reward is not None and reward >= self.success for reward in sample_rewards)
             solution.labels[count - 1] = right / self.num_samples
 
     def _text(self, solution: _Solution, count: int) -> str:

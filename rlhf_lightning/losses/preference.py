@@ -6,29 +6,22 @@ Shapes: P pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..utils.imports import dotted_path
 from ..utils.validation import check_finite, check_same_shape
 from . import _stable
+from .preference_losses import LOSSES, PreferenceLossSpec, PreferenceLossType, PreferencePairs, loss_spec
 from .preference_options import (
-    COUPLED,
     F_DIVERGENCE_LOSSES,
     F_DIVERGENCE_TYPES,
     LOSS_TYPES,
-    NORMALIZERS,
     SMOOTHED,
     FDivergenceType,
     PreferenceLoss,
     PreferenceLossFunction,
-    PreferenceLossType,
     check_arguments,
     load_loss,
     validate_preference_loss,
@@ -36,198 +29,25 @@ from .preference_options import (
 from .preference_weights import ld_alpha_logps, wpo_weights
 
 __all__ = [
-    "COUPLED",
     "F_DIVERGENCE_LOSSES",
     "F_DIVERGENCE_TYPES",
+    "LOSSES",
     "LOSS_TYPES",
-    "NORMALIZERS",
     "SMOOTHED",
     "FDivergenceType",
     "PreferenceLoss",
     "PreferenceLossFunction",
+    "PreferenceLossSpec",
     "PreferenceLossType",
     "PreferencePairs",
     "f_divergence_score",
     "ld_alpha_logps",
     "load_loss",
+    "loss_spec",
     "preference_loss",
     "validate_preference_loss",
     "wpo_weights",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class PreferencePairs:
-    """Inputs of the losses: P pairs of a chosen and a rejected completion, and scalar options.
-
-    A loss of one's own is a function of this object to one loss per pair, (P,)::
-
-        def squared_hinge(pairs):
-            return (1 - pairs.margin).relu().square()
-
-    It is called on any part of a batch, so a pair's loss must not depend on the other pairs.
-
-    Attributes:
-        chosen_logps: sum of the policy's log-probs over the chosen completion, with gradient, (P,).
-        rejected_logps: likewise, (P,).
-        ref_chosen_logps: sum of the reference's log-probs, (P,).
-        ref_rejected_logps: likewise, (P,).
-        chosen_scores: log-ratio of policy and reference, or its f-divergence's counterpart, (P,).
-        rejected_scores: likewise, (P,).
-        chosen_lengths: tokens of the chosen completion, (P,).
-        rejected_lengths: likewise, (P,).
-        sft_logps: sum of the policy's log-probs over the chosen completion, never reweighted, (P,).
-        beta: above 0.
-        label_smoothing: in [0, 0.5).
-        discopop_tau: above 0.
-    """
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor
-    ref_rejected_logps: Tensor
-    chosen_scores: Tensor
-    rejected_scores: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
-    sft_logps: Tensor
-    beta: float
-    label_smoothing: float
-    discopop_tau: float
-
-    @property
-    def chosen_logratios(self) -> Tensor:
-        """Log-ratios of policy and reference of the chosen completions, (P,)."""
-        return self.chosen_logps - self.ref_chosen_logps
-
-    @property
-    def rejected_logratios(self) -> Tensor:
-        """Log-ratios of policy and reference of the rejected completions, (P,)."""
-        return self.rejected_logps - self.ref_rejected_logps
-
-    @property
-    def chosen_rewards(self) -> Tensor:
-        """Implicit rewards of the chosen completions, beta times the log-ratios, whatever the f-divergence, (P,)."""
-        return self.beta * self.chosen_logratios
-
-    @property
-    def rejected_rewards(self) -> Tensor:
-        """Implicit rewards of the rejected completions, likewise, (P,)."""
-        return self.beta * self.rejected_logratios
-
-    @property
-    def margin(self) -> Tensor:
-        """Difference of the implicit rewards, (P,): beta times that of the scores, which follow the f-divergence."""
-        return self.beta * (self.chosen_scores - self.rejected_scores)
-
-    @property
-    def mean_score_difference(self) -> Tensor:
-        """Difference of the scores per token, (P,)."""
-        chosen = self.chosen_scores / self.chosen_lengths.clamp(min=1)
-        return chosen - self.rejected_scores / self.rejected_lengths.clamp(min=1)
-
-
-def _sigmoid(pairs: PreferencePairs) -> Tensor:
-    return _stable.logistic(pairs.margin, pairs.label_smoothing)
-
-
-def _sigmoid_norm(pairs: PreferencePairs) -> Tensor:
-    return _stable.logistic(pairs.beta * pairs.mean_score_difference, pairs.label_smoothing)
-
-
-def _hinge(pairs: PreferencePairs) -> Tensor:
-    return (1 - pairs.margin).relu()
-
-
-def _ipo(pairs: PreferencePairs) -> Tensor:
-    return (pairs.mean_score_difference - 1 / (2 * pairs.beta)).square()
-
-
-def _exo_pair(pairs: PreferencePairs) -> Tensor:
-    margin, epsilon = pairs.margin, pairs.label_smoothing
-    chosen = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-epsilon))
-    return chosen + (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(epsilon))
-
-
-def _nca_pair(pairs: PreferencePairs) -> Tensor:
-    chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
-    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
-
-
-def _robust(pairs: PreferencePairs) -> Tensor:
-    margin, epsilon = pairs.margin, pairs.label_smoothing
-    return (epsilon * F.logsigmoid(-margin) - (1 - epsilon) * F.logsigmoid(margin)) / (1 - 2 * epsilon)
-
-
-def _bco_pair(pairs: PreferencePairs) -> Tensor:
-    chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
-    delta = 0.5 * (chosen + rejected).detach().mean()
-    return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
-
-
-def _sppo_hard(pairs: PreferencePairs) -> Tensor:
-    target = 0.5 / pairs.beta
-    return (pairs.chosen_logratios - target).square() + (pairs.rejected_logratios + target).square()
-
-
-def _match_by_rank(values: Tensor, others: Tensor) -> Tensor:
-    """Returns for each value the one of ``others`` with the same rank; ties rank by position."""
-    order = torch.sort(values.detach(), stable=True).indices
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
-    return torch.sort(others, stable=True).values[rank]
-
-
-def _aot(pairs: PreferencePairs) -> Tensor:
-    policy = pairs.chosen_logps - pairs.rejected_logps
-    reference = pairs.ref_chosen_logps - pairs.ref_rejected_logps
-    return _stable.logistic(pairs.beta * (policy - _match_by_rank(policy, reference)), pairs.label_smoothing)
-
-
-def _aot_unpaired(pairs: PreferencePairs) -> Tensor:
-    chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
-    return _stable.logistic(chosen - _match_by_rank(chosen, rejected), pairs.label_smoothing)
-
-
-def _apo_zero(pairs: PreferencePairs) -> Tensor:
-    return (-pairs.chosen_rewards).sigmoid() + pairs.rejected_rewards.sigmoid()
-
-
-def _apo_down(pairs: PreferencePairs) -> Tensor:
-    return pairs.chosen_rewards.sigmoid() + (pairs.rejected_rewards - pairs.chosen_rewards).sigmoid()
-
-
-def _discopop(pairs: PreferencePairs) -> Tensor:
-    margin = pairs.margin
-    gate = margin / pairs.discopop_tau
-    logistic = -F.logsigmoid(margin) * (-gate).sigmoid()
-    # exp(-margin) may overflow where its gate is zero: multiply in the exponent.
-    return logistic + _stable.bounded_exp(F.logsigmoid(gate) - margin)
-
-
-def _sft(pairs: PreferencePairs) -> Tensor:
-    return -pairs.sft_logps
-
-
-_LOSSES: Final[Mapping[str, Callable[[PreferencePairs], Tensor]]] = MappingProxyType(
-    {
-        "sigmoid": _sigmoid,
-        "hinge": _hinge,
-        "ipo": _ipo,
-        "exo_pair": _exo_pair,
-        "nca_pair": _nca_pair,
-        "robust": _robust,
-        "bco_pair": _bco_pair,
-        "sppo_hard": _sppo_hard,
-        "aot": _aot,
-        "aot_unpaired": _aot_unpaired,
-        "apo_zero": _apo_zero,
-        "apo_down": _apo_down,
-        "discopop": _discopop,
-        "sft": _sft,
-        "sigmoid_norm": _sigmoid_norm,
-    }
-)
 
 
 def f_divergence_score(logratios: Tensor, f_divergence_type: FDivergenceType, alpha: float = 0.5) -> Tensor:
@@ -315,8 +135,9 @@ def preference_loss(
         ref_rejected_logps: (P,).
         chosen_lengths: tokens of the chosen completion, (P,), at least 1.
         rejected_lengths: (P,).
-        loss_type: one of ``LOSS_TYPES``. For those in ``COUPLED`` the P pairs must be the global batch, in an order
-            that does not depend on sharding: ties in a sort break by position. Or a function of ``PreferencePairs``.
+        loss_type: one of ``LOSS_TYPES``, or a function of ``PreferencePairs``. For losses that couple pairs
+            (``loss_spec``) the P pairs must be the global batch, in an order that does not depend on sharding: ties in
+            a sort break by position.
         beta: above 0; larger keeps the policy nearer to the reference (``ipo``: the paper's tau).
         label_smoothing: in [0, 0.5), the probability that a label is flipped; read by ``SMOOTHED`` only. ``exo_pair``
             needs more than 0 (paper: 1e-3).
@@ -327,8 +148,7 @@ def preference_loss(
             reweighted (``ld_alpha_logps``).
 
     Returns:
-        Losses (P,), unreduced; ``NORMALIZERS`` names the divisor of their sum over the global batch (of a function of
-        one's own, the number of pairs).
+        Losses (P,), unreduced; ``loss_spec`` knows the divisor of their sum over the global batch.
 
     Raises:
         ValueError: a shape that differs, or an argument out of range.
@@ -374,8 +194,7 @@ def preference_loss(
         label_smoothing,
         discopop_tau,
     )
-    if isinstance(loss_type, str):
-        return _LOSSES[loss_type](pairs)
-    losses: Tensor = loss_type(pairs)
-    check_finite(f"loss_type {dotted_path(loss_type)}", losses, like=chosen_logps, each="pair")
+    losses = loss_spec(loss_type).function(pairs)
+    if not isinstance(loss_type, str):
+        check_finite(f"loss_type {dotted_path(loss_type)}", losses, like=chosen_logps, each="pair")
     return losses

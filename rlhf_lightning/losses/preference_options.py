@@ -1,32 +1,15 @@
-"""Options of the preference losses: their names, their normalizers, and checks of configured values."""
+"""Options of the preference losses, and checks of configured values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from ..utils.imports import DottedPath, dotted_path, load_attribute
 from ..utils.validation import check_choice, check_label_smoothing, check_positive
+from .preference_losses import LOSSES, PreferenceLossType, loss_spec
 
-PreferenceLossType = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-]
 # A loss of one's own: from ``PreferencePairs`` to one loss per pair, (P,). In a config it is named by its dotted path.
 PreferenceLossFunction = Callable[..., Any]
 if TYPE_CHECKING:
@@ -37,18 +20,9 @@ FDivergenceType = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_di
 
 LOSS_TYPES: Final[tuple[PreferenceLossType, ...]] = get_args(PreferenceLossType)
 F_DIVERGENCE_TYPES: Final[tuple[FDivergenceType, ...]] = get_args(FDivergenceType)
-# Divisor of the sum of a loss over the global batch.
-NORMALIZERS: Final[Mapping[str, Literal["pairs", "chosen_tokens"]]] = MappingProxyType(
-    {name: "chosen_tokens" if name == "sft" else "pairs" for name in LOSS_TYPES}
-)
-# Losses in which a pair's value depends on the other pairs of the global batch.
-COUPLED: Final = frozenset({"aot", "aot_unpaired", "bco_pair"})
-# Losses that label_smoothing changes, and losses that read only the difference of the two implicit rewards (or no
-# reward), for which an f-divergence other than the reverse KL is defined.
-SMOOTHED: Final = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
-F_DIVERGENCE_LOSSES: Final = frozenset(
-    {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-)
+# Losses that label_smoothing changes, and losses for which an f-divergence other than the reverse KL is defined.
+SMOOTHED: Final = frozenset(name for name, spec in LOSSES.items() if spec.smoothed)
+F_DIVERGENCE_LOSSES: Final = frozenset(name for name, spec in LOSSES.items() if spec.f_divergence)
 
 
 def load_loss(loss_type: str | PreferenceLossFunction) -> Any:
@@ -69,8 +43,7 @@ def _check_names(loss_types: Sequence[str | PreferenceLossFunction], f_divergenc
     if not loss_types:
         raise ValueError("loss_type is an empty list: name at least one loss, such as 'sigmoid'")
     for loss_type in loss_types:
-        if not callable(loss_type):
-            check_choice("loss_type", loss_type, LOSS_TYPES)
+        loss_spec(loss_type)
     check_choice("f_divergence_type", f_divergence_type, F_DIVERGENCE_TYPES)
     for loss_type in loss_types:
         if f_divergence_type != "reverse_kl" and loss_type not in F_DIVERGENCE_LOSSES:
@@ -166,7 +139,7 @@ def validate_preference_loss(
     if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha={ld_alpha} is outside [0, 1]: null or 1 keeps every token, 0 drops the longer tail")
 
-    sorted_losses = [name for name in named if name in ("aot", "aot_unpaired")]
+    sorted_losses = [name for name in named if LOSSES[name].sorts_pairs]
     if use_weighting and sorted_losses:
         raise ValueError(
             f"use_weighting=True weights pairs, which loss_type {sorted_losses[0]!r} takes apart: "

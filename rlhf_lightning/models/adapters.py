@@ -45,6 +45,8 @@ _UNSUPPORTED = (
 )
 
 
+# Adapters of the further members of an ensemble of reward models are called this with the member's number.
+MEMBER_PREFIX = "member_"
 # Stored with an adapter that was trained with rotary frequencies that differ from its base's default.
 ROPE_PARAMETERS = "rope_parameters.json"
 _IF_THERE: dict[str, Any] = {
@@ -220,6 +222,12 @@ def tied_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedLinear)}
     ending = f".{adapter}"
     return {f"{n.removesuffix(ending)}.weight": m.weight for n, m in tied.items() if n.endswith(ending)}
+
+
+def num_members(model: nn.Module) -> int:
+    """Returns the number of members of an ensemble that take turns on a model: 1 of any other model."""
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    return 1 + sum(part.startswith(MEMBER_PREFIX) for part in parts)
 
 
 def _tie(model: Any, adapter: str) -> None:

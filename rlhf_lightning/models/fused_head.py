@@ -1,7 +1,7 @@
 """The fused log-prob head: ``log p(target)`` from hidden states without a (tokens x vocabulary) matrix.
 
 Only a part of the logits exists at a time, in the forward and in the backward pass: on a CPU tiles that fit its cache
-(``logprob_tiles.py``), on other devices chunks of rows that keep the whole device busy (``logprob_chunks.py``).
+(``cpu_logprob_tiles.py``), on other devices chunks of rows that keep the whole device busy (``gpu_logprob_chunks.py``).
 Accumulation is in at least fp32, whatever the dtype of the model.
 
 Legend: N tokens, D hidden size, V vocabulary, R rank of the low-rank part of the head.
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .cpu_logprob_tiles import LogitsConfig, TiledLogProbs
+from .gpu_logprob_chunks import ChunkedLogProbs
 from .half_weights import rounded_copy
-from .logprob_chunks import ChunkedLogProbs
-from .logprob_tiles import LogitsConfig, TiledLogProbs
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from . import logprob_chunks
+from . import gpu_logprob_chunks
 from .decoder_sizes import NORMED, SANDWICHED, WIDE, Blocks, Decoder, Training
 
 # Bytes of a weight in blocks of 64 with 8-bit scales, which are in blocks of 256 with scales in single precision.
@@ -223,7 +223,7 @@ def head_bytes(decoder: Decoder, training: Training, scored: float, *, entropy: 
         entropy: whether the entropy is computed.
     """
     size = training.precision.products
-    rows = min(scored, max(1, logprob_chunks.CHUNK_BYTES // (4 * decoder.vocabulary)))
+    rows = min(scored, max(1, gpu_logprob_chunks.CHUNK_BYTES // (4 * decoder.vocabulary)))
     # Logits, or their exponentials; the same again for the entropy, or rounded for products.
     chunk = 4 + max(4 if entropy else 0, size if size < 4 else 0)
     rounded = size if size < 4 else 0  # gradients are returned in the precision of the products

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import TiedLinear
+from .adapters import TiedLinear, num_members
 from .half_weights import hold_frozen
 from .reference import ADAPTER_COPY
-from .reward_ensemble import num_members
 
 
 def trained_adapter(model: PeftModel) -> str:

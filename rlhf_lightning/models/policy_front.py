@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .context_compressor import ContextCompressor
 from .decoder_identity import decoder_identity, difference
 from .loading import locate
 from .reward_head import stored_file
 from .safetensors_io import read_json
+
+if TYPE_CHECKING:
+    from .context_compressor import ContextCompressor
 
 FRONT_FILE = "front.json"
 
@@ -50,6 +52,9 @@ def compressor_of(folder: str | Path, model: nn.Module, source: str | Path | Non
     Raises:
         ValueError: the compressor is of another model.
     """
+    # Imported here, since most engines have no learned compressor.
+    from .context_compressor import ContextCompressor
+
     first = first_decoder(source, model)
     if difference(first, decoder_identity(model)) is None:
         return ContextCompressor.from_pretrained(folder, model=model)

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..utils.transfer import to_device
+from .adapters import MEMBER_PREFIX
 from .reference import ADAPTER_COPY
 from .reward_head import stored_file
 from .safetensors_io import read_weights
@@ -160,19 +161,13 @@ def member_state(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters of the adapters of all members except the first, by their names in the model."""
     found = {}
     for name, parameter in model.named_parameters():
-        if any(part.startswith(_name("")) for part in name.split(".")):
+        if any(part.startswith(MEMBER_PREFIX) for part in name.split(".")):
             found[name] = parameter
     return found
 
 
-def num_members(model: nn.Module) -> int:
-    """Returns the number of members that take turns on a model: 1 without ``add_member_adapters``."""
-    parts = {part for name in member_state(model) for part in name.split(".")}
-    return 1 + sum(part.startswith(_name("")) for part in parts)
-
-
-def _name(member: int | str) -> str:
-    return f"member_{member}"
+def _name(member: int) -> str:
+    return f"{MEMBER_PREFIX}{member}"
 
 
 def _first_adapter(model: Any) -> str:
@@ -204,7 +199,7 @@ def _copies(model: nn.Module, first: str, members: Mapping[str, Tensor]) -> dict
     """Returns the first member's weights under the names of the others."""
     own = dict(model.named_parameters())
     return {
-        name: own[".".join(first if part.startswith(_name("")) else part for part in name.split("."))].detach()
+        name: own[".".join(first if part.startswith(MEMBER_PREFIX) else part for part in name.split("."))].detach()
         for name in members
     }
 

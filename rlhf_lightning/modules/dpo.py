@@ -15,12 +15,11 @@ from ..core.reference_policy import ReferencePolicy
 from ..core.sequence_rows import check_pairs, num_scored, pair_rows
 from ..distributed.collectives import Metrics, Rows
 from ..losses.preference import (
-    COUPLED,
-    NORMALIZERS,
     FDivergenceType,
     PreferenceLoss,
     ld_alpha_logps,
     load_loss,
+    loss_spec,
     preference_loss,
     validate_preference_loss,
     wpo_weights,
@@ -115,7 +114,7 @@ class DPOModule(PostTrainingModule):
     @property
     def couples_rows(self) -> bool:
         """Whether any of the losses sorts or centres over the batch."""
-        return any(name in COUPLED for name in self.loss_types)
+        return any(loss_spec(loss_type).couples_pairs for loss_type in self.loss_types)
 
     def normalizers(self, examples: Sequence[Example]) -> dict[str, float]:
         """Counts pairs, and tokens of the chosen completions."""
@@ -140,7 +139,7 @@ class DPOModule(PostTrainingModule):
         """Computes log-probs of both completions under the policy, and further values of some losses."""
         stats = self.token_stats(batch, power=self.use_weighting)
         rows = pair_rows("{}_logps", self._sequence_logps(batch, stats.logprobs))
-        if "sft" in self.loss_types:
+        if any(loss_type == "sft" or callable(loss_type) for loss_type in self.loss_types):
             rows["sft_logps"] = pair_rows("{}", batch.sum_per_sequence(stats.logprobs))["chosen"]
         if self.use_weighting:
             weights = wpo_weights(
@@ -174,7 +173,7 @@ class DPOModule(PostTrainingModule):
                 sft_logps=rows.get("sft_logps"),
                 **self._loss_options,
             )
-            normalizer = NORMALIZERS[loss_type] if isinstance(loss_type, str) else "pairs"
+            normalizer = loss_spec(loss_type).divided_by
             if self.use_weighting and normalizer == "pairs":
                 values = values * rows["weights"].detach()
             total = total + weight * values.sum() / normalizers[normalizer]

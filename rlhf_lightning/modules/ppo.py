@@ -24,7 +24,7 @@ from ..models import TokenStats, base_model, evaluating, fused_logprobs, hidden_
 from ..models.critic import Critic, own_critic, shared_critic
 from ..models.saving import export_kind
 from ..rewards.specs import RewardSpec
-from ..rl import GAE, AdaptiveKL, EntropyBonus, PPOLoss, SearchRollouts, ValueFunction
+from ..rl import GAE, AdaptiveKL, EntropyBonus, ImportanceWeights, PPOLoss, SearchRollouts, ValueFunction
 from ..rl.exploration import Explorer
 from ..rl.on_policy_module import OnPolicyModule
 from ..rl.reward_shaping import missing_eos_penalty as penalise_missing_eos
@@ -64,21 +64,22 @@ class PPOModule(OnPolicyModule):
     search went on is not. So each token counts once for each draw, and the advantage of one that several completions
     share is a mean of theirs that the search has no part in: ``GAE`` has the formula.
 
-    An option group (``loss``, ``value``, ``gae``, ``tree``, ``kl``, ``entropy``, ``sampling``) is an object of its
-    class, which documents its options, or a mapping of them: ``gae={"lam": 1.0}``.
+    An option group (``loss``, ``value``, ``gae``, ``tree``, ``kl``, ``off_policy``, ``entropy``, ``sampling``) is an
+    object of its class, which documents its options, or a mapping of them: ``gae={"lam": 1.0}``.
 
     Args:
         model: Hugging Face id or folder.
         rewards: see ``OnPolicyModule``.
         num_generations: completions per prompt, at least 1.
         num_updates: passes over the completions of an iteration, at least 1.
-        loss: clipping of the policy's loss, importance weights: ``PPOLoss``, or a subclass with a loss of one's own.
+        loss: clipping of the policy's loss: ``PPOLoss``, or a subclass with a loss of one's own.
         value: the critic's model, head, learning rate and loss: ``ValueFunction``.
         gae: discount, lambda and whitening of the advantages: ``GAE``.
         tree: what completions in training come from, samples or searches: ``SearchRollouts``.
         kl_coef: weight of the divergence from the reference in the rewards, at least 0; 0 needs no reference.
         kl: estimator of the divergence, and the divergence that ``kl_coef`` adapts to reach: ``AdaptiveKL``.
         missing_eos_penalty: subtracted from the reward of a truncated completion, at least 0; ``None`` is 0.
+        off_policy: importance weights for samples of another distribution: ``ImportanceWeights``.
         entropy: weight of an entropy bonus: ``EntropyBonus``.
         kwargs: options of ``OnPolicyModule`` and ``PostTrainingModule``.
 
@@ -105,13 +106,14 @@ class PPOModule(OnPolicyModule):
         kl_coef: float = 0.05,
         kl: AdaptiveKL = AdaptiveKL(),
         missing_eos_penalty: float | None = None,
+        off_policy: ImportanceWeights = ImportanceWeights(),
         entropy: EntropyBonus = EntropyBonus(),
         **kwargs: Any,
     ) -> None:
         # Options are checked before the model is set up, so that errors come first.
         loss, value, gae = build_group(loss, PPOLoss), build_group(value, ValueFunction), build_group(gae, GAE)
         kl, entropy = build_group(kl, AdaptiveKL), build_group(entropy, EntropyBonus)
-        tree = build_group(tree, SearchRollouts)
+        tree, off_policy = build_group(tree, SearchRollouts), build_group(off_policy, ImportanceWeights)
         controller = kl.controller(kl_coef)
         if missing_eos_penalty is not None:
             check_not_negative("missing_eos_penalty", missing_eos_penalty, "it is subtracted; 1.0 is usual")
@@ -134,6 +136,7 @@ class PPOModule(OnPolicyModule):
             gae=plain_group(gae, GAE),
             tree=plain_group(tree, SearchRollouts),
             kl=plain_group(kl, AdaptiveKL),
+            off_policy=plain_group(off_policy, ImportanceWeights),
             entropy=plain_group(entropy, EntropyBonus),
         )
         self.policy_loss = loss
@@ -143,6 +146,7 @@ class PPOModule(OnPolicyModule):
         self.controller = controller  # holds kl_coef
         self.explorer = Explorer(self, tree)
         self.missing_eos_penalty = missing_eos_penalty
+        self.off_policy = off_policy
         self.entropy = entropy
         self.critic: Critic | None = None
 
@@ -191,8 +195,8 @@ class PPOModule(OnPolicyModule):
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[Any]:
         """Groups the policy's weights, and the critic's own with their relative learning rate."""
         assert self.critic is not None
-        own = {id(parameter): self.value.lr_ratio for parameter in self.critic.parameters()}
-        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay, own)
+        lr_ratios_by_id = {id(parameter): self.value.lr_ratio for parameter in self.critic.parameters()}
+        return group_parameters(self, parameters, self.lr_ratios, self.layer_lr_decay, lr_ratios_by_id)
 
     # From rollouts to training trees.
 
@@ -233,9 +237,9 @@ class PPOModule(OnPolicyModule):
         values["explained_variance"] = explained_variance(sum_vector_over_ranks(sums))
         fixed = {"advantages": advantages_N, "returns": returns_N, "shares": shared.shares_N}
         fixed |= {name: known[name] for name in names[:2]}
-        if self.policy_loss.correction is not None:
+        if self.off_policy.correction is not None:
             drawn_N = drawn_logprobs(rollouts, completion_index_S)
-            fixed["weights"] = self.policy_loss.weights(known["old_logprobs"], drawn_N, **sequences)
+            fixed["weights"] = self.off_policy.weights(known["old_logprobs"], drawn_N, **sequences)
             gap_N = known["old_logprobs"] - drawn_N
             values |= sampling_metrics(gap_N[first_U], fixed["weights"][first_U])
         if self.explorer.options.searches:
@@ -251,7 +255,7 @@ class PPOModule(OnPolicyModule):
 
     def _objective(self, scores_S: Tensor, ended_S: Tensor, logprobs_N: Tensor, kl_N: Tensor | None) -> Metrics:
         """Computes mean scores, entropy and KL penalty per completion, and adapts the weight of the divergence."""
-        own = {
+        local_sums = {
             "samples": float(len(scores_S)),
             "tokens": float(len(logprobs_N)),
             "scores": float(scores_S.sum()),
@@ -259,8 +263,8 @@ class PPOModule(OnPolicyModule):
             "num_eos": float(ended_S.sum()),
         }
         if kl_N is not None:
-            own["kl"] = float(kl_N.sum())
-        sums = sum_over_ranks(own)
+            local_sums["kl"] = float(kl_N.sum())
+        sums = sum_over_ranks(local_sums)
         values = objective_metrics(sums, coef=self.controller.coef)
         if "objective/kl" in values:
             self.controller.update(float(values["objective/kl"]), num_samples=int(sums["samples"]))
@@ -344,7 +348,7 @@ class PPOModule(OnPolicyModule):
             "loss/value_avg": means["value"],
             "entropy": means["entropy"],
             "policy/approxkl_avg": means["approxkl"],
-            "policy/clipfrac_avg": low + high,
+            "policy/clip_frac": low + high,
             "clip_ratio/low_mean": low,
             "clip_ratio/high_mean": high,
             "value/clip_frac": means["value_clipped"],

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,8 @@ from ..generation.options import sampling_params
 from ..utils import yaml_parser
 from ..utils.messages import UsageError, did_you_mean, one_line
 from ..utils.packaged_configs import nearest_config, packaged_config
+from .build import build, whole
+from .references import check_order
 from .stages import (
     EXACT,
     KINDS,
@@ -32,8 +34,6 @@ from .stages import (
     Stage,
     outputs_of,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
 
     stages, resolved = _stages(config, source["stages"])
     evaluation = resolved.get("evaluation")
-    compare = [_build(Comparison, item, "compare") for item in resolved.get("compare") or []]
+    compare = [build(Comparison, item, "compare") for item in resolved.get("compare") or []]
     for name in (name for item in compare for name in item.stages):
         if name not in stages and name not in not_chosen:
             raise UsageError(f"compare names the stage {name!r}, which there is not{did_you_mean(name, stages)}")
@@ -195,11 +195,11 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
     return Pipeline(
         title=str(resolved.get("title") or "Pipeline"),
         run_dir=Path(resolved["run_dir"]),
-        seed=_whole("seed", resolved.get("seed", 0), 0),
-        threads=None if resolved.get("threads") is None else _whole("threads", resolved["threads"], 1),
+        seed=whole("seed", resolved.get("seed", 0), 0),
+        threads=None if resolved.get("threads") is None else whole("threads", resolved["threads"], 1),
         dtype=_dtype(resolved.get("dtype", "float32")),
         stages=stages,
-        evaluation=_build(Evaluation, evaluation, "evaluation") if evaluation else None,
+        evaluation=build(Evaluation, evaluation, "evaluation") if evaluation else None,
         compare=[item for item in compare if len(item.stages) > 1],
         source=source,
     )
@@ -207,6 +207,7 @@ def _check(config: DictConfig, source: dict[str, Any], not_chosen: set[str]) -> 
 
 def _stages(config: DictConfig, written: Mapping[str, Any]) -> tuple[dict[str, Stage], dict[str, Any]]:
     """Resolves the references of a configuration; returns its stages, and all of it as plain values."""
+    check_order(written)
     # References such as ${outputs.sft.model} are resolved against the stages' places.
     places = {name: _outputs(config.run_dir, name, stage) for name, stage in written.items()}
     config.outputs = OmegaConf.merge(config.get("outputs") or {}, places)
@@ -251,13 +252,13 @@ def _stage(name: str, written: dict[str, Any]) -> Stage:
             raise UsageError(f"{where}: {error}") from error
     if cls is FitStage:
         config = written.get("config") or []
-        export = _build(Export, written.get("export") or {}, f"{where}, export")
+        export = build(Export, written.get("export") or {}, f"{where}, export")
         written = written | {"config": [config] if isinstance(config, str) else config, "export": export}
     if issubclass(cls, RowStage):
         written = written | {"rows": _kinds_of_rows(written.get("rows", ["pairs"]), where)}
     if cls is RoundsStage:
-        _whole(f"{where}: rounds", written.get("rounds", 3), 1)
-    stage: Stage = _build(cls, written, where)
+        whole(f"{where}: rounds", written.get("rounds", 3), 1)
+    stage: Stage = build(cls, written, where)
     return stage
 
 
@@ -364,34 +365,6 @@ def _smaller(stage: FitStage, step: float) -> FitStage:
         return stage
     changed = optimizer | {"init_args": arguments | {"lr": step * float(arguments["lr"])}}
     return dataclasses.replace(stage, model=stage.model | {"init_args": options | {"optimizer": changed}})
-
-
-def _build(cls: type[T], written: Any, where: str) -> T:
-    """Makes a dataclass of a mapping.
-
-    Raises:
-        UsageError: naming an unknown or missing key.
-    """
-    if not isinstance(written, Mapping):
-        raise UsageError(f"{where} is {written!r}: write a mapping")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in written:
-        if key not in fields:
-            raise UsageError(f"{where} has no key {key!r}{did_you_mean(str(key), fields)}")
-    # Required keys, and lists and mappings by their kind; the other types are checked where they are used.
-    for key, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and written.get(key) is None:
-            raise UsageError(f"{where} needs {key!r}")
-        if isinstance(f.default_factory, type) and key in written and not isinstance(written[key], f.default_factory):
-            raise UsageError(f"{where}: {key} is {written[key]!r}; it must be a {f.default_factory.__name__}")
-    return cls(**written)
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-    return value
 
 
 def _dtype(value: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from peft import PeftModel, set_peft_model_state_dict
 
@@ -22,6 +23,7 @@ from ..models.headed_model import HeadedModel
 from ..models.safetensors_io import read_weights
 from ..utils import yaml_parser
 from ..utils.files import write_atomically
+from ..utils.messages import one_line
 from .figures import TRAIN_SECONDS
 from .stages import FitStage
 
@@ -115,6 +117,27 @@ class StageCLI(PostTrainingCLI):
         """The whole configuration, defaults included."""
         merged: dict[str, Any] = yaml_parser.plain(yaml_parser.load(self.parser.dump(self.config, skip_none=False)))
         return merged
+
+
+class PlannedStageCLI(StageCLI):
+    """Builds a fit stage to plan it, on a machine that may lack its device.
+
+    Attributes:
+        elsewhere: why it cannot run here; empty if it can.
+    """
+
+    elsewhere = ""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Makes a trainer for a CPU where there is no such device."""
+        accelerator = self.config_init["trainer"].get("accelerator")
+        if accelerator not in (None, "auto", "cpu"):
+            try:
+                lightning.Trainer(accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False)
+            except (MisconfigurationException, ImportError, RuntimeError) as error:
+                self.elsewhere = f"accelerator {accelerator!r} is not here ({one_line(error)})"
+                kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
+        return super().instantiate_trainer(**kwargs)
 
 
 def run_fit(stage: FitStage, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data.sources import open_source
 from ..evaluation import Report, Suite, Task, divergence, evaluate, own_samples
 from ..evaluation.answers import longest_prompt, read_prompts
@@ -72,8 +74,8 @@ def check_judging(
     for name, is_measured in measures.items():
         value = getattr(wanted, name)
         if value and not is_measured:
-            how = advice.get(name, "give a task of prompts that a model answers, or leave it out")
-            raise ValueError(f"criteria.{name} is {value}, and no task measures it: {how}")
+            how = advice.get(name, "add one of prompts that a model answers, or leave it out")
+            raise ValueError(f"criteria.{name} is {value}, and no task of the suite {found.name!r} measures it: {how}")
     for task in answered:
         _check_number(task)
     return found
@@ -198,9 +200,11 @@ class Judge:
         return decision, report
 
     def _size(self, place: str) -> float:
-        """Counts the bytes of a model's parameters and buffers, in units of 10^9."""
+        """Counts the bytes of a model's weights and of the keys and values that its criteria name, in units of 10^9."""
         model = self._engine(place).model
-        return sum(held.nbytes for held in (*model.parameters(), *model.buffers())) / 1e9
+        weights = sum(held.nbytes for held in (*model.parameters(), *model.buffers()))
+        tokens = self.criteria.cache_tokens
+        return (weights + (0 if tokens is None else tokens * _bytes_of_token(model))) / 1e9
 
     def _engine(self, place: str) -> LocalEngine:
         return LocalEngine.from_pretrained(place, dtype=self.dtype)
@@ -227,6 +231,15 @@ class Judge:
             rows += own_samples(engine, prompts, sampling=sampling)
         # A candidate that says nothing at all is as far away as can be.
         return divergence(engine, start, rows).forward if rows else math.inf
+
+
+@torch.no_grad()
+def _bytes_of_token(model: Any) -> int:
+    """Counts the bytes of the keys and values that a model keeps for a token, in all layers that have some."""
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers = model(input_ids=tokens, use_cache=True).past_key_values.layers
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(part.nbytes for part in held if part is not None)
 
 
 def run_evaluate(stage: EvaluateStage, folder: Path, seed: int, dtype: str, say: Say) -> dict[str, float]:

@@ -21,7 +21,8 @@ from ..merging.options import expand
 from ..utils.validation import check_choice
 from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
-from .fit_stage import StageCLI, run_fit
+from .errors import in_stage
+from .fit_stage import PlannedStageCLI, StageCLI, run_fit
 from .judging import check_judging, check_passed_on, run_evaluate, run_gate
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
@@ -50,20 +51,21 @@ Say = Callable[[str], None]
 _OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
 
 
-def describe(pipeline: Pipeline, name: str, awaited: Sequence[str] = ()) -> dict[str, Any]:
+def describe(pipeline: Pipeline, name: str, awaited: Sequence[str] = (), note: Say | None = None) -> dict[str, Any]:
     """Returns a stage's full configuration, and checks everything that can be checked without running it.
 
     Args:
         pipeline: the pipeline.
         name: of the stage.
         awaited: folders that other stages will write: what a suite reads from there is not checked.
+        note: for plans: a fit stage whose device is not here counts as right, and this is told why it cannot run.
 
     Raises:
         ValueError: a mistake in the stage.
     """
     stage, folder, seed = pipeline.stages[name], pipeline.folder(name), pipeline.stage_seed(name)
     if isinstance(stage, FitStage):
-        return _describe_fit(stage, folder, seed)
+        return _describe_fit(stage, folder, seed, note)
     if isinstance(stage, GenerateStage | CompressStage):
         options = stage.options(folder, seed, pipeline.dtype)
         options.check()
@@ -96,27 +98,36 @@ def describe(pipeline: Pipeline, name: str, awaited: Sequence[str] = ()) -> dict
         check_choice("type", stage.type, TYPES)
         check_single(stage.model, "model", "and a GGUF file holds one: merge its models first")
     if isinstance(stage, RoundsStage):
-        return _describe_rounds(stage, folder, awaited) | {"seed": seed, "dtype": pipeline.dtype}
+        return _describe_rounds(stage, folder, awaited, note) | {"seed": seed, "dtype": pipeline.dtype}
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
 
 
-def _describe_fit(stage: FitStage, folder: Path, seed: int) -> dict[str, Any]:
+def _describe_fit(stage: FitStage, folder: Path, seed: int, note: Say | None) -> dict[str, Any]:
     if stage.trainer.get("fast_dev_run"):
         raise ValueError(
             f"trainer.fast_dev_run is {stage.trainer['fast_dev_run']!r}, which writes nothing, and later stages "
             "start from what it writes: set max_steps: 1 for a quick look, or try the stage by `rlhf-lightning fit`"
         )
-    return StageCLI(stage, folder, seed).merged | {"export": vars(stage.export)}
+    if note is None:
+        return StageCLI(stage, folder, seed).merged | {"export": vars(stage.export)}
+    planned = PlannedStageCLI(stage, folder, seed)
+    if planned.elsewhere:
+        note(planned.elsewhere)
+    return planned.merged | {"export": vars(stage.export)}
 
 
-def _describe_rounds(stage: RoundsStage, folder: Path, awaited: Sequence[str]) -> dict[str, Any]:
+def _describe_rounds(stage: RoundsStage, folder: Path, awaited: Sequence[str], note: Say | None) -> dict[str, Any]:
     """Describes the first round, and the options of the loop."""
     body = check_rounds(stage, folder, awaited)
     suite = None if stage.suite is None else [task.as_dict() for task in Suite.read(stage.suite).tasks]
     awaited = [*awaited, *(f"{body.folder(inner)}/" for inner in body.stages)]
     # As it is written, too: later rounds differ in what refers to them.
     own = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.name != "written"}
-    return own | {"first": {name: describe(body, name, awaited) for name in body.stages}, "tasks": suite}
+    first = {}
+    for name in body.stages:
+        with in_stage(name):
+            first[name] = describe(body, name, awaited, note)
+    return own | {"first": first, "tasks": suite}
 
 
 def run_stage(pipeline: Pipeline, name: str, run_body: RunBody, say: Say) -> dict[str, float]:

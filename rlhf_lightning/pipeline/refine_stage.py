@@ -12,11 +12,10 @@ from ..inference.policies import policy_spec
 from ..self_improvement.refine import refine
 from ..self_improvement.samples import model_hash
 from ..self_improvement.scorers import load_scorer
-from .row_files import SAMPLED, Journal, write_rows
+from .row_files import SAMPLED, Journal, missing_parts, write_rows
 from .sample_stage import stage_policy, stage_prompts
 from .stages import RefineStage
 
-_PROMPTS_AT_ONCE = 64
 _ADVICE = "raise revisions or sampling.temperature, change critique and revision, or refine with another model"
 
 
@@ -64,19 +63,17 @@ def run_refine(
     )
     examples = stage_prompts(stage, tokenizer)
     journal, name = Journal(folder / SAMPLED), model_hash(stage.model)
-    for start in range(len(journal.parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE):
-        part = examples[start : start + _PROMPTS_AT_ONCE]
+    for numbers in missing_parts(stage, journal, len(examples), say):
         drafts = refine(
             engine,
             tokenizer,
-            part,
+            [examples[n] for n in numbers],
             scorer,
             stage.settings,
             sampling=sampling,
             seed=seed,
-            first=start,
+            first=numbers[0],
             model=name,
         )
         journal.add([one.drafts for one in drafts])
-        say(f"{start + len(part)} of {len(examples)} prompts, {len(journal.samples)} drafts")
     return write_rows(stage, journal, folder, seed, _ADVICE)

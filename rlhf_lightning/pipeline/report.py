@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..loggers import read_history
+from ..self_improvement.gate import CapabilityCriteria
 from ..utils import yaml_parser
 from ..utils.files import write_atomically
 from .config import Pipeline
 from .figures import comparison_figure, points, stage_figure
 from .fit_stage import HISTORY
-from .judging import EVALUATION
+from .judging import DECISION, EVALUATION
 from .manifest import Manifest
 from .round_folders import ROUNDS
 from .rounds_stage import RECORD
@@ -117,6 +118,8 @@ def _stage_view(pipeline: Pipeline, manifest: Manifest, row: dict[str, Any]) -> 
         "pairs": first_lines(folder / ROWS["pairs"], _NUM_PAIRS),
         "rounds": [_round_view(record) for record in first_lines(folder / RECORD, _MOST_ROUNDS)],
         "rounds_folder": f"{name}/{ROUNDS}",
+        "level": 1 - 2 * float((record["config"].get("criteria") or {}).get("level", CapabilityCriteria.level)),
+        "reason": _reason(folder / DECISION),
         "page": _page(record, name) if (folder / EVALUATION).is_dir() else None,
         "config": yaml_parser.dump(record["config"]),
     }
@@ -215,6 +218,11 @@ def _round_view(record: dict[str, Any]) -> dict[str, Any]:
         "between": between,
         "reason": record["reason"],
     }
+
+
+def _reason(decision: Path) -> str | None:
+    """The reason of a gate's decision; ``None`` where there is none."""
+    return str(json.loads(decision.read_text(encoding="utf-8"))["reason"]) if decision.is_file() else None
 
 
 def _page(record: dict[str, Any], name: str) -> str | None:

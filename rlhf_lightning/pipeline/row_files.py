@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,11 @@ from ..self_improvement.replay import kept_lines
 from ..self_improvement.row_options import RowOptions
 from ..self_improvement.samples import Sample, ScoredPrompt
 from ..utils.files import json_line, write_atomically
+from ..utils.progress import progress
 from .stages import REPLAY, ROWS
 
 SAMPLED = "sampled.jsonl"
+PROMPTS_AT_ONCE = 64
 
 
 class NoRowsError(ValueError):
@@ -62,6 +64,31 @@ class Journal:
         return [sample for part in self.parts for scored in part.prompts for sample in scored.samples]
 
 
+def missing_parts(
+    options: RowOptions, journal: Journal, count: int, say: Callable[[str], None]
+) -> Iterator[Sequence[int]]:
+    """Yields the numbers of the prompts of each part that a journal does not have, until there are ``max_rows`` rows.
+
+    Each part has to be in the journal before the next one is asked for.
+
+    Args:
+        options: kinds of rows, and how they are made.
+        journal: all that was sampled before.
+        count: number of prompts.
+        say: shown one line per part.
+    """
+    kind = options.rows[0]
+    made = sum(len(options.make(kind, *part)) for part in journal.parts)
+    rest = range(len(journal.parts) * PROMPTS_AT_ONCE, count, PROMPTS_AT_ONCE)
+    for start in progress(rest, f"sampling, {PROMPTS_AT_ONCE} prompts at once"):
+        if options.max_rows is not None and made >= options.max_rows:
+            return
+        numbers = range(start, min(start + PROMPTS_AT_ONCE, count))
+        yield numbers
+        made += len(options.make(kind, *journal.parts[-1]))
+        say(f"{numbers.stop} of {count} prompts, {made} {kind}")
+
+
 def _read_part(line: str | bytes) -> Part:
     written = json.loads(line)
     return Part(*([_read(scored) for scored in written[name]] for name in ("prompts", "hinted")))
@@ -106,7 +133,8 @@ def write_rows(
     made = {kind: [row for part in parts for row in options.make(kind, *part)] for kind in options.rows}
     for kind, rows in made.items():
         if not rows:
-            raise NoRowsError(f"no prompt gave a row of kind {kind!r} (mean reward {mean:.2f}): {advice}")
+            found = f"mean reward {mean:.2f}" if rewards else f"none of {len(samples)} samples has a score"
+            raise NoRowsError(f"no prompt gave a row of kind {kind!r} ({found}): {advice}")
     first, files = options.rows[0], {}
     own = made[first][: options.max_rows]
     if options.replay is not None:

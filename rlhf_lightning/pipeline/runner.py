@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ..core.checkpoint_io import check_place
 from ..evaluation.answers import load_verifier
@@ -29,6 +28,7 @@ from ..utils.folders import discard
 from ..utils.inputs import input_hashes
 from ..utils.messages import UsageError, did_you_mean
 from .config import Pipeline
+from .errors import in_stage
 from .fit_stage import HISTORY
 from .judging import DECISION
 from .kinds import describe, run_stage
@@ -36,7 +36,7 @@ from .manifest import Manifest, stage_key, versions
 from .report import write_report
 from .round_folders import MODELS
 from .rounds_stage import RECORD
-from .row_files import SAMPLED, NoRowsError
+from .row_files import SAMPLED
 from .sample_stage import ANSWERS, evaluate
 from .stages import REPLAY, ROWS, WITH_MODEL, ChallengeStage, CompressStage, FitStage, SelfPlayStage
 
@@ -57,6 +57,7 @@ _OF_STAGE = (
     ),
     *(DECISION, RECORD, MODELS, *ROWS.values(), *REPLAY.values()),
     *(*ChallengeStage.outputs.values(), SelfPlayStage.league),
+    "accepted",  # the folder of a CapabilityGate, which refuses the states of another run
 )
 
 
@@ -259,21 +260,6 @@ def _summary(metrics: dict[str, float]) -> str:
         if name in metrics
     ]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
-
-
-@contextmanager
-def in_stage(name: str) -> Iterator[None]:
-    """Adds the stage's name to errors."""
-    try:
-        yield
-    except (UsageError, NoRowsError) as error:
-        raise type(error)(f"stage {name!r}: {error}") from error
-    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
-        raise ValueError(f"stage {name!r}: {error}") from error
-    except torch.OutOfMemoryError:  # the command line knows what helps
-        raise
-    except Exception as error:
-        raise ValueError(f"stage {name!r}: {type(error).__name__}: {error} (--debug shows where)") from error
 
 
 @contextmanager

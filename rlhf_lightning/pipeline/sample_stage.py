@@ -20,13 +20,11 @@ from ..self_improvement.scorers import load_scorer
 from ..self_improvement.templates import check_places
 from ..sequences import Example
 from ..utils.files import json_line, write_atomically
-from ..utils.progress import progress
 from .config import Evaluation
-from .row_files import SAMPLED, Journal, write_rows
+from .row_files import SAMPLED, Journal, missing_parts, write_rows
 from .stages import PromptStage, SampleStage
 
 ANSWERS = "test_answers.jsonl"
-_PROMPTS_AT_ONCE = 64
 _ADVICE = "raise num_samples or sampling.temperature, change what is kept, or sample from another model"
 
 
@@ -54,19 +52,12 @@ def run_sample(
     examples = stage_prompts(stage, tokenizer)
     answering = StrategyOption(stage.strategy).on(engine)
     maker = _Maker(stage, answering, tokenizer, load_scorer(stage.verifier), seed)
-    journal, kind = Journal(folder / SAMPLED), stage.rows[0]
-    made = sum(len(stage.make(kind, *part)) for part in journal.parts)
+    journal = Journal(folder / SAMPLED)
 
     # Seeds are functions of prompt and sample numbers, so a resumed stage draws the same samples.
-    rest = range(len(journal.parts) * _PROMPTS_AT_ONCE, len(examples), _PROMPTS_AT_ONCE)
-    for start in progress(rest, f"sampling, {_PROMPTS_AT_ONCE} prompts at once"):
-        if stage.max_rows is not None and made >= stage.max_rows:
-            break
-        prompts = examples[start : start + _PROMPTS_AT_ONCE]
-        drawn = maker.sample(prompts, range(start, start + len(prompts)))
-        journal.add(drawn, maker.rationalised(drawn, start))
-        made += len(stage.make(kind, *journal.parts[-1]))
-        say(f"{start + len(prompts)} of {len(examples)} prompts, {made} {kind}")
+    for numbers in missing_parts(stage, journal, len(examples), say):
+        drawn = maker.sample([examples[n] for n in numbers], numbers)
+        journal.add(drawn, maker.rationalised(drawn, numbers[0]))
     return write_rows(stage, journal, folder, seed, _ADVICE)
 
 

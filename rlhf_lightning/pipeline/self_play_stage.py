@@ -19,11 +19,10 @@ from ..self_improvement.scorers import load_scorer
 from ..self_improvement.self_play import elo_ratings, games_of, league_weights, win_rates
 from ..utils.files import write_atomically
 from ..utils.validation import check_count
-from .row_files import SAMPLED, Journal, Part, write_rows
+from .row_files import PROMPTS_AT_ONCE, SAMPLED, Journal, Part, write_rows
 from .sample_stage import stage_policy, stage_prompts
 from .stages import SelfPlayStage
 
-_PROMPTS_AT_ONCE = 64
 _ADVICE = "raise num_samples or sampling.temperature, or play against other opponents"
 # The model among the players; opponents have the names of their folders, those of several joined.
 _SELF = ""
@@ -56,6 +55,7 @@ def run_self_play(
     """Lets all players answer the first prompts, the model and a drawn opponent the others, and writes rows of both.
 
     Samples are kept in ``sampled.jsonl``, part by part; an interrupted stage continues after the last part.
+    If the first prompts give ``max_rows`` rows, no others are answered.
 
     Args:
         stage: the stage.
@@ -74,7 +74,7 @@ def run_self_play(
     journal = Journal(folder / SAMPLED)
     game.play(list(game.trial()), journal, say)
     league = game.league(journal.parts)
-    drawn = game.draw(league)
+    drawn = [] if game.has_enough(journal.parts) else game.draw(league)
     game.play([*game.trial(), *game.rest(drawn)], journal, say)
 
     # Rows of each prompt from the samples of all who answered it.
@@ -160,6 +160,13 @@ class _Match:
         ]
         return {"model": self.hashes[_SELF], "rating": ratings[_SELF], "games": len(games), "opponents": opponents}
 
+    def has_enough(self, trial: Sequence[Part]) -> bool:
+        """Whether the trial gave all rows that are wanted; later it is not known before all players' turns."""
+        if self.stage.max_rows is None:
+            return False
+        turns = trial[: len(list(self.trial()))]
+        return len(self.stage.make(self.stage.rows[0], self.together(turns))) >= self.stage.max_rows
+
     def draw(self, league: Mapping[str, Any]) -> list[str]:
         """Draws the opponent of each prompt after the trial."""
         weights = [one["weight"] for one in league["opponents"]]
@@ -185,8 +192,8 @@ class _Match:
 
 
 def _turns(player: str, numbers: Sequence[int]) -> Iterator[_Turn]:
-    for start in range(0, len(numbers), _PROMPTS_AT_ONCE):
-        yield _Turn(player, list(numbers[start : start + _PROMPTS_AT_ONCE]))
+    for start in range(0, len(numbers), PROMPTS_AT_ONCE):
+        yield _Turn(player, list(numbers[start : start + PROMPTS_AT_ONCE]))
 
 
 def _mean_score(scored: ScoredPrompt) -> float | None:

@@ -230,10 +230,10 @@ def _critic(
 ) -> Iterator[Part]:
     source = (options.get("value") or {}).get("model") if issubclass(method, PPOModule) else None
     if source is not None:
-        own = replace(training, headless=True, stored=_is_stored_in(precision, source))
+        critic_training = replace(training, headless=True, stored=_is_stored_in(precision, source))
         decoder = decoder_of(source)
-        yield from _trained("critic's ", decoder, own, states)
-        yield from _micro_batch("critic's ", decoder, own, tokens)
+        yield from _trained("critic's ", decoder, critic_training, states)
+        yield from _micro_batch("critic's ", decoder, critic_training, tokens)
 
 
 def _reward_models(options: Mapping[str, Any], precision: str) -> Iterator[Part]:
@@ -245,9 +245,9 @@ def _reward_models(options: Mapping[str, Any], precision: str) -> Iterator[Part]
         given = spec.get("init_args") or {} if isinstance(spec, Mapping) else {}
         if isinstance(given.get("model"), str):
             size = _DTYPES[given.get("dtype", "auto")]
-            own = auto if size is None else Precision(size, size)
-            held = weight_bytes(decoder_of(given["model"]), Training(own), frozen=True)
-            yield Part("reward model", held, f"{given['model']}, {own.products} bytes a weight of its matrices")
+            stored = auto if size is None else Precision(size, size)
+            held = weight_bytes(decoder_of(given["model"]), Training(stored), frozen=True)
+            yield Part("reward model", held, f"{given['model']}, {stored.products} bytes a weight of its matrices")
 
 
 def _compressor(options: Mapping[str, Any], decoder: Decoder, training: Training) -> Iterator[Part]:

@@ -4,7 +4,7 @@ The option groups of ``GRPOModule`` and ``PPOModule`` are published here: ``from
 """
 
 from .advantages import RelativeAdvantage
-from .policy_loss import EntropyBonus, KLPenalty, OffPolicyCorrection, PolicyLoss, TokenEntropy
+from .policy_loss import EntropyBonus, ImportanceWeights, KLPenalty, OffPolicyCorrection, PolicyLoss, TokenEntropy
 from .ppo_loss import GAE, AdaptiveKL, PPOLoss, ValueFunction
 from .rollout_options import SearchRollouts, TreeRollouts
 from .sampling import Sampling
@@ -13,6 +13,7 @@ __all__ = [
     "GAE",
     "AdaptiveKL",
     "EntropyBonus",
+    "ImportanceWeights",
     "KLPenalty",
     "OffPolicyCorrection",
     "PPOLoss",

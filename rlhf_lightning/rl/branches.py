@@ -154,11 +154,11 @@ class Branches:
     def _whole(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long)
 
-    def tokens(self, places_S: Sequence[int]) -> BranchTokens:
+    def tokens(self, completion_index_S: Sequence[int]) -> BranchTokens:
         """Lists the tokens of completions, one after the other.
 
         Args:
-            places_S: numbers of the completions.
+            completion_index_S: numbers of the completions.
         """
         starts, total = [], 0
         for length in self._lengths:
@@ -166,7 +166,7 @@ class Branches:
             total += length
         branches: list[int] = []
         tokens: list[int] = []
-        for place in places_S:
+        for place in completion_index_S:
             for branch in self._lines[place]:
                 branches += [branch] * self._lengths[branch]
                 tokens += range(starts[branch], starts[branch] + self._lengths[branch])
@@ -183,7 +183,7 @@ class Branches:
         count_B = self._sum(kept_S.double()[self.pair_S])
         return self.draws_B / count_B.clamp(min=1)
 
-    def path_shares(self, tokens: BranchTokens, index_N: Tensor, places_S: Sequence[int]) -> Tensor:
+    def path_shares(self, tokens: BranchTokens, index_N: Tensor, completion_index_S: Sequence[int]) -> Tensor:
         """Computes the part that each copy of a token has in a mean over the completions through it: ``(N,)``.
 
         It is the probability of the copy's completion on a walk from the token's branch to the end which takes the
@@ -191,9 +191,9 @@ class Branches:
         parts of a token's copies add up to 1.
 
         Args:
-            tokens: of the trained completions, in ``places_S``' order.
-            index_N: place in ``places_S`` of each token's completion.
-            places_S: numbers of the trained completions.
+            tokens: of the trained completions, in ``completion_index_S``' order.
+            index_N: place in ``completion_index_S`` of each token's completion.
+            completion_index_S: numbers of the trained completions.
 
         Example:
             >>> step = Branch((5,))
@@ -205,7 +205,7 @@ class Branches:
             [0.25, 1.0, 0.375, 0.5, 1.0, 0.375, 0.5, 1.0]
         """
         trained_S = torch.zeros(len(self.group_S), dtype=torch.float64)
-        trained_S[list(places_S)] = 1.0
+        trained_S[list(completion_index_S)] = 1.0
         draws_B = self.draws_B * (self._sum(trained_S[self.pair_S]) > 0)
         total = draws_B.new_zeros(len(self) + self.num_groups).index_add(0, self.parent_B, draws_B)
 
@@ -214,7 +214,7 @@ class Branches:
         for depth in range(1, int(self.depth_B.max()) + 1 if len(self) else 0):
             (at,) = (self.depth_B == depth).nonzero(as_tuple=True)
             walked_B[at] += walked_B[self.parent_B[at]]
-        ends_S = self._whole([self._lines[place][-1] for place in places_S])
+        ends_S = self._whole([self._lines[place][-1] for place in completion_index_S])
         return (walked_B[ends_S][index_N] - walked_B[tokens.branch_N]).exp()
 
     def sums_below(self, values_S: Tensor, *, weights_S: Tensor, discount: float = 1.0) -> tuple[Tensor, Tensor]:

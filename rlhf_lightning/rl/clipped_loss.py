@@ -22,21 +22,6 @@ from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_finite
 
 
-def check_weight_bounds(prefix: str, minimum: float | None, maximum: float | None) -> None:
-    """Checks the bounds of importance weights.
-
-    Args:
-        prefix: what comes before ``min`` and ``max`` in the names of the options.
-        minimum: at least 0; ``None`` for none.
-        maximum: above the minimum; ``None`` for none.
-
-    Raises:
-        ValueError: no weight is between them.
-    """
-    if not 0 <= (minimum or 0.0) < (float("inf") if maximum is None else maximum):
-        raise ValueError(f"{prefix}min={minimum} and {prefix}max={maximum} bound no weight: use 0 <= min < max")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClippedLoss(OptionGroup):
     """A loss per sampled token: the clipped surrogate, and the metrics of its clipping.

@@ -127,8 +127,8 @@ class Explorer:
 
     def metrics(self, groups: Sequence[Sequence[Completion]]) -> Metrics:
         """Computes the logged values of an iteration's trees, over all ranks: see ``tree_sums``."""
-        own = tree_sums(groups) | {"drawn": float(self.tokens), "scorer": float(self.scorer_tokens)}
-        total = sum_over_ranks(own)
+        local_sums = tree_sums(groups) | {"drawn": float(self.tokens), "scorer": float(self.scorer_tokens)}
+        total = sum_over_ranks(local_sums)
         values = {
             "tree/completions": total["completions"] / max(total["prompts"], 1),
             "tree/depth": total["depth"] / max(total["completions"], 1),

@@ -31,7 +31,7 @@ from ..losses.policy_gradient import (
 )
 from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_count, check_positive
-from .clipped_loss import ClippedLoss, check_weight_bounds
+from .clipped_loss import ClippedLoss
 
 ReplayPriority = Literal["uniform", "hard_negative", "frontier"]
 
@@ -169,15 +169,66 @@ class KLPenalty(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffPolicyCorrection(OptionGroup):
+class ImportanceWeights(OptionGroup):
+    """Weights the losses of tokens by the ratio of the policy to the distribution that samples were drawn from.
+
+    Filters, another precision or older weights make the two differ. The weights are constants: those of the policy
+    before its first update.
+
+    Papers: Yao et al., 2025, and IcePop (Ling Team, 2025). ``losses.off_policy`` documents them.
+
+    Args:
+        correction: bound (``truncate``) or drop (``mask``) the importance weights of a token or a sequence:
+            ``token_truncate``, ``token_mask``, ``sequence_truncate`` or ``sequence_mask``; ``None`` is off.
+        min: lower bound of the weights, at least 0; ``None`` for none.
+        max: upper bound of the weights, above ``min``; ``None`` for none.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Example:
+        >>> index = torch.tensor([0, 1])
+        >>> ImportanceWeights(correction="token_mask", max=2.0).weights(
+        ...     torch.tensor([0.8, 0.1]).log(), torch.tensor([0.2, 0.1]).log(), sequence_index_N=index, num_sequences=2
+        ... )
+        tensor([0., 1.])
+    """
+
+    group: ClassVar[str] = "off_policy"
+
+    correction: EngineCorrection | None = None
+    min: float | None = None
+    max: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= (self.min or 0.0) < (float("inf") if self.max is None else self.max):
+            raise ValueError(
+                f"off_policy.min={self.min} and off_policy.max={self.max} bound no weight: use 0 <= min < max"
+            )
+
+    def weights(self, old_logprobs_N: Tensor, sampling_logprobs_N: Tensor, **sequences: Any) -> Tensor:
+        """Computes constant weights of the token losses, ``(N,)``; needs a ``correction``."""
+        assert self.correction is not None
+        return engine_correction_weights(
+            old_logprobs_N,
+            engine_logprobs_N=sampling_logprobs_N,
+            mode=self.correction,
+            minimum=self.min,
+            maximum=self.max,
+            **sequences,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyCorrection(ImportanceWeights):
     """Corrects for a sampling distribution that is not the trained one: filters, other precision, older weights.
 
     With a replay buffer completions of earlier iterations come back, with the log-probs that they were drawn with and
     the advantages that they had: in each iteration as many as ``replay_share`` of the new ones, if there are so
     many. They count as new ones do, and need a ``correction``.
 
-    Papers: Yao et al., 2025, and IcePop (Ling Team, 2025) for the weights; DeepSeek-V3.2 (2025, arXiv:2512.02556), eq.
-    9, for the mask. ``losses.off_policy`` documents both.
+    Paper: DeepSeek-V3.2 (2025, arXiv:2512.02556), eq. 9, for the mask; see ``ImportanceWeights`` for the weights.
 
     Args:
         correction: bound (``truncate``) or drop (``mask``) the importance weights of a token or a sequence:
@@ -197,18 +248,13 @@ class OffPolicyCorrection(OptionGroup):
         ValueError: an option out of range, or replay without a correction.
 
     Example:
-        >>> index = torch.tensor([0, 1])
-        >>> OffPolicyCorrection(correction="token_mask", max=2.0).weights(
-        ...     torch.tensor([0.8, 0.1]).log(), torch.tensor([0.2, 0.1]).log(), sequence_index_N=index, num_sequences=2
+        >>> one, index = torch.ones(1), torch.tensor([0])
+        >>> OffPolicyCorrection(mask_threshold=0.5).keeps(
+        ...     -2 * one, sampling_logprobs_N=-one, advantages_N=-one, sequence_index_N=index, num_sequences=1
         ... )
-        tensor([0., 1.])
+        tensor([0.])
     """
 
-    group: ClassVar[str] = "off_policy"
-
-    correction: EngineCorrection | None = None
-    min: float | None = None
-    max: float | None = 3.0
     mask_threshold: float | None = None
     replay_capacity: int = 0
     replay_share: float = 0.25
@@ -217,7 +263,6 @@ class OffPolicyCorrection(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weight_bounds("off_policy.", self.min, self.max)
         if self.mask_threshold is not None:
             check_positive("off_policy.mask_threshold", self.mask_threshold, "0.5 is usual")
         if self.replay_capacity:
@@ -235,18 +280,6 @@ class OffPolicyCorrection(OptionGroup):
     def needs_sampling_logprobs(self) -> bool:
         """Whether log-probabilities under the sampling distribution are used."""
         return self.correction is not None or self.mask_threshold is not None
-
-    def weights(self, old_logprobs_N: Tensor, sampling_logprobs_N: Tensor, **sequences: Any) -> Tensor:
-        """Computes constant weights of the token losses, ``(N,)``; needs a ``correction``."""
-        assert self.correction is not None
-        return engine_correction_weights(
-            old_logprobs_N,
-            engine_logprobs_N=sampling_logprobs_N,
-            mode=self.correction,
-            minimum=self.min,
-            maximum=self.max,
-            **sequences,
-        )
 
     def keeps(
         self, logprobs_N: Tensor, *, sampling_logprobs_N: Tensor, advantages_N: Tensor, **sequences: Any

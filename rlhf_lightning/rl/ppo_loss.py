@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..distributed.collectives import sum_vector_over_ranks
 from ..losses.kl import kl_per_token
-from ..losses.off_policy import EngineCorrection, engine_correction_weights
 from ..losses.value import value_clipped, value_loss
 from ..utils.option_groups import OptionGroup
 from ..utils.validation import check_not_negative, check_positive
 from .advantages import AdvantagesAndReturns, gae, moment_sums, whiten
-from .clipped_loss import ClippedLoss, check_weight_bounds
+from .clipped_loss import ClippedLoss
 from .reward_shaping import KLController
 from .shared_tokens import SharedTokens
 
@@ -33,12 +32,6 @@ class PPOLoss(ClippedLoss):
         epsilon_high: upper clipping range, above 0; by default ``epsilon``.
         dual_clip: bound of the loss where the advantage is negative (Ye et al., 2020, arXiv:1912.09729), above 1;
             ``None`` for none.
-        correction: bound (``truncate``) or drop (``mask``) the importance weights by which the losses of a token or a
-            sequence are multiplied, those of the policy before its first update over the distribution that samples were
-            drawn from, which filters make another one: ``token_truncate``, ``token_mask``, ``sequence_truncate`` or
-            ``sequence_mask`` (``losses.off_policy``); ``None`` is off.
-        correction_min: lower bound of these weights, at least 0; ``None`` for none.
-        correction_max: upper bound of these weights, above ``correction_min``; ``None`` for none.
 
     Raises:
         ValueError: an option out of range.
@@ -48,26 +41,6 @@ class PPOLoss(ClippedLoss):
         >>> PPOLoss()(0.3 * one, old_logprobs_N=0 * one, advantages_N=one, sequence_index_N=index, num_sequences=1)
         tensor([-1.2000])
     """
-
-    correction: EngineCorrection | None = None
-    correction_min: float | None = None
-    correction_max: float | None = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight_bounds("loss.correction_", self.correction_min, self.correction_max)
-
-    def weights(self, old_logprobs_N: Tensor, sampling_logprobs_N: Tensor, **sequences: Any) -> Tensor:
-        """Computes constant weights of the token losses, ``(N,)``; needs a ``correction``."""
-        assert self.correction is not None
-        return engine_correction_weights(
-            old_logprobs_N,
-            engine_logprobs_N=sampling_logprobs_N,
-            mode=self.correction,
-            minimum=self.correction_min,
-            maximum=self.correction_max,
-            **sequences,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,9 +115,9 @@ def sampling_metrics(difference_N: Tensor, weights_N: Tensor) -> dict[str, Tenso
         weights_N: their importance weights.
     """
     gap_N = difference_N.abs()
-    own = [float(gap_N.sum()), float(weights_N.sum()), float(len(gap_N))]
+    local_sums = [float(gap_N.sum()), float(weights_N.sum()), float(len(gap_N))]
     ends = [float(gap_N.max()), float(weights_N.min()), float(weights_N.max())] if len(gap_N) else None
-    parts = gather_objects((own, ends))
+    parts = gather_objects((local_sums, ends))
     gap, weight, count = (sum(part[0][n] for part in parts) for n in range(3))
     seen = [part[1] for part in parts if part[1] is not None]
     if not seen:

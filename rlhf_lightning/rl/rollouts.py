@@ -214,15 +214,15 @@ def flat_indices(trees: Sequence[Example]) -> tuple[Tensor, Tensor]:
     return torch.tensor(places, dtype=torch.long), sequence_index(trees)[1]
 
 
-def drawn_logprobs(rollouts: Rollouts, places_S: Tensor) -> Tensor:
+def drawn_logprobs(rollouts: Rollouts, completion_index_S: Tensor) -> Tensor:
     """Returns the log-prob of each token under the distribution that it was drawn from: ``(N,)``.
 
     Args:
         rollouts: this rank's rollouts.
-        places_S: numbers of the trained completions, as in ``flat_indices``.
+        completion_index_S: numbers of the trained completions, as in ``flat_indices``.
     """
     samples = rollouts.samples
-    drawn = [logprob for place in places_S.tolist() for logprob in samples[place].logprobs]
+    drawn = [logprob for place in completion_index_S.tolist() for logprob in samples[place].logprobs]
     return torch.tensor(drawn, dtype=torch.float64)
 
 

@@ -30,15 +30,15 @@ class SharedTokens:
     paths_N: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Sequence[Completion]], places_S: Tensor, index_N: Tensor) -> SharedTokens:
+    def of(cls, groups: Sequence[Sequence[Completion]], completion_index_S: Tensor, index_N: Tensor) -> SharedTokens:
         """Finds the shared tokens of trained completions.
 
         Args:
             groups: all completions of each prompt.
-            places_S: numbers of the trained ones among them.
-            index_N: place in ``places_S`` of each token's completion.
+            completion_index_S: numbers of the trained ones among them.
+            index_N: place in ``completion_index_S`` of each token's completion.
         """
-        branches, places = Branches(groups), places_S.tolist()
+        branches, places = Branches(groups), completion_index_S.tolist()
         tokens = branches.tokens(places)
         trained = torch.zeros(sum(map(len, groups)), dtype=torch.bool)
         trained[places] = True

@@ -122,9 +122,9 @@ class TrainingTrees:
             values = sampling_metrics((old_N - drawn_N)[first_U], weights_N[first_U])
         if module.entropy.top_quantile < 1:
             # Decided once for all copies of a token, whose entropies may differ by rounding.
-            own_U = known["entropy"][first_U]
-            everyone = gather_rows({"entropy": own_U})["entropy"]
-            uncertain_N = module.entropy.is_uncertain(own_U, all_entropies_N=everyone).double()[which_N]
+            local_U = known["entropy"][first_U]
+            global_entropies = gather_rows({"entropy": local_U})["entropy"]
+            uncertain_N = module.entropy.is_uncertain(local_U, all_entropies_N=global_entropies).double()[which_N]
             weights_N = uncertain_N if weights_N is None else weights_N * uncertain_N
         if weights_N is not None:
             fixed["weights"] = weights_N
@@ -163,13 +163,13 @@ class TrainingTrees:
 
     def _advantages(self, rollouts: Rollouts, scores_S: Tensor) -> Tensor:
         """Computes the advantages of completions, from the rewards of the global batch in canonical order."""
-        own = {
+        local_rows = {
             ROW_KEY: rollouts.keys_S(),
             "first": rollouts.first_S(),
             "rewards": rollouts.rewards_SK,
             "scores": scores_S,
         }
-        global_rows = gather_rows(own)
+        global_rows = gather_rows(local_rows)
         order = torch.argsort(global_rows[ROW_KEY], stable=True)
         ordered = {name: value[order] for name, value in global_rows.items()}
         groups = self._group_advantages(ordered["rewards"], ordered["scores"], group_index(ordered["first"]))

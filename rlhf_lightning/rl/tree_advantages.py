@@ -139,8 +139,8 @@ def _over_parent(
 
 def _deviation(values: Tensor) -> Tensor:
     """Returns the standard deviation of the values of all ranks, without NaN."""
-    everyone = gather_rows({"values": values})["values"]
-    known = everyone[~everyone.isnan()]
+    global_values = gather_rows({"values": values})["values"]
+    known = global_values[~global_values.isnan()]
     return known.std() if len(known) > 1 else values.new_zeros(())
 
 

@@ -38,6 +38,8 @@ class CapabilityCriteria(OptionGroup):
             than the accepted model.
         max_memory_gb: largest size of the weights in memory, above 0, in units of 10^9 bytes: of all parameters and
             buffers in the type that they are loaded in, tied ones once. Unlimited if omitted.
+        cache_tokens: number of tokens whose keys and values count as memory as well, at least 1: of all requests that
+            are answered at a time. Those of no token if omitted.
         max_token_ms: largest number of milliseconds per sampled token, above 0, for each task: the median over batches
             of up to 64 of its prompts, answered together, verification left out. It is measured, and another machine,
             or the same one under load, may decide otherwise; unlimited if omitted.
@@ -67,6 +69,7 @@ class CapabilityCriteria(OptionGroup):
     max_task_drop: float | None = None
     min_accuracy: float = 0.0
     max_memory_gb: float | None = None
+    cache_tokens: int | None = None
     max_token_ms: float | None = None
     max_kl: float | None = None
     min_distinct: float = 0.0
@@ -91,6 +94,12 @@ class CapabilityCriteria(OptionGroup):
         for key in ("max_memory_gb", "max_token_ms", "max_kl", "max_length"):
             if getattr(self, key) is not None:
                 check_positive(name(key), getattr(self, key), "null is off")
+        if self.cache_tokens is not None:
+            check_count(name("cache_tokens"), self.cache_tokens, "null counts the weights alone")
+            if self.max_memory_gb is None:
+                raise ValueError(
+                    f"{name('cache_tokens')} is {self.cache_tokens}, and nothing limits memory: give max_memory_gb, too"
+                )
         if self.max_length is not None and self.max_length < self.min_length:
             raise ValueError(
                 f"{name('max_length')} is {self.max_length!r}, below min_length={self.min_length!r}: no answer would "
@@ -118,7 +127,8 @@ class Decision:
         high: upper end.
         p_value: one-sided, of a difference at least as large (for ``not_worse``: as small) if both were equally good.
         kl: divergence from the model at the start, where it was measured.
-        memory_gb: size of the candidate's weights in units of 10^9 bytes, where it is limited.
+        memory_gb: size of the candidate's weights, and of the keys and values of ``cache_tokens``, in units of 10^9
+            bytes, where it is limited.
         token_ms: milliseconds per sampled token of the task that takes most, where they are limited.
         validation: findings of an ``AdversarialValidator``, where one was asked.
     """
@@ -165,7 +175,7 @@ def decide(
         candidate: results of the candidate, on the same tasks and prompts.
         criteria: by default those of ``CapabilityCriteria()``.
         kl: divergence of the candidate from the model at the start; needed with ``max_kl``.
-        memory_gb: size of the candidate's weights in units of 10^9 bytes; needed with ``max_memory_gb``.
+        memory_gb: size of the candidate in units of 10^9 bytes; needed with ``max_memory_gb``.
         num_rejected: rejections in succession before this one, at least 0.
         seed: of the resamples.
 
@@ -316,7 +326,8 @@ def _too_large_or_slow(
         if memory_gb is None:
             raise ValueError(f"criteria.max_memory_gb is {gigabytes}, and no size is known: give memory_gb")
         if memory_gb > gigabytes:
-            return f"its weights take {memory_gb:.4g} GB, above max_memory_gb={gigabytes}"
+            cached = f" and {criteria.cache_tokens} tokens in its cache" if criteria.cache_tokens else ""
+            return f"its weights{cached} take {memory_gb:.4g} GB, above max_memory_gb={gigabytes}"
     if milliseconds is not None and token_ms is not None and token_ms[0] > milliseconds:
         return f"a token of task {token_ms[1]!r} takes {token_ms[0]:.4g} ms, above max_token_ms={milliseconds}"
     return None

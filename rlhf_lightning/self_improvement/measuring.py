@@ -98,14 +98,14 @@ class SuiteMeter:
             engine, found = LocalEngine(module.model, module.tokenizer), []
             for place, task in enumerate(self.tasks):
                 examples = self._examples[task.name]
-                own = list(range(len(examples)))[module.global_rank :: module.trainer.world_size]
-                prompts = [examples[number].root.tokens.tolist() for number in own]
-                seeds = [[derive_seed(self.seed, "drift", number)] for number in own]
+                local_numbers = list(range(len(examples)))[module.global_rank :: module.trainer.world_size]
+                prompts = [examples[number].root.tokens.tolist() for number in local_numbers]
+                seeds = [[derive_seed(self.seed, "drift", number)] for number in local_numbers]
                 sampling = SamplingParams(max_new_tokens=task.params.max_new_tokens)
                 groups = engine.generate(prompts, 1, sampling, seeds=seeds)
                 drawn = [
                     (place, n, prompt, group[0].token_ids)
-                    for n, prompt, group in zip(own, prompts, groups, strict=True)
+                    for n, prompt, group in zip(local_numbers, prompts, groups, strict=True)
                 ]
                 found += [list(sample) for sample in drawn if sample[3]]
             return sorted((sample for part in gather_objects(found) for sample in part), key=lambda s: s[:2])
@@ -116,10 +116,10 @@ class SuiteMeter:
         """Computes the policy's mean log-probability of the sampled tokens, in nats."""
 
         def score() -> float:
-            own = list(samples)[module.global_rank :: module.trainer.world_size]
+            local_samples = list(samples)[module.global_rank :: module.trainer.world_size]
             examples = [
                 Example(f"{place}:{number}", Segment(prompt, children=[Segment(tokens, [1.0] * len(tokens))]))
-                for place, number, prompt, tokens in own
+                for place, number, prompt, tokens in local_samples
             ]
             total, count = 0.0, 0
             autocast = module.trainer.precision_plugin.forward_context()

@@ -36,7 +36,8 @@ class RowOptions:
         seed_rows: a source of rows that are mixed with those of the first kind.
         seed_ratio: their share, in [0, 1).
         replay: options of ``self_improvement.RowReplay``: rows of the first kind come back in later rounds.
-        max_rows: largest number of new rows of the first kind; no prompt is sampled once there are so many.
+        max_rows: largest number of new rows of the first kind; no prompt is sampled once there are so many. Self-play
+            samples the others only if its trial, which is whole, gave fewer.
     """
 
     rows: list[str] = field(default_factory=lambda: ["pairs"])

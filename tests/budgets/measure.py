@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.core.micro_batching import MicroBatching
 from rlhf_lightning.inference import LocalEngine, SamplingParams
-from rlhf_lightning.models import OutputHead, fused_logprobs, logprob_chunks
+from rlhf_lightning.models import OutputHead, fused_logprobs, gpu_logprob_chunks
 from rlhf_lightning.sequences import Example, ExampleBatch
 
 from ..gpu.pretended import OnPretended
@@ -201,7 +201,7 @@ def head_chunk(**asked: bool) -> Trace:
     rows, vocabulary, size = 8, 64, 16
     found = []
     for chunks in (2, 3):
-        with traced_cuda() as tracer, patch.object(logprob_chunks, "CHUNK_BYTES", rows * vocabulary * 4):
+        with traced_cuda() as tracer, patch.object(gpu_logprob_chunks, "CHUNK_BYTES", rows * vocabulary * 4):
             draw = torch.Generator().manual_seed(0)
             shapes = ((chunks * rows, size), (vocabulary, size))
             hidden, weight = (torch.randn(shape, generator=draw).bfloat16().to("cuda") for shape in shapes)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_lightning.data.lengths import fit, longest
+from rlhf_lightning.data.lengths import fit_to_length, longest
 from rlhf_lightning.sequences import Example, grow_tree, unfold_tree
 
 
@@ -32,7 +32,7 @@ def test_turns_that_fork(policy: Any, max_length: int, expected: list[list[int]]
     turns = [path(1, 2, 3, 9), path(1, 2, 3, 4, 5, 10), path(1, 2, 3, 4, 5, 6, 7, 8)]
     chat = Example("rows:1", grow_tree([turns]))
     assert longest(chat.root) == 8
-    fitted, cut = fit(chat, max_length, policy)
+    fitted, cut = fit_to_length(chat, max_length, policy)
     assert cut == (expected is not None)
     if fitted is not None:
         (sequence,) = unfold_tree(fitted.root)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.data.formats import Row
-from rlhf_lightning.data.tokenization import RowTokenizer, TooLongError, fit, longest
+from rlhf_lightning.data.tokenization import RowTokenizer, TooLongError, fit_to_length, longest
 from rlhf_lightning.sequences.example import Example, Segment
 
 from ..datamodules.toys import (
@@ -249,7 +249,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> Example:
 def test_pairs_are_brought_within_a_length(max_length: int | None, policy: Any, expected: list[str] | None) -> None:
     example = pair("1234", "ab~", "cdef")
     assert longest(example.root) == 8
-    fitted, cut = fit(example, max_length, policy)
+    fitted, cut = fit_to_length(example, max_length, policy)
     assert cut == (expected is not None and max_length in (5, 6, 7))
     if expected is None:
         assert fitted is None
@@ -260,13 +260,13 @@ def test_pairs_are_brought_within_a_length(max_length: int | None, policy: Any, 
 
 
 def test_a_pair_that_a_cut_makes_equal_is_dropped() -> None:
-    assert fit(pair("12", "abc", "abd"), 4, "truncate_end") == (None, False)
+    assert fit_to_length(pair("12", "abc", "abd"), 4, "truncate_end") == (None, False)
 
 
 def test_the_first_token_of_a_cut_prompt_is_not_scored() -> None:
     text = Example("rows:1", Segment(np.array(ids("abcd")), np.array([0, 1, 1, 1])))
     for policy, expected in (("truncate_start", ("bcd", "011")), ("truncate_end", ("abc", "011"))):
-        fitted, cut = fit(text, 3, policy)  # type: ignore[arg-type]
+        fitted, cut = fit_to_length(text, 3, policy)  # type: ignore[arg-type]
         assert cut
         assert fitted is not None
         assert spelt(fitted.root) == expected
@@ -274,13 +274,13 @@ def test_the_first_token_of_a_cut_prompt_is_not_scored() -> None:
 
 def test_what_a_cut_leaves_without_scored_tokens_is_dropped() -> None:
     late = Example("rows:1", Segment(np.array(ids("abcd")), np.array([0, 0, 0, 1])))
-    assert fit(late, 3, "truncate_end") == (None, False)
+    assert fit_to_length(late, 3, "truncate_end") == (None, False)
     early = Example("rows:1", Segment(np.array(ids("abcd")), np.array([0, 1, 0, 0])))
-    assert fit(early, 2, "truncate_start") == (None, False)
+    assert fit_to_length(early, 2, "truncate_start") == (None, False)
 
 
 def test_prompts_alone_may_be_cut_though_nothing_of_them_is_scored() -> None:
-    fitted, cut = fit(Example("rows:1", Segment(np.array(ids("abcd")))), 3, "truncate_start")
+    fitted, cut = fit_to_length(Example("rows:1", Segment(np.array(ids("abcd")))), 3, "truncate_start")
     assert cut
     assert fitted is not None
     assert spelt(fitted.root) == ("bcd", "-")
@@ -289,26 +289,26 @@ def test_prompts_alone_may_be_cut_though_nothing_of_them_is_scored() -> None:
 def test_too_long_can_be_an_error() -> None:
     message = "8 tokens, expected at most max_length=7: raise it, shorten the row or set on_too_long"
     with pytest.raises(TooLongError, match=re.escape(message)):
-        fit(pair("1234", "ab~", "cdef"), 7, "error")
+        fit_to_length(pair("1234", "ab~", "cdef"), 7, "error")
 
 
 def test_a_cut_prompt_keeps_its_beginning_of_sequence_token() -> None:
     bos, wide = ids("^"), Example("rows:1", pair("^12345", "ab~", "cd~").root, {"n": 1})
-    fitted, cut = fit(wide, 7, "truncate_start", bos)
+    fitted, cut = fit_to_length(wide, 7, "truncate_start", bos)
     assert cut
     assert fitted is not None
     assert fitted.root.tokens.tolist() == ids("^345")
     assert fitted.fields == {"n": 1}
-    assert fit(wide, 4, "truncate_start", bos) == (None, False), "of the prompt itself nothing would be left"
+    assert fit_to_length(wide, 4, "truncate_start", bos) == (None, False), "of the prompt itself nothing would be left"
     # What does not begin so has nothing to keep.
-    fitted, _ = fit(pair("12345", "ab~", "cd~"), 7, "truncate_start", bos)
+    fitted, _ = fit_to_length(pair("12345", "ab~", "cd~"), 7, "truncate_start", bos)
     assert fitted is not None
     assert fitted.root.tokens.tolist() == ids("2345")
 
 
 def test_a_cut_text_keeps_its_beginning_of_sequence_token_and_its_weights() -> None:
     text = Example("rows:1", Segment(np.array(ids("^abcde")), np.array([0, 1, 0, 1, 1, 0])))
-    fitted, _ = fit(text, 4, "truncate_start", ids("^"))
+    fitted, _ = fit_to_length(text, 4, "truncate_start", ids("^"))
     assert fitted is not None
     assert fitted.root.tokens.tolist() == ids("^cde")
     assert fitted.root.weights is not None

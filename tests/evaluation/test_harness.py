@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2.exceptions import TemplateError
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.evaluation.harness import HarnessModel, harness_model
-from rlhf_lightning.inference import LocalEngine, SamplingParams
+from rlhf_lightning.inference import EnsemblePolicy, LocalEngine, SamplingParams
 
 from ..helpers import char_tokenizer, tiny_model
 
@@ -25,7 +28,7 @@ def request(*args: Any) -> SimpleNamespace:
 
 def naive(engine: LocalEngine, context: list[int], tokens: list[int]) -> tuple[float, bool]:
     with torch.no_grad():
-        logits = engine.model(input_ids=torch.tensor([[*context, *tokens]])).logits[0].double().log_softmax(-1)
+        logits = engine.model(input_ids=torch.tensor([[*context, *tokens][:-1]])).logits[0].double().log_softmax(-1)
     places = range(len(context) - 1, len(context) + len(tokens) - 1)
     value = sum(float(logits[place, token]) for place, token in zip(places, tokens, strict=True))
     return value, all(int(logits[place].argmax()) == token for place, token in zip(places, tokens, strict=True))
@@ -52,7 +55,7 @@ def test_log_likelihoods(engine: LocalEngine, budget: int) -> None:
         naive(engine, ids("a b"), ids(" c")),
         naive(engine, [first(engine)], ids("abc")),
         naive(engine, ids("1+1="), ids(likely)),
-        naive(engine, ids("x" * 22), ids("yz")),
+        naive(engine, ids("x" * 23), ids("yz")),  # the last of 25 tokens is predicted, and read by nobody
     ]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)
     assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
@@ -66,9 +69,15 @@ def test_rolling_log_likelihoods(engine: LocalEngine) -> None:
     text = "the cat sat on the mat, and the dog lay down too."
     found = HarnessModel(engine).loglikelihood_rolling([request("ab"), request(text), request("")])
     tokens = [first(engine), *ids(text)]
-    windows = [naive(engine, tokens[s - 1 : s], tokens[s : s + 23])[0] for s in range(1, len(tokens), 23)]
-    assert len(windows) == 3
-    assert found == pytest.approx([naive(engine, [first(engine)], ids("ab"))[0], sum(windows), 0.0], rel=1e-5)
+    # Two windows of 24 tokens, and the last token after as many.
+    assert len(tokens) == 1 + 24 + 24 + 1
+    windows = [
+        naive(engine, tokens[:1], tokens[1:25]),
+        naive(engine, tokens[24:25], tokens[25:49]),
+        naive(engine, tokens[25:49], tokens[49:]),
+    ]
+    total = sum(value for value, _ in windows)
+    assert found == pytest.approx([naive(engine, [first(engine)], ids("ab"))[0], total, 0.0], rel=1e-5)
 
 
 def test_completions_in_the_order_of_requests(engine: LocalEngine) -> None:
@@ -90,9 +99,59 @@ def test_completions_in_the_order_of_requests(engine: LocalEngine) -> None:
     assert model.generate_until([drawn]) == model.generate_until([drawn]) != texts[:1]
 
 
+def with_first_token() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts its first token before a text, as those of llama do."""
+    tokenizer = char_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<pad>"})
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id == 0
+    return tokenizer
+
+
+def test_texts_begin_as_the_tokenizer_has_them_begin(engine: LocalEngine) -> None:
+    tokenizer = with_first_token()
+    model = HarnessModel(LocalEngine(engine.model, tokenizer), max_gen_toks=4)
+    given = [("1+1=", "2"), ("", "2"), ("<pad>1+1=", "2"), ("", "<pad>2")]
+    found = model.loglikelihood([request(*pair) for pair in given])
+    # A chat that was rendered with it has the first token already.
+    after, alone = naive(engine, [0, *ids("1+1=")], ids("2")), naive(engine, [0], ids("2"))
+    assert [value for value, _ in found] == pytest.approx([after[0], alone[0], after[0], alone[0]], rel=1e-5)
+    # As the harness counts: the first token of a text is predicted, too.
+    (rolling,) = model.loglikelihood_rolling([request("ab")])
+    assert rolling == pytest.approx(naive(engine, [0], [0, *ids("ab")])[0], rel=1e-5)
+    params = SamplingParams(max_new_tokens=4, temperature=0.0)
+    (expected,) = engine.generate([[0, *ids("1+1=")]], 1, params)
+    assert model.generate_until([request("1+1=", {}), request("<pad>1+1=", {})]) == [expected[0].text] * 2
+
+
+def test_lengths_have_several_names(engine: LocalEngine) -> None:
+    model = HarnessModel(engine, max_gen_toks=1)
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert model._params({name: 7}).max_new_tokens == 7
+    assert model._params({"max_tokens": 3, "max_gen_toks": 5}).max_new_tokens == 5
+    assert model._params({}).max_new_tokens == 1
+
+
+def test_a_template_without_system_messages(engine: LocalEngine) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }};{% endfor %}"
+    )
+    model, said = HarnessModel(LocalEngine(engine.model, tokenizer)), {"role": "user", "content": "hi"}
+    with pytest.warns(UserWarning, match="refuses a system message, which is left out: no system"):
+        assert model.apply_chat_template([{"role": "system", "content": "be brief"}, said]) == "hi;"
+    tokenizer.chat_template = "{{ raise_exception('no chats') }}"
+    with pytest.raises(TemplateError, match="no chats"):
+        model.apply_chat_template([said])
+
+
 def test_what_is_refused(engine: LocalEngine) -> None:
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         HarnessModel(engine).generate_until([request("a", {"temperatur": 1.0})])
+    with pytest.raises(ValueError, match="engine is of class EnsemblePolicy, and log-likelihoods are those of one"):
+        HarnessModel(EnsemblePolicy([engine.model], char_tokenizer()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no tokenizer"):
         HarnessModel(LocalEngine(engine.model, None))
     with pytest.raises(ValueError, match="max_gen_toks is 0"):

@@ -20,7 +20,7 @@ from rlhf_lightning.data.loaders import epoch_draws, epoch_order
 from rlhf_lightning.datamodules import StreamLoader, open_source
 from rlhf_lightning.datamodules.unpaired import NextPartner, mismatch
 from rlhf_lightning.evaluation.answers import Answer
-from rlhf_lightning.pipeline import load_pipeline, run_pipeline, sample_stage
+from rlhf_lightning.pipeline import load_pipeline, row_files, run_pipeline, sample_stage
 from rlhf_lightning.self_improvement import samples
 from rlhf_lightning.sequences import Example, Segment
 
@@ -179,7 +179,7 @@ def test_partners_of_a_whole_split_take_no_quadratic_time(fits: bool) -> None:
 
 
 def test_an_interrupted_sample_stage_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_stage, "_PROMPTS_AT_ONCE", 8)
+    monkeypatch.setattr(row_files, "PROMPTS_AT_ONCE", 8)
     monkeypatch.setattr(sample_stage, "stage_policy", lambda model, dtype: (None, tokenizer))
     from .. import helpers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_lightning.models import OutputHead, fused_logprobs, logprob_chunks, logprob_tiles
+from rlhf_lightning.models import OutputHead, cpu_logprob_tiles, fused_logprobs, gpu_logprob_chunks
 
 
 def draw(rows: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,9 +37,9 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def test_full_logits(
     dtype: torch.dtype, value: float, slope: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprob_tiles, "TILE_ROWS", 64)  # several tiles in both directions, the last ones smaller
-    monkeypatch.setattr(logprob_tiles, "TILE_COLUMNS", 256)
-    monkeypatch.setattr(logprob_chunks, "CHUNK_BYTES", 64 * 1000 * 4)
+    monkeypatch.setattr(cpu_logprob_tiles, "TILE_ROWS", 64)  # several tiles in both directions, the last ones smaller
+    monkeypatch.setattr(cpu_logprob_tiles, "TILE_COLUMNS", 256)
+    monkeypatch.setattr(gpu_logprob_chunks, "CHUNK_BYTES", 64 * 1000 * 4)
     hidden, weight, targets = draw(150, 64, 1000, dtype, device)
     exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
     found, expected = fused(hidden, weight, targets), full(exact[0], exact[1], targets)
@@ -80,8 +80,8 @@ def bytes_of(function: Callable[[], Tensor], device: torch.device) -> int:
 def test_memory_is_below_that_of_full_logits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = (16384, 1024, 65536) if device.type == "cuda" else (256, 16, 2048)
     if device.type == "cpu":
-        monkeypatch.setattr(logprob_tiles, "TILE_ROWS", 64)
-        monkeypatch.setattr(logprob_tiles, "TILE_COLUMNS", 256)
+        monkeypatch.setattr(cpu_logprob_tiles, "TILE_ROWS", 64)
+        monkeypatch.setattr(cpu_logprob_tiles, "TILE_COLUMNS", 256)
     taken = {}
     for name, head in (("full", full), ("fused", fused)):
         hidden, weight, targets = draw(*sizes, torch.bfloat16, device)

@@ -16,7 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlhf_lightning.inference.sampling import SamplingParams, derive_seed, sample, uniforms
+from rlhf_lightning.inference.sampling import SamplingParams, derive_seed, uniforms
+
+from .toy import sample
 
 SETTINGS = [
     SamplingParams(),

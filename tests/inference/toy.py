@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rlhf_lightning.inference import Completion, SamplingParams
-from rlhf_lightning.inference.sampling import uniforms
+from rlhf_lightning.inference.sampling import SampledTokens, check_finite, sample_tokens, uniforms
 from rlhf_lightning.inference.strategy import Candidate, Scores
 from tests.helpers import CHARACTERS, EOS_ID, VOCAB_SIZE
 
@@ -169,3 +171,22 @@ def step_scores(table: Table, *, seed: int = 0) -> Callable[[str], list[float]]:
         return [found.get("".join(pieces[: n + 1]), 0.5) for n in range(len(pieces))]
 
     return of
+
+
+def sample(
+    logits_NV: Tensor,
+    uniforms_N: Tensor | None,
+    params: SamplingParams,
+    *,
+    seen_NV: Tensor | None = None,
+    banned: tuple[Tensor, Tensor] | None = None,
+) -> SampledTokens:
+    """Samples one token per row and checks it; ``banned`` are rows, and tokens that must not be drawn in them."""
+    barred = None
+    if banned is not None:
+        rows_N = torch.zeros(len(logits_NV), dtype=torch.bool)
+        rows_N[banned[0]] = True
+        barred = rows_N, banned[1]
+    drawn = sample_tokens(logits_NV, uniforms_N, params, seen_NV=seen_NV, barred=barred)
+    check_finite(bool(drawn.finite_N.all()))
+    return drawn

@@ -329,7 +329,7 @@ METHODS: dict[str, Method] = {
         rollouts(
             num_updates=1,
             tree={"rollouts": ["samples", STEPS | {"class_path": "mcts"}, STEPS | {"class_path": "beam"}]},
-            loss={"correction": "token_truncate"},
+            off_policy={"correction": "token_truncate"},
             optimizer=LARGE_STEPS,
         ),
     ),

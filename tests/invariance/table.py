@@ -10,7 +10,11 @@ from collections import defaultdict
 
 import pytest
 
-METHODS = ("sft", "reward", "process", "dpo", "simpo", "kto", "grpo", "ppo", "compression")
+from .methods import METHODS as MATRIX
+from .methods import PACKED
+
+# An entry's first word: `dpo-coupled` is a row of `dpo`.
+METHODS = tuple(dict.fromkeys(name.partition("-")[0] for name in MATRIX | PACKED))
 # From what a test is called, its first parameters included, to what it guarantees.
 GUARANTEES = (
     (r"test_layout_and_budget\[padded-(?!budget)", "packed = padded"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lightning.models import OutputHead, TokenStats
-from rlhf_lightning.models.logprob_chunks import ChunkedLogProbs
+from rlhf_lightning.models.gpu_logprob_chunks import ChunkedLogProbs
 from rlhf_lightning.sequences import Example, Segment, SequenceBatch
 
 from ..helpers import save_tiny_model
@@ -184,7 +184,7 @@ def test_full_logits(method: str, folder: str, baseline: Outcome, monkeypatch: p
 def test_chunks_of_a_gpu(method: str, folder: str, baseline: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head of a GPU in place of the CPU's tiles; the embeddings are tied to it."""
     monkeypatch.setattr("rlhf_lightning.models.fused_head._implementation", lambda device: ChunkedLogProbs)
-    monkeypatch.setattr("rlhf_lightning.models.logprob_chunks.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("rlhf_lightning.models.gpu_logprob_chunks.CHUNK_BYTES", 5000)
     outcome = step(METHODS[method], folder, METHODS[method].rows(NUM_ROWS))
     assert_same(outcome, baseline, TOLERANCE["64-true"])
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf_lightning.losses.preference import (
-    COUPLED,
     F_DIVERGENCE_LOSSES,
     F_DIVERGENCE_TYPES,
     LOSS_TYPES,
-    NORMALIZERS,
+    LOSSES,
     SMOOTHED,
+    PreferenceLossType,
     f_divergence_score,
     ld_alpha_logps,
     preference_loss,
@@ -199,7 +200,7 @@ def test_only_coupled_losses_depend_on_the_other_pairs(loss_type: str) -> None:
     pairs = make_pairs(4)
     together = loss_of(pairs, loss_type)
     alone = torch.cat([loss_of({k: v[i : i + 1] for k, v in pairs.items()}, loss_type) for i in range(4)])
-    assert torch.allclose(together, alone, rtol=1e-12) == (loss_type not in COUPLED)
+    assert torch.allclose(together, alone, rtol=1e-12) == (not LOSSES[loss_type].couples_pairs)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -223,9 +224,27 @@ def test_smoothing_changes_the_losses_said_to_read_it(loss_type: str) -> None:
 
 
 def test_only_sft_is_divided_by_tokens() -> None:
-    assert {name for name, normalizer in NORMALIZERS.items() if normalizer == "chosen_tokens"} == {"sft"}
-    assert set(NORMALIZERS) == set(LOSS_TYPES)
-    assert set(SCALAR) | COUPLED == set(LOSS_TYPES)
+    assert {name for name, spec in LOSSES.items() if spec.divided_by == "chosen_tokens"} == {"sft"}
+    assert set(SCALAR) | {name for name, spec in LOSSES.items() if spec.couples_pairs} == set(LOSS_TYPES)
+
+
+def test_every_name_is_in_the_table_and_in_the_docstring() -> None:
+    assert get_args(PreferenceLossType) == tuple(LOSSES) == LOSS_TYPES
+    formulas = re.findall(r"^ {8}(\w+)  +\S", preference_loss.__doc__ or "", flags=re.MULTILINE)
+    assert sorted(formulas) == sorted(LOSSES)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_other_divergences_have_a_meaning_where_losses_read_differences_of_scores_alone(loss_type: str) -> None:
+    """Log-ratios that all move by the same amount change no such loss, and those that couple pairs neither.
+
+    Of the latter, ``bco_pair`` takes off a mean and the sorted ones match pairs apart, without f-divergences.
+    """
+    pairs = make_pairs()
+    pairs["rejected_lengths"] = pairs["chosen_lengths"]
+    moved = pairs | {name: pairs[name] - 3.0 for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    unchanged = torch.allclose(loss_of(moved, loss_type), loss_of(pairs, loss_type), rtol=1e-9)
+    assert unchanged == (LOSSES[loss_type].f_divergence or LOSSES[loss_type].couples_pairs)
 
 
 def test_sft_takes_plain_sums_where_they_are_given() -> None:

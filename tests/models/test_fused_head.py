@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_lightning.models import (
     OutputHead,
     TokenStats,
+    cpu_logprob_tiles,
     fused_head,
     fused_logprobs,
-    logprob_chunks,
-    logprob_tiles,
+    gpu_logprob_chunks,
     output_head,
 )
-from rlhf_lightning.models.logprob_chunks import ChunkedLogProbs
+from rlhf_lightning.models.gpu_logprob_chunks import ChunkedLogProbs
 
 from ..helpers import tiny_model
 
@@ -29,8 +29,8 @@ N, D, V, R = 37, 16, 101, 3
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in both directions, the last ones smaller."""
-    monkeypatch.setattr(logprob_tiles, "TILE_ROWS", 8)
-    monkeypatch.setattr(logprob_tiles, "TILE_COLUMNS", 17)
+    monkeypatch.setattr(cpu_logprob_tiles, "TILE_ROWS", 8)
+    monkeypatch.setattr(cpu_logprob_tiles, "TILE_COLUMNS", 17)
 
 
 @pytest.fixture(params=["tiles", "chunks"])
@@ -38,7 +38,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The tiles of a CPU, or the chunks of a GPU computed here: several of up to 15 rows in fp32."""
     if request.param == "chunks":
         monkeypatch.setattr(fused_head, "_implementation", lambda device: ChunkedLogProbs)
-        monkeypatch.setattr(logprob_chunks, "CHUNK_BYTES", 15 * V * 4 + 3)
+        monkeypatch.setattr(gpu_logprob_chunks, "CHUNK_BYTES", 15 * V * 4 + 3)
     return str(request.param)
 
 
@@ -81,7 +81,7 @@ def test_values_and_gradients(
     scale: float,
     kept: int,
 ) -> None:
-    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", kept)
+    monkeypatch.setattr(cpu_logprob_tiles, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(dtype)
     head.softcap, head.scale = softcap, scale
     stats = fused_logprobs(hidden, head, targets, temperature=1.3, entropy=True, mean=True, power=True)
@@ -102,7 +102,7 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("asked", [{}, {"entropy": True}, {"mean": True}])
 @pytest.mark.usefixtures("way")
 def test_each_output_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: int) -> None:
-    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", kept)
+    monkeypatch.setattr(cpu_logprob_tiles, "KEPT_BYTES", kept)
     hidden, head, targets, leaves = inputs(torch.float64)
     stats = fused_logprobs(hidden, head, targets, **asked)
     expected = naive(hidden, head, targets, 1.0)
@@ -177,7 +177,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_are_never_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", 2000)
+    monkeypatch.setattr(cpu_logprob_tiles, "KEPT_BYTES", 2000)
     hidden, head, targets, _ = inputs(torch.float32)
     with Largest() as seen:
         stats: TokenStats = fused_logprobs(hidden, head, targets, entropy=True, mean=True, power=True)
@@ -202,7 +202,7 @@ class Products(TorchDispatchMode):
 def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool], kept: bool) -> None:
     hidden, head, targets, _ = inputs(torch.float64)
     head = OutputHead(head.weight)
-    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", N * V * 8 if kept else 0)
+    monkeypatch.setattr(cpu_logprob_tiles, "KEPT_BYTES", N * V * 8 if kept else 0)
     with Products() as products:
         fused_logprobs(hidden, head, targets, **asked).logprobs.sum().backward()
     num_tiles = -(-N // 8) * -(-V // 17)
@@ -212,7 +212,7 @@ def test_kept_tiles_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, aske
 def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 rows and 17 columns: three fit; a graph that is kept for a second pass gives the same gradient."""
     hidden, head, targets, leaves = inputs(torch.float64)
-    monkeypatch.setattr(logprob_tiles, "KEPT_BYTES", 3 * 8 * 17 * 8 + 8)
+    monkeypatch.setattr(cpu_logprob_tiles, "KEPT_BYTES", 3 * 8 * 17 * 8 + 8)
     total = fused_logprobs(hidden, head, targets).logprobs.sum()
     node: Any = total.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     assert list(node.kept_tiles) == [(0, 0), (0, 17), (0, 34)]
@@ -224,13 +224,13 @@ def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    plain = logprob_tiles._Tiles.logits
+    plain = cpu_logprob_tiles._Tiles.logits
 
     def spied(self: Any, rows: slice, columns: slice, *, fresh: bool = False) -> Tensor:
         asked.append(fresh)
         return plain(self, rows, columns, fresh=fresh)
 
-    monkeypatch.setattr(logprob_tiles._Tiles, "logits", spied)
+    monkeypatch.setattr(cpu_logprob_tiles._Tiles, "logits", spied)
     hidden, head, targets, _ = inputs(torch.float64)
     with torch.no_grad():
         fused_logprobs(hidden, head, targets)

@@ -19,6 +19,9 @@ from rlhf_lightning.losses.preference import PreferencePairs, preference_loss
 from rlhf_lightning.rl import PolicyLoss, PPOLoss
 
 from ..helpers import save_tiny_model
+from ..invariance.harness import TOLERANCE, assert_same
+from ..invariance.harness import step as one_step
+from ..invariance.methods import Method, pairs
 from ..rl.fixed_rollouts import FixedGRPO, options, prompts
 from .naive import naive_model, step
 from .test_grpo import (
@@ -54,6 +57,18 @@ class PlainRatio(PPOLoss):
 
 def squared_hinge(pairs: PreferencePairs) -> Tensor:
     return (1 - pairs.margin).relu().square()
+
+
+def by_length(pairs: PreferencePairs) -> Tensor:
+    """DPO weighted by length, where lengths are compared with their mean over the batch."""
+    return -F.logsigmoid(pairs.margin) * pairs.chosen_lengths / pairs.chosen_lengths.double().mean()
+
+
+def plain_sft(pairs: PreferencePairs) -> Tensor:
+    return -pairs.sft_logps
+
+
+plain_sft.divided_by = "chosen_tokens"  # type: ignore[attr-defined]
 
 
 def brevity(completions: list[str]) -> list[float]:
@@ -101,6 +116,52 @@ def test_what_a_function_is_given() -> None:
     assert float(seen[0].rejected_rewards) == pytest.approx(-0.1)
     assert float(seen[0].margin) == pytest.approx(0.2)
     assert float(seen[0].rejected_lengths) == 2
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model"), "gpt2", initializer_range=0.1))
+
+
+def test_a_function_that_couples_pairs_is_given_the_global_batch(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method(DPOModule, pairs, {"loss_type": ["apo_zero", by_length], "loss_weights": [0.1, 1.0]})
+    whole = one_step(method, tiny, pairs(7))
+    unsaid = one_step(method, tiny, pairs(7), micro_batch_tokens=1)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same(unsaid, whole, TOLERANCE["64-true"])
+    monkeypatch.setattr(by_length, "couples_pairs", True, raising=False)
+    split = one_step(method, tiny, pairs(7), micro_batch_tokens=1)
+    assert_same(split, whole, TOLERANCE["64-true"])
+
+
+def test_a_function_that_is_divided_by_tokens(tiny: str) -> None:
+    """As ``sft``, whose sums LD-DPO and WPO leave alone, with the budget split; and unlike one divided by pairs."""
+    more: dict[str, Any] = {"ld_alpha": 0.3, "use_weighting": True, "loss_weights": [1.0, 0.5]}
+    named = Method(DPOModule, pairs, {"loss_type": ["sigmoid", "sft"], **more})
+    own = Method(DPOModule, pairs, {"loss_type": ["sigmoid", plain_sft], **more})
+    found = one_step(own, tiny, pairs(5), micro_batch_tokens=41)
+    assert_same(found, one_step(named, tiny, pairs(5)), TOLERANCE["64-true"])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("couples_pairs", 1, "wrong.couples_pairs is 1; it must be True or False"),
+        (
+            "divided_by",
+            "tokens",
+            "wrong.divided_by is 'tokens'; it must be one of pairs, chosen_tokens; did you mean 'chosen_tokens'?",
+        ),
+    ],
+)
+def test_attributes_of_another_value(attribute: str, value: object, message: str) -> None:
+    def wrong(pairs: PreferencePairs) -> Tensor:
+        return -pairs.margin
+
+    setattr(wrong, attribute, value)
+    with pytest.raises(ValueError, match=re.escape(message) + "$") as error:
+        DPOModule("no model", loss_type=wrong)
+    assert "\n" not in str(error.value)
 
 
 RUNS: dict[str, tuple[type, list[str], Callable[[Any], object], object]] = {

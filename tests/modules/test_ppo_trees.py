@@ -132,7 +132,7 @@ def test_a_tree_is_the_recursion_over_its_branches(only_picky: bool, folder: str
 
 
 def test_importance_weights_of_the_draws(folder: str, policy: Any, head: Tensor) -> None:
-    found = step(tree_ppo(folder, head, loss={"correction": "token_truncate"}), prompts(ROWS), policy)
+    found = step(tree_ppo(folder, head, off_policy={"correction": "token_truncate"}), prompts(ROWS), policy)
     naive = Naive(copy.deepcopy(policy), head)
     nodes = naive_nodes(naive, naive_model(folder))
     compare(found, naive, naive_loss(nodes, bound=3.0))

@@ -16,7 +16,7 @@ from rlhf_lightning.losses.preference import (
     F_DIVERGENCE_LOSSES,
     F_DIVERGENCE_TYPES,
     LOSS_TYPES,
-    NORMALIZERS,
+    LOSSES,
     ld_alpha_logps,
     preference_loss,
     wpo_weights,
@@ -124,7 +124,7 @@ def our_loss(
             flat, log_sum_sq = batch.logprobs[batch.counted], batch.log_sum_sq[batch.counted]
             chosen, rejected = wpo_weights(flat, log_sum_sq, batch.index, num_sequences=8).chunk(2)
             losses = losses * chosen * rejected
-        count = len(losses) if NORMALIZERS[loss_type] == "pairs" else chosen_lengths.sum()
+        count = len(losses) if LOSSES[loss_type].divided_by == "pairs" else chosen_lengths.sum()
         total = total + weight * losses.sum() / count
     return total.detach(), torch.autograd.grad(total, batch.logprobs)[0]
 

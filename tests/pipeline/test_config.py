@@ -143,3 +143,35 @@ def test_packaged_pipelines_are_found_from_anywhere(tmp_path, monkeypatch):
     assert list(load_pipeline("configs/pipelines/quickstart.yaml").stages) == [
         *("sft", "pairs", "reward", "dpo", "dpo_longer")
     ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            {"dpo": {"kind": "fit", "data": {"train": "${outputs.own.pairs}"}}, "own": PLAIN["stages"]["b"]},
+            "stage 'dpo' reads an output of 'own', which is not before it: write it above",
+        ),
+        (
+            {"own": {"kind": "sample", "model": "${outputs.own.model}", "prompts": "p.jsonl"}},
+            "stage 'own' reads an output of 'own', which is not before it: write it above",
+        ),
+        (
+            {
+                "loop": {
+                    "kind": "rounds",
+                    "model": "m",
+                    "body": {
+                        "dpo": {"kind": "fit", "data": {"train": "${outputs.own.pairs}"}},
+                        "own": {"kind": "sample", "model": "${round.model}", "prompts": "p.jsonl"},
+                    },
+                }
+            },
+            "stage 'dpo' reads an output of 'own', which is not before it: write it above",
+        ),
+    ],
+)
+def test_a_stage_reads_what_earlier_ones_write(tmp_path, stages, message):
+    content = yaml.safe_dump({"run_dir": "runs/x", "stages": stages}, sort_keys=False)
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path, content)

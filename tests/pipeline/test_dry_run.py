@@ -13,6 +13,7 @@ from rlhf_lightning.cli import main
 from rlhf_lightning.pipeline import load_pipeline
 from rlhf_lightning.pipeline.dry_run import plan_pipeline
 from rlhf_lightning.utils.files import content_hash
+from rlhf_lightning.utils.messages import UsageError
 
 NANO = "configs/models/nano"
 
@@ -59,8 +60,10 @@ def test_samples_of_stages_that_draw_several_for_a_prompt(tmp_path):
     stages = {"drafts": {"kind": "refine", "revisions": 3, **common}, "play": play}
     found = plans({"run_dir": str(tmp_path / "run"), "stages": stages}, tmp_path)
     # An answer and three revisions; ten prompts by three players and twenty by two, twice each.
-    assert found["drafts"].facts == ["30 prompts, up to 120 drafts"]
-    assert found["play"].facts == ["30 prompts, 140 samples"]
+    assert found["drafts"].facts[0] == "30 prompts, up to 120 drafts, up to 90 critiques"
+    assert found["play"].facts[0] == "30 prompts, 140 samples"
+    # There is no model m.
+    assert all(one.facts[1].startswith("size not known (") for one in found.values())
 
 
 def test_a_run_that_has_not_begun(written, tmp_path, capsys):
@@ -74,7 +77,12 @@ def test_a_run_that_has_not_begun(written, tmp_path, capsys):
     assert weights in found["sft"].facts
     assert "40 rows" in found["sft"].facts
     assert any("s of arithmetic" in fact for fact in found["sft"].facts)
-    assert found["pairs"].facts == ["30 prompts, 90 samples"]
+    assert found["pairs"].facts[0] == "30 prompts, 90 samples"
+    assert weights in found["pairs"].facts
+    again = plans(written, tmp_path, "stages.pairs.replay.share=0.5")["pairs"].facts
+    assert [fact for fact in again if "earlier rounds" in fact] == [
+        "up to 0.5 rows of earlier rounds for each new one, from 1,000 that are kept"
+    ]
     (dpo,) = found["loop"].body
     assert weights in dpo.facts  # of a model that there is not yet
     assert "8 rows" in dpo.facts
@@ -83,7 +91,8 @@ def test_a_run_that_has_not_begun(written, tmp_path, capsys):
     main(["pipeline", "--config", str(tmp_path / "pipeline.yaml"), "--dry-run"])
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "sft (fit): runs, not run before"
-    assert out[-2] == "    dpo (fit): runs, in every round"
+    assert out[-3] == "    dpo (fit): runs, in every round"
+    assert out[-1].startswith("in all: 3 of 3 stages run; ")
     assert not (tmp_path / "run").exists()
 
 
@@ -112,3 +121,33 @@ def test_what_is_finished_and_what_has_changed(written, tmp_path):
     assert content_hash(tmp_path / "run") == before
     (tmp_path / "run/pairs/samples.jsonl").write_text("")
     assert why() == [same, "samples.jsonl is missing or changed", same]
+
+
+def test_a_stage_for_a_device_that_is_not_here(written, tmp_path):
+    written["stages"] = {"sft": written["stages"]["sft"]}
+    written["stages"]["sft"]["trainer"] = {"accelerator": "tpu", "precision": "bf16-true", "max_steps": 1}
+    found = plans(written, tmp_path)["sft"]
+    assert found.facts[0].startswith("accelerator 'tpu' is not here (")
+    assert any(fact.endswith("GiB") for fact in found.facts)
+
+    # Mistakes of the trainer are found all the same.
+    written["stages"]["sft"]["trainer"]["max_stepps"] = 1
+    with pytest.raises(UsageError, match="max_stepps"):
+        plans(written, tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["laptop_1_7b", "qlora_7b"])
+def test_presets(written, tmp_path, preset):
+    # A model of the preset's type, which is here.
+    sft = written["stages"]["sft"]
+    sft["config"] = ["configs/sft/default.yaml", f"configs/presets/{preset}.yaml"]
+    sft["model"] = {"init_args": {"model": NANO, "init": "random"}}
+    sft["trainer"] = {"max_steps": 1, "logger": False, "callbacks": []}
+    sft["data"] = {"init_args": {"train": "sums:demonstrations?rows=40"}}
+    written["stages"] = {"sft": sft}
+    found = plans(written, tmp_path)["sft"]
+    assert "40 rows" in found.facts
+    assert found.memory is not None
+    assert found.memory > 0
+    # Only a graphics card is missing here.
+    assert all("accelerator 'gpu'" in fact for fact in found.facts if "is not here" in fact)

@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.evaluation import evaluate
+from rlhf_lightning.evaluation.command import EvaluateOptions
 from rlhf_lightning.generation import ChatOptions, GenerateOptions, generate_rows
 from rlhf_lightning.inference import EnsemblePolicy, SamplingParams, derive_seed, generate
 from rlhf_lightning.inference.policies import policy_spec
@@ -357,6 +358,8 @@ def test_refused_by_commands(prompts, tmp_path):
         evaluate({"both": BOTH}, pairs)
     with pytest.raises(ValueError, match=re.escape("models has ['runs/a', 'runs/b'] without a name: write a mapping")):
         evaluate(["runs/c", BOTH], suite_of(prompts))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=re.escape("models is [[a, b], c]: give an ensemble a name, as in '{sft: A,")):
+        EvaluateOptions(models="[[a, b], c]", suite="s", output="o").named()
     with pytest.raises(ValueError, match="cache is 'int8', and each model of an ensemble has a dynamic one"):
         ChatOptions(model=BOTH, cache="int8").check()
     ChatOptions(model=BOTH).check()

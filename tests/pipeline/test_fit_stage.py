@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from rlhf_lightning import ProcessRewardModule, RewardModule, SFTModule
+from rlhf_lightning.cli import main
 from rlhf_lightning.core import PostTrainingModule
 from rlhf_lightning.pipeline.fit_stage import load_exported
 from rlhf_lightning.sequences import Example, Segment
+from rlhf_lightning.utils.files import mark
 
 PROMPTS, TEXTS = ["1+1=", "what?", "1+1="], ["2\n#2", "no\nidea", "3 or\nso"]
 LORA = {"r": 2}
@@ -97,3 +101,45 @@ def test_a_merged_adapter_cannot_be_taken_back(tiny_model_folder: Any, tmp_path:
     module.save_pretrained(str(tmp_path / "model"), merge_adapter=True)
     with pytest.raises(ValueError, match="leaves no adapter to measure again: set merge_adapter: false"):
         load_exported(module, tmp_path / "model")
+
+
+def test_a_stage_that_begins_again_replaces_the_states_that_its_gate_accepted(
+    tiny_model_folder: Any, tmp_path: Path
+) -> None:
+    task = {"name": "sums", "prompts": "sums:prompts?rows=2", "verifier": "rlhf_lightning.rewards.exact_answer"}
+    gate = {"suite": {"tasks": [task | {"sampling": {"max_new_tokens": 2}}]}, "folder": "${run_dir}/fit/accepted"}
+    stage = {
+        "kind": "fit",
+        "model": {"class_path": "SFTModule", "init_args": {"model": str(tiny_model_folder())}},
+        "data": {"class_path": "SFTDataModule", "init_args": {"train": "sums:demonstrations?rows=4"}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 1,
+            "logger": False,
+            "callbacks": [{"class_path": "rlhf_lightning.callbacks.CapabilityGate", "init_args": gate}],
+        },
+    }
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "stages": {"fit": stage}}))
+    accepted = tmp_path / "run/fit/accepted"
+    main(["pipeline", "--config", str(file)])
+    (accepted / "step=9.ckpt").write_text("of the run before")
+    main(["pipeline", "--config", str(file), "--force", "fit"])
+    states = json.loads((accepted / "manifest.json").read_text())["accepted"]
+    names = {f"step={state['step']}.ckpt" for state in states}
+    assert names
+    assert {path.name for path in accepted.glob("*.ckpt")} == names
+
+
+def test_accepted_states_that_no_stage_wrote_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accepted = tmp_path / "run/fit/accepted"
+    accepted.mkdir(parents=True)
+    mark(accepted.parent, "stage", ["model"])
+    (accepted / "mine").write_text("mine")
+    stage = {"kind": "fit", "model": {"class_path": "SFTModule"}, "trainer": {"max_steps": 1}}
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "stages": {"fit": stage}}))
+    with pytest.raises(SystemExit):
+        main(["pipeline", "--config", str(file)])
+    assert "accepted' already exists and was not written by this package" in capsys.readouterr().err
+    assert (accepted / "mine").read_text() == "mine"

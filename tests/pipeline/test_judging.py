@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markupsafe import escape
 from safetensors.torch import load_file
 
 from rlhf_lightning.cli import main
@@ -15,6 +16,7 @@ from rlhf_lightning.evaluation import Report
 from rlhf_lightning.pipeline import judging
 from rlhf_lightning.pipeline.judging import (
     Judge,
+    check_judging,
     check_suite,
     copy_model,
     criteria_of,
@@ -112,6 +114,11 @@ def test_a_model_that_is_too_large_or_too_slow_does_not_pass(models, suite, tmp_
         written = json.loads((folder / "decision.json").read_text())
         assert written["memory_gb"] == pytest.approx(bytes_of / 1e9, rel=1e-12)
     assert written["reason"].startswith("its weights take 7.85e-05 GB, above max_memory_gb=")
+    # Keys and values of all key-value heads, in every layer.
+    of_token = 4 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    for limit, verdict in ((bytes_of + 100 * of_token, "accept"), (bytes_of + 100 * of_token - 1, "reject")):
+        with_cache = criteria_of(ALWAYS | {"max_memory_gb": limit / 1e9, "cache_tokens": 100})
+        assert Judge(suite, with_cache, tmp_path / "c", 0, "float32", models[0]).decide(*models)[0].verdict == verdict
     half = Judge(suite, criteria_of(criteria), tmp_path / "e", 0, "bfloat16", models[0])
     assert half.decide(models[0], models[1])[0].verdict == "accept"
 
@@ -190,6 +197,15 @@ def test_mistakes_in_criteria(written, message):
         criteria_of(written)
 
 
+@pytest.mark.parametrize("name", ["max_token_ms", "min_length", "max_length"])
+def test_limits_of_answers_need_answers(suite, tmp_path, name):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = {"kind": "preferences", "name": "pairs", "rows": str(tmp_path / "pairs.jsonl")}
+    assert check_judging({"name": "both", "tasks": [pairs, *suite["tasks"]]}, {name: 5}, []).name == "both"
+    with pytest.raises(ValueError, match=rf"^criteria.{name} is 5, and no task of the suite 'pairs' measures it: add"):
+        check_judging({"name": "pairs", "tasks": [pairs]}, {name: 5}, [])
+
+
 def test_mistakes_in_a_suite(suite, models, tmp_path):
     with pytest.raises(ValueError, match="has no tasks"):
         check_suite({"name": "empty", "tasks": []})
@@ -265,6 +281,8 @@ def test_stages_that_label_evaluate_and_export(models, suite, tmp_path):
     page = (tmp_path / "run/report.html").read_text()
     assert 'href="both/evaluation/report.html"' in page
     assert "of greedy tokens as before" in page
+    reason = json.loads((tmp_path / "run/choice/decision.json").read_text())["reason"]
+    assert f"<p>Reason: {escape(reason)}.</p>" in page
     main(["pipeline", "--config", str(file)])
     again = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
     assert not any(record["ran"] for record in again.values())

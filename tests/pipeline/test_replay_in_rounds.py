@@ -206,10 +206,10 @@ def test_a_chain_of_stages_without_rounds(prompts, tmp_path):
 @pytest.mark.parametrize(
     ("replay", "message"),
     [
-        ({"capcity": 5}, "stage 'loop': replay has no option 'capcity'; did you mean 'capacity'?"),
-        ({"capacity": 0}, "stage 'loop': replay.capacity is 0; it must be a whole number of at least 1"),
-        ({"share": 0}, "stage 'loop': replay.share is 0; it must be above 0"),
-        ([3], "stage 'loop': replay is [3]; it must be a RowReplay or a mapping of its options"),
+        ({"capcity": 5}, "stage 'loop': stage 'own': replay has no option 'capcity'; did you mean 'capacity'?"),
+        ({"capacity": 0}, "stage 'loop': stage 'own': replay.capacity is 0; it must be a whole number of at least 1"),
+        ({"share": 0}, "stage 'loop': stage 'own': replay.share is 0; it must be above 0"),
+        ([3], "stage 'loop': stage 'own': replay is [3]; it must be a RowReplay or a mapping of its options"),
         ({"rows": "x"}, "stage 'loop': stage 'own': replay.rows is 'x', and rounds give it: leave it out"),
         ({"round": 2}, "stage 'loop': stage 'own': replay.round is 2, and rounds give it: leave it out"),
     ],

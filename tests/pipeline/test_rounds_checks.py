@@ -97,7 +97,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"section": "part"}, {}, "the section of task 'even' is the column 'part': its prompts have answer"),
     ({"scorer": "no.scorer"}, {}, "task 'even': verifier 'no.scorer' cannot be imported"),
     ({"win_rate": {"judge": "no/such/judge"}}, {}, "task 'even': judge: there is no folder"),
-    ({}, {"min_unique_answers": 0.5}, "criteria.min_unique_answers is 0.5, and no task measures it: set num_samples"),
+    ({}, {"min_unique_answers": 0.5}, "criteria.min_unique_answers is 0.5, and no task of the suite "),
 ]
 
 

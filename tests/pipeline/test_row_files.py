@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.inference import derive_seed
-from rlhf_lightning.pipeline import refine_stage, sample_stage
+from rlhf_lightning.pipeline import refine_stage, row_files, sample_stage
 from rlhf_lightning.pipeline.row_files import NoRowsError
 from rlhf_lightning.pipeline.sample_stage import check_sample, run_sample
 from rlhf_lightning.pipeline.stages import RefineStage, SampleStage
@@ -162,6 +162,21 @@ def test_refined_drafts_become_rows(prompts, tmp_path):
     assert [(row["chosen"], row["rejected"]) for row in lines(tmp_path / "pairs.jsonl")] == [("#2", "#3")]
     assert [row["completion"] for row in lines(tmp_path / "demonstrations.jsonl")] == ["#2", "#4"]
     assert metrics["samples"] == 3
+
+
+@pytest.mark.parametrize("kind", ["sample", "refine"])
+def test_no_prompt_is_sampled_once_there_are_enough_rows(prompts, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(row_files, "PROMPTS_AT_ONCE", 1)
+    engine, _ = refine_stage.stage_policy("m", "float32")
+    engine.answers = {"1+1=": ["#2"], "2+2=": ["#4"]}
+    said: list[str] = []
+    options: dict[str, Any] = {"model": "m", "prompts": prompts, "rows": ["demonstrations"], "max_rows": 1}
+    if kind == "sample":
+        run_sample(SampleStage(**options, num_samples=1), tmp_path, 0, "float32", said.append)
+    else:
+        refine_stage.run_refine(RefineStage(**options, good_enough=1.0), tmp_path, 0, "float32", said.append)
+    assert [row["prompt"] for row in lines(tmp_path / "demonstrations.jsonl")] == ["1+1="]
+    assert said == ["1 of 2 prompts, 1 demonstrations"]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_a_copy_of_the_model_draws_other_samples(engines, options, tmp_path):
 
 
 def test_an_interrupted_stage_ends_with_the_same_bytes(engines, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_play_stage, "_PROMPTS_AT_ONCE", 3)
+    monkeypatch.setattr(self_play_stage, "PROMPTS_AT_ONCE", 3)
     stage, folders = SelfPlayStage(**options), [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:
         folder.mkdir()
@@ -135,6 +135,22 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(engines, options, tmp_pat
     for name in ("pairs.jsonl", "samples.jsonl", "league.json"):
         assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
     assert not (folders[1] / "sampled.jsonl").exists()
+
+
+def test_a_trial_with_enough_rows_is_all_that_is_played(engines, options, tmp_path):
+    stages = {n: SelfPlayStage(**options | {"rows": ["samples"], "max_rows": n}) for n in (6, 7)}
+    for n, stage in stages.items():
+        (tmp_path / str(n)).mkdir()
+        run_self_play(stage, tmp_path / str(n), 0, "float32")
+    # Two prompts by three players are six samples.
+    drawn = [
+        [one["prompts"] for one in json.loads((tmp_path / f"{n}/league.json").read_text())["opponents"]] for n in stages
+    ]
+    assert drawn[0] == [0, 0]
+    assert sum(drawn[1]) == COUNT - 2
+    written = {n: lines(tmp_path / f"{n}/samples.jsonl") for n in stages}
+    assert written[6] == written[7][:6]
+    assert len(written[7]) == 7
 
 
 def test_games_without_a_score_are_not_played():

@@ -13,7 +13,7 @@ from bitsandbytes.functional import quantize_4bit
 from torch import nn
 
 from rlhf_lightning.inference import LocalEngine, SamplingParams
-from rlhf_lightning.models import OutputHead, fused_logprobs, logprob_chunks
+from rlhf_lightning.models import OutputHead, fused_logprobs, gpu_logprob_chunks
 from rlhf_lightning.models.adapters import add_adapter, lora_config
 from rlhf_lightning.models.backbone import hidden_states
 from rlhf_lightning.models.decoder_sizes import PRECISIONS, Adapter, Blocks, Decoder, Training
@@ -160,7 +160,7 @@ def test_activations_with_an_adapter(arch: str, checkpointing: bool) -> None:
 def test_the_head_takes_a_chunk_and_its_gradients(
     dtype: torch.dtype, entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprob_chunks, "CHUNK_BYTES", 40 * 512 * 4)
+    monkeypatch.setattr(gpu_logprob_chunks, "CHUNK_BYTES", 40 * 512 * 4)
     config = tiny_config("llama", **sizes("llama"))
     decoder, half = Decoder.of(config), dtype == torch.bfloat16
     draw = torch.Generator().manual_seed(0)

@@ -161,6 +161,10 @@ def test_each_limit_rejects_a_candidate_that_is_better(limits: dict[str, Any], k
     [
         ({"min_accuracy": 0.76}, "accuracy of task 'b' is 0.75, below min_accuracy=0.76"),
         ({"max_memory_gb": 0.0021}, "its weights take 0.0022 GB, above max_memory_gb=0.0021"),
+        (
+            {"max_memory_gb": 0.0021, "cache_tokens": 8},
+            "its weights and 8 tokens in its cache take 0.0022 GB, above max_memory_gb=0.0021",
+        ),
         ({"max_token_ms": 11.9}, "a token of task 'b' takes 12 ms, above max_token_ms=11.9"),
     ],
 )
@@ -215,6 +219,8 @@ def test_refusals() -> None:
         ({"patience": 0}, r"criteria.patience is 0; it must be a whole number of at least 1"),
         ({"max_kl": 0.0}, r"criteria.max_kl is 0.0; it must be above 0"),
         ({"min_accuracy": 50}, r"criteria.min_accuracy is 50; it must be in \[0, 1\]"),
+        ({"cache_tokens": 0, "max_memory_gb": 1}, r"criteria.cache_tokens is 0; it must be a whole number of at least"),
+        ({"cache_tokens": 9}, r"criteria.cache_tokens is 9, and nothing limits memory: give max_memory_gb, too"),
         ({"max_memory_gb": 0}, r"criteria.max_memory_gb is 0; it must be above 0"),
         ({"max_token_ms": -1.0}, r"criteria.max_token_ms is -1.0; it must be above 0"),
         ({"min_distinct": 1.5}, r"criteria.min_distinct is 1.5; it must be in \[0, 1\]"),

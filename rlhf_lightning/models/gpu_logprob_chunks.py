@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logprob_tiles import LogitsConfig, slices
+from .cpu_logprob_tiles import LogitsConfig, slices
 
 # Memory of a chunk's logits. Its gradient in half precision takes half of it again; entropy and soft cap as much again.
 CHUNK_BYTES = 1 << 30

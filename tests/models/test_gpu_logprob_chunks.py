@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_lightning.models import OutputHead, TokenStats, fused_head, fused_logprobs, logprob_chunks, logprob_tiles
-from rlhf_lightning.models.logprob_chunks import ChunkedLogProbs
-from rlhf_lightning.models.logprob_tiles import TiledLogProbs
+from rlhf_lightning.models import (
+    OutputHead,
+    TokenStats,
+    cpu_logprob_tiles,
+    fused_head,
+    fused_logprobs,
+    gpu_logprob_chunks,
+)
+from rlhf_lightning.models.cpu_logprob_tiles import TiledLogProbs
+from rlhf_lightning.models.gpu_logprob_chunks import ChunkedLogProbs
 
 from ..gpu.pretended import Pretended, pretended_cuda
 
@@ -25,7 +32,7 @@ ALL = {"entropy": True, "mean": True, "power": True}
 def four_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """12, 12, 12 and 9 rows in fp32."""
     monkeypatch.setattr(fused_head, "_implementation", lambda device: ChunkedLogProbs)
-    monkeypatch.setattr(logprob_chunks, "CHUNK_BYTES", 12 * V * 4)
+    monkeypatch.setattr(gpu_logprob_chunks, "CHUNK_BYTES", 12 * V * 4)
 
 
 def draw(dtype: torch.dtype, *parts: str) -> tuple[Tensor, OutputHead, Tensor, list[Tensor]]:
@@ -67,8 +74,8 @@ def test_the_tiles_of_a_cpu(parts: tuple[str, ...], asked: dict[str, bool], monk
     hidden, head, targets, leaves = draw(torch.float32, *parts)
     found = fused_logprobs(hidden, head, targets, temperature=0.8, **asked)
     monkeypatch.setattr(fused_head, "_implementation", lambda device: TiledLogProbs)
-    monkeypatch.setattr(logprob_tiles, "TILE_ROWS", 16)
-    monkeypatch.setattr(logprob_tiles, "TILE_COLUMNS", 128)
+    monkeypatch.setattr(cpu_logprob_tiles, "TILE_ROWS", 16)
+    monkeypatch.setattr(cpu_logprob_tiles, "TILE_COLUMNS", 128)
     expected = fused_logprobs(hidden, head, targets, temperature=0.8, **asked)
     assert torch.equal(found.correct, expected.correct)
     for name in ("logprobs", *(n for n in ("entropy", "mean_logprobs", "log_sum_p2") if asked.get(n.split("_")[0]))):
@@ -213,7 +220,7 @@ def test_few_launches_and_no_waiting(
         patches.setattr(Pretended, "cpu", refuse)
         seen = counted(parts, asked)
     assert seen.waits == 0
-    monkeypatch.setattr(logprob_chunks, "CHUNK_BYTES", 6 * V * 4)
+    monkeypatch.setattr(gpu_logprob_chunks, "CHUNK_BYTES", 6 * V * 4)
     more = counted(parts, asked)
     per_chunk = (more.launches - seen.launches) / 4  # eight chunks instead of four
     assert per_chunk <= (16 if not parts and not asked else 45)
@@ -226,7 +233,7 @@ def test_waiting_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_more_than_a_chunk_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob_chunks, "CHUNK_BYTES", 12 * V * 4)
+    monkeypatch.setattr(gpu_logprob_chunks, "CHUNK_BYTES", 12 * V * 4)
     hidden, head, targets, _ = draw(torch.float32, "bias", "softcap")
     narrow = hidden.detach()[:, :8].requires_grad_()
     head.weight = head.weight.detach()[:, :8].requires_grad_()  # its gradient is smaller than a chunk
