@@ -117,7 +117,7 @@ def _before_sampling(
     seed: int,
     dtype: str,
 ) -> tuple[dict[_Key, Path | None], dict[_Key, TaskResult], dict[_Key, list[Example]]]:
-    """Returns where results are kept, those that are there, and the prompts of the others."""
+    """Returns where results are kept, results that are there, and the prompts of all others."""
     parts: dict[_Key, Path | None] = {}
     done: dict[_Key, TaskResult] = {}
     prompts: dict[_Key, list[Example]] = {}

@@ -44,7 +44,7 @@ class Guarded:
         self.function, self.what, self.model = function, what, model
         self.asked = self.failed = self._lost = 0
         self.reason = ""
-        # The columns that are passed are those that the function takes.
+        # Only columns that the function takes are passed.
         with suppress(TypeError, ValueError):  # else nothing is known of it
             self.__signature__ = inspect.signature(function)
 

@@ -225,7 +225,7 @@ class Judge:
                 chat_template_kwargs=task.chat_template_kwargs or None,
             )
             sampling = SamplingParams(max_new_tokens=task.params.max_new_tokens, seed=self.seed)
-            # Those that leave no room have no answers in the suite, either.
+            # Prompts that leave no room have no answers in the suite, either.
             longest = longest_prompt(engine, sampling)
             prompts = [p for p in prompts if longest is None or len(p.root.tokens) <= longest]
             rows += own_samples(engine, prompts, sampling=sampling)

@@ -86,7 +86,7 @@ def run_pipeline(pipeline: Pipeline, say: Say = print, force: Collection[str] = 
 
 
 def _run(pipeline: Pipeline, say: Say, force: Collection[str], since: float | None) -> Manifest:
-    """Runs a pipeline: of its forced stages, those that have not been started since a time, by default of this run."""
+    """Runs a pipeline; forced stages run unless they were started since a time, by default that of this run."""
     check_forced(pipeline, force)
     if pipeline.threads is not None:
         torch.set_num_threads(pipeline.threads)
