@@ -62,23 +62,24 @@ def check_judging(
     Raises:
         ValueError: a mistake in one of them, or a criterion that no task of the suite measures.
     """
-    wanted = criteria_of(criteria)
+    wanted, read = criteria_of(criteria), Suite.read(suite)
     validator_of(validators)
-    found = check_suite(suite, awaited)
-    answered = [task for task in found.tasks if isinstance(task, Task)]
+    _check_samples(wanted, read)
+    answered = [task for task in read.tasks if isinstance(task, Task)]
     measures = {
         "min_unique_answers": any(task.num_samples > 1 and task.votes for task in answered),
-        **dict.fromkeys(("min_distinct", "min_length", "max_length", "max_token_ms"), bool(answered)),
+        **dict.fromkeys(("min_distinct", "min_length", "max_length"), bool(answered)),
     }
     advice = {"min_unique_answers": "set num_samples above 1, and votes to true"}
     for name, is_measured in measures.items():
         value = getattr(wanted, name)
         if value and not is_measured:
             how = advice.get(name, "add one of prompts that a model answers, or leave it out")
-            raise ValueError(f"criteria.{name} is {value}, and no task of the suite {found.name!r} measures it: {how}")
+            raise ValueError(f"criteria.{name} is {value}, and no task of the suite {read.name!r} measures it: {how}")
+    check_suite(read, awaited)
     for task in answered:
         _check_number(task)
-    return found
+    return read
 
 
 def _check_number(task: Task) -> None:
@@ -92,6 +93,17 @@ def _check_number(task: Task) -> None:
             f"task {task.name!r} has {min(rows, task.limit or rows)} prompt, and a paired test needs at least two: "
             "give more, or raise limit"
         )
+
+
+def _check_samples(criteria: CapabilityCriteria, suite: Suite) -> None:
+    if any(isinstance(task, Task) for task in suite.tasks):
+        return
+    for name in ("max_token_ms", "max_kl"):
+        if (limit := getattr(criteria, name)) is not None:
+            raise ValueError(
+                f"criteria.{name} is {limit}, and no task of the suite {suite.name!r} samples: "
+                "add one of prompts that a model answers, or leave it out"
+            )
 
 
 def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
@@ -154,6 +166,7 @@ class Judge:
         Raises:
             ValueError: naming a token.
         """
+        _check_samples(self.criteria, Suite.read(self.suite))
         if self.criteria.max_kl is not None:
             advice = f"criteria.max_kl is {self.criteria.max_kl} and needs one tokenizer, so leave it out"
             check_tokens(load_tokenizer(candidate), load_tokenizer(self.start), advice)
@@ -187,12 +200,23 @@ class Judge:
         """
         self.check_tokens(candidate)
         models = dict(zip(names, (accepted, candidate), strict=True))
+        if self.criteria.accept == "not_worse" and self.start != accepted:
+            models["start"] = self.start
         report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
-        before, after = ([found for found in report.results if found.model == name] for name in models)
+        found_of = {name: [found for found in report.results if found.model == name] for name in models}
+        before, after = (found_of[name] for name in names)
+        start = None if self.start == accepted else found_of.get("start")
         drift = None if self.criteria.max_kl is None else self._drift(candidate)
         size = None if self.criteria.max_memory_gb is None else self._size(candidate)
         decision = decide(
-            before, after, self.criteria, kl=drift, memory_gb=size, num_rejected=num_rejected, seed=self.seed
+            before,
+            after,
+            self.criteria,
+            start=start,
+            kl=drift,
+            memory_gb=size,
+            num_rejected=num_rejected,
+            seed=self.seed,
         )
         if decision.verdict == "accept" and self.validator is not None:
             found = self.validator.validate(self._engine(candidate), seed=self.seed, say=self.say)
@@ -210,7 +234,7 @@ class Judge:
         return LocalEngine.from_pretrained(place, dtype=self.dtype)
 
     def _drift(self, candidate: str) -> float:
-        """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
+        """Computes KL(candidate || start) per token, on the candidate's own samples for the suite's prompts."""
         engine, start = self._engine(candidate), self._engine(self.start)
         assert engine.tokenizer is not None
         rows = []
