@@ -25,6 +25,7 @@ from ..utils.inputs import input_hashes
 from ..utils.progress import progress
 from .answers import Answer, read_prompts, score_texts, verified
 from .candidates import Candidate, check_models
+from .journal import Chunk, Journal
 from .report import Report
 from .results import TaskResult
 from .samples import PromptResult, SampleResult
@@ -50,8 +51,9 @@ def evaluate(
 
     A sample is a function of ``seed``, the number of its prompt and its own number. With ``output``, finished results
     (win rates by judges, too) are kept in the folder and not computed again as long as the contents of model and
-    prompts, the verifier's source, the task, the seed and the type of the weights are the same: an interrupted
-    evaluation continues, and a further model costs its own answers only.
+    prompts, the verifier's source, the task, the seed, the type of the weights and the version of this package are the
+    same: an interrupted evaluation continues after the prompts that were answered, 64 at a time, and a further model
+    costs its own answers only.
 
     Args:
         models: folders or hub ids; or names with a folder, a hub id, several as one (as in ``policy_spec``) or an
@@ -94,6 +96,7 @@ def evaluate(
             else:
                 if task.kind not in loaded:
                     loaded[task.kind] = candidate.load(task, dtype)
+                journal = None if part is None else Journal(part.with_suffix(".jsonl"))
                 found = run_task(
                     task,
                     loaded[task.kind],
@@ -101,10 +104,12 @@ def evaluate(
                     seed=seed,
                     verifier=verifiers.get(task.name),
                     scorer=scorers.get(task.name),
+                    journal=journal,
                 )
-                if part is not None:
+                if part is not None and journal is not None:
                     part.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(part, json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
+                    journal.remove()
             results.append(found)
             say(f"{candidate.name}, {task.name}: {found.accuracy.value:.1%} right, {found.seconds:.1f} s")
     report = Report(suite.name, tuple(results), seed=seed, wins=all_wins(results, judges, partial(_kept, folder)))
@@ -122,6 +127,7 @@ def run_task(
     verifier: Callable[..., Any] | None = None,
     transform: Transform | None = None,
     scorer: Callable[..., Any] | None = None,
+    journal: Journal | None = None,
 ) -> TaskResult:
     """Runs a task: answers and verifies its prompts, or scores its rows.
 
@@ -134,6 +140,7 @@ def run_task(
         verifier: instead of the task's own.
         transform: maps a row's columns to new ones before the prompt is read.
         scorer: instead of the task's own.
+        journal: keeps the answers to prompts, and has those of before.
 
     Raises:
         ValueError: the engine has no tokenizer, there are no prompts, or no sample has a verdict.
@@ -147,12 +154,15 @@ def run_task(
         start = time.perf_counter()
         every = range(len(examples))
         clock: list[float] = []
-        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer, clock=clock)
+        given: dict[str, Any] = {"model": model, "seed": seed, "scorer": scorer, "clock": clock, "journal": journal}
+        prompts = answer_task(task, engine, examples, every, verify, **given)
     else:
         start, clock = time.perf_counter(), []
         prompts = task.run(engine, model)
     seconds = time.perf_counter() - start
     found = TaskResult(model, task, tuple(prompts), seconds, median(clock) if clock else None)
+    if journal is not None and not found.scores:
+        journal.remove()  # a verifier that has no verdict now may have one later
     check_scores(found)
     return found
 
@@ -205,6 +215,7 @@ def answer_task(
     seed: int = 0,
     scorer: Callable[..., Any] | None = None,
     clock: list[float] | None = None,
+    journal: Journal | None = None,
 ) -> list[PromptResult]:
     """Answers and verifies some of the prompts of a task.
 
@@ -218,6 +229,7 @@ def answer_task(
         seed: a sample is a function of this, the number of its prompt and its own number.
         scorer: instead of the task's own.
         clock: gets the seconds of sampling per sampled token of each batch of prompts that are answered together.
+        journal: keeps the answers of each batch, and has those of before.
 
     Returns:
         One result per number, in their order.
@@ -226,16 +238,30 @@ def answer_task(
     prompts: list[PromptResult] = []
     for first in progress(range(0, len(numbers), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
         chunk = numbers[first : first + _PROMPTS_AT_ONCE]
-        rows = [examples[number] for number in chunk]
-        seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
-        start = time.perf_counter()
-        drawn = ask_examples(answering, rows, task.num_samples, task.params, seeds=seeds)
-        seconds, tokens = time.perf_counter() - start, sum(sample.num_sampled for group in drawn for sample in group)
-        if clock is not None and tokens:
-            clock.append(seconds / tokens)
-        groups = verified(rows, drawn, verifier)
-        prompts += [_prompt_result(task, example, group) for example, group in zip(rows, groups, strict=True)]
+        compute = partial(_answer_chunk, task, answering, examples, chunk, verifier, seed)
+        found, seconds = compute() if journal is None else journal.chunk(first // _PROMPTS_AT_ONCE, compute)
+        prompts += found
+        if clock is not None and seconds is not None:
+            clock.append(seconds)
     return prompts if task.scorer is None else _scored(prompts, examples, numbers, scorer or build_reward(task.scorer))
+
+
+def _answer_chunk(
+    task: Task,
+    answering: Any,
+    examples: Sequence[Example],
+    chunk: Sequence[int],
+    verifier: Callable[..., Any],
+    seed: int,
+) -> Chunk:
+    rows = [examples[number] for number in chunk]
+    seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
+    start = time.perf_counter()
+    drawn = ask_examples(answering, rows, task.num_samples, task.params, seeds=seeds)
+    seconds, tokens = time.perf_counter() - start, sum(sample.num_sampled for group in drawn for sample in group)
+    groups = verified(rows, drawn, verifier)
+    prompts = [_prompt_result(task, example, group) for example, group in zip(rows, groups, strict=True)]
+    return prompts, seconds / tokens if tokens else None
 
 
 def _scored(
@@ -315,7 +341,9 @@ def _kept(folder: Path | None, key: Sequence[Any], compute: Callable[[], dict[st
 
 
 def _part_of(folder: Path, key: Any) -> Path:
-    written = json.dumps(key, sort_keys=True, default=str)
+    from .. import __version__
+
+    written = json.dumps([__version__, key], sort_keys=True, default=str)
     return folder / PARTS / f"{hashlib.sha256(written.encode()).hexdigest()[:24]}.json"
 
 
