@@ -30,8 +30,8 @@ class Journal:
         if len(whole) < len(lines):
             file.write_bytes(b"".join(whole))
         for line in whole:
-            prompts, seconds = json.loads(line)
-            self._chunks.append((list(map(PromptResult.read, prompts)), seconds))
+            kept = json.loads(line)
+            self._chunks.append((list(map(PromptResult.read, kept["prompts"])), kept["seconds"]))
 
     def chunk(self, number: int, compute: Callable[[], Chunk]) -> Chunk:
         """Returns a chunk that was kept, or computes and keeps it; the chunks are asked for in turn."""
@@ -39,7 +39,7 @@ class Journal:
             prompts, seconds = compute()
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json_line([list(map(asdict, prompts)), seconds]))
+                file.write(json_line({"prompts": list(map(asdict, prompts)), "seconds": seconds}))
             self._chunks.append((prompts, seconds))
         return self._chunks[number]
 

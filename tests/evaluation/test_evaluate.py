@@ -272,7 +272,7 @@ def test_an_interruption_loses_no_answered_chunk(
     (journal,) = (tmp_path / "out" / "parts").iterdir()
     if torn:
         with journal.open("a") as file:
-            file.write('[[{"row_id": ')
+            file.write('{"prompts": [{"row_id": ')
     cli.main(options)
     assert [len(rows) for rows in asked] == [2, 2, 2]
     assert asked[1] == asked[2] != asked[0]
