@@ -193,7 +193,7 @@ def _drawn(stage: Any, sources: Sources, each: int) -> Samples:
 
 
 def limited(sources: Sources, source: Any, limit: int | None) -> int | None:
-    """Counts the rows of a source, of which at most ``limit`` are read; ``None`` if unknown."""
+    """Counts the rows that are read of a source, at most ``limit``; ``None`` if unknown."""
     found = sources.count(source)
     return found if found is None or limit is None else min(found, limit)
 
