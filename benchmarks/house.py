@@ -3,6 +3,7 @@
     python benchmarks/house.py             # the numbers
     python benchmarks/house.py --picture   # the rooms, one floor a line, with the imports of each
     python benchmarks/house.py --twice     # the places of code that occurs twice
+    python benchmarks/house.py --rooms     # files and lines of each room
 
 ``CONTRIBUTING.md`` lists the floors, and ``tests/test_house.py`` checks the code against them.
 """
@@ -256,6 +257,15 @@ def numbers() -> dict[str, str]:
     return found
 
 
+def sizes() -> dict[str, tuple[int, int]]:
+    """Files and lines of each room, ground first; what is on no floor comes last."""
+    found: dict[str, list[Path]] = {}
+    for name, path in sources().items():
+        found.setdefault(room(name) or PACKAGE, []).append(path)
+    order = [*FLOORS, *sorted(set(found) - set(FLOORS))]
+    return {name: (len(found[name]), lines(found[name])) for name in order if name in found}
+
+
 def arrows(graph: Graph) -> Counter[tuple[str, str]]:
     """Counts the imports of each room from another."""
     pairs = ((room(name), room(other)) for name, others in graph.items() for other in others)
@@ -277,7 +287,9 @@ if __name__ == "__main__":
         print(picture())
     elif sys.argv[1:] == ["--twice"]:
         print("\n".join(f"{place:55s} {other}" for place, other in duplicated(sources())))
+    elif sys.argv[1:] == ["--rooms"]:
+        print("\n".join(f"{name:20s} {files:4d} {size:6d}" for name, (files, size) in sizes().items()))
     elif sys.argv[1:]:
-        raise SystemExit(f"unknown argument {sys.argv[1]!r}: allowed are --picture and --twice")
+        raise SystemExit(f"unknown argument {sys.argv[1]!r}: allowed are --picture, --twice and --rooms")
     else:
         print("\n".join(f"{name:40s} {value}" for name, value in numbers().items()))

@@ -58,18 +58,25 @@ def criteria_of(written: Mapping[str, Any]) -> CapabilityCriteria:
 
 
 def check_criteria(written: Mapping[str, Any], suite: Suite) -> CapabilityCriteria:
-    """Makes the criteria of a gate, and checks that a suite measures the time of tokens where that is limited.
+    """Makes the criteria of a gate, and checks that a suite samples where time of tokens or drift is limited.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
     criteria = criteria_of(written)
-    if criteria.max_token_ms is not None and not any(isinstance(task, Task) for task in suite.tasks):
-        raise ValueError(
-            f"criteria.max_token_ms is {criteria.max_token_ms}, and no task of the suite {suite.name!r} samples: "
-            "add one of prompts that a model answers, or leave it out"
-        )
+    _check_samples(criteria, suite)
     return criteria
+
+
+def _check_samples(criteria: CapabilityCriteria, suite: Suite) -> None:
+    if any(isinstance(task, Task) for task in suite.tasks):
+        return
+    for name in ("max_token_ms", "max_kl"):
+        if (limit := getattr(criteria, name)) is not None:
+            raise ValueError(
+                f"criteria.{name} is {limit}, and no task of the suite {suite.name!r} samples: "
+                "add one of prompts that a model answers, or leave it out"
+            )
 
 
 def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
@@ -132,16 +139,27 @@ class Judge:
         Raises:
             ValueError: a limit on the divergence from a model with other tokens; nothing has been sampled yet.
         """
+        _check_samples(self.criteria, Suite.read(self.suite))
         if self.criteria.max_kl is not None:
             advice = f"criteria.max_kl is {self.criteria.max_kl} and needs one tokenizer, so leave it out"
             check_tokens(load_tokenizer(candidate), load_tokenizer(self.start), advice)
         models = {"accepted": accepted, "candidate": candidate}
+        if self.criteria.accept == "not_worse" and self.start != accepted:
+            models["start"] = self.start
         report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
-        before, after = ([found for found in report.results if found.model == name] for name in models)
+        found_of = {name: [found for found in report.results if found.model == name] for name in models}
+        before, after, start = found_of["accepted"], found_of["candidate"], found_of.get("start")
         drift = None if self.criteria.max_kl is None else self._drift(candidate)
         size = None if self.criteria.max_memory_gb is None else self._size(candidate)
         decision = decide(
-            before, after, self.criteria, kl=drift, memory_gb=size, num_rejected=num_rejected, seed=self.seed
+            before,
+            after,
+            self.criteria,
+            start=start,
+            kl=drift,
+            memory_gb=size,
+            num_rejected=num_rejected,
+            seed=self.seed,
         )
         if decision.verdict == "accept" and self.validator is not None:
             found = self.validator.validate(self._engine(candidate), seed=self.seed, say=self.say)
@@ -159,7 +177,7 @@ class Judge:
         return LocalEngine.from_pretrained(place, dtype=self.dtype)
 
     def _drift(self, candidate: str) -> float:
-        """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
+        """Computes KL(candidate || start) per token, on the candidate's own samples for the suite's prompts."""
         engine, start = self._engine(candidate), self._engine(self.start)
         assert engine.tokenizer is not None
         rows = []
