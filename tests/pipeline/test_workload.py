@@ -282,7 +282,8 @@ def test_the_pipeline_of_a_night(tmp_path, monkeypatch, capsys):
     assert any("up to 512 rows" in line and "603,712 parameters" in line for line in lines)
     assert all("not known (" not in line for line in lines)
     # The README shows some of them; seconds depend on the machine.
-    shown = Path("README.md").read_text().split("it prints, among others:\n\n```text\n")[1].split("\n```")[0]
-    assert len(shown.splitlines()) == 6
-    assert {_without_seconds(line) for line in shown.splitlines()} <= {_without_seconds(line) for line in lines}
+    readme = Path("README.md").read_text().split("it prints, among others:\n\n")[1].split("\n\n")[0]
+    shown = [line.removeprefix("    ") for line in readme.splitlines()]
+    assert len(shown) == 6
+    assert {_without_seconds(line) for line in shown} <= {_without_seconds(line) for line in lines}
     assert not (tmp_path / "run").exists()
