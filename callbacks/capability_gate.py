@@ -17,6 +17,7 @@ from ..core import PostTrainingModule
 from ..core.checkpoint_io import check_place
 from ..core.rewind import Rewind, allow_rewinding
 from ..evaluation import Suite, TaskResult
+from ..evaluation.checks import check_suite
 from ..evaluation.suite import SuiteSource
 from ..inference import derive_seed
 from ..rl.on_policy_module import OnPolicyModule
@@ -146,6 +147,7 @@ class CapabilityGate(lightning.Callback):
                 f"there are {count} CapabilityGates, and one would take back what another has accepted: give one of "
                 "them a suite with the tasks of all"
             )
+        check_suite(self.suite)
         # What is tried again differs where a round of other rows begins at every boundary.
         rounds = self.every_n_steps is None and any(r.every_n_epochs == 1 for r in _rounds(trainer))
         draws = isinstance(pl_module, OnPolicyModule) or pl_module.drops or rounds

@@ -33,6 +33,9 @@ def plan_pipeline(pipeline: Pipeline, force: Collection[str] = ()) -> list[Stage
         ValueError: a mistake in a stage; the message begins with its name.
     """
     check_forced(pipeline, force)
+    manifest = Manifest(pipeline.run_dir / "manifest.json")
+    if (since := manifest.forced_since(force)) is not None:  # the run would continue
+        force = [name for name in force if not manifest.is_started(name, since)]
     return _plans(pipeline, force, Sizes(pipeline.dtype), [])
 
 
@@ -83,7 +86,7 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: Sizes, awaited: Se
         notes: list[str] = []
         with in_stage(name):
             try:
-                config = describe(pipeline, name, notes.append)
+                config = describe(pipeline, name, later, notes.append)
             except (ValueError, FileNotFoundError) as error:
                 # A model that an earlier stage will write.
                 if not any(place in str(error) for place in later):
@@ -93,7 +96,7 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: Sizes, awaited: Se
         sizes.origins |= origins_of(pipeline, name, stage)
         one = StagePlan(name, stage.kind, runs, why, notes)
         if isinstance(stage, RoundsStage) and runs:
-            one.body = _plans(check_rounds(stage, pipeline.folder(name)), (), sizes, later)
+            one.body = _plans(check_rounds(stage, pipeline.folder(name), later), (), sizes, later)
             for inner in one.body:
                 inner.why = "in every round"
         if runs:

@@ -101,8 +101,8 @@ def origins_of(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, str]:
         source = stage.models[0] if stage.models else None
     else:
         source = getattr(stage, "model", None)
-    place = pipeline.folder(name) / "model"
-    return {str(place): source} if "model" in stage.outputs and isinstance(source, str) else {}
+    places = [pipeline.folder(name) / place for key, place in stage.outputs.items() if key in ("model", "models")]
+    return dict.fromkeys(map(str, places), source) if isinstance(source, str) else {}
 
 
 def describe_size(

@@ -369,9 +369,10 @@ def test_refusals_in_training_leave_nothing(tiny_model_folder: Any, tmp_path: Pa
             (
                 {"verifier": f"{__name__}.raises"},
                 {},
-                r"^task 'no z' cannot be measured: KeyError: 'answer'; correct its verifier or its prompts$",
+                r"^the verifier of task 'no z' failed on all of 3 answers of 'SFTModule': KeyError: 'answer'",
             ),
             ({"limit": 3, "prompts": str(tmp_path / "empty.jsonl")}, {}, r"empty.jsonl"),
+            ({"strategy": "best_of_m"}, {}, r"^task 'no z': there is no strategy 'best_of_m'"),
             (
                 {"dropout": 0.0},
                 {"criteria": {"on_reject": "new_seed"}},

@@ -13,13 +13,13 @@ from markupsafe import escape
 from safetensors.torch import load_file
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.evaluation import Report, Suite, evaluate, own_samples
+from rlhf_lightning.evaluation import Report, evaluate, own_samples
 from rlhf_lightning.evaluation.answers import read_prompts
 from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.pipeline import judging
 from rlhf_lightning.pipeline.judging import (
     Judge,
-    check_criteria,
+    check_judging,
     check_suite,
     copy_model,
     criteria_of,
@@ -230,15 +230,24 @@ def test_mistakes_in_criteria(written, message):
         criteria_of(written)
 
 
+@pytest.mark.parametrize("name", ["min_length", "max_length"])
+def test_limits_of_answers_need_answers(suite, tmp_path, name):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = {"kind": "preferences", "name": "pairs", "rows": str(tmp_path / "pairs.jsonl")}
+    assert check_judging({"name": "both", "tasks": [pairs, *suite["tasks"]]}, {name: 5}, []).name == "both"
+    with pytest.raises(ValueError, match=rf"^criteria.{name} is 5, and no task of the suite 'pairs' measures it: add"):
+        check_judging({"name": "pairs", "tasks": [pairs]}, {name: 5}, [])
+
+
 @pytest.mark.parametrize("limit", ["max_token_ms", "max_kl"])
 def test_a_limit_of_time_or_drift_needs_tokens(suite, limit, tmp_path, capsys):
-    pairs = {"kind": "preferences", "name": "pairs", "rows": "pairs.jsonl"}
-    read = Suite.read({"name": "both", "tasks": [pairs, *suite["tasks"]]})
-    assert getattr(check_criteria({limit: 5}, read), limit) == 5
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = {"kind": "preferences", "name": "pairs", "rows": str(tmp_path / "pairs.jsonl")}
+    assert check_judging({"name": "both", "tasks": [pairs, *suite["tasks"]]}, {limit: 5}, []).name == "both"
     alone = {"name": "pairs", "tasks": [pairs]}
     message = rf"^criteria.{limit} is 5, and no task of the suite 'pairs' samples"
     with pytest.raises(ValueError, match=message):
-        check_criteria({limit: 5}, Suite.read(alone))
+        check_judging(alone, {limit: 5}, [])
     judge = Judge(alone, criteria_of({limit: 5}), tmp_path / "evaluation", 0, "float32", "none")
     with pytest.raises(ValueError, match=message):
         judge.decide("none", "other")
