@@ -37,6 +37,11 @@ class ReferencePolicy:
 
     Raises:
         ValueError: ``kind`` is another word.
+
+    Example:
+        >>> from rlhf_lightning import DPOModule
+        >>> DPOModule("HuggingFaceTB/SmolLM2-135M", reference="precomputed").reference.kind
+        'precomputed'
     """
 
     def __init__(self, module: Any, kind: ReferenceKind) -> None:

@@ -64,7 +64,7 @@ def takes_scorer(spec: Any) -> bool:
     """Returns whether a strategy, as in ``build_strategy``, has the option ``scorer``.
 
     Example:
-        >>> takes_scorer("mcts"), takes_scorer("MajorityVote")
+        >>> takes_scorer("mcts"), takes_scorer("HiddenReasoning")
         (True, False)
     """
     return "scorer" in _options(strategy_class(spec))

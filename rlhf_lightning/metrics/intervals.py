@@ -34,6 +34,11 @@ class Interval:
         value: the estimate.
         low: lower end.
         high: upper end.
+
+    Example:
+        >>> accuracy = Interval(0.5, 0.4, 0.6)
+        >>> accuracy.low <= accuracy.value <= accuracy.high
+        True
     """
 
     value: float
@@ -50,6 +55,10 @@ class Comparison:
         low: lower end of its confidence interval.
         high: upper end.
         p_value: probability of a difference at least as large, of either sign, if the two were equally good.
+
+    Example:
+        >>> Comparison(0.1, -0.02, 0.22, 0.11).difference
+        0.1
     """
 
     difference: float

@@ -252,7 +252,7 @@ class OffPolicyCorrection(ImportanceWeights):
         >>> OffPolicyCorrection(mask_threshold=0.5).keeps(
         ...     -2 * one, sampling_logprobs_N=-one, advantages_N=-one, sequence_index_N=index, num_sequences=1
         ... )
-        tensor([0.])
+        tensor([False])
     """
 
     mask_threshold: float | None = None

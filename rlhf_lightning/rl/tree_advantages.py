@@ -161,7 +161,7 @@ def branch_preferences(branches: Branches) -> Tensor:
         >>> from rlhf_lightning.rl.branches import Branch, TreeCompletion
         >>> steps = [Branch((5,), score=0.0), Branch((6,), score=float(torch.tensor(3.0).log()))]
         >>> group = [TreeCompletion(list(step.token_ids), "", [], "stop", branch=step) for step in steps]
-        >>> branch_preferences(Branches([group])).tolist()
+        >>> [round(value, 6) for value in branch_preferences(Branches([group])).tolist()]
         [-0.25, 0.25]
     """
     found = torch.zeros_like(branches.scores_B)

@@ -134,6 +134,10 @@ class Decision:
             bytes, where it is limited.
         token_ms: milliseconds per sampled token of the task that takes most, where they are limited.
         validation: findings of an ``AdversarialValidator``, where one was asked.
+
+    Example:
+        >>> Decision("accept", "better", difference=0.1, low=0.02, high=0.18, p_value=0.01).as_dict()["verdict"]
+        'accept'
     """
 
     verdict: Verdict
