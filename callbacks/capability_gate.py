@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
@@ -15,21 +17,22 @@ from ..core import PostTrainingModule
 from ..core.checkpoint_io import check_place
 from ..core.rewind import Rewind, allow_rewinding
 from ..evaluation import Suite, TaskResult
+from ..evaluation.checks import check_suite
 from ..evaluation.suite import SuiteSource
 from ..inference import derive_seed
 from ..rl.on_policy_module import OnPolicyModule
 from ..self_improvement.gate import CapabilityCriteria, CriteriaSource, Decision, check_criteria, decide
-from ..self_improvement.measuring import Sample, SuiteMeter
+from ..self_improvement.measuring import SuiteMeter
 from ..self_improvement.snapshots import Snapshots
 from ..utils.files import hold, on_first_rank, release
 from ..utils.option_groups import build_group
 from ..utils.validation import check_count
+from .learning_rates import scale_learning_rates
 from .model_export import ModelExport
 from .self_improvement import SelfImprovement
+from .trained_weights import copied, placed, put, settled_weights
 from .training_checkpoint import TrainingCheckpoint
 
-# Learning rates in an optimizer's groups and in a schedule.
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 # Above the number of any rank, from which other random states are derived.
 _ANEW = 1 << 20
 
@@ -62,8 +65,9 @@ class CapabilityGate(lightning.Callback):
             decisions; one folder for each run.
         every_n_steps: optimizer steps between two boundaries, at least 1; if omitted, every epoch ends at one.
         criteria: when a candidate is accepted: a ``CapabilityCriteria`` or a mapping of its options. ``max_kl`` limits
-            :math:`\mathrm{KL}(\text{start} \,\|\, \text{candidate})`, estimated on one sample of each prompt that the
-            policy drew before the first step. Limits of size and speed are for stages: training changes neither.
+            :math:`\mathrm{KL}(\text{candidate} \,\|\, \text{start})`, estimated on one sample of each prompt that the
+            candidate draws (the mean of log p - log p_start over its tokens); it takes a copy of the weights that are
+            trained. Limits of size and speed are for stages: training changes neither.
         step_factor: factor of the learning rates at each rejection, in (0, 1).
         keep: number of newest accepted states to keep, at least 1; older ones stay while a run that is resumed from
             a checkpoint of ``TrainingCheckpoint`` needs them.
@@ -117,7 +121,9 @@ class CapabilityGate(lightning.Callback):
         self.history: list[dict[str, Any]] = []  # decisions
         self.num_rejected = 0  # in succession
         self._results: list[TaskResult] | None = None  # of the accepted state
-        self._start: dict[str, Any] | None = None  # samples of the policy at the start, and their log-probability
+        self._first: list[TaskResult] | None = None  # results of the policy at the start
+        self._start: dict[str, Tensor] | None = None  # trained weights of the start, where drift is limited
+        self._is_loaded = False  # whether these are from a checkpoint: whole, and on the CPU
         self._module_seed: int | None = None  # of an on-policy module, after new_seed
         self._last_step = 0
         self._judged_step = -1
@@ -141,6 +147,7 @@ class CapabilityGate(lightning.Callback):
                 f"there are {count} CapabilityGates, and one would take back what another has accepted: give one of "
                 "them a suite with the tasks of all"
             )
+        check_suite(self.suite)
         # What is tried again differs where a round of other rows begins at every boundary.
         rounds = self.every_n_steps is None and any(r.every_n_epochs == 1 for r in _rounds(trainer))
         draws = isinstance(pl_module, OnPolicyModule) or pl_module.drops or rounds
@@ -216,13 +223,13 @@ class CapabilityGate(lightning.Callback):
         results = self._measure(trainer, module)
         check_criteria(results, self.criteria)
         if self.criteria.max_kl is not None:
-            samples = self._meter.samples(module)
-            if not samples:
+            if not self._meter.samples(module):
                 raise ValueError(
-                    "criteria.max_kl is measured on samples of the policy at the start, and all of them are empty: "
+                    "criteria.max_kl is measured on samples of the policy, and all of them are empty at the start: "
                     "remove it, or check the model"
                 )
-            self._start = {"samples": samples, "logprob": self._meter.mean_logprob(module, samples)}
+            self._start = copied(settled_weights(module))
+        self._first = results
         self._accept(trainer, results)
         rank_zero_info(f"step {trainer.global_step}: {_scores(results)} before training")
 
@@ -252,7 +259,15 @@ class CapabilityGate(lightning.Callback):
         assert isinstance(module, PostTrainingModule)
         assert self._results is not None
         results, kl = self._measure(trainer, module), self._divergence(module)
-        found = decide(self._results, results, self.criteria, kl=kl, num_rejected=self.num_rejected, seed=self.seed)
+        found = decide(
+            self._results,
+            results,
+            self.criteria,
+            start=self._first,
+            kl=kl,
+            num_rejected=self.num_rejected,
+            seed=self.seed,
+        )
         decision: Decision = trainer.strategy.broadcast(found)
         self._judged_step = step
         self._record(trainer, decision, results)
@@ -279,12 +294,25 @@ class CapabilityGate(lightning.Callback):
         settings = getattr(getattr(trainer, "datamodule", None), "chat_template_kwargs", None)
         return self._meter.results(module, settings)
 
+    @torch.no_grad()
     def _divergence(self, module: PostTrainingModule) -> float | None:
-        """Estimates KL(start || policy), the mean of log p_start(x) - log p(x) over tokens x that the start drew."""
+        """Estimates KL(policy || start), the mean of log p(x) - log p_start(x) over tokens x that the policy draws."""
         if self._start is None:
             return None
-        samples: Sequence[Sample] = self._start["samples"]
-        return float(self._start["logprob"]) - self._meter.mean_logprob(module, samples)
+        weights = settled_weights(module)
+        if self._is_loaded:
+            self._start = placed(self._start, weights, what="start", callback="criteria.max_kl")
+            self._is_loaded = False
+        samples = self._meter.samples(module)
+        if not samples:  # a candidate that says nothing at all is as far away as can be
+            return math.inf
+        logprob = self._meter.mean_logprob(module, samples)
+        kept = copied(weights)
+        try:
+            put(weights, self._start)
+            return logprob - self._meter.mean_logprob(module, samples)
+        finally:
+            put(settled_weights(module), kept)
 
     def _record(self, trainer: lightning.Trainer, decision: Decision, results: Sequence[TaskResult]) -> None:
         step = trainer.global_step
@@ -327,44 +355,23 @@ class CapabilityGate(lightning.Callback):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the step of the accepted state, all decisions, and what the divergence is measured on."""
+        """Returns the step of the accepted state, all decisions, and the weights that drift is measured from."""
         return {
             "accepted": self.accepted,
             "history": [dict(entry) for entry in self.history],
             "num_rejected": self.num_rejected,
             "start": self._start,
+            "first": None if self._first is None else [result.as_dict() for result in self._first],
             "module_seed": self._module_seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], results: list[TaskResult] | None = None) -> None:
         """Restores the state of an earlier run; the results are read when training starts, unless they are given."""
         self.accepted, self.num_rejected = state_dict["accepted"], state_dict["num_rejected"]
-        self.history, self._start = list(state_dict["history"]), state_dict["start"]
+        self.history, self._start, self._is_loaded = list(state_dict["history"]), state_dict["start"], True
         self._module_seed, self._results = state_dict["module_seed"], results
-
-
-def scale_learning_rates(trainer: Any, factor: float) -> None:
-    """Multiplies the learning rates of a trainer's optimizers and the peaks of their schedules.
-
-    Args:
-        trainer: a trainer that fits.
-        factor: above 0.
-    """
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            for name in _RATES:
-                if isinstance(group.get(name), float | int | Tensor):
-                    group[name] = group[name] * factor
-    for config in trainer.lr_scheduler_configs:
-        _scale_schedule(config.scheduler, factor)
-
-
-def _scale_schedule(schedule: Any, factor: float) -> None:
-    for name in ("base_lrs", "_last_lr"):
-        if isinstance(getattr(schedule, name, None), list):
-            setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
-    for inner in getattr(schedule, "_schedulers", ()):
-        _scale_schedule(inner, factor)
+        first = state_dict["first"]
+        self._first = None if first is None else [TaskResult.read(result) for result in first]
 
 
 def _scores(results: Iterable[TaskResult]) -> str:

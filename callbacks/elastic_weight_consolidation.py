@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -41,7 +41,8 @@ class ElasticWeightConsolidation(lightning.Callback):
     of tasks takes two tensors per trained weight, in at least fp32.
 
     The gradient :math:`\lambda \sum_k F_k (\theta - \theta^*_k)` is added after clipping, right before the step: it is
-    not part of the logged ``loss`` and ``grad_norm``. Only trained weights have a penalty, with LoRA the adapter's. On
+    not part of the logged ``loss`` and ``grad_norm``. Only trained weights have a penalty, with LoRA the adapter's: in
+    a new one B is 0, so that A alone changes no prediction: its information is 0, and only B has a penalty. On
     several ranks each measures its share of the rows; of sharded weights (``fsdp2``) all measure one row after the
     other, which takes as long as on one rank.
 
@@ -146,6 +147,7 @@ class ElasticWeightConsolidation(lightning.Callback):
                 sums = {name: sum_vector_over_ranks(total) for name, total in sums.items()}
                 count = int(sum_over_ranks({"count": float(count)})["count"])
         found = {named[id(inner[name])]: total / count for name, total in sums.items()}
+        _warn_of_free(found)
         # Weights outside of the model have no part in its predictions.
         others = {n: torch.zeros_like(exact(w)) for n, w in trained_weights(module).items() if n not in found}
         return found | others
@@ -224,3 +226,15 @@ class ElasticWeightConsolidation(lightning.Callback):
             self.information = placed(self.information, weights, what="Fisher information", **names)
             self.center = placed(self.center, weights, what="center", **names)
         self._is_loaded = False
+
+
+def _warn_of_free(information: Weights) -> None:
+    """Warns of weights without any information, which the penalty leaves free."""
+    sums = {name: value.sum() for name, value in information.items()}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in sums.items()}
+    if free := [name for name, value in whole.items() if value == 0]:
+        rank_zero_warn(
+            f"ElasticWeightConsolidation: the information of {len(free)} of {len(whole)} trained weights is 0, and no "
+            f"penalty holds them (the first is {free[0]!r}); the A of a new LoRA adapter is such a one, as its B is 0: "
+            "call consolidate() on an adapter that has learned a task, or train without lora"
+        )

@@ -6,12 +6,13 @@ from ..metrics.at_k import majority_at_k, pass_at_k
 from ..metrics.intervals import Comparison, Interval, mcnemar, mean_interval, paired_bootstrap, wilson_interval
 from .contamination import Contamination, Overlap, contamination
 from .divergence import Divergence, divergence, own_samples
-from .evaluate import evaluate, run_task
+from .evaluate import evaluate
 from .harness import HarnessModel, harness_model
 from .history import HistoryEntry, read_history
 from .report import Report
 from .results import PairedResult, TaskResult, compare
 from .row_tasks import FirstErrorTask, PreferenceTask
+from .running import run_task
 from .samples import PromptResult, SampleResult
 from .suite import Suite
 from .tasks import Task

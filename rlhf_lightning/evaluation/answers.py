@@ -14,7 +14,7 @@ from ..data.sources import Source
 from ..data.transformed_rows import Transform
 from ..datamodules import PromptDataModule
 from ..inference import Completion, Engine, SamplingParams
-from ..inference.answering import ask_examples
+from ..inference.answering import ask_examples, takes_tokens
 from ..models import CompressedContext
 from ..rewards.exact_answer import check_verdicts
 from ..sequences import Example
@@ -92,6 +92,38 @@ def read_prompts(
     data.setup("predict")
     examples = [example for batch in data.predict_dataloader() for example in batch.examples]
     return examples[:limit]
+
+
+def longest_prompt(engine: Any, sampling: SamplingParams) -> int | None:
+    """Returns the most tokens that a prompt may have for an engine or a strategy; ``None`` where that is not known."""
+    ask = getattr(engine, "longest_prompt", None)
+    longest: int | None = ask(sampling) if callable(ask) and takes_tokens(engine) else None
+    return longest
+
+
+def check_fit(task: str, model: str, examples: Sequence[Example], longest: int | None) -> list[Example]:
+    """Returns the prompts of a task that leave no room for an answer.
+
+    Args:
+        task: name of the task.
+        model: name of the model.
+        examples: the prompts.
+        longest: the most tokens that one may have; ``None`` for any number.
+
+    Raises:
+        ValueError: all of them.
+    """
+    if longest is None:
+        return []
+    long = [example for example in examples if len(example.root.tokens) > longest]
+    if long and len(long) == len(examples):
+        shortest = min(long, key=lambda example: len(example.root.tokens))
+        raise ValueError(
+            f"no prompt of task {task!r} fits model {model!r}, which has room for {longest} tokens before an answer: "
+            f"the shortest, {shortest.row_id}, has {len(shortest.root.tokens)}; shorten them, or leave out the task or "
+            "the model"
+        )
+    return long
 
 
 def answer_prompts(

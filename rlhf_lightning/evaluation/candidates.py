@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..inference.policies import build_policy, check_single, policy_spec
+from ..inference.policies import build_policy, check_single, policy_spec, policy_tokenizer
+from ..models.backbone import positions_of
+from ..models.loading import locate, read_config
+from ..sequences import Example
+from ..utils.files import content_hash
+from .answers import check_fit, longest_prompt
+from .running import given_tokenizer, task_prompts
 from .suite import AnyTask, Suite
 from .tasks import Task
 
@@ -30,6 +36,39 @@ class Candidate:
         if self.spec is None:
             return self.place
         return build_policy(self.spec, dtype=dtype) if isinstance(task, Task) else task.load(self.spec, dtype)
+
+    def content(self) -> str | None:
+        """Hashes the model's folder; ``None`` for anything else."""
+        return content_hash(Path(self.spec).expanduser()) if isinstance(self.spec, str) else None
+
+    def prompts(self, task: Task, verifier: Callable[..., Any]) -> list[Example]:
+        """Reads the prompts of a task before the model is loaded; at least one must leave room for an answer.
+
+        Args:
+            task: the task.
+            verifier: what will verify answers.
+
+        Raises:
+            ValueError: there are no prompts, they lack a column, or all are too long.
+        """
+        if self.spec is None:
+            tokenizer, longest = self.place.tokenizer, longest_prompt(self.place, task.params)
+        else:
+            tokenizer, longest = policy_tokenizer(self.spec), _room(self.spec)
+        examples = task_prompts(task, given_tokenizer(tokenizer, self.name), verifier)
+        check_fit(task.name, self.name, examples, longest)
+        return examples
+
+
+def _room(spec: Any) -> int | None:
+    """Returns the most tokens of a prompt that the config of a model leaves room after; ``None`` if it is not known."""
+    if not isinstance(spec, str):
+        return None
+    try:
+        positions = positions_of(read_config(locate(spec, what="model")))
+    except ValueError:  # an adapter
+        return None
+    return None if positions is None else positions - 1
 
 
 def check_models(models: Sequence[str | Path] | Mapping[str, Any], suite: Suite) -> list[Candidate]:

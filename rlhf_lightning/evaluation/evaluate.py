@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from ..data.transformed_rows import Transform
-from ..inference import Engine, build_strategy, derive_seed
-from ..inference.answering import ask_examples
+from ..inference import Engine
 from ..inference.policies import PolicySpec, policy_tokenizer
-from ..rewards.exact_answer import check_verdicts
 from ..rewards.specs import build_reward
 from ..sequences import Example
-from ..utils.files import write_atomically
 from ..utils.inputs import input_hashes
-from ..utils.progress import progress
-from .answers import Answer, read_prompts, score_texts, verified
 from .candidates import Candidate, check_models
+from .checks import check_suite
+from .kept import kept, part_of, read_result, write_part
 from .report import Report
 from .results import TaskResult
-from .samples import PromptResult, SampleResult
+from .running import run_task
 from .suite import AnyTask, Suite
 from .tasks import Task
 from .wins import all_wins
-
-_PROMPTS_AT_ONCE = 64
-# Finished results of an output folder, which are not computed again.
-PARTS = "parts"
 
 
 def evaluate(
@@ -72,7 +59,8 @@ def evaluate(
     """
     suite = Suite.read(suite)
     candidates = check_models(models, suite)
-    # Verifiers are built and models looked for before anything is sampled: a typo costs nothing.
+    check_suite(suite)
+    # Verifiers are built, models looked for and prompts read before anything is sampled: a mistake costs nothing.
     answered = [task for task in suite.tasks if isinstance(task, Task)]
     verifiers = {task.name: build_reward(task.verifier) for task in answered}
     scorers = {task.name: build_reward(task.scorer) for task in answered if task.scorer is not None}
@@ -83,240 +71,65 @@ def evaluate(
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
         Report.check_output(folder)
-    results: list[TaskResult] = []
+
+    parts, done, prompts = _before_sampling(candidates, suite, verifiers, folder, seed, dtype)
     for candidate in candidates:
         loaded: dict[str, Any] = {}
         for task in suite.tasks:
-            part = None if folder is None else _part(folder, candidate, task, seed, dtype)
-            if part is not None and part.is_file():
-                written = json.loads(part.read_text(encoding="utf-8"))
-                found = TaskResult.read(written | {"model": candidate.name, "task": task.as_dict()})
-            else:
+            key = candidate.name, task.name
+            if key not in done:
                 if task.kind not in loaded:
                     loaded[task.kind] = candidate.load(task, dtype)
-                found = run_task(
+                done[key] = run_task(
                     task,
                     loaded[task.kind],
                     model=candidate.name,
                     seed=seed,
                     verifier=verifiers.get(task.name),
                     scorer=scorers.get(task.name),
+                    examples=prompts.pop(key, None),
                 )
-                if part is not None:
-                    part.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(part, json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
-            results.append(found)
+                if (part := parts[key]) is not None:
+                    write_part(part, done[key].as_dict())
+            found = done[key]
             say(f"{candidate.name}, {task.name}: {found.accuracy.value:.1%} right, {found.seconds:.1f} s")
-    report = Report(suite.name, tuple(results), seed=seed, wins=all_wins(results, judges, partial(_kept, folder)))
+    hashes = {} if folder is None else {candidate.name: candidate.content() for candidate in candidates}
+    results = [
+        replace(done[candidate.name, task.name], model_hash=hashes.get(candidate.name))
+        for candidate in candidates
+        for task in suite.tasks
+    ]
+    report = Report(suite.name, tuple(results), seed=seed, wins=all_wins(results, judges, partial(kept, folder)))
     if folder is not None:
         report.save(folder)
     return report
 
 
-def run_task(
-    task: AnyTask,
-    engine: Any,
-    *,
-    model: str = "model",
-    seed: int = 0,
-    verifier: Callable[..., Any] | None = None,
-    transform: Transform | None = None,
-    scorer: Callable[..., Any] | None = None,
-) -> TaskResult:
-    """Runs a task: answers and verifies its prompts, or scores its rows.
-
-    Args:
-        task: the task.
-        engine: samples, and has a tokenizer; for a ``PreferenceTask`` a reward function, for a ``FirstErrorTask`` a
-            process reward model.
-        model: name of the model in the result.
-        seed: a sample is a function of this, the number of its prompt and its own number.
-        verifier: instead of the task's own.
-        transform: maps a row's columns to new ones before the prompt is read.
-        scorer: instead of the task's own.
-
-    Raises:
-        ValueError: the engine has no tokenizer, there are no prompts, or no sample has a verdict.
-    """
-    if isinstance(task, Task):
-        tokenizer: Any = getattr(engine, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError(f"the engine of {model!r} has no tokenizer, which prompts are read with: give it one")
-        verify = verifier or build_reward(task.verifier)
-        examples = task_prompts(task, tokenizer, verify, transform=transform)
-        start = time.perf_counter()
-        every = range(len(examples))
-        clock: list[float] = []
-        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer, clock=clock)
-    else:
-        start, clock = time.perf_counter(), []
-        prompts = task.run(engine, model)
-    seconds = time.perf_counter() - start
-    found = TaskResult(model, task, tuple(prompts), seconds, median(clock) if clock else None)
-    check_scores(found)
-    return found
+# The names of a model and of a task.
+_Key = tuple[str, str]
 
 
-def task_prompts(
-    task: Task,
-    tokenizer: Any,
-    verifier: Callable[..., Any],
-    *,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    transform: Transform | None = None,
-) -> list[Example]:
-    """Reads the prompts of a task.
-
-    Args:
-        task: the task.
-        tokenizer: the model's.
-        verifier: what will verify answers; the prompts must have the columns that it needs.
-        chat_template_kwargs: passed to the chat template; the task's own override them by name.
-        transform: maps a row's columns to new ones before the prompt is read.
-
-    Raises:
-        ValueError: there are no prompts, or they lack a column.
-    """
-    settings = {**(chat_template_kwargs or {}), **task.chat_template_kwargs}
-    examples = read_prompts(
-        task.prompts,
-        tokenizer,
-        limit=task.limit,
-        columns=task.columns or None,
-        chat_template_kwargs=settings or None,
-        transform=transform,
-    )
-    if not examples:
-        raise ValueError(
-            f"task {task.name!r} has no prompts: {task.prompts!r} is empty, or all of its rows are too long"
-        )
-    _check_columns(task, verifier, examples[0])
-    return examples
-
-
-def answer_task(
-    task: Task,
-    engine: Engine,
-    examples: Sequence[Example],
-    numbers: Sequence[int],
-    verifier: Callable[..., Any],
-    *,
-    model: str = "model",
-    seed: int = 0,
-    scorer: Callable[..., Any] | None = None,
-    clock: list[float] | None = None,
-) -> list[PromptResult]:
-    """Answers and verifies some of the prompts of a task.
-
-    Args:
-        task: the task.
-        engine: samples.
-        examples: all prompts of the task.
-        numbers: which of them to answer.
-        verifier: verifies the answers.
-        model: name of the model, for the progress bar.
-        seed: a sample is a function of this, the number of its prompt and its own number.
-        scorer: instead of the task's own.
-        clock: gets the seconds of sampling per sampled token of each batch of prompts that are answered together.
-
-    Returns:
-        One result per number, in their order.
-    """
-    answering = engine if task.strategy is None else build_strategy(task.strategy, engine)
-    prompts: list[PromptResult] = []
-    for first in progress(range(0, len(numbers), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
-        chunk = numbers[first : first + _PROMPTS_AT_ONCE]
-        rows = [examples[number] for number in chunk]
-        seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
-        start = time.perf_counter()
-        drawn = ask_examples(answering, rows, task.num_samples, task.params, seeds=seeds)
-        seconds, tokens = time.perf_counter() - start, sum(sample.num_sampled for group in drawn for sample in group)
-        if clock is not None and tokens:
-            clock.append(seconds / tokens)
-        groups = verified(rows, drawn, verifier)
-        prompts += [_prompt_result(task, example, group) for example, group in zip(rows, groups, strict=True)]
-    return prompts if task.scorer is None else _scored(prompts, examples, numbers, scorer or build_reward(task.scorer))
-
-
-def _scored(
-    prompts: Sequence[PromptResult], examples: Sequence[Example], numbers: Sequence[int], scorer: Callable[..., Any]
-) -> list[PromptResult]:
-    """Adds a scorer's scores to the samples; ``None`` where it has none."""
-    pairs = [(examples[n], sample) for n, p in zip(numbers, prompts, strict=True) for sample in p.samples]
-    given = score_texts(scorer, [example.fields for example, _ in pairs], [sample.text for _, sample in pairs])
-    scores = iter(check_verdicts([None if isinstance(value, Exception) else value for value in given], len(pairs)))
-    return [
-        replace(prompt, samples=tuple(replace(sample, score=next(scores)) for sample in prompt.samples))
-        for prompt in prompts
-    ]
-
-
-def check_scores(result: TaskResult) -> None:
-    """Refuses a result without any verdict.
-
-    Raises:
-        ValueError: no answer has one.
-    """
-    name, model = result.task.name, result.model
-    if result.scores:
-        return
-    if not isinstance(result.task, Task):
-        raise ValueError(f"{model!r} scores no row of task {name!r}: there are none, or all are too long for it")
-    raise ValueError(
-        f"the verifier of task {name!r} has no verdict for any answer of {model!r}: the prompts lack a column that it "
-        "reads"
-    )
-
-
-def _check_columns(task: Task, verifier: Callable[..., Any], example: Example) -> None:
-    """Refuses a section, or a verifier that must be given a column, that the prompts lack."""
-    have = ", ".join(sorted(set(example.fields) - {"prompt"})) or "none"
-    if task.section is not None and task.section not in example.fields:
-        raise ValueError(f"the section of task {task.name!r} is the column {task.section!r}: its prompts have {have}")
-    try:
-        parameters = inspect.signature(verifier).parameters.values()
-    except (TypeError, ValueError):  # nothing is known of it
-        return
-    required = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    for name in required[2:] if required[:2] == ["prompts", "completions"] else ():
-        if name not in example.fields:
-            raise ValueError(f"the verifier of task {task.name!r} reads the column {name!r}: its prompts have {have}")
-
-
-def _prompt_result(task: Task, example: Example, group: Sequence[Answer]) -> PromptResult:
-    samples = tuple(
-        SampleResult(
-            answer.completion.text,
-            answer.reward,
-            len(answer.completion.token_ids),
-            answer.completion.finish_reason == "stop",
-        )
-        for answer in group
-    )
-    section = None if task.section is None else example.fields.get(task.section)
-    return PromptResult(
-        example.row_id, example.fields.get("prompt"), samples, None if section is None else str(section)
-    )
-
-
-def _kept(folder: Path | None, key: Sequence[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Finds what was computed before for a key, the contents of the files that it names included, or computes it."""
-    if folder is None:
-        return compute()
-    part = _part_of(folder, [*key, input_hashes({"key": key[0]})])
-    if not part.is_file():
-        found = compute()
-        part.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(part, json.dumps(found) + "\n")
-    kept: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
-    return kept
-
-
-def _part_of(folder: Path, key: Any) -> Path:
-    written = json.dumps(key, sort_keys=True, default=str)
-    return folder / PARTS / f"{hashlib.sha256(written.encode()).hexdigest()[:24]}.json"
+def _before_sampling(
+    candidates: Sequence[Candidate],
+    suite: Suite,
+    verifiers: Mapping[str, Callable[..., Any]],
+    folder: Path | None,
+    seed: int,
+    dtype: str,
+) -> tuple[dict[_Key, Path | None], dict[_Key, TaskResult], dict[_Key, list[Example]]]:
+    """Returns where results are kept, results that are there, and the prompts of all others."""
+    parts: dict[_Key, Path | None] = {}
+    done: dict[_Key, TaskResult] = {}
+    prompts: dict[_Key, list[Example]] = {}
+    for candidate in candidates:
+        for task in suite.tasks:
+            key = candidate.name, task.name
+            part = parts[key] = None if folder is None else _part(folder, candidate, task, seed, dtype)
+            if part is not None and part.is_file():
+                done[key] = read_result(part, candidate.name, task)
+            elif isinstance(task, Task):
+                prompts[key] = candidate.prompts(task, verifiers[task.name])
+    return parts, done, prompts
 
 
 def _part(folder: Path, candidate: Candidate, task: AnyTask, seed: int, dtype: str) -> Path | None:
@@ -327,4 +140,4 @@ def _part(folder: Path, candidate: Candidate, task: AnyTask, seed: int, dtype: s
     # How answers are compared with others changes none of them.
     asked = task.as_dict() | ({"win_rate": None} if isinstance(task, Task) else {})
     inputs = input_hashes({"model": candidate.spec, "task": asked})
-    return _part_of(folder, [candidate.spec, inputs, asked, seed, dtype])
+    return part_of(folder, [candidate.spec, inputs, asked, seed, dtype])

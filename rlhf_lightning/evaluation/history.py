@@ -29,6 +29,7 @@ class HistoryEntry:
         seed: of samples.
         metrics: all numbers.
         scores: of every prompt with a verdict, by row.
+        model_hash: of the model's contents; ``None`` where it is not known.
     """
 
     id: str
@@ -39,6 +40,7 @@ class HistoryEntry:
     seed: int
     metrics: dict[str, float]
     scores: dict[str, float]
+    model_hash: str | None = None
 
     @classmethod
     def of(cls, result: TaskResult, suite: str, seed: int) -> HistoryEntry:
@@ -46,7 +48,8 @@ class HistoryEntry:
         written = {name: value for name, value in result.as_dict().items() if not name.endswith("seconds")}
         name = hashlib.sha256(json.dumps(written, sort_keys=True, default=str).encode()).hexdigest()[:16]
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(name, now, suite, result.task.name, result.model, seed, result.metrics, result.scores)
+        of = result.task.name, result.model, seed, result.metrics, result.scores, result.model_hash
+        return cls(name, now, suite, *of)
 
     def compare(self, baseline: HistoryEntry, *, seed: int = 0) -> PairedResult:
         """Compares it with an earlier result, on the prompts that both have; see ``results.compare``.

@@ -29,6 +29,7 @@ class TaskResult:
         token_seconds: of sampling, for each sampled token: the median over the batches of prompts that were answered
             together. A measurement, unlike all else: it depends on the machine. ``None`` where nothing was sampled, or
             by several processes.
+        model_hash: of the model's contents; ``None`` where it is no folder or results are not kept.
 
     Raises:
         ValueError: two prompts have the same row id, so that results of one would count as those of the other.
@@ -39,6 +40,7 @@ class TaskResult:
     prompts: tuple[PromptResult, ...]
     seconds: float
     token_seconds: float | None = None
+    model_hash: str | None = None
 
     def __post_init__(self) -> None:
         counts = Counter(prompt.row_id for prompt in self.prompts)
@@ -77,14 +79,15 @@ class TaskResult:
         """Returns plain values, which :meth:`read` takes."""
         prompts = [asdict(prompt) for prompt in self.prompts]
         times = {"seconds": self.seconds, "token_seconds": self.token_seconds}
-        return {"model": self.model, "task": self.task.as_dict(), **times, "prompts": prompts}
+        of = {"model": self.model, "model_hash": self.model_hash}
+        return {**of, "task": self.task.as_dict(), **times, "prompts": prompts}
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> TaskResult:
         """Makes a result of plain values."""
         prompts = tuple(map(PromptResult.read, written["prompts"]))
         times = written["seconds"], written.get("token_seconds")
-        return cls(written["model"], task_of(written["task"]), prompts, *times)
+        return cls(written["model"], task_of(written["task"]), prompts, *times, written.get("model_hash"))
 
 
 def _interval(shares: Collection[float]) -> Interval:

@@ -20,6 +20,7 @@ from ..rewards.exact_answer import check_verdicts
 from ..rewards.learned import RewardModelReward
 from ..utils.progress import progress
 from ..utils.validation import check_count
+from .options import check_options
 from .samples import PromptResult, SampleResult
 from .sections import section_metrics, section_scores
 
@@ -54,6 +55,20 @@ class RowTask:
             raise ValueError(f"the name of a task is {self.name!r}; write a text without '/', such as reward-bench")
         if self.limit is not None:
             check_count("limit", self.limit, "null reads all rows")
+        check_options(self, {"section": str | None}, names=("columns",))
+
+    def check_rows(self) -> None:
+        """Reads all rows.
+
+        Raises:
+            ValueError: there are none, or one is not as it must be.
+        """
+        if not sum(1 for _ in self._rows()):
+            raise ValueError(f"it has no rows: {self.rows!r} is empty")
+
+    def _rows(self) -> Iterator[Any]:
+        """Yields the rows as they are scored."""
+        raise NotImplementedError
 
     def as_dict(self) -> dict[str, Any]:
         """Returns its options."""
@@ -111,6 +126,10 @@ class PreferenceTask(RowTask):
     counts: dict[str, int] = field(default_factory=dict)
     chat: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self, {"chat": bool, "sections": Mapping, "counts": Mapping})
+
     def load(self, place: str, dtype: str) -> RewardModelReward:
         """Loads a reward model, on a GPU where there is one."""
         reward = RewardModelReward(place, dtype=dtype)  # type: ignore[arg-type]
@@ -128,7 +147,7 @@ class PreferenceTask(RowTask):
         Raises:
             ValueError: a row is no pair, or belongs to no section.
         """
-        rows = list(self._pairs())
+        rows = list(self._rows())
         found = []
         for first in progress(range(0, len(rows), _ROWS_AT_ONCE), f"evaluating {model} on {self.name}"):
             chunk = rows[first : first + _ROWS_AT_ONCE]
@@ -142,7 +161,7 @@ class PreferenceTask(RowTask):
                 found.append(PromptResult(row_id, prompt, samples, section))
         return found
 
-    def _pairs(self) -> Iterator[tuple[str, str | None, Text, list[str]]]:
+    def _rows(self) -> Iterator[tuple[str, str | None, Text, list[str]]]:
         known = [subset for subsets in self.sections.values() for subset in subsets]
         for row_id, section, row in self.read():
             if known and section not in known:
@@ -216,7 +235,8 @@ class FirstErrorTask(RowTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1:
+        check_options(self, {"chat": bool})
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, float) or not 0 < self.threshold < 1:
             raise ValueError(f"threshold is {self.threshold}; it must be in (0, 1) (0.5 is usual)")
 
     def load(self, place: str, dtype: str) -> ProcessRewardModel:
@@ -234,7 +254,7 @@ class FirstErrorTask(RowTask):
         Raises:
             ValueError: a row is no marked solution.
         """
-        rows = list(self._solutions())
+        rows = list(self._rows())
         found = []
         for first in progress(range(0, len(rows), _ROWS_AT_ONCE), f"evaluating {model} on {self.name}"):
             chunk = rows[first : first + _ROWS_AT_ONCE]
@@ -246,7 +266,7 @@ class FirstErrorTask(RowTask):
                 found.append(PromptResult(row_id, prompt, tuple(samples), section, label))
         return found
 
-    def _solutions(self) -> Iterator[tuple[str, str | None, Text, list[str], int]]:
+    def _rows(self) -> Iterator[tuple[str, str | None, Text, list[str], int]]:
         for row_id, section, row in self.read():
             prompt = row.get("problem", row.get("prompt"))
             steps, label = row.get("steps"), row.get("label")

@@ -32,7 +32,8 @@ class PromptResult:
     Attributes:
         row_id: of the row; the same for every model.
         prompt: as text, or as messages.
-        samples: completions; of a pair the chosen one first; of a solution its steps.
+        samples: completions, none where the prompt leaves no room for one; of a pair the chosen one first; of a
+            solution its steps.
         section: the part of the rows that it belongs to, if they have parts.
         expected: number of the first wrong step, -1 for none, of a solution that is marked so.
     """

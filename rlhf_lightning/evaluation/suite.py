@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import yaml
+
 from ..utils import yaml_parser
-from ..utils.messages import did_you_mean
+from ..utils.messages import did_you_mean, one_line
 from ..utils.packaged_configs import nearest_config, packaged_config
 from ..utils.validation import check_choice
 from .row_tasks import FirstErrorTask, PreferenceTask
@@ -70,7 +72,10 @@ class Suite:
             if not path.is_file():
                 raise FileNotFoundError(f"there is no suite {str(source)!r}{nearest_config(str(source))}")
             where = f"{source}: "
-            source = yaml_parser.plain(yaml_parser.load(path.read_text(encoding="utf-8"), str(path)))
+            try:
+                source = yaml_parser.plain(yaml_parser.load(path.read_text(encoding="utf-8"), str(path)))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"{where}{one_line(error)}") from error
         if not isinstance(source, Mapping) or not isinstance(source.get("tasks"), Sequence | None):
             raise ValueError(f"{where}a suite is a mapping with name and tasks, a list; got {source!r:.80}")
         _check_keys(source, ("name", "tasks"), f"{where}the suite")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any, ClassVar
 
 from ..data.final_answer import answer_key
 from ..inference import SamplingParams
-from ..metrics.at_k import expected_best, majority_at_k, pass_at_k, usual_ks
+from ..metrics.at_k import MOST_SAMPLES, expected_best, majority_at_k, pass_at_k, usual_ks
 from ..metrics.texts import distinct_n, length_statistics, repetition, unique_share
 from ..utils.messages import did_you_mean
 from ..utils.validation import check_count
+from .options import check_options
 from .samples import PromptResult
 from .sections import section_metrics, section_scores
 from .win_rate import WinOptions
@@ -76,10 +77,20 @@ class Task:
         check_count("num_samples", self.num_samples, "1 answers greedily")
         if self.limit is not None:
             check_count("limit", self.limit, "null reads all prompts")
+        self._check_types()
         allowed = [f.name for f in fields(SamplingParams) if f.name != "seed"]
         for key in self.sampling:
             if key not in allowed:
                 raise ValueError(f"sampling of task {self.name!r} has no key {key!r}{did_you_mean(str(key), allowed)}")
+        try:
+            _ = self.params
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"sampling of task {self.name!r} is {self.sampling!r}: {error}") from error
+        if self.num_samples > MOST_SAMPLES and (self.votes or self.scorer is not None):
+            raise ValueError(
+                f"num_samples of task {self.name!r} is {self.num_samples}; maj@k and best@k take at most "
+                f"{MOST_SAMPLES}: draw fewer, or set votes to false and leave out the scorer"
+            )
         if self.num_samples > 1 and self.strategy is None and self.params.temperature == 0:
             raise ValueError(
                 f"task {self.name!r} draws {self.num_samples} samples at temperature 0, which are all equal: raise "
@@ -90,6 +101,16 @@ class Task:
             raise ValueError(
                 f"win_rate of task {self.name!r} compares scores: give it a scorer, such as a reward model"
             )
+
+    def _check_types(self) -> None:
+        success: Any = self.success
+        if isinstance(success, bool) or not isinstance(success, int | float) or not math.isfinite(success):
+            raise ValueError(f"success of task {self.name!r} is {success!r}; it must be a finite number (0.5 is usual)")
+        check_options(
+            self,
+            {"votes": bool, "section": str | None, "sampling": Mapping, "chat_template_kwargs": Mapping},
+            names=("columns",),
+        )
 
     @property
     def wins(self) -> WinOptions:
@@ -161,4 +182,4 @@ class Task:
 
     def shown(self, prompt: PromptResult) -> str:
         """Describes a prompt's results for the page: its first sample."""
-        return prompt.samples[0].text
+        return prompt.samples[0].text if prompt.samples else "(the prompt leaves no room for an answer)"

@@ -286,5 +286,8 @@ def _number(verdict: Any) -> float | None:
     """Returns a verdict as a number in [0, 1]; ``None`` for an exception or anything else."""
     if verdict is None or isinstance(verdict, Exception | bool | str):
         return None
-    value = float(verdict)
+    try:
+        value = float(verdict)
+    except (TypeError, ValueError):  # a list, or an array of several
+        return None
     return value if 0 <= value <= 1 else None

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..rewards.judges import Judge
+from ..utils.messages import one_line
 from .results import TaskResult
 from .samples import PromptResult
 from .tasks import Task
@@ -87,9 +88,10 @@ def wins_of(result: TaskResult, baseline: TaskResult, judge: Judge | None) -> Wi
         values, against = [[getattr(s, options.by) for s in samples] for samples in (ours, theirs)]
         differences = [None if a is None or b is None else a - b for a, b in zip(values, against, strict=True)]
         return rate_of(differences, texts, others, options.margin)
-    except ValueError as error:
+    except Exception as error:
         kind = UndecidedError if isinstance(error, UndecidedError) else ValueError
-        raise kind(f"win rate of {result.model!r} on task {result.task.name!r}: {error}") from error
+        said = error if isinstance(error, ValueError) else f"the judge failed: {type(error).__name__}: {error}"
+        raise kind(one_line(f"win rate of {result.model!r} on task {result.task.name!r}: {said}")) from error
 
 
 def all_wins(
@@ -142,7 +144,9 @@ def _plain_wins(result: TaskResult, baseline: TaskResult, judge: Judge) -> dict[
 
 def _pairs(result: TaskResult, baseline: TaskResult) -> list[tuple[PromptResult, PromptResult]]:
     others = {prompt.row_id: prompt for prompt in baseline.prompts}
-    return [(prompt, others[prompt.row_id]) for prompt in result.prompts if prompt.row_id in others]
+    shared = ((prompt, others[prompt.row_id]) for prompt in result.prompts if prompt.row_id in others)
+    # Prompts without samples did not fit one of the models.
+    return [(prompt, other) for prompt, other in shared if prompt.samples and other.samples]
 
 
 def _task(result: TaskResult) -> Task:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -36,7 +38,8 @@ class MergeOptions:
 
     Args:
         method: name of the method, or greedy_soup.
-        models: folders of models or adapters; a pattern such as runs/sft/model-* stands for all that match.
+        models: folders of models or adapters; a pattern such as runs/sft/model-* stands for all that match, and a
+            .json file for the folders that it lists.
         output: the folder to write.
         base: of differences, or of adapters.
         dtype: of the result; the first model's by default.
@@ -209,11 +212,16 @@ def run(options: MergeOptions, say: Callable[[str], None] = print, evaluate: Eva
 def expand(models: Sequence[str]) -> list[str]:
     """Replaces patterns by the folders of models that match, in the order of the numbers in their names.
 
+    A file that ends in ``.json``, such as the output ``models`` of rounds, is a list of folders, relative to it.
+
     Raises:
-        ValueError: no folder of a model matches.
+        ValueError: no folder of a model matches, or the list cannot be read.
     """
     found: list[str] = []
     for model in map(str, models):
+        if model.endswith(".json"):
+            found += _listed(Path(model).expanduser())
+            continue
         if not has_magic(model):
             found.append(model)
             continue
@@ -224,6 +232,16 @@ def expand(models: Sequence[str]) -> list[str]:
             raise ValueError(f"no folder of a model matches {model!r}: write the folders, or another pattern")
         found += sorted((str(match) for match in matches), key=_natural)
     return found
+
+
+def _listed(file: Path) -> list[str]:
+    try:
+        places = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the list of models {str(file)!r} cannot be read ({error}): write the folders") from error
+    if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+        raise ValueError(f"{str(file)!r} is no list of folders of models: write the folders")
+    return [os.path.normpath(file.parent / place) for place in places]
 
 
 def _holds_model(folder: Path) -> bool:

@@ -70,7 +70,7 @@ def greedy_soup(
     one.
 
     Args:
-        models: at least two folders.
+        models: at least one folder.
         output: the folder to write: the mean, or a copy of the best model where no mean was better. What was tried is
             next to it, in ``<output>.soup.json``.
         evaluate: returns the metric of a model's folder.
@@ -79,7 +79,7 @@ def greedy_soup(
         options: of ``merge``, such as ``dtype``.
 
     Raises:
-        ValueError: fewer than two models, a metric that is not a number, or a file ``<output>.soup.json`` that is no
+        ValueError: no model, a metric that is not a number, or a file ``<output>.soup.json`` that is no
             record of a soup.
 
     Example:
@@ -87,8 +87,8 @@ def greedy_soup(
         ['b', 'a']
     """
     check_choice("mode", mode, ("max", "min"))
-    if len(models) < 2:
-        raise ValueError(f"models has {len(models)} entries; a soup needs at least two")
+    if not models:
+        raise ValueError("models is empty; a soup needs at least one")
     if options.get("base") is not None:
         find_folder(options["base"])  # before anything is evaluated
     target = Path(output).expanduser().resolve()

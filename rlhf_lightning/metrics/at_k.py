@@ -13,7 +13,7 @@ import numpy as np
 from ..utils.validation import check_count, check_same_length
 
 # Binomial coefficients of more samples are above the largest float.
-_MOST_SAMPLES = 1000
+MOST_SAMPLES = 1000
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -70,8 +70,8 @@ def majority_at_k(answers: Sequence[Hashable | None], values: Sequence[float], k
     """
     check_same_length(answers=answers, values=values)
     _check_sizes(len(answers), k)
-    if len(answers) > _MOST_SAMPLES:
-        raise ValueError(f"there are {len(answers)} samples; maj@k takes at most {_MOST_SAMPLES}: give a part of them")
+    if len(answers) > MOST_SAMPLES:
+        raise ValueError(f"there are {len(answers)} samples; maj@k takes at most {MOST_SAMPLES}: give a part of them")
     worth: dict[Hashable, list[float]] = {}
     for answer, value in zip(answers, values, strict=True):
         if answer is not None:

@@ -191,9 +191,13 @@ def scored_stats(model: nn.Module, batch: SequenceBatch, hidden: HiddenStates, *
 def num_positions(model: nn.Module) -> int | None:
     """Returns the number of positions of a model, or of the rotary frequencies it runs with; ``None`` if unknown."""
     base = base_model(model)
-    config, limit = base.config.get_text_config(), rotary_limit(base)
-    if limit is not None:
-        return limit
+    limit = rotary_limit(base)
+    return positions_of(base.config) if limit is None else limit
+
+
+def positions_of(config: Any) -> int | None:
+    """Returns the number of positions that a model's config states; ``None`` if it states none."""
+    config = config.get_text_config()
     if getattr(config, "model_type", "") in {"gpt2", "opt", "gpt_neo", "gptj", "codegen", "biogpt", "xglm"}:
         return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
     positions = getattr(config, "max_position_embeddings", None)

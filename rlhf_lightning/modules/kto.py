@@ -104,7 +104,7 @@ class KTOModule(PostTrainingModule):
         self._kl_sum = 0.0
         self._kl_weight = 0.0
         self._fallback_partner: tuple[str, list[int], list[int]] | None = None  # row id, prompt, completion
-        self._own_examples: list[Example] = []
+        self._local_examples: list[Example] = []
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -219,7 +219,7 @@ class KTOModule(PostTrainingModule):
         if isinstance(batch, ExampleBatch) and self.uses_batch_statistics:
             if self.front is not None:  # what is borrowed follows contexts as well
                 batch = self.front.follow(batch, batch.mark_consumed)
-            self._own_examples = batch.examples
+            self._local_examples = batch.examples
             batch = self._add_fallback_partner(batch)
         return super().training_step(batch, batch_idx)
 
@@ -251,7 +251,7 @@ class KTOModule(PostTrainingModule):
             self._kl_weight = self.kl_ema_decay * self._kl_weight + 1
         if normalizers["partners"]:
             return
-        offers = [offer for part in gather_objects([_as_partner(e) for e in self._own_examples]) for offer in part]
+        offers = [offer for part in gather_objects([_as_partner(e) for e in self._local_examples]) for offer in part]
         self._fallback_partner = min(offers, key=lambda offer: blake2b(offer[0].encode(), digest_size=8).digest())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answers import read_prompts
+from ..evaluation.checks import check_scorer
 from ..generation.options import sampling_params
 from ..inference import Engine, derive_seed
 from ..inference.policies import policy_spec
 from ..self_improvement.challenger import agreement, challenge_rows, challenges, frontier, new_prompts
 from ..self_improvement.samples import ScoredPrompt, Scorer, check_samples, model_hash, sample_prompts
-from ..self_improvement.scorers import check_scorer, load_scorer
+from ..self_improvement.scorers import load_scorer
 from ..self_improvement.templates import asked_like, last_words
 from ..sequences import Example
 from ..utils.files import json_line, write_atomically

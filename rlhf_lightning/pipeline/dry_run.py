@@ -84,6 +84,9 @@ def plan_pipeline(pipeline: Pipeline, force: Collection[str] = ()) -> list[Stage
         ValueError: a mistake in a stage; the message begins with its name.
     """
     check_forced(pipeline, force)
+    manifest = Manifest(pipeline.run_dir / "manifest.json")
+    if (since := manifest.forced_since(force)) is not None:  # the run would continue
+        force = [name for name in force if not manifest.is_started(name, since)]
     return _plans(pipeline, force, _Sizes(pipeline.dtype), [])
 
 
@@ -166,7 +169,7 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: _Sizes, awaited: S
         notes: list[str] = []
         with in_stage(name):
             try:
-                config = describe(pipeline, name, notes.append)
+                config = describe(pipeline, name, later, notes.append)
             except (ValueError, FileNotFoundError) as error:
                 # A model that an earlier stage will write.
                 if not any(place in str(error) for place in later):
@@ -176,7 +179,7 @@ def _plans(pipeline: Pipeline, force: Collection[str], sizes: _Sizes, awaited: S
         sizes.origins |= _origins(pipeline, name, stage)
         one = StagePlan(name, stage.kind, runs, why, notes)
         if isinstance(stage, RoundsStage) and runs:
-            one.body = _plans(check_rounds(stage, pipeline.folder(name)), (), sizes, later)
+            one.body = _plans(check_rounds(stage, pipeline.folder(name), later), (), sizes, later)
             for inner in one.body:
                 inner.why = "in every round"
         if runs:
@@ -232,8 +235,8 @@ def _origins(pipeline: Pipeline, name: str, stage: Stage) -> dict[str, str]:
         source = stage.models[0] if stage.models else None
     else:
         source = getattr(stage, "model", None)
-    place = pipeline.folder(name) / "model"
-    return {str(place): source} if "model" in stage.outputs and isinstance(source, str) else {}
+    places = [pipeline.folder(name) / place for key, place in stage.outputs.items() if key in ("model", "models")]
+    return dict.fromkeys(map(str, places), source) if isinstance(source, str) else {}
 
 
 def _describe_size(

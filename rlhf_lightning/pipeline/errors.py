@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from ..utils.messages import UsageError
 from .row_files import NoRowsError
 
@@ -16,5 +19,9 @@ def in_stage(name: str) -> Iterator[None]:
         yield
     except (UsageError, NoRowsError) as error:
         raise type(error)(f"stage {name!r}: {error}") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise ValueError(f"stage {name!r}: {error}") from error
+    except torch.OutOfMemoryError:  # the command line knows what helps
+        raise
+    except Exception as error:
+        raise ValueError(f"stage {name!r}: {type(error).__name__}: {error} (--debug shows where)") from error

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
+from ..data.sources import open_source
 from ..evaluation import Report, Suite, Task, divergence, evaluate, own_samples
-from ..evaluation.answers import read_prompts
+from ..evaluation.answers import longest_prompt, read_prompts
+from ..evaluation.checks import check_suite
 from ..evaluation.divergence import check_tokens
 from ..inference import LocalEngine, SamplingParams
 from ..inference.policies import check_single
 from ..models import load_tokenizer
 from ..self_improvement import AdversarialValidator
-from ..self_improvement.gate import CapabilityCriteria, Decision, decide, overruled
-from ..self_improvement.scorers import check_scorer
+from ..self_improvement.gate import CapabilityCriteria, Decision, check_criteria, decide, overruled
 from ..utils.files import json_values, read_marker, write_atomically
 from ..utils.folders import replace_folder
 from ..utils.option_groups import build_group
@@ -30,19 +31,6 @@ EVALUATION, DECISION = "evaluation", "decision.json"
 # Prompts of a task that the divergence from the start is measured on.
 _DRIFT_PROMPTS = 64
 Say = Callable[[str], None]
-
-
-def check_suite(suite: str | Mapping[str, Any]) -> Suite:
-    """Reads a suite, and checks its verifiers.
-
-    Raises:
-        ValueError: it is not complete, or a verifier cannot be imported.
-    """
-    found = Suite.read(suite)
-    for task in found.tasks:
-        if isinstance(task, Task):
-            check_scorer(task.verifier)
-    return found
 
 
 def criteria_of(written: Mapping[str, Any]) -> CapabilityCriteria:
@@ -57,19 +45,65 @@ def criteria_of(written: Mapping[str, Any]) -> CapabilityCriteria:
         raise ValueError(str(error)) from error
 
 
-def check_criteria(written: Mapping[str, Any], suite: Suite) -> CapabilityCriteria:
-    """Makes the criteria of a gate, and checks that a suite measures the time of tokens where that is limited.
+def check_judging(
+    suite: str | Mapping[str, Any], criteria: Mapping[str, Any], validators: Sequence[Any], awaited: Sequence[str] = ()
+) -> Suite:
+    """Checks what models are judged by, before anything is loaded.
+
+    Args:
+        suite: as in ``check_suite``.
+        criteria: options of ``CapabilityCriteria``.
+        validators: checks of an ``AdversarialValidator``.
+        awaited: folders that other stages will write: what is read from there is not checked.
+
+    Returns:
+        The suite.
 
     Raises:
-        ValueError: naming the option, its value and what is allowed.
+        ValueError: a mistake in one of them, or a criterion that no task of the suite measures.
     """
-    criteria = criteria_of(written)
-    if criteria.max_token_ms is not None and not any(isinstance(task, Task) for task in suite.tasks):
+    wanted, read = criteria_of(criteria), Suite.read(suite)
+    validator_of(validators)
+    _check_samples(wanted, read)
+    answered = [task for task in read.tasks if isinstance(task, Task)]
+    measures = {
+        "min_unique_answers": any(task.num_samples > 1 and task.votes for task in answered),
+        **dict.fromkeys(("min_distinct", "min_length", "max_length"), bool(answered)),
+    }
+    advice = {"min_unique_answers": "set num_samples above 1, and votes to true"}
+    for name, is_measured in measures.items():
+        value = getattr(wanted, name)
+        if value and not is_measured:
+            how = advice.get(name, "add one of prompts that a model answers, or leave it out")
+            raise ValueError(f"criteria.{name} is {value}, and no task of the suite {read.name!r} measures it: {how}")
+    check_suite(read, awaited)
+    for task in answered:
+        _check_number(task)
+    return read
+
+
+def _check_number(task: Task) -> None:
+    """Refuses a task that is known to have fewer prompts than a paired test needs."""
+    try:
+        rows = open_source(task.prompts).num_rows
+    except (ValueError, OSError):  # another stage writes them
+        return
+    if rows is not None and min(rows, task.limit or rows) < 2:
         raise ValueError(
-            f"criteria.max_token_ms is {criteria.max_token_ms}, and no task of the suite {suite.name!r} samples: "
-            "add one of prompts that a model answers, or leave it out"
+            f"task {task.name!r} has {min(rows, task.limit or rows)} prompt, and a paired test needs at least two: "
+            "give more, or raise limit"
         )
-    return criteria
+
+
+def _check_samples(criteria: CapabilityCriteria, suite: Suite) -> None:
+    if any(isinstance(task, Task) for task in suite.tasks):
+        return
+    for name in ("max_token_ms", "max_kl"):
+        if (limit := getattr(criteria, name)) is not None:
+            raise ValueError(
+                f"criteria.{name} is {limit}, and no task of the suite {suite.name!r} samples: "
+                "add one of prompts that a model answers, or leave it out"
+            )
 
 
 def validator_of(written: Sequence[Any]) -> AdversarialValidator | None:
@@ -126,22 +160,63 @@ class Judge:
     say: Say = lambda line: None
     validator: AdversarialValidator | None = None
 
-    def decide(self, accepted: str, candidate: str, num_rejected: int = 0) -> tuple[Decision, Report]:
+    def check_tokens(self, candidate: str) -> None:
+        """Refuses a candidate with other tokens than the start where the divergence between them is limited.
+
+        Raises:
+            ValueError: naming a token.
+        """
+        _check_samples(self.criteria, Suite.read(self.suite))
+        if self.criteria.max_kl is not None:
+            advice = f"criteria.max_kl is {self.criteria.max_kl} and needs one tokenizer, so leave it out"
+            check_tokens(load_tokenizer(candidate), load_tokenizer(self.start), advice)
+
+    def begin(self, accepted: str, name: str = "accepted") -> None:
+        """Evaluates the accepted model, before a candidate is made; its results are kept.
+
+        Raises:
+            ValueError: it cannot be evaluated, or results like these cannot be compared by the criteria.
+        """
+        report = evaluate({name: accepted}, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype)
+        check_criteria(report.results, self.criteria)
+
+    def decide(
+        self,
+        accepted: str,
+        candidate: str,
+        num_rejected: int = 0,
+        names: tuple[str, str] = ("accepted", "candidate"),
+    ) -> tuple[Decision, Report]:
         """Decides whether a candidate replaces the accepted model; see ``self_improvement.decide``.
+
+        Args:
+            accepted: the accepted model.
+            candidate: the candidate.
+            num_rejected: rejections in succession before this one.
+            names: of both in results and in the history.
 
         Raises:
             ValueError: a limit on the divergence from a model with other tokens; nothing has been sampled yet.
         """
-        if self.criteria.max_kl is not None:
-            advice = f"criteria.max_kl is {self.criteria.max_kl} and needs one tokenizer, so leave it out"
-            check_tokens(load_tokenizer(candidate), load_tokenizer(self.start), advice)
-        models = {"accepted": accepted, "candidate": candidate}
+        self.check_tokens(candidate)
+        models = dict(zip(names, (accepted, candidate), strict=True))
+        if self.criteria.accept == "not_worse" and self.start != accepted:
+            models["start"] = self.start
         report = evaluate(models, self.suite, output=self.folder, seed=self.seed, dtype=self.dtype, say=self.say)
-        before, after = ([found for found in report.results if found.model == name] for name in models)
+        found_of = {name: [found for found in report.results if found.model == name] for name in models}
+        before, after = (found_of[name] for name in names)
+        start = None if self.start == accepted else found_of.get("start")
         drift = None if self.criteria.max_kl is None else self._drift(candidate)
         size = None if self.criteria.max_memory_gb is None else self._size(candidate)
         decision = decide(
-            before, after, self.criteria, kl=drift, memory_gb=size, num_rejected=num_rejected, seed=self.seed
+            before,
+            after,
+            self.criteria,
+            start=start,
+            kl=drift,
+            memory_gb=size,
+            num_rejected=num_rejected,
+            seed=self.seed,
         )
         if decision.verdict == "accept" and self.validator is not None:
             found = self.validator.validate(self._engine(candidate), seed=self.seed, say=self.say)
@@ -159,7 +234,7 @@ class Judge:
         return LocalEngine.from_pretrained(place, dtype=self.dtype)
 
     def _drift(self, candidate: str) -> float:
-        """Measures the divergence from the start on the candidate's own samples for the suite's prompts, per token."""
+        """Computes KL(candidate || start) per token, on the candidate's own samples for the suite's prompts."""
         engine, start = self._engine(candidate), self._engine(self.start)
         assert engine.tokenizer is not None
         rows = []
@@ -174,6 +249,9 @@ class Judge:
                 chat_template_kwargs=task.chat_template_kwargs or None,
             )
             sampling = SamplingParams(max_new_tokens=task.params.max_new_tokens, seed=self.seed)
+            # Prompts that leave no room have no answers in the suite, either.
+            longest = longest_prompt(engine, sampling)
+            prompts = [p for p in prompts if longest is None or len(p.root.tokens) <= longest]
             rows += own_samples(engine, prompts, sampling=sampling)
         # A candidate that says nothing at all is as far away as can be.
         return divergence(engine, start, rows).forward if rows else math.inf
@@ -222,6 +300,8 @@ def run_gate(stage: GateStage, folder: Path, seed: int, dtype: str, say: Say) ->
     check_folder("accepted", stage.accepted)
     criteria, validator = criteria_of(stage.criteria), validator_of(stage.validators)
     judge = Judge(stage.suite, criteria, folder / EVALUATION, seed, dtype, stage.accepted, say, validator=validator)
+    judge.check_tokens(stage.model)
+    judge.begin(stage.accepted)
     decision, _ = judge.decide(stage.accepted, stage.model)
     accepts = decision.verdict == "accept"
     say(f"{'accepted' if accepts else 'rejected'}: {decision.reason}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import Suite
 from ..evaluation.candidates import check_models
+from ..evaluation.checks import check_suite
 from ..export import export_gguf
 from ..export.gguf_tensors import TYPES
 from ..generation import generate_rows
@@ -21,7 +23,7 @@ from .challenge_stage import check_challenge, run_challenge
 from .config import Pipeline
 from .errors import in_stage
 from .fit_stage import PlannedStageCLI, StageCLI, run_fit
-from .judging import check_criteria, check_passed_on, check_suite, run_evaluate, run_gate, validator_of
+from .judging import check_judging, check_passed_on, run_evaluate, run_gate
 from .merge_stage import run_merge
 from .refine_stage import check_refine, run_refine
 from .rounds_stage import RunBody, check_rounds, run_rounds
@@ -49,12 +51,13 @@ Say = Callable[[str], None]
 _OF_ROWS = ("rows", "prompts", "cut_off", "tokens", "mean_score", "acceptance_rate", "cache_hit_rate")
 
 
-def describe(pipeline: Pipeline, name: str, note: Say | None = None) -> dict[str, Any]:
+def describe(pipeline: Pipeline, name: str, awaited: Sequence[str] = (), note: Say | None = None) -> dict[str, Any]:
     """Returns a stage's full configuration, and checks everything that can be checked without running it.
 
     Args:
         pipeline: the pipeline.
         name: of the stage.
+        awaited: folders that other stages will write: what a suite reads from there is not checked.
         note: for plans: a fit stage whose device is not here counts as right, and this is told why it cannot run.
 
     Raises:
@@ -79,12 +82,12 @@ def describe(pipeline: Pipeline, name: str, note: Say | None = None) -> dict[str
     if isinstance(stage, PromptStage):
         _check_prompts(stage)
     if isinstance(stage, EvaluateStage | GateStage):
-        suite = check_suite(stage.suite)
         if isinstance(stage, GateStage):
             check_passed_on("model", stage.model)
             check_passed_on("accepted", stage.accepted)
-            check_criteria(stage.criteria, suite)
-            validator_of(stage.validators)
+            suite = check_judging(stage.suite, stage.criteria, stage.validators, awaited)
+        else:
+            suite = check_suite(stage.suite, awaited)
         # The models by a name under which their contents are inputs.
         if isinstance(stage, EvaluateStage):
             check_models(stage.models, suite)
@@ -95,7 +98,7 @@ def describe(pipeline: Pipeline, name: str, note: Say | None = None) -> dict[str
         check_choice("type", stage.type, TYPES)
         check_single(stage.model, "model", "and a GGUF file holds one: merge its models first")
     if isinstance(stage, RoundsStage):
-        return _describe_rounds(stage, folder, note) | {"seed": seed, "dtype": pipeline.dtype}
+        return _describe_rounds(stage, folder, awaited, note) | {"seed": seed, "dtype": pipeline.dtype}
     return asdict(stage) | {"seed": seed, "dtype": pipeline.dtype}
 
 
@@ -113,16 +116,17 @@ def _describe_fit(stage: FitStage, folder: Path, seed: int, note: Say | None) ->
     return planned.merged | {"export": vars(stage.export)}
 
 
-def _describe_rounds(stage: RoundsStage, folder: Path, note: Say | None) -> dict[str, Any]:
+def _describe_rounds(stage: RoundsStage, folder: Path, awaited: Sequence[str], note: Say | None) -> dict[str, Any]:
     """Describes the first round, and the options of the loop."""
-    body = check_rounds(stage, folder)
-    suite = None if stage.suite is None else [task.as_dict() for task in check_suite(stage.suite).tasks]
+    body = check_rounds(stage, folder, awaited)
+    suite = None if stage.suite is None else [task.as_dict() for task in Suite.read(stage.suite).tasks]
+    awaited = [*awaited, *(f"{body.folder(inner)}/" for inner in body.stages)]
     # As it is written, too: later rounds differ in what refers to them.
     own = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.name != "written"}
     first = {}
     for name in body.stages:
         with in_stage(name):
-            first[name] = describe(body, name, note)
+            first[name] = describe(body, name, awaited, note)
     return own | {"first": first, "tasks": suite}
 
 

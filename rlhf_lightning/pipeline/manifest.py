@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,29 @@ class Manifest:
         if record.get("status") != "finished" or record.get("key") != key:
             return False
         return all(content_hash(folder / place) == digest for place, digest in record["outputs"].items())
+
+    def force(self, stages: Collection[str]) -> float:
+        """Records which stages are forced to run.
+
+        Returns:
+            The time since when they are: that of an earlier run if it was interrupted with the same stages, else now.
+        """
+        since = self.forced_since(stages)
+        if since is None:
+            since = time.time()
+            self.content.pop("forced", None)
+            if stages:
+                self.content["forced"] = {"stages": sorted(set(stages)), "since": since}
+        return since
+
+    def forced_since(self, stages: Collection[str]) -> float | None:
+        """Returns the time of the run that was interrupted with these stages forced; ``None`` if there is none."""
+        before = self.content.get("forced")
+        return before["since"] if isinstance(before, dict) and before["stages"] == sorted(set(stages)) else None
+
+    def is_started(self, stage: str, since: float) -> bool:
+        """Whether a stage was started at a time or later."""
+        return bool(self.stages.get(stage, {}).get("started", 0.0) >= since)
 
     def save(self) -> None:
         """Writes the manifest."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..evaluation.checks import check_scorer
 from ..generation.options import sampling_params
 from ..inference.answering import StrategyOption
 from ..inference.policies import policy_spec
 from ..self_improvement.refine import refine
 from ..self_improvement.samples import model_hash
-from ..self_improvement.scorers import check_scorer, load_scorer
+from ..self_improvement.scorers import load_scorer
 from .row_files import SAMPLED, Journal, missing_parts, write_rows
 from .sample_stage import stage_policy, stage_prompts
 from .stages import RefineStage

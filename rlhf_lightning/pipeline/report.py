@@ -20,7 +20,8 @@ from .figures import comparison_figure, points, stage_figure
 from .fit_stage import HISTORY
 from .judging import DECISION, EVALUATION
 from .manifest import Manifest
-from .rounds_stage import RECORD, ROUNDS
+from .round_folders import ROUNDS
+from .rounds_stage import RECORD
 from .row_files import first_lines
 from .sample_stage import ANSWERS
 from .stages import ROWS, FitStage

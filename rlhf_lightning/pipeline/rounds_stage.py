@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,30 @@ from .config import Before, Pipeline, body_of
 from .judging import (
     EVALUATION,
     Judge,
-    check_criteria,
     check_folder,
+    check_judging,
     check_passed_on,
-    check_suite,
     copy_model,
     criteria_of,
     validator_of,
 )
+from .round_folders import ROUNDS, discard_later, discard_others, discard_unreached, write_models
 from .row_files import NoRowsError
 from .stages import FitStage, RoundsStage
 
-ROUNDS, RECORD = "rounds", "rounds.jsonl"
+RECORD = "rounds.jsonl"
 _SMALLER = 0.5
 # Runs the stages of a round; finished ones are not run again.
 RunBody = Callable[[Pipeline], object]
 
 
-def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
+def check_rounds(stage: RoundsStage, folder: Path, awaited: Sequence[str] = ()) -> Pipeline:
     """Checks the options of a stage; returns its first round, in a folder that never exists.
+
+    Args:
+        stage: the stage.
+        folder: of the stage.
+        awaited: folders that other stages will write: what the suite reads from there is not checked.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
@@ -42,20 +47,19 @@ def check_rounds(stage: RoundsStage, folder: Path) -> Pipeline:
     check_passed_on("model", stage.model)
     criteria = criteria_of(stage.criteria)
     body = body_of(stage, number=1, earlier=[stage.model], seed=0, run_dir=folder / ROUNDS / "0")
-    validator_of(stage.validators)
     if stage.suite is None:
         for name in ("criteria", "validators"):
             if getattr(stage, name):
                 given = getattr(stage, name)
                 raise ValueError(f"{name} is {given!r}, and without a suite every round is accepted: give suite")
         return body
-    check_criteria(stage.criteria, check_suite(stage.suite))
-    rates = [_rate(inner) for inner in body.stages.values() if isinstance(inner, FitStage)]
-    if criteria.on_reject == "smaller_step" and rates and not any(rates):
-        raise ValueError(
-            "criteria.on_reject is 'smaller_step', and no fit stage of the body has "
-            "model.init_args.optimizer.init_args.lr, which it halves: write it there, or on_reject: new_seed"
-        )
+    check_judging(stage.suite, stage.criteria, stage.validators, awaited)
+    for name, inner in body.stages.items():
+        if criteria.on_reject == "smaller_step" and isinstance(inner, FitStage) and not _rate(inner):
+            raise ValueError(
+                f"criteria.on_reject is 'smaller_step', and the fit stage {name!r} of the body has no "
+                "model.init_args.optimizer.init_args.lr, which it halves: write it there, or on_reject: new_seed"
+            )
     return body
 
 
@@ -75,6 +79,7 @@ class _Position:
     """The state of a loop between two rounds."""
 
     models: list[str]  # that were accepted, the start included
+    name: str = "start"  # of the one that was accepted last
     step: float = 1.0
     rejected: int = 0  # in succession
     before: Before = field(default_factory=Before)
@@ -93,11 +98,13 @@ def run_rounds(
     A round runs in its own folder, ``rounds/<number>``, as a pipeline. Its model is compared with the accepted one on
     the suite; if it is rejected, the next round starts from the accepted export again, with half the learning rates
     (``on_reject: smaller_step``) or other seeds alone. A round of whose samples no row can be made counts as rejected.
-    What is finished is not run again: a loop that was killed continues, and ends with the same model and record.
+    What is finished is not run again: a loop that was killed continues, and ends with the same model and record. The
+    first model is measured before the first round: criteria that cannot be decided on cost no training. Rounds of an
+    earlier, longer run are deleted.
 
     Args:
         stage: the stage.
-        folder: of the stage, which gets ``model`` and ``rounds.jsonl``.
+        folder: of the stage, which gets ``model``, ``rounds.jsonl`` and ``models.json``, a list of accepted models.
         seed: seeds of rounds are functions of this and their numbers.
         dtype: of the weights in sampling and evaluation.
         run_body: runs the stages of a round.
@@ -112,6 +119,7 @@ def run_rounds(
     if stage.suite is not None:
         suite_seed, validator = derive_seed(seed, "suite"), validator_of(stage.validators)
         judge = Judge(stage.suite, criteria, folder / EVALUATION, suite_seed, dtype, stage.model, validator=validator)
+        judge.begin(stage.model, _Position.name)
     at, records = _Position([stage.model]), []
     for number in range(1, stage.rounds + 1):
         body = body_of(
@@ -124,7 +132,7 @@ def run_rounds(
             before=at.before,
         )
         record = {"round": number, "start": model_hash(at.accepted), "seed": body.seed, "step": at.step}
-        outcome = _round(stage, body, judge, at, run_body)
+        outcome = _round(stage, body, judge, at, run_body, f"round {number}")
         records.append(record | outcome)
         write_atomically(folder / RECORD, "".join(map(json_line, records)))
         say(f"round {number}: {outcome['verdict']}: {outcome['reason']}")
@@ -133,32 +141,40 @@ def run_rounds(
         if outcome["verdict"] == "accept":
             at.before = at.before._replace(accepted=body.run_dir)
             at.models.append(str(result_of(stage, body)))
+            at.name = f"round {number}"
             at.rejected = 0
         else:
             at.rejected += 1
             at.step *= _SMALLER if criteria.on_reject == "smaller_step" else 1.0
         if outcome["verdict"] == "stop":
             break
+    discard_later(folder, len(records))
+    write_models(folder, at.models)
     copy_model(at.accepted, folder / "model")
     return _metrics(records)
 
 
-def _round(stage: RoundsStage, body: Pipeline, judge: Judge | None, at: _Position, run_body: RunBody) -> dict[str, Any]:
+def _round(
+    stage: RoundsStage, body: Pipeline, judge: Judge | None, at: _Position, run_body: RunBody, name: str
+) -> dict[str, Any]:
     """Runs the body of a round, and decides on its model."""
     try:
         run_body(body)
     except NoRowsError as error:
+        discard_unreached(body)
         criteria = criteria_of(stage.criteria)
         ends = criteria.on_reject == "stop" or at.rejected + 1 >= criteria.patience
         return {"verdict": "stop" if ends else "reject", "reason": str(error)}
+    discard_others(body.run_dir, body.stages)
     candidate = result_of(stage, body)
     outcome: dict[str, Any] = {"model": model_hash(candidate)}
     if judge is None:
         return outcome | {"verdict": "accept", "reason": "there is no suite: every round is accepted"}
-    decision, report = judge.decide(at.accepted, str(candidate), at.rejected)
+    names = at.name, name
+    decision, report = judge.decide(at.accepted, str(candidate), at.rejected, names)
     accuracies = {
-        name: {found.task.name: found.accuracy.value for found in report.results if found.model == name}
-        for name in ("accepted", "candidate")
+        what: {found.task.name: found.accuracy.value for found in report.results if found.model == of}
+        for what, of in zip(("accepted", "candidate"), names, strict=True)
     }
     return outcome | _plain(decision) | {"accuracy": accuracies}
 

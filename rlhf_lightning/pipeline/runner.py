@@ -34,6 +34,7 @@ from .judging import DECISION
 from .kinds import describe, run_stage
 from .manifest import Manifest, stage_key, versions
 from .report import write_report
+from .round_folders import MODELS
 from .rounds_stage import RECORD
 from .row_files import SAMPLED
 from .sample_stage import ANSWERS, evaluate
@@ -54,7 +55,8 @@ _OF_STAGE = (
         "model.gguf",
         "compressed.jsonl",
     ),
-    *(DECISION, RECORD, *ROWS.values(), *REPLAY.values(), *ChallengeStage.outputs.values(), SelfPlayStage.league),
+    *(DECISION, RECORD, MODELS, *ROWS.values(), *REPLAY.values()),
+    *(*ChallengeStage.outputs.values(), SelfPlayStage.league),
     "accepted",  # the folder of a CapabilityGate, which refuses the states of another run
 )
 
@@ -70,7 +72,8 @@ def run_pipeline(pipeline: Pipeline, say: Say = print, force: Collection[str] = 
     Args:
         pipeline: the pipeline.
         say: shown one line per stage.
-        force: stages that run although they are finished; of rounds, all of their stages.
+        force: stages that run although they are finished; of rounds, all of their stages. A forced run that was
+            interrupted continues where the same stages are forced again.
 
     Returns:
         The run's record, as in ``manifest.json``.
@@ -79,6 +82,11 @@ def run_pipeline(pipeline: Pipeline, say: Say = print, force: Collection[str] = 
         UsageError: ``force`` names a stage that there is not.
         ValueError: a stage failed; the message begins with its name.
     """
+    return _run(pipeline, say, force, None)
+
+
+def _run(pipeline: Pipeline, say: Say, force: Collection[str], since: float | None) -> Manifest:
+    """Runs a pipeline; forced stages run unless they were started since a time, by default that of this run."""
     check_forced(pipeline, force)
     if pipeline.threads is not None:
         torch.set_num_threads(pipeline.threads)
@@ -96,10 +104,11 @@ def run_pipeline(pipeline: Pipeline, say: Say = print, force: Collection[str] = 
         # Stages of policies that are not chosen this time stay finished: their files are still there.
         others = {name: record | {"ran": False} for name, record in manifest.stages.items()}
         manifest.content["stages"] = others
+        since = manifest.force(force) if since is None else since
         manifest.save()
         for name, stage in pipeline.stages.items():
             with in_stage(name):
-                _run_stage(pipeline, manifest, name, say, name in force)
+                _run_stage(pipeline, manifest, name, say, since if name in force else None)
                 if isinstance(stage, WITH_MODEL) and stage.evaluate and pipeline.evaluation is not None:
                     _evaluate_stage(pipeline, manifest, name, say)
 
@@ -107,6 +116,7 @@ def run_pipeline(pipeline: Pipeline, say: Say = print, force: Collection[str] = 
         manifest.content["stages"] = {name: manifest.stages[name] for name in pipeline.stages} | {
             name: record for name, record in others.items() if name not in pipeline.stages
         }
+        manifest.content.pop("forced", None)
         manifest.save()
     return manifest
 
@@ -168,7 +178,7 @@ def check_stages(pipeline: Pipeline) -> None:
     for name, stage in pipeline.stages.items():
         with in_stage(name):
             try:
-                describe(pipeline, name)
+                describe(pipeline, name, awaited)
             except (ValueError, FileNotFoundError) as error:
                 # Some classes read a model when they are built: such a stage is checked once its model exists.
                 if not any(place in str(error) for place in awaited):
@@ -178,11 +188,13 @@ def check_stages(pipeline: Pipeline) -> None:
             awaited.append(f"{pipeline.folder(name)}/")
 
 
-def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say, forced: bool) -> None:
+def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say, since: float | None) -> None:
+    """Runs a stage that is not finished, or is forced and has not been started since a time."""
     stage, folder, seed = pipeline.stages[name], pipeline.folder(name), pipeline.stage_seed(name)
     config = describe(pipeline, name)
     inputs = input_hashes(config)
     key = stage_key(config, inputs, pipeline.run_dir)
+    forced = since is not None and not manifest.is_started(name, since)
     if not forced and manifest.is_finished(name, key, folder):
         manifest.stages[name]["ran"] = False
         say(f"{name}: finished before and unchanged")
@@ -203,7 +215,7 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say, forc
         say(f"{name}: {line}")
 
     def run_body(body: Pipeline) -> None:
-        write_report(body, run_pipeline(body, tell, body.stages if forced else ()))
+        write_report(body, _run(body, tell, () if since is None else body.stages, since))
 
     metrics = run_stage(pipeline, name, run_body, tell)
     # Hashes of the outputs are inputs of later stages.

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answers import answer_prompts, load_verifier, read_prompts
+from ..evaluation.checks import check_scorer
 from ..generation.options import remote_engine, sampling_params
 from ..inference import Engine, SamplingParams, derive_seed
 from ..inference.answering import StrategyOption
@@ -15,7 +16,7 @@ from ..inference.policies import PolicySpec, build_policy, check_single, policy_
 from ..models import load_tokenizer
 from ..self_improvement.row_makers import hinted_rows, without_hints
 from ..self_improvement.samples import ScoredPrompt, Scorer, check_samples, model_hash, sample_prompts
-from ..self_improvement.scorers import check_scorer, load_scorer
+from ..self_improvement.scorers import load_scorer
 from ..self_improvement.templates import check_places
 from ..sequences import Example
 from ..utils.files import json_line, write_atomically

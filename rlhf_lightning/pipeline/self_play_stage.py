@@ -10,11 +10,12 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+from ..evaluation.checks import check_scorer
 from ..generation.options import sampling_params
 from ..inference import Engine, derive_seed
 from ..inference.policies import policy_name, policy_spec
 from ..self_improvement.samples import ScoredPrompt, model_hash, sample_prompts
-from ..self_improvement.scorers import check_scorer, load_scorer
+from ..self_improvement.scorers import load_scorer
 from ..self_improvement.self_play import elo_ratings, games_of, league_weights, win_rates
 from ..utils.files import write_atomically
 from ..utils.validation import check_count

@@ -338,7 +338,7 @@ class RoundsStage:
         written: the pipeline's configuration without its stages, for references in the body.
     """
 
-    outputs: ClassVar[Mapping[str, str]] = MODEL | {"record": "rounds.jsonl"}
+    outputs: ClassVar[Mapping[str, str]] = MODEL | {"record": "rounds.jsonl", "models": "models.json"}
 
     model: str
     body: dict[str, Any]

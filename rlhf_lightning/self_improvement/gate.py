@@ -29,7 +29,8 @@ class CapabilityCriteria(OptionGroup):
     Args:
         accept: ``better`` accepts a candidate that is shown to be better, so that of candidates that are equally good
             at most ``level`` are accepted; ``not_worse`` accepts one that is not shown to be worse, so that of these
-            at most ``level`` are rejected.
+            at most ``level`` are rejected in each of two tests: against the accepted model, and against the model at
+            the start, so that small falls do not add up unseen.
         threshold: also needed of the difference, at least 0: above it for ``better``; for ``not_worse``, falls of up
             to this are accepted even where they are certain.
         level: of the test, in (0, 0.5).
@@ -43,7 +44,9 @@ class CapabilityCriteria(OptionGroup):
         max_token_ms: largest number of milliseconds per sampled token, above 0, for each task: the median over batches
             of up to 64 of its prompts, answered together, verification left out. It is measured, and another machine,
             or the same one under load, may decide otherwise; unlimited if omitted.
-        max_kl: largest divergence from the model at the start, above 0, in nats per token; not measured if omitted.
+        max_kl: largest drift from the model at the start, above 0, in nats per token: KL(candidate || start) on samples
+            that the candidate draws, as in the penalty of RLHF (Ouyang et al., 2022, arXiv:2203.02155); stages sum it
+            over the vocabulary, the callback estimates it by the sampled tokens. Not measured if omitted.
         min_distinct: least ``distinct_2`` of each task, in [0, 1]; 0 is off.
         min_unique_answers: least share of unique answers to a prompt of each task with several samples, in [0, 1].
         min_length: least mean number of tokens of each task's answers, at least 0.
@@ -126,7 +129,7 @@ class Decision:
         low: lower end of its confidence interval of level ``1 - 2 * level``.
         high: upper end.
         p_value: one-sided, of a difference at least as large (for ``not_worse``: as small) if both were equally good.
-        kl: divergence from the model at the start, where it was measured.
+        kl: KL(candidate || start) in nats per token, where it was measured.
         memory_gb: size of the candidate's weights, and of the keys and values of ``cache_tokens``, in units of 10^9
             bytes, where it is limited.
         token_ms: milliseconds per sampled token of the task that takes most, where they are limited.
@@ -156,6 +159,7 @@ def decide(
     candidate: Sequence[TaskResult],
     criteria: CapabilityCriteria | None = None,
     *,
+    start: Sequence[TaskResult] | None = None,
     kl: float | None = None,
     memory_gb: float | None = None,
     num_rejected: int = 0,
@@ -174,7 +178,8 @@ def decide(
         accepted: results of the accepted model, one per task.
         candidate: results of the candidate, on the same tasks and prompts.
         criteria: by default those of ``CapabilityCriteria()``.
-        kl: divergence of the candidate from the model at the start; needed with ``max_kl``.
+        start: results of the model at the start; with ``not_worse`` the candidate is tested against them, too.
+        kl: KL(candidate || start) on the candidate's samples, in nats per token; needed with ``max_kl``.
         memory_gb: size of the candidate in units of 10^9 bytes; needed with ``max_memory_gb``.
         num_rejected: rejections in succession before this one, at least 0.
         seed: of the resamples.
@@ -197,6 +202,10 @@ def decide(
     ok = reason is None
     if reason is None:
         ok, reason = _verdict(compared, p_value, criteria)
+    if ok and criteria.accept == "not_worse" and start is not None and start is not accepted:
+        from_start = [_paired_scores(*pair) for pair in _paired_tasks(start, candidate, "model at the start")]
+        ok, found_since = _verdict(*_test(from_start, criteria, seed), criteria, "model at the start")
+        reason = reason if ok else found_since
     verdict = "accept" if ok else _refusal(criteria, num_rejected)
     found = compared.difference, compared.low, compared.high, p_value, kl
     return Decision(verdict, reason, *found, memory_gb=memory_gb, token_ms=None if token_ms is None else token_ms[0])
@@ -241,12 +250,12 @@ def check_criteria(results: Sequence[TaskResult], criteria: CapabilityCriteria) 
 
 
 def _paired_tasks(
-    accepted: Sequence[TaskResult], candidate: Sequence[TaskResult]
+    accepted: Sequence[TaskResult], candidate: Sequence[TaskResult], other: str = "accepted model"
 ) -> list[tuple[TaskResult, TaskResult]]:
     names = [[result.task.name for result in results] for results in (accepted, candidate)]
     if not names[0] and not names[1]:
         raise ValueError("there are no results to decide on: evaluate both models on a suite with at least one task")
-    for of, given in zip(("accepted model", "candidate"), names, strict=True):
+    for of, given in zip((other, "candidate"), names, strict=True):
         if twice := [name for name in given if given.count(name) > 1]:
             raise ValueError(f"the {of} has two results of task {twice[0]!r}: give one per task")
     if wrong := sorted(set(names[0]) ^ set(names[1])):
@@ -294,17 +303,19 @@ def _test(
     return compared, two_sided / 2 if sign * compared.difference > 0 else 1 - two_sided / 2
 
 
-def _verdict(compared: Comparison, p_value: float, criteria: CapabilityCriteria) -> tuple[bool, str]:
+def _verdict(
+    compared: Comparison, p_value: float, criteria: CapabilityCriteria, other: str = "accepted model"
+) -> tuple[bool, str]:
     found = f"{compared.difference:+.4f} [{compared.low:+.4f}, {compared.high:+.4f}], p={p_value:.4g}"
     is_certain = p_value <= criteria.level
     if criteria.accept == "not_worse":
         worse = is_certain and -compared.difference > criteria.threshold
-        return not worse, f"{'worse' if worse else 'not shown to be worse'} than the accepted model: {found}"
+        return not worse, f"{'worse' if worse else 'not shown to be worse'} than the {other}: {found}"
     if is_certain and compared.difference > criteria.threshold:
-        return True, f"better than the accepted model: {found}"
+        return True, f"better than the {other}: {found}"
     if is_certain:
         return False, f"better by no more than threshold={criteria.threshold}: {found}"
-    return False, f"not shown to be better than the accepted model: {found}"
+    return False, f"not shown to be better than the {other}: {found}"
 
 
 def _token_ms(results: Sequence[TaskResult]) -> tuple[float, str]:

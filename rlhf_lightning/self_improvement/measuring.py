@@ -13,7 +13,7 @@ from ..core.resume import random_state, set_random_state
 from ..distributed.collectives import gather_objects
 from ..distributed.unshard import gathered
 from ..evaluation import Suite, Task, TaskResult
-from ..evaluation.evaluate import answer_task, check_scores, task_prompts
+from ..evaluation.running import answer_task, check_scores, task_prompts
 from ..inference import LocalEngine, SamplingParams, derive_seed
 from ..models import evaluating
 from ..rewards.specs import build_reward

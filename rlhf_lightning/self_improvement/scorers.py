@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from ..evaluation.answers import load_verifier
 from ..rewards.reward_set import RewardSet
 from ..rewards.specs import build_reward
-from ..utils.imports import load_attribute
 from .samples import Scorer
 
 # Failures in succession after which a reward is broken; one call may have a single sample.
@@ -54,30 +52,3 @@ def load_scorer(spec: str | Mapping[str, Any]) -> Scorer:
         return [None if math.isnan(value) else float(value) for value in found.values[:, 0]]
 
     return score
-
-
-def check_scorer(spec: str | Mapping[str, Any]) -> None:
-    """Checks a reward's specification without loading the models that it names.
-
-    Raises:
-        ValueError: it cannot be imported, or its arguments do not fit.
-
-    Example:
-        >>> check_scorer({"class_path": "rlhf_lightning.rewards.RewardModelReward", "init_args": {"folder": "x"}})
-        Traceback (most recent call last):
-        ValueError: verifier rlhf_lightning.rewards.RewardModelReward: missing a required argument: 'model'
-    """
-    if isinstance(spec, str):
-        load_verifier(spec)
-        return
-    path, arguments = spec.get("class_path"), spec.get("init_args") or {}
-    if not isinstance(path, str) or not isinstance(arguments, Mapping):
-        raise ValueError(f"verifier is {dict(spec)!r}; write a dotted path, or class_path and init_args")
-    found = load_attribute(path)
-    try:
-        if inspect.isclass(found):
-            inspect.signature(found).bind(**arguments)
-        else:
-            inspect.signature(found).bind_partial(**arguments)
-    except TypeError as error:
-        raise ValueError(f"verifier {path}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..data.final_answer import answer_key
 from ..evaluation import Task, TaskResult
-from ..evaluation.evaluate import run_task
+from ..evaluation.running import run_task
 from ..inference import Engine
 from ..metrics.intervals import Interval, paired_bootstrap
 from ..utils.option_groups import OptionGroup

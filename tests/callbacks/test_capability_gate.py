@@ -310,11 +310,13 @@ def test_old_states_are_removed_and_changed_ones_refused(
 
 
 def test_divergence_from_the_start_is_limited(tiny_model_folder: Any, tmp_path: Path) -> None:
-    """On one sample per prompt, against both models by hand."""
+    """KL(candidate || start) on one sample per prompt that the candidate draws, against both models by hand."""
     criteria = {"accept": "not_worse", "max_kl": 1e-6, "on_reject": "stop"}
     task = suite(tmp_path, rows=4, sampling={"max_new_tokens": 5})
     gate = CapabilityGate(task, str(tmp_path / "accepted"), every_n_steps=2, criteria=criteria)
     weights: list[Any] = []
+    samples: list[Any] = []
+    gate._meter.samples = lambda module, draw=gate._meter.samples: samples.append(draw(module)) or samples[-1]  # type: ignore[method-assign]
 
     class Weights(lightning.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -324,11 +326,10 @@ def test_divergence_from_the_start_is_limited(tiny_model_folder: Any, tmp_path: 
     assert re.fullmatch(
         r"its divergence from the start is \S+ nats per token, above max_kl=1e-06", gate.history[0]["reason"]
     )
-    assert gate._start is not None
 
     def mean_logprob() -> float:
         total, count = 0.0, 0
-        for _, _, prompt, tokens in gate._start["samples"]:  # type: ignore[index]
+        for _, _, prompt, tokens in samples[-1]:
             with torch.no_grad():
                 logits = module.model(input_ids=torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
             for n, token in enumerate(tokens):
@@ -339,7 +340,9 @@ def test_divergence_from_the_start_is_limited(tiny_model_folder: Any, tmp_path: 
     with torch.no_grad():
         for name, weight in module.model.named_parameters():
             weight.copy_(weights[-1][name])
-    assert gate.history[0]["kl"] == pytest.approx(start - mean_logprob(), rel=1e-4)
+    gate._meter.samples(module)
+    assert samples[2] == samples[1]  # the candidate's
+    assert gate.history[0]["kl"] == pytest.approx(mean_logprob() - start, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -366,9 +369,10 @@ def test_refusals_in_training_leave_nothing(tiny_model_folder: Any, tmp_path: Pa
             (
                 {"verifier": f"{__name__}.raises"},
                 {},
-                r"^task 'no z' cannot be measured: KeyError: 'answer'; correct its verifier or its prompts$",
+                r"^the verifier of task 'no z' failed on all of 3 answers of 'SFTModule': KeyError: 'answer'",
             ),
             ({"limit": 3, "prompts": str(tmp_path / "empty.jsonl")}, {}, r"empty.jsonl"),
+            ({"strategy": "best_of_m"}, {}, r"^task 'no z': there is no strategy 'best_of_m'"),
             (
                 {"dropout": 0.0},
                 {"criteria": {"on_reject": "new_seed"}},

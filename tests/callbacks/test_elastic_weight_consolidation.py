@@ -131,6 +131,26 @@ def test_the_gradient_is_that_of_the_definition(options: dict[str, Any], tiny_mo
     assert float((keep.penalty(policy) - before) / step) == pytest.approx(float(norm), rel=0.02)
 
 
+def test_a_new_adapter_says_what_stays_free(tiny_model_folder: Any, recwarn: pytest.WarningsRecorder) -> None:
+    """B is 0, so that no A has information; where B is not, nothing is said."""
+    policy = SFTModule(str(tiny_model_folder()), optimizer=SGD, lora=LORA)
+    policy.configure_model()
+    keep = ElasticWeightConsolidation()
+    keep.consolidate(policy, FIRST)
+    halves = {half: [name for name in trained(policy) if half in name] for half in ("lora_A", "lora_B")}
+    assert all(not keep.information[name].any() for name in halves["lora_A"])
+    assert all(keep.information[name].any() for name in halves["lora_B"])
+    said = [str(warning.message) for warning in recwarn if "ElasticWeight" in str(warning.message)]
+    count = len(halves["lora_A"])
+    assert len(said) == 1
+    assert f"the information of {count} of {2 * count} trained weights is 0" in said[0]
+    assert halves["lora_A"][0] in said[0]
+
+    recwarn.clear()
+    ElasticWeightConsolidation().consolidate(module(tiny_model_folder(), lora=LORA), FIRST)
+    assert not [warning for warning in recwarn if "ElasticWeight" in str(warning.message)]
+
+
 def fit(policy: PostTrainingModule, *callbacks: Any, steps: int = 2, resume: Any = None) -> Any:
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, logger=False, callbacks=list(callbacks),

@@ -69,7 +69,7 @@ def test_the_time_of_a_token_is_the_median_of_batches_without_verification(
 ) -> None:
     """Three batches by a clock of ours: of 64, 64 and 2 prompts."""
     now, seconds = [0.0], iter([9.0, 1.0, 2.0])
-    module = import_module("rlhf_lightning.evaluation.evaluate")
+    module = import_module("rlhf_lightning.evaluation.running")
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Slow(ScriptedEngine):
@@ -287,7 +287,9 @@ def test_a_verifier_that_raises_or_is_misspelt(tmp_path: Path) -> None:
     task = {"name": "a", "prompts": rows, "verifier": "rlhf_lightning.rewards.exact_anwser"}
     with pytest.raises(ValueError, match="exact_anwser"):
         evaluate({"a": engine(*RIGHT)}, {"tasks": [task]})
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(
+        ValueError, match="verifier of task 'a' failed on all of 4 answers of 'model': RuntimeError: broken"
+    ):
         run_task(Task(name="a", prompts=rows), engine(*RIGHT), verifier=broken)
 
 

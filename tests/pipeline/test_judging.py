@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from markupsafe import escape
 from safetensors.torch import load_file
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.evaluation import Report, Suite
+from rlhf_lightning.evaluation import Report, evaluate, own_samples
+from rlhf_lightning.evaluation.answers import read_prompts
+from rlhf_lightning.inference import LocalEngine, SamplingParams
 from rlhf_lightning.pipeline import judging
 from rlhf_lightning.pipeline.judging import (
     Judge,
-    check_criteria,
+    check_judging,
     check_suite,
     copy_model,
     criteria_of,
@@ -89,6 +92,37 @@ def test_the_divergence_from_the_start_is_a_criterion(models, suite, tmp_path):
         assert (decision.kl < 1e-6) == (verdict == "accept")
 
 
+def test_drift_is_that_of_the_candidate_from_the_start(models, suite, tmp_path):
+    """KL(candidate || start) on the candidate's samples, summed over the vocabulary by hand."""
+    suite["tasks"][0] |= {"limit": 3, "sampling": {"max_new_tokens": 4}}
+    judge = Judge(suite, criteria_of(ALWAYS | {"max_kl": 9.0}), tmp_path / "e", 0, "float32", models[0])
+    found, _ = judge.decide(*models)
+    new, old = (LocalEngine.from_pretrained(place, dtype="float32") for place in (models[1], models[0]))
+    prompts = read_prompts(suite["tasks"][0]["prompts"], new.tokenizer, limit=3)
+    total, count = 0.0, 0
+    for row in own_samples(new, prompts, sampling=SamplingParams(max_new_tokens=4, seed=0)):
+        prompt, tokens = row.root.tokens.tolist(), row.root.children[0].tokens.tolist()
+        with torch.no_grad():
+            p, q = (e.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1) for e in (new, old))
+        for at in range(len(prompt) - 1, len(prompt) + len(tokens) - 1):
+            total, count = total + float((p[at].exp() * (p[at] - q[at])).sum()), count + 1
+    assert found.kl == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_round_is_tested_against_the_start_as_well(models, suite, tmp_path):
+    """The candidate is the accepted model, which is worse than the start."""
+    better, worse = sorted(models, key=lambda place: _accuracy(place, suite), reverse=True)
+    for accepted, verdict in ((worse, "reject"), (better, "accept")):
+        judge = Judge(suite, criteria_of({"accept": "not_worse"}), tmp_path / verdict, 0, "float32", better)
+        found, _ = judge.decide(accepted, accepted)
+        assert found.verdict == verdict
+        assert found.reason.startswith("worse than the model at the start" if verdict == "reject" else "not shown")
+
+
+def _accuracy(place, suite):
+    return evaluate({"model": place}, suite).results[0].accuracy.value
+
+
 def test_a_candidate_that_says_nothing_is_infinitely_far_from_the_start(models, suite, tmp_path, monkeypatch):
     suite["tasks"][0]["limit"] = 2
     monkeypatch.setattr(judging, "own_samples", lambda *args, **kwargs: [])
@@ -155,9 +189,8 @@ def test_a_model_that_the_test_accepts_must_pass_the_validators(models, suite, t
     assert written["reason"].startswith("verdicts of all even: ")
     assert said[-1] == f"rejected: {written['reason']}"
     # Patience counts these rejections as well.
-    judge = Judge(
-        suite, criteria_of(ALWAYS | {"patience": 2}), tmp_path / "e", 0, "float32", "", validator=validator_of([strict])
-    )
+    patient, strictly = criteria_of(ALWAYS | {"patience": 2}), validator_of([strict])
+    judge = Judge(suite, patient, tmp_path / "e", 0, "float32", models[0], validator=strictly)
     assert judge.decide(models[0], models[1], num_rejected=1)[0].verdict == "stop"
 
 
@@ -197,12 +230,34 @@ def test_mistakes_in_criteria(written, message):
         criteria_of(written)
 
 
-def test_a_limit_of_time_needs_tokens(suite):
-    pairs = {"kind": "preferences", "name": "pairs", "rows": "pairs.jsonl"}
-    read = Suite.read({"name": "both", "tasks": [pairs, *suite["tasks"]]})
-    assert check_criteria({"max_token_ms": 5}, read).max_token_ms == 5
-    with pytest.raises(ValueError, match=r"^criteria.max_token_ms is 5, and no task of the suite 'pairs' samples"):
-        check_criteria({"max_token_ms": 5}, Suite.read({"name": "pairs", "tasks": [pairs]}))
+@pytest.mark.parametrize("name", ["min_length", "max_length"])
+def test_limits_of_answers_need_answers(suite, tmp_path, name):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = {"kind": "preferences", "name": "pairs", "rows": str(tmp_path / "pairs.jsonl")}
+    assert check_judging({"name": "both", "tasks": [pairs, *suite["tasks"]]}, {name: 5}, []).name == "both"
+    with pytest.raises(ValueError, match=rf"^criteria.{name} is 5, and no task of the suite 'pairs' measures it: add"):
+        check_judging({"name": "pairs", "tasks": [pairs]}, {name: 5}, [])
+
+
+@pytest.mark.parametrize("limit", ["max_token_ms", "max_kl"])
+def test_a_limit_of_time_or_drift_needs_tokens(suite, limit, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = {"kind": "preferences", "name": "pairs", "rows": str(tmp_path / "pairs.jsonl")}
+    assert check_judging({"name": "both", "tasks": [pairs, *suite["tasks"]]}, {limit: 5}, []).name == "both"
+    alone = {"name": "pairs", "tasks": [pairs]}
+    message = rf"^criteria.{limit} is 5, and no task of the suite 'pairs' samples"
+    with pytest.raises(ValueError, match=message):
+        check_judging(alone, {limit: 5}, [])
+    judge = Judge(alone, criteria_of({limit: 5}), tmp_path / "evaluation", 0, "float32", "none")
+    with pytest.raises(ValueError, match=message):
+        judge.decide("none", "other")
+    stages = {"test": {"kind": "gate", "model": str(tmp_path), "accepted": str(tmp_path), "suite": alone}}
+    config = tmp_path / "pipeline.yaml"
+    stages["test"]["criteria"] = {limit: 5}
+    config.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "stages": stages}))
+    with pytest.raises(SystemExit):
+        main(["pipeline", "--config", str(config), "--dry-run"])
+    assert message[1:] in capsys.readouterr().err
 
 
 def test_mistakes_in_a_suite(suite, models, tmp_path):

@@ -90,7 +90,10 @@ def run_loop(
         def __init__(self, *arguments, **options):
             pass
 
-        def decide(self, accepted, candidate, num_rejected):
+        def begin(self, accepted, name):
+            pass
+
+        def decide(self, accepted, candidate, num_rejected, names):
             return Decision(left.pop(0), "because", 0.25, 0.1, 0.4, 0.01), SimpleNamespace(results=[])
 
     monkeypatch.setattr(rounds_stage, "Judge", Scripted)

@@ -12,6 +12,7 @@ import yaml
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.inference import derive_seed
+from rlhf_lightning.merging.options import expand
 from rlhf_lightning.pipeline import kinds, load_pipeline, rounds_stage
 from rlhf_lightning.pipeline.config import body_of
 from rlhf_lightning.pipeline.rounds_stage import run_rounds
@@ -38,7 +39,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdicts: list[str
     loop |= {"suite": {"tasks": [{"name": "sums", "prompts": "sums:prompts?rows=4"}]}, **options}
     file = tmp_path / "pipeline.yaml"
     file.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "seed": 3, "stages": {"loop": loop}}))
-    pipeline, began, left = load_pipeline(file), [], list(verdicts)
+    pipeline, began, named, left = load_pipeline(file), [], [], list(verdicts)
 
     def run_body(body):
         options = body.stages["train"].model["init_args"]
@@ -55,12 +56,16 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdicts: list[str
         def __init__(self, *arguments, **options):
             pass
 
-        def decide(self, accepted, candidate, num_rejected):
+        def begin(self, accepted, name):
+            assert not began  # before anything is trained
+
+        def decide(self, accepted, candidate, num_rejected, names):
             task = SimpleNamespace(name="sums")
             results = [
                 SimpleNamespace(model=name, task=task, accuracy=SimpleNamespace(value=value))
-                for name, value in (("accepted", 0.25), ("candidate", 0.5))
+                for name, value in zip(names, (0.25, 0.5), strict=True)
             ]
+            named.append(names)
             return Decision(left.pop(0), "because", 0.25, 0.1, 0.4, 0.01), SimpleNamespace(results=results)
 
     monkeypatch.setattr(rounds_stage, "Judge", Scripted)
@@ -70,6 +75,8 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdicts: list[str
     records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     return SimpleNamespace(
         began=began,
+        named=named,
+        listed=expand([str(folder / "models.json")]),
         records=records,
         metrics=metrics,
         weights=(folder / "model/weights").read_text(),
@@ -85,6 +92,9 @@ def test_a_round_starts_from_the_model_that_was_accepted_last(tmp_path, monkeypa
     assert [rate for _, rate, _ in found.began] == [0.5, 0.5, 0.25, 0.125, 0.125]  # halved by every rejection
     assert [seed for _, _, seed in found.began] == [derive_seed(3, "round", n) % 2**31 for n in range(1, 6)]
     assert found.weights == "4"
+    assert found.listed == [str(found.start), str(first), str(fourth)]
+    names = ["start", "round 1", "round 1", "round 1", "round 4"]
+    assert found.named == [(name, f"round {number}") for number, name in enumerate(names, start=1)]
     assert [record["start"] for record in found.records] == [content_hash(start) for start, _, _ in found.began]
     assert [record["model"] for record in found.records] == [content_hash(model) for model in found.models]
     assert found.records[1]["p_value"] == 0.01

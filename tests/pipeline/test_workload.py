@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -231,4 +232,8 @@ def test_the_pipeline_of_a_night(tmp_path, monkeypatch, capsys):
     # Three rounds of 512 pairs, by a model whose size is known before it is trained.
     assert any("up to 512 rows" in line and "603,712 parameters" in line for line in lines)
     assert all("not known (" not in line for line in lines)
+    # The README shows a part of it; seconds are of a machine.
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", Path("README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    plan = re.sub(r"\d+(\.\d+)? s of", "N s of", "\n".join(lines))
+    assert re.sub(r"\d+ s of", "N s of", shown).rstrip() in plan
     assert not (tmp_path / "run").exists()

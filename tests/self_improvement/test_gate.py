@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -46,6 +47,24 @@ def test_a_better_candidate_is_accepted_with_the_exact_p_value() -> None:
     back = decide([single(after)], [single(before)])
     assert (back.verdict, back.difference) == ("reject", -found.difference)
     assert back.p_value == pytest.approx(1 - 10 / 512)
+
+
+def test_small_falls_do_not_add_up_unseen() -> None:
+    """Each fall loses 3 prompts, p = 1/8; both together 6 of 6, p = 1/64. With ``better`` the start changes nothing."""
+    rounds = [[single([0.0] * lost + [1.0] * (20 - lost))] for lost in (0, 3, 6)]
+    criteria = CapabilityCriteria(accept="not_worse")
+    assert decide(rounds[0], rounds[1], criteria, start=rounds[0]).verdict == "accept"
+    assert decide(rounds[1], rounds[2], criteria).verdict == "accept"
+    found = decide(rounds[1], rounds[2], criteria, start=rounds[0])
+    assert found.verdict == "reject"
+    assert re.fullmatch(r"worse than the model at the start: -0.3000 \[.*\], p=0.01562", found.reason)
+    # The numbers are those of the accepted model.
+    assert (found.difference, found.p_value) == (pytest.approx(-0.15), pytest.approx(1 / 8))
+    wide = CapabilityCriteria(accept="not_worse", threshold=0.3)
+    assert decide(rounds[1], rounds[2], wide, start=rounds[0]).verdict == "accept"
+    assert decide(rounds[2], rounds[1], CapabilityCriteria(level=0.2), start=rounds[0]).verdict == "accept"
+    with pytest.raises(ValueError, match="results of task 'other': evaluate both on the same suite"):
+        decide(rounds[1], rounds[2], criteria, start=[single([1.0] * 20, name="other")])
 
 
 def test_what_is_not_certain_is_rejected_or_accepted_by_the_side_that_must_be_shown() -> None:
