@@ -59,13 +59,20 @@ def run_command(args: Sequence[str]) -> None:
     find_own_modules()
     description = "Evaluates models on a suite, and compares them."
     options = EvaluateOptions(**parse_options("evaluate", EvaluateOptions, args, description))
-    report = evaluate(
-        options.named(),
-        options.suite,
-        output=options.output,
-        seed=options.seed,
-        dtype=options.dtype,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+    try:
+        report = evaluate(
+            options.named(),
+            options.suite,
+            output=options.output,
+            seed=options.seed,
+            dtype=options.dtype,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted: the same command continues after the answers that are kept in {options.output}",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
     print(report.table())
     print(f"report: {Path(options.output) / PAGE}")

@@ -15,6 +15,7 @@ from ..sequences import Example
 from ..utils.inputs import input_hashes
 from .candidates import Candidate, check_models
 from .checks import check_suite
+from .journal import Journal
 from .kept import kept, part_of, read_result, write_part
 from .report import Report
 from .results import TaskResult
@@ -37,8 +38,9 @@ def evaluate(
 
     A sample is a function of ``seed``, the number of its prompt and its own number. With ``output``, finished results
     (win rates by judges, too) are kept in the folder and not computed again as long as the contents of model and
-    prompts, the verifier's source, the task, the seed and the type of the weights are the same: an interrupted
-    evaluation continues, and a further model costs its own answers only.
+    prompts, the verifier's source, the task, the seed, the type of the weights and the version of this package are the
+    same: an interrupted evaluation continues after the prompts that were answered, 64 at a time, and a further model
+    costs its own answers only.
 
     Args:
         models: folders or hub ids; or names with a folder, a hub id, several as one (as in ``policy_spec``) or an
@@ -80,6 +82,8 @@ def evaluate(
             if key not in done:
                 if task.kind not in loaded:
                     loaded[task.kind] = candidate.load(task, dtype)
+                part = parts[key]
+                journal = None if part is None else Journal(part.with_suffix(".jsonl"))
                 done[key] = run_task(
                     task,
                     loaded[task.kind],
@@ -88,9 +92,11 @@ def evaluate(
                     verifier=verifiers.get(task.name),
                     scorer=scorers.get(task.name),
                     examples=prompts.pop(key, None),
+                    journal=journal,
                 )
-                if (part := parts[key]) is not None:
+                if part is not None and journal is not None:
                     write_part(part, done[key].as_dict())
+                    journal.remove()
             found = done[key]
             say(f"{candidate.name}, {task.name}: {found.accuracy.value:.1%} right, {found.seconds:.1f} s")
     hashes = {} if folder is None else {candidate.name: candidate.content() for candidate in candidates}

@@ -20,13 +20,15 @@ PARTS = "parts"
 
 
 def part_of(folder: Path, key: Any) -> Path:
-    """Returns the file of a result in an output folder.
+    """Returns the file of a result in an output folder; another version of this package has another one.
 
     Args:
         folder: the output folder.
-        key: all that the result depends on.
+        key: all else that the result depends on.
     """
-    written = json.dumps(key, sort_keys=True, default=str)
+    from .. import __version__
+
+    written = json.dumps([__version__, key], sort_keys=True, default=str)
     return folder / PARTS / f"{hashlib.sha256(written.encode()).hexdigest()[:24]}.json"
 
 

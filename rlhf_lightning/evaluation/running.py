@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..utils.progress import progress
 from .answers import Answer, check_fit, longest_prompt, read_prompts, score_texts, verified
 from .checks import check_columns
 from .guarded import Guarded
+from .journal import Chunk, Journal
 from .results import TaskResult
 from .row_tasks import FirstErrorTask, PreferenceTask
 from .samples import PromptResult, SampleResult
@@ -37,6 +39,7 @@ def run_task(
     transform: Transform | None = None,
     scorer: Callable[..., Any] | None = None,
     examples: Sequence[Example] | None = None,
+    journal: Journal | None = None,
 ) -> TaskResult:
     """Runs a task: answers and verifies its prompts, or scores its rows.
 
@@ -50,6 +53,7 @@ def run_task(
         transform: maps a row's columns to new ones before the prompt is read.
         scorer: instead of the task's own.
         examples: the prompts, where they have been read.
+        journal: keeps the answers to prompts, and has those of before.
 
     Raises:
         ValueError: the engine has no tokenizer, there are no prompts or none leaves room for an answer, the verifier
@@ -63,7 +67,8 @@ def run_task(
         start = time.perf_counter()
         every = range(len(examples))
         clock: list[float] = []
-        prompts = answer_task(task, engine, examples, every, verify, model=model, seed=seed, scorer=scorer, clock=clock)
+        given: dict[str, Any] = {"model": model, "seed": seed, "scorer": scorer, "clock": clock, "journal": journal}
+        prompts = answer_task(task, engine, examples, every, verify, **given)
     else:
         start, clock = time.perf_counter(), []
         prompts = _scored_rows(task, engine, model)
@@ -141,6 +146,7 @@ def answer_task(
     seed: int = 0,
     scorer: Callable[..., Any] | None = None,
     clock: list[float] | None = None,
+    journal: Journal | None = None,
 ) -> list[PromptResult]:
     """Answers and verifies some of the prompts of a task.
 
@@ -154,6 +160,7 @@ def answer_task(
         seed: a sample is a function of this, the number of its prompt and its own number.
         scorer: instead of the task's own.
         clock: gets the seconds of sampling per sampled token of each batch of prompts that are answered together.
+        journal: keeps the answers of each batch, and has those of before.
 
     Returns:
         One result per number, in their order; without samples where the prompt leaves no room for an answer.
@@ -167,21 +174,32 @@ def answer_task(
     fit = _fitting(task, model, examples, numbers, longest_prompt(answering, task.params))
     for first in progress(range(0, len(fit), _PROMPTS_AT_ONCE), f"evaluating {model} on {task.name}"):
         chunk = fit[first : first + _PROMPTS_AT_ONCE]
-        rows = [examples[number] for number in chunk]
-        seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
-        start = time.perf_counter()
-        drawn = ask_examples(answering, rows, task.num_samples, task.params, seeds=seeds)
-        seconds, tokens = time.perf_counter() - start, sum(sample.num_sampled for group in drawn for sample in group)
-        if clock is not None and tokens:
-            clock.append(seconds / tokens)
-        groups = verified(rows, drawn, verify)
-        prompts |= {n: _prompt_result(task, examples[n], group) for n, group in zip(chunk, groups, strict=True)}
+        compute = partial(_answer_chunk, task, answering, examples, chunk, verify, seed)
+        answered, seconds = compute() if journal is None else journal.chunk(first // _PROMPTS_AT_ONCE, compute)
+        prompts |= dict(zip(chunk, answered, strict=True))
+        if clock is not None and seconds is not None:
+            clock.append(seconds)
+    if journal is not None and all(s.reward is None for prompt in prompts.values() for s in prompt.samples):
+        journal.remove()  # a verifier that has no verdict now may have one later
     verify.close()
     found = [prompts[number] for number in numbers]
     if task.scorer is None:
         return found
     score = Guarded(scorer or build_reward(task.scorer), f"the scorer of task {task.name!r}", model)
     return _scored(found, [examples[number] for number in numbers], score)
+
+
+def _answer_chunk(
+    task: Task, answering: Any, examples: Sequence[Example], chunk: Sequence[int], verify: Guarded, seed: int
+) -> Chunk:
+    rows = [examples[number] for number in chunk]
+    seeds = [[derive_seed(seed, number, s) for s in range(task.num_samples)] for number in chunk]
+    start = time.perf_counter()
+    drawn = ask_examples(answering, rows, task.num_samples, task.params, seeds=seeds)
+    seconds, tokens = time.perf_counter() - start, sum(sample.num_sampled for group in drawn for sample in group)
+    groups = verified(rows, drawn, verify)
+    prompts = [_prompt_result(task, example, group) for example, group in zip(rows, groups, strict=True)]
+    return prompts, seconds / tokens if tokens else None
 
 
 def _fitting(

@@ -24,22 +24,27 @@ class Wins:
         task: name of the task.
         model: the model.
         baseline: the one that it is compared with.
-        rate: the win rate of the model's answers.
+        rate: the win rate of the model's answers; ``None`` where fewer than two prompts were decided.
+        undecided: why there is none; empty where there is one.
     """
 
     task: str
     model: str
     baseline: str
-    rate: WinRate
+    rate: WinRate | None
+    undecided: str = ""
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> Wins:
         """Makes a result of plain values."""
-        return cls(**{**written, "rate": WinRate(**written["rate"])})
+        rate = written["rate"]
+        return cls(**{**written, "rate": None if rate is None else WinRate(**rate)})
 
     def cells(self) -> list[str]:
         """Formats the win rate: its value, interval, counts, the rate at equal lengths, and a judge's consistency."""
         rate = self.rate
+        if rate is None:
+            return ["undecided", self.undecided, *[""] * (len(COLUMNS) - 2)]
         return [
             f"{rate.value:.1%}",
             f"{rate.low:.1%} to {rate.high:.1%}",
@@ -101,7 +106,7 @@ def all_wins(
 ) -> tuple[Wins, ...]:
     """Compares every model with the first one on each task that has ``win_rate``.
 
-    Where fewer than two prompts were decided there is no win rate, and a warning says so.
+    Where fewer than two prompts were decided there is no win rate; the result says so, and a warning.
 
     Args:
         results: of every model and task, the models in their order.
@@ -119,12 +124,13 @@ def all_wins(
             continue
 
         # The answers of all models are worth more than a rate that two of them lack.
+        rate, undecided = None, ""
         try:
             rate = _rate(result, baseline, judges[name], asdict(result.task.wins), keep)
         except UndecidedError as error:
             warnings.warn(f"{error}; it is left out", stacklevel=2)
-            continue
-        found.append(Wins(name, result.model, baseline.model, rate))
+            undecided = str(error.__cause__ or error)
+        found.append(Wins(name, result.model, baseline.model, rate, undecided))
     return tuple(found)
 
 

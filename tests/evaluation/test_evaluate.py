@@ -228,6 +228,83 @@ def test_changed_prompts_and_verifiers_are_evaluated_again(tmp_path: Path, monke
     assert parts() == 3
 
 
+def test_results_of_another_version_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    char_tokenizer().save_pretrained(folder)
+    task = {"name": "a", "prompts": write_rows(tmp_path), "sampling": GREEDY}
+
+    def parts() -> int:
+        evaluate([folder], {"tasks": [task]}, output=tmp_path / "out")
+        return len(list((tmp_path / "out" / "parts").iterdir()))
+
+    assert parts() == parts() == 1
+    monkeypatch.setattr("rlhf_lightning.__version__", "0.0.0")
+    assert parts() == 2
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_interruption_loses_no_answered_chunk(
+    torn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command: the second of two chunks is stopped, and then alone is asked; the results are the same."""
+    folder = save_tiny_model(tmp_path / "model")
+    char_tokenizer().save_pretrained(folder)
+    task = {"name": "a", "prompts": write_rows(tmp_path), "num_samples": 2, "sampling": {"max_new_tokens": 3}}
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(json.dumps({"tasks": [task]}))
+    module = import_module("rlhf_lightning.evaluation.running")
+    monkeypatch.setattr(module, "_PROMPTS_AT_ONCE", 2)
+    ask, asked = module.ask_examples, []
+
+    def counted(answering: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append([row.row_id for row in rows])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(answering, rows, *args, **kwargs)
+
+    monkeypatch.setattr(module, "ask_examples", counted)
+    options = ["evaluate", "--models", str(folder), "--suite", str(suite), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(options)
+    assert stopped.value.code == 130
+    said = f"interrupted: the same command continues after the answers that are kept in {tmp_path / 'out'}"
+    assert said in capsys.readouterr().err
+    (journal,) = (tmp_path / "out" / "parts").iterdir()
+    if torn:
+        with journal.open("a") as file:
+            file.write('{"prompts": [{"row_id": ')
+    cli.main(options)
+    assert [len(rows) for rows in asked] == [2, 2, 2]
+    assert asked[1] == asked[2] != asked[0]
+    assert not journal.exists()
+
+    monkeypatch.setattr(module, "ask_examples", ask)
+    again = evaluate([folder], suite, output=tmp_path / "other")
+    found = Report.read(tmp_path / "out")
+    assert [json.dumps(r.as_dict()["prompts"]) for r in found.results] == [
+        json.dumps(r.as_dict()["prompts"]) for r in again.results
+    ]
+    histories = [
+        [entry | {"time": 0} for entry in map(json.loads, (tmp_path / name / "history.jsonl").read_text().splitlines())]
+        for name in ("out", "other")
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_answers_without_any_verdict_are_not_kept(tmp_path: Path) -> None:
+    """A verifier that has no verdict now may have one later."""
+    folder = save_tiny_model(tmp_path / "model")
+    char_tokenizer().save_pretrained(folder)
+    task = {"name": "a", "prompts": write_rows(tmp_path), "sampling": GREEDY, "verifier": f"{__name__}.silent"}
+    with pytest.raises(ValueError, match="has no verdict for any answer of 'model'"):
+        evaluate([folder], {"tasks": [task]}, output=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def silent(prompts: Any, completions: list[str], **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
 def test_adapters_are_evaluated_on_their_base(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     char_tokenizer().save_pretrained(base)

@@ -88,6 +88,26 @@ def test_a_judge_compares_in_both_orders_and_is_asked_once(tmp_path: Path) -> No
     assert again.wins[0].rate.consistent is None
 
 
+def test_a_judge_of_nonsense_is_shown(tmp_path: Path) -> None:
+    """In the table, the JSON and the page, each with the reason."""
+    suite = _won(tmp_path, win_rate={"judge": {"class_path": f"{__name__}.Babbler"}})
+    with pytest.warns(UserWarning, match="0 of 4 prompts have a verdict"):
+        report = evaluate({"first": engine(*RIGHT), "second": engine(*WRONG)}, suite, output=tmp_path / "out")
+    reason = "0 of 4 prompts have a verdict: a win rate needs at least two"
+    assert report.table().splitlines()[-1] == f"| sums | second | first | undecided | {reason} |  |  |  |  |  |  |"
+    assert reason in report.page()
+    (written,) = json.loads((tmp_path / "out" / "results.json").read_text())["win_rates"]
+    assert (written["rate"], written["undecided"]) == (None, reason)
+    assert Report.read(tmp_path / "out").wins == report.wins
+
+
+class Babbler:
+    """Answers words."""
+
+    def __call__(self, questions: Any) -> list[Any]:
+        return ["maybe"] * len(questions)
+
+
 @pytest.mark.parametrize(
     ("win_rate", "message"),
     [
@@ -110,7 +130,8 @@ def test_a_win_rate_without_verdicts_leaves_the_report(tmp_path: Path) -> None:
     suite = Suite(name="s", tasks=(Task(name="sums", prompts=write_rows(tmp_path), limit=1, win_rate="reward"),))
     with pytest.warns(UserWarning, match="win rate of 'second' on task 'sums': 1 of 1 prompts have a verdict"):
         report = evaluate(models, suite, output=tmp_path / "out")
-    assert report.wins == ()
+    (found,) = report.wins
+    assert (found.rate, found.undecided) == (None, "1 of 1 prompts have a verdict: a win rate needs at least two")
     assert Report.read(tmp_path / "out").result("second", "sums").scores == report.results[1].scores
 
     # A report of before there were win rates.
