@@ -181,7 +181,7 @@ def test_kl_in_the_reward(folder: str, policy: Any) -> None:
             for r, group in enumerate(naive_rewards())
         ]
     losses = tokens_of(now, reinforce(naive_advantages(rewards)))
-    # What the limit cut off is in the statistics, and not in the loss.
+    # Completions cut off by the limit are in the statistics, and not in the loss.
     kept = [
         [loss for loss, sample in zip(group, drawn, strict=True) if sample.finish_reason == "stop"]
         for group, (_, drawn) in zip(losses, samples(), strict=True)
