@@ -148,7 +148,7 @@ class CapabilityGate(lightning.Callback):
                 "them a suite with the tasks of all"
             )
         check_suite(self.suite)
-        # What is tried again differs where a round of other rows begins at every boundary.
+        # A repeated stretch differs from the rejected one where a round of other rows begins at every boundary.
         rounds = self.every_n_steps is None and any(r.every_n_epochs == 1 for r in _rounds(trainer))
         draws = isinstance(pl_module, OnPolicyModule) or pl_module.drops or rounds
         if self.criteria.on_reject == "new_seed" and not draws:
@@ -275,7 +275,7 @@ class CapabilityGate(lightning.Callback):
             self._accept(trainer, results)
             return
 
-        # What the accepted checkpoint holds of this callback is of an earlier time.
+        # The accepted checkpoint holds an earlier state of this callback, so the present one is not restored from it.
         self.num_rejected += 1
         self.snapshots.check(self.accepted)
         self.snapshots.note(self.history)

@@ -59,7 +59,7 @@ class Report:
         """Returns the result of a model on a task.
 
         Raises:
-            KeyError: there is none.
+            KeyError: the report has no such task.
         """
         for found in self.results:
             if (found.model, found.task.name) == (model, task):
@@ -124,7 +124,7 @@ class Report:
         """Reads the report that was saved in a folder.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the folder holds no report.
         """
         path = Path(folder).expanduser() / RESULTS
         if not path.is_file():

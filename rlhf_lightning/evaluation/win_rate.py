@@ -133,7 +133,7 @@ def rate_of(
         >>> rate_of([0.5, 0.0, None, -1.0, 2.0], list("abcde"), list("fghij")).value
         0.625
     """
-    # What is undecided is neither a win nor a loss.
+    # Undecided comparisons are neither wins nor losses.
     decided = [n for n, difference in enumerate(differences) if difference is not None]
     if len(decided) < 2:
         raise UndecidedError(

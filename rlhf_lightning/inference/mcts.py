@@ -101,7 +101,7 @@ class MCTS(StepSearch):
             check_positive("widening[0]", widening[0], "2 is usual")
             check_fraction("widening[1]", widening[1], "0.5 is usual")
         if rollouts:
-            check_count("rollouts", rollouts, "0 is none")
+            check_count("rollouts", rollouts, "0 is off")
         if not 0 <= rollout_weight <= 1 or (rollout_weight > 0) != (rollouts > 0):
             raise ValueError(
                 f"rollout_weight is {rollout_weight!r} with rollouts={rollouts}; it must be in (0, 1] with rollouts, "

@@ -18,7 +18,7 @@ from .sampling import SamplingParams
 
 # The method that makes a class one of a kind.
 _METHODS = {"strategy": "search", "scorer": "score", "compressor": "compress"}
-# What a compressor gets from where it is used.
+# Arguments that the user of a compressor passes, not its spec.
 _GIVEN = ("model", "tokenizer")
 _LEARNED = "rlhf_lightning.models.ContextCompressor"
 
@@ -199,7 +199,7 @@ def build_compressor(spec: Any, model: Any, tokenizer: Any, source: str | None =
         spec: as in ``compressor_spec``.
         model: continues after compressed contexts.
         tokenizer: of the model.
-        source: its folder or hub id, by which a compressor that it was trained behind is known.
+        source: its folder or hub id, by which a compressor that it was trained with is known.
 
     Raises:
         ValueError: there is no such compressor, a value is not allowed, or it was trained with another model.

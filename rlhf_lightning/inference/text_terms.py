@@ -192,7 +192,7 @@ class WeightedScorer:
         terms: scorers with their finite weights, at least one.
 
     Raises:
-        ValueError: there is none, or a weight is not finite.
+        ValueError: no term is given, or a weight is not finite.
     """
 
     def __init__(self, terms: Sequence[tuple[Scorer, float]]) -> None:

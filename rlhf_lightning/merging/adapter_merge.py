@@ -1,6 +1,6 @@
 """Merges LoRA adapters into one adapter, without their base model: methods ``cat`` and ``svd``.
 
-What an adapter trained in full (biases, and modules_to_save) is merged as what it adds to the base:
+Tensors that an adapter trained in full (biases, and modules_to_save) are merged as differences from the base:
 theta_0 + sum_i w_i (theta_i - theta_0), for which the base is read only if the weights do not sum to 1.
 """
 

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,7 @@ class StageCLI(PostTrainingCLI):
         )
         self.written = written
         if self.trainer.world_size > 1:
-            raise ValueError(
-                f"trainer.devices make {self.trainer.world_size} processes, and a pipeline runs in one: set devices: "
-                "1, or run this stage by `rlhf-lightning fit`"
-            )
+            raise ValueError(_one_process(self.trainer.world_size))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the log of metrics to the loggers that are configured."""
@@ -119,6 +116,20 @@ class StageCLI(PostTrainingCLI):
         return merged
 
 
+def _one_process(count: int) -> str:
+    return (
+        f"trainer.devices make {count} processes, and a pipeline runs in one: set devices: 1, or run this stage by "
+        "`rlhf-lightning fit`"
+    )
+
+
+def _processes(trainer: Mapping[str, Any]) -> int:
+    """Number of processes that options of a trainer ask for, 1 where the machine decides."""
+    devices = trainer.get("devices")
+    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    return max(1, count) * int(trainer.get("num_nodes") or 1)
+
+
 class PlannedStageCLI(StageCLI):
     """Builds a fit stage to plan it, on a machine that may lack its device.
 
@@ -130,13 +141,18 @@ class PlannedStageCLI(StageCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Makes a trainer for a CPU where there is no such device."""
-        accelerator = self.config_init["trainer"].get("accelerator")
+        trainer = self.config_init["trainer"]
+        accelerator, reasons = trainer.get("accelerator"), []
         if accelerator not in (None, "auto", "cpu"):
             try:
                 lightning.Trainer(accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False)
             except (MisconfigurationException, ImportError, RuntimeError) as error:
-                self.elsewhere = f"accelerator {accelerator!r} is not here ({one_line(error)})"
-                kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
+                reasons.append(f"accelerator {accelerator!r} is not here ({one_line(error)})")
+            if (count := _processes(trainer)) > 1:
+                reasons.append(_one_process(count))
+        if reasons:
+            self.elsewhere = "; ".join(reasons)
+            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
         return super().instantiate_trainer(**kwargs)
 
 

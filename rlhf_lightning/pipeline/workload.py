@@ -80,7 +80,8 @@ def samples_of(stage: Any, sources: Sources) -> list[Samples]:
 def _(stage: SampleStage, sources: Sources) -> list[Samples]:
     # A hint is for prompts that no sample solved: at most all.
     drawn = _drawn(stage, sources, stage.num_samples * (2 if stage.hint else 1))
-    return [replace(drawn, at_most=stage.hint is not None)] if stage.server is None else []
+    at_most = stage.hint is not None or stage.max_rows is not None
+    return [replace(drawn, at_most=at_most)] if stage.server is None else []
 
 
 @samples_of.register
@@ -101,7 +102,7 @@ def _(stage: ChallengeStage, sources: Sources) -> list[Samples]:
 @samples_of.register
 def _(stage: SelfPlayStage, sources: Sources) -> list[Samples]:
     # Every player answers the trial's prompts, and two players each of the others.
-    own = _drawn(stage, sources, stage.num_samples)
+    own = replace(_drawn(stage, sources, stage.num_samples), at_most=stage.max_rows is not None)
     places = {policy_name(place): place for place in stage.opponents}.values()
     if own.prompts is None:
         return [own, *(replace(own, model=place) for place in places)]
@@ -115,7 +116,7 @@ def _(stage: SelfPlayStage, sources: Sources) -> list[Samples]:
 def _(stage: GenerateStage, sources: Sources) -> list[Samples]:
     if stage.server is not None:
         return []
-    rows = 1 if stage.prompt is not None else _limited(sources, stage.prompts, stage.limit)
+    rows = 1 if stage.prompt is not None else limited(sources, stage.prompts, stage.limit)
     source = {"prompt": stage.prompt} if stage.prompt is not None else stage.prompts
     return [
         Samples(
@@ -133,7 +134,7 @@ def _(stage: GenerateStage, sources: Sources) -> list[Samples]:
 
 @samples_of.register
 def _(stage: CompressStage, sources: Sources) -> list[Samples]:
-    rows, dtype = _limited(sources, stage.input, stage.limit), None if stage.dtype == "auto" else stage.dtype
+    rows, dtype = limited(sources, stage.input, stage.limit), None if stage.dtype == "auto" else stage.dtype
     tokens = stage.sampling.max_new_tokens
     return [Samples(stage.model, stage.input, rows, 1, tokens, "answers", columns=stage.columns, dtype=dtype)]
 
@@ -142,7 +143,7 @@ def _(stage: CompressStage, sources: Sources) -> list[Samples]:
 def _(stage: LabelStage, sources: Sources) -> list[Samples]:
     if stage.url is not None:
         return []
-    rows, tokens = _limited(sources, stage.prompts, stage.limit), stage.sampling.max_new_tokens
+    rows, tokens = limited(sources, stage.prompts, stage.limit), stage.sampling.max_new_tokens
     # The number of steps, and so of tokens, is not known before solutions are there.
     what = f"solutions and {stage.num_completions} completions of each of their steps"
     return [
@@ -164,7 +165,7 @@ def _(stage: GateStage, sources: Sources) -> list[Samples]:
 def _(stage: RoundsStage, sources: Sources) -> list[Samples]:
     # The start, and a model of each round.
     each = [] if stage.suite is None else suite_samples(stage.suite, sources, stage.model)
-    return each * (1 + stage.rounds)
+    return [replace(one, at_most=True) for one in each] * (1 + stage.rounds)
 
 
 def suite_samples(suite: Any, sources: Sources, model: Any) -> list[Samples]:
@@ -172,14 +173,14 @@ def suite_samples(suite: Any, sources: Sources, model: Any) -> list[Samples]:
     found = []
     for task in Suite.read(suite).tasks:
         if isinstance(task, Task):
-            rows, search = _limited(sources, task.prompts, task.limit), task.strategy is not None
+            rows, search = limited(sources, task.prompts, task.limit), task.strategy is not None
             tokens = task.params.max_new_tokens
             found.append(
                 Samples(model, task.prompts, rows, task.num_samples, tokens, search=search, columns=task.columns)
             )
         elif isinstance(task, RowTask):
             for source in task.rows.values() if isinstance(task.rows, dict) else [task.rows]:
-                rows = _limited(sources, source, task.limit)
+                rows = limited(sources, source, task.limit)
                 found.append(Samples(model, source, rows, 0, 0, "rows", columns=task.columns))
     return found
 
@@ -191,7 +192,8 @@ def _drawn(stage: Any, sources: Sources, each: int) -> Samples:
     return Samples(stage.model, stage.prompts, rows, each, tokens, search=search, columns=stage.columns)
 
 
-def _limited(sources: Sources, source: Any, limit: int | None) -> int | None:
+def limited(sources: Sources, source: Any, limit: int | None) -> int | None:
+    """Counts the rows that are read of a source, at most ``limit``; ``None`` if unknown."""
     found = sources.count(source)
     return found if found is None or limit is None else min(found, limit)
 
@@ -251,7 +253,7 @@ def load_of(samples: Samples, sources: Sources, origin: Callable[[Any], str | No
     parameters = sum(one.weights for one in decoders)
     weights = float(size * parameters + sum(_blocked(one, samples.tokens, dtype_of_weights) for one in decoders))
 
-    if prompts is None or completions is None or samples.search or not read:
+    if prompts is None or completions is None or samples.search or not any(read):
         return Load(parameters, weights, caches, None, None, mean if read else None)
     tokens = completions * samples.tokens
     return Load(parameters, weights, caches, tokens, 2.0 * parameters * (tokens + prompts * mean), mean)

@@ -314,7 +314,7 @@ class EntropyBonus(OptionGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not abs(self.coef) < float("inf"):
-            raise ValueError(f"entropy.coef is {self.coef!r}; it must be finite (0 is none, 0.001 is usual)")
+            raise ValueError(f"entropy.coef is {self.coef!r}; it must be finite (0 is off, 0.001 is usual)")
 
     def loss(self, entropies_N: Tensor) -> Tensor:
         """Computes the negative bonus of every token, ``(N,)``."""

@@ -211,7 +211,7 @@ class TreeAdvantage(OptionGroup):
         super().__post_init__()
         if not 0 < self.depth_discount <= 1:
             raise ValueError(
-                f"tree.depth_discount is {self.depth_discount!r}; it must be in (0, 1] (1.0 is none, 0.95 is usual)"
+                f"tree.depth_discount is {self.depth_discount!r}; it must be in (0, 1] (1.0 is off, 0.95 is usual)"
             )
         check_not_negative("tree.preference", self.preference, "0 is off")
 

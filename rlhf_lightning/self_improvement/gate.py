@@ -35,8 +35,8 @@ class CapabilityCriteria(OptionGroup):
             to this are accepted even where they are certain.
         level: of the test, in (0, 0.5).
         max_task_drop: largest fall of the mean score of any single task, at least 0; unlimited if omitted.
-        min_accuracy: least accuracy of each task, in [0, 1]; 0 is off. What is below is rejected, however much better
-            than the accepted model.
+        min_accuracy: least accuracy of each task, in [0, 1]; 0 is off. A candidate below is rejected, also where it
+            is better than the accepted model.
         max_memory_gb: largest size of the weights in memory, above 0, in units of 10^9 bytes: of all parameters and
             buffers in the type that they are loaded in, tied ones once. Unlimited if omitted.
         cache_tokens: number of tokens whose keys and values count as memory as well, at least 1: of all requests that

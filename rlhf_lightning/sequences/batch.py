@@ -261,7 +261,7 @@ class _Draft:
 
 
 def _distinct(source: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
-    """Finds tokens that several sequences score after the same prefix; empty where there are none."""
+    """Finds tokens that several sequences score after the same prefix; empty if every token is scored once."""
     if not len(target):
         return {}
     pairs = source * (int(target.max()) + 1) + target

@@ -15,6 +15,8 @@ from rlhf_lightning.pipeline.dry_run import plan_pipeline
 from rlhf_lightning.utils.files import content_hash
 from rlhf_lightning.utils.messages import UsageError
 
+from ..planning.test_presets import MODELS, folder, planned
+
 NANO = "configs/models/nano"
 
 
@@ -136,18 +138,22 @@ def test_a_stage_for_a_device_that_is_not_here(written, tmp_path):
         plans(written, tmp_path)
 
 
-@pytest.mark.parametrize("preset", ["laptop_1_7b", "qlora_7b"])
+@pytest.mark.parametrize("preset", MODELS)
 def test_presets(written, tmp_path, preset):
-    # A model of the preset's type, which is here.
+    # The config of the preset's model alone: no weights, no tokenizer.
     sft = written["stages"]["sft"]
     sft["config"] = ["configs/sft/default.yaml", f"configs/presets/{preset}.yaml"]
-    sft["model"] = {"init_args": {"model": NANO, "init": "random"}}
+    sft["model"] = {"init_args": {"model": folder(preset, tmp_path)}}
     sft["trainer"] = {"max_steps": 1, "logger": False, "callbacks": []}
     sft["data"] = {"init_args": {"train": "sums:demonstrations?rows=40"}}
     written["stages"] = {"sft": sft}
     found = plans(written, tmp_path)["sft"]
     assert "40 rows" in found.facts
-    assert found.memory is not None
-    assert found.memory > 0
-    # Only a graphics card is missing here.
+    assert f"{MODELS[preset][1]:,} parameters" in found.facts
+    assert found.memory == planned(preset, tmp_path).total
+    assert "time not known" in found.facts
+    # Only a graphics card is missing here, and processes that a stage does not have.
     assert all("accelerator 'gpu'" in fact for fact in found.facts if "is not here" in fact)
+    sharded = preset == "fsdp2_70b"
+    assert any("trainer.devices make 8 processes" in fact for fact in found.facts) == sharded
+    assert any(fact.endswith("GiB on one device, unsharded") for fact in found.facts) == sharded

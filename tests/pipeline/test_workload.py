@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.inference import LocalEngine, SamplingParams, cpu_linear
 from rlhf_lightning.pipeline import load_pipeline
-from rlhf_lightning.pipeline.dry_run import StagePlan, plan_lines, plan_pipeline
+from rlhf_lightning.pipeline.config import Evaluation
+from rlhf_lightning.pipeline.dry_run import plan_lines, plan_pipeline
 from rlhf_lightning.pipeline.rows_ahead import RowsAhead, Sources, rows_ahead
+from rlhf_lightning.pipeline.stage_sizes import StagePlan, in_seconds
 from rlhf_lightning.pipeline.stages import SampleStage
 from rlhf_lightning.pipeline.workload import load_of, samples_of
 
@@ -68,7 +71,7 @@ def sizes() -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def one_operation_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_lightning.pipeline.dry_run._Sizes.seconds", lambda self, operations: operations)
+    monkeypatch.setattr("rlhf_lightning.pipeline.stage_sizes.Sizes.seconds", lambda self, operations: operations)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
@@ -150,12 +153,12 @@ def test_other_kinds(tmp_path, model, prompts):
     assert found["steps"].seconds is None
     assert found["new"].facts[0] == "10 requests, up to 30 samples"
     assert "up to 190 tokens" in found["new"].facts
-    assert found["soup"].facts == [f"2 models, {weights:,} parameters each"]
-    assert found["file"].facts == [f"{weights:,} parameters"]
+    assert found["soup"].facts == [f"2 models, {weights:,} parameters each", "memory and time not known"]
+    assert found["file"].facts == [f"{weights:,} parameters", "memory and time not known"]
 
 
 def test_the_last_line_sums_up_what_runs(tmp_path, model, prompts, monkeypatch):
-    monkeypatch.setattr("rlhf_lightning.pipeline.dry_run._Sizes.seconds", lambda self, operations: 20.0)
+    monkeypatch.setattr("rlhf_lightning.pipeline.stage_sizes.Sizes.seconds", lambda self, operations: 20.0)
     stage = {"kind": "sample", "model": model, "prompts": prompts, "sampling": {"max_new_tokens": 5}}
     stages = {"own": stage, "again": stage, "searched": stage | {"strategy": SEARCH}}
     lines = plan_lines(pipeline_of(tmp_path, stages))
@@ -214,6 +217,48 @@ def test_a_fit_on_rows_of_an_earlier_stage(tmp_path, model, prompts):
     assert found.seconds == pytest.approx(6 * weights * 3 * (sum(lengths) + 4 * 2 * 5))
 
 
+def test_the_test_of_an_exported_model_is_counted(tmp_path, model, prompts):
+    soup = {"kind": "merge", "method": "linear", "models": [model, model]}
+    sft = {
+        "kind": "fit",
+        "config": ["configs/sft/default.yaml", "configs/trainer/cpu.yaml"],
+        "model": {"init_args": {"model": model}},
+        "data": {"init_args": {"train": "sums:demonstrations?rows=8", "global_batch_size": 4}},
+        "trainer": {"max_epochs": 1, "logger": False, "callbacks": []},
+    }
+    pipeline = pipeline_of(tmp_path, {"sft": sft, "other": sft | {"evaluate": False}, "soup": soup})
+    tested = replace(pipeline, evaluation=Evaluation(prompts=prompts, max_new_tokens=TOKENS, limit=3))
+    found = {one.name: one for one in plan_pipeline(tested)}
+    weights, _ = sizes()
+    lengths = [len(AutoTokenizer.from_pretrained(NANO)(text)["input_ids"]) for text in PROMPTS]
+    # Three of four prompts, whose mean length is that of the first rows.
+    answers = 2 * weights * 3 * (sum(lengths) / 4 + TOKENS)
+    assert found["sft"].seconds - found["other"].seconds == pytest.approx(answers)
+    said = f"then a test of 3 prompts, up to {3 * TOKENS} tokens"
+    assert [said in one.facts for one in found.values()] == [True, False, True]
+    # A merge reads and writes files: its time is not known.
+    assert found["soup"].seconds is None
+    last = plan_lines(tested)[-1]
+    assert ", without soup; " in last
+    assert last.endswith(" GiB in sft, without soup")
+
+
+def test_samples_on_a_server_and_rows_that_are_enough(tmp_path, model, prompts):
+    stage = {"kind": "sample", "model": model, "prompts": prompts, "num_samples": 3}
+    found = planned(
+        tmp_path, {"served": stage | {"server": {"url": "http://localhost:1"}}, "few": stage | {"max_rows": 2}}
+    )
+    assert found["served"].facts == ["memory and time not known"]
+    assert found["few"].facts[0] == "4 prompts, up to 12 samples"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.034, "0.03 s"), (0.97, "1.0 s"), (9.6, "9.6 s"), (9.97, "10 s"), (1234.0, "1,234 s")]
+)
+def test_seconds_are_readable(seconds, text):
+    assert in_seconds(seconds) == text
+
+
 def test_models_of_a_pattern_have_the_size_of_one_of_them(tmp_path, model, prompts):
     body = {"dpo": {"kind": "merge", "method": "linear", "models": ["${round.model}"]}}
     run = tmp_path / "run"
@@ -221,7 +266,7 @@ def test_models_of_a_pattern_have_the_size_of_one_of_them(tmp_path, model, promp
         "loop": {"kind": "rounds", "model": model, "rounds": 2, "body": body},
         "file": {"kind": "export", "model": f"{run}/loop/rounds/*/dpo/model"},
     }
-    assert planned(tmp_path, stages)["file"].facts == [f"{sizes()[0]:,} parameters"]
+    assert planned(tmp_path, stages)["file"].facts[0] == f"{sizes()[0]:,} parameters"
 
 
 def test_the_pipeline_of_a_night(tmp_path, monkeypatch, capsys):
