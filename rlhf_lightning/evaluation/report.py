@@ -101,6 +101,7 @@ class Report:
         if paired is not None:
             of = paired.comparison
             difference, p_value = f"{of.difference:+.1%} ({of.low:+.1%} to {of.high:+.1%})", f"{of.p_value:.3g}"
+            difference += "" if paired.differing else ": no prompt differs"
         interval = f"{metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}"
         score = f"{metrics['score']:.1%}" if "score" in metrics else ""
         return [f"{metrics['accuracy']:.1%}", interval, score, *at_k, difference, p_value]

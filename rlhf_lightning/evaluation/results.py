@@ -105,6 +105,7 @@ class PairedResult:
         prompts: number of prompts.
         comparison: the model's mean score less the baseline's.
         mcnemar: p-value of McNemar's exact test, where every prompt is right or wrong; else ``None``.
+        differing: number of prompts on which the scores differ.
     """
 
     task: str
@@ -113,6 +114,7 @@ class PairedResult:
     prompts: int
     comparison: Comparison
     mcnemar: float | None
+    differing: int
 
 
 def compare(result: TaskResult, baseline: TaskResult, *, seed: int = 0) -> PairedResult:
@@ -155,7 +157,8 @@ def compare_scores(
     binary = all(value in (0.0, 1.0) for value in ours + theirs)
     test = mcnemar([value == 1 for value in ours], [value == 1 for value in theirs]) if binary else None
     compared = paired_bootstrap(ours, theirs, seed=seed)
-    return PairedResult(task, model, baseline, len(rows), compared, test)
+    differing = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return PairedResult(task, model, baseline, len(rows), compared, test, differing)
 
 
 def compare_all(results: Sequence[TaskResult], *, seed: int = 0) -> list[PairedResult]:

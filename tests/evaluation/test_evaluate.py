@@ -28,6 +28,7 @@ from rlhf_lightning.evaluation import (
 from rlhf_lightning.evaluation.candidates import short_names
 from rlhf_lightning.evaluation.report import Report
 from rlhf_lightning.metrics.intervals import share_interval
+from rlhf_lightning.self_improvement import decide
 from rlhf_lightning.utils.files import mark
 from rlhf_lightning.utils.messages import UsageError
 
@@ -289,6 +290,20 @@ def test_an_interruption_loses_no_answered_chunk(
         for name in ("out", "other")
     ]
     assert histories[0] == histories[1]
+
+
+def test_identical_verdicts_say_that_no_prompt_differs(tmp_path: Path) -> None:
+    suite = Suite(name="s", tasks=(Task(name="sums", prompts=write_rows(tmp_path)),))
+    same = evaluate({"a": engine(*RIGHT), "b": engine(*RIGHT)}, suite)
+    assert "%): no prompt differs |" in same.table()
+    assert "no prompt differs" in same.page()
+    assert same.as_dict()["comparisons"][0]["differing"] == 0
+    other = evaluate({"a": engine(*RIGHT), "b": engine(*WRONG)}, suite)
+    assert "no prompt differs" not in other.table() + other.page()
+    assert other.as_dict()["comparisons"][0]["differing"] == 4
+    said = "; no prompt differs"
+    assert decide(same.results[:1], same.results[1:]).reason.endswith(said)
+    assert said not in decide(other.results[:1], other.results[1:]).reason
 
 
 def test_answers_without_any_verdict_are_not_kept(tmp_path: Path) -> None:
