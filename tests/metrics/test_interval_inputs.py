@@ -1,4 +1,4 @@
-"""What paired tests and estimates at k take and refuse: tensors, numpy's numbers, and values that are none."""
+"""Paired tests and estimates at k: tensors and numbers of numpy are taken, values that cannot be are refused."""
 
 from __future__ import annotations
 
