@@ -206,6 +206,7 @@ def decide(
     ok = reason is None
     if reason is None:
         ok, reason = _verdict(compared, p_value, criteria)
+        reason += "" if any(before != after for before, after in scores) else "; no prompt differs"
     if ok and criteria.accept == "not_worse" and start is not None and start is not accepted:
         from_start = [_paired_scores(*pair) for pair in _paired_tasks(start, candidate, "model at the start")]
         ok, found_since = _verdict(*_test(from_start, criteria, seed), criteria, "model at the start")
