@@ -179,15 +179,16 @@ def code_lines(path: Path) -> int:
 
 
 def depth(files: dict[str, Path]) -> tuple[int, str]:
-    """The longest chain of the package's own classes, and the class at its end."""
-    bases: dict[str, list[str]] = {}
+    """The longest chain of the package's own classes, and the class at its end; of equal names the deepest."""
+    bases: dict[str, set[str]] = {}
     for path in files.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
-                bases[node.name] = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                bases.setdefault(node.name, set()).update(base.id for base in node.bases if isinstance(base, ast.Name))
 
-    def below(name: str) -> int:
-        return 1 + max((below(base) for base in bases[name] if base in bases), default=0)
+    def below(name: str, seen: frozenset[str] = frozenset()) -> int:
+        seen |= {name}
+        return 1 + max((below(base, seen) for base in bases[name] if base in bases and base not in seen), default=0)
 
     return max((below(name), name) for name in bases)
 

@@ -129,6 +129,13 @@ def test_inheritance_is_shallow():
     assert depth <= 3, f"{deepest} is {depth} classes deep: share code by functions"
 
 
+def test_classes_of_one_name_hide_no_chain(tmp_path):
+    """A is three deep by one file; that another A has no base changes nothing, and a class on its namesake ends."""
+    (tmp_path / "a.py").write_text("class C: ...\nclass B(C): ...\nclass A(B): ...\n")
+    (tmp_path / "b.py").write_text("class A: ...\nclass C(C): ...\n")
+    assert house.depth({name: tmp_path / f"{name}.py" for name in "ab"}) == (3, "A")
+
+
 def test_contributing_lists_the_floors():
     text = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text())
     assert "ground first: " + ", ".join(f"`{floor}`" for floor in house.FLOORS) in text

@@ -150,12 +150,20 @@ class PreferenceTask(RowTask):
         rows = list(self._rows())
         found = []
         for first in progress(range(0, len(rows), _ROWS_AT_ONCE), f"evaluating {model} on {self.name}"):
+            # All completions of the chunk in one call, each with its prompt.
             chunk = rows[first : first + _ROWS_AT_ONCE]
-            pairs = [(prompt, text) for _, _, prompt, texts in chunk for text in texts]
-            given = list(scorer([prompt for prompt, _ in pairs], [text for _, text in pairs]))
+            prompts: list[Text] = []
+            completions: list[str] = []
+            for _, _, prompt, texts in chunk:
+                prompts += [prompt] * len(texts)
+                completions += texts
+            given = list(scorer(prompts, completions))
+
             # Completions too long for a model have no reward.
             given = [None if isinstance(value, Exception) else value for value in given]
-            rewards = iter(check_verdicts(given, len(pairs)))
+            rewards = iter(check_verdicts(given, len(completions)))
+
+            # The rewards come in the order of the call, so each row takes its next ones.
             for row_id, section, prompt, texts in chunk:
                 samples = tuple(SampleResult(text, next(rewards), 0, True) for text in texts)
                 found.append(PromptResult(row_id, prompt, samples, section))
@@ -181,13 +189,17 @@ class PreferenceTask(RowTask):
 
     def metrics(self, prompts: Sequence[PromptResult]) -> dict[str, float]:
         """Computes margins, calibration, and the scores of sections."""
+        # Rows without all rewards have no margin, and count in no metric.
         margins = [margin for prompt in prompts if (margin := _margin(prompt)) is not None]
         pairs, calibration = PreferenceAccuracy(), CalibrationError()
         pairs.update(margins, [0.0] * len(margins))
+
+        # Calibration takes the preferred one's probability, sigmoid(|margin|); a tie prefers neither.
         sure = [margin for margin in margins if margin != 0]
         if sure:
             given = torch.tensor(sure, dtype=torch.float64)
             calibration.update(given.abs().sigmoid(), given > 0)
+
         of_pairs = {name: float(value) for name, value in pairs.compute().items() if name.startswith("margin")}
         judged = [(prompt.section, self.share(prompt)) for prompt in prompts]
         shares = [(section, share) for section, share in judged if section is not None and share is not None]
@@ -317,6 +329,7 @@ class FirstErrorTask(RowTask):
 
 def _completions(row: Mapping[str, Any]) -> tuple[Text, list[str]]:
     """Reads the prompt, the chosen completion and the rejected ones of a row."""
+    # A list of texts: one chosen against several rejected, as in RewardBench 2. Messages are a list too, of mappings.
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(rejected, list) and rejected and all(isinstance(text, str) for text in rejected):
         chosen = [chosen] if isinstance(chosen, str) else chosen
@@ -326,6 +339,8 @@ def _completions(row: Mapping[str, Any]) -> tuple[Text, list[str]]:
         if not isinstance(prompt, str | list) or not prompt:
             raise ValueError(f"prompt is {prompt!r:.60}; write a text or messages")
         return prompt, [chosen[0], *rejected]
+
+    # Else one pair, in any of the forms that preference rows have in training.
     read = preference(row)
     if len(read.completions) != 2:
         raise ValueError("there is one rated completion; write chosen and rejected")
@@ -353,4 +368,5 @@ def _step_scores(scorer: Any, prompts: Sequence[Text], solutions: Sequence[list[
     except ValueError:
         if len(prompts) == 1:
             return [None]
+        # One solution spoils its batch: score each alone, so that only that one has no scores.
         return [_step_scores(scorer, [p], [s])[0] for p, s in zip(prompts, solutions, strict=True)]

@@ -61,6 +61,8 @@ class ModelCard:
         facts = _recorded(source)
         bases, method = facts["bases"], self.method or facts["method"]
         title = self.title or source.name
+
+        # The hub reads this block. It links bases and datasets by id, so folders and files of this machine stay out.
         header: dict[str, Any] = {
             "license": self.license,
             "language": list(self.language),
@@ -77,6 +79,8 @@ class ModelCard:
         header = {name: value for name, value in header.items() if value not in (None, [])}
         parts = [f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---", f"# {title}"]
         parts += [self.description] if self.description else []
+
+        # For readers: everything that the card or the folder says, and no empty section.
         made = [("Method", method), ("Licence", self.license), ("Made from", ", ".join(map(_name, bases)))]
         made += [("Data", ", ".join(self.data))]
         parts.append(_table(("", ""), [(name, value) for name, value in made if value]))
@@ -100,12 +104,16 @@ def _recorded(source: Path) -> dict[str, Any]:
     """Collects what the package has written next to or into a model's folder."""
     found: dict[str, Any] = {"bases": [], "method": None, "parameters": {}, "metrics": {}, "files": {}}
     found |= {"adapter": is_adapter(source), "merged": (source / NAME).is_file()}
+
+    # Of an adapter: peft's own config.
     if found["adapter"]:
         config = read_json(source / CONFIG)
         base = config.get("base_model_name_or_path")
         found["bases"] = [str(base)] if base else []
         named = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
         found["parameters"] = {name: config[name] for name in named if config.get(name)}
+
+    # Of a merge: its manifest, which names the inputs with the hashes of their files.
     if found["merged"]:
         manifest = read_json(source / NAME)
         options = manifest["options"]
@@ -118,6 +126,8 @@ def _recorded(source: Path) -> dict[str, Any]:
             for entry in manifest["inputs"]
             for file, digest in entry["files"].items()
         }
+
+    # Of a run: the record next to the folder, with the metric by which the checkpoint was chosen.
     record = source.with_name(f"{source.name}.json")
     if record.is_file():
         content = json.loads(record.read_text(encoding="utf-8"))

@@ -85,6 +85,11 @@ class CalledReward:
         self.required = (*needed, *getattr(function, "required_columns", ()))
 
     def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Checks that rows have the columns that the reward needs.
+
+        Raises:
+            ValueError: one is missing.
+        """
         missing = [name for name in self.required if name not in columns]
         if missing:
             have = ", ".join(sorted(columns)) or "none"

@@ -49,17 +49,22 @@ def rollout_metrics(
     num_groups = int(group_index_S.max()) + 1 if len(group_index_S) else 0
     groups = group_advantages(scores_S, group_index_S=group_index_S, num_groups=num_groups)
     values = {"reward": scores_S.nanmean()}
+
+    # With one completion per prompt there is no spread within groups.
     if num_groups < len(scores_S):
         values |= {
             "reward_std": groups.std_G.mean(),
             "frac_reward_zero_std": (~groups.has_signal_G).double().mean(),
         }
+
+    # Each function alone, unweighted. One value has no standard deviation with Bessel's correction: 0 without it.
     for name, column_S in zip(names, rewards_SK.unbind(dim=1), strict=True):
         scored = column_S[~column_S.isnan()]
         values[f"rewards/{name}/scored"] = torch.tensor(len(scored) / max(len(column_S), 1))
         if len(scored):
             values[f"rewards/{name}/mean"] = scored.mean()
             values[f"rewards/{name}/std"] = scored.std(correction=min(1, len(scored) - 1))
+
     for kind, lengths in (("", lengths_S), ("terminated_", lengths_S[ended_S.bool()])):
         if len(lengths):
             values |= {
@@ -68,6 +73,8 @@ def rollout_metrics(
                 f"completions/max_{kind}length": lengths.amax(),
             }
     values["completions/clipped_ratio"] = 1 - ended_S.mean()
+
+    # NaN: means over no completion at all.
     return {name: value for name, value in values.items() if not value.isnan()}
 
 
