@@ -69,6 +69,7 @@ def packages_are_listed_once() -> Iterator[None]:
         yield
 
 
+# Of launchers.
 RANKS = (
     "RANK",
     "LOCAL_RANK",
