@@ -75,7 +75,7 @@ def most_allocated(events: Sequence[dict[str, Any]]) -> int:
     """The most bytes at once, from the allocations of a trace."""
     held = most = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        # What was allocated before the trace may be freed in it.
+        # Memory allocated before the trace may be freed in it.
         held = max(0, held + int(event["args"]["Bytes"]))
         most = max(most, held)
     return most

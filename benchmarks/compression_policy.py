@@ -1,4 +1,4 @@
-"""Trains policies by GRPO behind frozen compressors on the task of recall.
+"""Trains policies by GRPO with frozen compressors on the task of recall.
 
     python benchmarks/compression_quality.py --keep runs/compression      # makes the models
     python benchmarks/compression_policy.py --models runs/compression     # seeds 0, 1, 2

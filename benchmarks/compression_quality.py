@@ -1,4 +1,4 @@
-"""Accuracy behind compressed contexts on the embedded task of recall: learned compressors against others.
+"""Accuracy after compressed contexts on the embedded task of recall: learned compressors against others.
 
     python benchmarks/compression_quality.py                            # seeds 0, 1, 2: the tables
     python benchmarks/compression_quality.py --results quality.jsonl    # continues where it was stopped
@@ -7,7 +7,7 @@
 A small decoder learns the task from scratch with the whole context in view: first many facts in little noise, then the
 task that is measured. One that has not learned it is trained again from other weights. Then a compressor is trained for
 each ratio, together with a copy of the decoder. No context is seen twice. All compressors are asked for every fact of
-the same contexts of the test split; those that learn nothing keep a part of the context for the decoder as it is. One
+the same contexts of the test split; unlearned ones keep a part of the context for the decoder as it is. One
 of them reads the question before it chooses, and has to choose again for the next. The exit status says whether the
 requirements hold with every seed.
 """
@@ -67,7 +67,7 @@ def make_start(folder: Path, seed: int) -> None:
 
     The first layer looks back a few tokens, at first evenly, so that a value knows the key before it. In the others,
     queries and keys begin as the same projection (as Trockman & Kolter, 2023, arXiv:2305.09828, propose), so that
-    tokens attend to what is like them: a question to the value after the key that it asks for. What is attended to is
+    tokens attend to what is like them: a question to the value after the key that it asks for. Attended tokens are
     copied: the product of output and value projections begins as a multiple of the identity.
     """
     config = SmolLM3Config(

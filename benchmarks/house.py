@@ -72,10 +72,10 @@ def methods() -> dict[str, str]:
 def imports(files: dict[str, Path], *, deferred: bool = True) -> Graph:
     """The modules of the package that each module imports.
 
-    With ``deferred`` also inside of functions and for type checkers; otherwise only those that it cannot be loaded
-    without.
+    With ``deferred`` also inside of functions and for type checkers; otherwise only the imports that run when it is
+    loaded.
 
-    What a package offers is looked up in its ``__init__``: ``from ..inference import Budget`` imports
+    Names of a package are looked up in its ``__init__``: ``from ..inference import Budget`` imports
     ``inference.budget``.
     """
     named = {name: list(_named_imports(name, path, deferred)) for name, path in files.items()}
@@ -93,7 +93,7 @@ def imports(files: dict[str, Path], *, deferred: bool = True) -> Graph:
 
 
 def _statements_run(node: ast.AST, deferred: bool) -> Iterator[ast.AST]:
-    """All nodes of a tree, or those that run when the module is loaded: not in functions, nor for type checkers."""
+    """All nodes of a tree, or the ones that run when the module is loaded: not in functions, nor for type checkers."""
     yield node
     for child in ast.iter_child_nodes(node):
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)

@@ -6,8 +6,8 @@
 For each seed a model of 0.6M weights learns sums of three to nine numbers from scratch. From it come two policies:
 
 * one mostly guesses the answer, and writes steps, with a slip now and then, in a third of its solutions. It solves five
-  numbers up to 12, and up to 20: larger than those that it has learned to guess;
-* one writes steps, of which each is wrong with a probability of a quarter. It has learned that on three to six numbers
+  numbers up to 12, and up to 20: larger than the sums that it has learned to guess;
+* one writes steps, each wrong with a probability of a quarter. It has learned that on three to six numbers
   and solves eight.
 
 and the scorers: a process reward model (PRM), which learns to tell wrong sums from short solutions and then from
@@ -15,8 +15,8 @@ solutions of both policies, whose steps are labelled; a reward model (RM), which
 pairs of these solutions; and for each policy PPO's critic, which learns values of the policy's own solutions while the
 policy stays as it is.
 
-Tokens are those that the policy sampled plus those that a scorer read, per problem. The verifier knows the right
-answer, so it is a bound and no method; it judges whole solutions, and the critic those that are not finished.
+Tokens are sampled by the policy or read by a scorer, per problem. The verifier knows the right
+answer, so it is a bound and no method; it judges whole solutions, and the critic unfinished ones.
 
 Majority, best-of-n and weighted best-of-n for all n are estimates from one set of samples of each problem: exact for
 best-of-n, over random subsets for the others. ``table.md`` and ``search.svg`` are written next to the runs.
@@ -138,7 +138,7 @@ class Bench:
         for name in SCORERS:
             scores = self.scorers[name].score(whole)
             values = [scores.values[n : n + SAMPLES] for n in range(0, len(whole), SAMPLES)]
-            # What scoring the first n reads; a prompt is read with the first.
+            # Tokens read to score the first n; a prompt is read with the first.
             read = [statistics.mean(scores.tokens[n::SAMPLES]) for n in range(SAMPLES)]
             curves = [expected_best(of, hits) for of, hits in zip(values, right, strict=True)]
             for n in range(1, SAMPLES + 1):

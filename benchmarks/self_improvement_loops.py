@@ -25,7 +25,7 @@ PROMPTS = f"sums:prompts?rows={PROBLEMS}&seed=${{variables.problems}}${{round.nu
 CAREFUL = f"sums:demonstrations?careless=0&rows={PROBLEMS}&seed=${{variables.problems}}${{round.number}}"
 Stages = dict[str, Any]
 
-# What the taught start has learned to be asked, apart from sums.
+# Prompts that the taught start has learned, apart from sums.
 QUESTION = "{prompt} {completion} {statement}"
 STATEMENT = "Right?"
 CRITIQUE = "{prompt}\n{answer}\nWrong:"
@@ -102,7 +102,7 @@ def revised(**options: Any) -> Stages:
 
 
 def challenged() -> Stages:
-    """The model writes problems; of those that it solves sometimes, the answer that most samples give is right."""
+    """The model writes problems; where it solves one sometimes, the answer that most samples give is right."""
     problems = {
         "kind": "challenge",
         "model": "${round.model}",
@@ -165,11 +165,11 @@ FROM_TAUGHT = {
     "dpo_taught": rounds("iterative DPO", sampled("pairs"), start="taught"),
     "judged": rounds("self-rewarding", sampled("pairs", verifier=ITSELF), start="taught"),
     "refine": rounds("critique and revision", revised(), start="taught"),
-    "refine_judged": rounds("the same, judged by itself", revised(verifier=ITSELF, good_enough=None), start="taught"),
+    "refine_judged": rounds("the same, as its own judge", revised(verifier=ITSELF, good_enough=None), start="taught"),
     "challenge": rounds("problems of its own", challenged(), start="taught"),
 }
 SHORT = sampled("pairs", verifier="self_improvement.shortness")
-# What such loops learn is no matter of the requirements: the gate must keep them from falling, and one falls without.
+# No requirement says how much such loops learn: the gate must keep them from falling, and one falls without.
 UNFIT = {
     "untaught": rounds("its own judge, untaught", sampled("pairs", verifier=ITSELF)),
     "poisoned_gated": rounds("poisoned, with the gate", SHORT),
@@ -186,7 +186,7 @@ LOOPS = {name: loop for loops in PANELS.values() for name, loop in loops.items()
 
 
 def starting(run_dir: Path) -> Any:
-    """The models that loops start from, and those that rank samples; all but the taught start as of one night."""
+    """The models that loops start from, and the ones that rank samples; all but the taught start as of one night."""
     stages = {name: OmegaConf.load(OVERNIGHT).stages[name] for name in ("sft", "reward", "steps", "process")}
     stages["taught"] = OmegaConf.create(OmegaConf.to_container(stages["sft"]))
     stages["taught"].data.init_args.train = str(write_lessons(run_dir.parent))
@@ -214,7 +214,7 @@ def looping(seed: int, run_dir: Path, start: Path, names: Sequence[str] = tuple(
     return OmegaConf.create(written)
 
 
-# What the taught start learns besides sums: to judge answers, to say what is wrong with them, to revise them, and to
+# Lessons of the taught start besides sums: to judge answers, to say what is wrong with them, to revise them, and to
 # write problems. Its sums are the same as those of the other start.
 LESSONS = {"demonstrations": 25600, "judgements": 16000, "critiques": 6400, "revisions": 12800, "problems": 3200}
 

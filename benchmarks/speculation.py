@@ -32,7 +32,7 @@ LEAST_AT_ONE_ROW, LEAST_AT_MORE = 1.5, 0.97
 
 
 class Workload(NamedTuple):
-    """What is generated, and by which draft."""
+    """A workload of the generation, and its draft."""
 
     name: str
     kind: str

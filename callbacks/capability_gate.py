@@ -21,9 +21,10 @@ from ..evaluation.checks import check_suite
 from ..evaluation.suite import SuiteSource
 from ..inference import derive_seed
 from ..rl.on_policy_module import OnPolicyModule
-from ..self_improvement.gate import CapabilityCriteria, CriteriaSource, Decision, check_criteria, decide
+from ..self_improvement.gate import CapabilityCriteria, CriteriaSource, Decision, check_criteria, decide, overruled
 from ..self_improvement.measuring import SuiteMeter
 from ..self_improvement.snapshots import Snapshots
+from ..self_improvement.validators import AdversarialValidator
 from ..utils.files import hold, on_first_rank, release
 from ..utils.option_groups import build_group
 from ..utils.validation import check_count
@@ -72,6 +73,8 @@ class CapabilityGate(lightning.Callback):
         keep: number of newest accepted states to keep, at least 1; older ones stay while a run that is resumed from
             a checkpoint of ``TrainingCheckpoint`` needs them.
         seed: of samples and tests.
+        validators: checks of ``self_improvement.AdversarialValidator``, which must pass as well: each a mapping with
+            ``class_path`` and ``init_args``, or an object. On several ranks each runs all of them.
 
     Raises:
         ValueError: an option out of range, or a suite without tasks; in training, a verifier that raises or has no
@@ -93,6 +96,7 @@ class CapabilityGate(lightning.Callback):
         step_factor: float = 0.5,
         keep: int = 2,
         seed: int = 0,
+        validators: list[Any] | None = None,
     ) -> None:
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps, "null judges at the end of every epoch")
@@ -112,6 +116,7 @@ class CapabilityGate(lightning.Callback):
         self.step_factor = step_factor
         self.seed = seed
         self.snapshots = Snapshots(self.folder, keep)
+        self.validator = AdversarialValidator(validators) if validators else None
         self._meter = SuiteMeter(self.suite, seed)
         self._module: PostTrainingModule | None = None
         self._forget()
@@ -148,7 +153,7 @@ class CapabilityGate(lightning.Callback):
                 "them a suite with the tasks of all"
             )
         check_suite(self.suite)
-        # What is tried again differs where a round of other rows begins at every boundary.
+        # A repeated stretch differs from the rejected one where a round of other rows begins at every boundary.
         rounds = self.every_n_steps is None and any(r.every_n_epochs == 1 for r in _rounds(trainer))
         draws = isinstance(pl_module, OnPolicyModule) or pl_module.drops or rounds
         if self.criteria.on_reject == "new_seed" and not draws:
@@ -268,6 +273,9 @@ class CapabilityGate(lightning.Callback):
             num_rejected=self.num_rejected,
             seed=self.seed,
         )
+        if found.verdict == "accept" and (validator := self.validator) is not None:
+            validation = self._meter.ask(module, lambda engine: validator.validate(engine, seed=self.seed))
+            found = overruled(found, validation, self.criteria, num_rejected=self.num_rejected)
         decision: Decision = trainer.strategy.broadcast(found)
         self._judged_step = step
         self._record(trainer, decision, results)
@@ -275,7 +283,7 @@ class CapabilityGate(lightning.Callback):
             self._accept(trainer, results)
             return
 
-        # What the accepted checkpoint holds of this callback is of an earlier time.
+        # The accepted checkpoint holds an earlier state of this callback, so the present one is not restored from it.
         self.num_rejected += 1
         self.snapshots.check(self.accepted)
         self.snapshots.note(self.history)

@@ -123,7 +123,7 @@ class NextPartner:
             self._nodes[node] = _shorter(self._nodes[2 * node], self._nodes[2 * node + 1])
 
     def __call__(self, place: int, room: float) -> int | None:
-        """Finds the next place; ``None`` if there is none.
+        """Finds the next place; ``None`` where no completion fits.
 
         Args:
             place: the place that needs a partner.

@@ -5,6 +5,6 @@ import sys
 from .cli import main
 
 if __name__ == "__main__":
-    # What help pages call the program.
+    # The program's name in help pages.
     sys.argv[0] = "rlhf-lightning"
     main()

@@ -9,7 +9,7 @@ from dataclasses import fields
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from zipfile import is_zipfile
 
 import jsonargparse
@@ -87,6 +87,8 @@ class Parser(LightningArgumentParser):
     Abbreviated options are not accepted.
     """
 
+    _group = ""  # the option group that this parser reads, without its name
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"parser_mode": yaml_parser.MODE, "allow_abbrev": False, **kwargs})
 
@@ -106,9 +108,26 @@ class Parser(LightningArgumentParser):
         """Builds every object of a configuration."""
         return yaml_parser.plain(super().instantiate_classes(*args, **kwargs))
 
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Adds the options of a class; a parser of an option group alone remembers the group."""
+        if nested_key is None and isinstance(theclass, type) and issubclass(theclass, OptionGroup):
+            self._group = theclass.group
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ``UsageError`` instead of printing the usage and exiting."""
-        raise UsageError(explain(message, self._all_options(), _known_classes())) from ex
+        values = dict(self._values_of_groups())
+        said = explain(message, self._all_options(), _known_classes(), group=self._group, values=values)
+        raise UsageError(said) from ex
+
+    def _values_of_groups(self) -> Iterator[tuple[str, str]]:
+        """The names that options of replaceable groups may have, and these options: ``dapo``, ``loss.loss_type``."""
+        for action in self._actions:
+            kind = getattr(action, "_typehint", None)
+            if isinstance(kind, type) and issubclass(kind, OptionGroup):
+                for name, hint in get_type_hints(kind).items():
+                    if get_origin(hint) is Literal:
+                        yield from ((value, f"{action.dest}.{name}") for value in get_args(hint))
 
     def _all_options(self) -> Iterator[str]:
         subcommands = getattr(getattr(self, "_subcommands_action", None), "_name_parser_map", {})

@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 
-# What imports and collection make is there until the end: looking for garbage among millions of objects takes seconds.
+# Objects of imports and collection live until the end: looking for garbage among millions of objects takes seconds.
 gc.disable()
 # Before the first import of torch, transformers or wandb: all three read these once. One thread, because products this
 # small are slower on two, and because sums keep one order.

@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
-# What each architecture needs besides the common sizes. Windows are shorter than the sequences in the tests, so that a
+# Values of each architecture besides the common sizes. Windows are shorter than the sequences in the tests, so that a
 # layout that ignores them is caught; soft-caps are low enough to bend the scores that these models produce.
 _WINDOWED_PAIR = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _EXTRAS: dict[str, dict[str, Any]] = {

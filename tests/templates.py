@@ -108,7 +108,7 @@ MISTRAL = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + (first if loop.first else '') + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# Inserts a system message where there is none, writes the tools into it, and tool results as the user's.
+# Inserts a system message where it is missing, writes the tools into it, and tool results as the user's.
 HERMES = (
     "{{ '<|im_start|>system\n' + (messages[0]['content'] if messages[0]['role'] == 'system' else 'Be kind.') }}"
     "{% for t in tools or [] %}{{ '\n' + (t | tojson) }}{% endfor %}{{ '<|im_end|>\n' }}"

@@ -19,6 +19,7 @@ from rlhf_lightning import __version__, datamodules, modules
 from rlhf_lightning.cli import PostTrainingCLI, main
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.rl import PolicyLoss, PPOLoss
+from rlhf_lightning.utils.keywords import keyword_parameters
 from rlhf_lightning.utils.messages import explain
 
 from .helpers import nested
@@ -215,19 +216,20 @@ class MyLoss(PolicyLoss):
 
 # As options of the command line, and the same as YAML.
 MISTAKES_IN_GROUPS = [
-    ("loss.epsilonn", 0.3, 2, "no option 'epsilonn'; did you mean 'epsilon'?"),
+    ("loss.epsilonn", 0.3, 2, "no option 'loss.epsilonn'; did you mean 'loss.epsilon'?"),
     ("kl.estimatr", "k1", 2, "did you mean 'kl.estimator'?"),
     ("entrop.coef", 0.1, 2, "no option 'entrop.coef'; did you mean 'entropy.coef'?"),
-    ("loss.epsilon", "much", 2, "epsilon: 'much' is not allowed: expected float"),
+    ("loss.epsilon", "much", 2, "loss.epsilon: 'much' is not allowed: expected float"),
     ("sampling.top_k", "a", 2, "sampling.top_k: 'a' is not allowed: expected int"),
     ("sampling.stop", "a", 2, "sampling.stop: 'a' is not allowed: expected a list"),
     ("loss.loss_type", "dappo", 2, "did you mean 'dapo'?"),
     ("kl.estimator", "k4", 2, "kl.estimator: 'k4' is not allowed: expected one of k1, k2, k3"),
-    ("loss.epsilon", 3.0, 1, "epsilon=3.0 is outside (0, 1): the ratio is clipped at 1 - epsilon, 0.2 is usual"),
-    ("loss.delta", 1.1, 1, "delta=1.1 is not above 1 + epsilon_high = 1.2"),
+    ("loss.epsilon", 3.0, 1, "loss.epsilon=3.0 is outside (0, 1): the ratio is clipped at 1 - epsilon, 0.2 is usual"),
+    ("loss.delta", 1.1, 1, "loss.delta=1.1 is not above 1 + epsilon_high = 1.2"),
     ("off_policy.min", 4.0, 1, "off_policy.min=4.0 and off_policy.max=3.0 bound no weight"),
-    ("sampling.top_p", 0.0, 1, "top_p=0.0 is not allowed: it must be in (0, 1]"),
+    ("sampling.top_p", 0.0, 1, "sampling.top_p=0.0 is not allowed: it must be in (0, 1]"),
     ("loss", "text", 2, "loss: no class 'text': write the path of a class, package.module.CLASS, or options"),
+    ("loss", "dapo", 2, "loss: no class 'dapo'; did you mean loss.loss_type: dapo?"),
     ("kl", "text", 2, "kl: 'text' is not allowed: expected a group of options, NAME: VALUE"),
     ("loss.class_path", "nowhere.MyLoss", 2, "loss: cannot import 'nowhere.MyLoss': No module named 'nowhere'"),
     ("loss.class_path", f"{HERE}.MyLos", 2, f"loss: cannot import '{HERE}.MyLos': {HERE} has nothing called 'MyLos'"),
@@ -245,9 +247,64 @@ def test_mistakes_in_groups(capsys, tmp_path, name, value, status, message):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"model": {"init_args": nested({name: value})}}))
     code, said = refused(capsys, "fit", "--config", TINY_GRPO, "--config", str(file))
-    # Without the group's name, a suggestion may have it or not.
-    assert (code, len(said) < 400) == (status, True)
-    assert message in said or message.split("; ")[-1] in said, said
+    assert (code, message in said, len(said) < 400) == (status, True, True), said
+
+
+# For each group of GRPO and PPO: a typo and the option that is suggested, and a bad value with what is said of it.
+GROUPS_OF_METHODS = {
+    "grpo": {
+        "sampling": ("top_kk", "top_k", {"top_p": 1.5}, "sampling.top_p=1.5 is not allowed: it must be in (0, 1]"),
+        "loss": ("epsilonn", "epsilon", {"dual_clip": 0.5}, "loss.dual_clip=0.5"),
+        "advantages": ("scale_reward", "scale_rewards", {"scale_rewards": "batches"}, "advantages.scale_rewards: "),
+        "tree": ("comparisn", "comparison", {"depth_discount": 2.0}, "tree.depth_discount"),
+        "kl": ("estimatr", "estimator", {"estimator": "k4"}, "kl.estimator: 'k4' is not allowed"),
+        "off_policy": ("mx", "max", {"min": 4.0}, "off_policy.min=4.0"),
+        "entropy": ("coeff", "coef", {"top_quantile": 0.0}, "entropy.top_quantile=0.0 is outside (0, 1]"),
+    },
+    "ppo": {
+        "sampling": ("min_pp", "min_p", {"min_p": -1.0}, "sampling.min_p=-1.0 is not allowed"),
+        "loss": ("epsilon_hi", "epsilon_high", {"epsilon_high": 0.0}, "loss.epsilon_high is 0.0; it must be"),
+        "gae": ("gama", "gamma", {"gamma": 2.0}, "gae.gamma=2.0 is outside [0, 1]"),
+        "value": ("cliprang", "cliprange", {"cliprange": 0.0}, "value.cliprange is 0.0; it must be"),
+        "tree": ("rolouts", "rollouts", {"rollouts": []}, "tree.rollouts is empty"),
+        "off_policy": ("corection", "correction", {"max": -1.0}, "off_policy.max=-1.0 bound no weight"),
+        "kl": ("targt", "target", {"horizon": 0}, "kl.horizon is 0; it must be"),
+        "entropy": ("coeff", "coef", {"coef": "much"}, "entropy.coef: 'much' is not allowed: expected float"),
+    },
+}
+CASES_OF_GROUPS = [
+    (method, group, options, message)
+    for method, groups in GROUPS_OF_METHODS.items()
+    for group, (typo, meant, bad, said) in groups.items()
+    for options, message in (
+        ({typo: 1}, f"no option '{group}.{typo}'; did you mean '{group}.{meant}'?"),
+        (bad, said),
+    )
+]
+
+
+@pytest.mark.parametrize("written", ["flag", "yaml"])
+@pytest.mark.parametrize(("method", "group", "options", "message"), CASES_OF_GROUPS)
+def test_messages_of_all_groups_are_alike(capsys, tmp_path, method, group, options, message, written):
+    """A typo and a bad value in every group, as an option and in a file: one line, which names the group."""
+    tiny = str(REPOSITORY / f"configs/{method}/tiny.yaml")
+    ((name, value),) = options.items()
+    arguments = [f"--model.{group}.{name}={value}"]
+    if written == "yaml":
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump({"model": {"init_args": {group: options}}}))
+        arguments = ["--config", str(file)]
+    code, said = refused(capsys, "fit", "--config", tiny, *arguments)
+    assert code in (1, 2)
+    assert message in said
+    assert len(said) < 400
+
+
+def test_the_matrix_of_messages_has_every_group():
+    for method, module in (("grpo", modules.GRPOModule), ("ppo", modules.PPOModule)):
+        options = keyword_parameters(module)
+        groups = {name for name, parameter in options.items() if is_dataclass(parameter.default)}
+        assert groups == set(GROUPS_OF_METHODS[method])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +312,10 @@ def test_mistakes_in_groups(capsys, tmp_path, name, value, status, message):
     [
         (3, "loss: 3 is not allowed: expected options of PolicyLoss, NAME: VALUE, or a class_path"),
         (None, "loss is None; it must be a PolicyLoss or a mapping of its options"),
-        ({"class_path": f"{HERE}.MyLoss", "init_args": {"scal": 1}}, "no option 'scal'; did you mean 'scale'?"),
+        (
+            {"class_path": f"{HERE}.MyLoss", "init_args": {"scal": 1}},
+            "'loss.scal'; did you mean 'loss.scale'?",
+        ),
         ({"class_path": f"{HERE}.MyLoss", "scale": 1}, "class_path stands next to other options"),
     ],
 )

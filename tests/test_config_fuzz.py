@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = {file.parent.name: yaml.safe_load(file.read_text()) for file in sorted(CONFIGS.glob("*/tiny.yaml"))}
-# What else a file may well say.
+# Other values that a file may well have.
 MORE: dict[str, dict[str, Any]] = {
     "model": {
         "lora": {"r": 4},

@@ -60,7 +60,7 @@ def test_default_is_complete_and_commented(capsys, method):
 
 
 def stacks() -> list[Any]:
-    """Every fragment on every method whose rows it fits. Of those that fit all, a third is fast: every one, on some."""
+    """Every fragment on every method whose rows it fits. Of the fragments for all, a third is fast: each on some."""
     found = []
     for number, fragment in enumerate(FRAGMENTS):
         contract = yaml.safe_load(fragment.read_text()).get("data", {}).get("class_path")

@@ -55,7 +55,7 @@ def test_groups_are_flattened_and_inherited_options_are_there() -> None:
 
 
 def test_few_options_are_at_the_top() -> None:
-    """Beyond those that all methods share."""
+    """Beyond the options that all methods share."""
     common = set(keyword_parameters(core.PostTrainingModule))
     for cls, most in ((GRPOModule, 21), (PPOModule, 22)):
         assert len(set(keyword_parameters(cls)) - common) <= most

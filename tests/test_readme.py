@@ -1,4 +1,4 @@
-"""What the documents say is so: the README runs from top to bottom in an empty folder; names and values exist."""
+"""The documents are true: the README runs from top to bottom in an empty folder; names and values exist."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 The compressor has a frozen model of its own, the one that the policy began as, so that summaries stay what they are
 while the policy learns. A row's tree follows its context (``Segment.after``). In a packed batch a context has a place
 for each entry, and every attention layer is given the entries' keys and values there (``PriorStates``), as the engine
-puts them into its cache: gradients reach the policy through what attends to them, and nothing before. The reference is
-behind the same front, so that it agrees with the policy before the first step.
+puts them into its cache: gradients reach the policy through what attends to them, and nothing before. The reference has
+the same front, so that it agrees with the policy before the first step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CompressorFront:
 
     def __init__(self, module: Any, folder: str) -> None:
         if module._requested_layout == "padded":
-            raise ValueError("layout is 'padded', and a policy behind a compressor runs packed: use 'auto'")
+            raise ValueError("layout is 'padded', and a policy with a compressor runs packed: use 'auto'")
         if module.quantization is not None:
             raise ValueError(
                 f"quantization is {module.quantization!r}, and a compressor knows whole weights: leave one of them out"
@@ -141,7 +141,7 @@ class CompressorFront:
         context = example.fields.get("context")
         if context is None or not len(context):
             raise ValueError(
-                f"row {example.row_id} has no context, and the policy is behind a compressor: give it a column context"
+                f"row {example.row_id} has no context, and the policy reads compressed ones: give it a column context"
             )
         return np.asarray(prompt_tokens(self.module.tokenizer, context) if isinstance(context, str) else context)
 
@@ -171,7 +171,7 @@ class CompressorFront:
         if waiting:
             new = list(waiting.values())
             tokens, queries = ([each.tolist() for each in arrays] for arrays in zip(*map(_read, new), strict=True))
-            # What validation's inference mode makes could not be used outside of it.
+            # Tensors made in validation's inference mode could not be used outside of it.
             with torch.inference_mode(False):
                 made = self.compressor.compress(tokens, queries)
             self._held |= dict(zip(waiting, made, strict=True))
@@ -199,7 +199,7 @@ class CompressorFront:
     # Folders and checkpoints.
 
     def note(self) -> Callable[[Path], object]:
-        """Returns a function that writes into the policy's folder what it was trained behind."""
+        """Returns a function that records in the policy's folder which model its compressor belongs to."""
         return front_note(self.compressor)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -36,22 +36,21 @@ def save_front(front: CompressorFront | None, checkpoint: dict[str, Any]) -> Non
 
 
 def check_front(front: CompressorFront | None, checkpoint: dict[str, Any]) -> None:
-    """Checks that a run continues behind the compressor that it began with.
+    """Checks that a run continues with the compressor that it began with.
 
     Raises:
-        ValueError: there was none, there is none now, or it is another.
+        ValueError: the compressor is another, or only one of the two runs has one.
     """
     then, now = checkpoint.get(_KEY), None if front is None else front.fingerprint()
     if then == now:
         return
     if now is None:
-        raise ValueError("the checkpoint is of a policy behind a compressor: set compressor to its folder")
+        raise ValueError("the checkpoint is of a policy with a compressor: set compressor to its folder")
     assert front is not None
     if then is None:
         raise ValueError(
             f"the checkpoint is of a policy without compressor: leave {str(front.folder)!r} out, or start a new run"
         )
     raise ValueError(
-        f"the compressor in {str(front.folder)!r} is not the one that the checkpoint was made behind: restore it, or "
-        "start a new run"
+        f"the compressor in {str(front.folder)!r} is not the one of the checkpoint: restore it, or start a new run"
     )

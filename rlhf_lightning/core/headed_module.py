@@ -19,6 +19,12 @@ class HeadedModule(PostTrainingModule):
     Args:
         model: Hugging Face id or folder: of a language model, or of a model with a stored head, which is loaded.
         kwargs: options of ``PostTrainingModule``.
+
+    Example:
+        >>> from rlhf_lightning import RewardModule
+        >>> module = RewardModule("HuggingFaceTB/SmolLM2-135M")
+        >>> module.model_type.__name__, module.head is None
+        ('RewardModel', True)
     """
 
     takes_compressor: ClassVar[bool] = False

@@ -93,7 +93,7 @@ class PostTrainingModule(lightning.LightningModule):
             ``quantization``, mixtures of experts or ``fsdp2``.
         compressor: folder or hub id of a ``ContextCompressor`` that was trained for ``model``. It stays as it is, and
             rows need a column ``context``: policy and reference see its summaries alone, then the prompt. ``model`` may
-            have been trained behind it already. In the packed layout, and not with ``quantization`` or ``compile``.
+            have been trained with it already. In the packed layout, and not with ``quantization`` or ``compile``.
         router_aux_loss_coef: weight, at least 0, of the load-balancing loss of a mixture of experts, taken over the
             whole global batch (``losses.router``). ``None`` takes the coefficient of the model's config where its
             ``output_router_logits`` is true, and is 0 otherwise. Above 0, a step of several micro-batches or ranks

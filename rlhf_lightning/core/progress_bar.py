@@ -23,7 +23,7 @@ class OneLineProgressBar(RichProgressBar):
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Any:
         """Returns the metrics to show: ``loss: 0.693`` for ``train/loss``."""
         narrow = self._width < _NARROW
-        # What the other columns leave; metrics are added as long as they fit.
+        # The width that the other columns leave; metrics are added as long as they fit.
         room = self._width - _WITHOUT_METRICS if narrow else self._width - _NARROW + 24
         kept: dict[str, Any] = {}
         for name, value in super().get_metrics(trainer, pl_module).items():

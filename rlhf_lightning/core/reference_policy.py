@@ -36,7 +36,12 @@ class ReferencePolicy:
             reference in memory afterwards; ``"auto"``: ``adapter`` with LoRA, else ``frozen``.
 
     Raises:
-        ValueError: ``kind`` is none of these.
+        ValueError: ``kind`` is another word.
+
+    Example:
+        >>> from rlhf_lightning import DPOModule
+        >>> DPOModule("HuggingFaceTB/SmolLM2-135M", reference="precomputed").reference.kind
+        'precomputed'
     """
 
     def __init__(self, module: Any, kind: ReferenceKind) -> None:
@@ -111,7 +116,7 @@ class ReferencePolicy:
         return list(next(iter(self._table.values()), {}))
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Looks the rows of examples up, if they were precomputed and are used; else there are none.
+        """Looks the rows of examples up, if they were precomputed and are used; otherwise returns an empty dict.
 
         Raises:
             ValueError: an example was not there when they were computed.

@@ -66,7 +66,7 @@ def allow_rewinding(trainer: lightning.Trainer) -> None:
 def forget_loader(trainer: lightning.Trainer) -> None:
     """Lets a run that goes back ask for its rows as a new process does; called from ``before_rewind``.
 
-    What a checkpoint holds of the loader is not restored into the present one then, which may have other rows.
+    The checkpointed state of the loader is then not restored into the present one, which may have other rows.
     """
     trainer.fit_loop._combined_loader = None
 
@@ -89,7 +89,7 @@ def _restore(trainer: Any, path: Path) -> None:
         if callable(undo):
             undo(trainer)
 
-    # What a hook that raises leaves behind.
+    # State that Lightning keeps of a hook that raised.
     module._current_fx_name = None
     trainer.should_stop, trainer.training = False, True
     for optimizer in trainer.optimizers:

@@ -49,7 +49,7 @@ def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def clean(value: Any) -> Any:
     """Returns a value without artifacts of storage: drops null keys at any depth, makes lists of numpy arrays.
 
-    A table gives every dictionary of a column the keys of all others, with null where there was none; a template would
+    A table gives every dictionary of a column the keys of all others, with null for missing ones; a template would
     render them. Nulls in lists are kept, since no table adds those.
 
     Raises:

@@ -213,7 +213,7 @@ class ChatTemplate:
             answered = self.render([*history, {"role": "assistant", "content": _CONTENT}], own).partition(_CONTENT)[0]
         except ValueError:
             return ""
-        # What an answered rendering shares with the generation prompt is not opened by it alone.
+        # Text shared by an answered rendering and the generation prompt is not opened by the latter alone.
         shared = shared_prefix(context, answered)
         if shared >= shared_prefix(context, without):
             return context[shared:]

@@ -80,7 +80,7 @@ class FilteredRows(RowSource):
                 found[number].add(row_id)
                 return True
 
-            # A row that is dropped or bad is none that later ones repeat; it is counted when it is read.
+            # Dropped and bad rows do not count as first occurrences; they are counted when they are read.
             try:
                 self._filtered(self.inner.parse(stored), is_repeated)
             except (FilteredRowError, ValueError):

@@ -187,7 +187,7 @@ def score_texts(verifier: Callable[..., Any], rows: Sequence[Mapping[str, Any]],
         texts: completions.
 
     Returns:
-        What it returns, as a list.
+        The returned values, as a list.
     """
     if not texts:
         return []

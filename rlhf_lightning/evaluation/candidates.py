@@ -79,7 +79,7 @@ def check_models(models: Sequence[str | Path] | Mapping[str, Any], suite: Suite)
         suite: the tasks.
 
     Raises:
-        ValueError: there are none, one is not written as a model, or an ensemble is to score given rows.
+        ValueError: no model is given, one is not written as a model, or an ensemble is to score given rows.
     """
     candidates = _candidates(models)
     scored = [task.name for task in suite.tasks if not isinstance(task, Task)]

@@ -20,6 +20,10 @@ class Overlap:
         share: of its words, those within an n-gram that other rows have.
         ngram: the first such n-gram; empty without one.
         found_in: the first other row that has it; empty without one.
+
+    Example:
+        >>> Overlap("test:0", words=20, share=0.5, ngram="the cat sat on the mat", found_in="train:7").share
+        0.5
     """
 
     row_id: str
@@ -37,6 +41,11 @@ class Contamination:
         n: words of an n-gram.
         threshold: a row is contaminated if its share is above it.
         rows: one overlap for every row with text.
+
+    Example:
+        >>> found = Contamination(n=8, threshold=0.0, rows=(Overlap("test:0", 20, 0.5), Overlap("test:1", 9, 0.0)))
+        >>> found.contaminated
+        ['test:0']
     """
 
     n: int

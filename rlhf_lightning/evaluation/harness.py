@@ -174,7 +174,7 @@ class HarnessModel:
 
     @property
     def _first_token(self) -> int:
-        """The token that a text begins with: the beginning of sequences, or their end where there is none."""
+        """The token that a text begins with: the beginning of sequences, or their end if the tokenizer lacks it."""
         first = self.tokenizer.bos_token_id
         return int(self.tokenizer.eos_token_id if first is None else first)
 

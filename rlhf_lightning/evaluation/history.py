@@ -71,7 +71,7 @@ def read_history(place: str | Path) -> list[HistoryEntry]:
         The entries in the order in which they were written.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         ValueError: a line is damaged.
 
     Example::

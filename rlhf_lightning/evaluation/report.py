@@ -13,7 +13,7 @@ import jinja2
 
 from ..utils.files import check_names, claim, read_marker, write_atomically
 from .history import HISTORY, remember
-from .results import PairedResult, TaskResult, compare_all
+from .results import AtK, PairedResult, TaskResult, at_k_of, compare_all
 from .wins import COLUMNS, Wins
 
 RESULTS, PAGE = "results.json", "report.html"
@@ -45,6 +45,11 @@ class Report:
         """Every model compared with the first, on the same prompts."""
         return compare_all(self.results, seed=self.seed)
 
+    @cached_property
+    def at_k(self) -> list[AtK]:
+        """Estimates at k with their intervals, each compared with the first model's."""
+        return at_k_of(self.results, seed=self.seed)
+
     @property
     def models(self) -> list[str]:
         """Names of the models."""
@@ -59,7 +64,7 @@ class Report:
         """Returns the result of a model on a task.
 
         Raises:
-            KeyError: there is none.
+            KeyError: the report has no such task.
         """
         for found in self.results:
             if (found.model, found.task.name) == (model, task):
@@ -74,7 +79,7 @@ class Report:
     def table(self) -> str:
         """Formats accuracies, intervals, scores over sections, estimates at k and comparisons as a Markdown table.
 
-        Win rates follow in a table of their own.
+        Intervals and comparisons of estimates at k, and win rates, follow in tables of their own.
         """
         lines = [
             "| task | model | right | 95 % interval | score | pass@k | maj@k | best@k | difference | p |",
@@ -83,6 +88,11 @@ class Report:
         for task in self.tasks:
             for found in (result for result in self.results if result.task.name == task):
                 lines.append(f"| {task} | {found.model} | {' | '.join(self._cells(found))} |")
+        if self.at_k:
+            heads = f"| task | model | {' | '.join(_AT_K_COLUMNS)} |"
+            lines += ["", heads, "|---|---|---|" + "---:|" * (len(_AT_K_COLUMNS) - 1)]
+        for at_k in self.at_k:
+            lines.append(f"| {at_k.task} | {at_k.model} | {' | '.join(_at_k_cells(at_k))} |")
         if self.wins:
             lines += [
                 "",
@@ -99,8 +109,7 @@ class Report:
         paired = self.comparison(found.model, found.task.name)
         difference, p_value = "", ""
         if paired is not None:
-            of = paired.comparison
-            difference, p_value = f"{of.difference:+.1%} ({of.low:+.1%} to {of.high:+.1%})", f"{of.p_value:.3g}"
+            difference, p_value = _difference_cells(paired)
         interval = f"{metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}"
         score = f"{metrics['score']:.1%}" if "score" in metrics else ""
         return [f"{metrics['accuracy']:.1%}", interval, score, *at_k, difference, p_value]
@@ -114,6 +123,7 @@ class Report:
                 model: {r.task.name: r.metrics for r in self.results if r.model == model} for model in self.models
             },
             "comparisons": [asdict(found) for found in self.comparisons],
+            "at_k": [asdict(found) for found in self.at_k],
             "win_rates": [asdict(found) for found in self.wins],
             "results": [result.as_dict() for result in self.results],
         }
@@ -123,7 +133,7 @@ class Report:
         """Reads the report that was saved in a folder.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the folder holds no report.
         """
         path = Path(folder).expanduser() / RESULTS
         if not path.is_file():
@@ -193,6 +203,8 @@ class Report:
             "name": task,
             "options": {name: value for name, value in found[0].task.as_dict().items() if value not in (None, {}, [])},
             "rows": rows,
+            "at_k": [(at_k.model, _at_k_cells(at_k)) for at_k in self.at_k if at_k.task == task],
+            "at_k_columns": _AT_K_COLUMNS,
             "wins": [wins for wins in self.wins if wins.task == task],
             "win_columns": COLUMNS,
             "metrics": [(name, [result.metrics.get(name) for result in found]) for name in names],
@@ -219,6 +231,21 @@ class Report:
 
 
 _AT_K = ("pass", "maj", "best")
+
+
+_AT_K_COLUMNS = ("estimate", "value", "95 % interval", "difference", "p")
+
+
+def _difference_cells(paired: PairedResult) -> tuple[str, str]:
+    of = paired.comparison
+    difference = f"{of.difference:+.1%} ({of.low:+.1%} to {of.high:+.1%})"
+    return difference + ("" if paired.differing else ": no prompt differs"), f"{of.p_value:.3g}"
+
+
+def _at_k_cells(found: AtK) -> list[str]:
+    of = found.interval
+    paired = ("", "") if found.paired is None else _difference_cells(found.paired)
+    return [found.estimate, f"{of.value:.1%}", f"{of.low:.1%} to {of.high:.1%}", *paired]
 
 
 def _largest_k(metrics: Mapping[str, float], kind: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from ..metrics.intervals import Comparison, Interval, mcnemar, paired_bootstrap, share_interval
 from .samples import PromptResult, SampleResult
 from .suite import AnyTask, task_of
+from .tasks import Task
 
 __all__ = ["PairedResult", "PromptResult", "SampleResult", "TaskResult", "compare", "compare_all"]
 
@@ -62,6 +63,11 @@ class TaskResult:
         return _interval(self.scores.values())
 
     @cached_property
+    def at_k(self) -> dict[str, dict[str, float]]:
+        """The estimates pass@k, maj@k and best@k of each prompt, by name and row."""
+        return self.task.at_k(self.prompts) if isinstance(self.task, Task) else {}
+
+    @cached_property
     def metrics(self) -> dict[str, float]:
         """All numbers: ``accuracy`` and its interval, numbers of prompts, and the metrics of the task."""
         accuracy = self.accuracy
@@ -105,6 +111,7 @@ class PairedResult:
         prompts: number of prompts.
         comparison: the model's mean score less the baseline's.
         mcnemar: p-value of McNemar's exact test, where every prompt is right or wrong; else ``None``.
+        differing: number of prompts on which the scores differ.
     """
 
     task: str
@@ -113,6 +120,7 @@ class PairedResult:
     prompts: int
     comparison: Comparison
     mcnemar: float | None
+    differing: int
 
 
 def compare(result: TaskResult, baseline: TaskResult, *, seed: int = 0) -> PairedResult:
@@ -155,7 +163,46 @@ def compare_scores(
     binary = all(value in (0.0, 1.0) for value in ours + theirs)
     test = mcnemar([value == 1 for value in ours], [value == 1 for value in theirs]) if binary else None
     compared = paired_bootstrap(ours, theirs, seed=seed)
-    return PairedResult(task, model, baseline, len(rows), compared, test)
+    differing = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return PairedResult(task, model, baseline, len(rows), compared, test, differing)
+
+
+@dataclass(frozen=True)
+class AtK:
+    """An estimate at k with its interval, and compared with the first model's.
+
+    Attributes:
+        task: name of the task.
+        model: name of the model.
+        estimate: its name, such as ``pass@4``.
+        interval: its mean over prompts, with the 95 % interval.
+        paired: the comparison, of a model that is not the first and shares at least two prompts with it.
+    """
+
+    task: str
+    model: str
+    estimate: str
+    interval: Interval
+    paired: PairedResult | None
+
+
+def at_k_of(results: Sequence[TaskResult], *, seed: int = 0) -> list[AtK]:
+    """Computes intervals of all estimates at k over prompts, and compares every model with the first one.
+
+    Args:
+        results: of every model and task, the models in their order.
+        seed: of the resamples; see ``paired_bootstrap``.
+    """
+    first: dict[str, TaskResult] = {}
+    found = []
+    for result in results:
+        baseline, task = first.setdefault(result.task.name, result), result.task.name
+        for name, values in result.at_k.items():
+            others, paired = baseline.at_k.get(name, {}), None
+            if baseline is not result and len(others.keys() & values.keys()) > 1:
+                paired = compare_scores(values, others, task, result.model, baseline.model, seed=seed)
+            found.append(AtK(task, result.model, name, _interval(values.values()), paired))
+    return found
 
 
 def compare_all(results: Sequence[TaskResult], *, seed: int = 0) -> list[PairedResult]:

@@ -61,7 +61,7 @@ class RowTask:
         """Reads all rows.
 
         Raises:
-            ValueError: there are none, or one is not as it must be.
+            ValueError: the source is empty, or a row is not as it must be.
         """
         if not sum(1 for _ in self._rows()):
             raise ValueError(f"it has no rows: {self.rows!r} is empty")
@@ -153,7 +153,7 @@ class PreferenceTask(RowTask):
             chunk = rows[first : first + _ROWS_AT_ONCE]
             pairs = [(prompt, text) for _, _, prompt, texts in chunk for text in texts]
             given = list(scorer([prompt for prompt, _ in pairs], [text for _, text in pairs]))
-            # What is too long for a model has no reward.
+            # Completions too long for a model have no reward.
             given = [None if isinstance(value, Exception) else value for value in given]
             rewards = iter(check_verdicts(given, len(pairs)))
             for row_id, section, prompt, texts in chunk:

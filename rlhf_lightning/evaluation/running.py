@@ -240,7 +240,7 @@ def check_scores(result: TaskResult) -> None:
     if result.scores:
         return
     if not isinstance(result.task, Task):
-        raise ValueError(f"{model!r} scores no row of task {name!r}: there are none, or all are too long for it")
+        raise ValueError(f"{model!r} scores no row of task {name!r}: it is empty, or all are too long for the model")
     raise ValueError(
         f"the verifier of task {name!r} has no verdict for any answer of {model!r}: the prompts lack a column that it "
         "reads"

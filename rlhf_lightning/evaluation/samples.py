@@ -16,6 +16,10 @@ class SampleResult:
         num_tokens: sampled tokens; 0 of a given completion.
         ended: whether the model ended it; else it was truncated at its limit.
         score: of the task's scorer, by which the best of several is chosen; ``None`` without one.
+
+    Example:
+        >>> SampleResult("4", reward=1.0, num_tokens=2, ended=True).reward
+        1.0
     """
 
     text: str
@@ -36,6 +40,11 @@ class PromptResult:
             solution its steps.
         section: the part of the rows that it belongs to, if they have parts.
         expected: number of the first wrong step, -1 for none, of a solution that is marked so.
+
+    Example:
+        >>> samples = (SampleResult("4", 1.0, 2, True), SampleResult("5", 0.0, 2, True))
+        >>> PromptResult("rows:0", "2+2=", samples).right(0.5)
+        [True, False]
     """
 
     row_id: str

@@ -34,6 +34,12 @@ class Suite:
 
     Raises:
         ValueError: no task, or two with the same name.
+
+    Example:
+        >>> from rlhf_lightning.evaluation import PreferenceTask
+        >>> pairs = PreferenceTask(name="pairs", rows=[{"prompt": "1+1=", "chosen": "2", "rejected": "3"}])
+        >>> [task.name for task in Suite(name="mine", tasks=(pairs,)).tasks]
+        ['pairs']
     """
 
     name: str

@@ -142,7 +142,7 @@ class Task:
         texts, rewards = [s.text for s in samples], [s.reward for s in samples if s.reward is not None]
         found = {
             "reward": fmean(rewards or [math.nan]),
-            **self._at_k(prompts),
+            **{name: fmean(values.values()) for name, values in self.at_k(prompts).items()},
             **{f"length/{name}": value for name, value in length_statistics([s.num_tokens for s in samples]).items()},
             "truncated": fmean(not sample.ended for sample in samples),
             "repetition": fmean(map(repetition, texts)),
@@ -156,24 +156,27 @@ class Task:
         rows = [(section, share) for section, share in judged if section is not None and share is not None]
         return found | section_metrics(section_scores(rows))
 
-    def _at_k(self, prompts: Sequence[PromptResult]) -> dict[str, float]:
-        """Estimates pass@k, maj@k and best@k of several samples, over the prompts whose samples all have verdicts."""
+    def at_k(self, prompts: Sequence[PromptResult]) -> dict[str, dict[str, float]]:
+        """Estimates pass@k, maj@k and best@k of each prompt whose samples all have verdicts, by name and row."""
         judged = [p for p in prompts if len(p.right(self.success)) == len(p.samples) == self.num_samples]
         if self.num_samples == 1 or not judged:
             return {}
         found = {}
         for k in self.ks:
-            counts = [sum(prompt.right(self.success)) for prompt in judged]
-            found[f"pass@{k}"] = fmean(pass_at_k(self.num_samples, count, k) for count in counts)
+            found[f"pass@{k}"] = {
+                prompt.row_id: pass_at_k(self.num_samples, sum(prompt.right(self.success)), k) for prompt in judged
+            }
             if self.votes:
-                found[f"maj@{k}"] = fmean(majority_at_k(*self._votes(prompt), k) for prompt in judged)
+                found[f"maj@{k}"] = {prompt.row_id: majority_at_k(*self._votes(prompt), k) for prompt in judged}
         scored = [prompt for prompt in judged if all(sample.score is not None for sample in prompt.samples)]
         if scored:
-            curves = [
-                expected_best([s.score or 0.0 for s in prompt.samples], [float(r) for r in prompt.right(self.success)])
+            curves = {
+                prompt.row_id: expected_best(
+                    [s.score or 0.0 for s in prompt.samples], [float(r) for r in prompt.right(self.success)]
+                )
                 for prompt in scored
-            ]
-            found |= {f"best@{k}": fmean(curve[k - 1] for curve in curves) for k in self.ks}
+            }
+            found |= {f"best@{k}": {row: curve[k - 1] for row, curve in curves.items()} for k in self.ks}
         return found
 
     def _votes(self, prompt: PromptResult) -> tuple[list[Hashable | None], list[float]]:

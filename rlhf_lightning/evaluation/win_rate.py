@@ -47,6 +47,11 @@ class WinRate:
         undecided: prompts without a verdict, which count for nothing.
         length_controlled: the rate at equal lengths, see ``length_controlled_win_rate``.
         consistent: share of prompts on which a judge prefers the same answer in both orders; ``None`` for rewards.
+
+    Example:
+        >>> rate = WinRate(0.75, 0.6, 0.9, wins=14, ties=2, losses=4, undecided=0, length_controlled=0.7)
+        >>> (rate.wins + rate.ties / 2) / (rate.wins + rate.ties + rate.losses) == rate.value
+        True
     """
 
     value: float
@@ -133,7 +138,7 @@ def rate_of(
         >>> rate_of([0.5, 0.0, None, -1.0, 2.0], list("abcde"), list("fghij")).value
         0.625
     """
-    # What is undecided is neither a win nor a loss.
+    # Undecided comparisons are neither wins nor losses.
     decided = [n for n, difference in enumerate(differences) if difference is not None]
     if len(decided) < 2:
         raise UndecidedError(

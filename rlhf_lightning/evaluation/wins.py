@@ -25,7 +25,7 @@ class Wins:
         model: the model.
         baseline: the one that it is compared with.
         rate: the win rate of the model's answers; ``None`` where fewer than two prompts were decided.
-        undecided: why there is none; empty where there is one.
+        undecided: the reason where ``rate`` is ``None``, else empty.
     """
 
     task: str

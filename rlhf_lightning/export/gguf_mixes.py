@@ -69,7 +69,7 @@ def quantiser() -> Any:
     """Finds llama.cpp's function that quantises rows, in the library of an installed package.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no installed package has such a library.
     """
     for package, pattern in _LIBRARIES:
         spec = find_spec(package)

@@ -21,7 +21,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """Fields of a model card. What is left out is filled in from the model's folder, where that records it.
+    """Fields of a model card. Omitted ones are filled in from the model's folder, where that records them.
 
     Args:
         title: heading; the folder's name by default.

@@ -53,7 +53,7 @@ def encoded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], 
     """Encodes the prompts of a check.
 
     Raises:
-        ValueError: there is none, or one is empty or too long.
+        ValueError: no prompt is given, or one is empty or too long.
     """
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p for p in prompts):
         raise ValueError(f"check_prompts is {prompts!r}; it must be a list of at least one text, as users will ask")

@@ -76,7 +76,7 @@ class Chat:
         """Answers a turn of the user, and shows the answer while it is written; Ctrl-C ends it where it is.
 
         Returns:
-            The answer; empty if there is none, and then the turn is forgotten.
+            The answer; if it is empty, the turn is forgotten.
         """
         self.messages.append({"role": "user", "content": text})
         answer = ""

@@ -181,6 +181,7 @@ def _answered(
     start: int,
 ) -> list[Row]:
     """Makes the rows of the output."""
+    # Seeds follow the number of the row, so that the size of a part changes no answer.
     seeds = [[derive_seed(options.seed, start + n, 0)] for n in range(len(part))]
     prompts = [row.prompt for row in part]
     samples = [group[0] for group in engine.generate(prompts, 1, options.sampling, seeds=seeds, contexts=contexts)]
@@ -189,6 +190,8 @@ def _answered(
         texts = [sample.text for sample in samples]
         given = score_texts(load_verifier(options.verifier), [row.columns for row in part], texts)
         rewards = check_verdicts(given, len(part))
+
+    # The row's own columns come along; names that the output needs are moved out of the way, not overwritten.
     rows: list[Row] = []
     for n, (row, context, sample) in enumerate(zip(part, contexts, samples, strict=True)):
         others = {f"given_{name}" if name in _NAMES else name: value for name, value in row.columns.items()}

@@ -139,7 +139,7 @@ def _written(
     world_size: int,
     show_progress: bool,
 ) -> dict[str, Any]:
-    # What is there already decides the shares, so the first rank tells the others.
+    # Rows written already decide the shares, so the first rank tells the others.
     found: set[Key] = set()
     on_first_rank(lambda: found.update(output.open()))
     done: set[Key] = gather_objects(found)[0]

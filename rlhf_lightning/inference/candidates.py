@@ -92,6 +92,10 @@ class Candidate:
         finish_reason: ``stop`` if it has ended; ``length`` if it was cut off; ``None`` while it can be continued.
         score: the scorer's; ``None`` before it was scored.
         thought: whose tokens the solution's begin with; those of the query's thought come before them.
+
+    Example:
+        >>> Candidate(Query("2+2=", (), 0), (4, 1), "4").text
+        '4'
     """
 
     query: Query
@@ -136,6 +140,10 @@ class Scores:
     Args:
         values: one per candidate, higher is better.
         tokens: tokens that the scorer read for each; shared tokens are counted once, for the first candidate.
+
+    Example:
+        >>> Scores([0.5, 0.25], [12, 3]).values
+        [0.5, 0.25]
     """
 
     values: list[float]

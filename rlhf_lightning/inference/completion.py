@@ -67,6 +67,11 @@ class Completion:
             limit of new tokens or of the model's positions.
         model_logprobs: per token, under the unmodified model; ``None`` unless the sampling settings ask for them.
         thought: of a strategy that thinks: the first tokens are those of the thought, the text is that of the answer.
+
+    Example:
+        >>> answer = Completion([52, 0], "4", [-0.5, -0.1], "stop")
+        >>> answer.text, sum(answer.logprobs)
+        ('4', -0.6)
     """
 
     token_ids: list[int]

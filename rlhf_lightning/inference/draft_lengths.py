@@ -215,7 +215,7 @@ class Pace:
         first = costs.plain is None
         costs.observe_plain(seconds)
         if first and costs.plain is not None:
-            # What drafts cost was a guess: a few trials find out at once.
+            # The cost of drafts was a guess: a few trials measure it at once.
             self._credit += _TRIALS * costs.plain
         self._trial.add(seconds, seconds)
         # Kept below what a few trials cost, so that they do not come in a burst.

@@ -182,7 +182,7 @@ class LocalEngine:
             max_batch_tokens: as for the class.
             speculation: as for the class.
             compressor: a folder or hub id of a ``ContextCompressor`` that was trained for the model, or that the model
-                was trained behind; then the model before that training is loaded as well, for the summaries.
+                was trained with; then the model before that training is loaded as well, for the summaries.
 
         Raises:
             ValueError: nothing can be loaded, or an option is not allowed.

@@ -34,7 +34,7 @@ class ServerError(ValueError):
     """A request to a server that failed.
 
     Attributes:
-        status: the HTTP status of its last answer; ``None`` if there was none, or none that could be read.
+        status: the HTTP status of its last answer; ``None`` without an answer that could be read.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:

@@ -89,24 +89,31 @@ class MCTS(StepSearch):
         check_count("leaves", leaves, "1 is one simulation at a time")
         check_choice("rule", rule, ("puct", "uct"))
         check_choice("choose", choose, ("score", "visits"))
+
+        # Weights of exploration: c1 and c2 are read by puct alone, exploration by uct alone, and all are checked.
         for name, value in (("c1", c1), ("c2", c2), ("exploration", exploration), ("discount", discount)):
             check_positive(
                 name, value, "1 is usual" if name in ("exploration", "discount") else "1.25 and 19652 are usual"
             )
         if discount > 1:
             raise ValueError(f"discount is {discount!r}; it must be at most 1 (1 is no discount)")
+
+        # Progressive widening needs both numbers: the children allowed at the first visit, and how fast they grow.
         if widening is not None:
             if len(widening) != 2:
                 raise ValueError(f"widening is {widening!r}; it must be two numbers, k and alpha, such as (2, 0.5)")
             check_positive("widening[0]", widening[0], "2 is usual")
             check_fraction("widening[1]", widening[1], "0.5 is usual")
+
+        # A weight without rollouts, or rollouts without a weight, would have no effect.
         if rollouts:
-            check_count("rollouts", rollouts, "0 is none")
+            check_count("rollouts", rollouts, "0 is off")
         if not 0 <= rollout_weight <= 1 or (rollout_weight > 0) != (rollouts > 0):
             raise ValueError(
                 f"rollout_weight is {rollout_weight!r} with rollouts={rollouts}; it must be in (0, 1] with rollouts, "
                 "and 0 without"
             )
+
         self.simulations, self.actions, self.leaves, self.choose = simulations, actions, leaves, choose
         self.rule, self.c1, self.c2, self.exploration = rule, c1, c2, exploration
         self.widening = None if widening is None else (float(widening[0]), float(widening[1]))

@@ -101,7 +101,7 @@ class ParticleFilter(StepSearch):
             rounds += 1
             if not np.isfinite(log_weights_N).any():
                 break
-            # Resampling adds noise, so that there is none after the last step.
+            # Resampling adds noise, so the last step is not resampled.
             last = all(node.finish_reason is not None for node in particles)
             if not last and effective_size(log_weights_N) < self.threshold * self.particles:
                 uniform = float(uniforms([derive_seed(steps.query.seed, "resample")], [rounds])[0])
@@ -190,7 +190,7 @@ def resample(log_weights_N: Vector, uniform: float, entropic: float = 0.0) -> tu
 
 
 def _power(log_weights_N: Vector, least: float) -> float:
-    """The largest power in [0, 1] of weights whose effective size is at least ``least``, or 0 if there is none."""
+    """The largest power in [0, 1] of weights whose effective size is at least ``least``; 0 if no power reaches it."""
     alive_N = log_weights_N[np.isfinite(log_weights_N)]
     if effective_size(alive_N) >= least:
         return 1.0

@@ -17,7 +17,7 @@ from .ensemble import EnsemblePolicy, check_combination, shared_tokenizer
 PolicySpec: TypeAlias = list[str] | dict[str, Any] | str
 # Options of an ensemble that come from where it is used.
 _GIVEN = ("tokenizer", "dtype", "device")
-# What changes no sample, and what names the models.
+# Options that change no sample, and the names of the models.
 _NOT_RESULTS = ("models", "max_batch_tokens")
 _FORMS = "write a folder or hub id, a list of them, or class_path: EnsemblePolicy with init_args"
 
@@ -35,7 +35,7 @@ def policy_spec(spec: Any, name: str = "model") -> str | dict[str, Any]:
         The folder or hub id, or ``class_path`` and ``init_args``.
 
     Raises:
-        ValueError: it is none of these, or an option of the ensemble does not exist or has a value that is not allowed.
+        ValueError: it has another form, or an option of the ensemble does not exist or has a value that is not allowed.
 
     Example:
         >>> policy_spec(["runs/a/model", "runs/b/model"])
@@ -119,7 +119,7 @@ def policy_tokenizer(spec: Any, adapter: str | None = None) -> Any:
         adapter: folder or hub id of an adapter on a single model.
 
     Raises:
-        ValueError: there is none, or two tokenizers of an ensemble differ in a token.
+        ValueError: no model has a tokenizer, or two tokenizers of an ensemble differ in a token.
     """
     written = policy_spec(spec)
     if isinstance(written, str):

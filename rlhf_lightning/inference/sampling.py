@@ -67,7 +67,7 @@ class SamplingFilters(OptionGroup):
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+            raise ValueError(f"{self.full_name(name)}={getattr(self, name)!r} is not allowed: it must be {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,7 +273,7 @@ def best_of_n_kl(n: int, probabilities: Sequence[float] | None = None) -> float:
 
     Example:
         >>> round(best_of_n_kl(4), 4), round(best_of_n_kl(4, [0.5, 0.5]), 4)
-        (0.6363, 0.4593)
+        (0.6363, 0.4594)
     """
     check_count("n", n, "1 is the policy itself")
     if probabilities is None:

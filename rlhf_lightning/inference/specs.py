@@ -18,7 +18,7 @@ from .sampling import SamplingParams
 
 # The method that makes a class one of a kind.
 _METHODS = {"strategy": "search", "scorer": "score", "compressor": "compress"}
-# What a compressor gets from where it is used.
+# Arguments that the user of a compressor passes, not its spec.
 _GIVEN = ("model", "tokenizer")
 _LEARNED = "rlhf_lightning.models.ContextCompressor"
 
@@ -64,7 +64,7 @@ def takes_scorer(spec: Any) -> bool:
     """Returns whether a strategy, as in ``build_strategy``, has the option ``scorer``.
 
     Example:
-        >>> takes_scorer("mcts"), takes_scorer("MajorityVote")
+        >>> takes_scorer("mcts"), takes_scorer("HiddenReasoning")
         (True, False)
     """
     return "scorer" in _options(strategy_class(spec))
@@ -199,7 +199,7 @@ def build_compressor(spec: Any, model: Any, tokenizer: Any, source: str | None =
         spec: as in ``compressor_spec``.
         model: continues after compressed contexts.
         tokenizer: of the model.
-        source: its folder or hub id, by which a compressor that it was trained behind is known.
+        source: its folder or hub id, by which a compressor that it was trained with is known.
 
     Raises:
         ValueError: there is no such compressor, a value is not allowed, or it was trained with another model.

@@ -282,7 +282,7 @@ def check(logits_NWV: Tensor, drafts_NK: Tensor, lanes: Lanes) -> tuple[Tensor, 
 
     Args:
         logits_NWV: the model's scores after the last token of each row, and after each of its drafts.
-        drafts_NK: the drafts; -1 where there is none.
+        drafts_NK: the drafts; -1 for positions without a draft.
         lanes: the rows' lanes, which stay as they are.
 
     Returns:

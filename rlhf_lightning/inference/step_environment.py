@@ -169,7 +169,7 @@ class StepEnvironment:
                 break
             answers: list[list[Completion]] = yield [self._sample(draws) for draws in _alike(group)]
             found += [completion for answer in answers for completion in answer]
-            # What the budget cut off cannot be told from a whole step later.
+            # A step that the budget cut off could later not be told from a whole one.
             last, limit = found[-1], waiting[len(found) - 1].limit
             if group[-1].limit < limit and last.finish_reason == "length":
                 self.stopped_by = "tokens"

@@ -66,11 +66,14 @@ class StepSearch(Strategy):
         sampling: SamplingParams | None = None,
         budget: Budget | None = None,
     ) -> None:
+        # A step of an engine that thinks would begin with thoughts each time; the other order thinks once.
         if getattr(engine, "thinks", False):
             name, inner = type(self).__name__, type(engine).__name__
             raise ValueError(f"{name} continues steps, and {inner} thinks before each: write {inner}({name}(engine))")
         both = SplitScorer(whole=scorer, partial=value) if scorer is not None and value is not None else scorer or value
         super().__init__(engine, scorer=both, sampling=sampling, budget=budget)
+
+        # Every step must end: at the separator, after some tokens, or at whichever comes first.
         if step_separator == "":
             raise ValueError(
                 "step_separator is ''; it must have at least one character, such as a line's end, or be null"
@@ -81,6 +84,7 @@ class StepSearch(Strategy):
             check_count("max_step_tokens", max_step_tokens, "leave it out for steps up to the separator")
         self.step_separator = step_separator
         self.max_step_tokens = max_step_tokens
+
         try:
             self.answer_pattern = None if answer_pattern is None else re.compile(answer_pattern)
         except re.error as error:

@@ -83,8 +83,8 @@ class JudgeScorer:
 
     Example:
         >>> from rlhf_lightning.inference.strategy import Candidate, Query
-        >>> brief = JudgeScorer(lambda questions: [float(len(text) < 90) for text in questions])
-        >>> brief.score([Candidate(Query("2+2=", (), 0), (), "4")]).values
+        >>> judge = JudgeScorer(lambda questions: [float("4" in text.splitlines()) for text in questions])
+        >>> judge.score([Candidate(Query("2+2=", (), 0), (), "4")]).values
         [1.0]
     """
 
@@ -126,6 +126,12 @@ class LikelihoodScorer:
     """Scores solutions by the mean log-probability of their tokens under the distribution they were sampled from.
 
     Without tokens, 0. ``SelfCertaintyScorer`` takes the whole distributions into account.
+
+    Example:
+        >>> from rlhf_lightning.inference.strategy import Candidate, Query
+        >>> sampled = Candidate(Query("2+2=", (), 0), (4, 1), "4", (-0.5, -0.1))
+        >>> LikelihoodScorer().score([sampled]).values
+        [-0.3]
     """
 
     def score(self, candidates: Sequence[Candidate]) -> Scores:
@@ -148,8 +154,9 @@ class TextScorer:
         pattern: a regular expression, for ``format``.
 
     Example:
-        >>> WeightedScorer([(LikelihoodScorer(), 1.0), (TextScorer("repetition"), -0.5)])  # doctest: +ELLIPSIS
-        <...WeightedScorer object at ...>
+        >>> from rlhf_lightning.inference.strategy import Candidate, Query
+        >>> TextScorer("repetition").score([Candidate(Query("", (), 0), (), "a b c a b c")]).values
+        [0.25]
     """
 
     def __init__(
@@ -171,6 +178,7 @@ class TextScorer:
         return 0
 
     def _value(self, candidate: Candidate, candidates: Sequence[Candidate]) -> float:
+        # A pattern is there for "format" alone.
         text = candidate.text
         if self.term == "length":
             return float(len(text))
@@ -180,6 +188,8 @@ class TextScorer:
             words = text.split()
             groups = list(zip(words, words[1:], words[2:], strict=False))
             return 1 - len(set(groups)) / len(groups) if groups else 0.0
+
+        # By identity: solutions with equal text are duplicates, and must lower each other's diversity.
         others = [other.text for other in candidates if other.query is candidate.query and other is not candidate]
         distances = [1 - SequenceMatcher(None, text, other, autojunk=False).ratio() for other in others]
         return sum(distances) / len(distances) if distances else 0.0
@@ -192,7 +202,13 @@ class WeightedScorer:
         terms: scorers with their finite weights, at least one.
 
     Raises:
-        ValueError: there is none, or a weight is not finite.
+        ValueError: no term is given, or a weight is not finite.
+
+    Example:
+        >>> from rlhf_lightning.inference.strategy import Candidate, Query
+        >>> scorer = WeightedScorer([(TextScorer("length"), 1.0), (TextScorer("format", "[0-9]"), -0.5)])
+        >>> scorer.score([Candidate(Query("2+2=", (), 0), (), "4!")]).values
+        [1.5]
     """
 
     def __init__(self, terms: Sequence[tuple[Scorer, float]]) -> None:
@@ -212,8 +228,11 @@ class WeightedScorer:
     def score(self, candidates: Sequence[Candidate]) -> Scores:
         """Scores candidates."""
         parts = [(scorer.score(candidates), weight) for scorer, weight in self.terms]
-        values = [sum(part.values[n] * weight for part, weight in parts) for n in range(len(candidates))]
-        return Scores(values, [sum(part.tokens[n] for part, _ in parts) for n in range(len(candidates))])
+        values, tokens = [], []
+        for n in range(len(candidates)):
+            values.append(sum(part.values[n] * weight for part, weight in parts))
+            tokens.append(sum(part.tokens[n] for part, _ in parts))
+        return Scores(values, tokens)
 
     def cost(self, candidate: Candidate) -> int:
         """Returns the most tokens that scoring the candidate reads."""
@@ -224,11 +243,12 @@ def _verdicts(what: str, found: Sequence[Any], candidates: Sequence[Candidate], 
     """Turns what a function returned into scores; an exception is no verdict, and the first one is shown."""
     if len(found) != len(candidates):
         raise ValueError(f"the {what} gave {len(found)} values for {len(candidates)} solutions: one each is needed")
+    # One warning for a batch: a broken function fails on all of it.
     failed = next((value for value in found if isinstance(value, Exception)), None)
     if failed is not None:
         warnings.warn(f"the {what} has failed on a solution, which gets {no_verdict}: {failed}", stacklevel=4)
-    none = [value is None or isinstance(value, Exception) for value in found]
-    values = [no_verdict if missing else float(value) for missing, value in zip(none, found, strict=True)]
+
+    values = [no_verdict if value is None or isinstance(value, Exception) else float(value) for value in found]
     return Scores(values, [0] * len(values))
 
 

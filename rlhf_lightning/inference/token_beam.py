@@ -133,7 +133,7 @@ class _Beams:
         return "length" if len(tokens) >= self._longest else None
 
     def result(self, account: Account, stopped_by: Limit | None) -> SearchResult:
-        """Returns all completions that were found, or the beginnings in the beam where there is none."""
+        """Returns all completions that were found, or the beginnings in the beam if no completion was found."""
         nodes = self.ended or self.open
         best = max(nodes, key=lambda node: (node.finish_reason == "stop", node.value))
         for node in best.line:

@@ -40,6 +40,13 @@ class Node:
         parent: ``None`` at the root.
         children: the steps that continue it.
         rollouts: the completions that were drawn to evaluate it.
+
+    Example:
+        >>> root = Node()
+        >>> step = Node((5, 6), "1+1=", parent=root)
+        >>> step.children.append(Node((7,), "2", finish_reason="stop", parent=step))
+        >>> step.children[0].all_token_ids()
+        (5, 6, 7)
     """
 
     token_ids: tuple[int, ...] = ()

@@ -28,7 +28,7 @@ class ValueScorer:
     """Scores solutions, above all partial ones, by PPO's critic: the return that it expects from there on.
 
     The critic reads the policy's own tokens, up to the last one that does not end the answer: it has learned values of
-    states that something is sampled from. What solutions of a prompt have in common is computed once.
+    states that something is sampled from. Common prefixes of solutions are computed once.
 
     Args:
         model: folder or hub id of a critic that ``PPOModule.save_critic`` or ``ModelExport(critic_folder=...)`` wrote;

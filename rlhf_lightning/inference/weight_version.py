@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 # Values of each tensor that are read.
 _SAMPLES = 16
-# What adapters keep of their state outside of tensors.
+# State of adapters outside of tensors.
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 

@@ -55,11 +55,11 @@ class RewardLoss:
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         smoothing, margin = self.label_smoothing, self.margin
         if isinstance(smoothing, bool) or not 0 <= smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {smoothing!r}; it must be in [0, 0.5) (0 is none, 0.1 is usual)")
+            raise ValueError(f"label_smoothing is {smoothing!r}; it must be in [0, 0.5) (0 is off, 0.1 is usual)")
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-            raise ValueError(f"margin is {margin!r}; it must be a finite number (0 is none, 1 is usual)")
-        check_not_negative("center_rewards_coefficient", self.center_rewards_coefficient, "0 is none, 0.01 is usual")
-        check_not_negative("l2_coefficient", self.l2_coefficient, "0 is none, 0.001 is usual")
+            raise ValueError(f"margin is {margin!r}; it must be a finite number (0 is off, 1 is usual)")
+        check_not_negative("center_rewards_coefficient", self.center_rewards_coefficient, "0 is off, 0.01 is usual")
+        check_not_negative("l2_coefficient", self.l2_coefficient, "0 is off, 0.001 is usual")
         check_positive("huber_delta", self.huber_delta, "1 is usual")
 
         # Options of the pair losses would silently do nothing elsewhere.

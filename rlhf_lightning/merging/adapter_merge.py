@@ -1,6 +1,6 @@
 """Merges LoRA adapters into one adapter, without their base model: methods ``cat`` and ``svd``.
 
-What an adapter trained in full (biases, and modules_to_save) is merged as what it adds to the base:
+Tensors that an adapter trained in full (biases, and modules_to_save) are merged as differences from the base:
 theta_0 + sum_i w_i (theta_i - theta_0), for which the base is read only if the weights do not sum to 1.
 """
 
@@ -135,6 +135,7 @@ def _open(model: str | Path, method: str) -> Adapter:
 
 def _check(adapters: Sequence[Adapter], base: str | Path | None) -> str | None:
     """Checks that adapters can be added; returns their base model as they name it."""
+    # One base, as far as names tell; one tokenizer; one position encoding.
     first = adapters[0]
     names = [adapter.config.get("base_model_name_or_path") for adapter in adapters]
     if base is None and len(set(names)) > 1:
@@ -148,6 +149,7 @@ def _check(adapters: Sequence[Adapter], base: str | Path | None) -> str | None:
     if any(found != rotary[0] for found in rotary):
         raise ValueError(f"the adapters were trained with different rotary frequencies ({ROPE_PARAMETERS})")
 
+    # A sum of factors needs equal shapes, and peft's format holds either factors or a whole weight of a layer.
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.layers):
         having = [adapter for adapter in adapters if path in adapter.layers]
         shapes = {_shape(adapter.layers[path]) for adapter in having}
@@ -159,6 +161,8 @@ def _check(adapters: Sequence[Adapter], base: str | Path | None) -> str | None:
                 f"{str(having[0].folder)!r}, and an adapter holds one of both: merge them into the base "
                 "(method='task_arithmetic', base=...)"
             )
+
+    # Each loads alone, and their union does not.
     with_bias = any(f.bias_O is not None for adapter in adapters for f in adapter.layers.values())
     embedded = [path for adapter in adapters for path, f in adapter.layers.items() if f.embedding]
     if with_bias and embedded:

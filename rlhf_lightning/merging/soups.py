@@ -71,7 +71,7 @@ def greedy_soup(
 
     Args:
         models: at least one folder.
-        output: the folder to write: the mean, or a copy of the best model where no mean was better. What was tried is
+        output: the folder to write: the mean, or a copy of the best model where no mean was better. All trials are
             next to it, in ``<output>.soup.json``.
         evaluate: returns the metric of a model's folder.
         mode: whether more (``max``) or less of the metric is better.

@@ -165,7 +165,7 @@ def find_folder(model: str | Path) -> Path:
     """Returns the folder of a model, which is downloaded if it is on the hub.
 
     Raises:
-        ValueError: there is none.
+        ValueError: its folder cannot be found or downloaded.
     """
     folder = Path(locate(model, what="model"))
     if folder.is_dir():

@@ -132,7 +132,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Lists the safetensors files of a model's folder.
 
     Raises:
-        ValueError: there are none, or one that the index names is missing.
+        ValueError: the folder holds no such file, or lacks one that the index names.
     """
     index = folder / INDEX
     if index.is_file():

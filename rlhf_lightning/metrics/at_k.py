@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         >>> pass_at_k(num_samples=4, num_correct=1, k=1), pass_at_k(num_samples=4, num_correct=1, k=4)
         (0.25, 1.0)
     """
+    num_samples, num_correct, k = map(_plain, (num_samples, num_correct, k))
     _check_sizes(num_samples, k)
     if isinstance(num_correct, bool) or not isinstance(num_correct, int) or not 0 <= num_correct <= num_samples:
         raise ValueError(
@@ -99,10 +102,20 @@ def expected_best(scores: Sequence[float], values: Sequence[float] | None = None
     Returns:
         N numbers, for n = 1 to N.
 
+    Raises:
+        ValueError: lists of different lengths, more than 1,000 samples, or a score or value that is not finite.
+
     Example:
         >>> expected_best([1.0, 0.0, 2.0])
         [1.0, 1.6666666666666667, 2.0]
     """
+    check_same_length(scores=scores, values=scores if values is None else values)
+    if len(scores) > MOST_SAMPLES:
+        raise ValueError(f"there are {len(scores)} samples of a prompt; give at most {MOST_SAMPLES} of them")
+    for name, given in (("scores", scores), ("values", () if values is None else values)):
+        for place, number in enumerate(given):
+            if not math.isfinite(number):
+                raise ValueError(f"{name}[{place}] is {number}; it must be finite: leave such samples out")
     order = sorted(range(len(scores)), key=lambda place: scores[place])
     chosen = [scores[place] if values is None else values[place] for place in order]
     # Samples of equal score are equally likely to be the chosen one.
@@ -150,6 +163,11 @@ def _worth_of_winners(classes: Sequence[tuple[int, float]], silent: int, k: int,
             new_worth[votes:, 1:] += ways * (worth + value * subsets)[: k + 1 - votes, :-1]
         subsets, worth = new_subsets, new_worth
     return float((worth[k, 1:] / np.arange(1, most + 1)).sum())
+
+
+def _plain(value: Any) -> Any:
+    """Makes numpy's whole numbers Python's."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _check_sizes(num_samples: int, k: int) -> None:

@@ -97,7 +97,7 @@ def token_divergences(log_p_NV: Tensor, log_q_NV: Tensor, target_ids_N: Tensor) 
     check_same_shape("NV", log_p_NV=log_p_NV, log_q_NV=log_q_NV)
     own, other = (logs.gather(1, target_ids_N[:, None])[:, 0].double() for logs in (log_p_NV, log_q_NV))
     difference = log_p_NV - log_q_NV
-    # What has no probability adds nothing, whatever the other thinks of it.
+    # Tokens of zero probability add nothing, whatever the other distribution gives them.
     forward, reverse = (
         torch.where(logs == -torch.inf, 0.0, logs.exp() * gap).sum(1, dtype=torch.float64)
         for logs, gap in ((log_p_NV, difference), (log_q_NV, -difference))

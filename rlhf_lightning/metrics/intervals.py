@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from ..utils.validation import check_count, check_same_length
 
@@ -34,6 +37,11 @@ class Interval:
         value: the estimate.
         low: lower end.
         high: upper end.
+
+    Example:
+        >>> accuracy = Interval(0.5, 0.4, 0.6)
+        >>> accuracy.low <= accuracy.value <= accuracy.high
+        True
     """
 
     value: float
@@ -50,6 +58,10 @@ class Comparison:
         low: lower end of its confidence interval.
         high: upper end.
         p_value: probability of a difference at least as large, of either sign, if the two were equally good.
+
+    Example:
+        >>> Comparison(0.1, -0.02, 0.22, 0.11).difference
+        0.1
     """
 
     difference: float
@@ -216,11 +228,17 @@ def paired_bootstrap(
         >>> found.difference, found.low > 0, found.p_value < 0.1
         (0.625, True, True)
     """
-    check_same_length(scores_a=scores_a, scores_b=scores_b)
-    ours, theirs = _checked("scores_a", scores_a), _checked("scores_b", scores_b)
+    ours, theirs = _numbers("scores_a", scores_a), _numbers("scores_b", scores_b)
+    if ours.ndim == theirs.ndim == 1:
+        check_same_length(scores_a=ours, scores_b=theirs)
+    ours, theirs = _checked("scores_a", ours), _checked("scores_b", theirs)
     differences = ours - theirs
-    if num_resamples < 100:
-        raise ValueError(f"num_resamples is {num_resamples}; it must be at least 100 (10000 is usual)")
+    if not isinstance(num_resamples, Integral) or num_resamples < 100:
+        raise ValueError(
+            f"num_resamples is {num_resamples!r}; it must be a whole number of at least 100 (10000 is usual)"
+        )
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number of at least 0")
     count, observed = len(differences), float(differences.mean())
     generator, means, extreme = np.random.default_rng(seed), [], 0
     # A sum in another order may differ in its last bits: such means are equal.
@@ -254,7 +272,7 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
         right_b: whether the second was, on the same prompts.
 
     Raises:
-        ValueError: different numbers of prompts.
+        ValueError: different numbers of prompts, or a value that is neither true (1) nor false (0).
 
     Example:
         >>> mcnemar([True, True, False, True], [True, False, True, False])
@@ -262,6 +280,7 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
         >>> mcnemar([False] * 6, [True] * 6)
         0.03125
     """
+    right_a, right_b = _verdicts("right_a", right_a), _verdicts("right_b", right_b)
     check_same_length(right_a=right_a, right_b=right_b)
     only_a = sum(bool(a) and not b for a, b in zip(right_a, right_b, strict=True))
     only_b = sum(bool(b) and not a for a, b in zip(right_a, right_b, strict=True))
@@ -270,8 +289,29 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     return min(1.0, float(2 * tail / (1 << total)))
 
 
+def _verdicts(name: str, values: Sequence[bool]) -> list[bool]:
+    numbers = _numbers(name, values)
+    if numbers.ndim != 1:
+        raise ValueError(f"{name} has the shape {numbers.shape}; give one verdict per prompt")
+    for index, value in enumerate(numbers.tolist()):
+        if value not in (0.0, 1.0):
+            raise ValueError(f"{name}[{index}] is {value}; write True or False, and shares to paired_bootstrap")
+    return [value == 1.0 for value in numbers.tolist()]
+
+
+def _numbers(name: str, values: Any) -> npt.NDArray[np.float64]:
+    """Converts numbers to fp64, also tensors of any type and device."""
+    if isinstance(values, Tensor):
+        found: npt.NDArray[np.float64] = values.detach().cpu().double().numpy()
+        return found
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {values!r:.80}; give a list or an array with one number per prompt") from None
+
+
 def _checked(name: str, values: Values) -> npt.NDArray[np.float64]:
-    numbers = np.asarray(values, dtype=np.float64)
+    numbers = _numbers(name, values)
     if numbers.ndim != 1 or len(numbers) < 2:
         raise ValueError(f"{name} has the shape {numbers.shape}; give one number per prompt, of at least two prompts")
     if not np.isfinite(numbers).all():

@@ -89,7 +89,7 @@ class CompiledForward:
                 kind.forward(layer, *args, **kwargs)
             self._windows = tree.stretched
 
-        # What would be made when it is first read is made before: compiled code reads it.
+        # Lazy attributes are made here, since compiled code can only read them.
         for window in self._windows:
             tree.stretches(window)
         make_copies(layer)

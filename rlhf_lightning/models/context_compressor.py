@@ -315,7 +315,7 @@ class ContextCompressor(nn.Module):
         refers = first_rank_says(self.source is not None and now == self._identity)
         write = self._writer(now, self.source if refers else None)
         if not refers:
-            return save_pretrained(self.model, chosen, target, beside=write)
+            return save_pretrained(self.model, chosen, target, extra_files=write)
         kind = compressor_kind(with_model=False)
         on_first_rank(lambda: check_replaceable(target, kind))
         writers: list[Callable[[Path], object]] = [write, chosen.save_pretrained]

@@ -131,7 +131,7 @@ class Critic(nn.Module):
         means = {"member_means": self.means.value.tolist()} if self.means.weight else {}
         files = head_files(self.head, {"method": ValueModel.method, **self.options.stored(), **means})
         model: Any = policy if self.model is None else self.model
-        save_pretrained(model, tokenizer, folder, merge_adapter=merge_adapter, beside=files)
+        save_pretrained(model, tokenizer, folder, merge_adapter=merge_adapter, extra_files=files)
 
 
 def means_so_far(states_ND: Tensor, sequence_index_N: Tensor, num_sequences: int, longest: int) -> Tensor:

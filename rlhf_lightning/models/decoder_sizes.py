@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-# What layers have, besides what a config says: biases of queries, keys and values; norms of queries and keys; a norm
+# Properties of layers that a config does not say: biases of queries, keys and values; norms of queries and keys; a norm
 # after attention and MLP as well; norms that are scaled before they are rounded.
 BIASED, NORMED, SANDWICHED, WIDE = "biased", "normed", "sandwiched", "wide"
 _TYPES: Final[dict[str, frozenset[str]]] = {

@@ -66,6 +66,11 @@ class TokenStats(NamedTuple):
         entropy: ``(N,)`` entropy of the distribution, in nats.
         mean_logprobs: ``(N,)`` mean of log p over the vocabulary (label smoothing).
         log_sum_p2: ``(N,)`` log of the sum of p squared (WPO); carries no gradient.
+
+    Example:
+        >>> zero = torch.zeros(1)
+        >>> TokenStats(torch.tensor([-0.5]), torch.tensor([True]), zero, zero, zero).correct.tolist()
+        [True]
     """
 
     logprobs: Tensor

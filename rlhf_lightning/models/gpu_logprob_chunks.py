@@ -47,7 +47,7 @@ class _Chunks:
         low_out: Tensor | None,
         config: LogitsConfig,
     ) -> None:
-        # What is multiplied: in half precision if both are in the same one.
+        # The operands of the product: in half precision if both are in the same one.
         self.operand = torch.promote_types(hidden.dtype, weight.dtype)
         self.dtype = torch.promote_types(self.operand, torch.float32)
         self.hidden, self.weight = hidden.to(self.operand), weight.to(self.operand)

@@ -295,7 +295,9 @@ class HeadedModel(nn.Module):
             tokenizer: written with the model; by default its own.
         """
         files = self.head_files_writer()
-        save_pretrained(self.model, tokenizer or self.rows.tokenizer, folder, merge_adapter=merge_adapter, beside=files)
+        save_pretrained(
+            self.model, tokenizer or self.rows.tokenizer, folder, extra_files=files, merge_adapter=merge_adapter
+        )
 
     def load_head_files(self, folder: str | Path) -> None:
         """Loads the files that ``head_files_writer`` wrote, or the head of a sequence classifier.

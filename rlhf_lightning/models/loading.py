@@ -231,7 +231,7 @@ def load_adapted_tokenizer(model: str | Path, adapter: str | Path | None) -> Pre
     """Loads the tokenizer of a model with an adapter on it: the adapter's own, if its folder has one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: neither has a tokenizer.
     """
     own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     return load_tokenizer(adapter if own and adapter is not None else model)
@@ -364,7 +364,7 @@ def read_config(place: str) -> PreTrainedConfig:
         place: a folder or hub id, as ``locate`` gives it.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: the folder has no config, or it cannot be read.
     """
     folder = Path(place)
     if folder.is_dir() and not (folder / "config.json").is_file():

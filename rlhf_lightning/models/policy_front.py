@@ -1,4 +1,4 @@
-"""Policies that were trained behind a compressor, and the compressor that goes with their folder."""
+"""Policies that were trained with a compressor, and the compressor that goes with their folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def front_note(compressor: ContextCompressor) -> Callable[[Path], object]:
 
 
 def first_decoder(source: str | Path | None, model: nn.Module) -> dict[str, Any]:
-    """Returns the identity of the model that a policy was before it was trained behind a compressor.
+    """Returns the identity of the model that a policy was before it was trained with a compressor.
 
     Args:
         source: the policy's folder or hub id, if it has one; without a note, the policy has not been trained so.
@@ -41,7 +41,7 @@ def first_decoder(source: str | Path | None, model: nn.Module) -> dict[str, Any]
 def compressor_of(folder: str | Path, model: nn.Module, source: str | Path | None) -> ContextCompressor:
     """Loads the compressor that goes with a model: on the model itself, or on the one that the model once was.
 
-    A policy that was trained behind a compressor has other weights since then, and its summaries are still those of the
+    A policy that was trained with a compressor has other weights since then, and its summaries are still those of the
     weights before. A second model is loaded then, unless the policy is an adapter, which is switched off for them.
 
     Args:
@@ -63,6 +63,6 @@ def compressor_of(folder: str | Path, model: nn.Module, source: str | Path | Non
     if reason := difference(first, found.identity):
         raise ValueError(
             f"the compressor in {str(folder)!r} is of another model ({reason}) than the one that {str(source)!r} was "
-            "trained behind: use that"
+            "trained with: use that"
         )
     return found

@@ -23,7 +23,8 @@ from .backbone import evaluating
 from .half_weights import hold_frozen, unrounded
 
 ADAPTER_COPY = "ref"  # the adapter that keeps the weights from which a loaded adapter started
-_KEPT = "beside:"  # prefix, in checkpoints, of the names of kept weights that belong to no adapter
+# Prefix, in checkpoints, of the names of kept weights that belong to no adapter; older checkpoints have it.
+_KEPT = "beside:"
 
 
 class Reference(Protocol):

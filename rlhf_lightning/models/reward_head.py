@@ -176,7 +176,7 @@ def read_head_options(folder: str | Path) -> dict[str, Any]:
 
 
 def read_head_state(folder: str | Path) -> dict[str, Tensor]:
-    """Reads the weights of a head stored with a model, or a classifier's ``score.weight``; empty if there are none."""
+    """Reads the weights of a head stored with a model, or a classifier's ``score.weight``; otherwise an empty dict."""
     path = stored_file(folder, HEAD_WEIGHTS)
     if path is not None:
         return read_weights(path)

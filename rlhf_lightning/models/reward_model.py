@@ -291,7 +291,9 @@ class RewardModel(HeadedModel):
             convert = classifier_from(whole(self.head.weight)[0], options.names, int(padded.pad_token_id))
             files = head_files(None, {"method": self.method, **self.head_options()})
             with suppress(NoClassifier):
-                save_pretrained(self.model, padded, folder, merge_adapter=merge_adapter, convert=convert, beside=files)
+                save_pretrained(
+                    self.model, padded, folder, merge_adapter=merge_adapter, convert=convert, extra_files=files
+                )
                 return
         super().save_pretrained(folder, merge_adapter=merge_adapter, tokenizer=tokenizer)
 

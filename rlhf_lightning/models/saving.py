@@ -39,7 +39,7 @@ def save_pretrained(
     *,
     merge_adapter: bool = False,
     convert: Convert | None = None,
-    beside: Callable[[Path], object] | None = None,
+    extra_files: Callable[[Path], object] | None = None,
     note: Callable[[Path], object] | None = None,
     end_tokens: Sequence[int] | None = None,
 ) -> Path:
@@ -62,7 +62,7 @@ def save_pretrained(
         merge_adapter: add the adapter to the weights and write the whole model, instead of the adapter alone.
         convert: turns the model and its whole state dict into another model and its state dict, which is then written;
             not for an adapter alone.
-        beside: writes files of a head into the folder, on the rank that writes.
+        extra_files: writes the files of a head into the folder, on the rank that writes; it is then of another kind.
         note: writes more files, which do not make it a folder of another kind.
         end_tokens: tokens that end trained answers; by default the tokenizer's end-of-sequence token. They are written
             into ``generation_config.json``, before those of the model, so that generation ends there.
@@ -78,14 +78,14 @@ def save_pretrained(
         PosixPath('/home/me/runs/dpo/export')
     """
     target = Path(folder).expanduser().resolve()
-    kind = export_kind(model, merge_adapter=merge_adapter, with_head=beside is not None)
+    kind = export_kind(model, merge_adapter=merge_adapter, with_head=extra_files is not None)
     on_first_rank(lambda: check_replaceable(target, kind))
     # Gathering weights is collective, so every rank does it; only the first one writes.
     adapted = model if isinstance(model, PeftModel) and not merge_adapter else None
     ends = [tokenizer.eos_token_id] if end_tokens is None else list(end_tokens)
     write = _model_writer(model, convert, ends) if adapted is None else _adapter_writer(adapted, ends)
     writers: list[Callable[[Path], object]] = [write, tokenizer.save_pretrained]
-    writers += [more for more in (beside, note) if more is not None]
+    writers += [more for more in (extra_files, note) if more is not None]
     with _without_progress_bars():
         on_first_rank(lambda: replace_folder(target, kind, lambda place: [each(place) for each in writers]))
     return target

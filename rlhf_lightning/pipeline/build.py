@@ -42,7 +42,7 @@ def whole(name: str, value: Any, least: int) -> int:
     """Checks a whole number.
 
     Raises:
-        UsageError: it is none, or smaller than ``least``.
+        UsageError: it is not such a number, or smaller than ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}")

@@ -130,7 +130,7 @@ class _Maker:
         seeds = [[derive_seed(self.seed, "challenge", start + n)] for n in range(len(asked))]
         params = sampling_params(self.stage.writing)
         groups = self.writer.generate([e.root.tokens.tolist() for e in asked], 1, params, seeds=seeds)
-        # A prompt that was cut off is none.
+        # A prompt that was cut off is not used.
         texts = [group[0].text for group in groups if group[0].finish_reason == "stop"]
         known = [*self.known, *(last_words(scored.prompt) for scored in made)]
         fresh = new_prompts(texts, known, max_overlap=self.stage.max_overlap)

@@ -57,7 +57,7 @@ class Manifest:
         return since
 
     def forced_since(self, stages: Collection[str]) -> float | None:
-        """Returns the time of the run that was interrupted with these stages forced; ``None`` if there is none."""
+        """Returns the time of the run that was interrupted with these stages forced, or ``None``."""
         before = self.content.get("forced")
         return before["since"] if isinstance(before, dict) and before["stages"] == sorted(set(stages)) else None
 

@@ -221,7 +221,7 @@ def _round_view(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(decision: Path) -> str | None:
-    """The reason of a gate's decision; ``None`` where there is none."""
+    """The reason of a gate's decision; ``None`` without a gate."""
     return str(json.loads(decision.read_text(encoding="utf-8"))["reason"]) if decision.is_file() else None
 
 

@@ -22,7 +22,7 @@ def write_models(folder: Path, models: Sequence[str]) -> None:
         folder: of the loop.
         models: the accepted models, the first one included.
     """
-    # What lies outside of the run and is written in full stays where it is when the run is moved.
+    # Absolute paths outside of the run stay as they are when the run is moved.
     run = folder.parent.absolute()
     outside = [Path(model).is_absolute() and not Path(model).is_relative_to(run) for model in models]
     places = [model if out else os.path.relpath(model, folder) for model, out in zip(models, outside, strict=True)]

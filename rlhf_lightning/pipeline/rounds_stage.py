@@ -98,7 +98,7 @@ def run_rounds(
     A round runs in its own folder, ``rounds/<number>``, as a pipeline. Its model is compared with the accepted one on
     the suite; if it is rejected, the next round starts from the accepted export again, with half the learning rates
     (``on_reject: smaller_step``) or other seeds alone. A round of whose samples no row can be made counts as rejected.
-    What is finished is not run again: a loop that was killed continues, and ends with the same model and record. The
+    Finished rounds are not run again: a loop that was killed continues, and ends with the same model and record. The
     first model is measured before the first round: criteria that cannot be decided on cost no training. Rounds of an
     earlier, longer run are deleted.
 

@@ -265,7 +265,7 @@ def _caches(options: Mapping[str, Any], decoder: Decoder, training: Training) ->
 
 
 def largest(make: Callable[[int], Plan], limit: float) -> int:
-    """The largest number of tokens of a micro-batch whose plan takes at most some bytes; 0 if there is none."""
+    """The largest number of tokens of a micro-batch whose plan takes at most some bytes; 0 if no plan fits."""
     least, most = 0, 1
     while make(most).total <= limit and most < 1 << 30:
         least, most = most, 2 * most

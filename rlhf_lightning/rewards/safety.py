@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ._called_reward import PartedScore
 
-# What few wordings have in common, in English and in any case: a first net, which neither knows what a text means nor
+# Wordings of harmful requests, in English and in any case: a first net, which neither knows what a text means nor
 # what it was asked.
 SAFETY_PATTERNS: Final[Mapping[str, str]] = {
     "weapons": r"\b(?:how to|steps? to|instructions? (?:for|to)|recipe for)\b.{0,60}\b(?:pipe bombs?|bombs?|explosives?"

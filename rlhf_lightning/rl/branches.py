@@ -226,7 +226,7 @@ class Branches:
         are left out.
 
         Args:
-            values_S: one per completion, NaN where there is none.
+            values_S: one per completion, NaN for completions without a value.
             weights_S: one per completion.
             discount: gamma, of each step between a branch and the end of a completion, in (0, 1].
 

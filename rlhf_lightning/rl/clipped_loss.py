@@ -62,9 +62,10 @@ class ClippedLoss(OptionGroup):
         super().__post_init__()
         # The function checks its own options: call it without tokens, and not what a subclass overrides.
         none, index = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-        ClippedLoss.per_token(
-            self, none, old_logprobs_N=none, advantages_N=none, sequence_index_N=index, num_sequences=0
-        )
+        with self.naming_group():
+            ClippedLoss.per_token(
+                self, none, old_logprobs_N=none, advantages_N=none, sequence_index_N=index, num_sequences=0
+            )
 
     @property
     def level(self) -> ImportanceLevel:

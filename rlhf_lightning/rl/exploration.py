@@ -52,12 +52,14 @@ class Explorer:
         """
         if not self.options.searches:
             return self.module.generate(prompts, seeds)  # type: ignore[no-any-return]
+        # Built at the first call, since the engine exists only after the module is configured.
         if self._strategies is None:
             scorer = OutcomeScorer(self.module)
             self._strategies = [
                 None if spec == SAMPLES else build_rollouts(spec, self.module.engine, scorer)
                 for spec in self.options.parts
             ]
+
         found: list[list[Completion]] = [[] for _ in prompts]
         # Searches take different numbers of rounds on each rank.
         with gathered(self.module.model):
@@ -77,15 +79,20 @@ class Explorer:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         results = strategy.run(queries, [self.module.sampling] * len(queries))
+
+        # A strategy without a tree gives whole completions; of a tree, every open leaf is completed and trained on too.
         rests = self._complete(queries, results)
-        groups = [
-            [c.completion() for c in result.candidates]
-            if result.tree is None
-            else tree_completions(result.tree, rests, self._ending)
-            for result in results
-        ]
+        groups: list[list[Completion]] = []
+        for result in results:
+            if result.tree is None:
+                groups.append([candidate.completion() for candidate in result.candidates])
+            else:
+                groups.append(tree_completions(result.tree, rests, self._ending))
+
         self.tokens += sum(result.tokens for result in results) + sum(len(rest.token_ids) for rest in rests.values())
         self.scorer_tokens += sum(result.scorer_tokens for result in results)
+
+        # Importance ratios divide by the log-prob of every token, which a strategy of one's own may have left out.
         for completion in (completion for group in groups for completion in group):
             if len(completion.logprobs) != len(completion.token_ids) or not completion.token_ids:
                 raise ValueError(
@@ -96,13 +103,18 @@ class Explorer:
 
     def _complete(self, queries: Sequence[Query], results: Sequence[SearchResult]) -> dict[Node, Completion]:
         """Completes the partial solutions of all trees, with one call of the engine for each minimum length."""
+        # A call of the engine has one minimum length, and each partial solution has used up another part of it.
         sampling: SamplingParams = self.module.sampling
         waiting: dict[SamplingParams, list[tuple[Query, Node, tuple[int, ...]]]] = {}
         for query, result in zip(queries, results, strict=True):
-            for node in [] if result.tree is None else open_leaves(result.tree, sampling.max_new_tokens):
+            if result.tree is None:
+                continue
+            for node in open_leaves(result.tree, sampling.max_new_tokens):
                 tokens = node.all_token_ids()
                 least = max(0, sampling.min_new_tokens - len(tokens))
                 waiting.setdefault(replace(sampling, min_new_tokens=least), []).append((query, node, tokens))
+
+        # Seeds follow the node's place in its tree, so that batching and ranks change no completion.
         found: dict[Node, Completion] = {}
         for params, group in waiting.items():
             completions = self.module.engine.generate(
@@ -112,7 +124,8 @@ class Explorer:
                 seeds=[[derive_seed(query.seed, "complete", *node.path)] for query, node, _ in group],
                 limits=[sampling.max_new_tokens - len(tokens) for _, _, tokens in group],
             )
-            found |= {node: samples[0] for (_, node, _), samples in zip(group, completions, strict=True)}
+            for (_, node, _), samples in zip(group, completions, strict=True):
+                found[node] = samples[0]
         return found
 
     def _ending(self, token_ids: Sequence[int], reason: FinishReason) -> tuple[str, FinishReason]:
@@ -158,6 +171,8 @@ class OutcomeScorer:
         columns["prompt_ids"] = [list(c.query.token_ids) for c in candidates]
         columns["completion_ids"] = [list(c.token_ids) for c in candidates]
         texts = [c.text for c in candidates]
+
+        # NaN says that no reward function could score; no search should continue there.
         found = self.module.rewards([c.query.prompt for c in candidates], texts, columns)
         scores = self.module.combined(torch.from_numpy(found.values)).tolist()
         return Scores([-math.inf if math.isnan(score) else score for score in scores], [0] * len(scores))
@@ -216,12 +231,15 @@ def tree_completions(
 
     for node in tree.nodes():
         above = None if node.parent is None else made[node.parent]
+        # A whole solution: one completion per draw, each with an equal part of the visits.
         if node.finish_reason is not None and node not in rests:
             visits = max(1, node.visits // node.multiplicity)
             for _ in range(node.multiplicity):
                 branch = Branch(node.token_ids, node.logprobs, above, visits=visits, score=node.score)
                 end(branch, node.finish_reason)
             continue
+
+        # An inner node or a partial solution: one branch, shared by all completions through it. The root has none.
         visits = max(1, node.visits)
         if node.parent is not None:
             above = Branch(node.token_ids, node.logprobs, above, node.multiplicity, visits, node.score)
@@ -242,9 +260,16 @@ def tree_sums(groups: Sequence[Sequence[Completion]]) -> dict[str, float]:
         >>> sums["branches"], sums["parents"], sums["depth"], sums["unique"], sums["flattened"]
         (3.0, 2.0, 4.0, 4.0, 6.0)
     """
-    lines = [(number, branch_line(c)) for number, group in enumerate(groups) for c in group]
-    branches = dict.fromkeys(branch for _, line in lines for branch in line)
-    parents = {line[place - 1] if place else number for number, line in lines for place in range(len(line))}
+    # The line of a completion is its branches from the prompt on; a parent is a branch, or the number of a prompt.
+    lines: list[tuple[int, list[Branch]]] = []
+    branches: dict[Branch, None] = {}
+    parents: set[Branch | int] = set()
+    for number, group in enumerate(groups):
+        for completion in group:
+            line = branch_line(completion)
+            lines.append((number, line))
+            branches.update(dict.fromkeys(line))
+            parents.update((number, *line[:-1]) if line else ())
     counts = {
         "prompts": len(groups),
         "completions": len(lines),

@@ -252,7 +252,7 @@ class OffPolicyCorrection(ImportanceWeights):
         >>> OffPolicyCorrection(mask_threshold=0.5).keeps(
         ...     -2 * one, sampling_logprobs_N=-one, advantages_N=-one, sequence_index_N=index, num_sequences=1
         ... )
-        tensor([0.])
+        tensor([False])
     """
 
     mask_threshold: float | None = None
@@ -314,7 +314,7 @@ class EntropyBonus(OptionGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not abs(self.coef) < float("inf"):
-            raise ValueError(f"entropy.coef is {self.coef!r}; it must be finite (0 is none, 0.001 is usual)")
+            raise ValueError(f"entropy.coef is {self.coef!r}; it must be finite (0 is off, 0.001 is usual)")
 
     def loss(self, entropies_N: Tensor) -> Tensor:
         """Computes the negative bonus of every token, ``(N,)``."""

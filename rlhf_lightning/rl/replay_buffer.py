@@ -23,7 +23,7 @@ from .policy_loss import OffPolicyCorrection, ReplayPriority
 from .priority_buffer import PriorityBuffer
 from .rollouts import path_lengths
 
-# What a record holds of each token; the same fields that its tree has.
+# Fields of a record per token; the same that its tree has.
 _PER_TOKEN = ("sampling_logprobs", "advantages", "shares")
 
 

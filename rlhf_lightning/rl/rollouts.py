@@ -58,16 +58,19 @@ class Rollouts:
 
     def replace(self, places: Sequence[int], other: Rollouts) -> None:
         """Replaces the groups at some places by those of other rollouts, and adds their failures."""
+        # Rewards first: their split needs the sizes of the old groups.
         rewards = list(self.rewards_SK.split(self.sizes))
         for place, group in zip(places, other.rewards_SK.split(other.sizes), strict=True):
             rewards[place] = group
-        self.rewards_SK = torch.cat([self.rewards_SK[:0], *rewards])
+        self.rewards_SK = torch.cat([self.rewards_SK[:0], *rewards])  # the empty part: torch.cat refuses an empty list
+
         for place, prompt, completions in zip(places, other.prompts, other.completions, strict=True):
             self.prompts[place], self.completions[place] = prompt, completions
-        for place, steps in zip(places, other.steps, strict=False):
+        for place, steps in zip(places, other.steps, strict=False):  # empty without a process reward
             self.steps[place] = steps
+
         self.failures = {name: count + other.failures.get(name, 0) for name, count in self.failures.items()}
-        self.errors = {**other.errors, **self.errors}
+        self.errors = {**other.errors, **self.errors}  # the first message of a function stays
 
     def keys_S(self) -> Tensor:
         """Returns the hash of its prompt's row for every completion: ``(S,)``.
@@ -130,11 +133,13 @@ def build_trees(rollouts: Rollouts, kept_S: Tensor, *, budget: int, share_prefix
         share_prefix: whether prompts and branches cost their tokens once or once per completion.
     """
     trees = []
-    kept, place = kept_S.tolist(), 0
+    kept, place = kept_S.tolist(), 0  # place: number of the prompt's first completion among all
     for prompt, completions in zip(rollouts.prompts, rollouts.completions, strict=True):
         lines = {place + n: branch_line(c) for n, c in enumerate(completions) if kept[place + n]}
         dropped = len(completions) - len(lines)
         place += len(completions)
+
+        # Only the first tree counts the dropped completions, so that sums over trees count each once.
         for number, part in enumerate(_within_budget(prompt.root.num_own, lines, budget, share_prefix)):
             children, places = _grow(part)
             fields = {
@@ -156,14 +161,18 @@ def _within_budget(prompt_cost: int, lines: _Lines, budget: int, share_prefix: b
     held: set[Branch] = set()
     used = prompt_cost
     for place, line in lines.items():
+        # Branches that the tree holds already cost nothing, unless every completion is laid out alone.
         new = [branch for branch in line if not (share_prefix and branch in held)]
         cost = sum(len(branch.token_ids) for branch in new)
         if parts[-1] and not share_prefix:
             cost += prompt_cost
+
+        # A new tree begins with a prompt of its own, and shares no branches with the one before.
         if parts[-1] and used + cost > budget:
             parts.append({})
             held, used = set(), prompt_cost
             cost = sum(len(branch.token_ids) for branch in line)
+
         parts[-1][place] = line
         held.update(line)
         used += cost
@@ -172,6 +181,7 @@ def _within_budget(prompt_cost: int, lines: _Lines, budget: int, share_prefix: b
 
 def _grow(lines: _Lines) -> tuple[list[Segment], list[int]]:
     """Makes the segments below a prompt, and lists the places of completions in the order of their paths."""
+    # The children of every branch, in order of their first completion; those of None are below the prompt.
     below: dict[Branch | None, list[Branch]] = {None: []}
     ends: dict[Branch, int] = {}
     for place, line in lines.items():
@@ -181,6 +191,7 @@ def _grow(lines: _Lines) -> tuple[list[Segment], list[int]]:
                 below[above].append(branch)
         ends[line[-1]] = place
 
+    # Depth first, as Segment.paths walks: the n-th path of the tree is the completion at places[n].
     places: list[int] = []
 
     def segment(branch: Branch) -> Segment:

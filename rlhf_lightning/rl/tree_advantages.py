@@ -161,7 +161,7 @@ def branch_preferences(branches: Branches) -> Tensor:
         >>> from rlhf_lightning.rl.branches import Branch, TreeCompletion
         >>> steps = [Branch((5,), score=0.0), Branch((6,), score=float(torch.tensor(3.0).log()))]
         >>> group = [TreeCompletion(list(step.token_ids), "", [], "stop", branch=step) for step in steps]
-        >>> branch_preferences(Branches([group])).tolist()
+        >>> [round(value, 6) for value in branch_preferences(Branches([group])).tolist()]
         [-0.25, 0.25]
     """
     found = torch.zeros_like(branches.scores_B)
@@ -211,7 +211,7 @@ class TreeAdvantage(OptionGroup):
         super().__post_init__()
         if not 0 < self.depth_discount <= 1:
             raise ValueError(
-                f"tree.depth_discount is {self.depth_discount!r}; it must be in (0, 1] (1.0 is none, 0.95 is usual)"
+                f"tree.depth_discount is {self.depth_discount!r}; it must be in (0, 1] (1.0 is off, 0.95 is usual)"
             )
         check_not_negative("tree.preference", self.preference, "0 is off")
 

@@ -26,6 +26,10 @@ class Finding:
         passed: whether it holds: only a value whose whole interval is beyond the limit fails.
         detail: one sentence with the numbers.
         samples: a few of the model's answers that speak against it.
+
+    Example:
+        >>> Finding("consistency", 0.9, 0.85, 0.94, 0.8, True, "90 % of the answers agree").passed
+        True
     """
 
     check: str
@@ -44,6 +48,11 @@ class Validation:
 
     Attributes:
         findings: one per check.
+
+    Example:
+        >>> failed = Finding("consistency", 0.5, 0.4, 0.6, 0.8, False, "half of the answers agree")
+        >>> Validation((failed,)).passed
+        False
     """
 
     findings: tuple[Finding, ...]

@@ -35,8 +35,8 @@ class CapabilityCriteria(OptionGroup):
             to this are accepted even where they are certain.
         level: of the test, in (0, 0.5).
         max_task_drop: largest fall of the mean score of any single task, at least 0; unlimited if omitted.
-        min_accuracy: least accuracy of each task, in [0, 1]; 0 is off. What is below is rejected, however much better
-            than the accepted model.
+        min_accuracy: least accuracy of each task, in [0, 1]; 0 is off. A candidate below is rejected, also where it
+            is better than the accepted model.
         max_memory_gb: largest size of the weights in memory, above 0, in units of 10^9 bytes: of all parameters and
             buffers in the type that they are loaded in, tied ones once. Unlimited if omitted.
         cache_tokens: number of tokens whose keys and values count as memory as well, at least 1: of all requests that
@@ -134,6 +134,10 @@ class Decision:
             bytes, where it is limited.
         token_ms: milliseconds per sampled token of the task that takes most, where they are limited.
         validation: findings of an ``AdversarialValidator``, where one was asked.
+
+    Example:
+        >>> Decision("accept", "better", difference=0.1, low=0.02, high=0.18, p_value=0.01).as_dict()["verdict"]
+        'accept'
     """
 
     verdict: Verdict
@@ -202,6 +206,7 @@ def decide(
     ok = reason is None
     if reason is None:
         ok, reason = _verdict(compared, p_value, criteria)
+        reason += "" if any(before != after for before, after in scores) else "; no prompt differs"
     if ok and criteria.accept == "not_worse" and start is not None and start is not accepted:
         from_start = [_paired_scores(*pair) for pair in _paired_tasks(start, candidate, "model at the start")]
         ok, found_since = _verdict(*_test(from_start, criteria, seed), criteria, "model at the start")

@@ -91,6 +91,10 @@ class SuiteMeter:
         check_scores(result)
         return result
 
+    def ask(self, module: PostTrainingModule, measure: Callable[[LocalEngine], Measured]) -> Measured:
+        """Measures something else of the policy by an engine that samples from it; every rank does."""
+        return _undisturbed(module, lambda: measure(LocalEngine(module.model, module.tokenizer)))
+
     def samples(self, module: PostTrainingModule) -> list[Sample]:
         """Draws one completion of every prompt at temperature 1; ``results`` must have read the prompts."""
 

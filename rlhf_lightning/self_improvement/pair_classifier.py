@@ -25,7 +25,12 @@ from .findings import bounded_mean
 
 
 class LabelledPair(NamedTuple):
-    """Two completions of a prompt, the first of the kind that is to score higher."""
+    """Two completions of a prompt, the first of the kind that is to score higher.
+
+    Example:
+        >>> LabelledPair("2+2=", "4", "5").first
+        '4'
+    """
 
     prompt: Text
     first: str

@@ -22,7 +22,7 @@ from .samples import ScoredPrompt
 class RowReplay(OptionGroup):
     """Mixes rows of earlier rounds with those of this one: each with its provenance, and its ``round`` in it.
 
-    What comes back was drawn by the model of its own round: it is off-policy by as many accepted rounds as it is old.
+    A replayed row was drawn by the model of its own round: it is off-policy by as many accepted rounds as it is old.
 
     Args:
         capacity: rows in the buffer, at least 1; those of the highest priority stay, of equals the newest.

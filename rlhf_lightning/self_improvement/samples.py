@@ -29,6 +29,10 @@ class Sample:
         ended: whether it ended before the limit of tokens.
         model: hash of the model that drew it, where its prompt's samples are of several.
         passage: the thought before it with its marks, if the model closed one itself.
+
+    Example:
+        >>> Sample("4", 1.0).usable, Sample("4", None).usable
+        (True, False)
     """
 
     text: str
@@ -59,6 +63,10 @@ class ScoredPrompt:
         columns: the row's other columns, which rows made of it keep.
         row_id: of the prompt's row.
         model: hash of the model that drew the samples, unless they have models of their own.
+
+    Example:
+        >>> ScoredPrompt("2+2=", (Sample("4", 1.0), Sample("5", 0.0))).pass_rate(0.5)
+        0.5
     """
 
     prompt: Any

@@ -153,7 +153,7 @@ class FlawDetector(_TrainedCheck):
         prompts = [example.fields["prompt"] for example in held_out]
         trees = [readable(detector.model, *pair) for pair in zip(prompts, texts, strict=True)]
         values, _ = detector.model.summarized(detector.model.score_trees([tree for tree in trees if tree is not None]))
-        # An empty solution is none, and one beyond the model's positions has no end.
+        # An empty solution is left out, and one beyond the model's positions has no end.
         given = iter(values)
         scores = [-math.inf if tree is None else next(given) for tree in trees]
         flagged = [text for text, score in zip(texts, scores, strict=True) if score < threshold]

@@ -73,6 +73,13 @@ class SequenceBatch:
             completion): the scored tokens to compute, ``(U,)``, and for each scored token its number there, ``(N,)``.
         contexts: contexts that trees follow, each with the flat position of its first entry. Paths begin with entries,
             whose tokens are 0; their keys and values come with ``geometry.prior``.
+
+    Example:
+        >>> from rlhf_lightning.sequences import Segment, pack
+        >>> tree = Segment([5, 6], children=(Segment([7], [1]), Segment([8], [1])))
+        >>> batch = pack([Example("rows:0", tree)])
+        >>> batch.input_ids.tolist(), batch.target_ids.tolist(), batch.num_examples
+        ([5, 6, 7, 8], [7, 8], 1)
     """
 
     input_ids: Tensor
@@ -261,7 +268,7 @@ class _Draft:
 
 
 def _distinct(source: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
-    """Finds tokens that several sequences score after the same prefix; empty where there are none."""
+    """Finds tokens that several sequences score after the same prefix; empty if every token is scored once."""
     if not len(target):
         return {}
     pairs = source * (int(target.max()) + 1) + target

@@ -39,6 +39,11 @@ class Segment:
             shows ``"slots"``, which then replace them.
         after: of a root: the context that the tree follows. Its entries have no tokens here, and are laid out before
             the tree.
+
+    Example:
+        >>> prompt = Segment([5, 6, 7], children=(Segment([8, 9], [1, 1]), Segment([4], [1])))
+        >>> [[token for segment in path for token in segment.tokens.tolist()] for path in prompt.paths()]
+        [[5, 6, 7, 8, 9], [5, 6, 7, 4]]
     """
 
     tokens: npt.NDArray[np.int64]
@@ -62,6 +67,7 @@ class Segment:
         hides: int = 0,
         after: PriorContext | None = None,
     ) -> None:
+        # Arrays of one dtype each, since content hashes and packing read their bytes.
         flat = np.asarray(tokens, dtype=np.int64)
         if flat.ndim != 1 or len(flat) == 0:
             raise ValueError(f"a segment needs a flat, non-empty list of tokens, got shape {flat.shape}")
@@ -75,6 +81,8 @@ class Segment:
             raise ValueError(f"shows is {shows!r}: use one of {', '.join(map(repr, SHOWS))}")
         if hides < 0 or (hides and shows != "slots"):
             raise ValueError(f"hides is {hides!r} and shows {shows!r}: with 'slots' it is 0 or more, else 0")
+
+        # The dataclass is frozen, so its own __init__ is the only place that sets fields, past __setattr__.
         object.__setattr__(self, "tokens", flat)
         object.__setattr__(self, "weights", counts)
         object.__setattr__(self, "children", tuple(children))
@@ -170,6 +178,11 @@ class Example:
         root: the tree; for the usual contracts the prompt, its children the completions in the contract's order
             (preference: chosen, rejected).
         fields: the row's other columns (``margin``, ``label``, ...), untouched.
+
+    Example:
+        >>> pair = Example("rows:0", Segment([5, 6], children=(Segment([7], [1]), Segment([8], [1]))), {"margin": 0.5})
+        >>> len(pair.sequences), pair.fields["margin"]
+        (2, 0.5)
     """
 
     row_id: str

@@ -105,7 +105,7 @@ def _pieces(tree: TreeGeometry) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def _staircase(steps: np.ndarray) -> np.ndarray:
-    """Adds the numbers from 1 to ``steps``; 0 where there are none."""
+    """Adds the numbers from 1 to ``steps``; 0 where ``steps`` is 0."""
     steps = np.maximum(steps, 0)
     total: np.ndarray = steps * (steps + 1) // 2
     return total

@@ -86,7 +86,7 @@ _FAR = 1 << 40  # depth of padding queries, which see all keys of a path; paddin
 class TreeGeometry:
     """Visibility between the tokens of a packed forest.
 
-    What a kernel reads is made on the host when a layer first asks for it, and copied to the device at once. A set
+    Arrays of a kernel are made on the host when a layer first asks for them, and copied to the device at once. A set
     ``wanted`` that the geometries of many batches share remembers what was asked for, so that ``pack`` can copy it with
     the rest of the next batch.
 
@@ -304,7 +304,7 @@ class TreeGeometry:
     def _whole_paths(self) -> list[list[int]]:
         """Makes a causal call within segments, and a call per level of the tree: descendants to their ancestor there.
 
-        Descendants of a segment are contiguous and follow it. What lies between is paired with nothing: the queries
+        Descendants of a segment are contiguous and follow it. Tokens between are paired with nothing: the queries
         with an empty stretch of keys, and the keys with one of queries.
         """
         size = self.num_tokens

@@ -53,7 +53,7 @@ class PriorContext:
 class PriorStates:
     """Keys and values of a forest's contexts, which replace what layers compute at their places.
 
-    What a layer computed at these places reaches nothing, and gets no gradient.
+    Outputs of a layer at these places reach nothing, and get no gradient.
 
     Args:
         index: flat positions of the entries in the forest, ``(C,)``.

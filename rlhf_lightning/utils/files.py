@@ -41,7 +41,7 @@ def hidden_sibling(place: Path, suffix: str) -> Path:
 def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
     """Opens a file for writing that appears under its name complete or not at all, also after a crash.
 
-    What is written goes to a hidden sibling, which is flushed to disk and renamed when the block ends, and removed when
+    The block writes to a hidden sibling, which is flushed to disk and renamed when the block ends, and removed when
     it raises.
 
     Args:

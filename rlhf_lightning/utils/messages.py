@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from .keywords import advise
 from .packaged_configs import nearest_config
@@ -37,21 +38,32 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
+def explain(
+    message: str,
+    options: Iterable[str] = (),
+    classes: Iterable[type] = (),
+    *,
+    group: str = "",
+    values: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Summarises an error of jsonargparse in one line; any other message is joined to one line.
 
     Args:
         message: the error's message.
         options: the parser's options, to suggest the nearest for an unknown one.
         classes: classes that can be named without their path, for the same purpose.
+        group: the option group whose options the parser knows by their own names alone.
+        values: options by the values that they may have, to suggest one for a value that stands in place of a class.
 
     Example:
         >>> explain("Option 'betta' is not accepted", ["beta"])
         "no option 'betta'; did you mean 'beta'?"
     """
+    if group:
+        message, options = _with_group(message, group), [f"{group}.{name}" for name in options]
     if "Neither `tensorboard` nor `tensorboardX` is available" in message:
         return "TensorBoardLogger needs tensorboard: pip install 'rlhf-lightning[tensorboard]'"
-    if text := _about_classes(message, classes) or _about_groups(message):
+    if text := _about_classes(message, classes, values) or _about_groups(message):
         return text
 
     # Values that no type accepts; the message lists a cause for each type.
@@ -62,11 +74,10 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     if re.search(r"^argument of type '\w+' is not iterable|^unhashable type: ", message):
         return "expected the name of a class after class_path, such as class_path: DPOModule; got plain text"
 
-    # Unknown options and missing files.
-    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.partition("\n")[0]):
-        return f"no option {found[1]!r}{advise(found[1], options)}"
-    if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):
-        return f"no option {found[1]!r}{advise(found[1], options)}"
+    if text := _unknown_option(message, options):
+        return text
+
+    # Missing files and values.
     if found := re.search(r"File does not exist: (.*)", message):
         return f"there is no file {found[1]}{nearest_config(found[1].strip(chr(39)))}"
     if found := re.search(r"Path is not a file: (.*)", message):
@@ -82,10 +93,28 @@ def explain(message: str, options: Iterable[str] = (), classes: Iterable[type] =
     return _wrong_value(message) or one_line(message)
 
 
-def _about_classes(message: str, classes: Iterable[type]) -> str | None:
+def _with_group(message: str, group: str) -> str:
+    """Puts a group's name in front of the option that a message is about."""
+    return re.sub(r"(\bOption '|Parser key \")(?=\w)", rf"\g<1>{group}.", message, count=1)
+
+
+def _unknown_option(message: str, options: Iterable[str]) -> str | None:
+    """Describes an option that does not exist, with the nearest one; ``None`` for other errors."""
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.+-]+)'", message):
+        return f"no option '{found[1]}.{found[2]}'{advise(f'{found[1]}.{found[2]}', options)}"
+    if found := re.search(r"[Oo]ption '([\w.+-]+)'(?: is not accepted|$)", message.partition("\n")[0]):
+        return f"no option {found[1]!r}{advise(found[1], options)}"
+    if found := re.search(r"unrecognized arguments: (?:--)?([\w.+-]+)", message, flags=re.IGNORECASE):
+        return f"no option {found[1]!r}{advise(found[1], options)}"
+    return None
+
+
+def _about_classes(message: str, classes: Iterable[type], values: Mapping[str, str]) -> str | None:
     """Describes a class that cannot be found or is of the wrong kind; ``None`` for other errors."""
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         near = did_you_mean(found[1], (cls.__name__ for cls in classes))
+        if found[1] in values:
+            near = f"; did you mean {values[found[1]]}: {found[1]}?"
         instead = near or ": write the path of a class, package.module.CLASS, or options, NAME: VALUE"
         return f"{_key(message)}no class {found[1]!r}{instead}"
     if found := re.search(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.*)", message):
@@ -110,7 +139,7 @@ def _about_groups(message: str) -> str | None:
         return f"{_key(message)}{found[1]!r} is not allowed: expected a group of options, NAME: VALUE"
     if "argument after ** must be a mapping, not NoneType" in message:
         return "a group of options is null: leave it out, or write its options, NAME: VALUE"
-    if re.search(r"[Oo]ption 'class_path' is not accepted", message):
+    if re.search(r"[Oo]ption '(?:\w+\.)*class_path' is not accepted", message):
         return f"{_key(message)}class_path stands next to other options: write them below init_args"
     return None
 

@@ -8,7 +8,8 @@ built. ``--model.loss.epsilon=0.3``, ``loss: {epsilon: 0.3}`` in YAML and ``loss
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -45,6 +46,19 @@ class OptionGroup:
     def full_name(cls, name: str) -> str:
         """Returns the name of an option with that of its group: ``loss.epsilon``."""
         return f"{cls.group}.{name}" if cls.group else name
+
+    @classmethod
+    @contextmanager
+    def naming_group(cls) -> Iterator[None]:
+        """Names the group in errors of functions that know an option by its own name: ``loss.epsilon=2.0 is outside``.
+
+        Raises:
+            ValueError: that of the function, with the group in front.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(cls.full_name(str(error))) from None
 
 
 @cache

@@ -61,6 +61,6 @@ def nearest_config(path: str | Path) -> str:
     if path.is_absolute() and path.is_relative_to(Path.cwd()):  # as it was written
         path = path.relative_to(Path.cwd())
     packaged = [file.relative_to(root).as_posix() for file in sorted((root / "configs").rglob("*.yaml"))]
-    beside = [str(file) for file in sorted(path.expanduser().parent.glob("*.y*ml"))]
-    near = difflib.get_close_matches(str(path), [*beside, *packaged], n=1, cutoff=0.6)
+    siblings = [str(file) for file in sorted(path.expanduser().parent.glob("*.y*ml"))]
+    near = difflib.get_close_matches(str(path), [*siblings, *packaged], n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""What the benchmark of compressors makes of traces and figures."""
+"""The benchmark of compressors: figures from traces, and tables from figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark of searches makes of samples and rows."""
+"""The benchmark of searches: curves from samples, and tables from rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark of self-improvement runs, and what it makes of the records of its loops."""
+"""The benchmark of self-improvement: the loops that it runs, and the figures from their records."""
 
 from __future__ import annotations
 

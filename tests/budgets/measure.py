@@ -1,4 +1,4 @@
-"""What a step of each method, a layer, a chunk of the head and a decoding step cost on a pretended CUDA device."""
+"""Costs of a step of each method, a layer, a chunk of the head and a decoding step on a pretended CUDA device."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class _Watch(lightning.Callback):
 
 
 class Cost(NamedTuple):
-    """What each micro-batch costs, and what a step costs besides them."""
+    """Counts the cost of each micro-batch, and of a step besides them."""
 
     micro_batch: Trace
     step: Trace
@@ -169,13 +169,13 @@ def validation(name: str) -> Cost:
 
 
 def layer(name: str, precision: str = "bf16-true") -> Trace:
-    """What a layer costs in a micro-batch of a method, forwards and backward."""
+    """Counts the cost of a layer in a micro-batch of a method, forwards and backward."""
     return costs(name, precision, 2).micro_batch - costs(name, precision, 1).micro_batch
 
 
 @cache
 def own_layer(precision: str = "bf16-true", *, backward: bool = True) -> Trace:
-    """What a layer costs in the model's own padded forward, and in the backward of another pass of a step."""
+    """Counts the cost of a layer in the model's own padded forward, and in the backward of another pass of a step."""
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     found = []
     for layers in (1, 2):
@@ -197,7 +197,7 @@ def own_layer(precision: str = "bf16-true", *, backward: bool = True) -> Trace:
 
 @cache
 def head_chunk(**asked: bool) -> Trace:
-    """What a chunk of rows costs in the head, forward and backward."""
+    """Counts the cost of a chunk of rows in the head, forward and backward."""
     rows, vocabulary, size = 8, 64, 16
     found = []
     for chunks in (2, 3):
@@ -217,7 +217,7 @@ def head_chunk(**asked: bool) -> Trace:
 
 
 def _decoded(model: Any, cache: Any, prompts: list[list[int]], params: SamplingParams, *, mixed: bool = False) -> Trace:
-    """What a call costs in which nothing ends a sample but its limit; the call before it began with probes."""
+    """Counts the cost of a call whose samples end at their limit alone; the call before it began with probes."""
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     with warnings.catch_warnings(), traced_cuda() as tracer:
         warnings.simplefilter("ignore")  # no token ends these samples
@@ -232,7 +232,7 @@ def _decoded(model: Any, cache: Any, prompts: list[list[int]], params: SamplingP
 
 @cache
 def decoding_step(layers: int = 2, precision: str = "bf16-true", top_p: float = 1.0) -> Trace:
-    """What one more token of four rows costs, with the draw of it; no row begins or ends."""
+    """Counts the cost of one more token of four rows, drawn too; no row begins or ends."""
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     found = []
     for length in (12, 16):
@@ -243,12 +243,12 @@ def decoding_step(layers: int = 2, precision: str = "bf16-true", top_p: float = 
 
 
 def decoding_layer(precision: str = "bf16-true") -> Trace:
-    """What a layer costs in a decoding step."""
+    """Counts the cost of a layer in a decoding step."""
     return decoding_step(2, precision) - decoding_step(1, precision)
 
 
 class Decoding(NamedTuple):
-    """What a token of four rows of two lengths costs with a cache, and the shapes that later steps do not share."""
+    """Counts the cost of a token of four rows of two lengths with a cache, and shapes that later steps do not share."""
 
     token: Trace
     new_shapes: set[str]

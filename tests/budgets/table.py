@@ -1,4 +1,4 @@
-"""What the eight methods, the head and a decoding step may cost on a GPU, with what they cost before.
+"""Limits of the eight methods, the head and a decoding step on a GPU, with their earlier costs.
 
 ``python -m tests.budgets`` prints the table. Operators are those of tiny models of two layers, in ``bf16-mixed`` unless
 the name of a line says otherwise: a limit is for the launches that each layer, method and head adds, not for time.

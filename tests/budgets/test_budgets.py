@@ -1,4 +1,4 @@
-"""What a step costs on a GPU stays within its limits; and the trace counts what a card would do."""
+"""The cost of a step on a GPU stays within its limits; and the trace counts what a card would do."""
 
 from __future__ import annotations
 

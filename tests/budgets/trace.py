@@ -1,6 +1,6 @@
 """Counts what a program asks of a pretended CUDA device: operators, copies either way, and where it waits.
 
-An operator is what a card launches kernels for: views and uninitialised memory are none. Scaled-dot-product attention
+Operators are calls that launch kernels: views and uninitialised memory do not count. Scaled-dot-product attention
 and a variable-length call of flash attention are one operator in either direction, as they are on a card. The program
 *waits* when it reads memory of the device, when an operator must be finished before the size of its result is known,
 and when it copies from memory that is not pinned.

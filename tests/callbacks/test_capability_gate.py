@@ -20,6 +20,7 @@ from rlhf_lightning import GRPOModule, RewardModule, SFTModule
 from rlhf_lightning.callbacks import CapabilityGate, ModelExport, TrainingCheckpoint, capability_gate
 from rlhf_lightning.datamodules import PromptDataModule, SFTDataModule
 from rlhf_lightning.evaluation import TaskResult
+from rlhf_lightning.self_improvement import Finding
 from rlhf_lightning.self_improvement.gate import Decision
 from rlhf_lightning.utils.files import content_hash
 
@@ -307,6 +308,44 @@ def test_old_states_are_removed_and_changed_ones_refused(
     gate = CapabilityGate(suite(tmp_path), str(tmp_path / "new"), every_n_steps=1)
     with pytest.raises(ValueError, match=r"step=0.ckpt' of the last accepted state does not have the SHA-256 of the"):
         poisoned(model, gate, Damage(), steps=1)
+
+
+class AsTold:
+    """Passes or fails as told, and samples from the candidate."""
+
+    def __init__(self, passes: bool) -> None:
+        self.passes = passes
+        self.said: list[str] = []
+
+    def run(self, engine: Any, seed: int) -> Finding:
+        self.said.append(engine.generate([engine.tokenizer("1+1=")["input_ids"]], 1)[0][0].text)
+        return Finding("told", 1.0, 1.0, 1.0, 0.5, passed=self.passes, detail="as told")
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_validators_must_pass_as_well(
+    passes: bool, tiny_model_folder: Any, tmp_path: Path, verdicts: list[Any]
+) -> None:
+    """What they refuse is taken back, and the record has the finding; they do not look at what is rejected anyway."""
+    check = AsTold(passes)
+    criteria = {"patience": 2, "on_reject": "smaller_step"}
+    gate = CapabilityGate(
+        suite(tmp_path), str(tmp_path / "accepted"), every_n_steps=1, criteria=criteria, validators=[check]
+    )
+    module, before, _ = poisoned(tiny_model_folder(), gate, steps=2)
+    assert len(check.said) == 2
+    assert [entry["verdict"] for entry in gate.history] == (["accept"] * 2 if passes else ["reject", "stop"])
+    assert all(entry["validation"]["findings"][0]["check"] == "told" for entry in gate.history)
+    assert gate.history[0]["reason"] == ("as told" if passes else "told: as told")
+    changed = any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert changed == passes
+
+    verdicts.append("stop")
+    again = CapabilityGate(suite(tmp_path), str(tmp_path / "again"), every_n_steps=1, validators=[check])
+    poisoned(tiny_model_folder(), again, steps=1)
+    assert len(check.said) == 2
+    with pytest.raises(ValueError, match="there is no check 'Robustnes'"):
+        CapabilityGate(suite(tmp_path), str(tmp_path / "b"), validators=[{"class_path": "Robustnes"}])
 
 
 def test_divergence_from_the_start_is_limited(tiny_model_folder: Any, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def trained(module: Any) -> dict[str, Tensor]:
 
 
 def fisher(module: SFTModule, rows: list[dict[str, str]]) -> dict[str, Tensor]:
-    """The mean over contexts; each row's gradient, of tokens that the model draws, is squared by itself."""
+    """The mean over contexts; each row's gradient, of tokens that the model draws, is squared alone."""
     weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sums, count = {name: torch.zeros_like(p) for name, p in weights.items()}, 0
     module.eval()
@@ -63,7 +63,7 @@ def fisher(module: SFTModule, rows: list[dict[str, str]]) -> dict[str, Tensor]:
 
 
 def gradients(keep: ElasticWeightConsolidation, module: SFTModule) -> dict[str, Tensor]:
-    """What is added to gradients of 1."""
+    """Returns the penalty's part of gradients that began as 1."""
 
     class Trainer:
         class precision_plugin:

@@ -1,4 +1,4 @@
-"""What a rejection restores, part by part: weights, optimizer, schedule, random states, rows to come, average."""
+"""A rejection restores every part of a run: weights, optimizer, schedule, random states, rows to come, average."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_each_part_of_the_state_is_that_of_the_accepted_one(
     assert told[:2] == [(every, "accept"), (2 * every, "stop" if stops else "reject")]
     places = [n for n, (step, _) in enumerate(spy.seen) if step == every]
     accepted = spy.seen[places[0]][1]
-    # What was rejected had changed everything.
+    # The rejected steps had changed everything.
     before = spy.seen[places[0] + 1][1]
     assert parts_that_differ(accepted, before) == set(PARTS)
     if stops:

@@ -93,7 +93,7 @@ def test_the_mean_of_the_last_snapshots_at_the_end(eta: float, folder: str, tmp_
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
     assert_close({f"model.{n}": p.detach() for n, p in exported.named_parameters()}, expected)
     assert merging.history == [{"step": 5, "policy": 0.0, "merged": 1.0, "kept": True}]
-    # What trained differs from it, and training itself is that without the callback.
+    # The trained weights differ from it, and training is as without the callback.
     plain = Starts()
     fit(sft(folder), batches(5), plain)
     for found, other in zip(steps.weights, plain.weights, strict=True):

@@ -120,7 +120,7 @@ def shouting(completion_ids: Sequence[list[int]]) -> list[float]:
 
 
 def varied(completion_ids: Sequence[list[int]]) -> list[float]:
-    """What is meant: many different tokens."""
+    """The intended quality: many different tokens."""
     return [len(set(tokens)) / 8 for tokens in completion_ids]
 
 

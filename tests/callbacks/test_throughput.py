@@ -329,7 +329,7 @@ def test_phases_of_a_run_add_up(folder: str) -> None:
         for name, least in (("data", 0.03), ("generate", 0.05), ("score", 0.02), ("step", 0.04)):
             assert seconds[name] > least
         assert seconds["forward_backward"] > 0.001
-    # What has no name, metrics and logging, is small compared with it even here.
+    # Unnamed work, metrics and logging, is small compared with it even here.
     assert logged[1]["time/other"] < 0.3 * logged[1]["time/batch"]
     tokens = 2 * sum(len(sample.token_ids) for row in rows for sample in fixed_completions(row.row_id, 3))
     speed = logged[1]["throughput/generated_tokens_per_second"]

@@ -1,4 +1,4 @@
-"""What a run writes for W&B, read back from the bytes of its file and compared with a plain log of the same run."""
+"""The files of a run for W&B, read back from the bytes of its file and compared with a plain log of the same run."""
 
 from __future__ import annotations
 

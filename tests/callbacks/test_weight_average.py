@@ -162,7 +162,7 @@ def test_validation_and_exports_see_it_and_training_does_not(order: int, folder:
     assert_close(exported("at-2"), mean(steps.weights[:2]), 1e-12)
     assert_close(exported("last"), mean(steps.weights))
     assert_close(exported("best"), mean(steps.weights[: best.step]))
-    # What the same trainer measures afterwards is the average, too; the weights that train come back.
+    # The same trainer measures the average afterwards, too; the weights that train come back.
     run.validate(module, batches(1), verbose=False)
     assert_close(steps.validated[-1], mean(steps.weights))
     assert_close(trained(module), plain.weights[-1], 0.0)

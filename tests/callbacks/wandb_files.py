@@ -39,7 +39,7 @@ def records(folder: Path) -> Iterator[Record]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, in its order."""
+    """The logged records, in their order."""
     rows = []
     for record in records(folder):
         if record.WhichOneof("record_type") == "history":

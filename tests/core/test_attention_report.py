@@ -1,4 +1,4 @@
-"""What is said of the attention that runs is what runs."""
+"""The reported attention is the one that runs."""
 
 from __future__ import annotations
 

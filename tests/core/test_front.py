@@ -1,4 +1,4 @@
-"""Policies behind a frozen compressor: what they compute is transformers' own forward after its compressed contexts."""
+"""Policies with a frozen compressor compute transformers' own forward after its compressed contexts."""
 
 from __future__ import annotations
 
@@ -354,12 +354,10 @@ def test_a_resumed_run_is_the_same(folder: str, compressor: str, method: Any, tm
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
     other = make_compressor(tmp_path / "other", folder, seed=5)
-    with pytest.raises(ValueError, match="is not the one that the checkpoint was made behind: restore it, or start"):
+    with pytest.raises(ValueError, match="is not the one of the checkpoint: restore it, or start"):
         run(ckpt=checkpoint, compressor=other)
     if method is SFTModule:
-        with pytest.raises(
-            ValueError, match="the checkpoint is of a policy behind a compressor: set compressor to its"
-        ):
+        with pytest.raises(ValueError, match="the checkpoint is of a policy with a compressor: set compressor to its"):
             run(ckpt=checkpoint, compressor=None)
 
 
@@ -395,7 +393,7 @@ def test_the_export_goes_with_the_compressor(folder: str, compressor: str, lora:
     answers = engine.generate(["?a"] * 6, 1, greedy, contexts=[row["context"] for row in PROMPTS])
     assert [row["completion"] for row in written] == [group[0].text for group in answers]
 
-    # It can be trained further behind the same compressor, and behind no other model's.
+    # It can be trained further with the same compressor, and with no other model's.
     again = SFTModule(str(tmp_path / "model"), compressor=compressor)
     again.configure_model()
     strange = make_folder(tmp_path, "llama", seed=7)
@@ -435,7 +433,7 @@ def test_accuracy_while_training_is_after_contexts(folder: str, compressor: str,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "padded"}, "layout is 'padded', and a policy behind a compressor runs packed: use 'auto'"),
+        ({"layout": "padded"}, "layout is 'padded', and a policy with a compressor runs packed: use 'auto'"),
         ({"compile": True}, "compile is true, and layers after compressed contexts differ: set compile to false"),
         ({"quantization": "nf4", "lora": {"r": 2}}, "quantization is 'nf4', and a compressor knows whole weights"),
         ({"compressor": "sink_window"}, "compressor is 'sink_window', where no trained compressor is: give the folder"),
@@ -464,7 +462,7 @@ def test_other_errors(folder: str, compressor: str, tmp_path: Path) -> None:
     module = SFTModule(folder, compressor=compressor)
     module.configure_model()
     plain = Example("rows:3", Segment([5, 6], children=(Segment([7], [1]),)))
-    with pytest.raises(ValueError, match="row rows:3 has no context, and the policy is behind a compressor: give it a"):
+    with pytest.raises(ValueError, match="row rows:3 has no context, and the policy reads compressed ones: give it a"):
         module.validate_batch(ExampleBatch([plain]))
     long = Example("rows:4", plain.root, {"context": [5] * 126})
     with pytest.raises(ValueError, match="row rows:4 has 129 tokens, the model has 128 positions: cut its context"):

@@ -1,4 +1,4 @@
-"""What the progress bar shows of each method: two or three numbers that are there in every run."""
+"""The progress bar of each method: two or three numbers that are there in every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was fixed once and must stay so: refusals in one line, and steps that nothing may spoil."""
+"""Regressions of fixed bugs: refusals in one line, and steps that nothing may spoil."""
 
 from __future__ import annotations
 

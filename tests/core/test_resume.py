@@ -1,4 +1,4 @@
-"""What is in a checkpoint and what is not, what is refused, and random states."""
+"""Contents of checkpoints, refusals, and random states."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_adapters_stay_in_fp32_under_half_precision(tiny_model_folder, tmp_path,
     assert all(float(v.flatten()[0]) == 1.0 + 2**-20 for n, v in state.items() if "lora_A" in n)
     frozen = {p.dtype for p in make_model_dtypes(make, precision)}
     assert frozen == {torch.bfloat16 if precision == "bf16-true" else torch.float16}
-    # What a checkpoint holds comes back unrounded, although it is loaded before Lightning converts the module.
+    # A checkpoint's tensors come back unrounded, although it is loaded before Lightning converts the module.
     resumed = make()
     with torch.no_grad():
         for value in checkpoint["state_dict"].values():

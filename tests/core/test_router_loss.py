@@ -1,4 +1,4 @@
-"""What the load-balancing loss adds to a step, against autograd through transformers' own loss of one padded batch."""
+"""The load-balancing loss of a step, against autograd through transformers' own loss of one padded batch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_step_has_the_gradient_of_transformers_loss(
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RouterSums, RouterSums]]:
-    """What the routers did in each backward pass, and what they did in all of them by the pass before."""
+    """Records the routers' sums in each backward pass, and in all of them by the pass before."""
     found: list[tuple[RouterSums, RouterSums]] = []
     share = RouterLoss.share
 

@@ -76,7 +76,7 @@ def test_the_fingerprint_is_that_of_what_a_loss_sees() -> None:
         return ExampleStore(examples).fingerprint()
 
     plain = of(example())
-    assert of(example("moved/rows:1")) == plain, "the file's name is none of it"
+    assert of(example("moved/rows:1")) == plain, "it does not depend on the file's name"
     others = [of(example(tokens=(1, 3))), of(example(weight=0.0)), of(example(weight=0.5)), of(example(label=1))]
     others += [of(example(), example()), of(example(tokens=(1,))), of()]
     assert len({plain, *others}) == 8

@@ -210,7 +210,7 @@ def test_ratings() -> None:
     assert math.isnan(row.fields.pop("brief"))
     assert row.fields == {"helpful": 4.0, "right": 0.5, "id": 1}
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "ratings": 3}
-    assert preference(pair) == Row("q", ("a", "b"), {"ratings": 3}), "beside a pair it is a field like any other"
+    assert preference(pair) == Row("q", ("a", "b"), {"ratings": 3}), "next to a pair it is a field like any other"
 
 
 @pytest.mark.parametrize(

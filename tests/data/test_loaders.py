@@ -164,7 +164,7 @@ def test_no_row_is_lost_or_repeated(make: Make, data: st.DataObject) -> None:
     assert consume(loader) == following
 
 
-# What counts as consumed.
+# The state of a loader counts consumed rows.
 
 
 @KINDS

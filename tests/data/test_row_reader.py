@@ -1,4 +1,4 @@
-"""What is kept, cut, dropped and skipped is counted and said."""
+"""Rows that are kept, cut, dropped and skipped are counted and reported."""
 
 from __future__ import annotations
 

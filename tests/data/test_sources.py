@@ -347,7 +347,7 @@ def test_a_folder_of_splits_and_of_files_that_name_none_is_refused(tmp_path: Pat
         f"file, such as '{folder}/train.jsonl', or move or rename the others"
     )
     assert [row for _, row in open_source(f"{folder}/train.jsonl", split="train")] == ROWS[:1]
-    # What datasets and hub folders keep next to their rows is not a file of rows.
+    # Metadata next to the rows of datasets and hub folders are not files of rows.
     for name in ("extra.jsonl", "more.csv"):
         (tmp_path / name).rename(tmp_path / f"{name}.old")
     (tmp_path / "dataset_infos.json").write_text("{}")

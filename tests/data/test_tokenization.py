@@ -300,7 +300,7 @@ def test_a_cut_prompt_keeps_its_beginning_of_sequence_token() -> None:
     assert fitted.root.tokens.tolist() == ids("^345")
     assert fitted.fields == {"n": 1}
     assert fit_to_length(wide, 4, "truncate_start", bos) == (None, False), "of the prompt itself nothing would be left"
-    # What does not begin so has nothing to keep.
+    # A text with another beginning has nothing to keep.
     fitted, _ = fit_to_length(pair("12345", "ab~", "cd~"), 7, "truncate_start", bos)
     assert fitted is not None
     assert fitted.root.tokens.tolist() == ids("2345")

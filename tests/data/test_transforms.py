@@ -1,4 +1,4 @@
-"""What the transforms for published datasets make of columns; the datasets themselves are in test_recommended_stack."""
+"""Transforms for published datasets, on such columns; the datasets themselves are in test_recommended_stack."""
 
 from __future__ import annotations
 

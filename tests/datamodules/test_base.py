@@ -1,4 +1,4 @@
-"""What the datamodules share: settings, tokenizers, splits, loaders and their share of a trainer."""
+"""The common parts of datamodules: settings, tokenizers, splits, loaders and their share of a trainer."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ bounded = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
-# What stands in rows.
+# The values of rows.
 
 texts = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(
     ["", " ", "4", "nan", "true", "\ud800", "~"]

@@ -138,7 +138,7 @@ def built(name: str, tmp_path: Path, **settings: Any) -> ExampleDataModule:
 
 
 def read(name: str, rows: list[dict[str, Any]], tmp_path: Path) -> tuple[list[Example], ExampleDataModule]:
-    """What a fragment makes of rows in a file that is given in place of its dataset."""
+    """Applies a fragment to rows of a file in place of its dataset."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = built(name, tmp_path, train=str(path), val=None)

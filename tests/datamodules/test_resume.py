@@ -32,7 +32,7 @@ def unsized() -> datasets.IterableDataset:
 
 @dataclass
 class Recorder:
-    """What the module saw: the rows of each training step with its epoch, and those of each validation batch."""
+    """Records of the module: the rows of each training step with its epoch, and those of each validation batch."""
 
     steps: list[tuple[int, list[str]]] = field(default_factory=list)
     validated: list[list[str]] = field(default_factory=list)

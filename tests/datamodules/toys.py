@@ -79,7 +79,7 @@ def merging() -> PreTrainedTokenizerFast:
 
 
 def complaint(function: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
-    """What a call says is wrong, in one line."""
+    """Returns the error of a call, which is one line."""
     with pytest.raises((ValueError, FileNotFoundError), match=r"\A[^\n]+\Z") as caught:
         function(*arguments, **settings)
     return str(caught.value)

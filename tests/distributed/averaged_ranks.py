@@ -21,7 +21,7 @@ from tests.invariance.harness import Batches, trainer, whole
 from tests.invariance.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-# What is trained: everything, everything with a reference, an adapter with a reference, compiled layers.
+# Trained weights: everything, everything with a reference, an adapter with a reference, compiled layers.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "reference": ("dpo", {"reference": "frozen"}),
@@ -43,7 +43,7 @@ class Validated(lightning.Callback):
 
 
 def cases(strategy: str) -> list[str]:
-    """What a strategy runs: sharded layers are not compiled."""
+    """Returns the cases that a strategy runs: sharded layers are not compiled."""
     return [case for case in CASES if (case, strategy) != ("compiled", "fsdp2")]
 
 
@@ -64,7 +64,7 @@ def averaged(
     """Trains for an epoch unless there is a checkpoint, resumes for another, exports, and validates the last one.
 
     Returns:
-        What was averaged, what trained, what was validated in training and from a checkpoint, what was exported, and
+        The averaged and trained weights, those validated in training and from a checkpoint, the exported ones, and
         the reference.
     """
     method, options = CASES[case]

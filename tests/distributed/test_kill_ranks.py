@@ -1,11 +1,11 @@
 """One of two ranks killed at any moment: the other one ends, and the run ends as if nothing had happened.
 
-Once for every strategy; ``RLHF_LIGHTNING_KILLS=20`` kills so many times. What fails now and then is repeated until it
+Once for every strategy; ``RLHF_LIGHTNING_KILLS=20`` kills so many times. A flaky case is repeated until it
 does, and what ranks said last is in the report::
 
     for n in $(seq 40 46); do RLHF_LIGHTNING_KILLS=$n make test-slow ARGS="-x -k fsdp2-sft-1" || break; done
 
-These 301 kills, each at a moment of its own, were clean beside other work on two cores.
+These 301 kills, each at a moment of its own, were clean on two busy cores.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def exit_codes(ranks: list[BaseProcess]) -> list[int | None]:
 
 
 def fate(chance: random.Random, kind: str, made: int) -> tuple[str, int, int]:
-    """What ends a run after so many steps, before its own end: kind, number, victim."""
+    """Ends a run after so many steps, before its own end: kind, number, victim."""
     left = STEPS - made
     if kind == "step":
         return kind, made + chance.randint(1, left - 2), chance.randint(0, 1)

@@ -1,6 +1,6 @@
 """Two hosts, as two network namespaces of this machine that see each other through one cable, make the steps of one.
 
-What goes wrong between machines and never on one (an address that only one side knows, a rank that is counted per host)
+Faults between machines that never occur on one (an address that only one side knows, a rank that is counted per host)
 shows here. Making namespaces takes the rights of root; without them the test is skipped.
 """
 

@@ -35,7 +35,7 @@ def ranks(request: pytest.FixtureRequest, model: str, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def two(ranks: tuple[Path, Found], case: str) -> tuple[Path, Found]:
-    """What two ranks found, where the strategy runs the case."""
+    """Returns the results of two ranks, where the strategy runs the case."""
     if case not in ranks[1]:
         pytest.skip("sharded layers are not compiled")
     return ranks

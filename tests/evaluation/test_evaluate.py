@@ -27,7 +27,8 @@ from rlhf_lightning.evaluation import (
 )
 from rlhf_lightning.evaluation.candidates import short_names
 from rlhf_lightning.evaluation.report import Report
-from rlhf_lightning.metrics.intervals import share_interval
+from rlhf_lightning.metrics.intervals import paired_bootstrap, share_interval
+from rlhf_lightning.self_improvement import decide
 from rlhf_lightning.utils.files import mark
 from rlhf_lightning.utils.messages import UsageError
 
@@ -289,6 +290,48 @@ def test_an_interruption_loses_no_answered_chunk(
         for name in ("out", "other")
     ]
     assert histories[0] == histories[1]
+
+
+def test_estimates_at_k_have_intervals_and_paired_tests(tmp_path: Path) -> None:
+    """Of 4 prompts, 3 samples each; the shares of pairs with a right one by hand: none of 3, 2 of 3, all, all."""
+    few = engine(["#9", "#9", "#9"], ["#2", "#9", "#9"], ["#3", "#3", "#9"], ["#4", "#4", "#4"])
+    all_right = engine(["#1"] * 3, ["#2"] * 3, ["#3"] * 3, ["#4"] * 3)
+    suite = Suite(name="s", tasks=(Task(name="sums", prompts=write_rows(tmp_path), num_samples=3),))
+    report = evaluate({"a": few, "b": all_right}, suite, output=tmp_path / "out")
+    found = {(at_k.model, at_k.estimate): at_k for at_k in report.at_k}
+    values = [0.0, 2 / 3, 1.0, 1.0]
+    assert list(report.result("a", "sums").at_k["pass@2"].values()) == pytest.approx(values)
+    expected = share_interval(4, sum(values), sum(v * v for v in values))
+    interval = found["a", "pass@2"].interval
+    assert (interval.value, interval.low, interval.high) == pytest.approx((fmean(values), expected.low, expected.high))
+    assert found["a", "pass@2"].paired is None
+    paired = found["b", "pass@2"].paired
+    assert paired is not None
+    of = paired_bootstrap([1.0] * 4, values, seed=0)
+    got = paired.comparison
+    assert (got.difference, got.low, got.high, got.p_value) == pytest.approx((1 / 3, of.low, of.high, of.p_value))
+    assert (paired.differing, paired.mcnemar) == (2, None)
+    assert found["b", "maj@3"].interval.value == 1.0
+
+    line = next(line for line in report.table().splitlines() if line.startswith("| sums | b | pass@2 |"))
+    assert f"| 100.0% | {found['b', 'pass@2'].interval.low:.1%} to 100.0% | +33.3% (" in line
+    assert f"+33.3% ({got.low:+.1%} to {got.high:+.1%})" in report.page()
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["at_k"]
+    assert [row["estimate"] for row in written if row["model"] == "b"] == [n for m, n in found if m == "b"]
+
+
+def test_identical_verdicts_say_that_no_prompt_differs(tmp_path: Path) -> None:
+    suite = Suite(name="s", tasks=(Task(name="sums", prompts=write_rows(tmp_path)),))
+    same = evaluate({"a": engine(*RIGHT), "b": engine(*RIGHT)}, suite)
+    assert "%): no prompt differs |" in same.table()
+    assert "no prompt differs" in same.page()
+    assert same.as_dict()["comparisons"][0]["differing"] == 0
+    other = evaluate({"a": engine(*RIGHT), "b": engine(*WRONG)}, suite)
+    assert "no prompt differs" not in other.table() + other.page()
+    assert other.as_dict()["comparisons"][0]["differing"] == 4
+    said = "; no prompt differs"
+    assert decide(same.results[:1], same.results[1:]).reason.endswith(said)
+    assert said not in decide(other.results[:1], other.results[1:]).reason
 
 
 def test_answers_without_any_verdict_are_not_kept(tmp_path: Path) -> None:

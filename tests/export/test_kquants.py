@@ -93,7 +93,7 @@ def test_rounding(kind: str, bits: int, quantiser: Any) -> None:
 
 def test_files_are_the_rounded_model(quantiser: Any, folder: Path, tmp_path: Path) -> None:
     found = export_gguf(folder, tmp_path / "model.gguf", type="q4_k_m", check_prompts=PROMPTS)
-    # Rows of 96 in ffn_down: of 8 layers, those that would have q6_k are 0, 3, 6 and 7.
+    # Rows of 96 in ffn_down: of 8 layers, 0, 3, 6 and 7 would have q6_k.
     assert found.types == {"q4_k": 1 + 8 * 5 + 4, "q6_k": 1 + 4, "q5_0": 4, "q8_0": 4, "f32": 17}
     assert found.logit_error <= 1e-4
     assert found.rounding > 1e-4

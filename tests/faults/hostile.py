@@ -120,7 +120,7 @@ WRITE: Final = [
     Attack("the root folder", "open('/new', 'w')", "open('new', 'w')"),
     Attack("devices", "open('/dev/new', 'w')", "open('/dev/null', 'w').write('x')"),
 ]
-# What does not fail in every mode, but must have no effect.
+# Attacks that do not fail in every mode, but must have no effect.
 NO_EFFECT: Final = [
     Attack("modes", "import os\nos.chmod({secret!r}, 0)"),
     Attack("times", "import os\nos.utime({secret!r}, (1, 1))"),

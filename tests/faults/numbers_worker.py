@@ -1,4 +1,4 @@
-"""What the ranks that torchrun started find out for test_f6_ranks.py; every rank writes a file of its own."""
+"""Work of the ranks that torchrun starts for test_f6_ranks.py; every rank writes a file of its own."""
 
 from __future__ import annotations
 

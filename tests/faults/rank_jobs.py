@@ -1,4 +1,4 @@
-"""What the ranks of a run do in tests of faults; ``start`` runs a job of this file on two of them."""
+"""Jobs of the ranks of a run in tests of faults; ``start`` runs a job of this file on two of them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(intermediate_size|ffn_dim|n_inner|d_ff|ffn_hidden_size|decoder_ffn_dim|encoder_ffn_dim|ffn_size|d_inner)$", 48),
 )
 
-# What no rule says: numbers that have to fit one another, or that a config leaves open.
+# Sizes that no rule gives: numbers that have to fit one another, or that a config leaves open.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": "auto", "mamba_n_groups": 1, "attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -151,7 +151,7 @@ def small_config(kind: str, **further: Any) -> PreTrainedConfig:
     return config
 
 
-# What is tried one after the other until a model's sizes fit.
+# Candidates, tried one after the other until a model's sizes fit.
 _FURTHER: tuple[dict[str, Any], ...] = (
     {},
     {"num_key_value_heads": 4},

@@ -1,4 +1,4 @@
-"""What stands in a file, on the command line and in YAML is what the code gets: every source by every entrance."""
+"""Values in a file, on the command line and in YAML reach the code as written: every source by every entrance."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_the_dumper_and_the_loader_agree() -> None:
     assert yaml_parser.load(flowing) == [value["numbers"][:-1], TEXTS, "a\nb", "it's"]
 
 
-# What is parsed reads no rows.
+# Parsing alone reads no rows.
 
 
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:

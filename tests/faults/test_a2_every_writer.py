@@ -118,7 +118,7 @@ WRITERS = (
         lambda m, at: find_contamination(["--rows=a", "--against=b", f"--output={at / 'out.jsonl'}"]),
     ),
 )
-# What begins as our own does, and is another program's.
+# A file that begins as our own does, and is another program's.
 FOREIGN = {".gguf": b"GGUF of another program"}
 ADVICE = r"choose another|another file|another name|move (it|that one) away"
 

@@ -32,7 +32,7 @@ def assistant(content: str, **rest: Any) -> Message:
 
 
 def context(name: str, messages: list[Message], **settings: Any) -> str:
-    """What generation is given, by transformers itself."""
+    """Returns the prompt of generation, rendered by transformers itself."""
     if name == "blocks":
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     tokenizer = family_tokenizer(name)
@@ -161,7 +161,7 @@ def test_a_prefix_preserving_template_gives_the_one_sequence_of_the_whole_render
 
 
 def test_paths_share_their_longest_common_prefix() -> None:
-    """What is computed are the distinct tokens of the turns' paths, counted here by a set of prefixes."""
+    """The computed tokens are the distinct ones of the turns' paths, counted here by a set of prefixes."""
     for name in ("qwen3", "channels", "r1", "phi3"):
         (example,) = examples(SFTDataModule, name, [{"messages": CHAT}])
         tokens = [

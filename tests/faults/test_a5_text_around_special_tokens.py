@@ -87,7 +87,7 @@ def reward_folder(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 
 
 class Policy:
-    """What a reward model is told of a policy."""
+    """The tokenizer and template of the policy that a reward model reads."""
 
     device = torch.device("cpu")
 

@@ -34,7 +34,7 @@ ON_POLICY: dict[str, Any] = {"rewards": [digits], "num_generations": 2, "max_com
 
 @dataclass(frozen=True)
 class Kind:
-    """What stays the same in a run that is stopped and one that is not."""
+    """Options that a stopped run and an unstopped one share."""
 
     streaming: bool = False
     validates: float | int | None = 1.0  # Lightning's val_check_interval; None: no validation rows
@@ -43,7 +43,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Stop:
-    """What ends the first part of a run."""
+    """Ends the first part of a run."""
 
     limits: tuple[tuple[str, int], ...] = ()
     signal_at: int | None = None  # after the batch that makes this step

@@ -86,7 +86,7 @@ def refused(error: ValueError) -> str:
 
 
 def trained(kind: str, layout: Any) -> str:
-    """What comes of a model of a type in training and scoring."""
+    """Outcome of a model of a type in training and scoring."""
     theirs = small_model(kind)
     mine = copy.deepcopy(theirs)
     set_attention(mine, register_attention())  # as loading does
@@ -105,7 +105,7 @@ def trained(kind: str, layout: Any) -> str:
 
 
 def sampled(kind: str) -> str:
-    """What comes of a model of a type in sampling, with rows of different length in one batch."""
+    """Outcome of a model of a type in sampling, with rows of different length in one batch."""
     theirs = small_model(kind)
     mine = copy.deepcopy(theirs)
     set_attention(mine, register_attention())
@@ -179,7 +179,7 @@ def test_every_type_that_builds_small_agrees_or_is_refused(
 
 
 def _compared(kind: str) -> list[str]:
-    """What comes of a type in each of ``WAYS``."""
+    """Outcome of a type in each of ``WAYS``."""
     found = []
     for check in (lambda: trained(kind, "auto"), lambda: trained(kind, "padded"), lambda: sampled(kind)):
         try:

@@ -23,7 +23,7 @@ from ..rl.fixed_rollouts import FixedGRPO, prompts, remainder
 
 FAST = partial(torch.optim.SGD, lr=5.0)
 
-# What of a model LoRA can train besides its low-rank matrices.
+# Weights that LoRA can train besides its low-rank matrices.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias-all": {"bias": "all"},

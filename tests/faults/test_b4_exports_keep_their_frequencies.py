@@ -63,7 +63,7 @@ def _settled(folder: str, longest: int | None = None) -> Any:
 
 
 def own(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the package says of the parameters; transformers has lines of its own about them."""
+    """Returns the package's warnings about the parameters; transformers has lines of its own about them."""
     records = [record for record in caplog.records if record.name.startswith("rlhf_lightning")]
     return [record.getMessage() for record in records if "rope_parameters" in record.getMessage()]
 

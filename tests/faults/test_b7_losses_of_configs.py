@@ -32,7 +32,7 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Said(NamedTuple):
-    """What a fit of one step says about losses that a config asks for, and the one of the routers that it logs."""
+    """Messages of a one-step fit about losses that a config asks for, and the router loss that it logs."""
 
     warned: list[str]
     noted: list[str]

@@ -1,4 +1,4 @@
-"""What is sampled and how it is computed: the probe of a half-precision model, and completions of a least length."""
+"""Sampling and its arithmetic: the probe of a half-precision model, and completions of a least length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is sampled from is the distribution that is trained, in half a precision too."""
+"""Samples come from the distribution that is trained, in half precision too."""
 
 from __future__ import annotations
 

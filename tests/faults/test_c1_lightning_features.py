@@ -303,7 +303,7 @@ def test_checkpoints_come_when_lightning_says(
         assert last["global_step"] == expected[-1]
 
 
-# What is refused, with what to use instead.
+# Refused features, with their replacements.
 
 
 class Freezing(BaseFinetuning):
@@ -381,7 +381,7 @@ def test_freezing_before_fit(tiny_model_folder: Folder) -> None:
     assert not torch.equal(seen[1], before)
 
 
-# What continues as anywhere.
+# Features that work as anywhere.
 
 
 @pytest.mark.parametrize("method", METHODS)

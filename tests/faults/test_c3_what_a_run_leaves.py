@@ -1,4 +1,4 @@
-"""What runs leave: predictions in order, over ranks, and only the checkpoints that somebody asked for."""
+"""Files of a finished run: predictions in order, over ranks, and only the checkpoints that somebody asked for."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ TINY = "configs/dpo/tiny.yaml"
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: str, code: int | None = None) -> str:
-    """What a command that must fail says in its last line."""
+    """Returns the last line of a command that must fail."""
     with pytest.raises(SystemExit) as info:
         main(args)
     assert info.value.code == code if code is not None else info.value.code

@@ -65,7 +65,7 @@ def judged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 class Target:
-    """What attacks are aimed at."""
+    """Targets of the attacks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "precious"

@@ -49,7 +49,7 @@ def test_prompts_that_are_too_long_cost_themselves_alone(shape: str, label: Any)
             return 127
 
         def generate(self, prompts: Any, *arguments: Any, seeds: Any = None, **named: Any) -> Any:
-            # What an engine of this process checks.
+            # The checks of an engine of this process.
             return LocalEngine.generate(local, [], *arguments, seeds=seeds) if not prompts else super().generate(
                 prompts, *arguments, seeds=seeds, **named
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a server says is checked, and what nobody should see is in no message."""
+"""A server's answers are checked, and secrets are in no message."""
 
 from __future__ import annotations
 

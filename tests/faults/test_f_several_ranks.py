@@ -205,7 +205,7 @@ def test_f4_what_forked_processes_have_trained_is_exported(processes, strategy, 
 
 
 def test_f4_weights_are_loaded_into_a_model_that_is_built_first(tiny_model_folder):
-    """What a strategy that forks does with the weights that come back."""
+    """A strategy that forks loads the trained weights into a model that is already built."""
     trained, fresh = SFTModule(str(tiny_model_folder())), SFTModule(str(tiny_model_folder()))
     trained.configure_model()
     state = {name: value + 1 for name, value in trained.state_dict().items()}

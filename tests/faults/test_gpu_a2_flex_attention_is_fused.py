@@ -36,13 +36,13 @@ from ..sequences.test_tree_attention import geometry
 
 TREE = geometry()
 TORCH_LIMIT = 8  # of compilations of one function, after which torch runs it unfused
-# Compilations for one size of model, of which some layers have a window: layers with it and without; batches of up to
+# Compilations for one size of model, some of its layers with a window: layers with it and without; batches of up to
 # 128 tokens, which is one block, and of more; with gradient, without, and in inference mode.
 PER_SIZE = 2 * 2 * 3
 
 
 class Compiler:
-    """What compiles in the place of a GPU's: it takes the graph as it is, and counts."""
+    """A stand-in for the GPU's compiler: it takes the graph as it is, and counts."""
 
     def __init__(self) -> None:
         self.graphs = 0

@@ -27,7 +27,7 @@ def files() -> frozenset[str]:
 
 @cache
 def names(file: str) -> frozenset[str]:
-    """What a file of code defines, at any depth."""
+    """Names that a file of code defines, at any depth."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return frozenset(node.name for node in ast.walk(tree) if isinstance(node, kinds))
@@ -39,7 +39,7 @@ def is_there(name: str, known: frozenset[str]) -> bool:
 
 
 def wrong_tests(cell: str) -> list[str]:
-    """Tests of a cell that there are not: files are whole paths, and a bare ``::name`` goes on in the last one."""
+    """Lists missing tests of a cell: files are whole paths, and a bare ``::name`` belongs to the last one."""
     found, last = [], None
     for match in TEST.finditer(cell):
         file, rest = match[1], [name for name in match[2].split("::") if name]

@@ -34,7 +34,7 @@ def engine() -> LocalEngine:
 
 
 class Screen:
-    """What a conversation shows and says."""
+    """Output of a conversation."""
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
@@ -118,7 +118,7 @@ def test_a_conversation_that_no_longer_fits(engine):
 
 
 def test_only_answers_are_counted(engine):
-    # One that fails before a token is none; its turn has a number, by which the next one is drawn.
+    # A turn that fails before a token does not count; its turn has a number, by which the next one is drawn.
     chat, _ = talk(engine, "1+1", "1" * 120, "2+2")
     assert chat.answers == 2
     first = chat.messages[1]["content"]

@@ -169,7 +169,7 @@ def test_a_changed_command_is_refused(model, prompts, tmp_path, capsys):
     assert "was begun with different files: continue" in refused(capsys, *command)[1]
     assert (output.read_bytes(), (tmp_path / "out.summary.json").read_bytes()) == before
 
-    # What affects no row may change, and a summary without its rows is in nobody's way.
+    # Options that affect no row may change, and a summary without its rows is in nobody's way.
     output.unlink()
     assert len(run(model, prompts, output, "--prompts_at_once=3", "--max_batch_tokens=40", "--speculation=ngram")) == 10
 
@@ -412,7 +412,7 @@ def test_ranks_share_the_prompts(model, prompts, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m")
     output = tmp_path / "out.jsonl"
     command = [f"--model={model}", f"--prompts={prompts}", *SAMPLING, "--num_samples=2", f"--output={output}"]
-    # What one process has left is continued by two.
+    # Two processes continue the rows of one.
     with pytest.MonkeyPatch.context() as patched:
         interrupt_after(patched, 3)
         with pytest.raises(SystemExit):

@@ -57,7 +57,7 @@ class Option:
     Args:
         model: options of the module; ``{scorer}`` and the like stand for folders.
         callbacks: classes of callbacks with their arguments.
-        methods: those that have it.
+        methods: the methods that have it.
     """
 
     model: dict[str, Any] = field(default_factory=dict)

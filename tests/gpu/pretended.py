@@ -1,6 +1,6 @@
 """A pretended CUDA device: tensors that say ``cuda:0`` and compute on the CPU.
 
-What it refuses is what CUDA refuses whatever the kernel: a generator of another device, and operands of mixed devices.
+It refuses operands that CUDA refuses for every kernel: a generator of another device, and operands of mixed devices.
 It does not model kernels, memory, streams or speed. Everything it changes in torch is put back.
 """
 
@@ -30,7 +30,7 @@ _MIXED = {_aten.copy_, _aten._to_copy, _aten.index, _aten.index_put, _aten.index
 
 
 class Watcher(Protocol):
-    """What is told of the device's work while it is among ``WATCHERS``."""
+    """Is told of the device's work while it is among ``WATCHERS``."""
 
     def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """An operator is run on the device, or copies between the devices."""
@@ -245,7 +245,7 @@ class OnPretended(SingleDeviceStrategy):
 
 class _Accelerator(CPUAccelerator):
     def setup_device(self, device: torch.device) -> None:
-        """There is none."""
+        """Does nothing: the pretended device needs no setup."""
 
 
 class _Event:

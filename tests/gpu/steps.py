@@ -33,7 +33,7 @@ def device_trainer(device: torch.device, precision: str, **options: Any) -> ligh
 
 
 class Gradients(lightning.Callback):
-    """What the first optimizer step is given."""
+    """Returns the gradients of the first optimizer step."""
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Policies behind a compressor on a pretended card: all models are on it, and nothing is computed on the host."""
+"""Policies with a compressor on a pretended card: all models are on it, and nothing is computed on the host."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_a_thought_ends_at_its_mark_however_tokens_cut_it(name: str) -> None:
     assert result.text == ("#42" if lead == "#4" else "#4")
     assert thought.passage == f"<think>a=1</think>{blanks}"
     assert thought.lead == lead
-    # All tokens are those that were sampled, after those of the opening mark.
+    # All tokens were sampled, after those of the opening mark.
     assert engine.text(result.token_ids) == f"<think>a=1</think>{blanks}{result.text}<eos>"
     assert thought.token_ids == result.token_ids[: len(thought.token_ids)]
     assert thought.written == tuple(range(opening))
@@ -393,7 +393,7 @@ def test_rows_with_the_reasoning_kept_masked_or_stripped() -> None:
     others = results_of(engine, ["q"], answer=["4"], response=["#5"], label=[False])
     assert reasoning_rows(others) == kept[:1]
 
-    # What is learned: all tokens after the prompt, or those of the answer alone, after the same context.
+    # Learned tokens: all after the prompt, or those of the answer alone, after the same context.
     rows = RowTokenizer(engine.tokenizer)
     for row, learned, context in (
         (kept[0], "<think>a=1</think>\n#4<eos>", "q"),

@@ -1,4 +1,4 @@
-"""What is retried and what is final, against a server that fails by script."""
+"""Retried and final errors, against a server that fails by script."""
 
 from __future__ import annotations
 

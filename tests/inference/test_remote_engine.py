@@ -31,7 +31,7 @@ def engine(url: str, model: str | None = "m", **options) -> RemoteEngine:
 
 
 def ask(answer, prompts, num_samples=1, sampling=GREEDY, seeds=None, **options):
-    """What the engine returns, and what the server was asked."""
+    """Returns the engine's completions, and the requests that the server received."""
     with serve(lambda path, body, number: answer(body) if callable(answer) else answer) as served:
         return engine(served.url, **options).generate(prompts, num_samples, sampling, seeds=seeds), served
 
@@ -59,7 +59,7 @@ def test_every_sample_has_its_own_seed():
 
 
 def test_all_settings_are_stated_to_vllm():
-    # What is omitted, such a server would take from the model's own generation_config.json.
+    # Omitted options such a server would take from the model's own generation_config.json.
     _, served = ask(completion("x"), [[5, 6]])
     assert served.bodies == [
         {

@@ -184,7 +184,7 @@ def test_verifiers_get_the_columns_they_name():
 
 def test_a_judge_on_a_server_scores():
     def answer(path, body, number):
-        # What is asked decides, so that the order of requests does not matter.
+        # The request decides, so that the order of requests does not matter.
         asked = body["prompt"]
         return completion("Yes." if "it is 2" in asked else "no" if "it is 3" in asked else "maybe")
 

@@ -1,4 +1,4 @@
-"""What rounds of drafts and checks give has the model's distribution: chi-square tests, and controls that must fail.
+"""Rounds of drafts and checks sample the model's distribution: chi-square tests, and controls that must fail.
 
 Legend: N samples, V vocabulary, K drafts.
 """

@@ -1,4 +1,4 @@
-"""What engines and strategies tell of their work while they do it, and afterwards."""
+"""Telemetry of engines and strategies, while they work and afterwards."""
 
 from __future__ import annotations
 

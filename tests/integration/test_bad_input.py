@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that says what it was and what to write instead, and nothing else left."""
+"""Bad input gives one line that says what is wrong and what to write instead, and leaves no files."""
 
 from __future__ import annotations
 

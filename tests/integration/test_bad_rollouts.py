@@ -1,4 +1,4 @@
-"""What a user gets wrong in rewards and prompts: one line, or samples that are counted; nothing is lost."""
+"""Bad rewards and prompts give one line, or are counted as samples; nothing is lost."""
 
 from __future__ import annotations
 

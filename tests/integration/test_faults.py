@@ -1,4 +1,4 @@
-"""What can go wrong around a run: it is said in a line, and nothing that was there is lost."""
+"""Faults around a run give one line, and nothing that was there is lost."""
 
 from __future__ import annotations
 
@@ -229,9 +229,9 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tiny_model_folder, tmp_p
     stored = torch.load(tmp_path / "c/step=2.ckpt", weights_only=True)["state_dict"]
     assert_equal(trained(module), stored)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
-    mended = Broken(str(tiny_model_folder()), lora={"r": 2, "lora_dropout": 0.2})
-    mended.breaks = False
-    assert_equal(trained(fit(tiny_model_folder(), tmp_path / "c", module=mended, ckpt_path="last")), whole)
+    repaired = Broken(str(tiny_model_folder()), lora={"r": 2, "lora_dropout": 0.2})
+    repaired.breaks = False
+    assert_equal(trained(fit(tiny_model_folder(), tmp_path / "c", module=repaired, ckpt_path="last")), whole)
 
 
 def test_after_sigterm_the_run_continues_from_the_step_that_it_had_made(tiny_model_folder, tmp_path):

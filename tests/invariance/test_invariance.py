@@ -1,4 +1,4 @@
-"""What is trained does not depend on how it was batched, padded, packed or ordered: every method, every row."""
+"""Trained weights do not depend on how rows were batched, padded, packed or ordered: every method, every row."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ ALL = "RLHF_LIGHTNING_ALL_RANKS" in os.environ
 
 
 def runs_of(strategy: str, methods: Iterable[str], fast: list[str]) -> list[Any]:
-    """Parameters, named by their methods: the runs ``strategy:method``, slow but those that are fast."""
+    """Parameters, named by their methods: the runs ``strategy:method``, slow except the fast ones."""
     return [
         pytest.param(f"{strategy}:{name}", id=name, marks=() if name in fast else pytest.mark.slow) for name in methods
     ]

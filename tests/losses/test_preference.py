@@ -236,7 +236,7 @@ def test_every_name_is_in_the_table_and_in_the_docstring() -> None:
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_other_divergences_have_a_meaning_where_losses_read_differences_of_scores_alone(loss_type: str) -> None:
-    """Log-ratios that all move by the same amount change no such loss, and those that couple pairs neither.
+    """Log-ratios that all move by the same amount change no such loss, and neither do losses that couple pairs.
 
     Of the latter, ``bco_pair`` takes off a mean and the sorted ones match pairs apart, without f-divergences.
     """

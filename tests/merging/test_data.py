@@ -1,4 +1,4 @@
-"""What models are measured on: all turns of a conversation, each in its context."""
+"""Calibration data of merges: all turns of a conversation, each in its context."""
 
 from __future__ import annotations
 

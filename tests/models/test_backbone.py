@@ -173,7 +173,7 @@ def test_rows_that_share_a_completion_get_its_log_probs_and_gradients_each() -> 
         assert relative(one, other) < 1e-6  # the model's own norms are fp32
 
 
-# What stands between hidden states and logits.
+# Operations between hidden states and logits.
 
 SMALL = {
     "vocab_size": VOCAB_SIZE,

@@ -38,7 +38,7 @@ PARTS = {"blocks": 5, "cascade": 1}
 
 
 class Compiler:
-    """What compiles in the place of inductor: it takes the graph as it is, and counts."""
+    """A stand-in for inductor: it takes the graph as it is, and counts."""
 
     def __init__(self) -> None:
         self.graphs = 0

@@ -325,7 +325,7 @@ def quantised_by_hand(weight: Tensor, quantization: str) -> Tensor:
     return (levels[nearest] * scale).reshape(weight.shape)
 
 
-# What remains: 4-bit scales are themselves kept in 8 bits, under one per cent off.
+# The remaining difference: 4-bit scales are themselves kept in 8 bits, under one per cent off.
 @pytest.mark.parametrize(("quantization", "bound"), [("nf4", 0.01), ("fp4", 0.01), ("int8", 1e-3)])
 def test_quantised_weights_are_the_papers(quantization: str, bound: float, wide_folder: Path) -> None:
     full = load_causal_lm(wide_folder, dtype=torch.float32)
@@ -452,7 +452,7 @@ def test_checkpointed_quantised_gradients_are_the_same(quantization: str, wide_f
 
 
 def test_checkpointing_forgets_layer_insides(tiny_model_folder: Folder) -> None:
-    """What is saved for the backward pass shrinks."""
+    """Fewer bytes are saved for the backward pass."""
     saved = []
     for checkpointing in (False, True):
         model = load_causal_lm(

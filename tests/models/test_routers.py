@@ -31,7 +31,7 @@ def model() -> PreTrainedModel:
 
 
 def own_loss(model: Any) -> torch.Tensor:
-    """What transformers makes of all paths of the probe as rows of one padded batch."""
+    """Computes all paths of the probe by transformers, as rows of one padded batch."""
     padded = probe_batch(model).padded(extra=3)
     given = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
     loss: torch.Tensor = model(**given, output_router_logits=True, use_cache=False).aux_loss

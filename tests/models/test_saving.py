@@ -45,7 +45,7 @@ def shake(model: nn.Module, seed: int = 0) -> None:
 
 
 def reload(folder: Path, **options: Any) -> nn.Module:
-    """What somebody without this package loads."""
+    """Loads an export without this package."""
     return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options})
 
 
@@ -356,7 +356,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 class _Killed(BaseException):
-    """What no ordinary handler catches."""
+    """An exception that no ordinary handler catches."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What tests of modules compare with: transformers' own forward, one unshared sequence at a time, and autograd."""
+"""Naive oracles for tests of modules: transformers' own forward, one unshared sequence at a time, and autograd."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def states(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
 def model_after(
     model: Any, context: Any, tokens: list[int], position: int, first: Tensor | None = None, **asked: Any
 ) -> Any:
-    """What a model computes of a sequence after entries of a cache, or after none."""
+    """Computes a sequence after entries of a cache, or from an empty one."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate([] if context is None else context.states):
         cache.update(keys[None], values[None], layer)

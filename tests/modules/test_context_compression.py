@@ -166,7 +166,7 @@ def test_export_and_further_training(folder: str, tmp_path: Path) -> None:
         for a, b in zip(mine, theirs, strict=True)
     )
 
-    # What a folder holds is trained further: before the first step, its loss is that of the run that wrote it.
+    # A folder's compressor is trained further: before the first step, its loss is that of the run that wrote it.
     again = ContextCompressionModule(str(tmp_path / "compressor"), **SMALL)
     before = trainer("32-true").validate(module, ContextDataModule(val=ROWS, global_batch_size=3), verbose=False)[0]
     after = trainer("32-true").validate(again, ContextDataModule(val=ROWS, global_batch_size=3), verbose=False)[0]

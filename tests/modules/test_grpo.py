@@ -181,7 +181,7 @@ def test_kl_in_the_reward(folder: str, policy: Any) -> None:
             for r, group in enumerate(naive_rewards())
         ]
     losses = tokens_of(now, reinforce(naive_advantages(rewards)))
-    # What the limit cut off is in the statistics, and not in the loss.
+    # Completions cut off by the limit are in the statistics, and not in the loss.
     kept = [
         [loss for loss, sample in zip(group, drawn, strict=True) if sample.finish_reason == "stop"]
         for group, (_, drawn) in zip(losses, samples(), strict=True)
@@ -398,7 +398,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"dynamic_sampling": -1}, "dynamic_sampling is -1; it must be at least 0"),
     ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-    ({"sampling.top_p": 0.0}, "top_p=0.0 is not allowed"),
+    ({"sampling.top_p": 0.0}, "sampling.top_p=0.0 is not allowed"),
     ({"reference": "precomputed"}, "reference is 'precomputed'; it must be one of auto, frozen, adapter"),
     ({"rewards": []}, "rewards is empty; give at least one"),
     ({"rewards": "a.b"}, "it must be a list: write ['a.b']"),

@@ -101,7 +101,7 @@ def made(folder: str, head: Tensor, **given: Any) -> FixedPPO:
 
 
 class Fixed(NamedTuple):
-    """What stays as it is during the updates, per sample."""
+    """Tensors that are fixed during the updates, per sample."""
 
     logprobs: list[Tensor]
     values: list[Tensor]

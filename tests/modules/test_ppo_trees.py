@@ -69,7 +69,7 @@ def score_of(tokens: list[int], only_picky: bool) -> float | None:
 
 
 def naive_nodes(naive: Naive, reference: Any, only_picky: bool = False) -> list[Node]:
-    """All branches of which a completion could be scored, each computed along one path through it."""
+    """All branches with a completion that could be scored, each computed along one path through it."""
     ref, found = Naive(reference, naive.head.detach()), []
     for row in prompts(ROWS):
         nodes: dict[Branch, Node] = {}

@@ -248,7 +248,7 @@ def test_predict_gives_means_and_deviations_of_any_number_of_completions(folder:
     assert (first["row_id"], second["row_id"]) == ("rows:0", "rows:1")
 
 
-# What leaves.
+# Predictions and exports.
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen3", "gemma2"])

@@ -1,4 +1,4 @@
-"""What lets the losses of the installed TRL be called without a model: they are methods of its trainers."""
+"""Calls the losses of the installed TRL without a model: they are methods of its trainers."""
 
 from __future__ import annotations
 

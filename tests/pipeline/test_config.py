@@ -1,4 +1,4 @@
-"""What a pipeline's YAML may say, and what is said of one that says something else."""
+"""The YAML of a pipeline: all valid forms, and the message of each invalid one."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def test_new_prompts_are_written_and_solved_by_several_models(folders, prompts, 
     assert 0 < row["pass_rate"] < 1
 
 
-# What stands for an ensemble.
+# Specs of an ensemble.
 
 
 def test_the_hash_is_of_all_models_and_of_how_they_are_combined(folders, prompts, tmp_path):

@@ -94,7 +94,7 @@ class Finished:
     said: str
 
     def copy(self, tmp_path: Path, *stages: str) -> dict[str, Any]:
-        """Copies the run to another folder, of its stages only those that are named; returns its pipeline there."""
+        """Copies the run to another folder, with the named stages alone; returns its pipeline there."""
         shutil.copytree(self.place / "run", tmp_path / "run")
         file = tmp_path / "run/manifest.json"
         manifest = json.loads(file.read_text())

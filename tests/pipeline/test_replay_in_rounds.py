@@ -169,7 +169,7 @@ def test_seed_rows_are_a_share_of_all_rows(prompts, monkeypatch):
         for rows in (lines(folder / "own/demonstrations.jsonl") for folder in folders)
     ]
     assert of == [["own"] * 3 + ["seed"] * 3, ["own"] * 3 + [1] * 2 + ["seed"] * 5]
-    # What was not trained on does not come back.
+    # Rows that were not trained on are not replayed.
     kept = [record["row"] for record in lines(folders[0] / "own/replay.jsonl")]
     assert kept == lines(folders[0] / "own/demonstrations.jsonl")[:3]
 
@@ -184,7 +184,7 @@ def test_a_loop_that_runs_again_draws_the_same(prompts, monkeypatch):
 
 
 def test_a_chain_of_stages_without_rounds(prompts, tmp_path):
-    """What rounds give can be written by hand."""
+    """The rows of rounds equal rows written by hand."""
     for number in (1, 2):
         before = {} if number == 1 else {"rows": str(tmp_path / "1/replay.jsonl")}
         stage = SampleStage(

@@ -159,7 +159,7 @@ def test_what_fails_in_the_second_round_ends_the_run_and_the_same_command_contin
     assert not list((folder / "rounds/2").rglob("demonstrations.jsonl"))
     assert not (folder / "model").exists()
 
-    # Mended, the loop goes on, as if nothing had been.
+    # After the repair, the loop continues as if it had never failed.
     BROKEN.clear()
     started(written, tmp_path)
     assert contents(folder) == whole

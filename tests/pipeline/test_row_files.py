@@ -1,4 +1,4 @@
-"""The kinds of rows that a sample stage writes, from a scripted engine; what is said where there are none."""
+"""The kinds of rows that a sample stage writes, from a scripted engine; messages for rows that give none of a kind."""
 
 from __future__ import annotations
 

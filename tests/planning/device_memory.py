@@ -15,7 +15,7 @@ from ..gpu.pretended import Pretended
 
 
 class DeviceMemory:
-    """What is allocated now, and the most that was; what kernels need within themselves is not seen.
+    """Bytes allocated now, and their maximum; memory within kernels is not seen.
 
     Attributes:
         now: bytes of all storages.

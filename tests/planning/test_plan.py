@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Run(NamedTuple):
-    """What a second step allocated: before its backward pass, and at most; with its batch."""
+    """Returns the bytes of a second step: before its backward pass, and at most; with its batch."""
 
     before: int
     peak: int
@@ -76,7 +76,7 @@ def run(name: str, folder: str, precision: str, rows: int = 20, **options: Any) 
 
 
 def held(planned: Plan, folder: str, batch: SequenceBatch) -> float:
-    """What a plan says is there before a backward pass, with the scored tokens and blocks of a batch."""
+    """Returns the planned bytes before a backward pass, with the scored tokens and blocks of a batch."""
     decoder, training = decoder_of(folder), planned.training
     blocks = blocks_of(batch) if training.attention == "blocks" else None
     kept = activation_bytes(decoder, training, batch.num_tokens, scored=len(batch.target_ids), blocks=blocks)

@@ -142,7 +142,7 @@ class TestLimits:
 
 
 class TestHonestPrograms:
-    """What a guard by the interpreter's hooks refused, or a test outside could not see."""
+    """Attacks that hooks of the interpreter stopped, or that a test outside could not see."""
 
     @pytest.mark.parametrize(
         "program",

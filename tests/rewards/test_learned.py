@@ -173,7 +173,7 @@ def test_the_reward_model_is_no_part_of_the_policy(folder: str, single: tuple[st
     assert all(torch.equal(value, before[name]) for name, value in scorer.state_dict().items())
     assert not any(p.requires_grad for p in scorer.parameters())
     assert module.hparams["rewards"] == [spec]
-    # What was trained on: the tokens that were sampled.
+    # Training tokens are the sampled ones.
     rollouts = module.last_rollouts
     assert rollouts is not None
     for n, (prompt, group) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True)):
@@ -287,7 +287,7 @@ def test_rewards_of_steps(process: tuple[str, Any]) -> None:
 
 
 def test_steps_in_training(folder: str, process: tuple[str, Any]) -> None:
-    """What the policy wrote is scored step by step, and lands in the rollouts."""
+    """Completions are scored step by step, and the scores land in the rollouts."""
     spec = {"class_path": "rlhf_lightning.rewards.ProcessModelSteps", "init_args": {"model": process[0]}}
     module = GRPOModule(folder, rewards=[], process_reward=spec, num_generations=4, max_completion_length=12)
     found = step(module, some_prompts(3))

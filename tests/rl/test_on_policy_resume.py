@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Interrupted(Exception):
-    """What ends a run between two iterations."""
+    """Ends a run between two iterations."""
 
 
 class Watch(lightning.Callback):

@@ -38,7 +38,7 @@ def test_three_in_a_row_of_one_function() -> None:
     ("values", "failed"),
     [
         (rewards(1.0, 1.0), (0, 0)),
-        (rewards(1.0, 1.0), (0, 6)),  # those that failed were replaced
+        (rewards(1.0, 1.0), (0, 6)),  # failed ones were replaced
         (rewards(1.0, NAN), (0, 5)),  # it had nothing to say about the sixth
         (rewards(1.0, NAN), (0, 0)),
     ],

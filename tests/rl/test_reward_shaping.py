@@ -1,4 +1,4 @@
-"""What a score becomes before advantages are taken, against loops and hand-derived numbers."""
+"""Shaping of scores before advantages are computed, against loops and hand-derived numbers."""
 
 from __future__ import annotations
 

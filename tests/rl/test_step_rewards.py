@@ -45,7 +45,7 @@ class Words:
     [
         (["a", "b", "\n", "c", "\n", "d", ""], [2, 4, 6]),
         (["ab\nc", "\n", "d"], [0, 1, 2]),  # the separator ends within a token
-        (["a", "\n\n", "b\n", "c\n", ""], [1, 2, 4]),  # an empty step is none; the last one ends with the completion
+        (["a", "\n\n", "b\n", "c\n", ""], [1, 2, 4]),  # empty steps do not count; the last ends with the completion
         (["a\nb\n", "c"], [0, 0, 1]),  # two steps in one token
         (["one"], [0]),
     ],
@@ -157,7 +157,7 @@ def test_grpo_adds_up_the_steps_that_follow(scale: Any, with_outcome: bool, fold
         process = naive_process(group, scale, everything)
         expected = [float(a) + 0.25 * p for a, tokens in zip(own, process, strict=True) for p in tokens]
         assert tree.fields["advantages"].tolist() == pytest.approx(expected, abs=1e-9)
-    # What is logged: means over the steps; the reward of completions without that of steps.
+    # Logged values: means over the steps; the reward of completions without that of steps.
     metrics = module._rollout_metrics({**module._rollout_rows(rollouts)})
     means = [sum(reward_of(t)) / len(reward_of(t)) for group in TEXTS for t in group if t != "4"]
     assert float(metrics["rewards/of_steps/mean"]) == pytest.approx(sum(means) / len(means))

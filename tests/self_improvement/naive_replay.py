@@ -1,4 +1,4 @@
-"""What comes back of earlier rounds, recomputed from all rows that they have made."""
+"""Replayed rows of earlier rounds, recomputed from all rows that they have made."""
 
 from __future__ import annotations
 

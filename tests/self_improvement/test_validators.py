@@ -219,7 +219,7 @@ def test_discriminator(folder: str) -> None:
     found = check.run(Answering(lambda prompt: "I will not say."), 0)
     assert not found.passed
     assert found.value > 0.9
-    # Eight pairs of which all are told apart do not show that more than 80 % are.
+    # Eight pairs, all told apart, do not show that more than 80 % are.
     assert (found.low, found.high) == (wilson_interval(8, 8).low, 1.0)
     assert 0.6 < found.low < 0.8
     assert found.samples[0] == "I will not say."

@@ -267,7 +267,7 @@ def test_flash_attention_takes_these_arguments() -> None:
 
 
 def kept_bytes(run: Callable[[], Any]) -> int:
-    """What autograd keeps for the backward pass, every memory once."""
+    """Bytes that autograd keeps for the backward pass, every memory once."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

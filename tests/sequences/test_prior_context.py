@@ -75,7 +75,7 @@ def test_layers_are_given_states(kernel: str) -> None:
             weights = (own_keys[0, head, visible] @ query[0, head, token] / 2).softmax(0)
             assert torch.allclose(out[0, token, head], weights @ own_values[0, head, visible], atol=1e-12)
 
-    # What layers computed at the places of entries reaches nothing.
+    # Outputs of layers at the places of entries reach nothing.
     out[:, 2:].sum().backward()
     assert key.grad is not None
     assert value.grad is not None

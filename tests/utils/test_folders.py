@@ -65,7 +65,7 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path):
 
 
 def test_a_second_kill_in_the_recovery_and_a_folder_that_the_user_then_deletes(tmp_path):
-    """What was half deleted is never put back."""
+    """A half-deleted folder is never restored."""
     restored = 0
     for first in range(100):
         for second in range(100):

@@ -89,7 +89,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"loss": {"epsilonn": 0.3}}, "loss has no option 'epsilonn'; did you mean 'epsilon'?"),
     ({"loss": {"epsilon": "much"}}, "loss.epsilon is 'much'; it must be a number"),
     ({"loss": {"mask_truncated_completions": 1}}, "loss.mask_truncated_completions is 1; it must be true or false"),
-    ({"loss": {"epsilon": 3.0}}, "epsilon=3.0 is outside (0, 1)"),
+    ({"loss": {"epsilon": 3.0}}, "loss.epsilon=3.0 is outside (0, 1)"),
     ({"loss": {"loss_type": "dappo"}}, "loss.loss_type is 'dappo'; it must be one of grpo,"),
     ({"loss": "text"}, "loss is 'text'; it must be a PolicyLoss or a mapping of its options, such as loss={'epsilon"),
     ({"loss": None}, "loss is None; it must be a PolicyLoss or a mapping"),

@@ -286,7 +286,7 @@ def _last_kept(view: TensorView, values: Mapping[int, float], left: dict[int, in
 
 def drop_below(block: Tensor, value: float) -> None:
     """Sets magnitudes below a value to 0."""
-    # What is not above the next lower number of the block's precision.
+    # Drops magnitudes up to the next lower number of the block's precision.
     bound = float(torch.nextafter(block.new_tensor(value), block.new_tensor(-1.0)))
     if bound >= 0:
         _drop_up_to(block, bound)
