@@ -69,12 +69,28 @@ def packages_are_listed_once() -> Iterator[None]:
         yield
 
 
+# Of launchers.
+RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
 @pytest.fixture(autouse=True)
-def no_seed_is_left_behind() -> Iterator[None]:
-    """Lightning keeps a seed in the environment, and strategies of later tests' processes would draw from it again."""
+def no_seed_and_no_rank_are_left() -> Iterator[None]:
+    """Lightning keeps a seed in the environment, and strategies of later tests' processes would draw from it again.
+
+    So do ranks: where one is left, accelerate waits for others as soon as anything asks it for its state.
+    """
     yield
-    os.environ.pop("PL_GLOBAL_SEED", None)
-    os.environ.pop("PL_SEED_WORKERS", None)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", *RANKS):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,7 @@ class AsTold:
 def test_validators_must_pass_as_well(
     passes: bool, tiny_model_folder: Any, tmp_path: Path, verdicts: list[Any]
 ) -> None:
-    """What they refuse is taken back, and the record has the finding; they do not look at what is rejected anyway."""
+    """A refused candidate is taken back, and the record has the finding; what is rejected anyway is not validated."""
     check = AsTold(passes)
     criteria = {"patience": 2, "on_reject": "smaller_step"}
     gate = CapabilityGate(

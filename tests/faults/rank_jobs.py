@@ -20,7 +20,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.callbacks import JSONLLogger, ModelExport, PredictionWriter, Throughput, TrainingCheckpoint
@@ -80,10 +80,17 @@ def run_rank(rank: int, port: int, job: str, model: Path, folder: Path, *args: A
 
 def trainer_for(strategy: str, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
     """A trainer of two ranks."""
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     return lightning.Trainer(
         **{"accelerator": "cpu", "devices": 2, "strategy": strategy, "use_distributed_sampler": False}
         | {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-        | {"callbacks": [*callbacks], "max_epochs": -1, "max_steps": 3, "log_every_n_steps": 1}
+        | {
+            "enable_checkpointing": saves,
+            "callbacks": [*callbacks],
+            "max_epochs": -1,
+            "max_steps": 3,
+            "log_every_n_steps": 1,
+        }
         | options
     )
 
@@ -186,7 +193,7 @@ def no_room(rank: int, model: Path, folder: Path, strategy: str, what: str) -> N
         trainer.fit(SFTModule(str(model)), data(val=None))
 
 
-EXPORTS = ("models.saving.mark", "callbacks.model_export.write_atomically")  # how an export begins, and ends
+EXPORTS = ("utils.folders.mark", "callbacks.model_export.write_atomically")  # how an export begins, and ends
 
 
 class InTheWay(lightning.Callback):
