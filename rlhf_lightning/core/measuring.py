@@ -35,6 +35,8 @@ def measure_validation(
     loop = trainer.fit_loop.epoch_loop.val_loop
     loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
     counts = [min(count, math.inf if num_batches is None else num_batches) for count in loop._max_batches or ()]
+
+    # A measurement within training must leave no trace: random states and the rows of a running validation come back.
     device = torch.device(own.device)
     states, kept = random_state(device), {name: getattr(own, name) for name in own.of_validation}
     own.validation_rows = rows = ValidationRows(own)

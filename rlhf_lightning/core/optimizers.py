@@ -75,15 +75,19 @@ def group_parameters(
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     layers = {} if layer_lr_decay is None else _layer_ratios(module, layer_lr_decay)
+
+    # Ratio 1 is there from the start, so that its group comes first, whichever parameter does.
     groups: dict[float, list[nn.Parameter]] = {1.0: []}
     unused = list(lr_ratios or {})
     for parameter in parameters:
+        # Every pattern that matches counts as used; the first one gives the ratio.
         name = names[id(parameter)]
         matching = [pattern for pattern in lr_ratios or {} if re.search(pattern, name)]
         unused = [pattern for pattern in unused if pattern not in matching]
         ratio = (lr_ratios or {})[matching[0]] if matching else 1.0
         ratio *= layers.get(id(parameter), 1.0) * (further or {}).get(id(parameter), 1.0)
         groups.setdefault(ratio, []).append(parameter)
+
     if unused:
         shown = ", ".join(names[id(parameter)] for parameter in (*parameters[:1], *parameters[-1:]))
         raise ValueError(f"lr_ratios has {unused[0]!r}, which matches no trained parameter (such as {shown})")

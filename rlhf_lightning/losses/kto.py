@@ -118,6 +118,8 @@ def kto_loss(
     check_same_shape("B", logps_B=logps_B, ref_logps_B=ref_logps_B, label_B=label_B)
     if label_B.dtype != torch.bool:
         raise ValueError(f"label_B has dtype {label_B.dtype}: give bool, True for a desirable completion")
+
+    # The reference point of prospect theory: KTO compares rewards with it, APO-zero with 0.
     rewards_B = logps_B - ref_logps_B
     if loss_type == "kto":
         if kl is None:

@@ -56,12 +56,16 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
     base = base_model(model)
     steady_rotary(base)
     name = type(base).__name__
+
+    # Fastest first. Each candidate is probed against the model's own forward, since no config says whether it agrees.
     reasons: list[str] = []
     for kind, attention in _candidates(base, layout):
         reason = _why_not(model, kind, attention)
         if reason is None:
             for other in (model, *others):
                 set_attention(base_model(other), attention or EAGER)
+
+            # Padded layers are the model's own, which are not compiled: an option without effect is an error.
             if kind == "padded" and is_compiled(model):
                 raise ValueError(
                     f"compile is true, and {name} runs in the padded layout ({reasons[0] if reasons else 'layout'}), "
@@ -70,6 +74,7 @@ def resolve_layout(model: nn.Module, layout: Literal["auto", "packed", "padded"]
             if kind == "padded" and layout == "auto":
                 log.warning("%s runs in the padded layout: %s", name, reasons[0])
             return kind
+
         reasons.append(reason)
         if layout == "packed":
             raise ValueError(
