@@ -230,7 +230,8 @@ def _run_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say, sinc
         "seconds": round(time.time() - started, 2),
     }
     manifest.save()
-    say(f"{name}: {_summary(metrics)} ({manifest.stages[name]['seconds']:.0f} s)")
+    summary, seconds = _summary(metrics), f"{manifest.stages[name]['seconds']:.0f} s"
+    say(f"{name}: {summary} ({seconds})" if summary else f"{name}: {seconds}")
 
 
 def _evaluate_stage(pipeline: Pipeline, manifest: Manifest, name: str, say: Say) -> None:
