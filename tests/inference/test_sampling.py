@@ -206,7 +206,7 @@ def test_derived_seeds_differ_by_every_part_and_its_type() -> None:
     ],
 )
 def test_settings_out_of_range_are_refused_with_their_value(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{field}=.* is not allowed: it must be [^\n]+$"):
+    with pytest.raises(ValueError, match=rf"^sampling\.{field}=.* is not allowed: it must be [^\n]+$"):
         SamplingParams(**{field: value})
 
 
