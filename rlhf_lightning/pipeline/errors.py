@@ -24,4 +24,5 @@ def in_stage(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError:  # the command line knows what helps
         raise
     except Exception as error:
-        raise ValueError(f"stage {name!r}: {type(error).__name__}: {error} (--debug shows where)") from error
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ValueError(f"stage {name!r}: {what} (--debug shows where)") from error

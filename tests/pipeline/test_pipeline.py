@@ -264,7 +264,7 @@ def test_an_interrupted_stage_starts_again_from_its_inputs(finished, tmp_path, m
         assert len(said) == 1
         assert said[0].startswith("interrupted: the same command resumes")
     else:
-        assert said[-1] == "rlhf-lightning: RuntimeError (--debug shows where)"
+        assert said[-1] == "rlhf-lightning: stage 'pairs': RuntimeError (--debug shows where)"
     record = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
     assert [record[name]["status"] for name in ("sft", "pairs")] == ["finished", "running"]
     monkeypatch.setattr(kinds, "run_sample", real)
