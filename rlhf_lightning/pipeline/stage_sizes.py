@@ -76,8 +76,12 @@ class Sizes:
         if not model:
             return None
         found = str(model[0] if isinstance(model, list) else model)
-        while (known := next((place for place in self.origins if fnmatch(place, found)), None)) is not None:
-            found = self.origins[known]
+        # A folder's name may have brackets, which are no pattern; a stage may be given what it wrote in an earlier run.
+        seen: set[str] = set()
+        while found not in seen:
+            seen.add(found)
+            known = found if found in self.origins else next((p for p in self.origins if fnmatch(p, found)), None)
+            found = found if known is None else self.origins[known]
         return found
 
     def seconds(self, operations: float) -> float:

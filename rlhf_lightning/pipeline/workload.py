@@ -51,6 +51,9 @@ class Samples:
         search: whether a search finds each completion, whose tokens are not known before.
         columns: new name of a column -> its name in the rows.
         dtype: of the weights, unless the pipeline's.
+        at_once: prompts that are worked on together.
+        cached: tokens of cache that the engine holds at once.
+        cache: its kind.
     """
 
     model: Any
@@ -63,6 +66,9 @@ class Samples:
     search: bool = False
     columns: Mapping[str, str] | None = None
     dtype: str | None = None
+    at_once: int = _TOGETHER
+    cached: int = _CACHED
+    cache: str = "dynamic"
 
     @property
     def completions(self) -> int | None:
@@ -128,6 +134,9 @@ def _(stage: GenerateStage, sources: Sources) -> list[Samples]:
             search=stage.strategy is not None,
             columns=stage.columns,
             dtype=None if stage.dtype == "auto" else stage.dtype,
+            at_once=stage.prompts_at_once,
+            cached=stage.max_batch_tokens,
+            cache=stage.cache,
         )
     ]
 
@@ -136,7 +145,8 @@ def _(stage: GenerateStage, sources: Sources) -> list[Samples]:
 def _(stage: CompressStage, sources: Sources) -> list[Samples]:
     rows, dtype = limited(sources, stage.input, stage.limit), None if stage.dtype == "auto" else stage.dtype
     tokens = stage.sampling.max_new_tokens
-    return [Samples(stage.model, stage.input, rows, 1, tokens, "answers", columns=stage.columns, dtype=dtype)]
+    answers = Samples(stage.model, stage.input, rows, 1, tokens, "answers", columns=stage.columns, dtype=dtype)
+    return [replace(answers, at_once=stage.rows_at_once, cached=stage.max_batch_tokens)]
 
 
 @samples_of.register
@@ -247,9 +257,9 @@ def load_of(samples: Samples, sources: Sources, origin: Callable[[Any], str | No
 
     # Rows in flight have places for whole prompts and completions, within the engine's budget.
     prompts, completions = samples.prompts, samples.completions
-    rows = samples.each * (_TOGETHER if prompts is None else min(prompts, _TOGETHER))
-    places_of_rows = min(_CACHED, rows * (longest + samples.tokens))
-    caches = sum(cache_bytes(one, places_of_rows, size=size) for one in decoders)
+    rows = samples.each * (samples.at_once if prompts is None else min(prompts, samples.at_once))
+    places_of_rows = min(samples.cached, rows * (longest + samples.tokens))
+    caches = sum(cache_bytes(one, places_of_rows, size=size, kind=samples.cache) for one in decoders)
     parameters = sum(one.weights for one in decoders)
     weights = float(size * parameters + sum(_blocked(one, samples.tokens, dtype_of_weights) for one in decoders))
 

@@ -17,7 +17,7 @@ from rlhf_lightning.pipeline import load_pipeline
 from rlhf_lightning.pipeline.config import Evaluation
 from rlhf_lightning.pipeline.dry_run import plan_lines, plan_pipeline
 from rlhf_lightning.pipeline.rows_ahead import RowsAhead, Sources, rows_ahead
-from rlhf_lightning.pipeline.stage_sizes import StagePlan, in_seconds
+from rlhf_lightning.pipeline.stage_sizes import Sizes, StagePlan, in_seconds
 from rlhf_lightning.pipeline.stages import SampleStage
 from rlhf_lightning.pipeline.workload import load_of, samples_of
 
@@ -282,3 +282,25 @@ def test_the_pipeline_of_a_night(tmp_path, monkeypatch, capsys):
     plan, part = (re.sub(r"[\d,.]+ s of", "N s of", text) for text in ("\n".join(lines), shown.rstrip()))
     assert part in plan
     assert not (tmp_path / "run").exists()
+
+
+def test_a_generate_stage_has_budgets_of_its_own(tmp_path, model, prompts):
+    stage = {"kind": "generate", "model": model, "prompts": prompts, "sampling": {"max_new_tokens": TOKENS}}
+    stages = {"plain": stage, "one": stage | {"prompts_at_once": 1}, "few": stage | {"max_batch_tokens": 5}}
+    found = planned(tmp_path, stages | {"small": stage | {"cache": "int8"}})
+    weights, kept = sizes()
+    longest = max(len(AutoTokenizer.from_pretrained(NANO)(text)["input_ids"]) for text in PROMPTS)
+    caches = {name: one.memory - 4 * weights for name, one in found.items()}
+    assert caches["plain"] == 4 * kept * 4 * (longest + TOKENS)
+    assert caches["one"] == caches["plain"] / 4
+    assert caches["few"] == 4 * kept * 5
+    assert caches["small"] < 0.32 * caches["plain"]
+
+
+@pytest.mark.parametrize("folder", ["own", "own[1]"])
+def test_a_model_that_the_stage_itself_wrote_before(tmp_path, model, folder):
+    known = Sizes("float32")
+    known.origins = {f"runs/{folder}/model": f"runs/{folder}/model"}
+    assert known.origin(f"runs/{folder}/model") == f"runs/{folder}/model"
+    known.origins = {f"runs/{folder}/model": model}
+    assert known.origin(f"runs/{folder}/model") == model
